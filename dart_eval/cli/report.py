@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dart_eval.cli.view import say
+from dart_eval.results.progress import progress
 from dart_eval.results.store import Store
 from dart_eval.util.files import check_own, check_target, is_stream, write
 
 # In the head of every page, older ones too.
 OWN = re.compile(rb'<meta name="generator" content="dart-eval">|<link rel="icon" href="data:,">')
+
+POLL = 2.0  # seconds between looks at a folder that is followed
+REST = 4  # times as long as a page took: the run may need the processor
 
 
 def report(
@@ -27,28 +34,54 @@ def report(
         int, typer.Option(help="Documents of each task to look through; 0 leaves them out.", min=0)
     ] = 50,
     force: Annotated[bool, typer.Option("--force", metavar="", help="Replace a file that is no such page.")] = False,
-    browse: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in a browser.")] = False,
+    browse: Annotated[
+        bool, typer.Option("--open", metavar="", help="Open the page in a browser; follow a run that is going.")
+    ] = False,
 ) -> None:
     """Write one HTML page: the board, charts, speed, drift, every method's answers side by side, and all numbers.
 
-    The page is one file. It opens without a network, in any browser, and can be sent as it is.
+    The page is one file. It opens without a network, in any browser, and can be sent as it is. While a run is at work
+    on the folder, `--open` writes the page anew after every cell, and the page reloads itself, until the run is over.
 
     \b
     [bold]Examples[/bold]
     dart-eval report out --open
     dart-eval report out --output report.html --title "DART" --samples 20
     """
-    from dart_eval.results.report import build  # matplotlib is loaded only where it draws
-
     path = output or folder / "report.html"
     check_target(path, "choose another --output")
     if not force:
         check_own(path, OWN, "report")
-    made = build(Store(folder), title, samples)
     stream = is_stream(path)
-    write(path, made.html, "choose another --output")
-    megabytes = len(made.html.encode()) / 1e6
+
+    def make(follow: bool) -> str:
+        from dart_eval.results.report import build
+
+        made = build(Store(folder), title, samples, follow)
+        write(path, made.html, "choose another --output")
+        return f"wrote {path} ({made.cells} cells, {made.samples} samples, {len(made.html.encode()) / 1e6:.1f} MB)"
+
+    browse = browse and not stream
+    opened = browse and _follow(folder, path, make)
+    said = make(False)
     if not stream:
-        say(f"wrote {path} ({made.cells} cells, {made.samples} samples, {megabytes:.1f} MB)")
-        if browse:
-            webbrowser.open(path.absolute().as_uri())
+        say(said)
+    if browse and not opened:
+        webbrowser.open(path.absolute().as_uri())
+
+
+def _follow(folder: Path, path: Path, make: Callable[[bool], str]) -> bool:
+    """Make the page as often as a record is added, while a run is at work and until Ctrl-C; return whether any was."""
+    cells, seen, opened = folder / "cells", None, False
+    with contextlib.suppress(KeyboardInterrupt):
+        while (run := progress(folder)) is not None and run.running:
+            now = run, cells.stat().st_mtime_ns if cells.is_dir() else 0
+            begun = time.monotonic()
+            if now != seen:
+                say(f"following {folder}: {run.done} of {run.planned} cells; Ctrl-C ends it, not the run", err=True)
+                if any(cells.glob("*.json")):
+                    make(True)
+                    opened = opened or webbrowser.open(path.absolute().as_uri()) or True
+                seen = now
+            time.sleep(max(POLL, REST * (time.monotonic() - begun)))
+    return opened

@@ -23,7 +23,6 @@ from dart_eval.results.blocks import (
     Block,
     Board,
     BoardRow,
-    Level,
     Quality,
     Tasks,
     qualities,
@@ -177,7 +176,7 @@ def _block(
     if levels and levels[0][0].kind == CONTROL:
         levels[0] += _guessing(choice)
     rounded = [row for row in rows if row.kind == ROUNDING]
-    judged = tuple(Level(*verdict.judged(level, rounded, first)) for level in levels)
+    judged = tuple(verdict.judged(level, rounded, first) for level in levels)
     return Block(tasks, scope, judged, tuple(sorted(at_chance)))
 
 

@@ -5,7 +5,7 @@
     texts/<task>-<hash>.jsonl   prompts and answers of a task, once for all cells that were asked the same
     partial/<name>-<key>.jsonl  what an unfinished cell has answered so far (see `journal`)
     failed/<name>-<key>.txt     the traceback of a cell that failed; gone when it succeeds
-    .locks/                     who is at work on which cell
+    .locks/                     who is at work on which cell, and the cells of each run (see `progress`)
 
 Files appear complete or not at all: written beside, flushed, then renamed. The record comes last and has the digests of
 the others, so a readable record is a finished cell.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dart_eval.results import metrics, stats
-from dart_eval.results.blocks import PRUNED, WIDTH_OF_LEVEL, BoardRow
+from dart_eval.results.blocks import PRUNED, WIDTH_OF_LEVEL, BoardRow, Level
 from dart_eval.results.estimates import Estimate
 from dart_eval.results.format import multiple, percent, short
 
@@ -38,10 +38,8 @@ def _sign(row: BoardRow, first: str | None) -> float:
     return -1.0 if down else 1.0
 
 
-def judged(
-    rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str
-) -> tuple[tuple[BoardRow, ...], tuple[str, ...], bool]:
-    """Return the rows of a level with their marks, its sentences, and whether rounding beats every pruned row.
+def judged(rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str) -> Level:
+    """Return the level of rows, with their marks.
 
     Args:
         rows: best first.
@@ -51,15 +49,18 @@ def judged(
     rivals = [r for r in rows if r.kind == PRUNED and first in r.quality]
     most = max(r.read for r in rows) + WIDTH_OF_LEVEL
     fitting = sorted((r for r in rounded if r.read <= most and first in r.quality), key=lambda r: place(r, first))
-    if len(rivals) + len(fitting) < 2 or not rivals or all(r.read >= 1 for r in rivals):
-        return tuple(rows), (), False
+    if not rivals or all(r.read >= 1 for r in rivals):
+        return Level(tuple(rows))
+    if len(rivals) + len(fitting) < 2:
+        return Level(tuple(rows), take=rivals[0])
     leader, stands = leader_of(rivals)
     quality = [_quality(leader, stands, rivals[0])]
-    wins = False
+    wins, take = False, leader
     if fitting:
         control, _ = leader_of(fitting)
         (stand,) = stand_of(leader, [control], float(len(fitting) * len(rivals)))
         wins = stand.word == AHEAD
+        take = control if wins else leader
         more = place(control, first) < place(leader, first) and stand.word == BEHIND
         quality.append(
             f"The best rounding here ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}"
@@ -70,7 +71,8 @@ def judged(
     marks = {stand.row.keys: LEVEL_WITH_BEST for stand in stands if named and stand.word == LEVEL}
     marks |= {leader.keys: BEST} if named else {}
     sentences = (" ".join(quality), *_cost(leader, [*(stand.row for stand in stands), *fitting]))
-    return tuple(replace(r, mark=marks.get(r.keys, "")) for r in rows), sentences, wins
+    return Level(tuple(replace(r, mark=marks.get(r.keys, "")) for r in rows), sentences, wins,
+                 replace(take, mark=marks.get(take.keys, "")))  # fmt: skip
 
 
 @dataclass(frozen=True)

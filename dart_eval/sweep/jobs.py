@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -25,6 +26,7 @@ from dart_eval.models import demo_model
 from dart_eval.models.loading import Resolved, choose_device, resolve
 from dart_eval.pruning import compatibility
 from dart_eval.results.journal import Journal
+from dart_eval.results.progress import at_work
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import RunConfig
@@ -244,12 +246,14 @@ class Sweep:
 
         A job that another process has claimed is waited for: that process finishes it, or ends and leaves it to `work`.
         """
-        while todo := self.todo:
-            work(todo)
-            if len(self.todo) == len(todo):
-                names = ", ".join(job.cell.name for job in todo)
-                self.view.status(f"waiting for another process at work on {names}")
-                time.sleep(POLL)
+        records = [self.store.path(job.cell.name, key) for key, job in self.jobs.items()]
+        with at_work(self.store.folder, records) if self.todo else contextlib.nullcontext():
+            while todo := self.todo:
+                work(todo)
+                if len(self.todo) == len(todo):
+                    names = ", ".join(job.cell.name for job in todo)
+                    self.view.status(f"waiting for another process at work on {names}")
+                    time.sleep(POLL)
         finished = [(job.cell, self.done[key]) for key, job in self.jobs.items() if key in self.done]
         lost = [(cell, files) for cell, record in finished if (files := self.store.missing(cell.name, record))]
         return RunResult([record for _, record in finished], self.failed, self.missing, lost)

@@ -1,5 +1,6 @@
 """The report page: what it says, that it is made of whatever is there, and that nothing in it escapes."""
 
+import contextlib
 import dataclasses
 import re
 
@@ -7,11 +8,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from dart_eval.cli import report as command
 from dart_eval.cli.report import report
 from dart_eval.results import speeds
 from dart_eval.results import store as reading
+from dart_eval.results.blocks import Block, BoardRow, Level
+from dart_eval.results.progress import Progress, at_work, progress
 from dart_eval.results.ratio import Ratio
-from dart_eval.results.report import build
+from dart_eval.results.report import build, head
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import read_regular
@@ -44,11 +48,11 @@ def test_a_folder_without_results_is_one_line(tmp_path):
 def test_every_section_is_there_and_the_html_is_well_formed(page):
     html = page.read_text()
     made = Checked(html)
-    for section in ("board", "quality", "speed", "drift", "documents", "numbers"):
+    for section in ("answer", "board", "quality", "speed", "drift", "documents", "numbers"):
         assert section in made.ids
         assert f'href="#{section}"' in html
     assert len(made.ids) == len(set(made.ids))
-    assert [t for t in made.tags if t in ("h1", "h2")] == ["h1"] + ["h2"] * 6
+    assert [t for t in made.tags if t in ("h1", "h2")] == ["h1"] + ["h2"] * 7
 
 
 def test_the_page_needs_nothing_from_outside(page):
@@ -60,12 +64,33 @@ def test_the_page_needs_nothing_from_outside(page):
     assert "http" not in re.sub(r"http-equiv", "", html)
 
 
-def test_the_board_stands_on_top_with_what_the_tests_say(page):
+def test_the_answer_stands_on_top_and_says_what_the_tests_say(page):
     html = page.read_text()
-    rows = re.findall(r'<tr class="([^"]*)"><th scope="row">(.*?)</th>', html)[:6]
+    assert "<p>By the tests no method wins at 50 % and 30 %: the first is shown.</p>" in html
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th><td data-head="FFN bytes read">(.*?)</td>', html)
+    assert rows == [('dart <span class="tag">no winner</span>', read) for read in ("50 %", "30 %")]
+    first = re.search(r'(?s)<table class="answer">.*?</tr>\s*</tbody>', html)[0]
+    assert 'data-head="above guessing">70 % [' in first and 'data-head="costs">512 B beside, &lt; 0.01 % work' in first
+    assert html.index('id="answer"') < html.index('id="board"')
+
+
+def test_rounding_that_wins_is_the_answer_and_a_method_alone_is_called_so(tmp_path):
+    row = BoardRow("dart", "dart", 0.5, 0.5, "pruned")
+    best = dataclasses.replace(row, label="dense on 4 bits", kind="rounding", read=0.3)
+    levels = Level((row,)), Level((row,), take=row), Level((row, best), ("said",), True, best)
+    sentence, heads, rows = head.answer(Block({}, "scored", levels))
+    assert sentence == "Best for the FFN bytes it reads: dense on 4 bits at 30 %."
+    assert [(r.label, remark) for r, remark, _ in rows] == [("dart", "only one"), ("dense on 4 bits", "best")]
+    assert heads[0] == "FFN bytes read" and rows[1][2][0] == "30 %"
+
+
+def test_the_board_says_what_the_tests_say(page):
+    html = page.read_text()
+    rows = re.findall(r'<tr class=""(.*?)><th scope="row">(.*?)</th>', html)[:6]
+    reads = [f' data-method="{name}" data-read="{read}"' for read in ("0.500", "0.300") for name in ("dart", "griffin")]
     assert rows == [
-        ("", 'dense <span class="tag">control</span>'), ("", "guessing"), ("", "dart"), ("", "griffin"),
-        ("", "dart"), ("", "griffin"),
+        ("", 'dense <span class="tag">control</span>'), ("", "guessing"), (reads[0], "dart"), (reads[1], "griffin"),
+        (reads[2], "dart"), (reads[3], "griffin"),
     ]  # fmt: skip
     assert "<li>At 50 % no row is told apart from another; dart has " in html
     assert html.count("~ not told apart from it") == 1
@@ -202,6 +227,76 @@ def test_what_is_left_out_is_said(tmp_path):
 
 def test_a_title_that_is_no_unicode_can_be_written(tmp_path):
     assert r"a\udc00b" in build(only(cell())(tmp_path), title="a\udc00b").html
+
+
+# -- a run that goes on ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_notes_its_cells_as_long_as_it_is_at_work(tmp_path):
+    store = folder(tmp_path, methods=FEW)
+    there = next((tmp_path / "cells").iterdir())
+    assert progress(tmp_path) is None
+    with at_work(tmp_path, [there, store.path("x", "k" * 64)]):
+        assert progress(tmp_path) == Progress(1, 2, True)
+        with at_work(tmp_path, [store.path("y", "k" * 64)]):  # a second process
+            assert progress(tmp_path) == Progress(1, 3, True)
+        assert progress(tmp_path) == Progress(1, 2, True)
+        assert "1 of 2 cells, running.</p>" in build(store).html
+        assert "data-follow" not in build(store).html
+        assert '<body data-follow="5">' in build(store, follow=True).html
+    assert progress(tmp_path) is None and "cells, running" not in build(store, follow=True).html
+    with pytest.raises(KeyboardInterrupt), at_work(tmp_path, [there, store.path("x", "k" * 64)]):
+        raise KeyboardInterrupt
+    assert progress(tmp_path) == Progress(1, 2, False)
+    assert "1 of 2 cells, stopped before the others.</p>" in build(store, follow=True).html
+    with at_work(tmp_path, [there]):  # forgets the note of the run that was stopped
+        assert progress(tmp_path) == Progress(1, 1, True)
+    assert not list((tmp_path / ".locks").iterdir())
+
+
+def test_open_follows_a_run_until_it_is_over(tmp_path, monkeypatch, capsys):
+    store, opened, pages, made = Store(tmp_path), [], [], [cell("dense", 0.0), cell("dart"), cell("griffin")]
+    page, run = tmp_path / "report.html", contextlib.ExitStack()
+    run.enter_context(at_work(tmp_path, [store.path("t", r.key) for r in made]))
+
+    def sleep(_seconds):
+        pages.append(page.read_text() if page.exists() else "")
+        if len(pages) == 4:
+            run.close()
+        elif len(pages) != 2:  # nothing happens between the second look and the third
+            store.save("t", made[len(pages) // 2])
+
+    monkeypatch.setattr(command.webbrowser, "open", opened.append)
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    report(tmp_path, None, None, 0, False, True)
+    last = page.read_text()
+    assert pages[0] == "" and pages[1] == pages[2]
+    assert ["running" in p for p in (*pages[1:], last)] == [True, True, True, False]
+    assert "1 of 3 cells, running. This page reloads itself." in pages[1] and "2 of 3 cells, running." in pages[3]
+    assert "data-follow" not in last and opened == [page.absolute().as_uri()]
+    said = capsys.readouterr()
+    assert [line.split(": ")[1][:10] for line in said.err.splitlines()] == ["0 of 3 cel", "1 of 3 cel", "2 of 3 cel"]
+    assert said.out.startswith(f"wrote {page} (2 cells")
+
+
+def test_ctrl_c_ends_the_following_and_leaves_a_page_that_stands_still(tmp_path, monkeypatch):
+    store = folder(tmp_path, methods=FEW)
+
+    def stop(_seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.webbrowser, "open", lambda _: None)
+    monkeypatch.setattr(command.time, "sleep", stop)
+    with at_work(tmp_path, [store.path("x", "k" * 64)]):
+        report(tmp_path, None, None, 0, False, True)
+        html = (tmp_path / "report.html").read_text()
+    assert "0 of 1 cells, running.</p>" in html and "data-follow" not in html
+
+
+def test_failed_cells_are_named(tmp_path):
+    store = folder(tmp_path, methods=FEW)
+    store.failed("boolq-cats-0.5", "k" * 64, "why")
+    assert "Failed, see the folder failed: boolq-cats-0.5." in build(store).html
 
 
 # -- safety --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,11 @@ import re
 import pytest
 
 from dart_eval.cli.report import report
-from tests.helpers.pages import HOSTILE, folder
+from dart_eval.results.progress import at_work
+from dart_eval.results.report import build
+from dart_eval.util.files import write_atomically
+from tests.helpers.pages import FEW, HOSTILE, folder
+from tests.helpers.records import cell
 
 SIZES = [(390, 844), (1280, 900)]
 
@@ -20,6 +24,7 @@ def visit(browser):
                                       offline=True, **more)  # fmt: skip
         contexts.append(context)
         opened = context.new_page()
+        opened.clock.install()
         opened.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
         opened.on("pageerror", lambda e: problems.append(str(e)))
 
@@ -48,7 +53,7 @@ def test_the_page_fits_and_its_charts_are_drawn(page, visit, size, scheme):
     assert opened.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
     if size[0] < 400:  # the wide tables scroll inside their own boxes
         assert opened.evaluate("(e => e.scrollWidth > e.clientWidth)(document.querySelector('#board .scroll'))")
-    charts = opened.locator(".drawing svg")
+    charts = opened.locator(".chart svg")
     assert charts.count() == 8
     for i in range(charts.count()):
         box = charts.nth(i).bounding_box()
@@ -57,9 +62,9 @@ def test_the_page_fits_and_its_charts_are_drawn(page, visit, size, scheme):
         "(({color, backgroundColor}) => [color, backgroundColor])(getComputedStyle(document.body))"
     )
     assert (_light(ink), _light(paper)) == ((True, False) if scheme == "dark" else (False, True))
-    text = opened.locator(".drawing svg text").first
+    text = opened.locator(".chart svg text").first
     assert text.evaluate("e => getComputedStyle(e).fill") == ink
-    smallest = opened.evaluate("""Math.min(...[...document.querySelectorAll('.drawing svg')].flatMap(s =>
+    smallest = opened.evaluate("""Math.min(...[...document.querySelectorAll('.chart svg')].flatMap(s =>
         [...s.querySelectorAll('text')].map(t => parseFloat(getComputedStyle(t).fontSize)
             * s.getBoundingClientRect().width / s.viewBox.baseVal.width)))""")
     assert smallest >= 9
@@ -81,7 +86,7 @@ def test_a_document_shows_the_answers_of_every_method(page, visit, size):
     shown = first.inner_text()
     for part in ("Text 0", "The reference", "rougeL 0.2500, re-masks 1, effective sparsity 0.48"):
         assert part in shown
-    assert [t.split("\n")[0] for t in first.locator(".answer").all_inner_texts()] == [
+    assert [t.split("\n")[0] for t in first.locator(".reply").all_inner_texts()] == [
         "dense", "dart 50 %", "griffin 50 %", "dart 70 %", "griffin 70 %"
     ]  # fmt: skip
     assert first.locator(".said").all_inner_texts() == [f"{m} wrote 0 " for m in ("dense", *["dart", "griffin"] * 2)]
@@ -109,11 +114,143 @@ def test_documents_are_searched_and_filtered_by_method_and_difference(page, visi
     opened.fill("#search", "question")
     opened.check("#differ")
     assert shown.inner_text() == "4 of 11 documents"  # 2 to 5: some method is right there, another is not
-    opened.fill("#methods", "dart 50")
-    assert shown.inner_text() == "0 of 11 documents"
+    choose(opened, "dart", "50 %")
+    assert shown.inner_text() == "1 of 11 documents"  # dense, which always stays, is right there
     opened.uncheck("#differ")
     opened.locator(".document:visible summary").first.click()
-    assert [t.split("\t")[0] for t in opened.locator(".answer:visible").all_inner_texts()] == ["dart 50 %"]
+    assert [t.split("\t")[0] for t in opened.locator(".reply:visible").all_inner_texts()] == ["dense", "dart 50 %"]
+
+
+def choose(opened, method, level):
+    opened.locator("#filter summary").click()
+    opened.get_by_label(method, exact=True).check()
+    opened.locator("#filter select").select_option(level)
+    opened.locator("h1").click()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_board_charts_and_tables_are_filtered_by_method_and_level(page, visit, size):
+    opened = visit(page, size)
+    rows = opened.locator("#board tbody tr:visible th")
+    assert opened.locator("#filter button").is_hidden()
+    choose(opened, "griffin", "30 %")
+    assert opened.locator("#filter summary").inner_text() == "Methods: griffin"
+    assert opened.locator("#filter ul").is_hidden()
+    assert [t.split()[0] for t in rows.all_inner_texts()] == ["dense", "guessing", "griffin"]
+    dots = opened.locator("#quality .dot:visible")
+    assert {" ".join(dot.get_attribute("aria-label").split()[:3]) for dot in dots.all()} == {"griffin at 30"}
+    assert opened.locator("#quality .join:visible").count() == 0
+    opened.locator("#filter button").click()
+    opened.locator("#filter button").wait_for(state="hidden")
+    assert rows.count() == 6 and opened.locator("#quality .join:visible").count() > 4
+
+
+def test_columns_sort_by_number_up_down_and_back_also_by_keyboard(page, visit):
+    opened = visit(page)
+    rows = opened.locator("#board tbody tr")
+    before = rows.all_inner_texts()
+    button = opened.locator("#board thead button", has_text="FFN bytes read")
+    button.focus()
+    reads = []
+    for sort in ("ascending", "descending", None):
+        opened.keyboard.press("Enter")
+        assert opened.locator("#board th[aria-sort]").count() == (sort is not None)
+        assert button.locator("..").get_attribute("aria-sort") == sort
+        reads.append([row.split("\t")[1] for row in rows.all_inner_texts()])
+    assert reads[0] == ["30 %", "30 %", "50 %", "50 %", "100 %", ""] and reads[1] == [*reads[0][4::-1], ""]
+    assert rows.all_inner_texts() == before
+    opened.locator("#board thead button", has_text="method").click()
+    assert [t.split()[0] for t in rows.all_inner_texts()] == ["dart", "dart", "dense", "griffin", "griffin", "guessing"]
+    texts = [
+        "701 kB",
+        "1.2 MB",
+        "0 B",
+        "+42 %",
+        "< 0.01 %",
+        "1,234.5 ±3",
+        "\u22123.5",
+        "8.4e9",
+        "none yet",
+        "108 % [83, 9]",
+    ]
+    assert opened.evaluate("t => t.map(number)", texts) == [701e3, 1.2e6, 0, 42, 0.01, 1234.5, -3.5, 8.4e9, None, 108]
+    found = opened.locator("#numbers details", has=opened.locator("th[scope=row]")).first
+    found.locator("summary").click()
+    found.locator("thead button").first.click()
+    assert found.locator("th[aria-sort=ascending]").count() == 1
+
+
+def test_values_of_points_show_under_the_mouse_and_by_keyboard(page, visit):
+    opened = visit(page)
+    tip, dots = opened.locator("#tip"), opened.locator("#quality .chart").nth(1).locator(".dot")
+    assert tip.is_hidden()
+    dots.nth(1).hover()
+    assert tip.inner_text() == dots.nth(1).get_attribute("aria-label") == "dart at 30 %: 0.3750 ± 0.1700"
+    opened.mouse.move(5, 5)
+    assert tip.is_hidden()
+    dots.first.focus()
+    assert tip.inner_text() == "dart at 50 %: 0.6250 ± 0.1700"
+    opened.keyboard.press("ArrowRight")
+    assert tip.inner_text() == "dart at 30 %: 0.3750 ± 0.1700"
+    assert opened.locator("#quality .chart").nth(1).locator("[tabindex='0']").count() == 1
+
+
+def test_a_phone_has_the_answer_first_and_targets_for_a_finger(page, visit):
+    opened = visit(page, SIZES[0], has_touch=True)
+    answer = opened.locator("table.answer").bounding_box()
+    assert answer["y"] + answer["height"] < SIZES[0][1]  # on the first screen
+    assert opened.evaluate("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('#answer .scroll'))")
+    assert "50 %" in opened.locator("table.answer tbody tr").first.inner_text()
+    for target in ("nav a", "#filter summary", "#filter select", "#board thead button", "details > summary"):
+        sizes = [found.bounding_box() for found in opened.locator(target).all() if found.is_visible()]
+        assert sizes and min(min(box["height"], box["width"]) for box in sizes) >= 24, target
+    dot = opened.locator("#quality .chart").first.locator(".dot").last
+    dot.scroll_into_view_if_needed()
+    box = dot.locator("path").last.bounding_box()
+    opened.touchscreen.tap(box["x"] + 12, box["y"] + 8)  # beside the point
+    assert opened.locator("#tip").inner_text() == dot.get_attribute("aria-label")
+    tip = opened.locator("#tip").bounding_box()
+    assert tip["x"] >= 0 and tip["x"] + tip["width"] <= 390
+    opened.locator("#quality h2").tap()
+    assert opened.locator("#tip").is_hidden()
+    assert opened.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+
+
+def test_a_page_that_follows_a_run_reloads_itself_and_keeps_what_was_set(visit, tmp_path):
+    store, file = folder(tmp_path, methods=FEW), tmp_path / "page.html"
+
+    def write():
+        write_atomically(file, build(store, follow=True).html)
+
+    with at_work(tmp_path, [*(tmp_path / "cells").iterdir(), store.path("adart0.7", cell("dart", 0.7).key)]):
+        write()
+        opened = visit(file)
+        assert opened.locator(".run").inner_text() == "6 of 7 cells, running. This page reloads itself."
+        choose(opened, "dart", "50 %")
+        opened.locator("#board thead button", has_text="FFN bytes read").click()
+        opened.locator("#numbers details > summary").first.click()
+        opened.fill("#search", "question")
+        opened.evaluate("document.activeElement.blur(); scrollTo(0, 700); window.before = 1")
+        folder(tmp_path, methods=(*FEW, ("dart", 0.7)))
+        write()
+        opened.clock.fast_forward(5000)
+        opened.locator(".run", has_text="7 of 7").wait_for()
+        assert opened.evaluate("window.before") is None
+        assert opened.locator("#filter summary").inner_text() == "Methods: dart"
+        assert opened.locator("#filter select").evaluate("e => e.selectedOptions[0].textContent") == "50 %"
+        assert opened.locator("#filter option").all_inner_texts() == ["all", "50 %", "30 %"]
+        shown = opened.locator("#board tbody tr:visible th").all_inner_texts()
+        assert [t.split()[0] for t in shown] == ["dart", "dense", "guessing"]  # sorted, and not the new row
+        assert opened.locator("#numbers details").first.get_attribute("open") is not None
+        assert opened.input_value("#search") == "question"
+        assert 700 <= opened.evaluate("scrollY") <= 760  # the answer has got a row more
+    write()
+    opened.clock.fast_forward(5000)
+    opened.locator(".run").wait_for(state="detached")
+    assert opened.locator("#filter summary").inner_text() == "Methods: dart"
+    opened.evaluate("window.before = 1")
+    opened.clock.fast_forward(20_000)
+    assert opened.evaluate("window.before") == 1  # the run is over
 
 
 def test_all_can_be_read_without_the_script(page, visit):

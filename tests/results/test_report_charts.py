@@ -1,64 +1,81 @@
-"""The charts of the report: what they show, in words too; equal charts are equal text, and each has ids of its own."""
+"""The charts of the report: where everything stands, and what they show in words."""
 
 import itertools
-import re
 
-from matplotlib.figure import Figure
+import pytest
 
-from dart_eval.results.report.charts import LINE, Chart, Point, draw, trace
-from tests.helpers.pages import Checked
+from dart_eval.results.report.charts import COLOURS, LINE, SIGNS, Chart, Line, Point, Scale, against_read, sign
 
 LINES = {
     "a": [Point(0.5, 1.0, 0.9, 1.1), Point(0.3, 2.0, 2.0, 2.0)], "b": [Point(0.51, 0.5, -4.5, 5.5)],
     "a name too long to stand": [Point(0.5, 2.0, 2.0, 2.0), Point(0.3, 2.0, 1.0, 3.0)],
 }  # fmt: skip
 LOOKS = {name: i for i, name in enumerate(LINES)}
-DRAWS = (
-    lambda axes: draw(axes, LINES, LOOKS, [Point(1, 1.5, 1.3, 1.7)], 0.25),
-    lambda axes: draw(axes, LINES, LOOKS, [], None, True),
-    lambda axes: trace(axes, [0.5, float("nan"), 0.6], 10, None, [], [], 0),
-    lambda axes: trace(axes, [0.5, 0.3], 10, 0.4, [10], [20], 3),
-)
-
-
-def drawn():
-    return [Chart("", "", "", draw).svg(i) for i, draw in enumerate(DRAWS)]
-
-
-def test_a_chart_is_the_same_text_each_time_and_keeps_it_as_text_in_the_colours_of_the_page():
-    assert drawn() == drawn()
-    for svg in drawn():
-        assert svg.startswith("<svg viewBox=")
-        assert "currentColor" in svg and "<text" in svg
-        assert not re.search("#000000|xmlns|<style|<metadata", svg)
 
 
 def test_methods_stand_side_by_side_and_their_names_do_not_cover_each_other():
-    axes = Figure().add_subplot()
-    draw(axes, LINES, LOOKS, [])
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["30 %", "50 %"]  # .51 stands in the level of .50
-    first = [container.lines[0].get_xdata()[0] for container in axes.containers]
-    assert first[0] > first[2] and len({round(x, 3) for x in first}) == 3
-    names = {t.get_text(): t.xyann[1] for t in axes.texts}
-    assert list(names) == ["b at 51 %", "a name too long to \u2026", "a"]
-    heights = list(names.values())
-    assert all(low >= 0 and high - low >= 0.99 * LINE for low, high in itertools.pairwise(heights))
+    chart = against_read("", "", LINES, LOOKS, [Point(1, 1.5, 1.3, 1.7)], 0.25, cap=(0.6, 2.5))
+    laid = chart.laid()
+    assert [text for _, text in laid["xticks"]] == ["30 %", "50 %"]  # .51 stands in the level of .50
+    a, b, long = laid["lines"]
+    assert a["points"][0].x < b["points"][0].x < long["points"][0].x  # of one level
+    assert [line["name"] for line in laid["lines"]] == ["a", "b: 0.5", "a name too long to \u2026"]
+    heights = sorted(line["at"] for line in laid["lines"])
+    assert all(high - low >= 0.99 * LINE for low, high in itertools.pairwise(heights))
+    assert laid["top"] <= heights[0] and heights[-1] <= laid["bottom"]
+    assert [kind for kind, *_ in laid["across"]] == ["dense", "guessing"]
+    places = [v for line in laid["lines"] for p in line["points"] for v in (*p[1:4], p.x)]
+    assert all(0 <= v <= laid["height"] for v in places)
+    assert b["points"][0].value == Scale(*_bounds(laid), 0, 1)(0.6)
 
 
-def test_each_chart_refers_to_ids_of_its_own(page):
+def test_many_names_stand_within_the_chart():
+    lines = {f"m{i}": [Point(0.5, value, value, value)] for i, value in enumerate([1.0] * 9 + [2.0] * 20)}
+    laid = against_read("", "", lines, {label: i for i, label in enumerate(lines)}, []).laid()
+    heights = sorted(line["at"] for line in laid["lines"])
+    assert laid["top"] <= heights[0] and heights[-1] <= laid["bottom"]
+    assert all(high - low >= 0.99 * LINE for low, high in itertools.pairwise(heights))
+
+
+def _bounds(laid):
+    """The values at the places 0 and 1, from two ticks."""
+    (y, low), *_, (z, high) = laid["yticks"]
+    slope = (float(high) - float(low)) / (z - y)
+    return float(low) - slope * y, float(low) + slope * (1 - y)
+
+
+@pytest.mark.parametrize(("low", "high", "log", "texts"), [
+    (0.0, 1.0, False, ["0", "0.2", "0.4", "0.6", "0.8", "1"]), (-50, 150, False, ["-50", "0", "50", "100", "150"]),
+    (900, 2100, False, ["1,000", "1,200", "1,400", "1,600", "1,800", "2,000"]),
+    (0.9, 12, True, ["1", "2", "5", "10"]), (2.1, 4.2, True, ["2.5", "3", "3.5", "4"]),
+    (0.001, 1e6, True, ["0.001", "0.1", "10", "1,000", "100,000"]),
+])  # fmt: skip
+def test_ticks_are_round_numbers_inside_the_axis(low, high, log, texts):
+    scale = Scale(low, high, 100, 0, log)
+    assert (scale(low), scale(high)) == (100, 0)
+    ticks = scale.ticks()
+    assert [text for _, text in ticks] == texts
+    assert ticks == [(scale(float(text.replace(",", ""))), text) for text in texts]
+
+
+def test_values_that_do_not_differ_have_an_axis():
+    for log in (False, True):
+        laid = Chart("", "", [Line("a", [Point(0.5, 2.0, 2.0, 2.0, x=1.0)], 0)], (0.0, 2.0), log=log).laid()
+        (point,) = laid["lines"][0]["points"]
+        assert laid["top"] < point.value < laid["bottom"] and len(laid["yticks"]) > 1 and len(laid["xticks"]) > 1
+
+
+def test_methods_differ_in_look():
+    assert len({(COLOURS[i % len(COLOURS)], sign(i)) for i in range(40)}) == 40 and sign(1) == SIGNS["s"]
+
+
+def test_points_say_in_words_what_they_show(page):
     html = page.read_text()
-    used = set(re.findall(r"url\(#([\w-]+)\)", html)) | set(re.findall(r'<use xlink:href="#([\w-]+)"', html))
-    assert used and used <= set(Checked(html).ids)
-    first, second = (Chart("", "", "", DRAWS[0]).svg(i) for i in (1, 2))
-    assert not set(Checked(first).ids) & set(Checked(second).ids)
-
-
-def test_charts_say_in_words_what_they_show(page):
-    html = page.read_text()
-    assert 'aria-label="arc_easy, acc, n 8: dense 0.7500 ± 0.1700; dart at read 0.50 0.6250 ± 0.1700;' in html
-    assert "griffin at read 0.30 0.2500 ± 0.1700; guessing 0.3333" in html
-    assert "dart 70 % at read 0.50; dart 10 % at read 0.30; griffin 40 % at read 0.50; griffin -20 % at read" in html
-    assert html.count('role="img"') == html.count("<svg") == 1 + 3 + 4
+    assert "acc, n 8, dense 0.7500 ± 0.1700, guessing 0.3333</span>" in html
+    for text in ("dart at 50 %: 0.6250 ± 0.1700", "griffin at 30 %: 0.2500 ± 0.1700", "dart at 30 %: 10 % [",
+                 "tokens up to 30: cosine 0.600"):  # fmt: skip
+        assert f'aria-label="{text}' in html
+    assert html.count('<svg viewBox="0 0 ') == 1 + 3 + 4
 
 
 def test_perplexity_is_drawn_logarithmic(page):

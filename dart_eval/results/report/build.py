@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.results import board_text, detector, frontier, generated, speeds, tables
-from dart_eval.results.blocks import Block, Board
+from dart_eval.results.blocks import CONTROL, GUESSING, Block, Board
 from dart_eval.results.board import boards
+from dart_eval.results.format import percent
+from dart_eval.results.progress import progress
 from dart_eval.results.report import charts, head, page, quality
 from dart_eval.results.report.cells import ReportCell, cells_of, looks
 from dart_eval.results.report.drift import drift_of
@@ -18,8 +19,7 @@ from dart_eval.results.report.reader import CellSamples, Reader
 from dart_eval.results.store import Store, UnreadSamples
 from dart_eval.results.writers import Table
 
-FIRST = ("above", "of dense", "perplexity")  # columns that stand first, for narrow screens
-MOST = 600  # documents of all tasks together: a page of some MB
+MOST = 6000  # answers to all documents together: a page of 2 MB
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,23 @@ class Report:
     samples: int
 
 
-def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
+def build(store: Store, title: str | None = None, wanted: int = 50, follow: bool = False) -> Report:
     """Return the report of the records in `store`. Equal folders give equal bytes.
 
     Args:
         store: a folder of finished cells; samples and texts may be missing.
         title: head of the page; without it, the models' names.
         wanted: number of documents of each task shown with all answers; 0 shows none.
+        follow: whether the page reloads itself, as it is written anew while cells end.
 
     Raises:
         UserError: no record that can be read.
     """
+    run = progress(store.folder)
     found = store.scan()
     found.report()
-    leaves = {t for r in found.records for t in (r.by_task or [r.inputs["task"]])}
-    reader = Reader(store.folder, min(wanted, max(1, MOST // len(leaves))))
+    leaves = sum(len(r.by_task) or 1 for r in found.records)
+    reader = Reader(store.folder, min(wanted, max(1, MOST // leaves)))
     made = boards(reader, found.records, speeds.load_speeds(store.folder))
     cells = cells_of(made, found.records)
     records, known = [c.record for c in cells], looks(cells)
@@ -55,12 +57,16 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
     shown = documents(cells, samples_of, texts)
     texts_of = {key: seen.texts for key, seen in samples_of.items()}
     samples = sum(len(d.answers) for _, of_task in shown for d in of_task)
+    failed = sorted(file.stem.rpartition("-")[0] for file in (store.folder / "failed").glob("*.txt"))
+    heads = [level.take or level.rows[0] for board in made for block in board.blocks for level in block.levels]
+    levels = {percent(row.read): row.read for row in heads if row.kind not in (CONTROL, GUESSING)}
     context = {
-        "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}",
-        "facts": head.facts(cells), "warnings": head.warnings(cells, list(found.unread), untold),
+        "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}", "run": run,
+        "follow": follow and run is not None and run.running, "levels": sorted(levels.items(), key=lambda v: -v[1]),
+        "facts": head.facts(cells), "warnings": head.warnings(cells, list(found.unread), untold, failed),
         "models": [_model(board, known, chance) for board in made],
-        "keys": {label: charts.key(number) for label, number in known.items()}, "chance": bool(chance),
-        "number": itertools.count().__next__, "drift": drift_of(cells, samples_of, known),
+        "methods": [(label, charts.COLOURS[i % len(charts.COLOURS)], charts.sign(i)) for label, i in known.items()],
+        "chance": bool(chance), "drift": drift_of(cells, samples_of, known),
         "detectors": detector.tables(reader, records), "tasks": shown, "kept": reader.most,
         "left_out": len(set[Any]().union(*(seen.left_out for seen in samples_of.values()))),
         "numbers": [*tables.tables(records), *generated.table(records, texts_of), *_commands(cells)],
@@ -97,29 +103,21 @@ def _model(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) 
     """Return the page's data of one model."""
     return {
         "name": board.model, "blocks": [_block(board, block) for block in board.blocks],
-        "notes": board_text.notes(board),
+        "answer": head.answer(board.blocks[0]) if board.blocks else None, "notes": board_text.notes(board),
         "charts": quality.charts(board, looks, chance), "reach": frontier.tables([board]),
         "speeds": quality.speeds(board),
     }  # fmt: skip
 
 
 def _block(board: Board, block: Block) -> dict[str, Any]:
-    """Return a block's table, with the share of dense's quality before the value, for narrow screens."""
-    columns = sorted(board_text.columns_of(block), key=lambda c: c.name not in FIRST)
-    leading = [c for c in columns if c.name in FIRST]
-    rest = columns[len(leading) :]
-    rows = [
-        (
-            row,
-            board_text.name_of(row),
-            [*(c.text(row) for c in leading), board_text.read_of(row), *(c.text(row) for c in rest)],
-        )
-        for row in block.rows
-    ]
+    """Return a block's table, and the sentences under it."""
+    columns = board_text.columns_of(block)
+    rows = [(row, board_text.name_of(row), [board_text.read_of(row), *(c.text(row) for c in columns)])
+            for row in block.rows]  # fmt: skip
     said = [*filter(None, [board_text.wins(block)]), *(text for level in block.levels for text in level.sentences)]
     if block.at_chance:
         said.append(f"Dense is no better than guessing on {', '.join(block.at_chance)}.")
-    heads = [*(c.title for c in leading), "FFN bytes read", *(c.title for c in rest)]
+    heads = ["FFN bytes read", *(c.title for c in columns)]
     return {"about": board_text.sizes(board, block), "heads": heads, "rows": rows, "said": said}
 
 

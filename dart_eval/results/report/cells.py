@@ -24,6 +24,11 @@ class ReportCell:
         """The cell as a sentence."""
         return f"{self.name} on {self.record.inputs['task']}"
 
+    @property
+    def method(self) -> str:
+        """The method that the page's filter knows; empty for dense, which always stays."""
+        return "" if flat(self.row) else self.row.label
+
 
 def cells_of(boards: Sequence[Board], records: Iterable[Record]) -> list[ReportCell]:
     """Return the cells of the boards."""

@@ -1,166 +1,202 @@
-"""Charts: plain matplotlib, as files, and as SVG inside a page that follows its light or dark scheme."""
+"""Charts: laid out once, drawn as SVG by the page's template and as files by matplotlib."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import math
-import re
 import statistics
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
-from cycler import cycler
-from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
 from dart_eval.results import metrics
 from dart_eval.results.blocks import WIDTH_OF_LEVEL, Block, Board
-from dart_eval.results.format import percent
+from dart_eval.results.format import multiple, percent
 from dart_eval.results.frontier import by_times, curves
 
-SIZE = 4.7, 3.0  # inches of 72 units: about the pixels that a chart gets on the page
-LINE = 0.07  # height of a line of text / height of the axes
+WIDTH, LEFT, RIGHT, TOP, HEIGHT = 340, 40, 222, 8, 170  # about the pixels that a chart gets; HEIGHT is of its axes
+LINE = 12.5  # height of a line of text
 LONGEST = 20  # characters of a name beside a line
 MOST_TICKS = 6
 MOST_TIMES = 50.0  # dense's perplexity: a model further off is broken, and its number means nothing
 COLOURS = ("#3a82c8", "#d2691e", "#2a9a72", "#b9559c", "#a07d18", "#3d9db5", "#a5714a", "#7b7fd8")  # on light and dark
-ALARM = "#d64541"
-SIGNS = dict(zip("os^Dv<>P*X", "●■▲◆▼◀▶✚★✖", strict=True))  # markers, and how a legend writes them
-MARKERS = tuple(SIGNS)
-SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 10.5, "path.simplify": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
-    "axes.axisbelow": True, "grid.color": "#8888884d", "axes.formatter.useoffset": False,
-    "axes.prop_cycle": cycler(color=COLOURS), "figure.constrained_layout.use": True, "figure.figsize": SIZE,
+SIGNS = {  # of methods: matplotlib's name, and the outline around a point
+    "o": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "s": "M-2.7-2.7h5.4v5.4h-5.4z", "^": "M0-3.6 3.3 2.6h-6.6z",
+    "D": "M0-3.9 3.3 0 0 3.9-3.3 0z", "v": "M0 3.6 3.3-2.6h-6.6z", "<": "M-3.6 0 2.6-3.3v6.6z",
+    ">": "M3.6 0-2.6-3.3v6.6z", "P": "M-1.2-3.4h2.4v2.2h2.2v2.4h-2.2v2.2h-2.4v-2.2h-2.2v-2.4h2.2z",
+    "X": "M-1.9-3.4 0-1.5 1.9-3.4 3.4-1.9 1.5 0 3.4 1.9 1.9 3.4 0 1.5-1.9 3.4-3.4 1.9-1.5 0-3.4-1.9z",
 }  # fmt: skip
-Draw = Callable[[Any], None]  # draws into the axes
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart with its head, a note below it, and a description in words."""
-
-    title: str
-    note: str
-    words: str
-    draw: Draw
-
-    def svg(self, number: int) -> Markup:
-        """Return the picture as SVG, the same text for the same chart; `number` makes the ids of each chart unique."""
-        out = io.StringIO()
-        nothing = {"Date": None, "Creator": None, "Type": None, "Format": None}
-        with mpl.rc_context({**SETTINGS, "svg.hashsalt": f"dart-eval {number}"}), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a letter that the font lacks: the browser has it
-            figure = Figure()
-            FigureCanvasSVG(figure)
-            self.draw(figure.add_subplot())
-            figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-        text = re.sub(r"(?s)<style.*?</style>", "", out.getvalue())
-        text = re.sub(r'(?s).*?<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', text, count=1)
-        text = re.sub(r' id="(?!C\d)[\w.]+_\d{1,4}"', "", text)  # unused ids, the same in every chart
-        return Markup(text.replace("#000000", "currentColor"))
-
-
-def key(number: int) -> tuple[str, str]:
-    """The marker and the colour of a method in a legend."""
-    return SIGNS[MARKERS[number % len(MARKERS)]], COLOURS[number % len(COLOURS)]
 
 
 class Point(NamedTuple):
-    """A value at a share of weights read, and the ends of its interval."""
+    """A value at a share of bytes read (or at a token), the ends of its interval, all in words, and its place."""
 
     read: float
     value: float
     low: float
     high: float
+    text: str = ""
+    x: float = math.nan
 
 
-def look(number: int) -> dict[str, Any]:
-    """Return colour and marker of a method in a chart."""
-    return {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+class Line(NamedTuple):
+    """The points of a method in a chart; `name` stands at the end of the line."""
+
+    label: str
+    points: Sequence[Point]
+    number: int
+    name: str = ""
 
 
-def points(block: Block) -> dict[str, list[Point]]:
-    """Return each method's quality relative to dense's at its weights read, with 95 % intervals: per cent, or times."""
-    found: dict[str, list[Point]] = {}
-    first = next(iter(block.tasks), "")
-    for label, rows in curves(block).items():
-        for row in rows:
-            quality = row.quality[first]
-            if quality.share is not None:
-                value = quality.share.value
-                ends = (value, *(quality.share.interval or (value, value)))
-                found.setdefault(label, []).append(Point(row.read, *(100 * x for x in ends)))
-            elif quality.times is not None:
-                value, interval = quality.times
-                found.setdefault(label, []).append(Point(row.read, value, *(interval or (value, value))))
-    return found
+@dataclass(frozen=True)
+class Scale:
+    """Maps values to places on an axis."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the place of a value."""
+        low, high, value = ((math.log10(v) if self.log else v) for v in (self.low, self.high, value))
+        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return the places and the texts of round values."""
+        found: list[float] = []
+        if self.log:
+            low, high = math.log10(self.low), math.log10(self.high)
+            powers = [10.0**i for i in range(math.floor(low), math.ceil(high) + 1)]
+            found = [k * p for p in powers for k in ((1, 2, 5) if high - low < 2 else (1,))]
+            found = [v for v in found if self.low <= v <= self.high]
+            found = found[:: math.ceil(len(found) / MOST_TICKS) or 1]
+        if len(found) < 2:
+            rough = (self.high - self.low) / MOST_TICKS
+            power = 10.0 ** math.floor(math.log10(rough))
+            step = next(k * power for k in (1, 2, 5, 10) if k * power >= rough)
+            found = [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [(self(v), f"{round(v, 9):,g}") for v in found]
 
 
-def draw(
-    axes: Any, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, int], dense: Sequence[Point],
+@dataclass(frozen=True)
+class Chart:
+    """A chart, in values.
+
+    Attributes:
+        title, note: above it.
+        lines: with `x` of each point.
+        span: values of x at the left and at the right end.
+        ticks: values of x, and their texts; empty for round numbers.
+        across: horizontal lines: kind, value, ends of the band.
+        upright: vertical lines: kind, x.
+        axis: what x is.
+        log: whether the vertical axis is logarithmic.
+        cap: the lowest and the highest value drawn: a point beyond is drawn there.
+    """
+
+    title: str
+    note: str
+    lines: Sequence[Line]
+    span: tuple[float, float]
+    ticks: Sequence[tuple[float, str]] = ()
+    across: Sequence[tuple[str, float, float, float]] = ()
+    upright: Sequence[tuple[str, float]] = ()
+    axis: str = "FFN bytes read"
+    log: bool = False
+    cap: tuple[float, float] = (-math.inf, math.inf)
+
+    def laid(self) -> dict[str, Any]:
+        """Return all places in the drawing, from its upper left corner."""
+
+        def capped(value: float) -> float:
+            return min(max(value, self.cap[0]), self.cap[1])
+
+        points = [p for line in self.lines for p in line.points if math.isfinite(p.value)]
+        ends = [capped(v) for p in points for v in p[1:4]] + [v for _, *values in self.across for v in values]
+        if self.log:
+            ends = [max(v, 0.001 * min(p.value for p in points)) for v in ends]
+        low, high = min(ends), max(ends)
+        room = max(1.05, (high / low) ** 0.05) if self.log else 0.05 * (high - low) or abs(0.1 * high) or 1.0
+        free = self.log or self.cap[0] != -math.inf or min(p.value for p in points) < 0
+        bounds = (low / room, high * room) if self.log else (low - room if free else max(0.0, low - room), high + room)
+        bottom = TOP + max(HEIGHT, LINE * sum(bool(line.name) for line in self.lines))
+        x, y = Scale(*self.span, LEFT, RIGHT), Scale(*bounds, bottom, TOP, self.log)
+
+        def placed(p: Point) -> Point:
+            value, low, high = (y(capped(max(v, bounds[0]))) for v in (p.value, p.low, p.high))
+            return Point(p.read, value, low, high, p.text, x(p.x))
+
+        names = _apart_names([(y(capped(line.points[-1].value)), line) for line in self.lines if line.name], bottom)
+        return {
+            "height": bottom + 36, "bottom": bottom, "left": LEFT, "right": RIGHT, "width": WIDTH, "top": TOP,
+            "axis": self.axis, "xticks": [(x(v), t) for v, t in self.ticks] or x.ticks(), "yticks": y.ticks(),
+            "across": [(kind, *map(y, values)) for kind, *values in self.across],
+            "upright": [(kind, x(v)) for kind, v in self.upright],
+            "lines": [
+                {
+                    "label": line.label, "name": line.name, "at": names.get(line.label),
+                    "colour": COLOURS[line.number % len(COLOURS)], "sign": sign(line.number),
+                    "points": [placed(p) for p in line.points if math.isfinite(p.value)],
+                }
+                for line in self.lines
+            ],
+        }  # fmt: skip
+
+
+def sign(number: int) -> str:
+    """Return the outline of a method's points."""
+    return [*SIGNS.values()][number % len(SIGNS)]
+
+
+def _apart_names(ends: Sequence[tuple[float, Line]], bottom: float) -> dict[str, float]:
+    """Return the heights of the names of lines, as near to the lines' ends as they fit without overlap."""
+    found = sorted(((height, line.label) for height, line in ends))
+    down = list(itertools.accumulate((h for h, _ in found), lambda above, own: max(own, above + LINE)))
+    up = list(itertools.accumulate((h for h, _ in reversed(found)), lambda below, own: min(own, below - LINE)))[::-1]
+    first, last = TOP, bottom - LINE * (len(found) - 1)  # of the first name
+    return {
+        label: round(min(max((a + b) / 2, first + LINE * i), last + LINE * i), 1)
+        for i, (a, b, (_, label)) in enumerate(zip(down, up, found, strict=True))
+    }
+
+
+def against_read(
+    title: str, note: str, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, int], dense: Sequence[Point],
     chance: float | None = None, log: bool = False, cap: tuple[float, float] = (-math.inf, math.inf),
-) -> None:  # fmt: skip
-    """Draw quality against weights read: a line a method with its name at the end, side by side at every level.
-
-    A value beyond the cap is drawn at it, and its line's name says the value.
+) -> Chart:  # fmt: skip
+    """Return quality against bytes read: a line a method with its name at the end, side by side at every level.
 
     Args:
+        title: of the chart.
+        note: beside it.
         lines: label -> points, from the highest read to the lowest.
         looks: label -> the number of its look.
         dense: the rows that read everything, drawn as lines with a band.
         chance: the value under guessing.
         log: whether the vertical axis is logarithmic.
-        cap: the lowest and the highest value drawn.
+        cap: the lowest and the highest value drawn; the name of a line that ends beyond says the value.
     """
     levels = _levels(p.read for points in lines.values() for p in points)
     reach = levels[-1] - levels[0] or 0.2
     gap = max(min((b - a for a, b in itertools.pairwise(levels)), default=reach), reach / 8)
     step = 0.5 * gap / len(lines)  # aside, so that points and intervals do not hide each other
-    for level in dense:
-        axes.axhspan(level.low, level.high, color="#000000", alpha=0.08, linewidth=0)
-        axes.axhline(level.value, color="#000000", linewidth=1)
-    if chance is not None:
-        axes.axhline(chance, color="#000000", linewidth=1, linestyle=(0, (1, 2)))
-    ends = []
+    made = []
     for i, (label, points) in enumerate(lines.items()):
-        xs = [p.read + ((len(lines) - 1) / 2 - i) * step for p in points]
-        shown = [Point(p.read, *(min(max(x, cap[0]), cap[1]) for x in p[1:])) for p in points]
-        lows = [max(p.low, 0.001 * p.value) if log else p.low for p in shown]
-        spans = [[p.value - low for p, low in zip(shown, lows, strict=True)], [p.high - p.value for p in shown]]
-        drawn = axes.errorbar(xs, [p.value for p in shown], yerr=spans, **look(looks[label]), linewidth=1.4)
-        for bar in drawn.lines[2]:
-            bar.set(alpha=0.4, linewidth=1.2)
-        end = "" if points[-1].read < levels[0] + 0.5 * gap else f" at {percent(points[-1].read)}"
-        end += f": {points[-1].value:,.3g}" if shown[-1].value != points[-1].value else ""
-        ends.append((_short(label) + end, xs[-1], shown[-1].value, drawn.lines[0].get_color()))
-    axes.set_xlim(levels[-1] + 0.4 * gap, levels[0] - 0.4 * gap)
-    ticks = _apart(levels, (levels[-1] - levels[0]) / MOST_TICKS)
-    axes.set_xticks(ticks, [percent(x) for x in ticks])
-    axes.set_xlabel("FFN bytes read")
-    if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    elif cap[0] == -math.inf and min(p.value for points in [*lines.values(), dense] for p in points) >= 0:
-        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # an interval alone does not take the axis below zero
-    _name(axes, ends)
-
-
-def _apart(levels: Sequence[float], gap: float) -> list[float]:
-    """Return levels at least a gap apart, so that their ticks do not overlap."""
-    found: list[float] = []
+        name = label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}\u2026"
+        name += "" if cap[0] <= points[-1].value <= cap[1] else f": {points[-1].value:,.3g}"
+        placed = [p._replace(x=p.read + ((len(lines) - 1) / 2 - i) * step) for p in points]
+        made.append(Line(label, placed, looks[label], name))
+    ticks: list[float] = []
     for level in levels:
-        if not found or level - found[-1] >= gap:
-            found.append(level)
-    return found
+        ticks += [level] if not ticks or level - ticks[-1] >= (levels[-1] - levels[0]) / MOST_TICKS else []
+    across = [("dense", *p[1:4]) for p in dense] + ([] if chance is None else [("guessing", chance, chance, chance)])
+    return Chart(
+        title, note, made, (levels[-1] + 0.4 * gap, levels[0] - 0.4 * gap), [(v, percent(v)) for v in ticks], across,
+        log=log, cap=cap,
+    )  # fmt: skip
 
 
 def _levels(reads: Iterable[float]) -> list[float]:
@@ -173,25 +209,34 @@ def _levels(reads: Iterable[float]) -> list[float]:
     return [statistics.mode(level) for level in levels]
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}\u2026"
-
-
-def _name(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write the names of lines beside the axes, as near to the lines' ends as they fit without overlap."""
-    line = min(LINE, 1 / len(ends))
-    axes.figure.set_figheight(axes.figure.get_figheight() * LINE / line)
-    to_axes = axes.transData + axes.transAxes.inverted()
-    found = sorted((to_axes.transform((x, y))[1], x, y, name, colour) for name, x, y, colour in ends)
-    up = list(itertools.accumulate((f[0] for f in found), lambda below, own: max(own, below + line)))
-    down = list(itertools.accumulate((f[0] for f in reversed(found)), lambda above, own: min(own, above - line)))[::-1]
-    middle = [(high + low) / 2 for high, low in zip(up, down, strict=True)]
-    inside = max(0.0, middle[-1] - 1) + min(0.0, middle[0])
-    heights = [height - inside for height in middle]
-    for height, (_, x, y, name, colour) in zip(heights, found, strict=True):
-        thread = {"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.8, "linestyle": ":"}
-        axes.annotate(name, (x, y), (1.03, height), textcoords="axes fraction", va="center", fontsize=9.5,
-                      color=colour, arrowprops=thread, annotation_clip=False)  # fmt: skip
+def of_block(block: Block, looks: Mapping[str, int], note: str = "") -> Chart | None:
+    """Return the quality of a block relative to dense's, with 95 % intervals; None without a method beside dense."""
+    first, times = next(iter(block.tasks), ""), by_times(block)
+    lines: dict[str, list[Point]] = {}
+    for label, rows in curves(block).items():
+        for row in rows:
+            quality = row.quality[first]
+            found = quality.times if quality.share is None else (quality.share.value, quality.share.interval)
+            if found is None or not math.isfinite(found[0]):
+                continue
+            value, ends = found
+            low, high = ends or (value, value)
+            text = multiple(value, *(ends or ()))
+            if not times:
+                text = percent(value) + (f" [{percent(low)[:-2]}, {percent(high)[:-2]}]" if ends else "")
+                value, low, high = 100 * value, 100 * low, 100 * high
+            lines.setdefault(label, []).append(
+                Point(row.read, value, low, high, f"{label} at {percent(row.read)}: {text}")
+            )
+    if not lines:
+        return None
+    chance = metrics.kind_of(first).chance
+    what = "x dense, lower is better" if times else "% of dense above guessing" if chance else "% of dense"
+    title, whole = ("Perplexity", 1.0) if times else ("Quality", 100.0)
+    return against_read(
+        title, "; ".join(filter(None, (what, note))), lines, looks, [Point(1, whole, whole, whole)], None, times,
+        (0.5, MOST_TIMES) if times else (-50.0, 150.0),
+    )  # fmt: skip
 
 
 def picture(board: Board, form: str) -> bytes:
@@ -200,48 +245,33 @@ def picture(board: Board, form: str) -> bytes:
     Args:
         form: `png`, `svg` or `pdf`.
     """
-    kept = io.BytesIO()
-    with mpl.rc_context({**SETTINGS, "svg.fonttype": "path", "svg.hashsalt": "dart-eval"}):
-        figure = Figure(figsize=(7.0, 4.2))
-        axes = figure.add_subplot()
-        block = next(b for b in board.blocks if curves(b))
-        found = points(block)
-        quality(axes, block, {label: i for i, label in enumerate(found)})
-        axes.set(ylabel=of_quality(block), title=board.model)
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    block = next(b for b in board.blocks if curves(b))
+    chart = of_block(block, {label: i for i, label in enumerate(curves(block))})
+    assert chart is not None
+    laid, kept = chart.laid(), io.BytesIO()
+    plain: dict[Any, Any] = {"text.parse_math": False, "svg.hashsalt": "dart-eval"}
+    with mpl.rc_context(plain):
+        figure = Figure(figsize=(WIDTH / 50, (laid["height"] + 14) / 50))
+        axes = figure.add_axes((0, 0, 1, laid["height"] / (laid["height"] + 14)), frameon=False)
+        axes.set(xlim=(0, WIDTH), ylim=(laid["height"], 0), xticks=[], yticks=[])
+        axes.text(LEFT, -2, f"{board.model}: {chart.title}, {chart.note}", fontsize=11)
+        for y, text in laid["yticks"]:
+            axes.plot([LEFT, RIGHT], [y, y], color="#8888884d", linewidth=0.6)
+            axes.text(LEFT - 4, y, text, ha="right", va="center")
+        for x, text in [*laid["xticks"], ((LEFT + RIGHT) / 2, f"\n{chart.axis}")]:
+            axes.text(x, laid["bottom"] + 4, text, ha="center", va="top")
+        for _, y, *_ in laid["across"]:
+            axes.plot([LEFT, RIGHT], [y, y], color="#000000", linewidth=0.8)
+        for line, marker in zip(laid["lines"], itertools.cycle(SIGNS), strict=False):
+            xs, ys = [p.x for p in line["points"]], [p.value for p in line["points"]]
+            axes.vlines(xs, [p.high for p in line["points"]], [p.low for p in line["points"]], line["colour"],
+                        alpha=0.4)  # fmt: skip
+            axes.plot(xs, ys, color=line["colour"], marker=marker, markersize=5)
+            axes.plot([xs[-1], RIGHT + 6], [ys[-1], line["at"]], ":", color=line["colour"], linewidth=0.6)
+            axes.text(RIGHT + 8, line["at"], line["name"], color=line["colour"], va="center")
         metadata = {"Date": None} if form == "svg" else {"CreationDate": None} if form == "pdf" else {}
-        figure.savefig(kept, format=form, dpi=150, metadata=metadata)
+        figure.savefig(kept, format=form, dpi=180, metadata=metadata)
     return kept.getvalue()
-
-
-def quality(axes: Any, block: Block, looks: Mapping[str, int]) -> None:
-    """Draw the quality of a block relative to dense's; points beyond the cap are named."""
-    if by_times(block):
-        draw(axes, points(block), looks, [Point(1, 1, 1, 1)], None, True, (0.5, MOST_TIMES))
-    else:
-        draw(axes, points(block), looks, [Point(1, 100, 100, 100)], 0.0, False, (-50.0, 150.0))
-
-
-def of_quality(block: Block) -> str:
-    """Return the title of the vertical axis of `quality`."""
-    if by_times(block):
-        return "perplexity, x dense (lower is better)"
-    chance = metrics.kind_of(next(iter(block.tasks))).chance
-    return "% of dense above guessing" if chance else "% of dense"
-
-
-def trace(
-    axes: Any, signal: Sequence[float], window: int, threshold: float | None, alarms: Sequence[float],
-    remasks: Sequence[float], number: int,
-) -> None:  # fmt: skip
-    """Draw the detector's signal over the tokens of a document, with its threshold, alarms and re-masks."""
-    for x in alarms:
-        axes.axvline(x, color=ALARM, alpha=0.25, linewidth=6)
-    for x in remasks:
-        axes.axvline(x, color=ALARM, linewidth=1.3, linestyle=(0, (2, 2)))
-    if threshold is not None:
-        axes.axhline(threshold, color="#000000", linewidth=1, linestyle=(0, (6, 3)))
-    axes.plot([(i + 1) * window for i in range(len(signal))], signal, **look(number), linewidth=1.5)
-    axes.set_xlim(0, max([window * len(signal), *alarms, *remasks]) * 1.03)
-    axes.set_xlabel("scored or generated token")
-    axes.set_ylabel("cosine")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

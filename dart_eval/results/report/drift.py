@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.results.format import finite
 from dart_eval.results.report.cells import ReportCell
-from dart_eval.results.report.charts import Chart, trace
+from dart_eval.results.report.charts import Chart, Line, Point
 from dart_eval.results.report.head import listed
 from dart_eval.results.report.reader import CellSamples
 from dart_eval.results.writers import Table
@@ -41,7 +40,7 @@ def drift_of(
         return None
     drawn = []
     for i, (cell, seen) in enumerate(found):
-        long = [s for s in seen.traced if len(s["drift"]["signal"]) > 1]
+        long = [s for s in seen.traced if sum(map(finite, s["drift"]["signal"])) > 1]
         drawn += [(_size(s), i, s["doc_id"], cell, s) for s in sorted(long, key=_size)[:PER_CELL]]
     chosen = sorted(sorted(drawn, key=lambda d: d[:3])[:TRACES], key=lambda d: (d[1], d[0], d[2]))
     return Drift(
@@ -70,16 +69,19 @@ def _row(cell: ReportCell, seen: CellSamples) -> list[str]:
 
 
 def _chart(cell: ReportCell, sample: Mapping[str, Any], look: int) -> Chart:
-    drift = sample["drift"]
-    signal = [x if finite(x) else math.nan for x in drift["signal"]]
+    drift, window = sample["drift"], sample["drift"]["window"]
     alarms, remasks = ([x for x in drift.get(n) or [] if finite(x)] for n in ("alarms", "remasks"))
-    threshold = t if finite(t := drift.get("threshold")) else None
-    words = f"{len(signal)} windows of {drift['window']} tokens"
-    if threshold is not None:
-        words += f", {sum(x < threshold for x in signal)} of them below the threshold {threshold:.3f}"
+    points = [Point(cell.row.read, x, x, x, f"tokens up to {window * i:g}: cosine {x:.3f}", window * i)
+              for i, x in enumerate(drift["signal"], 1) if finite(x)]  # fmt: skip
+    note = f"{cell.name}; {len(drift['signal'])} windows of {window:g} tokens"
+    across = []
+    if finite(threshold := drift.get("threshold")):
+        note += f", {sum(p.value < threshold for p in points)} of them below the threshold {threshold:.3f}"
+        across = [("threshold", threshold, threshold, threshold)]
     said = [listed([f"{x:g}" for x in tokens]) or "none" for tokens in (alarms, remasks)]
-    words += f"; tokens with alarms: {said[0]}, with re-masks: {said[1]}"
+    note += f"; tokens with alarms: {said[0]}, with re-masks: {said[1]}"
     return Chart(
-        f"{sample['task']}, document {sample['doc_id']}", cell.name, words,
-        lambda axes: trace(axes, signal, drift["window"], threshold, alarms, remasks, look),
+        f"{sample['task']}, document {sample['doc_id']}", note, [Line(cell.row.label, points, look)],
+        (0.0, 1.03 * max([window * len(drift["signal"]), *alarms, *remasks])), (), across,
+        [*(("alarm", x) for x in alarms), *(("remask", x) for x in remasks)], "scored or generated token",
     )  # fmt: skip

@@ -19,7 +19,7 @@ GIST = 110  # characters of a document's line
 class Answer:
     """The answer of a cell. `scores` are log-likelihoods of the candidates; `chosen` is the best, from 0."""
 
-    name: str
+    cell: ReportCell
     facts: str
     scores: list[str] = field(default_factory=list)
     chosen: int | None = None
@@ -69,7 +69,7 @@ def documents(
             text = texts.get(cell.record.key, {}).get((task, s["doc_id"]))
             if text is not None and not document.prompt:
                 _tell(document, text)
-            answer = _answer(cell.name, s)
+            answer = _answer(cell, s)
             document.answers.append(answer)
             gold = s["metrics"].get(metrics.GOLD)
             if document.right is None and finite(gold) and len(answer.scores) > 1:
@@ -96,13 +96,13 @@ def _short(text: Any) -> str:
     return f"{text[:HEAD]}\n\n[... {len(text) - kept} characters left out ...]\n\n{text[-TAIL:]}"
 
 
-def _answer(name: str, s: Mapping[str, Any]) -> Answer:
+def _answer(cell: ReportCell, s: Mapping[str, Any]) -> Answer:
     values = {m: _metric(v) for m, v in sorted(s["metrics"].items()) if m != metrics.GOLD}
     facts = [f"{m} {shown}" for m, shown in values.items() if shown]
     facts += [f"re-masks {s['remasks']}"] if s.get("remasks") else []
     if finite(s.get("effective_sparsity")):
         facts.append(f"effective sparsity {s['effective_sparsity']:.2f}")
-    made = Answer(name, ", ".join(facts))
+    made = Answer(cell, ", ".join(facts))
     responses = s["responses"]
     if responses and all(isinstance(r, list) and r and finite(r[0]) for r in responses):
         scores = [r[0] for r in responses]

@@ -7,15 +7,40 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.results import metrics
+from dart_eval.results.blocks import Block, BoardRow
+from dart_eval.results.board_text import columns_of, name_of, read_of
 from dart_eval.results.format import finite, sparsity
 from dart_eval.results.inputs import HASH_DIGITS, matters, model_of
 from dart_eval.results.report.cells import ReportCell
 from dart_eval.results.tables import cut_prompts
+from dart_eval.results.verdict import BEST
 
 FEW = 100  # documents below which an interval is wide enough to say so
 ALIKE = ("code", "dtype", "device", "scope", "limit", "num_fewshot")  # inputs that a reader expects to be equal
 HALF = ("float16", "bfloat16", "fp16", "bf16")
+FIRST = ("above", "of dense", "perplexity")  # columns of the board that say what is left of dense
+COSTS = {"memory": "{} beside", "work": "{} work", "speed": "{} as fast"}  # columns that say what it costs
 PACKAGES = ("dart-eval", "python", "torch", "transformers", "lm_eval")
+
+
+def answer(block: Block) -> tuple[str, list[str], list[tuple[BoardRow, str, list[str]]]]:
+    """Return which row to take at each level: a sentence, the heads of a table, and its rows with a remark on each."""
+    columns, taken = columns_of(block), [(level, level.take) for level in block.levels if level.take]
+    known = [c for c in columns if any(c.text(row) != "-" for _, row in taken)]
+    shown = [c for c in known if c.name in FIRST] or columns[:1]
+    costs = [c for c in known if c.name in COSTS]
+    best: dict[str, list[str]] = {}
+    unsure, rows = [], []
+    for level, row in taken:
+        remark = "best" if row.mark == BEST or level.rounding_wins else "no winner" if level.sentences else "only one"
+        best.setdefault(name_of(row, row.label), []).extend([read_of(row)] * (remark == "best"))
+        unsure += [read_of(row)] * (remark == "no winner")
+        cost = ", ".join(COSTS[c.name].format(c.text(row)) for c in costs).replace("none yet as fast", "not faster yet")
+        rows.append((row, remark, [read_of(row), *(c.text(row) for c in shown), cost]))
+    said = [f"{name} at {listed(reads)}" for name, reads in best.items() if reads]
+    sentence = f"Best for the FFN bytes it reads: {'; '.join(said)}." if said else ""
+    sentence += f" By the tests no method wins at {listed(unsure)}: the first is shown." if unsure else ""
+    return sentence.strip(), ["FFN bytes read", *(c.title for c in shown), "costs"], rows
 
 
 def facts(cells: Sequence[ReportCell]) -> list[tuple[str, str]]:
@@ -44,12 +69,15 @@ def _machine(environment: Mapping[str, str]) -> str:
     return " with ".join(part for part in parts if part)
 
 
-def warnings(cells: Sequence[ReportCell], files: Sequence[Path], untold: Mapping[str, Sequence[str]]) -> list[str]:
+def warnings(
+    cells: Sequence[ReportCell], files: Sequence[Path], untold: Mapping[str, Sequence[str]], failed: Sequence[str]
+) -> list[str]:
     """Return sentences about weak or incomparable numbers, and about missing parts of the page.
 
     Args:
         files: the unreadable record files of the folder.
         untold: `Samples` or `Prompts` -> cells without them.
+        failed: names of cells that failed.
     """
     records = [c.record for c in cells]
     found = [*_few(cells), *_mixed(cells), *cut_prompts(records)]
@@ -65,6 +93,8 @@ def warnings(cells: Sequence[ReportCell], files: Sequence[Path], untold: Mapping
               if m.part_of is None and not finite(m.value)]  # fmt: skip
     if broken:
         found.append(f"There is no finite value for {listed(broken, 4)}: the charts leave it out.")
+    if failed:
+        found.append(f"Failed, see the folder failed: {listed(failed, 4)}.")
     if files:
         count = "1 record" if len(files) == 1 else f"{len(files)} records"
         found.append(f"The page leaves out {count} that could not be read: {listed([f.name for f in files], 4)}.")

@@ -1,68 +1,186 @@
 "use strict";
-// Columns that sort, and search and filters of the documents. All texts stand in the page; the script only orders, hides
-// and shows them.
-(() => {
-  const number = (text) => { const found = text.match(/[-+]?[\d.]+(e[-+]?\d+)?/); return found ? +found[0] : null; };
-  for (const table of document.querySelectorAll("table.sortable")) {
-    const [heads, body] = [[...table.tHead.rows[0].cells], table.tBodies[0]];
-    const rows = [...body.rows];
-    heads.forEach((head, column) => {
-      const button = document.createElement("button");
-      button.type = "button";
-      button.append(...head.childNodes);
-      head.append(button);
-      button.addEventListener("click", () => {
-        const down = head.ariaSort === "ascending";
-        heads.forEach((other) => { other.ariaSort = null; });
-        head.ariaSort = down ? "descending" : "ascending";
-        const text = (row) => row.cells[column].textContent;
-        const order = (a, b) => {
-          const [x, y] = column ? [number(text(a)), number(text(b))] : [text(a), text(b)];
-          if (x === null || y === null) return (x === null) - (y === null);
-          return (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1);
-        };
-        body.append(...rows.toSorted(order));
-      });
-    });
-  }
-})();
-(() => {
-  if (!document.getElementById("controls")) return;
-  const [controls, search, methods, differ, shown] = ["controls", "search", "methods", "differ", "shown"]
-    .map((id) => document.getElementById(id));
-  const tasks = [...document.querySelectorAll(".task")].map((task) => ({
-    task,
-    documents: [...task.querySelectorAll(".document")].map((element) => ({
-      element,
-      text: element.textContent.toLowerCase(),
-      answers: [...element.querySelectorAll(".answer")].map((answer) => ({
-        answer, method: answer.dataset.method.toLowerCase(), said: answer.querySelector(".said").textContent,
-      })),
-    })),
-  }));
-  const words = (input) => input.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const filter = () => {
-    const [wanted, names] = [words(search), words(methods)];
-    let [all, left] = [0, 0];
-    for (const { task, documents } of tasks) {
-      let here = 0;
-      for (const { element, text, answers } of documents) {
-        const said = new Set();
-        for (const a of answers) {
-          a.answer.hidden = !names.every((word) => a.method.includes(word));
-          if (!a.answer.hidden) said.add(a.said);
-        }
-        element.hidden = said.size < (differ.checked ? 2 : 1) || !wanted.every((word) => text.includes(word));
-        here += element.hidden ? 0 : 1;
-      }
-      task.hidden = here === 0;
-      if (here && (wanted.length || differ.checked)) task.open = true;
-      all += documents.length;
-      left += here;
-    }
-    shown.textContent = `${left} of ${all} documents`;
+// Columns that sort, filters, values of points, and a page that reloads itself while a run goes on. All texts stand in
+// the page; the script only orders, hides and shows them.
+const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+const one = (selector) => document.querySelector(selector);
+
+// -- columns that sort: up, down, as it was --------------------------------------------------------------------------
+const UNITS = { k: 1e3, M: 1e6, G: 1e9, T: 1e12 };
+const number = (text) => {
+  const found = text.replace(/\u2212/g, "-").replace(/(\d),(?=\d{3})/g, "$1").match(/([-+]?\d*\.?\d+(?:e[-+]?\d+)?)\s?([kMGT](?=B?\b))?/);
+  return found ? found[1] * (UNITS[found[2]] ?? 1) : null;
+};
+const sorts = new Map(); // table -> its rows as they were, and how it is sorted
+const sort = (table, column, order) => {
+  const heads = [...table.tHead.rows[0].cells];
+  if (!heads[column]) return;
+  const { rows } = sorts.get(table);
+  sorts.set(table, { rows, column, order });
+  heads.forEach((head) => head.removeAttribute("aria-sort"));
+  if (order) heads[column].setAttribute("aria-sort", order > 0 ? "ascending" : "descending");
+  const keyed = rows.map((row) => [row, row.cells[column].textContent.trim()]);
+  const numbers = heads[column].classList.contains("n");
+  const key = (text) => (!numbers ? text.toLowerCase() : number(text));
+  const compare = ([, a], [, b]) => {
+    const [x, y] = [key(a), key(b)];
+    if (x === null || y === null) return (x === null) - (y === null);
+    return (x < y ? -1 : x > y ? 1 : 0) * order;
   };
-  controls.hidden = false;
-  [search, methods, differ].forEach((control) => control.addEventListener("input", filter));
+  table.tBodies[0].append(...(order ? keyed.sort(compare) : keyed).map(([row]) => row));
+};
+for (const table of all("table.sortable")) {
+  sorts.set(table, { rows: [...table.tBodies[0].rows], column: 0, order: 0 });
+  [...table.tHead.rows[0].cells].forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const now = sorts.get(table);
+      sort(table, column, now.column !== column ? 1 : { 0: 1, 1: -1, [-1]: 0 }[now.order]);
+    });
+  });
+}
+
+// -- filters: methods and bytes read everywhere, words and differences among the documents ----------------------------
+const form = one("#filter");
+const [boxes, level] = [all("input", form), one("#filter select")];
+const [search, differ] = [one("#search"), one("#differ")];
+const marked = all("main [data-method], main [data-read]").map((element) => ({
+  element,
+  method: element.closest("[data-method]")?.dataset.method,
+  read: element.dataset.read,
+}));
+const reads = [...level.options].map((option) => option.value).filter(Boolean);
+const nearest = (read) => reads.reduce((a, b) => (Math.abs(b - read) < Math.abs(a - read) ? b : a));
+const tasks = all(".task").map((task) => ({
+  task,
+  documents: all(".document", task).map((element) => ({
+    element,
+    text: element.textContent.toLowerCase(),
+    replies: all(".reply", element).map((reply) => ({ reply, said: reply.querySelector(".said").textContent })),
+  })),
+}));
+const filter = () => {
+  const wanted = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
+  for (const { element, method, read } of marked) {
+    const other = wanted.size > 0 && method !== undefined && !wanted.has(method);
+    element.toggleAttribute("hidden", other || (level.value !== "" && read !== undefined && nearest(read) !== level.value));
+  }
+  for (const line of all(".line")) { // a line without all of its points would lead elsewhere
+    const [dots, left] = [all(".dot", line), all(".dot:not([hidden])", line)];
+    for (const path of all(".join", line)) path.toggleAttribute("hidden", left.length < dots.length);
+    for (const path of all(".thread", line)) path.toggleAttribute("hidden", dots.at(-1) !== left.at(-1));
+    line.toggleAttribute("hidden", line.hasAttribute("hidden") || !left.length);
+  }
+  for (const chart of all(".chart")) chart.hidden = !chart.querySelector(".line:not([hidden])");
+  one("#filter button").hidden = !wanted.size && !level.value;
+  one("#filter summary span").textContent = wanted.size ? [...wanted].join(", ") : "all";
+  if (search) documents();
+};
+const documents = () => {
+  const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  let [count, left] = [0, 0];
+  for (const { task, documents } of tasks) {
+    let here = 0;
+    for (const { element, text, replies } of documents) {
+      const said = new Set(replies.filter(({ reply }) => !reply.hidden).map((reply) => reply.said));
+      element.hidden = said.size < (differ.checked ? 2 : 1) || !words.every((word) => text.includes(word));
+      here += element.hidden ? 0 : 1;
+    }
+    task.hidden = here === 0;
+    if (here && (words.length || differ.checked)) task.open = true;
+    count += documents.length;
+    left += here;
+  }
+  one("#shown").textContent = `${left} of ${count} documents`;
+};
+form.hidden = false;
+form.addEventListener("input", filter);
+form.addEventListener("reset", () => setTimeout(filter));
+document.addEventListener("click", (event) => { if (!form.contains(event.target)) one("#filter details").open = false; });
+if (search) {
+  one("#controls").hidden = false;
+  [search, differ].forEach((control) => control.addEventListener("input", documents));
+}
+
+// -- values of points: under the mouse, by touch, and with the arrow keys ---------------------------------------------
+const tip = document.body.appendChild(document.createElement("div"));
+tip.id = "tip";
+tip.hidden = true;
+tip.setAttribute("role", "status");
+let here = null;
+const show = (dot) => {
+  here?.classList.remove("here");
+  here = dot;
+  tip.hidden = !dot;
+  if (!dot) return;
+  dot.classList.add("here");
+  tip.textContent = dot.getAttribute("aria-label");
+  const [at, box] = [dot.lastElementChild.getBoundingClientRect(), tip.getBoundingClientRect()];
+  tip.style.left = `${Math.max(4, Math.min(at.left - box.width / 2, document.documentElement.clientWidth - box.width - 4))}px`;
+  tip.style.top = `${at.top - box.height - 8 < 0 ? at.bottom + 8 : at.top - box.height - 8}px`;
+};
+const REACH = 24; // pixels
+for (const drawing of all(".chart")) {
+  const dots = () => all(".dot", drawing).filter((dot) => !dot.closest("[hidden]"));
+  drawing.querySelector(".dot")?.setAttribute("tabindex", "0");
+  const near = (event) => {
+    const found = dots().map((dot) => {
+      const box = dot.lastElementChild.getBoundingClientRect();
+      return [Math.hypot((box.left + box.right) / 2 - event.clientX, (box.top + box.bottom) / 2 - event.clientY), dot];
+    }).sort(([a], [b]) => a - b)[0];
+    show(found && found[0] < REACH ? found[1] : null);
+  };
+  ["pointermove", "pointerdown"].forEach((name) => drawing.addEventListener(name, near));
+  drawing.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") show(null); });
+  drawing.addEventListener("focusin", (event) => show(event.target.closest(".dot")));
+  drawing.addEventListener("focusout", () => show(null));
+  drawing.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    const next = step && dots()[dots().indexOf(event.target) + step];
+    if (step) event.preventDefault();
+    next?.focus();
+  });
+}
+addEventListener("scroll", () => show(null), { passive: true });
+addEventListener("pointerdown", (event) => { if (!event.target.closest(".chart")) show(null); });
+
+// -- a page that reloads itself: what a reader has set comes back; the browser itself finds the place again -----------
+const controls = all("input, select");
+const PLACE = `dart-eval ${location.pathname}`;
+const named = (table) => table.parentElement.getAttribute("aria-label");
+const keep = () => sessionStorage.setItem(PLACE, JSON.stringify({
+  focus: controls.indexOf(document.activeElement),
+  checked: controls.filter((c) => c.checked).map((c) => c.id || c.value),
+  level: level.selectedOptions[0].textContent,
+  words: search?.value,
+  sorts: [...sorts].map(([table, { column, order }]) => [named(table), column, order]).filter((s) => s[2]),
+  open: all("details[open] > summary").map((summary) => summary.textContent),
+}));
+const restore = (kept) => {
+  for (const c of controls) if (c.type === "checkbox") c.checked = kept.checked.includes(c.id || c.value);
+  level.value = [...level.options].find((option) => option.textContent === kept.level)?.value ?? "";
+  if (search) search.value = kept.words ?? "";
+  for (const [name, column, order] of kept.sorts) {
+    const table = [...sorts.keys()].find((other) => named(other) === name);
+    if (table) sort(table, column, order);
+  }
   filter();
-})();
+  all("details > summary").forEach((summary) => { summary.parentElement.open = kept.open.includes(summary.textContent); });
+  controls[kept.focus]?.focus({ preventScroll: true });
+  if (document.activeElement === search) search.setSelectionRange(search.value.length, search.value.length);
+};
+filter();
+try {
+  const kept = sessionStorage.getItem(PLACE);
+  sessionStorage.removeItem(PLACE);
+  if (kept) restore(JSON.parse(kept));
+  addEventListener("pagehide", keep);
+} catch { /* a browser that stores nothing for a file */ }
+if (document.body.dataset.follow) {
+  setInterval(() => {
+    const busy = document.hidden || here || !getSelection().isCollapsed || one("#filter details").open;
+    if (!busy) location.reload();
+  }, 1000 * document.body.dataset.follow);
+}

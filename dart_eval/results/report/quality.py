@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 
 from dart_eval.results import metrics
 from dart_eval.results.blocks import Board, BoardRow
 from dart_eval.results.board_text import sizes
-from dart_eval.results.format import finite, multiple, number, share, with_error
-from dart_eval.results.frontier import by_times
+from dart_eval.results.format import finite, number, percent, share, with_error
 from dart_eval.results.record import Metric
 from dart_eval.results.report.cells import flat
-from dart_eval.results.report.charts import MOST_TIMES, Chart, Point, draw, of_quality, points, quality
+from dart_eval.results.report.charts import MOST_TIMES, Chart, Point, against_read, of_block
 from dart_eval.results.writers import Table
 
 
@@ -23,40 +21,29 @@ def charts(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) 
     Args:
         chance: task -> its accuracy under guessing.
     """
-    made = []
-    for block in board.blocks:
-        if found := points(block):
-            said = multiple if by_times(block) else "{:.0f} %".format
-            words = [f"{name} {said(p.value)} at read {share(p.read)}" for name in found for p in found[name]]
-            draws = functools.partial(quality, block=block, looks=looks)
-            title = "Perplexity" if by_times(block) else "Quality"
-            note = f"{of_quality(block)}; {sizes(board, block)}"
-            made.append(Chart(title, note, "; ".join(words), draws))
+    made = [of_block(block, looks, sizes(board, block)) for block in board.blocks]
     rows = list({row.keys: row for row in board.rows}.values())
     for task, metric in board.columns.items():
         values = [(row, row.values[task]) for row in rows if task in row.values]
         guess = chance.get(task) if metrics.kind_of(metric).chance else None
-        made += _chart(task, values, looks, guess)
-    return made
+        made.append(_chart(task, values, looks, guess))
+    return [chart for chart in made if chart]
 
 
 def _chart(
     task: str, values: Sequence[tuple[BoardRow, Metric]], looks: Mapping[str, int], chance: float | None
-) -> list[Chart]:
+) -> Chart | None:
     lines: dict[str, list[Point]] = {}
     dense: list[Point] = []
-    words: list[str] = []
     drawn = [(row, m) for row, m in values if finite(m.value)]
     for row, m in sorted(drawn, key=lambda v: (not flat(v[0]), looks.get(v[0].label, 0), -v[0].read)):
         half = 1.96 * m.stderr if finite(m.stderr) else 0.0
+        text = f"{row.label} at {percent(row.read)}: {with_error(m.metric, m.value, m.stderr)}"
         (dense if flat(row) else lines.setdefault(row.label, [])).append(
-            Point(row.read, m.value, m.value - half, m.value + half)
+            Point(row.read, m.value, m.value - half, m.value + half, text)
         )
-        at = "" if flat(row) else f" at read {share(row.read)}"
-        words.append(f"{row.label}{at} {with_error(m.metric, m.value, m.stderr)}")
     if not lines:
-        return []
-    words += [f"guessing {number(chance)}"] if chance is not None else []
+        return None
     ys, first = [m.value for _, m in drawn], drawn[0][1]
     log = metrics.kind_of(first.metric).group == metrics.PERPLEXITY and min(ys) > 0 and max(ys) > 10 * min(ys)
     sizes = sorted({m.n for _, m in drawn})
@@ -64,14 +51,12 @@ def _chart(
     note = [
         first.metric, "lower is better" if first.higher_is_better is False else "", "logarithmic" if log else "",
         f"n {sizes[0]}" if len(sizes) == 1 else f"n {sizes[0]} to {sizes[-1]}",
+        *(p.text.replace(" at 100 %:", "") for p in dense), "" if chance is None else f"guessing {number(chance)}",
         f"{len(values) - len(drawn)} without a finite value left out" if len(values) > len(drawn) else "",
         f"{bare} without a standard error" if bare else "",
     ]  # fmt: skip
     cap = (0.0, MOST_TIMES * (dense[0].value if dense else min(ys))) if log else (-math.inf, math.inf)
-    return [Chart(
-        task, ", ".join(n for n in note if n), "; ".join(words),
-        lambda axes: draw(axes, lines, looks, dense, chance, log, cap),
-    )]  # fmt: skip
+    return against_read(task, ", ".join(n for n in note if n), lines, looks, dense, chance, log, cap)
 
 
 def speeds(board: Board) -> Table | None:

@@ -1,0 +1,77 @@
+"""How far the runs of a folder are: a note of each run's cells in `.locks/`, and a lock as long as it is at work."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from dart_eval.util.errors import StoreError
+from dart_eval.util.files import read_regular, write_atomically
+
+
+class Progress(NamedTuple):
+    """The cells of the runs that have not come to their end, and whether one of these runs is still at work."""
+
+    done: int
+    planned: int
+    running: bool
+
+
+@contextlib.contextmanager
+def at_work(folder: Path, records: Iterable[Path]) -> Iterator[None]:
+    """Note in the folder, while the block runs, that this process makes these records.
+
+    The note of a process that was stopped stays until the next run begins.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    note = folder / ".locks" / f"{uuid.uuid4().hex}.run"
+    lock = FileLock(note.with_suffix(".lock"))
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        for old in note.parent.glob("*.run"):
+            if not _held(old):
+                _remove(old)
+        lock.acquire()
+        write_atomically(note, "".join(f"{record.name}\n" for record in records))
+    except OSError as error:
+        raise StoreError(folder, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+    _remove(note)
+
+
+def progress(folder: Path) -> Progress | None:
+    """Return how far the runs at work on a folder are, or got before they were stopped; None without one."""
+    names: set[str] = set()
+    running = False
+    for note in (folder / ".locks").glob("*.run"):
+        with contextlib.suppress(OSError):  # it has come to its end meanwhile
+            names.update(read_regular(note).decode().splitlines())
+            running = _held(note) or running
+    done = sum((folder / "cells" / name).is_file() for name in names)
+    return Progress(done, len(names), running) if names else None
+
+
+def _held(note: Path) -> bool:
+    """Whether the process that wrote the note of a run is still at work."""
+    try:
+        with FileLock(note.with_suffix(".lock"), timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # another user's folder
+        return False
+
+
+def _remove(note: Path) -> None:
+    for path in (note, note.with_suffix(".lock")):
+        path.unlink(missing_ok=True)
