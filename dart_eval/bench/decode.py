@@ -1,7 +1,8 @@
 """The decode speed of a pruned model, against the dense model and the hardware's limit.
 
 Everything that is compared runs in turn, step by step, in one process: the dense model, the dense model once more (a
-control, which should be as fast as itself), the method, and the method's slices without its overhead. Dense is a second
+control, which should be as fast as itself), the dense model with its FFNs in our own product, where there is one (a
+yardstick of the same care), the method, and the method's slices without its overhead. Dense is a second
 model, which `prune()` never touches: it has the FFN weights once more, bit for bit, and shares all others
 (`dense_copy`). Each has a KV cache of its own, of the same length. Ratios are medians over steps of times that lie next
 to each other, so that what else the machine does hits both; weights that take turns drive each other out of the
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from dart_eval.bench.dense_copy import own_bytes, twin
+from dart_eval.bench.dense_copy import by_kernel, own_bytes, stream_rate, twin
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
@@ -49,9 +50,11 @@ class DecodeSpeed:
 
     Attributes:
         speedup: dense step / pruned step. control: dense step / dense step.
+        over_kernel: step of the dense model in our own product / pruned step; None where there is none.
+        stream_rate: bytes a second that this product reads; None likewise.
         ceiling: from the bytes of this model, at the FFN weights that a token reads. ceiling_executed: at those that
             this execution multiplies (a token's choice inside its mask saves reads only where a kernel skips them).
-        achieved_over_ceiling: speedup / ceiling.
+        achieved_over_ceiling: over_kernel / ceiling, or speedup / ceiling where there is no kernel.
         first_token: prompt's time with scoring, masks and the first copies / dense prompt's time.
         remask_masks_dense_steps: the first half of a re-mask, in dense steps: new scores and masks are made from the
             inputs in the ring. None where the method keeps no ring.
@@ -72,6 +75,8 @@ class DecodeSpeed:
     weights_executed: float
     speedup: Ratio
     control: Ratio
+    over_kernel: Ratio | None
+    stream_rate: float | None
     ceiling: float
     ceiling_executed: float
     achieved_over_ceiling: float
@@ -160,7 +165,8 @@ def measure(
     return DecodeSpeed(
         method=method.spec, sparsity=sparsity, weights_read=read, weights_executed=executed, **speeds,
         ceiling=ceilings[0], ceiling_executed=ceilings[1],
-        achieved_over_ceiling=speeds["speedup"].median / ceilings[0],
+        achieved_over_ceiling=(speeds["over_kernel"] or speeds["speedup"]).median / ceilings[0],
+        stream_rate=None if bench.full is None else stream_rate(bench.full),
         extra_weight_bytes=extra, state_bytes=state, twin_bytes=own_bytes(model),
         peak_bytes=max(0, peak() - own_bytes(model)), foreign_cores=foreign(),
     )  # fmt: skip
@@ -178,7 +184,7 @@ class Times:
     """
 
     def __init__(self) -> None:
-        self.steps: dict[str, list[float]] = {name: [] for name in ("dense", "again", "pruned", "bare")}
+        self.steps: dict[str, list[float]] = {name: [] for name in ("dense", "again", "kernel", "pruned", "bare")}
         self.prompts: dict[str, list[float]] = {"dense": [], "pruned": []}
         self.masks: dict[str, list[float]] = {"dense": [], "remask": []}
         self.moves: dict[str, list[float]] = {"dense": [], "remask": []}
@@ -191,6 +197,7 @@ def _speeds(times: Times) -> dict[str, Any]:
     return {
         "speedup": paired(steps["dense"], steps["pruned"]),
         "control": paired(steps["dense"], steps["again"]),
+        "over_kernel": paired(steps["kernel"], steps["pruned"]) if steps["kernel"] else None,
         "first_token": paired(prompts["pruned"], prompts["dense"]),
         "remask_masks_dense_steps": paired(masks["remask"], masks["dense"]) if masks["dense"] else None,
         "remask_moves_dense_steps": paired(moves["remask"], moves["dense"]),
@@ -224,6 +231,7 @@ class Bench:
             id(m): m if compiled is None else torch.compile(m, mode=compiled) for m in (model, dense)
         }
         self.fixed = compiled is not None
+        self.full = None if self.fixed or dense is model else by_kernel(dense)
         self._caches: dict[str, Any] = {}
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.vocabulary = model.config.get_text_config().vocab_size
@@ -253,12 +261,12 @@ class Bench:
     ) -> None:
         """Time a prompt and its decoding, all variants in turn, without the steps of a re-mask."""
         ids = self.tokens(prompt)
-        caches = {name: self.cache(name) for name in times}
+        caches = {name: self.cache(name) for name in times if self.full or name != "kernel"}
         prefill["pruned"].append(self.step(self.model, ids, caches["pruned"])[0])
         prefill["dense"].append(self.step(self.dense, ids, caches["dense"])[0])
-        for name in ("again", "bare"):
+        for name in caches.keys() - prefill.keys():
             self.step(self.dense, ids, caches[name])
-        order = list(times)
+        order = list(caches)
         for _ in range(steps):
             token, seen = self.tokens(1), len(run.events)
             found = {name: self._one(run, name, token, caches[name]) for name in order}
@@ -270,24 +278,30 @@ class Bench:
     def plain_round(self, times: dict[str, list[float]], prompt: int, steps: int) -> None:
         """Time a prompt and its decoding without a session: the model as it is (`pruned`) beside its twin."""
         ids = self.tokens(prompt)
-        sides = {"dense": self.dense, "again": self.dense, "pruned": self.model}
-        caches = {name: self.cache(name) for name in sides}
-        for name, model in sides.items():
-            self.step(model, ids, caches[name])
-        order = list(sides)
+        order = ["dense", "again", "pruned", *(["kernel"] if self.full else [])]
+        caches = {name: self.cache(name) for name in order}
+        for name in order:
+            self.step(self.model if name == "pruned" else self.dense, ids, caches[name])
         for _ in range(steps):
             token = self.tokens(1)
             for name in order:
-                times[name].append(self.step(sides[name], token, caches[name])[0])
+                times[name].append(self._one(None, name, token, caches[name]))
             order.append(order.pop(0))  # each comes first as often
 
-    def _one(self, run: Session, name: str, token: Tensor, cache: Any) -> float:
+    def _one(self, run: Session | None, name: str, token: Tensor, cache: Any) -> float:
         if name == "pruned":
             return self.step(self.model, token, cache)[0]
-        if name == "bare":
+        if name == "bare" and run is not None:
             with run.paused(), run.executing.held():
                 return self.step(self.model, token, cache)[0]
-        return self.step(self.dense, token, cache)[0]
+        full = self.full if name == "kernel" and self.full else []
+        for rows in full:
+            rows.begin()
+        try:
+            return self.step(self.dense, token, cache)[0]
+        finally:
+            for rows in full:
+                rows.end()
 
     def _dense(self) -> float:
         return self.timed(lambda: self.dense(input_ids=self.tokens(1), logits_to_keep=1))[0]

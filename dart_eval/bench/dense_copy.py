@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
+import time
 from typing import TypeVar
 
+import torch
 from torch import nn
 
+from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.layers.find import find_ffns
 from dart_eval.util.errors import UserError, out_of_memory
 
@@ -34,6 +38,29 @@ def twin(model: M) -> M:
             "the memory does not hold a second copy of the FFN weights, which the dense side is timed on",
             "give a smaller model, or --shape with fewer --layers",
         ) from None
+
+
+def by_kernel(model: nn.Module) -> list[MaskRows] | None:
+    """The FFNs of a dense model in our own product: the yardstick for other kernels. None where there is none."""
+    rows = [MaskRows(ffn) for ffn in find_ffns(model)]
+    for one in rows:
+        one.link()
+    return rows if all(one.linked for one in rows) else None
+
+
+def stream_rate(rows: list[MaskRows], rounds: int = 5) -> float:
+    """Bytes a second that the dense FFNs read in our own product, the best of some rounds over all layers."""
+    best = math.inf
+    for _ in range(rounds):
+        seconds = 0.0
+        for one in rows:
+            for product in one.products:
+                x = torch.ones(1, product.weight.shape[1], dtype=product.weight.dtype)
+                start = time.perf_counter()
+                product(x)
+                seconds += time.perf_counter() - start
+        best = min(best, seconds)
+    return sum(p.weight.nbytes for one in rows for p in one.products) / best
 
 
 def own_bytes(model: nn.Module) -> int:

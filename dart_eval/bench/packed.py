@@ -1,23 +1,28 @@
-"""Rounded FFN weights in torch's own packed products, so that rounding as a control has its real speed too.
+"""Rounded FFN weights in products of few bits on a CPU, so that rounding as a control has its real speed too.
 
-They are there on a CPU, for 4 bits in groups and for 8 bits with a scale a row (`pruning.products`).
+Our own kernel runs FFNs of 4, 5, 6 and 8 bits in groups of 128 or a row (`kernels.cpu`). Elsewhere torch's packed
+products multiply, of 4 bits in groups and of 8 bits with a scale a row (`kernels.products`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dart_eval.bench.decode import Bench, Times
 from dart_eval.bench.dense_copy import own_bytes, twin
 from dart_eval.kernels import products
+from dart_eval.kernels.cpu import blocks, packing
+from dart_eval.kernels.cpu.ffns import CodedFFN
+from dart_eval.kernels.forward import Forward
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import plain_matrix
+from dart_eval.layers.quantised import bias_of
 from dart_eval.layers.shape import shape_of
 from dart_eval.results.ratio import Ratio, paired
 from dart_eval.util.bits import OWN_BITS, Rounding
@@ -36,7 +41,9 @@ class RoundedSpeed:
     Attributes:
         bits: as a user types them. read: FFN weight bytes / those of the model's own dtype.
         speedup: dense step / rounded step. control: dense step / dense step.
-        ceiling: the most that the bytes of this model allow. achieved_over_ceiling: speedup / ceiling.
+        over_kernel: step of the dense model in our own product / rounded step; None where there is none.
+        product: whose product multiplies, `ours` or `torch's`.
+        ceiling: the most that the bytes of this model allow. achieved_over_ceiling: see `decode.DecodeSpeed`.
         dense_tokens_per_second, tokens_per_second: for orientation.
         foreign_cores: processors that other processes kept busy meanwhile, on average (None: not known here).
         twin_bytes: of the FFN weights that the dense side has once more.
@@ -46,6 +53,8 @@ class RoundedSpeed:
     read: float
     speedup: Ratio
     control: Ratio
+    over_kernel: Ratio | None
+    product: str
     ceiling: float
     achieved_over_ceiling: float
     dense_tokens_per_second: float
@@ -75,31 +84,50 @@ def lacking(model: nn.Module, rounding: Rounding) -> str | None:
         return "experts have no packed products here"
     matrices = [plain_matrix(m) for f in ffns for m in f.projections]
     if matrices[0].device.type != "cpu":
-        return "torch's packed products are for a CPU alone"
-    return next(filter(None, (products.lacking(rounding, m.shape[1]) for m in matrices)), None)
+        return "packed products are for a CPU alone"
+    of_torch = next(filter(None, (products.lacking(rounding, m.shape[1]) for m in matrices)), None)
+    return of_torch if not_ours(model, rounding) else None
+
+
+def not_ours(model: nn.Module, rounding: Rounding) -> str | None:
+    """Return why our own kernel does not run a model's FFNs on rounded weights, or None."""
+    ffns = find_ffns(model)
+    reasons = (packing.lacking(rounding, width) for f in ffns for width in (f.width, f.size))
+    return next(filter(None, reasons), None) or next(filter(None, map(blocks.lacking, ffns)), None)
 
 
 @contextmanager
 def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
-    """Make a model's FFN projections multiply rounded weights through packed products inside the block.
+    """Make a model's FFNs multiply rounded weights through packed products inside the block.
+
+    Our own kernel runs single tokens; prompts run on the model's own weights.
 
     Raises:
         UserError: there is no such product (`lacking`), or the weights are quantised.
     """
     if reason := lacking(model, rounding):
         raise UserError(reason, f"take a dense model on a CPU, and {products.REMEDY}")
-    modules: list[Any] = [m for f in find_ffns(model) for m in f.projections]
-    made = []
-    for module in modules:
-        matrix = plain_matrix(module)
-        made.append(products.product(rounded(matrix, rounding), getattr(module, "bias", None), matrix.dtype))
+    made = [(Forward(module), product) for module, product in _products(model, rounding)]
     try:
-        for module, forward in zip(modules, made, strict=True):
-            module.forward = forward
+        for forward, product in made:
+            forward.replace(product)
         yield
     finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
+        for forward, _ in made:
+            forward.put_back()
+
+
+def _products(model: nn.Module, rounding: Rounding) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    """Yield modules, and the forwards that replace theirs."""
+    ours = not_ours(model, rounding) is None
+    for ffn in find_ffns(model):
+        held = [rounded(plain_matrix(m), rounding) for m in ffn.projections]
+        if ours:
+            gate, up, down = held
+            yield ffn.block, blocks.single(ffn, CodedFFN(gate, up, down, blocks.act_of(ffn) or ""))
+            continue
+        for module, packed in zip(ffn.projections, held, strict=True):
+            yield module, products.product(packed, bias_of(module), plain_matrix(module).dtype)
 
 
 @torch.no_grad()
@@ -127,8 +155,12 @@ def measure(
     read = share(model, rounding)
     dense, again, ours = (times.steps[name] for name in ("dense", "again", "pruned"))
     speedup, ceiling = paired(dense, ours), 1 / (1 - shape.ffn_share * (1 - read))
+    over_kernel = paired(kernel, ours) if (kernel := times.steps["kernel"]) else None
     return RoundedSpeed(
         bits=rounding.text, read=read, speedup=speedup, control=paired(dense, again), ceiling=ceiling,
-        achieved_over_ceiling=speedup.median / ceiling, dense_tokens_per_second=1 / sorted(dense)[len(dense) // 2],
+        over_kernel=over_kernel,
+        product="torch's" if not_ours(model, rounding) else "ours",
+        achieved_over_ceiling=(over_kernel or speedup).median / ceiling,
+        dense_tokens_per_second=1 / sorted(dense)[len(dense) // 2],
         tokens_per_second=1 / sorted(ours)[len(ours) // 2], foreign_cores=foreign(), twin_bytes=own_bytes(model),
     )  # fmt: skip

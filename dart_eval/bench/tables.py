@@ -11,11 +11,16 @@ from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.results.format import sparsity as percent
 from dart_eval.results.ratio import Ratio
 from dart_eval.results.writers import Table
+from dart_eval.util.machine import huge_pages
 
 PARTS = ("scores", "masks", "compensation", "recent inputs", "detector", "images")
-
-
-HEADS = ("speed-up", "ceiling", "share", "control")
+HEADS = ("speed-up", "over kernel", "ceiling", "share", "control")
+RATIOS = (
+    "Speed-up: over the untouched model, the median [quartiles] of neighbouring steps. Over kernel: over the dense "
+    "model in our own product of bfloat16, which reads memory as fast as it can. Ceiling: the most that the bytes of "
+    "this model allow; share: over kernel / ceiling, or speed-up / ceiling without a kernel. Control: the untouched "
+    "model over itself."
+)
 
 
 def rounding(results: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
@@ -24,8 +29,8 @@ def rounding(results: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
     body = [
         _bytes_only(f) if isinstance(f, BytesOnly) else
         [
-            f"dense on {f.bits} bits", f"{f.read:.2f}", _ratio(f.speedup), f"{f.ceiling:.2f}x",
-            f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
+            f"dense on {f.bits} bits", f"{f.read:.2f}", _ratio(f.speedup), _short(f.over_kernel),
+            f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
         ]
         for f in results
     ]  # fmt: skip
@@ -37,11 +42,9 @@ def rounding(results: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
             "of 16-bit weights. "
         )
     if timed:
+        whose = sorted({f.product for f in timed})
         note += (
-            f"Where a row has times, torch's own packed products for few bits multiply, {timed[0].speedup.n} steps a "
-            "row. Speed-up: over dense on its own weights, the median [quartiles] of neighbouring steps. Ceiling: the "
-            "most that the bytes of this model allow at that read; share: speed-up / ceiling. Control: dense over "
-            "dense. "
+            f"Times are those of {' and '.join(whose)} kernel for few bits, {timed[0].speedup.n} steps a row. {RATIOS} "
         )
     note += "Dense on rounded weights is the control that a pruner must beat at equal bytes."
     return Table("On rounded weights", ["method", "read", *HEADS], body, note + _reasons(results))
@@ -49,7 +52,7 @@ def rounding(results: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
 
 def _bytes_only(result: BytesOnly) -> list[str]:
     """Return the row of a method without times."""
-    return [result.title, f"{result.weights_read:.2f}", BYTES_ONLY, f"{result.ceiling:.2f}x", "-", "-"]
+    return [result.title, f"{result.weights_read:.2f}", BYTES_ONLY, "-", f"{result.ceiling:.2f}x", "-", "-"]
 
 
 def _reasons(results: Sequence[object]) -> str:
@@ -74,7 +77,8 @@ def speeds(results: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
         [
             f.method,
             f"{f.weights_read:.2f}" + (f" ({f.weights_executed:.2f})" if f.weights_executed != f.weights_read else ""),
-            _ratio(f.speedup), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
+            _ratio(f.speedup), _short(f.over_kernel), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}",
+            _ratio(f.control),
         ]
         if isinstance(f, DecodeSpeed)
         else _bytes_only(f)
@@ -86,12 +90,12 @@ def speeds(results: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
     if timed:
         foreign = [f.foreign_cores for f in timed if f.foreign_cores is not None]
         note += (
-            "; in brackets the share that is multiplied, where each token chooses "
-            "neurons of its mask. Speed-up: over dense, the median [quartiles] of neighbouring steps. Dense is a model "
-            "of the same weights that prune() never touched, so that the FFN weights are there twice "
-            f"({timed[0].twin_bytes / 10**6:.0f} MB that no column counts). Ceiling: the most that the bytes of this "
-            "model allow at that read; share: speed-up / ceiling. Control: dense over dense."
+            "; in brackets the share that is multiplied, where each token chooses neurons of its mask. "
+            f"{RATIOS} Untouched weights lie beside the pruned ones, so that the FFN weights are there twice "
+            f"({timed[0].twin_bytes / 10**6:.0f} MB that no column counts)."
         )
+        if (rate := timed[0].stream_rate) is not None:
+            note += f" Our dense kernel reads {rate / 10**9:.1f} GB/s here ({huge_pages()})."
         note += f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
     else:
         note += ". Ceiling: the most that the bytes of this model would allow at that read."
@@ -122,6 +126,10 @@ def costs(results: list[DecodeSpeed]) -> Table:
         "hooks add to a pruned step. Extra: copies of weights, and the method's state."
     )
     return Table("What a method takes beside", columns, body, note)
+
+
+def _short(ratio: Ratio | None) -> str:
+    return "-" if ratio is None else f"{ratio.median:.2f}x"
 
 
 def _ratio(ratio: Ratio) -> str:

@@ -106,6 +106,16 @@ class MaskRows:
         return self.count > 0 or not is_conv1d(self.ffn.down)
 
     @property
+    def products(self) -> list[RowsProduct]:
+        """The products of our own kernel, after `link`."""
+        return [*self._products.values()]
+
+    @property
+    def linked(self) -> bool:
+        """Whether our own kernel multiplies every projection (`link`)."""
+        return len(self._products) == len(self.ffn.projections)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the copies."""
         return sum(slot.part.nbytes for slot in self._slots if slot.part is not slot.own)

@@ -9,6 +9,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -97,3 +98,14 @@ def _busy() -> float | None:
 def has_cuda() -> bool:
     """Whether a GPU's driver is there (NVIDIA's, or AMD's, which torch calls cuda, too). Torch is not needed."""
     return os.name == "nt" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+
+
+def huge_pages() -> str:
+    """Return whether weights may lie in huge pages, which are read faster; torch asks for them by a variable."""
+    try:
+        mode = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+    except OSError:
+        return "huge pages: unknown"
+    wanted = "always" if "[always]" in mode else "madvise" if "[madvise]" in mode else "never"
+    asked = os.environ.get("THP_MEM_ALLOC_ENABLE", "unset")
+    return f"huge pages: {wanted}, THP_MEM_ALLOC_ENABLE {asked}"

@@ -12,7 +12,6 @@ from torch.nn.functional import gelu, relu, silu
 
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.cpu.library import ACTS
-from dart_eval.kernels.forward import Forward
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.layers.quantised import bias_of
 
@@ -49,27 +48,11 @@ def lacking(ffn: FFN) -> str | None:
     return f"{type(ffn.block).__name__} does more than its projections"
 
 
-class Block:
-    """The block of an FFN, which a kernel replaces for one token.
+def single(ffn: FFN, kernel: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return a forward for an FFN's block: a kernel runs single tokens ([1, D] -> [1, D]), and the block all others."""
+    own: Callable[..., Tensor] = ffn.block.forward
 
-    Args:
-        kernel: [1, D] -> [1, D].
-    """
+    def forward(x: Tensor, *others: Any, **named: Any) -> Tensor:
+        return kernel(x.reshape(1, -1)).view(x.shape) if x.numel() == x.shape[-1] else own(x, *others, **named)
 
-    def __init__(self, ffn: FFN, kernel: Callable[[Tensor], Tensor]) -> None:
-        self.kernel = kernel
-        self._own: Callable[..., Tensor] = ffn.block.forward
-        self._forward = Forward(ffn.block)
-
-    def begin(self) -> None:
-        """Let the kernel run single tokens."""
-        self._forward.replace(self._run)
-
-    def end(self) -> None:
-        """Let the block run its own forward."""
-        self._forward.put_back()
-
-    def _run(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        if x.numel() != x.shape[-1]:
-            return self._own(x, *others, **named)
-        return self.kernel(x.reshape(1, -1)).view(x.shape)
+    return forward

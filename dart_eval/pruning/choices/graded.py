@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dart_eval.kernels.cpu import blocks, packing
 from dart_eval.kernels.cpu.ffns import GradedFFN
+from dart_eval.kernels.forward import Forward
 from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.calibration.weight_cache import WeightCache
@@ -56,7 +57,7 @@ class GradedRows(MaskRows):
         super().__init__(ffn)
         self._slots = []
         self.kernel = packed(choice, ffn)
-        self._block = blocks.Block(ffn, self.kernel)
+        self._block, self._run = Forward(ffn.block), blocks.single(ffn, self.kernel)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +74,7 @@ class GradedRows(MaskRows):
         self.kernel.grade(taken, written - taken)
 
     def begin(self) -> None:
-        self._block.begin()
+        self._block.replace(self._run)
 
     def end(self) -> None:
-        self._block.end()
+        self._block.put_back()
