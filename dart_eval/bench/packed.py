@@ -42,7 +42,7 @@ class RoundedSpeed:
         bits: as a user types them. read: FFN weight bytes / those of the model's own dtype.
         speedup: dense step / rounded step. control: dense step / dense step.
         over_kernel: step of the dense model in our own product / rounded step; None where there is none.
-        product: whose product multiplies, `ours` or `torch's`.
+        product: whose product multiplies, `our own` or `torch's`.
         ceiling: the most that the bytes of this model allow. achieved_over_ceiling: see `decode.DecodeSpeed`.
         dense_tokens_per_second, tokens_per_second: for orientation.
         foreign_cores: processors that other processes kept busy meanwhile, on average (None: not known here).
@@ -159,7 +159,7 @@ def measure(
     return RoundedSpeed(
         bits=rounding.text, read=read, speedup=speedup, control=paired(dense, again), ceiling=ceiling,
         over_kernel=over_kernel,
-        product="torch's" if not_ours(model, rounding) else "ours",
+        product="torch's" if not_ours(model, rounding) else "our own",
         achieved_over_ceiling=(over_kernel or speedup).median / ceiling,
         dense_tokens_per_second=1 / sorted(dense)[len(dense) // 2],
         tokens_per_second=1 / sorted(ours)[len(ours) // 2], foreign_cores=foreign(), twin_bytes=own_bytes(model),

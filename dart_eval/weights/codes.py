@@ -80,17 +80,26 @@ class Packed:
         """Return [n] int32, the first bits of codes, counted from 0. low: last bits that are not read."""
         return ((codes >> low).flatten().int()) + (2 ** (self.rounding.bits - 1) >> low)
 
+    @functools.cached_property
+    def _mean_codes(self) -> dict[int, Tensor]:
+        return {}
+
     def _means(self, low: int) -> Tensor:
-        """Return fp32 what each value of first bits stands for (`decoded`). low: as of `_begin`."""
+        """Return fp32 what each value of first bits stands for (`decoded`), cached. low: as of `_begin`."""
+        if low not in self._mean_codes:
+            self._mean_codes[low] = self._mean_code(low)
+        return self._mean_codes[low]
+
+    def _mean_code(self, low: int) -> Tensor:
         if self.rounding.bits - low >= LINE:
             slope, middle = self.line(low)
-            count = 2**self.rounding.bits >> low
-            return torch.arange(count, device=self.codes.device).double().mul(slope).add(middle).float()
-        number, code = self._histogram, self._code
+            first = torch.arange(2**self.rounding.bits >> low, dtype=torch.float64, device=self.codes.device)
+            return (slope * first + middle).float()
+        code, number = self._histogram()
         begin = self._begin(code, low).long()
-        sums, held = (torch.zeros(int(begin[-1]) + 1, dtype=torch.float64, device=code.device) for _ in range(2))
+        sums, count = torch.zeros(2, int(begin[-1]) + 1, dtype=torch.float64, device=code.device)
         sums.index_add_(0, begin, number * code)
-        return (sums / held.index_add_(0, begin, number).clamp_min(1)).float()  # 0 where no code begins so
+        return (sums / count.index_add_(0, begin, number).clamp_min(1)).float()  # 0 where no code begins so
 
     def line(self, low: int) -> tuple[float, float]:
         """Return slope and offset of the codes over their first bits, by least squares over all of the matrix.
@@ -100,27 +109,20 @@ class Packed:
         Args:
             low: last bits that are not read. First bits count from 0.
         """
-        code, share = self._code.double(), self._histogram / self._histogram.sum()
-        first = self._begin(self._code, low).double()
+        code, number = self._histogram()
+        first, share = self._begin(code, low).double(), number / number.sum()
         away = first - share @ first
         spread = float(share @ away.square())
         slope = float(share @ (away * code)) / spread if spread else 2.0**low
         return slope, float(share @ (code - slope * first))
 
-    @property
-    def _code(self) -> Tensor:
-        """All possible codes, ascending."""
-        half = 2 ** (self.rounding.bits - 1)
-        return torch.arange(-half, half, device=self.codes.device)
-
-    @functools.cached_property
-    def _histogram(self) -> Tensor:
-        """[2^bits] fp64, how often the matrix has each code."""
+    def _histogram(self) -> tuple[Tensor, Tensor]:
+        """Return all possible codes, ascending, and how often the matrix has each, [2^bits] fp64."""
         half = 2 ** (self.rounding.bits - 1)
         number = torch.zeros(2 * half, dtype=torch.float64, device=self.codes.device)
         for some in self.codes.split(max(1, CHUNK // self.codes.shape[1])):
             number += torch.bincount(some.flatten().int() + half, minlength=2 * half)
-        return number
+        return torch.arange(-half, half, device=self.codes.device), number
 
     @property
     def _together(self) -> int:

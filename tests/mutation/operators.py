@@ -32,6 +32,10 @@ EQUIVALENT: dict[str, str] = {
         "a method that calibrates is refused without a calibration before",
     "DriftDetector.observe: self.prompt_sum[row : row + 1] / size -> (self.prompt_sum[row : row + 1])":
         "a cosine does not depend on the length of a window's mean",
+    "Layer._best: sums.mean(0, keepdim=True) -> sums.sum(0, keepdim=True)":
+        "a mask depends on the order of scores alone",
+    "tango.solve: end + (estimate - end) * 1e-12 -> (end - (estimate - end) * 1e-12)":
+        "beyond the end the score is as large, and the root lies inside",
 }  # fmt: skip
 KINDS = {
     "sign": "a sum for a difference, a comparison turned round",

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.oracle import ByHidden, TopP
-from dart_eval.pruning.masks.counts import Budget, Counts, chosen_counts, keep_counts
+from dart_eval.pruning.masks.counts import Budget, Counts, chosen_counts, in_steps, keep_counts
 from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
 from dart_eval.pruning.registry import CHOICES, make
 from dart_eval.util.errors import UserError
@@ -52,6 +52,15 @@ def test_what_is_read_is_the_label_exactly(layers, matrices, whole, ratio, write
         # What the masks have enough of is for all alike, but for a row that does not divide.
         spare = all(t < m for t, m in zip(found.taken, found.mask, strict=True))
         assert not spare or sum(found.taken) - sum(found.written) in (0, 1, 2)
+
+
+@pytest.mark.parametrize(("counts", "most", "steps", "wanted"), [
+    ([7, 5], [16, 5], [8, 1], [0, 5]),  # seven are too few for a step, and the other layer is full
+    ([7, 5], [16, 9], [8, 1], [0, 9]), ([15, 5], [16, 9], [8, 1], [8, 9]), ([15, 9], [16, 9], [8, 1], [8, 9]),
+    ([7, 7, 4], [8, 8, 9], [8, 8, 1], [8, 0, 9]),
+])  # fmt: skip
+def test_steps_by_hand(counts, most, steps, wanted):
+    assert in_steps(counts, most, steps) == wanted
 
 
 def test_counts_by_hand():

@@ -15,7 +15,7 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.choices import serving
 from dart_eval.pruning.choices.images import Copy, FirstBits, LowRank, Weights
 from dart_eval.pruning.choices.preview import ByPreview
-from dart_eval.pruning.registry import make
+from dart_eval.pruning.registry import make, parse
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.rounding import served_bits, served_inputs, served_output
 from tests.helpers.matrices import in_turn
@@ -182,3 +182,22 @@ def test_dart_plus_holds_whole_numbers_and_what_they_stand_for(room, sparsity, w
         model.generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=3)
         held = (held_in_tensors() - before) / weights
     assert held == pytest.approx(wanted, abs=0.01)  # a hundredth and a half are scales
+
+
+@pytest.mark.parametrize("method", ["preview", "preview:image=copy", "dart-plus"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_of_equal_layers_the_worst_cost_is_that_of_each(family, method):
+    ffns = find_ffns(tiny(family))
+    choice = make(*parse(method)).at(0.5).choice
+    served = choice.serving(ffns, 0.5, None)
+    try:
+        if served is not None:
+            served.begin()
+        stored = served_output(ffns[0]).stored
+        worst = choice.worst_read_cost([f.size for f in ffns], ffns[0].width, ffns[0].matrices, stored)
+        each = choice.read_costs(ffns, True, stored.total)[0]
+    finally:
+        if served is not None:
+            served.end()
+    for name in ("in_mask", "taken", "written"):
+        assert getattr(worst, name) == pytest.approx(getattr(each, name), rel=0.1), name

@@ -23,3 +23,12 @@ def test_what_comes_after_an_end_counts_as_soon_as_something_follows():
     assert tally.share == pytest.approx((1 + 3) * 0.5 / 6)
     tally.decode(half, 1, torch.tensor([False, False]))
     assert tally.share == pytest.approx((4 + 4) * 0.5 / 10)
+
+
+def test_a_token_without_word_of_its_end_goes_on():
+    tally, half = Tally(), torch.tensor([0.5])
+    tally.context(1, False)
+    tally.decode(half, 1, torch.tensor([True]))
+    assert tally.share == 0
+    tally.decode(half, 1)
+    assert tally.share == pytest.approx(2 * 0.5 / 3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from dart_eval.results import outcomes
+from dart_eval.results import outcomes, pairing
 from dart_eval.results.check import FELL, check, recovery, workflow_commands
 from dart_eval.results.outcomes import Cell, Measure
 from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
@@ -226,3 +226,10 @@ def test_a_loss_on_few_choices_falls_by_the_threshold_alone():
 def test_thresholds_of_an_unknown_task_are_refused():
     with pytest.raises(UserError, match=r"thresholds name task 'acr'; did you mean arc"):
         checked([answered("arc", right(0.5))], [answered("arc", right(0.5))], Thresholds(tasks={"acr": Limits()}))
+
+
+def test_code_of_a_method_differs_only_between_equal_methods():
+    one, other = (cell(answered("arc", [{"acc": 1}], method_code=code)) for code in ("1", "2"))
+    assert "method_code" in pairing.differences(one, other)
+    rival = cell(answered("arc", [{"acc": 1}], method="griffin", method_code="2"))
+    assert "method_code" not in pairing.differences(one, rival)
