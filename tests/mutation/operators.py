@@ -36,6 +36,8 @@ EQUIVALENT: dict[str, str] = {
         "a mask depends on the order of scores alone",
     "tango.solve: end + (estimate - end) * 1e-12 -> (end - (estimate - end) * 1e-12)":
         "beyond the end the score is as large, and the root lies inside",
+    "share_of_inputs: f.size * f.width -> (f.size)":
+        "all FFNs of a model have its width",
 }  # fmt: skip
 KINDS = {
     "sign": "a sum for a difference, a comparison turned round",

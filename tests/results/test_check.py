@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from dart_eval.results import outcomes, pairing
+from dart_eval.results import outcomes
 from dart_eval.results.check import FELL, check, recovery, workflow_commands
 from dart_eval.results.outcomes import Cell, Measure
+from dart_eval.results.pairing import differences
 from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
 from dart_eval.util.errors import UserError
 from tests.helpers.records import N, answered, choosing, perplexities, right, samples
@@ -230,6 +231,6 @@ def test_thresholds_of_an_unknown_task_are_refused():
 
 def test_code_of_a_method_differs_only_between_equal_methods():
     one, other = (cell(answered("arc", [{"acc": 1}], method_code=code)) for code in ("1", "2"))
-    assert "method_code" in pairing.differences(one, other)
+    assert "method_code" in differences(one, other)
     rival = cell(answered("arc", [{"acc": 1}], method="griffin", method_code="2"))
-    assert "method_code" not in pairing.differences(one, rival)
+    assert "method_code" not in differences(one, rival)
