@@ -25,11 +25,9 @@ from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.shard import PartDone, Pilot, Shard
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
 from dart_eval.evaluation.unsafe import block_local_code
-from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.dense import AnySession
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Metric
-from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
 BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps
@@ -83,33 +81,6 @@ def count_requests(items: Sequence[Task | Group], limit: float | None) -> int:
             choices = len(options) if isinstance(options, list) else 1
         total += docs * choices
     return total
-
-
-def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> None:
-    """Refuse other scopes, and methods that look ahead, for tasks that do not score given answers.
-
-    Raises:
-        UserError: a task generates text, or the scope is another for a perplexity.
-    """
-    kinds = {"generate_until": "generates text", "loglikelihood_rolling": "measures perplexity"}
-    for task in leaves(list(items)):
-        kind = kinds.get(task.OUTPUT_TYPE)
-        if kind and scope != "scored":
-            raise UserError(
-                f"task {task.task_name} {kind}: --scope {scope} is for scored answers", "use --scope scored"
-            )
-        if not method.looks_ahead:
-            continue
-        if kind == "generates text":
-            raise UserError(
-                f"method {method.name} looks ahead, and task {task.task_name} generates text",
-                f"leave {method.name} or the task out",
-            )
-        if scope != "scored":
-            raise UserError(
-                f"method {method.name} makes its mask from the scored tokens, and --scope {scope} has no such",
-                f"leave {method.name} out, or use --scope scored",
-            )
 
 
 def evaluate_task(

@@ -28,6 +28,7 @@ from dart_eval.evaluation.requests import A, Request, Score, Scoring, Text, hold
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.shard import WHOLE, Call, PartDone, Pilot, Shard
+from dart_eval.evaluation.tasks import RollingLogLikelihood
 from dart_eval.evaluation.truncation import truncated
 from dart_eval.evaluation.unusable import Unusable
 from dart_eval.pruning.session.dense import AnySession, DenseSession
@@ -36,12 +37,6 @@ from dart_eval.util.text import Json
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
 NO_SCORE, NO_TEXT = Score(0.0, False, Cost()), Text("", Cost())  # in place of another shard's answers
-
-
-class RollingLogLikelihood(float):
-    """Log-likelihood of the scored half of a document, with the share of the document's bytes that it covers."""
-
-    coverage: float = 1.0
 
 
 class PrunedLM(HFLM):

@@ -27,7 +27,6 @@ from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from dart_eval.evaluation import task_needs
-from dart_eval.evaluation.lm import RollingLogLikelihood
 from dart_eval.evaluation.local_data import asked_at, check_documents, check_shots, first_fault, number_asked, place_of
 from dart_eval.evaluation.seeded_data import seeded, without_other_lengths
 from dart_eval.evaluation.task_names import ALIASES, is_pattern, none_given, own, tasks_dir, unknown
@@ -53,6 +52,12 @@ CLUSTERS: dict[str, str] = {
     "boolq": "passage", "cb": "premise", "hellaswag": "ctx", "race": "article", "record": "passage",
     "rte": "sentence1", "sglue_rte": "premise", "multirc": "paragraph",
 }  # fmt: skip
+
+
+class RollingLogLikelihood(float):
+    """Log-likelihood of the scored half of a document, with the share of the document's bytes that it covers."""
+
+    coverage: float = 1.0
 
 
 class _Factory(TaskFactory):

@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.quantizers import AutoHfQuantizer
 
 from dart_eval.layers import experts
 from dart_eval.models import adapters, demo_model
@@ -30,6 +29,7 @@ from dart_eval.models.hub import work_offline_if_unreachable
 from dart_eval.util.errors import UserError, nearest, out_of_memory
 from dart_eval.util.files import check_name, feed
 from dart_eval.util.quiet import muted
+from dart_eval.util.text import Json
 from dart_eval.weights import gguf, grids, stored
 from dart_eval.weights.checkpoint import (
     check_layers,
@@ -277,7 +277,7 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
         check_layers(name, settings)  # some configurations build a list of layers
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
         quantised = stored.quantisation_of(config)
-        supported = not quantised or AutoHfQuantizer.supports_quant_method(quantised)
+        supported = not quantised or _quantiser_is_there(quantised)
     except UserError:
         raise
     except Exception as error:  # the model's own code may run here
@@ -318,6 +318,12 @@ def _dtype(spec: ModelSpec, config: PretrainedConfig, source: str, revision: str
         return spec.dtype
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return _name(named) if named is not None else weights_dtype(source, revision)
+
+
+def _quantiser_is_there(settings: Json) -> bool:
+    from transformers.quantizers import AutoHfQuantizer  # with torchao that takes seconds
+
+    return bool(AutoHfQuantizer.supports_quant_method(settings))
 
 
 def _name(dtype: object) -> str:

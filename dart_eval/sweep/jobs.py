@@ -16,7 +16,6 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
 from dart_eval.evaluation.calibration_text import calibration_text, sharing
-from dart_eval.evaluation.evaluate import check_answers
 from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.sampling import task_draws
 from dart_eval.evaluation.task_hash import task_hash
@@ -25,6 +24,7 @@ from dart_eval.layers.find import describe
 from dart_eval.models import demo_model
 from dart_eval.models.loading import Resolved, choose_device, resolve
 from dart_eval.pruning import compatibility
+from dart_eval.pruning.method import Pruner
 from dart_eval.results.journal import Journal
 from dart_eval.results.progress import at_work
 from dart_eval.results.record import Record
@@ -321,3 +321,30 @@ class Silent:
 
     def __getattr__(self, _name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
+
+
+def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> None:
+    """Refuse other scopes, and methods that look ahead, for tasks that do not score given answers.
+
+    Raises:
+        UserError: a task generates text, or the scope is another for a perplexity.
+    """
+    kinds = {"generate_until": "generates text", "loglikelihood_rolling": "measures perplexity"}
+    for task in leaves(list(items)):
+        kind = kinds.get(task.OUTPUT_TYPE)
+        if kind and scope != "scored":
+            raise UserError(
+                f"task {task.task_name} {kind}: --scope {scope} is for scored answers", "use --scope scored"
+            )
+        if not method.looks_ahead:
+            continue
+        if kind == "generates text":
+            raise UserError(
+                f"method {method.name} looks ahead, and task {task.task_name} generates text",
+                f"leave {method.name} or the task out",
+            )
+        if scope != "scored":
+            raise UserError(
+                f"method {method.name} makes its mask from the scored tokens, and --scope {scope} has no such",
+                f"leave {method.name} out, or use --scope scored",
+            )
