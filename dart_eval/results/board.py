@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from dart_eval.results import frame, inputs, metrics, outcomes, verdict
+from dart_eval.results import frame, inputs, metrics, outcomes, seeds, verdict
 from dart_eval.results.blocks import (
     CONTROL,
     DEFAULT_SCOPE,
@@ -77,11 +77,14 @@ def _board(
     store: Store, model: str, records: Sequence[Record], speeds: Sequence[Speed], notes: Sequence[str],
     metric: str | None,
 ) -> Board:  # fmt: skip
-    names = labels(records, by_task=True)
+    together = seeds.together(records)
+    merged = [seeds.mean_record(some) for some in together]
+    names = labels(merged, by_task=True)
     groups: dict[tuple[str, float], list[Record]] = {}
-    for r in sorted(records, key=lambda r: str(r.inputs["task"])):
+    for r in sorted(merged, key=lambda r: str(r.inputs["task"])):
         groups.setdefault((names[r.key], float(r.inputs["sparsity"])), []).append(r)
     beside, problems = frame.beside_dense([outcomes.cell_of(store, r) for r in records])
+    beside = {some[0].key: seeds.mean_compared([beside.get(r.key, ()) for r in some]) for some in together}
     drafts = [_row(label, group, speeds, metric) for (label, _), group in groups.items()]
     rows_of = {row.keys: [one for key in row.keys for one in beside.get(key, ())] for row in drafts}
     scopes = {row.scope for row in drafts if row.scope}
@@ -92,7 +95,9 @@ def _board(
         for some in split([r for r in drafts if (r.scope or usual) == scope and r.kind != CONTROL] or drafts, metric)
     ]
     columns = {task: m.metric for row in drafts for task, m in row.values.items()}
-    return Board(model, about(records), columns, tuple(blocks), (*notes, *_versions(records), *problems))
+    return Board(
+        model, about(records), columns, tuple(blocks), (*notes, *seeds.remark(together), *_versions(records), *problems)
+    )
 
 
 def about(records: Sequence[Record]) -> str:

@@ -460,3 +460,19 @@ def test_a_frontier_says_no_more_than_points_that_were_measured():
     assert frontier.reach([(0.5, 0.9), (0.3, 0.7)], [True, False]) == "30 % to 50 %"
     assert frontier.reach([(0.5, 0.9), (0.3, 0.9)], [True, True]) == "30 % or less"
     assert frontier.reach([(0.3, 0.2)], [False]) == "above 30 %"
+
+
+def test_several_seeds_are_one_row_with_their_mean(tmp_path):
+    """Of the run, and of parts that took the run's seed; a part with a seed of its own is another row."""
+
+    def drawn(share, seed, own=None):
+        return choices(share, method="random", seed=seed, params={"score.seed": seed if own is None else own})
+
+    dense = [choices(0.8, method="dense", seed=seed) for seed in (0, 1)]
+    made = board_of(tmp_path, *dense, drawn(0.4, 0), drawn(0.5, 1), drawn(0.6, 0, own=7))
+    assert sorted(row.label for row in made.rows if row.keys) == ["dense", "random:score.seed=0", "random:score.seed=7"]
+    (row,) = [row for row in made.rows if row.label.endswith("=0")]
+    shares = [np.mean([(s > EASY).mean() for s in some]) for some in ((0.4, 0.5), (0.8, 0.8))]
+    assert row.quality["acc"].value == pytest.approx(shares[0])
+    assert above(row) == pytest.approx((shares[0] - 0.25) / (shares[1] - 0.25))
+    assert "Rows are means over the seeds 0, 1." in made.notes
