@@ -66,7 +66,8 @@ def doubled(ffn):
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    (lambda f: f.down.float(), "for models of 16 bits"), (lambda f: setattr(f, "act", torch.nn.Tanh()), "has no Tanh"),
+    (lambda f: f.down.to("meta"), "for plain weights on a CPU"),
+    (lambda f: setattr(f, "act", torch.nn.Tanh()), "has no Tanh"),
     (lambda f: setattr(f.up, "bias", torch.nn.Parameter(torch.ones(301))), "without norms and biases"),
     (doubled, "LlamaMLP does more than its projections"),
 ])  # fmt: skip

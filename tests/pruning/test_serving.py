@@ -80,7 +80,7 @@ def test_prompts_multiply_whole_numbers_and_the_model_keeps_its_weights(family, 
 def test_room_is_given_back():
     model = tiny("llama")
     before = serving._ROOM.free_bytes
-    with open_session(model, "dart-plus", 0.5):
+    with open_session(model, "dart-plus", 0.5, "masked"):
         generate(model, prompts_of(1, 9), 3)
     weights = sum(m.weight.nbytes for f in find_ffns(model) for m in f.projections)
     assert before - serving._ROOM.free_bytes == 2 * weights  # what numbers stand for, and their first bits

@@ -37,8 +37,8 @@ def lacking(ffn: FFN) -> str | None:
     plain = ffn.gate is not None and ffn.norm is None and ffn.lift is None and ffn.routed is None
     if not plain or any(bias_of(m) is not None for m in modules):
         return f"the kernel runs gated FFNs without norms and biases, and that of layer {ffn.number} is another"
-    if device_of(ffn).type != "cpu" or any(m.weight.dtype not in (torch.bfloat16, torch.float16) for m in modules):
-        return "the kernel is for models of 16 bits on a CPU"
+    if device_of(ffn).type != "cpu" or any(not m.weight.is_floating_point() for m in modules):
+        return "the kernel is for plain weights on a CPU"
     if act_of(ffn) is None:
         return f"the kernel has no {type(ffn.act).__name__}"
     x = torch.randn(1, 1, ffn.width, generator=torch.Generator().manual_seed(0)).to(modules[0].weight.dtype)
