@@ -24,7 +24,9 @@ def lacking(choice: DartPlus, ffn: FFN) -> str | None:
     image = choice.image
     if any(on_grid(m) for m in ffn.projections):
         return "the kernel takes weights of 16 bits, which it rounds itself"
-    if not isinstance(image, FirstBits) or image.served is None or image.first(image.code) != packing.FIRST:
+    if not isinstance(image, FirstBits):
+        return f"{choice.title} with {image.title} has no kernels here"
+    if image.served is None or image.first(image.code) != packing.FIRST:
         return f"the kernel previews by {packing.FIRST} first bits"
     if choice.columns(ffn.width) != Columns():
         return "the kernel previews by all columns"
