@@ -32,3 +32,13 @@ def test_a_token_without_word_of_its_end_goes_on():
     assert tally.share == 0
     tally.decode(half, 1)
     assert tally.share == pytest.approx(2 * 0.5 / 3)
+
+
+def test_the_first_token_of_every_context_counts():
+    tally = Tally()
+    for _ in range(2):
+        tally.context(1, False)
+        tally.decode(torch.tensor([0.5]), 1)
+    assert tally.share == pytest.approx(2 * 0.5 / 4)
+    tally.context(1, True)  # a chunk of the same prompt
+    assert tally.share == pytest.approx(2 * 0.5 / 4)
