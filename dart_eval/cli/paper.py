@@ -28,9 +28,9 @@ def paper(
     verbose: options.Verbose = False,
     **given: Any,
 ) -> None:  # fmt: skip
-    """Run what a paper's tables need, and write them as md, csv and LaTeX.
+    """Run the cells that a paper's tables need, and write the tables as md, csv and LaTeX.
 
-    Stopped, the same command goes on where it was. Tasks whose data cannot be had are left out and named.
+    The same command resumes a stopped run. Tasks without available data are left out and listed.
 
     [bold]Examples[/bold]
 
