@@ -35,9 +35,9 @@ def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
     found = {s.method: s for s in speeds.load_speeds(tmp_path)}
     assert (found["cats"].speedup, found["cats"].times) == (None, "bytes only")
     assert (found["griffin"].speedup.median, found["griffin"].times) == (griffin["speedup"], "measured")
-    assert found["teal"].more["why"] == "entries=threshold has no kernels here"
+    assert found["teal"].more["why"] == "entries=threshold has no kernel"
     table = command(*words, "--format", "md").out
-    assert table.count("| bytes only ") == 4 and "choice=gate takes" in table
+    assert table.count("| bytes only ") == 4 and "choice=gate chooses" in table
     (costs,) = [part for part in table.split("###") if "What a method takes beside" in part]
     assert "griffin" in costs and "preview" not in costs
 
