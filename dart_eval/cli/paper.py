@@ -74,7 +74,7 @@ def _write(spec: PaperSpec, filled: Paper, folder: Path) -> list[Table]:
     from dart_eval.util.files import write
 
     made = [(layout, *filled.table(layout)) for layout in spec.layouts]
-    remedy = "make room or choose another --output; what is finished is kept"
+    remedy = "free disk space or choose another --output; finished cells remain"
     for layout, table, numbers in made:
         for ending, text in (("md", markdown(table)), ("csv", to_csv(numbers)), ("tex", latex(table))):
             write(folder / f"{layout.name}.{ending}", text, remedy)
