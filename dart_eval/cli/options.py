@@ -148,7 +148,7 @@ Packed = Annotated[
 ]
 METHODS_MEASURED = ("griffin", "dart", "dart-code", "dart-choice", "dart-plus")
 MEASURED = (
-    "Measure these methods, comma-separated, as `dart-eval run --method` takes them.  "
+    "Measure these methods, comma-separated, spelled as for `dart-eval run`.  "
     rf"\[default: {','.join(METHODS_MEASURED)}]"
 )
 Measured = Annotated[Several, own(MEASURED, PRUNING, "NAMES", offers=METHODS)]

@@ -38,8 +38,8 @@ def report(
 ) -> None:
     """Write one HTML page: the board, charts, speed, drift, the answers of all methods side by side, and all numbers.
 
-    The page is one file that opens in any browser without a network. During a run, `--open` rewrites the page after
-    every cell and the page reloads itself, until the run is over.
+    The page is one file that opens in any browser without a network. During
+    a run, `--open` rewrites the page after every cell, and it reloads itself.
 
     \b
     [bold]Examples[/bold]
