@@ -45,7 +45,7 @@ def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
 def test_where_nothing_can_be_timed_a_line_says_so(saved_llama):
     words = ("bench", "decode", "--model", saved_llama, *FEW, "--method", "dart-plus:image.group=32,oracle-token", "--format", "md")
     done = command(*words)
-    assert done.code == 0 and "No method here can be timed." in done.out and "takes beside" not in done.out
+    assert done.code == 0 and "No method here can be timed." in done.out and "Other costs" not in done.out
 
 
 def test_a_sparsity_out_of_reach_leaves_one_method_out(saved_llama):
