@@ -1,4 +1,4 @@
-"""What docs/methods.md says of each method: its formula, its paper, what it needs, and its second program."""
+"""The cards of docs/methods.md: idea, formula, paper, needs, lowest read, faster today, and the second program."""
 
 from __future__ import annotations
 
@@ -21,44 +21,46 @@ from dart_eval.util.errors import UserError
 
 TESTS = Path(__file__).parents[1] / "tests" / "derivations"
 SHAPE = "llama-3.1-8b"
+TIMES, SLOWER = "[times](../results/speed.md)", ("prox",)  # measured there
 # Formula, file of tests/derivations, and the functions of it that are the method's second program.
 CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "dense": ("h", "", ()),
-    "random": ("the order of a seeded draw", "", ()),
-    "magnitude": ("s_j = ||gate_j|| ||up_j||, its rows", "static", ("magnitude",)),
-    "mag-sp": ("s_j = ||down_j||, its column", "static", ("mag_sp",)),
-    "static": ("s_j = || (h_tj / ||h_t||)_t ||, t on a text", "static", ("static",)),
-    "wanda-sp": ("s_j = mean_i |down_ij| || (h_tj)_t ||, t on a text", "wanda_sp", ("wanda_sp",)),
-    "flap": ("s_j = var_t(h_tj) ||down_j||^2, standardised over its layer; all layers in one ranking", "flap",
+    "dense": ("y = down h", "", ()),
+    "random": ("s = a seeded random order", "", ()),
+    "magnitude": ("s_j = ||gate_j|| ||up_j||, rows of neuron j", "static", ("magnitude",)),
+    "mag-sp": ("s_j = ||down_j||, column of neuron j", "static", ("mag_sp",)),
+    "static": ("s_j = || (h_tj / ||h_t||)_t ||, t in a calibration text", "static", ("static",)),
+    "wanda-sp": ("s_j = mean_i |down_ij| || (h_tj)_t ||, t in a calibration text", "wanda_sp", ("wanda_sp",)),
+    "flap": ("s_j = var_t(h_tj) ||down_j||^2, standardised per layer, one ranking over all layers", "flap",
              ("ranked",)),
     "griffin": ("s_j = || (h_tj / ||h_t||)_t ||, t in the prompt", "griffin", ("griffin",)),
-    "dart": ("s_j = sum_t h_tj^2; layers by how much they change the stream; anew when the attention output drifts",
-             "dart_drift", ("Detector", "dart")),
-    "dart-code": ("as dart, with the settings of its public code", "dart_allocation", ("sensitivity", "pruned_shares")),
-    "coreinfer": ("s_j = tokens t in which h_tj is among the largest fifth of the positive ones", "prompt_rivals",
+    "dart": ("s_j = sum_t h_tj^2; densities by how much a layer changes the stream; re-mask when the attention output "
+             "drifts from the prompt's mean", "dart_drift", ("Detector", "dart")),
+    "dart-code": ("as dart, with the settings of the public code", "dart_allocation", ("sensitivity", "pruned_shares")),
+    "coreinfer": ("s_j = number of tokens t with h_tj in the largest fifth of the positive ones", "prompt_rivals",
                   ("votes",)),
-    "glass": ("s_j = w rank(griffin's score on the prompt) + (1 - w) rank(on a text)", "prompt_rivals", ("ranks",)),
-    "probe": ("s_j = (p_j^2 + q_j^2) / (p_j + q_j) sqrt(sum_i down_ij^4), p on the prompt, q on a text",
+    "glass": ("s_j = w rank_j(prompt) + (1 - w) rank_j(calibration text), ranks by griffin's score", "prompt_rivals",
+              ("ranks",)),
+    "probe": ("s_j = (p_j^2 + q_j^2) / (p_j + q_j) sqrt(sum_i down_ij^4), p on the prompt, q on a calibration text",
               "prompt_rivals", ("fused",)),
-    "pop": ("a core by s_j = mean_i |down_ij| || h_j ||; of the next, those with the largest s_j of this token",
-            "candidates", ("pop",)),
-    "dart-plus": ("exact where a preview leaves most open, (E - P^2 + .2 P^2) ||down_j||^2; the next write P",
-                  "dart_plus", ("by_hand",)),
-    "dart-choice": ("|act(gate x)_j| rms_t (up x_t)_j inside a wide mask, then |h_j|", "dart_choice", ("dart_choice",)),
-    "cats": ("|act(gate x)_j|", "choices", ("chosen",)),
-    "m-countdown": ("|(up x)_j|", "choices", ("chosen",)),
-    "preview": ("E h_j^2 by the first bits of gate and up", "", ()),
-    "prox": ("|h_j| by copies of 4 bits and the largest half of x", "thresholds", ("shown",)),
-    "top-p": ("the fewest j with sum |h_j| >= p sum |h|", "choices", ("fewest",)),
-    "oracle-token": ("|h_j|", "choices", ("chosen",)),
-    "teal": ("inputs with |x_i| > t of their layer", "entries", ("thinned",)),
-    "wina": ("inputs with the largest |x_i| ||W_i||", "entries", ("thinned",)),
-    "wanda": ("weights with the largest |W_ij| || (x_tj)_t || of each row", "entries", ("thinned",)),
-    "rounding": ("the rounded W", "", ()),
-    "fewer-experts": ("the k experts with the largest router weight", "routings", ("with_count",)),
-    "drop-experts": ("experts by the mean of router weight times ||output|| on a text", "routings",
-                     ("saliency_by_hand",)),
-    "oracle": ("griffin's score, t being the tokens that are scored", "griffin", ("griffin",)),
+    "pop": ("s_j = mean_i |down_ij| ||h_j||: the core by the prompt, then the candidates by the token", "candidates",
+            ("pop",)),
+    "dart-plus": ("exact: largest (E - P^2 + .2 P^2) ||down_j||^2, with E = E[h_j^2] and P = h_j by the preview; "
+                  "the next by E ||down_j||^2 write P", "dart_plus", ("by_hand",)),
+    "dart-choice": ("|a_j| rms_t(u_tj) inside a wide mask chooses rows of up, then |h_j| columns of down",
+                    "dart_choice", ("dart_choice",)),
+    "cats": ("largest |act(gate x)_j|", "choices", ("chosen",)),
+    "m-countdown": ("largest |(up x)_j|", "choices", ("chosen",)),
+    "preview": ("largest E[h_j^2] by the first bits of gate and up", "", ()),
+    "prox": ("largest |h_j| by 4-bit copies of gate and up and the largest half of x", "thresholds", ("shown",)),
+    "top-p": ("fewest j with sum |h_j| >= p sum |h|", "choices", ("fewest",)),
+    "oracle-token": ("largest |h_j|", "choices", ("chosen",)),
+    "teal": ("columns i with |x_i| > t, t per layer", "entries", ("thinned",)),
+    "wina": ("columns i with the largest |x_i| ||W_i||", "entries", ("thinned",)),
+    "wanda": ("weights with the largest |W_ij| || (x_tj)_t || of each row i", "entries", ("thinned",)),
+    "rounding": ("W rounded, for decoded tokens", "", ()),
+    "fewer-experts": ("the k experts e with the largest router weight g_e", "routings", ("with_count",)),
+    "drop-experts": ("s_e = mean_t g_e(x_t) ||f_e(x_t)||, t in a calibration text", "routings", ("saliency_by_hand",)),
+    "oracle": ("griffin's s_j, t in the scored tokens", "griffin", ("griffin",)),
 }  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def card(method: Pruner) -> Iterator[str]:
         yield f"| paper | [arXiv {method.paper}](https://arxiv.org/abs/{method.paper}) |"
     yield f"| needs | {_needs(method)} |"
     yield f"| lowest read | {_lowest_read(method)} |"
-    yield f"| kernel today | {_kernel(method)} |"
+    yield f"| faster today | {_faster(method)} |"
     if file:
         yield f"| derivation | [tests/derivations/test_{file}.py](../tests/derivations/test_{file}.py) |"
     yield ""
@@ -93,18 +95,20 @@ def _needs(method: Pruner) -> str:
     if method.calibrates:
         found.append("a calibration text")
     if method.choice.previews and method.choice.adds:
-        found.append("weights of 16 bits, or integer codes")
+        found.append("16-bit weights or codes")
     if method.leaves_out == "experts":
         found.append("routed experts")
     return ", ".join(found) or "nothing"
 
 
 def _lowest_read(method: Pruner) -> str:
-    """On the shape of Llama 3.1 8B."""
+    """In per cent of the bytes, on the shape of Llama 3.1 8B."""
+    if not method.prunes or method.name == "drop-experts":
+        return "100 %" if not method.prunes else "100 % (it saves memory)"
     if not method.sized:
-        return "1" if not method.prunes else "not set"
+        return "set by its fields, not by a sparsity"
     if method.leaves_out == "experts":
-        return "one expert a layer" if method.name == "fewer-experts" else "1 (it saves memory)"
+        return "one expert a layer"
     shape = shape_of(model := shapes.without_weights(SHAPE), describe(model))
     least = 0.01
     while least < 1:
@@ -115,19 +119,20 @@ def _lowest_read(method: Pruner) -> str:
             least += 0.01
         else:
             break
-    return "any" if least == 0.01 else f"{least:.2f}"
+    return "any" if least == 0.01 else f"{least:.0%}".replace("%", " %")
 
 
-def _kernel(method: Pruner) -> str:
+def _faster(method: Pruner) -> str:
     if not method.prunes:
         return "-"
     if method.upper_bound:
-        return "no: it is an upper bound"
-    reason = lacking(method, _gated())
-    if reason:
-        return f"none yet: {reason}"
-    which = "any batch" if method.mask.fixed and not method.choice.chooses else "one sequence"
-    return f"{which}, on a CPU or a GPU ([times](../results/speed.md))"
+        return "nowhere: it is an upper bound"
+    if reason := lacking(method, _gated()):
+        return f"nowhere yet: {reason}"
+    if method.name in SLOWER:
+        return f"nowhere yet: its kernel is slower than dense on a CPU ({TIMES})"
+    which = "any batch size" if method.mask.fixed and not method.choice.chooses else "one sequence"
+    return f"{which} on a CPU ({TIMES}); the GPU kernel is not timed yet"
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from dart_eval.util.machine import huge_pages
 PARTS = ("scores", "masks", "compensation", "recent inputs", "detector", "images")
 HEADS = ("speed-up", "over kernel", "ceiling", "share", "control")
 RATIOS = (
-    "Speed-up: over the untouched model, the median [quartiles] of neighbouring steps. Over kernel: over the dense "
-    "model in our own product of bfloat16, which reads memory as fast as it can. Ceiling: the most that the bytes of "
+    "Speed-up: speed / the untouched model's, median [quartiles] of neighbouring steps. Over kernel: speed / dense in "
+    "our own bfloat16 kernel, which reads memory as fast as it can. Ceiling: the largest speed-up that the bytes of "
     "this model allow; share: over kernel / ceiling, or speed-up / ceiling without a kernel. Control: the untouched "
     "model over itself."
 )
@@ -58,7 +58,7 @@ def _bytes_only(result: BytesOnly) -> list[str]:
 def _reasons(results: Sequence[object]) -> str:
     """Return the reason why rows have no times; empty if all have."""
     why = {f.why: None for f in results if isinstance(f, BytesOnly)}
-    return f" {BYTES_ONLY.capitalize()}: nothing makes these bytes into time ({'; '.join(why)})." if why else ""
+    return f" {BYTES_ONLY.capitalize()}: no kernel turns the saved bytes into time ({'; '.join(why)})." if why else ""
 
 
 def decoding(
@@ -85,7 +85,7 @@ def speeds(results: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
         for f in results
     ]  # fmt: skip
     note = f"{where}; sparsity {percent(results[0].sparsity)}, one sequence"
-    note += f", {timed[0].speedup.n} steps a method. " if timed else ". Nothing here can be timed. "
+    note += f", {timed[0].speedup.n} steps a method. " if timed else ". No method here can be timed. "
     note += "Read: share of the FFN weights that a token reads"
     if timed:
         foreign = [f.foreign_cores for f in timed if f.foreign_cores is not None]
@@ -119,13 +119,13 @@ def costs(results: list[DecodeSpeed]) -> Table:
         for f in results
     ]
     note = (
-        "Tokens/s are for orientation, those of dense in brackets. Prompt: with its scores, masks and copies of the "
-        "kept neurons' weights, over a dense prompt. The next three columns are in dense steps. A re-mask makes new "
-        "masks from recent tokens (- where the method keeps none) and copies the weights that changed, here those of "
-        "a fifth of the kept neurons. Copies: of all of them, once for the first prompt. Overhead: what the method's "
+        "Tokens/s: for orientation, dense in brackets. Prompt: time with scores, masks and copies of the kept neurons' "
+        "weights, over a dense prompt. The next three columns are in dense steps. Masks: new masks from recent tokens "
+        "(- if the method stores none). Changes: copies of the changed weights, here of a fifth of the kept neurons. "
+        "Copies: copies of all kept neurons' weights, once for the first prompt. Overhead: share that the method's "
         "hooks add to a pruned step. Extra: copies of weights, and the method's state."
     )
-    return Table("What a method takes beside", columns, body, note)
+    return Table("Other costs of a method", columns, body, note)
 
 
 def _short(ratio: Ratio | None) -> str:
@@ -150,8 +150,8 @@ def state(results: list[Overhead]) -> Table:
         for f in results
     ]
     note = (
-        f"Shape {results[0].shape}, sparsity {percent(results[0].sparsity)}. Megabytes (10^6 bytes) for each sequence, "
-        "after prompts of these lengths, and what they are for after the longest prompt. FFN inputs are bfloat16."
+        f"Shape {results[0].shape}, sparsity {percent(results[0].sparsity)}. Megabytes (10^6 bytes) per sequence, "
+        "after prompts of these lengths, and by purpose after the longest prompt. FFN inputs are bfloat16."
     )
     return Table("State", columns, body, note)
 
@@ -168,9 +168,9 @@ def work(results: list[Overhead]) -> Table:
             every,
         ])  # fmt: skip
     note = (
-        "FLOPs that the method adds to a decoded token and to a token of the prompt, over those of a dense decoded "
-        "token at 1024 tokens of context. Re-mask: FLOPs of one, over all layers, in dense tokens. Re-mask reads: the "
-        "FFN weights that one reads / all FFN weights. Steady re-masks come every so many tokens, and add that share "
-        "to each. Those after an alarm come on top, as often as the text drifts."
+        "FLOPs that the method adds to a decoded token and to a prompt token, over the FLOPs of a dense decoded token "
+        "at 1024 tokens of context. Re-mask: FLOPs of one re-mask over all layers, in dense tokens. Re-mask reads: FFN "
+        "weights that one re-mask reads / all FFN weights. Steady re-masks come at a fixed interval, and add this "
+        "share to each token. Re-masks after an alarm come on top, as often as the text drifts."
     )
     return Table("Work", columns, body, note)

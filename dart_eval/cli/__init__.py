@@ -37,7 +37,7 @@ def application(verb: str | None = None) -> typer.Typer:
     """
     made = typer.Typer(
         name="dart-eval",
-        help="Measure quality, speed and memory of pruning FFN neurons while a language model runs.",
+        help="Measure quality, speed and memory of language models whose FFN neurons are pruned at run time.",
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": spelled},
         rich_markup_mode="rich",
@@ -149,7 +149,7 @@ def _run() -> None:
 def _end_without_memory(error: BaseException) -> None:
     """Exit with one line if memory has run out."""
     if out_of_memory(error):
-        view.problem("memory ran out; free some, or take a smaller model or --batch-size")
+        view.problem("memory ran out; free memory, or use a smaller model or --batch-size")
         _leave(2)
 
 
@@ -160,7 +160,7 @@ def _misused(error: Any) -> UserError:
     remedy = f"see {command} -h"
     if name := getattr(error, "option_name", None) if type(error).__name__ == "NoSuchOption" else None:
         there = [o for p in known if not p.hidden for o in p.opts if o.startswith("-")]
-        return UserError(f"there is no option {name} of {command}", (there and nearest(name, there)) or remedy)
+        return UserError(f"{command} has no option {name}", (there and nearest(name, there)) or remedy)
     said = error.format_message().rstrip(".")
     for option, word in itertools.pairwise(sys.argv) if "unexpected extra argument" in said else ():
         name = f"--{spelled(option.lstrip('-'))}"

@@ -30,7 +30,7 @@ T = TypeVar("T", bound="DecodeSpeed | RoundedSpeed | BytesOnly")
 
 
 app = typer.Typer(
-    help="Measure how fast methods decode, or what state and work they add.",
+    help="Measure the decode speed of methods, or their extra memory and FLOPs.",
     no_args_is_help=True,
 )
 
@@ -47,7 +47,7 @@ def _methods(asked: RunConfig, example: str = "dart,dart-choice") -> list[Pruner
     """
     if methods := methods_of(asked):
         return methods
-    raise UserError("no method given", f"for example --method {example}")
+    raise UserError("no method given", f"add one, for example --method {example}")
 
 
 @app.command("decode")
@@ -66,11 +66,11 @@ def decode(
     format: options.Format = "table",
     **given: Any,
 ) -> None:
-    """Measure how fast methods decode one sequence, beside the dense model.
+    """Measure the decode speed of methods on one sequence, relative to dense.
 
-    The dense model, the dense model once more (a control) and the method
-    take turns, token by token. Each speed-up is a median with its quartiles,
-    and stands beside its ceiling, the most that the model's bytes allow.
+    Dense, dense once more (a control) and the method take turns, token by
+    token. Each speed-up is a median with quartiles, next to its ceiling: the
+    largest speed-up that the model's bytes allow.
 
     \b
     [bold]Examples[/bold]
@@ -108,7 +108,7 @@ def _check_options(ffn_bits: tuple[str, ...], compiled: str | None, output: str 
     from dart_eval.results import speeds
 
     if compiled is not None and any(map(parse, ffn_bits)):
-        raise UserError("rounded weights are timed without a compiler", "leave --compile or --ffn-bits out")
+        raise UserError("--compile does not work with --ffn-bits", "leave one of them out")
     if output is not None:
         speeds.check_folder(output)
 
@@ -165,10 +165,10 @@ def overhead(
     shape: Annotated[str, options.SHAPE] = "llama-3.1-8b",
     format: options.Format = "table",
 ) -> None:
-    """Count what methods keep (bytes) and add (FLOPs) on the shapes of a large model, without its weights.
+    """Count the extra memory and FLOPs of methods on the shape of a large model, without its weights.
 
-    The state of a method is allocated and fed with random activations, so
-    its bytes are the real ones. FLOPs are counted from the shapes.
+    The state of a method is allocated and fed random activations, so its
+    bytes are real. FLOPs are counted from the shapes.
 
     \b
     [bold]Examples[/bold]

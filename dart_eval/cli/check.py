@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from dart_eval.results.check import Report
 
 OWN = re.compile(rb'^\s*\{\s*"schema":\s*\d+,\s*"cells":')  # the beginning of a baseline
-RESULTS_HELP = "The folder that `dart-eval run --output` wrote."
-BASELINE_HELP = "Hold the results against this baseline, or a folder of earlier results."
-THRESHOLDS_HELP = "Read from this YAML file when a row falls: recovery, of_dense, alpha, tasks."
-UPDATE_HELP = "Write the baseline from the results. Nothing is checked."
-FORCE_HELP = "With --update, replace a file that is no baseline."
+RESULTS_HELP = "Folder that `dart-eval run --output` wrote."
+BASELINE_HELP = "Compare the results with this baseline, or with a folder of earlier results."
+THRESHOLDS_HELP = "Read the thresholds from this YAML file: recovery, of_dense, alpha, tasks."
+UPDATE_HELP = "Write the baseline from the results, and check nothing."
+FORCE_HELP = "With --update, replace a file that is not a baseline."
 GITHUB_HELP = "Write annotations and a job summary for GitHub Actions."
-FORMAT_HELP = "Print in this format. Without it a terminal gets a table, and a pipe md."
+FORMAT_HELP = "Output format. By default a terminal gets a table, and a pipe md."
 
 
 def check(
@@ -34,14 +34,14 @@ def check(
     thresholds: Annotated[Path | None, own(THRESHOLDS_HELP, None, "FILE")] = None,
     update: Annotated[bool, own(UPDATE_HELP, None, "", "--update")] = False,
     force: Annotated[bool, own(FORCE_HELP, None, "", "--force")] = False,
-    every: Annotated[bool, own("Show also the rows that are ok.", None, "", "--all")] = False,
+    every: Annotated[bool, own("Also show the rows that are ok.", None, "", "--all")] = False,
     github: Annotated[bool, own(GITHUB_HELP, None, "", "--github")] = False,
     junit: Annotated[Path | None, own("Write a JUnit report to this file.", None, "FILE")] = None,
     format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP)] = None,
 ) -> None:
-    """Hold results against a baseline: exit status 0 if they hold, 1 if something fell or is missing.
+    """Check results against a baseline: exit status 0 if no row fell, 1 if a row fell or is missing.
 
-    A row falls if it kept too little of the baseline's quality and, paired by document, noise does not explain it.
+    A row falls if its recovery is below the threshold and a test paired by document rules out noise.
 
     \b
     [bold]Examples[/bold]
@@ -51,17 +51,17 @@ def check(
     """
     if update:
         if thresholds or every or github or junit or format:
-            raise UserError("--update only writes the baseline", "leave the other options out")
+            raise UserError("--update only writes the baseline", "leave the options for checking out")
         _update(baseline, results, force)
         return
     if force:
-        raise UserError("--force goes with --update", "leave it out: nothing is written")
+        raise UserError("--force needs --update", "leave it out: a check writes no baseline")
     check_name(baseline, "--baseline")
     if junit is not None:
         check_target(junit)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if github and not summary:
-        raise UserError("--github needs GITHUB_STEP_SUMMARY, which is not set", "leave --github out outside Actions")
+        raise UserError("--github needs the variable GITHUB_STEP_SUMMARY", "leave --github out outside GitHub Actions")
     from dart_eval.results import baseline as file
     from dart_eval.results import check as checking
     from dart_eval.results.outcomes import cells

@@ -24,18 +24,18 @@ EXAMPLES = {
     "row": "'dart-plus 70 %,dense on 4 bits'",
 }  # fmt: skip
 FOLDERS_HELP = (
-    "Two folders of results. With --method, --sparsity, --model or --row: the folder whose cells are "
-    r"compared, or several that are taken together.  \[default: out]"
+    "Two folders of results. With --method, --sparsity, --model or --row: one folder, or several that "
+    r"count as one.  \[default: out]"
 )
-METHODS_HELP = "Compare the cells of method A with those of method B."
-SPARSITIES_HELP = "Compare the cells at sparsity A with those at B; 0 is dense."
+METHODS_HELP = "Compare the cells of method A with the cells of method B."
+SPARSITIES_HELP = "Compare the cells at sparsity A with the cells at sparsity B; 0 is dense."
 MODELS_HELP = (
-    "Compare the cells of model A with those of model B: a name, or NAME@ and the first digits of the "
-    "weights' hash or the commit, where several have one name."
+    "Compare the cells of model A with the cells of model B. If several models share a name, give NAME@ and "
+    "the first digits of the weights' hash or of the commit."
 )
-ROWS_HELP = "Compare row A of the board with row B, whatever they differ in: their names there, with the sparsity."
-METRIC_HELP = r"Compare in these metrics, comma-separated, or in all.  \[default: the main one of each task]"
-FORMAT_HELP = r"Print in this form.  \[default: that of --save's ending, else a table; md in a pipe]"
+ROWS_HELP = "Compare row A of the board with row B. Name rows as the board does, with their sparsity."
+METRIC_HELP = r"Compare these metrics, comma-separated, or all.  \[default: the main metric of each task]"
+FORMAT_HELP = r"Output format.  \[default: the ending of --save, else a table, or md in a pipe]"
 METHODS = complete.listed(complete.methods)
 
 
@@ -51,10 +51,9 @@ def compare(
 ) -> None:
     """Compare two sets of cells, paired document by document, with tests and intervals.
 
-    Cells of two folders are matched where they were asked the same; what
-    else differs (code, versions, weights) is named. Within one folder, cells
-    are matched that differ in the method, the sparsity or the model alone, or
-    two rows of the board.
+    Two folders: cells match if they were asked for the same; other
+    differences (code, versions, weights) are listed. One folder: cells match
+    if they differ only in method, sparsity or model, or in the two board rows.
 
     \b
     [bold]Examples[/bold]
@@ -99,11 +98,11 @@ def _trait(options: dict[str, list[str] | None], folders: Sequence[Path]) -> tup
     """
     said = {name: text for name, text in options.items() if text is not None}
     if len(said) > 1:
-        raise UserError(f"{' and '.join(f'--{name}' for name in said)} are given", "leave one of them out")
+        raise UserError(f"{' and '.join(f'--{name}' for name in said)} do not go together", "leave one of them out")
     for name, text in said.items():
         named = items_of(text)
         if len(named) != 2:
-            raise UserError(f"--{name} {','.join(text)!r} does not name two", f"for example --{name} {EXAMPLES[name]}")
+            raise UserError(f"--{name} {','.join(text)!r} must name two, A,B", f"for example --{name} {EXAMPLES[name]}")
         return name, named[0], named[1]
     if len(folders) != 2:
         count = ("no folder is", "one folder is")[len(folders)] if len(folders) < 2 else f"{len(folders)} folders are"

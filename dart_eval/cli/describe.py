@@ -35,7 +35,7 @@ def part_rows(cls: type[Part]) -> list[tuple[str, str]]:
         rows.append((f"  {cls.slot}.{field.name}={text_of(field.default)}", _help(cls, field)))
     for name in slot_names(cls):
         default = cls.__dataclass_fields__[name].default.name
-        rows.append((f"  {name}={default}", "a part: `dart-eval ls parts` shows which there are"))
+        rows.append((f"  {name}={default}", "a part; `dart-eval ls parts` lists all"))
     return rows
 
 

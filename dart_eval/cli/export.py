@@ -15,25 +15,25 @@ from dart_eval.export.teller import RELATIONSHIPS, Teller
 from dart_eval.util.errors import UserError, nearest
 
 Folder = Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")]
-To = Annotated[str, own("every-eval-ever, eval-results or lm-eval.", None, "FORMAT", offers=FORMATS)]
+To = Annotated[str, own("Format: every-eval-ever, eval-results or lm-eval.", None, "FORMAT", offers=FORMATS)]
 Output = Annotated[
-    Path | None, own(r"Write into this folder.  \[default: export/FORMAT in the results' folder]", None, "DIR")
+    Path | None, own(r"Write to this folder.  \[default: export/FORMAT in the results folder]", None, "DIR")
 ]
 ModelId = Annotated[
-    str | None, own("The model's name on the hub, where results have a folder's name.", None, "OWNER/NAME")
+    str | None, own("Name of the model on the hub, if the results name a local folder.", None, "OWNER/NAME")
 ]
 DATASET = (
-    "Data set of a task on the hub, where its YAML names none or another; TASK=OWNER/NAME:ID also names the task "
-    "within a benchmark. May be given again."
+    "Hub data set of a task, if its YAML names none or another one. TASK=OWNER/NAME:ID also names the task within a "
+    "benchmark. Repeat the option for more tasks."
 )
 DatasetOf = Annotated[list[str] | None, own(DATASET, None, "TASK=OWNER/NAME")]
-Organisation = Annotated[str | None, own("Who publishes the results (every-eval-ever).", None, "NAME")]
+Organisation = Annotated[str | None, own("Publisher of the results (every-eval-ever).", None, "NAME")]
 RELATION = (
-    "What you are to the model's developer: first_party, third_party, collaborative or other (every-eval-ever).  "
+    "Relationship to the model's developer: first_party, third_party, collaborative or other (every-eval-ever).  "
     r"\[default: other]"
 )
 Relationship = Annotated[str | None, one_of(RELATIONSHIPS, "relationship", RELATION, metavar="WORD")]
-Page = Annotated[str | None, own("A page about the results (every-eval-ever, eval-results).", None, "URL")]
+Page = Annotated[str | None, own("Web page about the results (every-eval-ever, eval-results).", None, "URL")]
 Force = Annotated[bool, own("Replace files of an earlier export.", None, "", "--force")]
 
 
@@ -48,9 +48,9 @@ def export(
     page: Page = None,
     force: Force = False,
 ) -> None:
-    """Write results as other projects read them. The results themselves stay as they are.
+    """Write results in the formats of other projects. The results themselves do not change.
 
-    The pruner, its parameters, sparsity, scope and seed stand in each format:
+    Each format records the pruner, its parameters, sparsity, scope and seed:
 
     \b
     every-eval-ever  JSON and JSONL for the Every Eval Ever datastore
@@ -71,7 +71,7 @@ def export(
     for name in told:
         if name not in FORMATS[to]:
             takes = " or ".join(f for f, options in FORMATS.items() if name in options)
-            raise UserError(f"--{name} goes with --to {takes}", f"leave it out: {to} has no place for it")
+            raise UserError(f"--{name} needs --to {takes}", f"leave it out: {to} has no field for it")
     from dart_eval.results.store import Store
 
     target = output or folder / "export" / to

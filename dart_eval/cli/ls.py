@@ -10,7 +10,7 @@ from dart_eval.cli import complete, options
 from dart_eval.cli.view import listed, say
 from dart_eval.util.errors import UserError, nearest
 
-app = typer.Typer(help="List methods, the parts that they are made of, or tasks.", no_args_is_help=True)
+app = typer.Typer(help="List methods, their parts, or tasks.", no_args_is_help=True)
 
 
 @app.command("methods")
@@ -24,7 +24,7 @@ def methods(
         ),
     ] = "",
 ) -> None:
-    """Show every method in a line, or one method with all its parts and their fields.
+    """List all methods, or show one method with its parts and their fields.
 
     \b
     [bold]Examples[/bold]
@@ -38,7 +38,7 @@ def methods(
 
     if not method:
         listed([(name, made.summary) for name, made in known().items()])
-        say("\nThe parts of one, and all that can be set: dart-eval ls methods griffin")
+        say("\nParts and settings of one method: dart-eval ls methods griffin")
         return
     made = make(*parse(method))
     listed([(f"{made.spec}:", made.summary)])
@@ -56,18 +56,18 @@ def parts(
         str,
         typer.Argument(
             metavar="SLOT",
-            help="Show only the parts for this slot: score, mask, remask ...",
+            help="Show only the parts of this slot: score, mask, remask ...",
             autocompletion=complete.words(complete.slots),
         ),
     ] = "",
 ) -> None:
-    """Show every part that a method can be made of, slot by slot, with its fields."""
+    """List all parts of methods, slot by slot, with their fields."""
     from dart_eval.cli.describe import part_rows
     from dart_eval.pruning.registry import parts as known
 
     found = known()
     if slot and slot not in found:
-        raise UserError(f"there is no slot {slot!r}", nearest(slot, found))
+        raise UserError(f"unknown slot {slot!r}", nearest(slot, found))
     for name, classes in found.items():
         if slot in ("", name):
             listed([row for cls in classes.values() for row in part_rows(cls)])
@@ -77,13 +77,11 @@ def parts(
 @app.command("tasks")
 @options.takes("include_path")
 def tasks(
-    pattern: Annotated[str, typer.Argument(metavar="TEXT", help="Show only names that contain this text.")] = "",
-    every: Annotated[
-        bool, typer.Option("--all", metavar="", help="Show also the thousands of lm-eval's own names.")
-    ] = False,
+    pattern: Annotated[str, typer.Argument(metavar="TEXT", help="List only names that contain this text.")] = "",
+    every: Annotated[bool, typer.Option("--all", metavar="", help="Also list the thousands of lm-eval names.")] = False,
     **given: object,
 ) -> None:
-    """Show names of tasks: this project's, the common ones, and with --all every task and group of lm-eval.
+    """List task names: those of dart-eval, common ones, and with --all every task and group of lm-eval.
 
     \b
     [bold]Examples[/bold]
@@ -100,7 +98,7 @@ def tasks(
     if every or pattern:
         names = sorted(known(checked("include_path", given["include_path"] or ())))
         if pattern and not any(pattern in name for name in (*names, *ALIASES)):
-            raise UserError(f"no task has {pattern!r} in its name", nearest(pattern, names))
+            raise UserError(f"no task name contains {pattern!r}", nearest(pattern, names))
         shown = set(ALIASES) | set(COMMON)
         for name in names:
             if pattern in name and name not in shown:

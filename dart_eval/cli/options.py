@@ -131,41 +131,41 @@ def chosen(**given: object) -> RunConfig:
 
 ModelArgs = Annotated[
     Several,
-    own("The model as lm-eval is told of it: pretrained=NAME, peft=ADAPTER, dtype and others.", MODEL, "K=V,..."),
+    own("Give the model in lm-eval's form: pretrained=NAME, peft=ADAPTER, dtype=TYPE and others.", MODEL, "K=V,..."),
 ]
-Config = Annotated[Path | None, own("YAML file with these options; the command line wins.", OUTPUT, "FILE")]
-PLAN = "Time a few batches and say what the run will take: tokens, FLOPs, memory and time. Run no cell."
+Config = Annotated[Path | None, own("Read options from a YAML file; the command line overrides it.", OUTPUT, "FILE")]
+PLAN = "Time a few batches and estimate the tokens, FLOPs, memory and time of the run. No cell runs."
 Plan = Annotated[bool, own(PLAN, OUTPUT, "", "--plan")]
 RunFormat = Annotated[str, one_of(("table", "json"), "format", "Print the board, or every number as JSON.", OUTPUT)]
 Verbose = Annotated[bool, own("Show the libraries' messages and tracebacks.", OUTPUT, "", "--verbose")]
 
 # -- bench -----------------------------------------------------------------------------------------------------
 
-OneSparsity = Annotated[float, own("Share of the FFN weights that a token does not read.", PRUNING, "SHARE")]
+OneSparsity = Annotated[float, own("Share of FFN weight bytes that a decoded token does not read.", PRUNING, "SHARE")]
 Packed = Annotated[
     Several,
-    own("Also measure dense and each method on FFN weights rounded to so many bits: 4, 8:row or 4,3.", PRUNING, "BITS"),
+    own("Also measure dense and methods on FFN weights rounded to these bits: 4, 8:row or 4,3.", PRUNING, "BITS"),
 ]
 METHODS_MEASURED = ("griffin", "dart", "dart-code", "dart-choice", "dart-plus")
 MEASURED = (
-    "Measure these methods, comma-separated, as `dart-eval run --method` takes them.  "
+    "Measure these methods, comma-separated, spelled as for `dart-eval run`.  "
     rf"\[default: {','.join(METHODS_MEASURED)}]"
 )
 Measured = Annotated[Several, own(MEASURED, PRUNING, "NAMES", offers=METHODS)]
-SHAPED = "Take the shape of this model and not its weights: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b."
+SHAPED = "Use the shape of this model without its weights: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b."
 SHAPE = own(SHAPED, MODEL, "NAME", offers=SHAPES)
-Layers = Annotated[int | None, own(r"Give the shape so many layers.  \[default: its own]", MODEL, "N")]
-PromptTokens = Annotated[int, count("Begin with a prompt of so many random tokens.", TIMING)]
-Steps = Annotated[int, count("Decode so many tokens in a round.", TIMING)]
-Rounds = Annotated[int, count("Take so many rounds, in each of which all sides have their turn.", TIMING)]
+Layers = Annotated[int | None, own(r"Give the shape this many layers.  \[default: its own]", MODEL, "N")]
+PromptTokens = Annotated[int, count("Start with a prompt of this many random tokens.", TIMING)]
+Steps = Annotated[int, count("Decode this many tokens per round.", TIMING)]
+Rounds = Annotated[int, count("Measure this many rounds; dense, control and method take turns in each.", TIMING)]
 COMPILED = (
-    "Decode through torch.compile in this mode, the dense model too: default, reduce-overhead (CUDA graphs), "
+    "Decode dense and methods through torch.compile in this mode: default, reduce-overhead (CUDA graphs), "
     "max-autotune or max-autotune-no-cudagraphs."
 )
 Compile = Annotated[str | None, one_of(COMPILE, "compile mode", COMPILED, TIMING, "MODE")]
-KEPT = "Keep what was measured beside the results of `dart-eval run` in this folder, one file for each method."
+KEPT = "Also write the measured speeds to this results folder, one file per method."
 Kept = Annotated[str | None, own(KEPT, OUTPUT, "DIR")]
-Format = Annotated[str, one_of(FORMATS, "format", "Print in this form.", OUTPUT)]
+Format = Annotated[str, one_of(FORMATS, "format", "Print in this format.", OUTPUT)]
 
 # -- paper -----------------------------------------------------------------------------------------------------
 
@@ -173,33 +173,33 @@ PaperName = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
-        help="Make the tables of smoke (shipped data), ten (the paper's ten benchmarks, two summaries), or a file.",
+        help="Make these tables: smoke (shipped data), ten (the paper's ten benchmarks, two summaries), or of a file.",
         autocompletion=complete.words(("smoke", "ten")),
     ),
 ]
 PaperLimit = Annotated[
-    int | None, own(r"Ask only the first N items of each task.  \[default: what the file says]", TASKS, "N")
+    int | None, own(r"Run only the first N items of each task.  \[default: the file's limit]", TASKS, "N")
 ]
-PaperOutput = Annotated[str, own("Write results to this folder, and the tables to its folder `tables`.", OUTPUT, "DIR")]
+PaperOutput = Annotated[str, own("Write results to this folder, and tables to its subfolder `tables`.", OUTPUT, "DIR")]
 
 # -- trace -----------------------------------------------------------------------------------------------------
 
 TraceText = Annotated[
-    str | None, typer.Argument(metavar="TEXT", help="The prompt. Without it, a shipped two-topic document is.")
+    str | None, typer.Argument(metavar="TEXT", help="Prompt; without it, a shipped two-topic document.")
 ]
-TraceFile = Annotated[Path | None, own("Take the prompt from this file.", PROMPT, "FILE")]
+TraceFile = Annotated[Path | None, own("Read the prompt from this file.", PROMPT, "FILE")]
 TraceThen = Annotated[
-    Path | None, own("Feed this file's text after the prompt. Without it the model writes on.", PROMPT, "FILE")
+    Path | None, own("Feed the text of this file after the prompt. Without it the model generates.", PROMPT, "FILE")
 ]
-TraceSmoke = Annotated[int, own("Take the shipped two-topic document of this number.", PROMPT, "N")]
-TraceTokens = Annotated[int, count("Stop after so many tokens behind the prompt.", PROMPT)]
+TraceSmoke = Annotated[int, own("Use the shipped two-topic document with this number.", PROMPT, "N")]
+TraceTokens = Annotated[int, count("Stop this many tokens after the prompt.", PROMPT)]
 RUN = "Run this method: a name, or a name with other parts, such as griffin:remask=drift."
 TraceMethod = Annotated[str, own(RUN, PRUNING, "NAME", offers=complete.words(complete.methods))]
-TraceOutput = Annotated[Path, own("Write JSON to this file; the picture goes beside it.", OUTPUT, "FILE")]
+TraceOutput = Annotated[Path, own("Write the trace to this JSON file, and the picture beside it.", OUTPUT, "FILE")]
 TracePlot = Annotated[
     Path | None,
-    own(r"Draw the picture into this file: png, svg or pdf.  \[default: --output with .png]", OUTPUT, "FILE"),
+    own(r"Draw the picture to this file: png, svg or pdf.  \[default: --output with .png]", OUTPUT, "FILE"),
 ]
 TraceSaveAllocation = Annotated[
-    Path | None, own("Save also the densities of this prompt's layers, for allocation=table:FILE.", OUTPUT, "FILE")
+    Path | None, own("Also write the layer densities of this prompt, for allocation=table:FILE.", OUTPUT, "FILE")
 ]

@@ -28,9 +28,9 @@ def paper(
     verbose: options.Verbose = False,
     **given: Any,
 ) -> None:  # fmt: skip
-    """Run what a paper's tables need, and write them as md, csv and LaTeX.
+    """Run the cells that a paper's tables need, and write the tables as md, csv and LaTeX.
 
-    Stopped, the same command goes on where it was. Tasks whose data cannot be had are left out and named.
+    The same command resumes a stopped run. Tasks without available data are left out and listed.
 
     [bold]Examples[/bold]
 
@@ -74,7 +74,7 @@ def _write(spec: PaperSpec, filled: Paper, folder: Path) -> list[Table]:
     from dart_eval.util.files import write
 
     made = [(layout, *filled.table(layout)) for layout in spec.layouts]
-    remedy = "make room or choose another --output; what is finished is kept"
+    remedy = "free disk space or choose another --output; finished cells remain"
     for layout, table, numbers in made:
         for ending, text in (("md", markdown(table)), ("csv", to_csv(numbers)), ("tex", latex(table))):
             write(folder / f"{layout.name}.{ending}", text, remedy)

@@ -29,19 +29,17 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="Write the page to this file.", show_default="report.html in the folder")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Head of the page.", show_default="the models' names")] = None,
-    samples: Annotated[
-        int, typer.Option(help="Documents of each task to look through; 0 leaves them out.", min=0)
-    ] = 50,
-    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace a file that is no such page.")] = False,
+    title: Annotated[str | None, typer.Option(help="Title of the page.", show_default="the models' names")] = None,
+    samples: Annotated[int, typer.Option(help="Documents of each task to show; 0 shows none.", min=0)] = 50,
+    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace a file that is not a report.")] = False,
     browse: Annotated[
-        bool, typer.Option("--open", metavar="", help="Open the page in a browser; follow a run that is going.")
+        bool, typer.Option("--open", metavar="", help="Open the page in a browser, and follow a run in progress.")
     ] = False,
 ) -> None:
-    """Write one HTML page: the board, charts, speed, drift, every method's answers side by side, and all numbers.
+    """Write one HTML page: the board, charts, speed, drift, the answers of all methods side by side, and all numbers.
 
-    The page is one file. It opens without a network, in any browser, and can be sent as it is. While a run is at work
-    on the folder, `--open` writes the page anew after every cell, and the page reloads itself, until the run is over.
+    The page is one file that opens in any browser without a network. During
+    a run, `--open` rewrites the page after every cell, and it reloads itself.
 
     \b
     [bold]Examples[/bold]

@@ -33,7 +33,7 @@ def run(
     plan: options.Plan = False, format: options.RunFormat = "table", verbose: options.Verbose = False,
     **given: object,
 ) -> None:  # fmt: skip
-    """Run methods at sparsities on tasks. Finished cells are skipped; the board comes at the end.
+    """Run methods at sparsities on tasks, and print the board. Finished cells are skipped.
 
     \b
     [bold]Examples[/bold]
@@ -105,12 +105,12 @@ def plan_table(sizes: list[CellSize], workers: int) -> Table:
     body.append(line(f"{len(todo)} to run", todo, duration(work)))
     spread = f", about {duration(work / workers)} on {workers} workers, and their start" if workers > 1 else ""
     note = (
-        "Tokens: to compute; generated ones at their most, so texts that end early take less. TFLOPs: products with "
-        "the weights (masks save none). GB: the most that a few batches needed, the largest among them, on one worker; "
-        "previews and rounding need up to two more copies of the FFN weights. "
-        "Cache: GB of keys and values in it, which grow with a batch's rows (--batch-size) and their tokens. "
-        f"Time: from a few batches of every task, on one worker; in all {duration(work)}{spread}. The run says how far "
-        "off this was."
+        "Tokens: tokens to compute; generated texts count at full length. TFLOPs: products with the weights (masks "
+        "save none). GB: peak memory of a few batches on one worker, the largest batch included; previews and rounding "
+        "need up to two more copies of the FFN weights. "
+        "Cache: GB of keys and values in the peak; it grows with --batch-size and with the tokens of a row. "
+        f"Time: extrapolated from a few batches of every task, on one worker; in all {duration(work)}{spread}. The run "
+        "reports the error of this estimate."
     )
     columns = ["cell", "requests", "tokens", "TFLOPs", "GB", "cache", "time"]
     return Table("Plan", columns, body, note, rules=frozenset({len(body) - 1}))

@@ -16,27 +16,26 @@ from dart_eval.util.files import check_target, format_of
 VIEWS = (BOARD, "long", "flops", "memory", "detector", FRONTIER, ALL)
 PICTURES = (".png", ".svg", ".pdf")
 FORMAT_HELP = (
-    "Print a table, md, csv, tex or json. Without it the ending of --save says which. The board is drawn, 100 columns "
-    "wide in a pipe; other tables are drawn on a terminal, and a pipe gets md."
+    "Output format. The default is the ending of --save. Without --save a terminal gets tables; a pipe gets the board "
+    "100 columns wide, and other views as md."
 )
 VIEW_HELP = (
-    "Show this view. board; long: every metric with n; flops; memory; detector: alarms and re-masks over generated "
-    "texts, and drift tasks; frontier: how far a method can go (--save FILE.svg draws it); all. json and csv hold "
-    "every number, whatever the view, each beside dense's on the same documents."
+    "View to show. board; long: every metric with n; flops; memory; detector: alarms and re-masks over generated "
+    "texts, and drift tasks; frontier: how far a method can go (--save FILE.svg draws it); all. json and csv always "
+    "have every number, each with dense's on the same documents."
 )
 SORTS = ("accuracy", "above", "perplexity", "flips", "kl", "memory", "work", "speed")
-SORT_HELP = f"Order the rows of a level by this column: {', '.join(SORTS)}. Without it the best row stands first."
-METRIC_HELP = "Show this metric of the tasks that have it, such as acc_norm."
+SORT_HELP = f"Order the rows of a level by this column: {', '.join(SORTS)}. By default the best row comes first."
+METRIC_HELP = "Show this metric for the tasks that have it, such as acc_norm."
 LEVEL_HELP = "Show the rows that read this share of the FFN bytes, such as 0.3."
 Subtasks = Annotated[
-    bool, typer.Option("--subtasks", metavar="", help="Show also the members of groups, such as mmlu's subjects.")
+    bool, typer.Option("--subtasks", metavar="", help="Also show the members of groups, such as mmlu's subjects.")
 ]
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
         "--tasks", metavar="NAMES",
-        help="Show the cells of these tasks alone, with commas between them: methods that ran on other tasks stand on "
-        "one board.",
+        help="Show only these tasks, comma-separated. Methods that also ran on different tasks then share one board.",
     ),
 ]  # fmt: skip
 
@@ -50,12 +49,12 @@ def tables(
     metric: Annotated[str | None, own(METRIC_HELP, None, "NAME")] = None,
     level: Annotated[float | None, own(LEVEL_HELP, None, "READ")] = None,
     sort: Annotated[str | None, one_of(SORTS, "sort", SORT_HELP, metavar="COLUMN")] = None,
-    explain: Annotated[bool, own("Say what each column of the board is.", None, "", "--explain")] = False,
+    explain: Annotated[bool, own("Explain each column of the board.", None, "", "--explain")] = False,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")
     ] = None,
 ) -> None:
-    """Print the board of a folder of results: one row a method and sparsity, best first, or the long tables behind it.
+    """Print the board of a results folder (one row per method and sparsity, best first), or its long tables.
 
     \b
     [bold]Examples[/bold]

@@ -29,7 +29,7 @@ def trace(
     save_allocation: options.TraceSaveAllocation = None,
     **given: object,
 ) -> None:
-    """Show what a method does with one prompt: the drift signal, alarms, new masks, neurons kept in each layer.
+    """Trace a method on one prompt: the drift signal, alarms, re-masks, and the neurons kept in each layer.
 
     \b
     [bold]Examples[/bold]
@@ -77,21 +77,21 @@ def _picture(output: Path, plot: Path | None, allocation: Path | None) -> Path |
     check_target(output)
     picture = plot or (None if is_stream(output) else output.with_suffix(".png"))
     if picture is not None and picture.suffix not in PICTURES:
-        raise UserError(f"picture {picture} has no known ending", f"one of {', '.join(PICTURES)}")
+        raise UserError(f"picture {picture} has an unknown ending", f"use one of {', '.join(PICTURES)}")
     files = [path for path in (output, picture, allocation) if path is not None]
     for path in files:
         check_target(path)
     if len({p.absolute() for p in files}) < len(files):
-        raise UserError("two outputs have one name", "give --output, --plot and --save-allocation a file each")
+        raise UserError("two outputs have the same name", "give --output, --plot and --save-allocation different files")
     return picture
 
 
 def _prompt(text: str | None, file: Path | None, then: Path | None) -> tuple[str | None, str | None]:
     """Return the prompt and the text after it; None for what was not given."""
     if text is not None and file is not None:
-        raise UserError("a prompt and --file are given", "leave one of them out")
+        raise UserError("both a prompt and --file are given", "leave one of them out")
     following = read_text(then, "text", "give a text file") if then is not None else None
     prompt = read_text(file, "text", "give a text file") if file is not None else text
     if prompt is None and following is not None:
-        raise UserError("--then needs a prompt before it", "give a prompt or --file")
+        raise UserError("--then needs a prompt before it", "add a prompt or --file")
     return prompt, following

@@ -104,7 +104,7 @@ def draw_frontier(shown: Shown, path: Path) -> None:
         problem = f"{shown.store.folder} has the results of several models"
         raise UserError(problem, "give each model an --output of its own to draw it")
     if not any(frontier.curves(block) for block in made[0].blocks):
-        problem = f"there is nothing to draw in {shown.store.folder}"
+        problem = f"{shown.store.folder} has nothing to draw"
         raise UserError(problem, "run dense and a pruned method on the same tasks")
     from dart_eval.results.report import charts  # matplotlib is loaded only where it draws
 

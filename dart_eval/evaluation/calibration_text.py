@@ -86,7 +86,7 @@ def _local(data_set: str, configuration: str, data_dir: str) -> Iterable[dict[st
     except OSError as error:
         raise UserError(f"calibration: {file} cannot be read ({reason(error)})", REMEDY) from None
     except ValueError as error:
-        raise UserError(f"calibration: {file}, {error}", "mend the file") from None
+        raise UserError(f"calibration: {file}, {error}", "fix the file") from None
 
 
 def _of_hub(data_set: str, configuration: str) -> Iterable[dict[str, object]]:

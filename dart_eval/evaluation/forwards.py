@@ -112,7 +112,7 @@ def _check_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> Non
         refuse_not_finite(found.amax(1), "largest logits of a token", model.dtype)
     if not _close(ours, theirs, 1e-2):
         raise UserError(
-            f"the output head of {type(model).__name__} is not understood", "add it to dart_eval/evaluation/forwards.py"
+            f"the output head of {type(model).__name__} is unknown", "add it to dart_eval/evaluation/forwards.py"
         )
 
 
@@ -137,13 +137,11 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
                 _ONE_BY_ONE.discard(model)
             off = min(off, alone)
         if off > 10 * least:
-            raise UserError(
-                f"{name} gives other logits to tokens after a cached context than in the whole text", NOT_RUN
-            )
+            raise UserError(f"{name} gives different logits after a cached context and in the whole text", NOT_RUN)
         if can_pad(model) and _apart(_behind_padding(model, head, tokens), whole) > max(10 * least, 4 * off):
             raise UserError(
-                f"{name} gives other logits to a row that has padding than to the row alone",
-                "its answers cannot be scored in batches, nor its texts",
+                f"{name} gives different logits to a row with padding and to the row alone",
+                "its answers and texts cannot be scored in batches",
             )
 
 

@@ -106,7 +106,7 @@ class Generator:
         self, lm: HFLM, session: AnySession, budget: Budget, angles: Angles, documents: Mapping[str, str], seed: int = 0
     ) -> None:
         if lm.eot_token_id is None:
-            raise UserError("the tokenizer has no EOS token to end a text", "name one in its tokenizer_config.json")
+            raise UserError("the tokenizer has no EOS token to end a text", "add one to tokenizer_config.json")
         self.lm, self.session, self.budget, self.angles = lm, session, budget, angles
         self.documents, self.seed, self.ends, self.state_bytes = documents, seed, ends_of(lm), 0
 
@@ -133,7 +133,7 @@ class Generator:
         new: int = kwargs.pop("max_gen_toks")
         longest = self.lm.max_length - new
         if longest <= 0:
-            raise UserError(f"{new} new tokens do not fit in a length of {self.lm.max_length}")
+            raise UserError(f"{new} new tokens do not fit in a context of {self.lm.max_length}")
         prompts = []
         for i, (name, request) in group.items():
             text, cut = fit(self.lm, request, longest, self.documents.get(request.task_name or ""))

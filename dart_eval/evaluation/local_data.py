@@ -150,7 +150,7 @@ def check_documents(task: Task, limit: float | None, place: Callable[[object], s
     """
     docs = task.eval_docs
     if not len(docs):
-        raise UserError(f"task {task.task_name} has no documents", "an empty split cannot be evaluated")
+        raise UserError(f"task {task.task_name} has no documents", "add documents to its evaluated split")
     for number in range(number_asked(task, limit) if isinstance(task, ConfigurableTask) else 0):
         doc = docs[number]
         try:
@@ -161,7 +161,7 @@ def check_documents(task: Task, limit: float | None, place: Callable[[object], s
             fault = f"cannot be asked ({summary(error)})"
         if fault:
             where = place(doc) if place else ""
-            raise UserError(f"document {number} of task {task.task_name}{where} {fault}", "mend or remove it")
+            raise UserError(f"document {number} of task {task.task_name}{where} {fault}", "fix or remove it")
 
 
 def _fault(task: ConfigurableTask, doc: dict[str, object], local: bool) -> str | None:
@@ -209,7 +209,7 @@ def check_shots(task: Task, num_fewshot: int | None) -> None:
     most = len(sampler.fewshot_indices or sampler.df) - itself
     if shots > most:
         raise UserError(
-            f"task {task.task_name} is to show {shots} examples, and has {max(most, 0)}",
+            f"task {task.task_name} needs {shots} few-shot examples, and has {max(most, 0)}",
             f"give --num-fewshot {max(most, 0)} or less",
         )
 

@@ -86,7 +86,7 @@ class WholeInputs(Scoring):
     ) -> None:
         if forwards.room and scope not in ("all", "last"):
             raise UserError(
-                f"{type(forwards.model).__name__} takes one token at a time after a cached context, and the scope "
+                f"{type(forwards.model).__name__} runs only one token at a time after a cached context, and scope "
                 f"{scope} runs several",
                 "use --scope scored",
             )

@@ -59,5 +59,5 @@ def _check_punkt(task: str) -> None:
         if not nltk.download(PUNKT, quiet=True, raise_on_error=False):
             raise UserError(
                 f"task {task} needs NLTK's data {PUNKT}, which could not be downloaded",
-                f"python -m nltk.downloader {PUNKT} where there is a network; NLTK_DATA names its folder",
+                f"run python -m nltk.downloader {PUNKT} with a network; NLTK_DATA names its folder",
             ) from None

@@ -122,7 +122,7 @@ def _redirect(config: Json, data_dir: Path) -> list[str]:
         wanted.append(config.get("validation_split"))
     for file in files.values():
         if not Path(file).is_file():  # a pipe would be waited for
-            raise UserError(f"task {name}: {file} is no regular file", "give the data set's files themselves")
+            raise UserError(f"task {name}: {file} is not a regular file", "give the files of the data set themselves")
     missing = sorted({w for w in wanted if isinstance(w, str)} - set(files))
     if missing:
         raise UserError(
@@ -253,7 +253,7 @@ class Tasks:
                 check_shots(task, num_fewshot)
                 most = None if getattr(task.config, "process_docs", None) else number_asked(task, limit)
                 if fault := first_fault(files, None, most, all_fields=False):
-                    raise UserError(f"task {name}: {fault}", "mend the file, or leave --data-dir out")
+                    raise UserError(f"task {name}: {fault}", "fix the file, or leave --data-dir out")
         except UserError:
             raise
         except Exception as error:
@@ -276,10 +276,10 @@ class Tasks:
             return task_needs.missing(name, cause.name.partition(".")[0])
         for files, prepare in self._factory.local if not isinstance(cause, ImportError) else ():
             if fault := first_fault(files, prepare if callable(prepare) else None):
-                return UserError(f"task {name}: {fault}", "mend the file, or leave --data-dir out")
+                return UserError(f"task {name}: {fault}", "fix the file, or leave --data-dir out")
         text = f"{type(cause).__name__}: {cause}"
         if self._factory.local and (place := place_of(self._factory.local[-1][0], asked_at(error))):
-            return UserError(f"task {name}: {place}: it cannot be asked ({text[:300]})", "mend or remove it")
+            return UserError(f"task {name}: {place}: it cannot be used ({text[:300]})", "fix or remove it")
         if "Couldn't find a module script" in str(cause):
             return UserError(
                 f"the metric of task {name} could not be loaded: the hub cannot be reached",

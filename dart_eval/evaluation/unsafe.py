@@ -41,7 +41,7 @@ def check_task(name: str, unsafe: bool, confirmed: bool) -> None:
     if unsafe and not confirmed:
         raise UserError(
             f"task {name} runs code that the model writes",
-            "give --confirm-run-unsafe-code where that can do no harm, in a container for example",
+            "add --confirm-run-unsafe-code in a safe place, such as a container",
         )
 
 
@@ -77,7 +77,7 @@ def check_yaml(name: str, path: Path, trusted: Sequence[Path]) -> None:
             loaded = yaml.load(opened, Loader=_Loader)
         if what := next(_code(loaded), None):
             raise UserError(
-                f"task {name} would run {what} ({file})", "give --confirm-run-unsafe-code if you know what that does"
+                f"task {name} would run {what} ({file})", "add --confirm-run-unsafe-code if you trust the file"
             )
         included = loaded.get("include", []) if isinstance(loaded, dict) else []
         for other in [included] if isinstance(included, str) else included:

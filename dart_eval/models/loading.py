@@ -288,7 +288,7 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
         method = stored.method_of(config)
         raise UserError(
             f"config.json of model {name} says quant_method {method!r}, which transformers does not know",
-            "correct its quantization_config, or leave it out where the weights are plain",
+            "correct quantization_config, or remove it if the weights are not quantised",
         )
     commit = None if weights else getattr(config, "_commit_hash", None) or revision
     code = own_code(source, config, commit)
@@ -306,7 +306,7 @@ def _adapted(adapter: str, name: str, source: str, config: PretrainedConfig, wei
     digest = adapters.digest_of(adapter)
     if stored.method_of(config) is not None or (Path(source) / gguf.KINDS).is_file():
         raise UserError(
-            f"model {name} is quantised, and adapters are merged into plain weights", "give the unquantised model"
+            f"model {name} is quantised, and --peft merges only into plain weights", "give the unquantised model"
         )
     whole = hashlib.sha256(f"{weights} {digest}".encode()).hexdigest()
     return (name if adapter == source else f"{name}+{Path(adapter).name}"), whole
@@ -352,8 +352,8 @@ def _hash_folder(path: Path) -> str:
 
 def _untrusted(name: str, code: str) -> UserError:
     return UserError(
-        f"model {name!r} brings code of its own ({code}), which needs your consent",
-        "read it; if you trust it, give --trust-remote-code",
+        f"model {name!r} has its own code ({code}), which runs only with your consent",
+        "read the code; if you trust it, add --trust-remote-code",
     )
 
 
@@ -365,12 +365,12 @@ def _explain(name: str, error: BaseException, settings: Mapping[str, object] = {
     if isinstance(error, KeyError) and (unknown := unknown_word(settings, error.args[0])):
         return UserError(f"config.json of model {name} says {unknown}, which transformers does not know", "correct it")
     if out_of_memory(error):
-        return UserError(f"memory ran out while model {name!r} was loaded", "free some, or take a smaller model")
+        return UserError(f"memory ran out while model {name!r} was loaded", "free memory, or use a smaller model")
     if "trust_remote_code" in text:
         return _untrusted(name, "auto_map or custom_generate")
     if "connect" in text.lower() or "offline" in text.lower() or "couldn't connect" in text.lower():
         return UserError(
-            f"model {name!r} is no local folder, and the hub cannot be reached",
+            f"model {name!r} is not a local folder, and the hub cannot be reached",
             f"give a local folder, or the demo alias {demo_model.ALIAS}, or check the network (HF_ENDPOINT)",
         )
     if "not a valid model identifier" in text or "Repository Not Found" in text:
@@ -378,7 +378,7 @@ def _explain(name: str, error: BaseException, settings: Mapping[str, object] = {
             f"model {name!r} was found neither as a folder nor on the hub", "check the name and your access"
         )
     if isinstance(error, ImportError):  # a library for quantised weights is missing
-        return UserError(f"model {name!r} cannot be loaded ({text[:300]})", "install what it needs")
+        return UserError(f"model {name!r} cannot be loaded ({text[:300]})", "install the packages that it needs")
     return UserError(
         f"model {name!r} cannot be loaded ({text[:300]})",
         "it must be a complete causal language model with its tokenizer",

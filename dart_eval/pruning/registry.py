@@ -45,43 +45,43 @@ log = logging.getLogger(__name__)
 GRIFFIN = Activation(norm="l2")
 TABLE = "table:"  # and a file: `allocation=table:FILE`
 BUILT_IN: tuple[Pruner, ...] = (
-    TokenChoice(name="dense", summary="prunes nothing: the model as it is (control)"),
+    TokenChoice(name="dense", summary="runs the model unpruned (control)"),
     StaticMask(
         name="random", summary="keeps a random set of neurons in each layer, the same for every text",
         mask=Static(score=Random()),
     ),
     StaticMask(
         name="magnitude", paper="2404.01365",
-        summary="keeps the neurons with the largest rows of gate and up, the same for every text",
+        summary="keeps the neurons with the largest norms of gate and up rows, the same for every text",
         mask=Static(score=Weights()),
     ),
     StaticMask(
         name="mag-sp", paper="2312.11983",
-        summary="keeps the neurons with the largest columns of down, the same for every text",
+        summary="keeps the neurons with the largest norms of down columns, the same for every text",
         mask=Static(score=Weights(of="down")),
     ),
     StaticMask(
-        name="static", summary="keeps the neurons that were most active on a calibration text, as griffin scores them",
+        name="static", summary="keeps the neurons with the highest griffin scores on a calibration text",
         mask=Static(score=GRIFFIN),
     ),
     StaticMask(
         name="wanda-sp", paper="2306.11695",
-        summary="keeps neurons with the largest columns of down and activations on a calibration text",
+        summary="keeps the neurons with the largest |down| times activation norm on a calibration text",
         mask=Static(score=Wanda()),
     ),
     StaticMask(
         name="flap", paper="2312.11983",
-        summary="keeps neurons that vary most on a calibration text, and adds the mean of the others",
+        summary="keeps the neurons that vary most on a calibration text, and adds the mean output of the rest",
         mask=Static(score=Fluctuation()), allocation=Global(), compensation=MeanOutput(over="calibration"),
     ),
     NeuronMask(
         name="griffin", paper="2404.01365",
-        summary="keeps the neurons that were most active in the prompt, equally many in every layer",
+        summary="keeps the neurons that were most active in the prompt, the same number in every layer",
         mask=FromPrompt(score=GRIFFIN),
     ),
     NeuronMask(
         name="dart", paper="2601.22632",
-        summary="keeps the neurons most active in the prompt, more in some layers, and re-masks on drift",
+        summary="keeps the neurons most active in the prompt, more in sensitive layers, and re-masks on drift",
         mask=FromPrompt(remask=OnDrift()), allocation=DepthAware(),
     ),
     # The public code's settings. Its defects stay out: there a mask of MASKING_STEP 0 was never made anew, and half of
@@ -89,98 +89,98 @@ BUILT_IN: tuple[Pruner, ...] = (
     # computed them anew.
     NeuronMask(
         name="dart-code", paper="2601.22632",
-        summary="is dart as its public code sets it: eager detector, re-masks from 30 dense tokens",
+        summary="runs dart with the settings of its public code: eager detector, re-masks from 30 dense tokens",
         mask=FromPrompt(remask=OnDrift(
             window=5, sigma=0.1, patience=1, cooldown=0, min_windows=2, skip_first=False, dense_tokens=30, blend=0.0,
         )), allocation=DepthAware(),
     ),
     NeuronMask(
         name="coreinfer", paper="2410.18311",
-        summary="keeps the neurons that were most often among the largest of the prompt's tokens",
+        summary="keeps the neurons that were most often among the most active ones of a prompt token",
         mask=FromPrompt(score=Votes()),
     ),
     NeuronMask(
         name="glass", paper="2508.14302",
-        summary="keeps the neurons that rank high in the prompt and on a text (after the abstract)",
+        summary="keeps the neurons that rank high in the prompt and on a calibration text (from the abstract)",
         mask=FromPrompt(score=Ranks()),
     ),
     NeuronMask(
         name="probe", paper="2502.15618",
-        summary="keeps neurons by activations in the prompt and on a text, and columns of down",
+        summary="keeps neurons by down columns and by activations in the prompt and on a calibration text",
         mask=FromPrompt(score=Probe()),
     ),
     NeuronMask(
         name="pop", paper="2602.06822",
-        summary="keeps a core from the prompt, and lets each token choose among candidates (after the abstract)",
+        summary="keeps core neurons from the prompt, and lets each token choose candidates (from the abstract)",
         mask=FromPrompt(score=Wanda()), choice=Candidates(),
     ),
     # These two are ours. The setting of dart-plus was chosen on the shipped texts (results/setting.md).
     TokenChoice(
-        name="dart-plus", summary="lets each token read more bits of the neurons that matter more to it",
+        name="dart-plus", summary="reads more bits of the neurons that matter more to each token",
         choice=DartPlus(),
     ),
     NeuronMask(
-        name="dart-choice", summary="lets tokens choose in a wide mask, re-masks on drift, adds the mean of the rest",
+        name="dart-choice", summary="lets tokens choose in a wide mask, re-masks on drift, adds the rest's mean output",
         mask=FromPrompt(score=GRIFFIN, remask=OnDrift(floor=0.05, ring=8, blend=0.8, old="running")),
         choice=GateUp(mask_ratio=1.6, write_share=0.6), compensation=MeanOutput(),
     ),
     TokenChoice(
         name="cats", paper="2404.08763",
-        summary="lets each token choose the largest |act(gate x)|, after reading all of gate",
+        summary="reads all of gate, and lets each token choose the neurons with the largest |act(gate x)|",
         choice=ByGate(),
     ),
     TokenChoice(
         name="m-countdown", paper="2505.17701",
-        summary="lets each token choose the largest |up x|, after reading all of up",
+        summary="reads all of up, and lets each token choose the neurons with the largest |up x|",
         choice=ByUp(),
     ),
     TokenChoice(
-        name="preview", summary="lets each token choose the largest |h|, as the first bits of gate and up show them",
+        name="preview", summary="lets each token choose the largest |h|, estimated from first bits of gate and up",
         choice=ByPreview(),
     ),
     TokenChoice(
         name="prox", paper="2607.27591",
-        summary="lets tokens choose the largest |h|, by 4-bit copies and half of x (after the abstract)",
+        summary="lets tokens choose the largest |h|, estimated from 4-bit copies and half of x (from the abstract)",
         choice=Prox(),
     ),
     TokenChoice(
-        name="top-p", summary="lets each token choose the fewest neurons with a share of the sum of |h| (upper bound)",
+        name="top-p", summary="lets each token choose the fewest neurons that reach a share of sum |h| (upper bound)",
         choice=TopP(),
     ),
     TokenChoice(
-        name="oracle-token", summary="lets each token choose the largest |h|, known beforehand (upper bound)",
+        name="oracle-token", summary="lets each token choose the largest |h|, known in advance (upper bound)",
         choice=ByHidden(),
     ),
     InputSparsity(
         name="teal", paper="2408.14690",
-        summary="leaves out columns of small inputs of each matrix, not neurons",
+        summary="leaves out the columns of each matrix whose inputs are small, not neurons",
         entries=Above(),
     ),
     InputSparsity(
         name="wina", paper="2505.19427",
-        summary="leaves out columns with small inputs times norms, not neurons",
+        summary="leaves out the columns of each matrix whose input times norm is small, not neurons",
         entries=ByNorms(),
     ),
     InputSparsity(
         name="wanda", paper="2306.11695",
-        summary="leaves out single weights that matter least on a calibration text, not neurons",
+        summary="leaves out single weights by |W| times input norm on a calibration text, not neurons",
         entries=WandaEntries(),
     ),
     InputSparsity(
-        name="rounding", summary="rounds the weights that decoded tokens read, and not those of prompts (control)",
+        name="rounding", summary="rounds the weights of decoded tokens; prompts read the original ones (control)",
         entries=RoundedEntries(),
     ),
     ExpertChoice(
-        name="fewer-experts", summary="gives each token fewer of its routed experts, whole ones (a control)",
+        name="fewer-experts", summary="gives each token fewer of its routed experts (control)",
         routing=Fewer(),
     ),
     ExpertChoice(
         name="drop-experts", paper="2510.13999",
-        summary="takes half of the experts out, after REAP: memory is saved, and no reads",
+        summary="removes half of the experts, as REAP does: it saves memory, and no reads",
         routing=Without(),
     ),
     NeuronMask(
-        name="oracle", summary="makes one mask from the very tokens that then run under it (upper bound)",
+        name="oracle", summary="makes the mask from the same tokens that then run under it (upper bound)",
         mask=Ahead(score=GRIFFIN),
     ),
 )  # fmt: skip

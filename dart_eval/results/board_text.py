@@ -32,18 +32,18 @@ EXPLAINED = (
     "FFN bytes read: bytes of FFN weights that a decoded token reads / those of dense; previews and copies count.",
     "above guessing: (accuracy - guessing) / (dense - guessing), one ratio of sums over the choice tasks [95 % "
     "interval, Fieller]. 100 % is dense, 0 % is guessing, below 0 % is worse than guessing.",
-    "of dense: quality / dense's, of a metric that no guess can score in.",
+    "of dense: quality / dense's quality, of a metric without a chance level.",
     "x dense: perplexity / dense's on the same documents, geometric mean over texts.",
     "flips: share of items whose likeliest answer is not dense's, right or wrong.",
-    "KL: KL(dense || row) of the next token, mean over scored positions, in nats; not of rows on rounded weights.",
-    "memory: bytes kept beside the model. work: FLOPs that the method adds to a decoded token / those of dense.",
-    "speed today: of decoding, over dense, as `dart-eval bench decode` measured it; none yet: no kernel makes the "
+    "KL: KL(dense || row) of the next token, mean over scored positions, in nats; rows on rounded weights have none.",
+    "memory: extra memory beside the model. work: FLOPs that the method adds to a decoded token / FLOPs of dense.",
+    "speed today: decode speed / dense's, measured by `dart-eval bench decode`; none yet: no kernel turns the saved "
     "bytes into time.",
     "Value ± its own standard error: rows share documents, so the paired tests compare them. * best pruned row of its "
-    "level, ~ not told apart from it: paired tests of the first metric, perplexity and the log-likelihood of right "
-    "answers, Holm-adjusted over rows and metrics, p < .05.",
-    "Rounding rounds every token's weights, the prompt's too; pruning leaves the prompt dense. The method `rounding` "
-    "rounds decoded tokens alone.",
+    "level. ~ no significant difference from it: paired tests of the first metric, perplexity and the log-likelihood "
+    "of right answers, Holm-adjusted over rows and metrics, p < .05.",
+    "Rounding rounds the weights for all tokens, the prompt included; pruning leaves the prompt dense. The method "
+    "`rounding` rounds them for decoded tokens only.",
 )  # fmt: skip
 
 
@@ -293,17 +293,17 @@ def notes(board: Board) -> list[str]:
     rows = board.rows
     found = [*board.notes]
     if any(name_of(row) != row.name for row in rows):
-        found.append("† built from the abstract of its paper alone: no code was found.")
+        found.append("† reproduced from the abstract of its paper: no code was found.")
     bounds = [row.label for row in rows if row.kind == UPPER_BOUND]
     if bounds:
-        found.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")
+        found.append(f"Upper bounds, which look ahead: {', '.join(dict.fromkeys(bounds))}.")
     calibrated = [row.label for row in rows if row.calibrated]
     if calibrated:
-        found.append(f"Calibrated on a text before any prompt: {', '.join(dict.fromkeys(calibrated))}.")
+        found.append(f"Calibrated on a text in advance: {', '.join(dict.fromkeys(calibrated))}.")
     shown_ones = {task for block in board.blocks for some in block.tasks.values() for task in some}
     missing = sorted(board.columns.keys() - shown_ones)
     if missing:
-        found.append(f"Not in a mean, since some rows lack them: {', '.join(missing)} (--view long has them).")
+        found.append(f"Tasks left out of means, since some rows lack them: {', '.join(missing)} (see --view long).")
     return found
 
 

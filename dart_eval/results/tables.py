@@ -23,9 +23,9 @@ QUALITY = (
     Column("scope"),
 )  # fmt: skip
 QUALITY_NOTE = (
-    "Value ± standard error. sparsity: share of the FFN weights that a token is not to read. effective: share that "
-    "the scored or generated tokens did not read, dense ones included. masked out: share of the neurons outside "
-    "the mask. read: share of the FFN weights that a pruned token reads."
+    "Value ± standard error. sparsity: target share of FFN weight bytes that a token does not read. effective: share "
+    "that all scored or generated tokens did not read, dense ones included. masked out: share of neurons outside the "
+    "mask. read: share of FFN weight bytes that a pruned token reads."
 )
 FLOPS = (
     Column("context", "flops_context_tokens", partial(number, digits=0)), Column("prefill", "flops_prefill", count),
@@ -34,19 +34,19 @@ FLOPS = (
     Column("re-masks", "remasks"), Column("re-mask reads", "flops_remask_reads", small_share),
 )  # fmt: skip
 FLOPS_NOTE = (
-    "FLOPs are counted from shapes (a multiply-add is two) at the mean context length of the cell. decode: of a "
-    "decoded token; ratio: that over a dense token's. overhead: what the method adds to a decoded token, its re-masks "
-    "included, over a dense token's. in prefill: what it adds to the whole prompt. re-mask reads: FFN weights that "
-    "re-masks read per decoded token / all FFN weights. "
-    "Execution is by masks: these are the FLOPs that skipping the pruned neurons leaves, not time saved."
+    "FLOPs are counted from shapes (a multiply-add is two) at the mean context length of the cell. decode: FLOPs of a "
+    "decoded token; ratio: decode / dense. overhead: FLOPs that the method adds to a decoded token, re-masks included, "
+    "/ dense. in prefill: FLOPs that it adds to the whole prompt. re-mask reads: FFN weights that re-masks read per "
+    "decoded token / all FFN weights. "
+    "Runs multiply by masks, so these FLOPs count a model that skips the pruned neurons; they are not time saved."
 )
 MEMORY = (
     Column("weights", "memory_weights", size), Column("extra", "memory_state", size),
     Column("peak", "memory_peak", size),
 )  # fmt: skip
 MEMORY_NOTE = (
-    "extra: what the method keeps beside the model, per sequence. peak: of the process (CPU) or of the GPU while the "
-    "cell ran."
+    "extra: memory of the method beside the model, per sequence. peak: largest memory of the process (CPU) or of the "
+    "GPU during the cell."
 )
 
 
@@ -78,7 +78,7 @@ def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table
     columns = [*_where(lines), *(Column(m, f"text {m}") for m in shown)]
     notes = [QUALITY_NOTE]
     if (data["text"] == NO_NUMBER).any():
-        said = f"{NO_NUMBER}: answers were NaN or infinite; run the cell again, in another dtype or with other weights."
+        said = f"{NO_NUMBER}: answers were NaN or infinite; run the cell again in another dtype or with other weights."
         notes.append(said)
     if lines["model"].nunique() == 1:
         notes.insert(0, f"Model {lines['model'].iloc[0]}.")
@@ -115,8 +115,8 @@ def upper_bounds(records: Sequence[Record]) -> list[str]:
     names = list(dict.fromkeys(str(r.settings["method"]) for r in records if r.settings.get("upper_bound")))
     if not names:
         return []
-    are = "is an upper bound: it knows" if len(names) == 1 else "are upper bounds: they know"
-    return [f"{' and '.join(names)} {are} what no method can know in time."]
+    are = "is an upper bound: it looks" if len(names) == 1 else "are upper bounds: they look"
+    return [f"{' and '.join(names)} {are} ahead."]
 
 
 def cut_prompts(records: Sequence[Record]) -> list[str]:

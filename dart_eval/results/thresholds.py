@@ -55,7 +55,7 @@ def thresholds_from(file: Path | None) -> Thresholds:
 
 def _mapping(data: object, keys: Sequence[str] | None, where: str) -> Json:
     if not isinstance(data, dict):
-        raise UserError(f"{where} must hold keys and values, not {str(data)[:60]!r}", "for example `recovery: 0.98`")
+        raise UserError(f"{where} must contain keys and values, not {str(data)[:60]!r}", "for example `recovery: 0.98`")
     for key in data:
         if not isinstance(key, str):
             raise UserError(f"key {key!r} in {where} is no text", "put it in quotes if it is a name")

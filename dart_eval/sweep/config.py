@@ -71,7 +71,7 @@ class RunConfig(Options):
         if self.chunk < 4:
             raise UserError(f"--chunk {self.chunk} is too short for perplexity", "use some hundred tokens or more")
         if self.fewshot_as_multiturn and not self.chat_template:
-            raise UserError("--fewshot-as-multiturn needs turns", "give --chat-template, or leave it out")
+            raise UserError("--fewshot-as-multiturn needs --chat-template", "give both, or neither")
         thinking.check_thinking(self.enable_thinking, self.think_end_token, self.chat_template)
         for folder in self.include_path:
             check_name(folder, "--include-path")
@@ -79,26 +79,28 @@ class RunConfig(Options):
                 raise UserError(f"include path {folder} is not a folder", "give one with task YAML files")
         given = [n for n in RAY_OPTIONS if getattr(self, n) is not None]
         if given and self.executor != "ray":
-            raise UserError(f"{option_of(given[0])} is for Ray", "give --executor ray, or leave it out")
+            raise UserError(f"{option_of(given[0])} needs --executor ray", "give both, or neither")
         if self.workers > 1 and self.executor == "ray":
-            raise UserError(f"--workers {self.workers} is for one machine without Ray", "leave --executor ray out")
+            raise UserError(f"--workers {self.workers} does not work with --executor ray", "leave one of them out")
         if self.workers > 1 and self.device_map is not None:
-            raise UserError("--device-map gives one process all GPUs", "leave it out, or --workers")
+            raise UserError("--device-map does not work with --workers", "leave one of them out")
         if self.gpus_per_cell is not None and self.gpus_per_cell > 1 and self.gpus_per_cell % 1:
-            raise UserError(f"--gpus-per-cell {self.gpus_per_cell:g} must be whole", "only one GPU can be shared")
+            raise UserError(
+                f"--gpus-per-cell {self.gpus_per_cell:g} must be whole or below 1", "only one GPU can be shared"
+            )
         if self.executor == "ray" and self.device not in RAY_DEVICES:
-            raise UserError(f"--device {self.device} is not for Ray", "give auto, cpu or cuda: Ray deals out the cards")
+            raise UserError(f"--device {self.device} does not work with Ray", "give auto, cpu or cuda")
         if (self.device == "cpu" and self.gpus_per_cell) or (self.device == "cuda" and self.gpus_per_cell == 0):
             raise UserError(
                 f"--device {self.device} and --gpus-per-cell {self.gpus_per_cell:g} contradict each other",
                 "leave one of them out",
             )
         if not self.method or not self.sparsity:
-            raise UserError("no method or no sparsity given", "for example --method dense,dart --sparsity 0.5,0.7")
+            raise UserError("no method or no sparsity given", "give --method dense,dart --sparsity 0.5,0.7")
         if self.calibration is not None and not values.may_be_text(self.calibration):
             raise UserError(f"calibration text {self.calibration} is not a file")
         if self.calibration_seed is not None and self.calibration_size is None:
-            raise UserError("--calibration-seed draws passages, and all is read", "give --calibration-tokens too")
+            raise UserError("--calibration-seed has no effect on a whole text", "add --calibration-tokens")
 
     def check_output(self) -> None:
         """Refuse an output folder that cannot be written, and missing data, before torch is loaded.
@@ -112,7 +114,7 @@ class RunConfig(Options):
             raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
         if self.device.startswith("cuda") and self.executor == "local" and not has_cuda():
             raise UserError(
-                f"device {self.device} is not there: this machine has no CUDA driver", "--device cpu or auto"
+                f"device {self.device} is not there: this machine has no CUDA driver", "give --device cpu or auto"
             )
         folder = Path(self.output)
         for path in (folder, folder / "cells", folder / "samples"):
@@ -133,7 +135,7 @@ def config_from(file: str | Path | None, given: Json) -> RunConfig:
     """
     config, *more = configs_from(file, given)
     if more:
-        raise UserError("several seeds are given", "give one")
+        raise UserError("several seeds are given, and one is allowed", "give one")
     return config
 
 
@@ -144,7 +146,7 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
         for key, value in read_mapping(file, "config", "tasks: [arc, hellaswag]").items():
             name = str(key).replace("-", "_")
             if name in merged:
-                raise UserError(f"{name} stands twice in {file}", "leave one of them out")
+                raise UserError(f"{name} is given twice in {file}", "leave one of them out")
             if value is not None:
                 merged[name] = value
     of_file = {*merged} if file is not None else set()

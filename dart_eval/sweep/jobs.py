@@ -345,6 +345,6 @@ def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> 
             )
         if scope != "scored":
             raise UserError(
-                f"method {method.name} makes its mask from the scored tokens, and --scope {scope} has no such",
+                f"method {method.name} needs scored tokens for its mask, and --scope {scope} has none",
                 f"leave {method.name} out, or use --scope scored",
             )

@@ -72,114 +72,114 @@ class Options:
     model: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
         "Prune this model: a hub id, a local folder, or gemma-3-270m.", "the demo model")] = None
     revision: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
-        "Take this branch, tag or commit of the model on the hub.")] = None
+        "Use this branch, tag or commit of the model on the hub.")] = None
     dtype: Annotated[Dtype, BeforeValidator(values.dtype), option(MODEL, "TYPE", DECIDES,
-        "Load the weights in this number format; auto is the checkpoint's own.")] = "auto"
+        "Load the weights in this dtype; auto is the checkpoint's own.")] = "auto"
     device: Annotated[Text, AfterValidator(values.device), option(MODEL, "DEVICE", DECIDES,
         "Run the model here: auto, cpu, cuda, cuda:1 or mps.", offers=("auto", "cpu", "cuda", "mps"))] = "auto"
     device_map: Annotated[Text | None, option(MODEL, "MAP", DECIDES,
-        "Spread the model over several GPUs, for example auto.", offers=("auto",))] = None
+        "Spread the model over several GPUs by this device map, for example auto.", offers=("auto",))] = None
     peft: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
-        "Merge this adapter of PEFT (LoRA and its like) into the model: a local folder or a hub id.")] = None
+        "Merge this PEFT adapter (such as LoRA) into the model: a local folder or a hub id.")] = None
     tokenizer: Annotated[Text | None, option(MODEL, "NAME", GIVEN,
-        "Take the tokenizer of this hub id or folder.", "the model's")] = None
+        "Use the tokenizer of this hub id or folder.", "the model's")] = None
     attn_implementation: Annotated[Text | None, option(MODEL, "NAME", GIVEN,
-        "Compute attention with this code of transformers: eager, sdpa, flash_attention_2.", "the model's",
+        "Use this attention implementation of transformers: eager, sdpa or flash_attention_2.", "the model's",
         offers=("eager", "sdpa", "flash_attention_2"))] = None
     add_bos_token: Annotated[Flag | None, option(MODEL, "", GIVEN,
-        "Begin every prompt with the tokenizer's first token.", "as the tokenizer does",
-        off="Do not begin prompts with the tokenizer's first token.")] = None
+        "Start every prompt with the tokenizer's BOS token.", "as the tokenizer does",
+        off="Do not start prompts with the tokenizer's BOS token.")] = None
     trust_remote_code: Annotated[Flag, option(MODEL, "", DECIDES,
-        "Run Python code that comes with the model. Without this option none is run.")] = False
+        "Allow the model's own Python code to run. Without this option it is refused.")] = False
     method: Annotated[tuple[str, ...], BeforeValidator(values.methods), option(PRUNING, "NAMES", CELL,
         "Run these methods, comma-separated: a name, or a name with other parts, such as griffin:remask=drift. "
-        "`dart-eval ls methods` shows all of them.")] = ("dense", "griffin", "dart", "dart-plus")
+        "`dart-eval ls methods` lists them.")] = ("dense", "griffin", "dart", "dart-plus")
     sparsity: Annotated[tuple[float, ...], BeforeValidator(values.sparsities), option(PRUNING, "SHARES", CELL,
-        "Run at these sparsities, comma-separated, from 0 to below 1: shares of the FFN weights that a token does "
-        "not read. 0.5:0.9:0.1 is 0.5 to 0.9 in steps of 0.1, both ends included.")] = (0.5,)
+        "Run at these sparsities, comma-separated, from 0 to below 1: the share of FFN weight bytes that a decoded "
+        "token does not read. 0.5:0.9:0.1 means 0.5 to 0.9 in steps of 0.1, both ends included.")] = (0.5,)
     ffn_bits: Annotated[tuple[str, ...], BeforeValidator(values.ffn_bits), option(PRUNING, "BITS", CELL,
-        "Round the FFN weights to so many bits first, comma-separated: 4, or 4:64 for groups of 64 weights (32 if "
-        "not given); q3_k, q4_k and q5_k are llama.cpp's formats; 16 leaves them as they are.")] = ("16",)
+        "Round the FFN weights to this many bits first, comma-separated: 4, or 4:64 for groups of 64 weights "
+        "(default 32). q3_k, q4_k and q5_k are formats of llama.cpp; 16 does not round.")] = ("16",)
     scope: Annotated[Scope, option(PRUNING, "SCOPE", DECIDES,
         "Choose which tokens run pruned when an answer is scored. scored: the last prompt token and the answer. "
-        "continuation, all, last, last-50, last-99, decode: as in papers, see docs/concepts.md.")] = "scored"
+        "continuation, all, last, last-50, last-99, decode: scopes of papers, see docs/concepts.md.")] = "scored"
     allocation: Annotated[Text | None, option(PRUNING, "NAME", CELL,
-        "Spread the sparsity over layers in this way, in methods that make masks from the prompt: uniform, depth, "
+        "Spread the sparsity over layers this way, for methods that make masks from the prompt: uniform, depth, "
         "ends, global or table:FILE.",
         "each method's own", offers=("uniform", "depth", "ends", "global", "table:"))] = None
     tasks: Annotated[tuple[str, ...], BeforeValidator(values.texts), option(TASKS, "NAMES", CELL,
-        "Run these tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke, or any of lm-eval's names.")] = ()
+        "Run these tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke, or any name of lm-eval.")] = ()
     num_fewshot: Annotated[Whole | None, option(TASKS, "N", KEY,
-        "Put so many examples before each item.", "the task's own", ge=0)] = None
+        "Put this many few-shot examples before each item.", "the task's own", ge=0)] = None
     limit: Annotated[int | float | None, BeforeValidator(values.limit), option(TASKS, "N", KEY,
-        "Ask only the first N items of each task (of each member of a group); below 1 a share of them, such as 0.1.",
+        "Run only the first N items of each task (of each member of a group). A number below 1 is a share of them.",
         "all")] = None
     include_path: Annotated[tuple[str, ...], BeforeValidator(values.texts), option(TASKS, "DIRS", DECIDES,
-        "Also know the tasks of these folders, comma-separated: YAML files as lm-eval has them. Python code that "
-        "they name is not run unless --confirm-run-unsafe-code is given.")] = ()
+        "Add the tasks of these folders, comma-separated: YAML files in lm-eval's format. Python code that they "
+        "name runs only with --confirm-run-unsafe-code.")] = ()
     batch_size: Annotated[int | str, BeforeValidator(values.batch_size), option(TASKS, "N|auto", DECIDES,
-        "Run so many contexts in a forward, or with auto as many as fit. In float32 this moves last digits only, "
+        "Run this many contexts per forward; auto runs as many as fit. In float32 it changes only last digits, "
         "except where tokens choose what they read (dart-plus, cats, teal, routed experts) or answers are sampled.",
         offers=("auto",))] = 8
     share_prefix: Annotated[Flag, option(TASKS, "", DECIDES,
-        "Run once what many contexts begin with, such as few-shot examples.",
-        off="Run what many contexts begin with again for each of them.")] = True
+        "Run a prefix that contexts share, such as few-shot examples, only once.",
+        off="Run a prefix that contexts share again for each context.")] = True
     kl: Annotated[Flag, option(TASKS, "", DECIDES,
-        "Measure how far scored tokens are from dense's.",
-        off="Do not measure how far scored tokens are from dense's: scoring takes less time.")] = True
+        "Measure KL divergence and top-1 agreement of scored tokens with dense.",
+        off="Do not measure KL divergence and top-1 agreement with dense: scoring takes less time.")] = True
     seed: Annotated[Whole, option(TASKS, "N", KEY,
-        "Seed few-shot sampling, and methods that draw, with this number; several make a cell each.", ge=0)] = 0
+        "Seed few-shot sampling, and methods that draw at random. Several seeds make one cell each.", ge=0)] = 0
     max_length: Annotated[Whole | None, option(TASKS, "N", KEY,
-        "Fit context and answer together into so many tokens.", "the model's", ge=1)] = None
+        "Limit context and answer together to this many tokens.", "the model's", ge=1)] = None
     chunk: Annotated[Whole, option(TASKS, "N", KEY,
-        "Cut perplexity texts into chunks of so many tokens; the later halves count.")] = 2048
+        "Cut perplexity texts into chunks of this many tokens; the second half of each chunk is scored.")] = 2048
     chat_template: Annotated[Flag, option(TASKS, "", KEY, "Wrap prompts in the model's chat template.")] = False
     system_instruction: Annotated[Text | None, option(TASKS, "TEXT", GIVEN,
-        "Put this text before every prompt; in a chat template it is the system's message.")] = None
+        "Put this text before every prompt; in a chat template it is the system message.")] = None
     fewshot_as_multiturn: Annotated[Flag | None, option(TASKS, "", GIVEN,
-        "Make the examples turns of the chat template.", "on",
-        off="Put the examples into the first turn of the chat template.")] = None
+        "Format few-shot examples as turns of the chat template.", "on",
+        off="Put few-shot examples into the first turn of the chat template.")] = None
     enable_thinking: Annotated[Flag | None, option(TASKS, "", GIVEN,
-        "Switch thinking on in the chat template. Without either option the template decides.",
-        off="Switch thinking off in the chat template.")] = None
+        "Turn thinking on in the chat template. The template decides if neither option is given.",
+        off="Turn thinking off in the chat template.")] = None
     think_end_token: Annotated[Text | None, option(TASKS, "TEXT|ID", GIVEN,
-        "Score what an answer says after this token alone: its text, such as </think>, or its id.")] = None
+        "Score only the part of an answer after this token, given as its text (</think>) or its id.")] = None
     gen_kwargs: Annotated[str | None, BeforeValidator(values.generation), option(TASKS, "K=V,...", GIVEN,
-        "Generate with these settings, which stand before each task's own: temperature=0.7,do_sample=true.")] = None
+        "Generate with these settings, which override each task's own: temperature=0.7,do_sample=true.")] = None
     cue: Annotated[Text | None, option(TASKS, "TEXT", KEY,
         "Put this text after the document in summarisation prompts.", "the task's own, TL;DR:")] = None
     confirm_run_unsafe_code: Annotated[Flag, option(TASKS, "", DECIDES,
-        "Let tasks run code: what the model writes (humaneval, mbpp), Python files that tasks of --include-path "
-        "name, and metrics that stand in the working directory.")] = False
+        "Allow tasks to run code: programs that the model writes (humaneval, mbpp), Python files that tasks of "
+        "--include-path name, and metrics in the working directory.")] = False
     data_dir: Annotated[Text | None, option(TASKS, "DIR", DECIDES,
-        "Read local data instead of the hub's, see docs/data.md.")] = None
+        "Read task data from this folder instead of the hub, see docs/data.md.")] = None
     calibration: Annotated[Text | None, option(PRUNING, "FILE|DATASET", DECIDES,
         "Calibrate methods such as flap on this text file, or on the train split of this data set: NAME or "
-        "NAME:CONFIGURATION, local or on the hub as those of tasks.", "the project's own text")] = None
+        "NAME:CONFIGURATION, in --data-dir or on the hub.", "a shipped text")] = None
     calibration_tokens: Annotated[Whole | None, option(PRUNING, "N", DECIDES,
-        "Read at most so many tokens of it, in passages of 512 that are drawn.",
+        "Read at most this many calibration tokens, in randomly drawn passages of 512.",
         f"all of a text file, {values.DATA_SET_TOKENS} of a data set", ge=1)] = None
     calibration_seed: Annotated[Whole | None, option(PRUNING, "N", DECIDES,
-        "Draw the passages with this seed.", "0", ge=0)] = None
+        "Draw the calibration passages with this seed.", "0", ge=0)] = None
     output: Annotated[Text, option(OUTPUT, "DIR", RUN,
-        "Write results to this folder; what is finished in it is not run again.")] = "out"
+        "Write results to this folder; finished cells in it are not run again.")] = "out"
     force: Annotated[Flag, option(OUTPUT, "", RUN, "Run finished cells again.")] = False
     executor: Annotated[Literal["local", "ray"], option(CLUSTER, "local|ray", RUN,
-        "Run cells in this process (local), or in many, on GPUs or machines (ray).")] = "local"
+        "Run cells in this process (local), or in Ray workers on GPUs or machines (ray).")] = "local"
     workers: Annotated[Whole, option(CLUSTER, "N", RUN,
-        "Share the cells among so many processes on this machine, one a GPU where there are any.", ge=1)] = 1
+        "Share the cells among this many processes on this machine, one per GPU if it has any.", ge=1)] = 1
     ray_address: Annotated[Text | None, option(CLUSTER, "ADDRESS", RUN,
-        "Use the running Ray cluster at this address, for example auto.", "one is started on this machine")] = None
+        "Use the running Ray cluster at this address, for example auto.", "a new one on this machine")] = None
     gpus_per_cell: Annotated[Number | None, option(CLUSTER, "N", RUN,
-        "Give each Ray worker so many GPUs.", "1 if there are any", ge=0)] = None
+        "Give each Ray worker this many GPUs.", "1, or 0 without GPUs", ge=0)] = None
     cpus_per_cell: Annotated[Number | None, option(CLUSTER, "N", RUN,
-        "Give each Ray worker so many CPUs.", "1", gt=0)] = None
+        "Give each Ray worker this many CPUs.", "1", gt=0)] = None
     shards: Annotated[Whole | None, option(CLUSTER, "N", RUN,
-        "Split every cell into so many shards, one for a Ray worker at a time.",
-        "as many as there are workers, if each gets 512 requests", ge=1)] = None
+        "Split every cell into this many shards; a Ray worker runs one at a time.",
+        "one per worker, if each gets 512 requests", ge=1)] = None
     log: Annotated[Text | None, option(OUTPUT, "NAME", RUN,
-        "Also log finished cells with wandb or trackio.", offers=("wandb", "trackio"))] = None
-    log_project: Annotated[Text, option(OUTPUT, "NAME", RUN, "Log under this project.")] = "dart-eval"
+        "Also log finished cells to wandb or trackio.", offers=("wandb", "trackio"))] = None
+    log_project: Annotated[Text, option(OUTPUT, "NAME", RUN, "Log to this project.")] = "dart-eval"
     # fmt: on
 
 

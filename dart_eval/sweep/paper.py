@@ -60,14 +60,14 @@ def load(name: str, base: RunConfig) -> PaperSpec:
         layouts.append(layout)
         configs += _configs(layout, specs, base)
     if len({layout.name for layout in layouts}) < len(layouts):
-        raise UserError(f"{path}: two tables have one name", "names become file names")
+        raise UserError(f"{path}: two tables have the same name", "rename one: names become file names")
     return PaperSpec(str(data.get("about", "")), tuple(configs), tuple(layouts))
 
 
 def _known(data: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
     """The data, which must be a mapping with these keys alone."""
     if not isinstance(data, dict):
-        raise UserError(f"{where} must hold keys and values, not {short_repr(data)}", SEE)
+        raise UserError(f"{where} must contain keys and values, not {short_repr(data)}", SEE)
     for key in data:
         if key not in keys:
             raise UserError(f"{where}: unknown key {key!r}", nearest(str(key), keys))
@@ -81,18 +81,18 @@ def _layout(table: Mapping[str, Any], base: RunConfig) -> tuple[TableLayout, tup
             raise UserError(f"it needs {key}", SEE)
     name, methods, heads = str(table["name"]), table["methods"], table["columns"]
     if Path(name).name != name or "\0" in name:
-        raise UserError("the name is no file name", "names become file names")
+        raise UserError("the name is not a file name", "rename it: names become file names")
     if not isinstance(methods, dict):
-        raise UserError("methods must be labels with methods", "for example `DART: dart`")
+        raise UserError("methods must map labels to methods", "for example `DART: dart`")
     if not isinstance(heads, dict):
-        raise UserError("columns must be heads with tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
+        raise UserError("columns must map heads to tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
     specs = checked("method", list(methods.values()))
     made = [methods_of(dataclasses.replace(base, method=(spec,)))[0] for spec in specs]
     rows = tuple(PaperRow(str(label), m.name, m.params(), m.sized) for label, m in zip(methods, made, strict=True))
     columns = tuple(_column(str(head), column, base) for head, column in heads.items())
     mean = bool(table.get("mean", False))
     if mean and len({c.metric for c in columns}) > 1:
-        raise UserError("a mean needs columns of one metric", "leave `mean` out")
+        raise UserError("a mean needs columns with the same metric", "leave `mean` out")
     reported = tuple(_reported(entry, [c.head for c in columns]) for entry in table.get("reported") or [])
     sparsity, note = checked("sparsity", table["sparsity"]), str(table.get("note") or "")
     return TableLayout(name, str(table["title"]), rows, sparsity, columns, mean, reported, note), specs
@@ -102,7 +102,7 @@ def _reported(entry: Any, heads: Sequence[str]) -> Reported:
     """A row of somebody else's numbers."""
     values = {str(k): float(v) for k, v in _known(entry, REPORTED_KEYS, "reported")["values"].items()}
     for head in sorted(values.keys() - set(heads)):
-        raise UserError(f"reported column {head!r} is not there", nearest(head, heads))
+        raise UserError(f"unknown reported column {head!r}", nearest(head, heads))
     return Reported(str(entry["label"]), float(entry["sparsity"]), values, str(entry["source"]))
 
 

@@ -15,12 +15,10 @@ def check_thinking(thinks: bool | None, end_token: str | int | None, chat_templa
         UserError: with the remedy.
     """
     if thinks is not None and not chat_template:
-        raise UserError(
-            f"--{'' if thinks else 'no-'}enable-thinking is for the chat template", "give --chat-template, too"
-        )
+        raise UserError(f"--{'' if thinks else 'no-'}enable-thinking needs --chat-template", "add --chat-template")
     if thinks and end_token is None:
         raise UserError(
-            "--enable-thinking needs the token that ends the thoughts", "give --think-end-token, such as </think>"
+            "--enable-thinking needs the token that ends thinking", "add --think-end-token, such as </think>"
         )
 
 
@@ -36,6 +34,6 @@ def check_kind(task: str, output_type: str, enable_thinking: bool | None) -> Non
     """
     if enable_thinking and output_type in ("loglikelihood", "multiple_choice"):
         raise UserError(
-            f"task {task} scores given answers, and a model that thinks gives none at once",
+            f"task {task} scores given answers, which a thinking model does not write at once",
             "leave --enable-thinking or the task out",
         )

@@ -160,14 +160,14 @@ def row(record: Record) -> dict[str, float]:
 def _load(kind: str) -> Any:
     """The tracker's module, ready to log."""
     if kind not in KINDS:
-        raise UserError(f"tracker {kind!r} is unknown", nearest(kind, KINDS))
+        raise UserError(f"unknown tracker {kind!r}", nearest(kind, KINDS))
     try:
         module = importlib.import_module(kind)
     except ImportError:
-        raise UserError(f"--log {kind} needs the package {kind}", f"pip install 'dart-eval[{kind}]'") from None
+        raise UserError(f"--log {kind} needs the package {kind}", f"run pip install 'dart-eval[{kind}]'") from None
     if kind == "wandb" and module.setup().settings.mode == "online":
         # Asked now, not after the first cell, and without a prompt that would wait in the middle of a run.
-        remedy = "`wandb login`, or set WANDB_MODE=offline and send the runs later with `wandb sync`"
+        remedy = "run `wandb login`, or set WANDB_MODE=offline and upload the runs later with `wandb sync`"
         try:
             inside = module.login(prompt=False)
         except Exception as error:

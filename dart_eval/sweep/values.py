@@ -152,7 +152,7 @@ def generation(value: object, info: ValidationInfo) -> str | None:
     found = pairs(str(info.field_name), value)
     for name, item in found.items():
         if not _finite(item):
-            raise UserError(f"{name} {short_repr(item)} in {info.field_name} is no number", "give a finite one")
+            raise UserError(f"{name} {short_repr(item)} in {info.field_name} is not finite", "give a number")
     return ",".join(f"{name}={_literal(found[name])}" for name in sorted(found)) or None
 
 
@@ -178,9 +178,9 @@ def pairs(name: str, value: object) -> Json:
     for item in _apart(",".join(_text(name, text) for text in (value if isinstance(value, list) else [value]))):
         key, equals, said = item.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"{name} {item!r} has no key and value", example)
+            raise UserError(f"{name} {item!r} is not KEY=VALUE", example)
         if key.strip() in found:
-            raise UserError(f"{key.strip()} stands twice in {name}", "leave one of them out")
+            raise UserError(f"{key.strip()} is given twice in {name}", "leave one of them out")
         found[key.strip()] = _guessed(said.strip())
     return found
 
@@ -226,19 +226,19 @@ def check_batch_size(value: object) -> int | str:
         return int(value)
     except ValueError:
         said = value if isinstance(value, str) else short_repr(value)
-        raise UserError(f"--batch-size {said} is no batch size", "give a whole number from 1, or auto") from None
+        raise UserError(f"--batch-size {said} is not a batch size", "give a whole number from 1, or auto") from None
 
 
 def no_text(name: str, value: object, wanted: str = "text") -> UserError:
     """Return the error for a value that is no text."""
-    return UserError(f"{name} must be {wanted}, not {short_repr(value)}", "put quotes around it if it is meant so")
+    return UserError(f"{name} must be {wanted}, not {short_repr(value)}", "put it in quotes to pass it as text")
 
 
 def _text(name: str, value: object, wanted: str = "text") -> str:
     if not isinstance(value, (str, Path)):
         raise no_text(name, value, wanted)
     if "\0" in str(value):
-        raise UserError(f"{name} holds a NUL character", "leave it out")
+        raise UserError(f"{name} contains a NUL character", "remove it")
     return str(value)
 
 
@@ -246,7 +246,7 @@ def _method(item: object) -> str:
     if not isinstance(item, dict):
         text = _text("method", item, "text or a list of texts")
         if text.lower() == "all":
-            raise UserError("a run takes the methods by name", "`dart-eval ls methods` lists them")
+            raise UserError("--method all does not exist", "give names; `dart-eval ls methods` lists them")
         if "=" in text and "=" in text.partition(":")[0]:
             raise UserError(f"method {text!r} has no name", "join a method's fields with colons, as in " + FIELDS)
         return text
@@ -317,9 +317,9 @@ def _range(item: str) -> list[float]:
         if not (first <= last and step > 0 and (last - first) / step < STEPS):
             raise ValueError
     except (InvalidOperation, ValueError):
-        raise UserError(f"sparsity {short_repr(item)} is no range", example) from None
+        raise UserError(f"sparsity {short_repr(item)} is not a range", example) from None
     if (last - first) % step:
-        raise UserError(f"sparsity {item} does not end at {last}", "choose a step that does: both ends are included")
+        raise UserError(f"sparsity range {item} does not reach {last}", "choose a step that ends there")
     return [float(first + i * step) for i in range(int((last - first) / step) + 1)]
 
 

@@ -154,7 +154,7 @@ class _Workers:
         if self.deaths[name] >= TRIES:
             problem = f"the process at work on it died {TRIES} times ({how})"
             if cell is None:
-                raise UserError(f"workers die before they begin a cell ({how})", f"see {log}")
+                raise UserError(f"workers died before their first cell ({how})", f"see {log}")
             self.sweep.failed.append(cell)
             self.sweep.view.failed(cell, problem, self.sweep.store.failed(cell.name, cell.key, problem))
         if self.sweep.todo:

@@ -41,7 +41,7 @@ class StoreError(UserError):
     def __init__(self, folder: Path, error: OSError) -> None:
         super().__init__(
             f"results cannot be written to {folder} ({error.strerror or error})",
-            "make room or choose another --output; what is finished is kept",
+            "free disk space or choose another --output; finished cells remain",
         )
 
 

@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             if isinstance(key, yaml.ScalarNode):
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
@@ -52,7 +52,7 @@ def read_mapping(
     if loaded is None and empty:
         return {}
     if not isinstance(loaded, dict):
-        raise UserError(f"{what} {path} must hold keys and values", remedy)
+        raise UserError(f"{what} {path} must contain keys and values", remedy)
     return loaded
 
 

@@ -250,7 +250,7 @@ def test_images_are_counted_on_a_shape():
 
 def test_an_empty_list_of_methods_is_none():
     done = command("bench", "overhead", "--method", " , ")
-    assert (done.code, done.err) == (2, "error: no method given; for example --method dart,dart-choice\n")
+    assert (done.code, done.err) == (2, "error: no method given; add one, for example --method dart,dart-choice\n")
     assert command("bench", "overhead", "--method", "").err == done.err
 
 

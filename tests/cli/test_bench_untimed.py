@@ -35,17 +35,17 @@ def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
     found = {s.method: s for s in speeds.load_speeds(tmp_path)}
     assert (found["cats"].speedup, found["cats"].times) == (None, "bytes only")
     assert (found["griffin"].speedup.median, found["griffin"].times) == (griffin["speedup"], "measured")
-    assert found["teal"].more["why"] == "entries=threshold has no kernels here"
+    assert found["teal"].more["why"] == "entries=threshold has no kernel"
     table = command(*words, "--format", "md").out
-    assert table.count("| bytes only ") == 4 and "choice=gate takes" in table
-    (costs,) = [part for part in table.split("###") if "What a method takes beside" in part]
+    assert table.count("| bytes only ") == 4 and "choice=gate chooses" in table
+    (costs,) = [part for part in table.split("###") if "Other costs of a method" in part]
     assert "griffin" in costs and "preview" not in costs
 
 
 def test_where_nothing_can_be_timed_a_line_says_so(saved_llama):
     words = ("bench", "decode", "--model", saved_llama, *FEW, "--method", "dart-plus:image.group=32,oracle-token", "--format", "md")
     done = command(*words)
-    assert done.code == 0 and "Nothing here can be timed." in done.out and "takes beside" not in done.out
+    assert done.code == 0 and "No method here can be timed." in done.out and "Other costs" not in done.out
 
 
 def test_a_sparsity_out_of_reach_leaves_one_method_out(saved_llama):

@@ -109,8 +109,8 @@ def test_a_sparsity_outside_its_range_is_refused(refused, sparsity, words):
     ("--dtype", "bfloat61", "unknown dtype 'bfloat61'; did you mean bfloat16"),
     ("--device", "gpu", "unknown device 'gpu'; auto, cpu, cuda"),
     ("--limit", "0", "--limit 0 must be at least 1"),
-    ("--batch-size", "0", "--batch-size 0 is no batch size; give a whole number from 1, or auto"),
-    ("--batch-size", "lots", "--batch-size lots is no batch size; give a whole number from 1, or auto"),
+    ("--batch-size", "0", "--batch-size 0 is not a batch size; give a whole number from 1, or auto"),
+    ("--batch-size", "lots", "--batch-size lots is not a batch size; give a whole number from 1, or auto"),
     ("--calibration", "no/such/text", "calibration text no/such/text is not a file"),
     ("--calibration", "text.txt", "calibration text text.txt is not a file"),
 ])  # fmt: skip
@@ -147,7 +147,7 @@ def test_a_hub_that_cannot_be_reached_is_said(refused, monkeypatch):
 
     monkeypatch.setattr("dart_eval.models.loading.PretrainedConfig.get_config_dict", unreachable)
     message = refused("run", "--tasks", "arc", "--model", "org/none")
-    assert message.startswith("model 'org/none' is no local folder, and the hub cannot be reached;")
+    assert message.startswith("model 'org/none' is not a local folder, and the hub cannot be reached;")
     assert "local folder" in message.partition(";")[2]
     assert demo_model.ALIAS in message
 
@@ -254,7 +254,7 @@ def test_a_data_file_that_is_not_json_is_refused(refused, model_folder, tmp_path
 
 @pytest.mark.parametrize(("text", "words"), [
     ("tasks: [arc\nlimit: 3", "run.yaml is not YAML"),
-    ("just text", "run.yaml must hold keys and values; for example"),
+    ("just text", "run.yaml must contain keys and values; for example"),
     ("sparsty: 0.5", "unknown key 'sparsty' in"),
     ("limit: few", "or a share of the documents below 1, not 'few'"),
 ])  # fmt: skip
@@ -315,7 +315,7 @@ def test_a_truncated_weights_file_is_refused(refused, llama_folder, tmp_path):
     RuntimeError("unable to mmap 5 bytes from file <x>: Cannot allocate memory (12)"),
 ])  # fmt: skip
 @pytest.mark.parametrize(("place", "said"), [
-    ("dart_eval.models.loading.feed", "memory ran out; free some"),  # the hash of the weights
+    ("dart_eval.models.loading.feed", "memory ran out; free memory"),  # the hash of the weights
     ("dart_eval.models.loading.AutoTokenizer.from_pretrained", "memory ran out while model '"),
 ])  # fmt: skip
 def test_a_lack_of_memory_is_said(refused, llama_folder, monkeypatch, error, place, said):

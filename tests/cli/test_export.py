@@ -309,7 +309,7 @@ WRONG = {
     "no format": ((), "--to is missing"),
     "an unknown format": (("--to", "lm-evl"), "unknown format 'lm-evl'; did you mean lm-eval?"),
     "an option of another format": (("--to", "lm-eval", "--page", "x"),
-                                    "--page goes with --to every-eval-ever or eval-results; leave it out"),
+                                    "--page needs --to every-eval-ever or eval-results; leave it out"),
     "an unknown relationship": (("--to", "every-eval-ever", "--relationship", "self"), "unknown relationship 'self'"),
     "a data set that is none": (("--to", "lm-eval", "--dataset", "arc_easy"), "--dataset 'arc_easy' names no data set"),
     "a model that is a path": (("--to", "lm-eval", "--model-id", "../x"), "--model-id '../x' is no name on the hub"),

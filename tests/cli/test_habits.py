@@ -62,7 +62,7 @@ ANSWERED = [  # typed after `dart-eval`, and words of the answer
     ("run --tasks smoke --model vllm --model_args pretrained=gpt2", "vllm runs no models here: transformers does; "
      "write --model gpt2"),
     ("run --tasks smoke --model_args pretrained=x,load_in_4bit=True", "round the FFN weights with --ffn-bits 4"),
-    ("run --tasks smoke --method all", "a run takes the methods by name; `dart-eval ls methods` lists them"),
+    ("run --tasks smoke --method all", "--method all does not exist; give names; `dart-eval ls methods` lists them"),
     ("run --tasks smoke --method griffin:remask=drift,window=8", "join a method's fields with colons, as in "
      "griffin:remask=drift:remask.window=8"),
     ("run --tasks smoke --seed x", "seed must be a whole number, not 'x'"),

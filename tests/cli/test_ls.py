@@ -36,7 +36,7 @@ def test_lines_are_whole_where_no_terminal_is(monkeypatch):
     lines = command("ls", "methods", "dart-choice").out.splitlines()
     assert lines[0].startswith("dart-choice:  lets tokens choose in a wide mask")
     assert "remask.window=10" in next(
-        line for line in lines if line.endswith("tokens in a window of the detector (at least 1)")
+        line for line in lines if line.endswith("tokens per window of the detector (at least 1)")
     )
     assert any(len(line) > 80 for line in lines)
 

@@ -49,7 +49,7 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
     assert "unknown dtype 'flaot32'; did you mean float32" in done.stderr
     assert done.stderr.count("unknown device 'gpu'; auto, cpu, cuda, cuda:1, mps\n") == 3
-    assert "error: there is no option --sparsty of dart-eval run; did you mean --sparsity, " in done.stderr
+    assert "error: dart-eval run has no option --sparsty; did you mean --sparsity, " in done.stderr
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
 
 
@@ -61,7 +61,7 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
      "--apply-chat-template takes no value, not 'chatml'; leave it out: the model's own template is used"),
     (["run", "--force", "smoke"], "--force takes no value, not 'smoke'; leave it out"),
     (["check", "out"], "missing option '--baseline'; see dart-eval check -h"),
-    (["ls", "parts", "--foo"], "there is no option --foo of dart-eval ls parts; see dart-eval ls parts -h"),
+    (["ls", "parts", "--foo"], "dart-eval ls parts has no option --foo; see dart-eval ls parts -h"),
 ])  # fmt: skip
 def test_words_that_no_command_takes_are_answered_in_one_line(words, said):
     done = command(*words)

@@ -60,7 +60,7 @@ def test_an_adapter_alone_is_no_model(tmp_path, monkeypatch):
     done = command("run", "--tasks", "smoke_questions", "--model", "lora")
     assert (done.code, done.out) == (2, "")
     assert done.err == (
-        "error: lora is an adapter (it has adapter_config.json), and no model; give --model org/base --peft lora\n"
+        "error: lora is an adapter (it has adapter_config.json), not a model; give --model org/base --peft lora\n"
     )
 
 
@@ -126,16 +126,14 @@ def test_adapters_that_do_not_fit_are_refused(folder, lora, tmp_path):
     file = lora / adapters.WEIGHTS[0]
     weights = load_file(file)
     save_file({k.replace("layers.2", "layers.9"): v for k, v in weights.items()}, file, {"format": "pt"})
-    with pytest.raises(
-        UserError, match=r"lora and the model do not fit: 12 weights have no counterpart \(base_model\."
-    ):
+    with pytest.raises(UserError, match=r"lora does not fit the model: 12 weights have no counterpart \(base_model\."):
         resolve(_spec(folder, peft=str(lora))).load()
     prompts = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), prompts).save_pretrained(tmp_path / "prompt")
-    with pytest.raises(UserError, match=r"prompt is a prompt, and changes no weights; give another, such as LoRA"):
+    with pytest.raises(UserError, match=r"prompt is a prompt adapter and changes no weights; give another"):
         resolve(_spec(folder, peft=str(tmp_path / "prompt"))).load()
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="model model is quantised, and adapters are merged into plain weights"):
+    with pytest.raises(UserError, match="model model is quantised, and --peft merges only into plain weights"):
         resolve(_spec(folder, peft=str(lora)))

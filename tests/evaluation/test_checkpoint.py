@@ -126,8 +126,8 @@ def test_what_a_whole_checkpoint_rightly_lacks_is_not_asked_of_it(family, tmp_pa
     ({"rope_parameters": {"rope_type": "nosuch", "rope_theta": 1e4}},
      "rope_parameters.rope_type 'nosuch', which transformers does not know; correct it"),
     ({"quantization_config": {"quant_method": "nosuch"}},
-     "quant_method 'nosuch', which transformers does not know; correct its quantization_config, or leave it out where "
-     "the weights are plain"),
+     "quant_method 'nosuch', which transformers does not know; correct quantization_config, or remove it if "
+     "the weights are not quantised"),
 ])  # fmt: skip
 def test_a_configuration_that_makes_no_model_is_refused_with_its_key(folder, refused, changes, words):
     _configure(folder, **changes)
@@ -286,8 +286,8 @@ def test_code_of_a_model_folder_does_not_run_unasked(folder, coded, refused):
     marker = coded("own")
     message = refused(folder)
     assert message == (
-        "model 'model' brings code of its own (auto_map or custom_generate), which needs your consent; read it; if you "
-        "trust it, give --trust-remote-code"
+        "model 'model' has its own code (auto_map or custom_generate), which runs only with your consent; "
+        "read the code; if you trust it, add --trust-remote-code"
     )
     assert not marker.exists()
 
@@ -314,7 +314,7 @@ def test_code_of_a_tokenizer_does_not_run_unasked(folder, tmp_path, monkeypatch,
 
 def test_code_of_the_hub_that_a_configuration_names_as_its_attention_does_not_run_unasked(folder, refused):
     _configure(folder, attn_implementation="someone/kernel")
-    assert refused(folder).startswith("model 'model' brings code of its own (the attention someone/kernel of the hub)")
+    assert refused(folder).startswith("model 'model' has its own code (the attention someone/kernel of the hub)")
 
 
 @pytest.mark.parametrize("kind", ["own", "llama"])

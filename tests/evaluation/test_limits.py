@@ -45,7 +45,7 @@ def test_a_model_that_pools_columns_gives_the_same_numbers_in_batches(scope):
 
 def test_a_model_that_padding_moves_is_refused(monkeypatch):
     monkeypatch.setattr(forwards, "can_pad", lambda _model: True)
-    with pytest.raises(UserError, match="other logits to a row that has padding"):
+    with pytest.raises(UserError, match="different logits to a row with padding"):
         output_head(tiny("deepseek_v4"))
 
 
@@ -74,7 +74,7 @@ def test_a_scope_that_runs_several_tokens_on_a_cache_is_refused():
     head = output_head(model)
     with (
         open_session(model, "griffin", 0.5, execution="masked") as session,
-        pytest.raises(UserError, match="takes one token at a time after a cached context, and the scope last-50"),
+        pytest.raises(UserError, match="runs only one token at a time after a cached context, and scope last-50"),
     ):
         scorer(model, head, session, 4, "last-50")
 

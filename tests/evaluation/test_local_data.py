@@ -178,7 +178,7 @@ def test_examples_that_there_are_not_are_refused(arc):
     shelf.check_task("arc_easy", None, 4)
     for shots in (5, 4_000_000_000):
         with pytest.raises(
-            UserError, match=rf"arc_easy is to show {shots} examples, and has 4; give --num-fewshot 4 or"
+            UserError, match=rf"arc_easy needs {shots} few-shot examples, and has 4; give --num-fewshot 4 or"
         ):
             shelf.check_task("arc_easy", None, shots)
 
@@ -188,5 +188,5 @@ def test_examples_that_there_are_not_are_refused(arc):
 def test_data_that_would_never_end_are_refused(tmp_path):
     place = data_dir(tmp_path / "data", GOOD)
     os.mkfifo(place / "test.jsonl")
-    with pytest.raises(UserError, match=r"test.jsonl is no regular file"):
+    with pytest.raises(UserError, match=r"test.jsonl is not a regular file"):
         Tasks(tmp_path / "data").load("hellaswag")

@@ -66,7 +66,7 @@ def test_batch_size_and_order_do_not_matter(model, method, scope):
 def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, saved_llama):
     folder = saved_llama
     for changes, words in (
-        ({"method": "oracle", "scope": "last"}, "has no such"),
+        ({"method": "oracle", "scope": "last"}, "and --scope last has none"),
         ({"method": "oracle", "tasks": "smoke_summary"}, "generates"),
         ({"scope": "all", "tasks": "smoke_summary"}, "generates text"), ({"scope": "some"}, "unknown"),
         ({"allocation": "table:none.json"}, "not a file"),

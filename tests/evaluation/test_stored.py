@@ -250,7 +250,7 @@ def test_weights_of_32_bits_count_as_the_16_that_they_would_be_served_with(tmp_p
 
 @pytest.mark.skipif(importlib.util.find_spec("optimum") is not None, reason="the library is there")
 def test_a_library_that_is_missing_is_named(checkpoint):
-    with pytest.raises(UserError, match=r"requires optimum .*; install what it needs"):
+    with pytest.raises(UserError, match=r"requires optimum .*; install the packages that it needs"):
         _loaded(checkpoint("gptq")[0], "gptq")
 
 

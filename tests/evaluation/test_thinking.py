@@ -97,9 +97,9 @@ def test_the_chat_template_is_told(chatty, thinks, word):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"enable_thinking": True, "think_end_token": "x"}, "--enable-thinking is for the chat template; give --chat-temp"),
-    ({"enable_thinking": False}, "--no-enable-thinking is for the chat template"),
-    ({"enable_thinking": True, "chat_template": True}, "--enable-thinking needs the token that ends the thoughts"),
+    ({"enable_thinking": True, "think_end_token": "x"}, "--enable-thinking needs --chat-template; add --chat-temp"),
+    ({"enable_thinking": False}, "--no-enable-thinking needs --chat-template"),
+    ({"enable_thinking": True, "chat_template": True}, "--enable-thinking needs the token that ends thinking"),
     ({"think_end_token": ""}, "think_end_token is empty"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused(given, message):
@@ -109,7 +109,7 @@ def test_what_cannot_be_meant_is_refused(given, message):
 
 def test_given_answers_are_no_task_for_a_model_that_thinks():
     for kind in ("multiple_choice", "loglikelihood"):
-        with pytest.raises(UserError, match="task arc scores given answers, and a model that thinks gives none"):
+        with pytest.raises(UserError, match="task arc scores given answers, which a thinking model does not"):
             check_kind("arc", kind, True)
         check_kind("arc", kind, False)
     check_kind("gsm8k", "generate_until", True)

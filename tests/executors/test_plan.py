@@ -319,7 +319,7 @@ def test_what_is_read_of_a_calibration_text_is_recorded_where_it_is_not_all(tmp_
     assert read(**local) == (16384, 0)
     assert read("griffin", **local, calibration_tokens=99) == (None, None)
     assert key(method=("flap",), **file) != key(method=("flap",), **file, calibration_tokens=99)
-    with pytest.raises(UserError, match="--calibration-seed draws passages, and all is read; give"):
+    with pytest.raises(UserError, match="--calibration-seed has no effect on a whole text; add"):
         config_from(None, {**file, "calibration_seed": 3})
 
 

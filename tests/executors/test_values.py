@@ -39,9 +39,9 @@ def test_a_range_of_sparsities_has_both_ends_and_the_numbers_that_one_would_type
 
 
 @pytest.mark.parametrize(("typed", "message"), [
-    ("0.5:0.9", "'0.5:0.9' is no range; write FIRST:LAST:STEP"), ("0.9:0.5:0.1", "is no range"),
-    ("0.5:0.9:0", "is no range"), ("0:0.9:0.0001", "is no range"), ("0.5:x:0.1", "is no range"),
-    ("nan:0.9:0.1", "is no range"), ("0.5:0.9:0.15", r"0\.5:0\.9:0\.15 does not end at 0\.9; choose a step that does"),
+    ("0.5:0.9", "'0.5:0.9' is not a range; write FIRST:LAST:STEP"), ("0.9:0.5:0.1", "is not a range"),
+    ("0.5:0.9:0", "is not a range"), ("0:0.9:0.0001", "is not a range"), ("0.5:x:0.1", "is not a range"),
+    ("nan:0.9:0.1", "is not a range"), ("0.5:0.9:0.15", r"0\.5:0\.9:0\.15 does not reach 0\.9; choose a step"),
     ("0.5:1.0:0.1", r"sparsity 1 is outside \[0, 1\)"),
 ])  # fmt: skip
 def test_what_is_no_range_is_refused(typed, message):
@@ -124,7 +124,7 @@ def test_settings_of_generation_have_one_spelling(typed, kept):
     {"temperature": float("nan")}, {"x": {"y": [float("inf")]}},
 ])  # fmt: skip
 def test_settings_of_generation_are_finite(typed):
-    with pytest.raises(UserError, match=r"in gen_kwargs is no number; give a finite one"):
+    with pytest.raises(UserError, match=r"in gen_kwargs is not finite; give a number"):
         checked("gen_kwargs", typed)
 
 
@@ -155,12 +155,12 @@ def test_a_model_may_be_told_as_to_lm_eval(given, meant):
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"model_args": "pretraned=m"}, "model_args pretraned is not known here; did you mean pretrained"),
-    ({"model_args": "m"}, "model_args 'm' has no key and value; write model-args as KEY=VALUE"),
+    ({"model_args": "m"}, "model_args 'm' is not KEY=VALUE; write model-args as KEY=VALUE"),
     ({"model": "a", "model_args": "pretrained=b"}, "model is given twice: 'a' and 'b'"),
     ({"model": "hf"}, "--model hf names no model; give its hub id or folder"),
-    ({"fewshot_as_multiturn": True}, "--fewshot-as-multiturn needs turns; give --chat-template"),
+    ({"fewshot_as_multiturn": True}, "--fewshot-as-multiturn needs --chat-template; give both"),
     ({"include_path": "nowhere"}, "include path nowhere is not a folder"),
-    ({"gen_kwargs": "a=1,a=2"}, "a stands twice in gen_kwargs"),
+    ({"gen_kwargs": "a=1,a=2"}, "a is given twice in gen_kwargs"),
     ({"gen_kwargs": 5}, "gen_kwargs must be text, not 5"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused(given, message):
@@ -270,7 +270,7 @@ BASE = "include: base.yaml"
 def test_code_of_another_folder_does_not_run_unless_told(mine, tmp_path, more, what):
     folder = mine(more)
     (folder / "base.yaml").write_text("process_docs: !function code.same\n")
-    with pytest.raises(UserError, match=f"task mine would run {what}.*; give --confirm-run-unsafe-code"):
+    with pytest.raises(UserError, match=f"task mine would run {what}.*; add --confirm-run-unsafe-code"):
         Tasks(include_path=[folder]).load("mine")
     assert not (tmp_path / "ran").exists()
     if "code.same" in what:

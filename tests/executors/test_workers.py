@@ -116,8 +116,8 @@ def test_an_interrupted_run_leaves_no_worker(saved_llama, tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"workers": 0}, "--workers 0 must be at least 1"),
-    ({"workers": 2, "executor": "ray"}, "--workers 2 is for one machine without Ray"),
-    ({"workers": 2, "device_map": "auto"}, "--device-map gives one process all GPUs"),
+    ({"workers": 2, "executor": "ray"}, "--workers 2 does not work with --executor ray"),
+    ({"workers": 2, "device_map": "auto"}, "--device-map does not work with --workers"),
 ])  # fmt: skip
 def test_what_contradicts_it_is_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=message):

@@ -345,7 +345,7 @@ def test_a_part_is_listed_with_its_fields_words_and_bounds():
 
 
 def test_methods_that_are_known_from_an_abstract_say_so_wherever_they_stand():
-    said = {m.name for m in BUILT_IN if "(after the abstract)" in m.summary}
+    said = {m.name for m in BUILT_IN if "(from the abstract)" in m.summary}
     assert said == ABSTRACTS  # which the board marks
     assert all(m.paper for m in BUILT_IN if m.name in said)
 

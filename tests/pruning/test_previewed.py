@@ -207,7 +207,7 @@ def test_nothing_pruned_is_the_dense_model():
 def test_which_previews_have_kernels(spelled, dtype, why):
     model, method = llama(dtype), make(*parse(spelled))
     found = lacking(method, find_ffns(model))
-    assert found is None if why is None else found == f"{why} has no kernels here"
+    assert found is None if why is None else found == f"{why} has no kernel"
     if why is not None:
         with pytest.raises(UserError, match="has no kernels yet"):
             open_session(model, method, 0.5, execution="copied").__enter__()

@@ -361,7 +361,7 @@ def test_upper_bounds_stand_apart_and_are_never_best(tmp_path):
     knows.settings["upper_bound"] = True
     made = board_of(tmp_path, choices(0.8, method="dense"), knows, choices(0.5), choices(0.2, method="random"))
     assert places(made)[1] == [("oracle", ""), ("griffin", BEST), ("random", "")]
-    assert "Upper bounds, which know what no method can know in time: oracle." in " ".join(board_text.lines(made, 100))
+    assert "Upper bounds, which look ahead: oracle." in " ".join(board_text.lines(made, 100))
 
 
 def test_methods_that_calibrate_are_named(tmp_path):
@@ -369,7 +369,7 @@ def test_methods_that_calibrate_are_named(tmp_path):
     dense, griffin = choices(0.8, method="dense", calibration=None), choices(0.5, method="griffin", calibration=None)
     flap = [choices(0.6, method="flap"), choices(0.4, read=0.3, sparsity=0.7, method="flap")]
     said = " ".join(board_text.lines(board_of(tmp_path / "a", dense, griffin, *flap), 100))
-    assert "Calibrated on a text before any prompt: flap." in said
+    assert "Calibrated on a text in advance: flap." in said
     alone = board_of(tmp_path / "b", dense, griffin)
     assert "Calibrated" not in " ".join(board_text.lines(alone, 100))
 

@@ -205,9 +205,9 @@ def test_thresholds_are_read(tmp_path):
     ("recovery: yes", "recovery True"),
     ("alpha: 0", "alpha 0 in .* between 0 and 1"),
     ("tasks: {arc: {alpha: 0.1}}", "unknown key 'alpha' in .* for arc"),
-    ("tasks: [arc]", "must hold keys and values"),
-    ("- 1", "must hold keys and values"),
-    ("a: [", "is not YAML"), ("alpha: 0.1\nalpha: 0.2", "'alpha' stands twice"),
+    ("tasks: [arc]", "must contain keys and values"),
+    ("- 1", "must contain keys and values"),
+    ("a: [", "is not YAML"), ("alpha: 0.1\nalpha: 0.2", "'alpha' is given twice"),
     ("!!timestamp x: 1", "is not YAML"), ("recovery: !!timestamp x", "is not YAML"),
 ])  # fmt: skip
 def test_wrong_thresholds_are_refused(tmp_path, text, words):

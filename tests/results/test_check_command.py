@@ -183,7 +183,7 @@ def test_github_gets_annotations_and_a_summary(fallen, cli, tmp_path, monkeypatc
     as_json = cli(now, "--baseline", file, "--github", "--format", "json")
     assert json.loads(as_json.stdout)["verdict"] == "FELL"
     monkeypatch.delenv("GITHUB_STEP_SUMMARY")
-    assert "GITHUB_STEP_SUMMARY, which is not set" in str(cli(now, "--baseline", file, "--github").exception)
+    assert "--github needs the variable GITHUB_STEP_SUMMARY" in str(cli(now, "--baseline", file, "--github").exception)
 
 
 def test_junit_reports_every_row(fallen, cli, tmp_path):
@@ -204,7 +204,7 @@ def test_junit_reports_every_row(fallen, cli, tmp_path):
 @pytest.mark.parametrize(("args", "words"), [
     (("--format", "xml"), "unknown format 'xml'"),
     (("--update", "--all"), "--update only writes the baseline"),
-    (("--force",), "--force goes with --update"),
+    (("--force",), "--force needs --update"),
     (("--thresholds", "none.yaml"), "thresholds none.yaml cannot be read"),
     (("--thresholds", "/dev/zero"), "thresholds /dev/zero cannot be read (it is a device)"),
     (("--baseline", "/dev/zero"), "baseline /dev/zero cannot be read (it is a device)"),

@@ -369,8 +369,8 @@ def test_two_folders_at_the_command_line(cli, sweep):
 @pytest.mark.parametrize(("args", "words"), [
     (("a",), "one folder is given, and nothing that says what to compare; give two folders, or for example"),
     ((), "no folder is given"),
-    (("a", "--method", "dart"), "--method 'dart' does not name two; for example --method dart,griffin"),
-    (("a", "--method", "dart,dense", "--model", "x,y"), "--method and --model are given"),
+    (("a", "--method", "dart"), "--method 'dart' must name two, A,B; for example --method dart,griffin"),
+    (("a", "--method", "dart,dense", "--model", "x,y"), "--method and --model do not go together"),
     (("a", "b", "--format", "xml"), "unknown format 'xml'"),
     (("no-a", "no-b"), "no results in no-a"),
     (("dart", "griffin:allocation=depth"), "compare out --method dart,griffin:allocation=depth"),

@@ -275,20 +275,20 @@ def test_limit_overrides_the_file(tmp_path):
         ({"tables": []}, "has no tables"),
         ({"tables": [{**SMALL["tables"][0], "colums": {}}]}, "table 'one': unknown key 'colums'"),
         ({"tables": [{"name": "x", "title": "X"}]}, "needs columns"),
-        ({"tables": [SMALL["tables"][0]] * 2}, "two tables have one name"),
+        ({"tables": [SMALL["tables"][0]] * 2}, "two tables have the same name"),
         ({"methods": {"A": "drat"}}, "unknown method 'drat'"),
-        ({"methods": ["dart"]}, "labels with methods"),
+        ({"methods": ["dart"]}, "map labels to methods"),
         ({"tables": [{"name": "x", "title": "X", "columns": {"Q": {"task": "t"}}}]}, "either a metric or a field"),
         ({"tables": [{"name": "x", "title": "X", "columns": {"Q": {"task": "t", "field": "sate"}}}]}, "unknown field"),
         (
             {"tables": [{"name": "x", "title": "X", "mean": True, "columns": {
                 "Q": {"task": "t", "metric": "acc"}, "R": {"task": "t", "metric": "bleu"}}}]},
-            "a mean needs columns of one metric",
+            "a mean needs columns with the same metric",
         ),
         (
             {"tables": [{**SMALL["tables"][0], "reported": [
                 {"label": "l", "sparsity": 0.5, "values": {"Z": 1}, "source": "s"}]}]},
-            "reported column 'Z' is not there",
+            "unknown reported column 'Z'",
         ),
     ],
 )  # fmt: skip

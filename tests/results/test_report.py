@@ -93,7 +93,7 @@ def test_the_board_says_what_the_tests_say(page):
         (reads[2], "dart"), (reads[3], "griffin"),
     ]  # fmt: skip
     assert "<li>At 50 % no row is told apart from another; dart has " in html
-    assert html.count("~ not told apart from it") == 1
+    assert html.count("~ no significant difference from it") == 1
     assert html.index('id="board"') < html.index('id="quality"')
 
 

@@ -304,10 +304,10 @@ def test_an_error_bar_never_stops_a_cell():
 
 
 def test_upper_bounds_are_named_under_the_tables():
-    """They know what no method can know in time."""
+    """They look ahead."""
     usual, oracle, token = (record(method=m, key=m) for m in ("griffin", "oracle", "oracle-token"))
     oracle.settings.update(method="oracle", upper_bound=True)
     token.settings.update(method="oracle-token", upper_bound=True)
     assert "upper bound" not in render([usual], "md")
-    assert "oracle is an upper bound: it knows what no method can know in time." in render([usual, oracle], "md")
-    assert "oracle and oracle-token are upper bounds: they know" in render([usual, oracle, token], "md")
+    assert "oracle is an upper bound: it looks ahead." in render([usual, oracle], "md")
+    assert "oracle and oracle-token are upper bounds: they look ahead" in render([usual, oracle, token], "md")

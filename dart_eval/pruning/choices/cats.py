@@ -22,7 +22,7 @@ class ByGate(Thresholded):
     """
 
     name = "gate"
-    summary = "takes the largest |act(gate x)|; gate is read for the whole mask"
+    summary = "chooses the largest |act(gate x)|, and reads gate for the whole mask"
     reads_whole = ("gate",)
 
     def importance(self, token: Token) -> Tensor:

@@ -246,7 +246,7 @@ class All(Choice):
     """Every token computes every neuron of the mask."""
 
     name = "none"
-    summary = "has every token compute all of the mask"
+    summary = "lets every token compute the whole mask"
     chooses = False
 
     def counts(self, budget: Budget) -> Counts:

@@ -24,7 +24,7 @@ class ByUp(Thresholded):
     """
 
     name = "up"
-    summary = "takes the largest |up x|; up is read for the whole mask"
+    summary = "chooses the largest |up x|, and reads up for the whole mask"
     reads_whole = ("up",)
 
     def importance(self, token: Token) -> Tensor:

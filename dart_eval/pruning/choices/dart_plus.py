@@ -40,23 +40,23 @@ class DartPlus(Previewing):
     """
 
     name = "graded"
-    summary = "reads exactly where a preview leaves most open, and lets the next neurons write as the preview has them"
+    summary = "reads all bits where the preview is least certain; the next neurons write their previewed values"
     adds = True
     fits_norms = False
     image: Image = option(FirstBits(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
     fine: float = option(
-        0.0, "share of the columns that a preview reads in all of its bits; 0: by what is read", least=0, most=1
+        0.0, "share of the columns that a preview reads in all of its bits; 0: set by the read", least=0, most=1
     )
-    rough: float = option(0.0, "share of the columns, the next ones, that it reads in one bit fewer", least=0, most=1)
+    rough: float = option(0.0, "share of the next columns that a preview reads in one bit fewer", least=0, most=1)
     tile: int = option(64, "columns that are read or skipped together", least=1)
     known: float = option(
         0.2,
-        "how much the previewed h^2 counts beside what is left open, where neurons are read exactly",
+        "weight of the previewed h^2 beside its uncertainty, in the choice of exact neurons",
         least=0,
         most=1,
     )
     coarse: float = option(
-        1.0, "neurons that write as the preview has them, as a multiple of those read exactly", least=0
+        1.0, "neurons that write their previewed values, as a multiple of the exact neurons", least=0
     )
 
     def __post_init__(self) -> None:

@@ -21,13 +21,13 @@ class GateUp(Choice):
     """
 
     name = "gate-up"
-    summary = "takes the largest |act(gate x)| times the context's rms of up x; of these it writes the largest |h|"
+    summary = "chooses the largest |act(gate x)| times the context's rms of up x, and writes the largest |h| among them"
     observes = True
     needs_up = True
     reads_whole = ("gate",)
     gathers = True
     mask_ratio: float = option(1.6, "neurons in the mask, as a multiple of the weights read", least=1, most=3)  # type: ignore[misc]
-    write_share: float = option(1.0, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
+    write_share: float = option(1.0, "share of the chosen neurons whose columns of down are read", above=0, most=1)  # type: ignore[misc]
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor | None:
         return None if up is None else (weight[:, None] @ up.square()).squeeze(1)

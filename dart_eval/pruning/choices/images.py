@@ -118,7 +118,7 @@ class Weights(Image):
     """The weights themselves: gate and up are read in full, and only down is chosen."""
 
     name = "weights"
-    summary = "is the weights themselves: gate and up are read whole"
+    summary = "reads the weights themselves: all of gate and up"
     exact = True
 
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
@@ -139,10 +139,10 @@ class Copy(Image):
     """A copy that is rounded to few bits, as Prox (arXiv 2607.27591) keeps one of 4 bits."""
 
     name = "copy"
-    summary = "is a copy beside the model, rounded to few bits"
+    summary = "reads a copy of the weights that is rounded to few bits"
     stored = True
-    bits: int = option(4, "bits of a weight", least=2, most=8)
-    group: int = option(32, "weights that share a scale; 0: a row", least=0)
+    bits: int = option(4, "bits per weight", least=2, most=8)
+    group: int = option(32, "number of weights that share a scale; 0: a whole row", least=0)
 
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
         return Rounding(self.bits, self.group).weight_bits(width)
@@ -167,7 +167,7 @@ class LowRank(Image):
     """The best approximation of a low rank, by singular values."""
 
     name = "low-rank"
-    summary = "is a copy of low rank beside the model"
+    summary = "reads a low-rank copy of the weights"
     fits_experts = False
     stored = True
     rank: int = option(64, "rank of the approximation", least=1)
@@ -202,10 +202,10 @@ class FirstBits(Image):
     """
 
     name = "first-bits"
-    summary = "is the first bits of the weights as whole numbers: nothing is stored twice"
-    code: int = option(0, "bits of the whole numbers of 16-bit weights; 0: by what is read", least=0, most=8)
-    group: int = option(128, "16-bit weights that share a scale; 0: a row", least=0)
-    bits: int = option(0, "first bits of a weight that a preview reads; 0: half of them", least=0, most=7)
+    summary = "reads the first bits of the weights' codes: nothing is stored twice"
+    code: int = option(0, "bits of the codes of 16-bit weights; 0: set by the read", least=0, most=8)
+    group: int = option(128, "number of 16-bit weights that share a scale; 0: a whole row", least=0)
+    bits: int = option(0, "first bits of a code that a preview reads; 0: half of its bits", least=0, most=7)
 
     def __post_init__(self) -> None:
         super().__post_init__()

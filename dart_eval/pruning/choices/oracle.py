@@ -18,7 +18,7 @@ class ByHidden(Inside):
     """A token takes the k largest |h|, as if h were known before anything is read. No choice is better informed."""
 
     name = "hidden"
-    summary = "takes the largest |h|, as if it were known beforehand (an upper bound)"
+    summary = "chooses the largest |h|, as if it were known in advance (upper bound)"
     upper_bound = True
 
     def importance(self, token: Token) -> Tensor:
@@ -33,11 +33,11 @@ class TopP(Choice):
     """
 
     name = "top-p"
-    summary = "takes the fewest neurons with the share p of the sum of |h| (an upper bound; what it reads varies)"
+    summary = "chooses the fewest neurons that reach the share p of sum |h| (upper bound; its read varies)"
     sized = False
     exact = False
     upper_bound = True
-    p: float = option(0.9, "share of a token's sum of |h| that is kept", above=0, most=1)
+    p: float = option(0.9, "share of a token's sum |h| that the chosen neurons reach", above=0, most=1)
 
     def counts(self, budget: Budget) -> Counts:
         counts = [*budget.sizes]

@@ -37,7 +37,7 @@ class Candidates(AnyChoice):
     """
 
     name = "candidates"
-    summary = "computes the core of the mask, and of its candidates those with the highest scores of this token"
+    summary = "computes the core of the mask, and the candidates with the highest scores for this token"
     ranks = True
     fits_experts = False
     reads_whole = ("gate", "up")

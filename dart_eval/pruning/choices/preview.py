@@ -138,9 +138,9 @@ class ByPreview(Inside, Previewing):
     """
 
     name = "preview"
-    summary = "takes the largest |h| that a coarse image of gate and up shows; then writes the largest exact |h|"
+    summary = "chooses the largest |h| by a preview of gate and up, then writes the largest exact |h|"
     image: Image = option(FirstBits(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
-    write_share: float = option(0.7, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
+    write_share: float = option(0.7, "share of the chosen neurons whose columns of down are read", above=0, most=1)  # type: ignore[misc]
     gathers = True
 
     def at(self, read: float) -> ByPreview:

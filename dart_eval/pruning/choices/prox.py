@@ -30,11 +30,11 @@ class Prox(Thresholded, Previewing):
     """
 
     name = "shown"
-    summary = "takes the largest |h| that a coarse image of gate and up and the largest entries of x show"
+    summary = "chooses the largest |h| by a preview of gate and up and the largest entries of x"
     uses_row_errors = False
     gathers = True
     image: Image = option(Copy(bits=4, group=0), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
-    thin: float = option(0.5, "share of the entries of x, the largest, that the preview goes by", above=0, most=1)
+    thin: float = option(0.5, "share of the entries of x, largest first, that the preview uses", above=0, most=1)
 
     def columns(self, width: int) -> Columns:
         return Columns(max(1, int(self.thin * width + 1e-9)) / width)

@@ -28,7 +28,7 @@ class Thresholded(Inside):
 
     threshold: Literal["none", "calibrated"] = option(
         "none",
-        "take all above a number a layer, from the calibration text, in place of exactly k (what it reads varies)",
+        "choose all above a threshold per layer, from a calibration text, in place of exactly k (the read varies)",
     )
 
     @property

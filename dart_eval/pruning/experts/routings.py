@@ -77,10 +77,10 @@ class Fewer(Routing):
     """
 
     name = "fewer"
-    summary = "gives each token the best of its experts alone, whole ones"
+    summary = "gives each token only the best of its experts"
     sized = True
     weights: Literal["own", "all"] = option(
-        "own", "the router's weights as it gives them to so many experts, or as to all of a token's"
+        "own", "the router's weights for the fewer experts, or those for all experts of a token"
     )
 
     def check_experts(self, sparsity: float, ffns: Sequence[FFN]) -> None:
@@ -132,10 +132,10 @@ class Without(Routing):
     """
 
     name = "without"
-    summary = "takes experts out of the router's choice that matter least on a calibration text (memory, not reads)"
+    summary = "removes the experts that matter least on a calibration text (saves memory, not reads)"
     calibrates = True
     granularity = "experts"
-    share: float = option(0.5, "share of each layer's experts that are taken out", above=0, most=1)
+    share: float = option(0.5, "share of each layer's experts that are removed", above=0, most=1)
 
     def check_experts(self, sparsity: float, ffns: Sequence[FFN]) -> None:
         super().check_experts(sparsity, ffns)

@@ -24,10 +24,10 @@ class RoundedEntries(Entries):
     """
 
     name = "rounded"
-    summary = "reads rounded weights while it decodes, and for prompts the weights as they are"
+    summary = "reads rounded weights for decoded tokens, and the original weights for prompts"
     granularity = LAST_BITS
     bits: Literal["3", "4", "5", "6", "8", "q3_k", "q4_k", "q5_k"] = option(
-        "q4_k", "what they are rounded to, as `--ffn-bits` takes it"
+        "q4_k", "bits or format of the rounded weights, as in `--ffn-bits`"
     )
 
     @property

@@ -25,7 +25,7 @@ class Above(Entries):
     """
 
     name = "threshold"
-    summary = "reads columns of inputs above a number a layer, from the calibration text (what it reads varies)"
+    summary = "reads the columns of inputs above a threshold per layer, from a calibration text (its read varies)"
     granularity = "input channels"
     by_token = True
     calibrates = True

@@ -26,11 +26,11 @@ class WandaEntries(Entries):
     """
 
     name = "wanda"
-    summary = "leaves out the least weights times activations on a calibration text, the same for every text"
+    summary = "leaves out the weights with the least |W| times input norm on a calibration text, for all texts"
     granularity = "single weights"
     calibrates = True
     pattern: Literal["none", "2:4"] = option(
-        "none", "leave out any weights of an output, or two of every four (the sparsity then says nothing)"
+        "none", "leave out any weights of an output, or two of every four (the sparsity is then ignored)"
     )
 
     @property

@@ -25,11 +25,11 @@ class ByNorms(Entries):
     """
 
     name = "norms"
-    summary = "reads columns with the largest inputs times norms, equally many for every token"
+    summary = "reads the columns with the largest input times norm, the same number for every token"
     granularity = "input channels"
     by_token = True
     weigh: Literal["gate", "all"] = option(
-        "gate", "matrices whose norms count: gate, as in the released code, or all, as in the paper"
+        "gate", "matrices whose column norms count: gate, as in the released code, or all, as in the paper"
     )
 
     def weighs(self, matrix: int) -> bool:

@@ -87,9 +87,9 @@ class Ends(ByShares):
     """
 
     name = "ends"
-    summary = "keeps the first and the last layers dense, and gives all others the same density"
-    first: int = option(1, "layers at the beginning that stay dense", least=0)
-    last: int = option(1, "layers at the end that stay dense", least=0)
+    summary = "keeps the first and last layers dense, and gives all others the same density"
+    first: int = option(1, "first layers that stay dense", least=0)
+    last: int = option(1, "last layers that stay dense", least=0)
 
     def densities(
         self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
@@ -122,7 +122,7 @@ class Global(Allocation):
     """
 
     name = "global"
-    summary = "ranks all neurons together, by how far each one's score is above its layer's mean"
+    summary = "ranks the neurons of all layers together, by score standardised over the layer"
     fits_experts = False
     needs_scores = True
 
@@ -160,8 +160,8 @@ class FromTable(ByShares):
     """The densities come from a file."""
 
     name = "table"
-    summary = "takes the densities of a file (`dart-eval trace --save-allocation` writes one)"
-    file: str = option("", "the name of the file")
+    summary = "reads the densities from a file (`dart-eval trace --save-allocation` writes one)"
+    file: str = option("", "name of the file")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,7 +34,7 @@ class Nothing(Compensation):
     """Pruned neurons count as 0."""
 
     name = "none"
-    summary = "puts nothing in place of what is left out"
+    summary = "adds nothing for the neurons that are left out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,12 @@ class MeanOutput(Compensation):
     """
 
     name = "mean"
-    summary = "adds a constant: what the neurons outside the mask added to the context's tokens on average"
+    summary = "adds a constant: the mean output of the neurons outside the mask over the context's tokens"
     adds = True
     fits_norms = False
     fits_repeats = False
     over: Literal["context", "calibration"] = option(
-        "context", "take means over the context's tokens, or over those of the calibration text"
+        "context", "take means over the tokens of the context, or of the calibration text"
     )
 
     @property
@@ -77,7 +77,7 @@ class MeanHidden(MeanOutput):
     """Each neuron that a token leaves out, in the mask or not, takes its mean over the context's tokens."""
 
     name = "mean-token"
-    summary = "gives each neuron that a token leaves out its mean over the context's tokens"
+    summary = "replaces each neuron that a token leaves out by its mean over the context's tokens"
     adds = False
     fills = True
     fits_norms = True

@@ -32,16 +32,14 @@ class DepthAware(Allocation):
     """Layers that change the stream most keep most; early and late ones are spared (arXiv 2601.22632)."""
 
     name = "depth"
-    summary = "keeps most in the layers that change the stream most, and spares early and late ones"
+    summary = "keeps more in layers that change the residual stream more, and protects early and late layers"
     needs_context = True
     needs_change = True
     sensitivity: Literal["ffn", "residual"] = option(
-        "ffn", "judge a layer by what its FFN adds to the stream, or by the stream after it"
+        "ffn", "compare the stream before the FFN with the FFN's output, or with the stream after it"
     )
-    protect: bool = option(True, "spare early and late layers (off: the paper's ablation)")
-    magnitude: bool = option(
-        True, "weigh a layer's turn of the stream by the size of the change (off: the paper's ablation)"
-    )
+    protect: bool = option(True, "protect early and late layers (off: the paper's ablation)")
+    magnitude: bool = option(True, "multiply 1 - cosine by the relative size of the change (off: the paper's ablation)")
 
     def densities(
         self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,

@@ -40,7 +40,7 @@ class Best(Draw):
     """The neurons with the highest scores are taken."""
 
     name = "best"
-    summary = "takes the neurons with the highest scores"
+    summary = "keeps the neurons with the highest scores"
 
     def keys(self, scores: Tensor, keep: Tensor, layer: int, score: AnyScore) -> Tensor:
         return scores
@@ -58,8 +58,8 @@ class Sample(Draw):
 
     name = "sample"
     summary = "draws neurons in proportion to their scores, without replacement"
-    best: float = option(0.0, "share of the mask that is not drawn: the highest scores", least=0, most=1)
-    seed: int = option(0, "seed of the draw; where it is not given, --seed", least=0, most=2**32 - 1)
+    best: float = option(0.0, "share of the mask that goes to the highest scores; the rest is drawn", least=0, most=1)
+    seed: int = option(0, "seed of the draw; --seed by default", least=0, most=2**32 - 1)
 
     def keys(self, scores: Tensor, keep: Tensor, layer: int, score: AnyScore) -> Tensor:
         import torch

@@ -39,7 +39,7 @@ class Everything(Mask):
     """The mask holds every neuron of every layer."""
 
     name = "everything"
-    summary = "leaves every neuron in: what is pruned is each token's choice"
+    summary = "keeps every neuron: each token's choice prunes"
     fixed = True
     holds_all = True
 
@@ -86,7 +86,7 @@ class Ahead(OfTokens):
     """Each sequence gets a mask from the very tokens that are then scored under it: an upper bound."""
 
     name = "ahead"
-    summary = "makes a mask from the very tokens that then run under it (an upper bound)"
+    summary = "makes a mask from the same tokens that then run under it (upper bound)"
     looks_ahead = True
 
 

@@ -25,9 +25,9 @@ class Votes(Score):
     """
 
     name = "votes"
-    summary = "ranks neurons by the number of tokens of the context for which they are among the largest"
+    summary = "ranks neurons by the number of context tokens in which they are among the most active"
     needs_context = True
-    share: float = option(0.2, "of a token's positive activations, the share that counts as largest", above=0, most=1)
+    share: float = option(0.2, "share of a token's positive activations that counts as most active", above=0, most=1)
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
         import torch
@@ -53,10 +53,10 @@ class Ranks(Score):
     """
 
     name = "ranks"
-    summary = "ranks neurons by a mix of their ranks in the context and on the calibration text"
+    summary = "ranks neurons by a weighted mean of their ranks in the context and on a calibration text"
     needs_context = True
     calibrates = True
-    local: float = option(0.5, "weight of the rank in the context; the rest is the calibration text's", least=0, most=1)
+    local: float = option(0.5, "weight of the rank in the context; the calibration text has the rest", least=0, most=1)
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
         return activations(h, weight, "l2")
@@ -85,10 +85,10 @@ class Probe(Score):
     """
 
     name = "probe"
-    summary = "ranks neurons by activations on the context, fused with those on the calibration text, and their weights"
+    summary = "ranks neurons by their weights and by activations fused from the context and a calibration text"
     needs_context = True
     per_token = True
-    share: float = option(1.0, "share of the context's tokens that are the probe, evenly spaced", above=0, most=1)
+    share: float = option(1.0, "share of the context's tokens, evenly spaced, that make the probe", above=0, most=1)
     history: bool = option(True, "fuse with the activations on the calibration text")
 
     @property

@@ -11,7 +11,7 @@ from dart_eval.util.errors import UserError
 if TYPE_CHECKING:
     from dart_eval.layers.shape import ModelShape
 
-RING = "keep so many recent FFN inputs in each layer; a new mask is made from them"
+RING = "number of recent FFN inputs per layer, from which a new mask is made"
 OLD = "the old scores in a new mask: those of the prompt, or of the mask in force"
 
 
@@ -61,7 +61,7 @@ class Never(Remask):
     """The mask of the prompt stays."""
 
     name = "never"
-    summary = "keeps the mask of the prompt"
+    summary = "keeps the prompt's mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class EveryN(Remask):
     """A new mask is made after every N decoded tokens."""
 
     name = "every"
-    summary = "makes a new mask after every so many decoded tokens"
+    summary = "makes a new mask after a fixed number of decoded tokens"
     remasks = True
     tokens: int = option(16, "decoded tokens between two masks", least=1)
     ring: int = option(24, RING, least=1)  # type: ignore[misc]
@@ -97,29 +97,29 @@ class OnDrift(Remask):
     """
 
     name = "drift"
-    summary = "makes a new mask when a detector sees that the context has drifted"
+    summary = "makes a new mask when a detector raises an alarm for drift"
     watches = True
-    window: int = option(10, "tokens in a window of the detector", least=1)
+    window: int = option(10, "tokens per window of the detector", least=1)
     sigma: float = option(0.5, "margin of the detector, in standard deviations of the prompt's windows")
     floor: float = option(0.1, "the least margin of the detector, in cosine")
-    patience: int = option(2, "raise an alarm when flagged windows outnumber the others by so many", least=1)
-    cooldown: int = option(2, "flag nothing in so many windows after an alarm", least=0)
-    min_windows: int = option(4, "take `floor` as the margin where the prompt has fewer windows", least=0)
+    patience: int = option(2, "raise an alarm when flagged windows outnumber the others by this number", least=1)
+    cooldown: int = option(2, "windows after an alarm in which nothing is flagged", least=0)
+    min_windows: int = option(4, "use `floor` as the margin if the prompt has fewer windows", least=0)
     skip_first: bool = option(  # type: ignore[misc]
         True, "leave the prompt's first token out of the detector's reference"
     )
     act: bool = option(True, "make a new mask after an alarm (off: the detector only watches)")
     ring: int = option(24, RING, least=1)  # type: ignore[misc]
     dense_tokens: int = option(  # type: ignore[misc]
-        0, "run so many tokens dense after an alarm, and score these instead of the ring (0: the ring)", least=0
+        0, "run this many tokens dense after an alarm, and score them instead of the ring (0: the ring)", least=0
     )
     blend: float = option(0.25, "weight of the old scores in a new mask after an alarm", least=0, most=1)
     old: Literal["prompt", "running"] = option("prompt", OLD)  # type: ignore[misc]
     reference: Literal["moved", "kept"] = option(
-        "moved", "whether the detector's reference moves to the new text after an alarm"
+        "moved", "move the detector's reference to the new text after an alarm, or keep it"
     )
-    every: int = option(0, "also make a new mask after every so many decoded tokens (0: only after alarms)", least=0)  # type: ignore[misc]
-    every_blend: float = option(0.8, "weight of the old scores in those masks", least=0, most=1)
+    every: int = option(0, "also make a new mask every this many decoded tokens (0: only after alarms)", least=0)  # type: ignore[misc]
+    every_blend: float = option(0.8, "weight of the old scores in these periodic masks", least=0, most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

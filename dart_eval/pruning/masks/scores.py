@@ -78,20 +78,18 @@ class Activation(Score):
     """
 
     name = "activation"
-    summary = "ranks neurons by how large their activations are on the tokens of the context"
+    summary = "ranks neurons by the size of their activations on the context's tokens"
     needs_context = True
-    norm: Literal["none", "l1", "l2"] = option("none", "divide each token's activations by this norm of theirs")
+    norm: Literal["none", "l1", "l2"] = option("none", "divide each token's activations by this norm")
     average: Literal["l2", "ema"] = option(
-        "l2", "add up tokens as the root of the sum of squares, or as a moving average of magnitudes"
+        "l2", "combine tokens by the root of the sum of squares, or by a moving average of magnitudes"
     )
-    decay: float = option(
-        0.98, "how much a token counts beside the one after it (only average=ema uses it)", above=0, most=1
-    )
+    decay: float = option(0.98, "weight of a token relative to the next one (average=ema only)", above=0, most=1)
     skip_first: bool = option(False, "leave out the first token, whose activations are outliers")
     vocabulary: Literal["none", "max", "mean", "combined", "product"] = option(
-        "none", "weigh a neuron by the largest logit that it writes, the mean, their sum or their product"
+        "none", "multiply by the largest logit that the neuron writes, the mean, their sum or their product"
     )
-    down_norm: bool = option(False, "weigh a neuron by the norm of its column of down")
+    down_norm: bool = option(False, "multiply by the norm of the neuron's down column")
 
     @property
     def weighs_tokens(self) -> bool:
@@ -144,7 +142,7 @@ class Wanda(Score):
     """
 
     name = "wanda"
-    summary = "ranks neurons by the mean weight of their column of down times the norm of their activations"
+    summary = "ranks neurons by the mean |weight| of their down column times the norm of their activations"
     needs_context = True
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
@@ -186,9 +184,9 @@ class Weights(WeightScore):
     """
 
     name = "weights"
-    summary = "ranks neurons by the norms of their rows of gate and up, or of their columns of down"
+    summary = "ranks neurons by the norms of their gate and up rows, or of their down columns"
     of: Literal["gate-up", "down"] = option(
-        "gate-up", "rank by the product of the norms of the rows of gate and up, or by the norm of the column of down"
+        "gate-up", "rank by the product of the norms of the gate and up rows, or by the norm of the down column"
     )
 
     def factors(self, calibration: Calibration) -> list[Tensor]:
@@ -214,10 +212,10 @@ class Fluctuation(WeightScore):
     """
 
     name = "fluctuation"
-    summary = "ranks neurons by the variance of their activations on the calibration text times their column of down"
+    summary = "ranks neurons by activation variance on a calibration text times the squared norm of their down column"
     calibrates = True
     variance: Literal["true", "code"] = option(
-        "true", "the variance over tokens, or what FLAP's code computes in its place"
+        "true", "use the variance over tokens, or the value that FLAP's code computes instead"
     )
 
     def factors(self, calibration: Calibration) -> list[Tensor]:
@@ -230,8 +228,8 @@ class Random(WeightScore):
     """The neurons of every layer stand in a random order."""
 
     name = "random"
-    summary = "ranks neurons at random, in the same way for every text"
-    seed: int = option(0, "seed of the draw; where it is not given, --seed", least=0, most=2**32 - 1)
+    summary = "ranks neurons at random, in the same order for every text"
+    seed: int = option(0, "seed of the draw; --seed by default", least=0, most=2**32 - 1)
 
     def factors(self, calibration: Calibration) -> list[Tensor]:
         import torch

@@ -64,7 +64,7 @@ def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
         if isinstance(part, DartPlus) and (why := ungraded(method, ffns)):
             return why
         how = f" with {part.image.title}" if isinstance(part, Previewing) else ""
-        return f"{part.title}{how} has no kernels here"
+        return f"{part.title}{how} has no kernel"
     if method.mask.holds_all and gatherer(method, ffns) is None:
-        return f"no kernel here reads only the rows that {method.choice.title} takes"
+        return f"no kernel reads only the rows that {method.choice.title} chooses"
     return None
