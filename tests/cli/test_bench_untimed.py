@@ -43,7 +43,17 @@ def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
 
 
 def test_where_nothing_can_be_timed_a_line_says_so(saved_llama):
-    words = ("bench", "decode", "--model", saved_llama, *FEW, "--method", "dart-plus:image.group=32,oracle-token", "--format", "md")
+    words = (
+        "bench",
+        "decode",
+        "--model",
+        saved_llama,
+        *FEW,
+        "--method",
+        "dart-plus:image.group=32,oracle-token",
+        "--format",
+        "md",
+    )
     done = command(*words)
     assert done.code == 0 and "No method here can be timed." in done.out and "Other costs" not in done.out
 
@@ -75,7 +85,8 @@ def test_what_does_not_fit_a_model_is_left_out_too():
 
 @pytest.mark.parametrize(("method", "why"), [
     ("griffin", None), ("dart-choice", None), ("griffin:choice=gate", None), ("cats:choice=gate-up", None),
-    ("flap:compensation=mean-token", "compensation=mean-token"), ("dart-plus", None), ("dart-plus:image.group=32", "groups of 128"),
+    ("flap:compensation=mean-token", "compensation=mean-token"), ("dart-plus", None),
+    ("dart-plus:image.group=32", "groups of 128"),
     ("cats", "choice=gate"), ("top-p", "choice=top-p"), ("wina", "entries=norms"),
 ])  # fmt: skip
 def test_which_methods_have_kernels(method, why):
