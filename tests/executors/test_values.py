@@ -76,7 +76,7 @@ def test_every_option_that_takes_a_list_may_be_given_again():
     }  # fmt: skip
     others = [*commands["bench"].commands.items(), *((name, commands[name]) for name in ("tables", "compare"))]
     assert {(name, p.name) for name, one in others for p in one.params if getattr(p, "multiple", False)} == {
-        ("decode", "method"), ("decode", "ffn_bits"), ("scoring", "tasks"), ("scoring", "method"),
+        ("decode", "method"), ("decode", "ffn_bits"),
         ("overhead", "method"), ("tables", "tasks"),
         *(("compare", name) for name in ("method", "sparsity", "model", "row", "metric")),
     }  # fmt: skip
