@@ -65,7 +65,8 @@ def evaluate(
         _check(configs[0])
         ready = loaded(model, tokenizer)
     first = configs[0]
-    with without_remarks(), _view(progress) as shown, tracked(shown, first.log, first.log_project, first) as view:
+    with without_remarks(), _view(progress) as shown:
+        view = tracked(shown, first)
         if ready is None:
             result = run.run_all(configs, view)
         else:

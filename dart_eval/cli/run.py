@@ -65,10 +65,9 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
         from dart_eval.sweep.sizing import held_against
         from dart_eval.sweep.tracking import tracked
 
-        with tracked(terminal, first.log, first.log_project, first) as view:
-            result = run_all(configs, view)
-            if line := held_against(first.output, result.records):
-                view.note(line)
+        result = run_all(configs, tracked(terminal, first))
+        if line := held_against(first.output, result.records):
+            terminal.note(line)
     show_results(result, first.output, format)
     finish(result, first.output)
 

@@ -94,7 +94,7 @@ def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[s
             texts[names[task]] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             joined = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)
             hashes[task] = hashlib.sha256(joined.encode()).hexdigest()
-    data = {**_results(run, datasets), "task_hashes": hashes}
+    data = {**results_of(run, datasets), "task_hashes": hashes}
     texts[results] = json.dumps(data, ensure_ascii=False, indent=2) + "\n"
     return texts
 
@@ -118,7 +118,7 @@ def _sample(sample: Json, asked: Json) -> Json:
     }  # fmt: skip
 
 
-def _results(run: Run, datasets: Mapping[str, Dataset]) -> Json:
+def results_of(run: Run, datasets: Mapping[str, Dataset]) -> Json:
     """Return the file of results with lm-eval's entries, and `dart_eval` for facts without an entry there."""
     first, environment = run.first, run.first.record.environment
     said = first.inputs.get("system_instruction")

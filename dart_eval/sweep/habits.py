@@ -39,9 +39,9 @@ ANSWERS = {
     "--hf-hub-log-args": "`dart-eval export` writes results for the hub",
     "--metadata": "a task's YAML file in a folder of --include-path can say it",
     "--wandb-config-args": "write --log wandb --log-project NAME",
+    "--trackio-args": "write --log wandb --log-project NAME",
     "--quiet": "progress goes to stderr: add 2>/dev/null",
 }
-LOGGERS = {"--wandb-args": "wandb", "--trackio-args": "trackio"}
 FORMATS = {"--json": "json", "--csv": "csv", "--markdown": "md", "--latex": "tex"}
 FORMAT_WORDS = {"latex": "tex", "markdown": "md"}
 
@@ -89,8 +89,8 @@ def rewritten(words: Sequence[str]) -> list[str]:
                 rest.pop(0)
         elif words[0] == "run" and option in ANSWERS:
             raise UserError(f"there is no {name} here", ANSWERS[option])
-        elif words[0] == "run" and option in LOGGERS:
-            made += _logger(LOGGERS[option], value if equals else rest.pop(0) if rest else "")
+        elif words[0] == "run" and option == "--wandb-args":
+            made += _logger(value if equals else rest.pop(0) if rest else "")
         elif option == "--verbosity":
             level = value if equals else rest.pop(0) if rest else ""
             made += ["--verbose"] if level.upper() == "DEBUG" else []
@@ -119,17 +119,13 @@ def _joined(rest: list[str]) -> Iterator[str]:
         yield ",".join(item.strip(",") for item in items) if len(items) > 1 else items[0]
 
 
-def _logger(name: str, given: str) -> list[str]:
-    """Return our options for lm-eval's options of a logger.
-
-    Raises:
-        UserError: they hold more than the project.
-    """
-    found = values.pairs(f"{name}_args", given) if given else {}
+def _logger(given: str) -> list[str]:
+    """Return our options for lm-eval's `--wandb-args`, of which only the project has one."""
+    found = values.pairs("wandb_args", given) if given else {}
     project = found.pop("project", None)
     if found:
-        raise UserError(f"{name}_args {next(iter(found))} is not known here", f"write --log {name} --log-project NAME")
-    return ["--log", name, *(["--log-project", str(project)] if project is not None else [])]
+        raise UserError(f"wandb_args {next(iter(found))} is not known here", "write --log wandb --log-project NAME")
+    return ["--log", "wandb", *(["--log-project", str(project)] if project is not None else [])]
 
 
 def translate(given: Json) -> None:

@@ -69,7 +69,8 @@ def plain(value: object) -> Any:
 
 def words(hint: object) -> tuple[str, ...]:
     """Return the words of a `Literal`; none for another type."""
-    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    kinds = (hint, *typing.get_args(hint))  # of `Literal[...] | None`, too
+    return next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is typing.Literal), ())
 
 
 @_refusing

@@ -24,7 +24,6 @@ WORKS = [  # typed after `dart-eval`, and what it means
     ("run --cache_requests true --tasks arc", "run --tasks arc"),
     ("run --cache_requests --tasks arc", "run --tasks arc"),
     ("run --wandb_args project=p --tasks arc", "run --log wandb --log-project p --tasks arc"),
-    ("run --trackio-args project=p", "run --log trackio --log-project p"),
     ("run --verbosity DEBUG", "run --verbose"), ("run --verbosity INFO", "run"),
     ("run --dry-run --overwrite --output_path o", "run --plan --force --output o"),
     ("run --apply_chat_template", "run --chat-template"),
@@ -115,7 +114,7 @@ def test_every_option_of_lm_eval_is_known_here():
     parser = argparse.ArgumentParser()
     options = [o for a in Run(parser.add_subparsers())._parser._actions for o in a.option_strings if o[:2] == "--"]
     assert len(options) > 25
-    others = {*habits.NEEDLESS, *habits.ANSWERS, *habits.LOGGERS, "--verbosity", "--config", "--model-args", "--help"}
+    others = {*habits.NEEDLESS, *habits.ANSWERS, "--wandb-args", "--verbosity", "--config", "--model-args", "--help"}
     for option in options:
         name = habits.spelled(option[2:])
         assert name.replace("-", "_") in DEFAULTS or f"--{name}" in others, option

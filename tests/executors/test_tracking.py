@@ -1,8 +1,9 @@
-"""Logging to wandb and trackio: what is sent, and that a tracker can never cost a result. Stubs stand for both."""
+"""Logging to wandb through lm-eval's logger: what is sent, and that a tracker can never cost a result."""
 
 import sys
 import types
 
+import lm_eval.loggers
 import pytest
 
 from dart_eval.pruning.registry import make
@@ -12,31 +13,28 @@ from dart_eval.sweep.plan import Cell
 from dart_eval.sweep.tracking import MAX_FAILURES, tracked
 from dart_eval.util.errors import UserError
 
-CONFIG = RunConfig(output="some/folder/sweep")
+CONFIG = RunConfig(output="some/folder/sweep", log="wandb", log_project="proj")
 
 
-def cell(method=None, sparsity=0.5, task="arc", subject=0.75):
+def cell(task="arc"):
     """A cell of a group with one member, and its record."""
-    method = method or make("dart")
+    method = make("dart")
     inputs = {
-        "model": {"name": "tiny"}, "method": method.name, "params": method.params(), "sparsity": sparsity,
-        "task": task, "limit": 3,
+        "model": {"name": "tiny"}, "method": "dart", "params": method.params(), "sparsity": 0.5, "task": task,
+        "limit": 3, "scope": "scored",
     }  # fmt: skip
     metrics = [
-        Metric(task, "acc", 1 - sparsity, 0.1, 3, True), Metric(task, "words", 7.0, None, 3, None),
-        Metric("member", "acc", subject, 0.2, 3, True, part_of=task),
+        Metric(task, "acc", 0.5, 0.1, 3, True), Metric("member", "acc", 0.75, None, 3, True, part_of=task),
     ]  # fmt: skip
     record = Record(
-        key="k", inputs=inputs, metrics=metrics, mask_sparsity=sparsity, effective_sparsity=0.9 * sparsity,
-        weights_read=1 - sparsity, tokens=12, remasks=1, flops={"prefill": 5.0, "context": "text"},
-        memory={"weights": 100}, settings={}, environment={}, measured={"seconds": 1.5, "created": "", "peak": 1},
+        key="k", inputs=inputs, metrics=metrics, mask_sparsity=0.5, effective_sparsity=0.45, weights_read=0.5,
+        tokens=12, remasks=1, flops={"prefill": 5.0}, memory={"state": 100}, settings={}, environment={},
+        measured={"seconds": 1.5, "created": "", "peak": 1},
     )  # fmt: skip
-    return Cell(method, sparsity, task, inputs), record
+    return Cell(method, 0.5, task, inputs), record
 
 
 class View:
-    """Remembers what it was told."""
-
     def __init__(self):
         self.calls = []
 
@@ -48,183 +46,101 @@ class View:
         return [args[0] for name, *args in self.calls if name == "note"]
 
 
-class Tracker(types.ModuleType):
-    """The part of wandb's and trackio's API that is used; `fail` names calls that raise."""
+class Logger:
+    """lm-eval's logger as far as it is used; `fail` names the calls that raise."""
 
-    def __init__(self, kind, logged_in=True, mode="online"):
-        super().__init__(kind)
-        self.runs, self.fail, self.kind = [], set(), kind
-        self.logged_in, self.asked, self.attempts = logged_in, 0, 0
-        if kind == "wandb":
-            self.Settings = lambda **options: options
-            self.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
+    made, fail = [], ()
 
-    def login(self, prompt):
-        assert prompt is False  # or it would wait for an answer
-        self.asked += 1
-        if isinstance(self.logged_in, Exception):
-            raise self.logged_in
-        return self.logged_in
-
-    def init(self, **options):
-        self.attempts += 1
-        if "init" in self.fail:
-            raise OSError("no route\nto host")
+    def __init__(self, options):
         print("chatter")
-        run = (WandbRun if self.kind == "wandb" else TrackioRun)(self, options)
-        self.runs.append(run)
-        return run
+        self.made.append(self)
+        self.options, self.ended, self.run, self.summary = options, 0, self, {}
+        self._try("init")
+
+    def _try(self, name):
+        if name in self.fail:
+            raise OSError("no route\nto host")
+
+    def post_init(self, results):
+        self.results = results
+
+    def log_eval_result(self):
+        self._try("log")
 
     def finish(self):
-        assert self.kind == "trackio"
-        self.runs[-1].finish()
+        self.ended += 1
+        self._try("finish")
 
 
-class TrackioRun:
-    def __init__(self, module, options):
-        self.module, self.options, self.rows, self.ended = module, options, [], []
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stub of wandb: whether it can log in, and its mode."""
+    module = types.ModuleType("wandb")
+    module.Settings, module.mode, module.inside = dict, "online", True
+    module.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=module.mode))
 
-    def log(self, row):
-        if "log" in self.module.fail:
-            raise RuntimeError("gone")
-        assert not self.ended
-        self.rows.append(row)
+    def login(prompt):
+        assert prompt is False  # or it would wait for an answer
+        if isinstance(module.inside, Exception):
+            raise module.inside
+        return module.inside
 
-    def finish(self):
-        if "finish" in self.module.fail:
-            raise RuntimeError("gone")
-        self.ended.append(None)
-
-
-class WandbRun(TrackioRun):
-    url, offline = "https://example.org/run", False
-
-    def define_metric(self, name, step_metric=None):
-        self.options.setdefault("axes", {})[name] = step_metric
-
-    def finish(self, exit_code=None):
-        super().finish()
-        self.ended[-1] = exit_code
-
-
-@pytest.fixture(params=["wandb", "trackio"])
-def tracker(request, monkeypatch):
-    module = Tracker(request.param)
-    monkeypatch.setitem(sys.modules, request.param, module)
+    module.login = login
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(lm_eval.loggers, "WandbLogger", Logger)
+    monkeypatch.setattr(Logger, "made", [])
     return module
 
 
-def test_a_run_is_a_curve_against_sparsity(tracker, capsys):
+def test_a_cell_is_a_run_in_lm_evals_form(wandb, capsys):
     view = View()
-    uniform = make("dart", {"allocation": "uniform", "remask": "never"})
-    cells = [cell(make("dense"), 0.0), cell(sparsity=0.5), cell(sparsity=0.7), cell(uniform), cell(task="xsum")]
-    with tracked(view, tracker.kind, "proj", CONFIG) as tracking:
-        for made in cells:
-            tracking.finished(*made)
-    assert [(r.options["name"], [row["sparsity"] for row in r.rows]) for r in tracker.runs] == [
-        ("arc dense", [0.0]),
-        ("arc dart", [0.5, 0.7]),
-        ("arc dart:remask=never:allocation=uniform", [0.5]),
-        ("xsum dart", [0.5]),
-    ]
-    assert tracker.runs[1].rows[0] == {
-        "sparsity": 0.5, "effective_sparsity": 0.45, "mask_sparsity": 0.5, "weights_read": 0.5, "seconds": 1.5,
-        "tokens": 12, "remasks": 1, "arc/acc": 0.5, "arc/acc_stderr": 0.1, "arc/words": 7.0, "flops/prefill": 5.0,
-        "memory/weights": 100,
-    }  # fmt: skip
-    config = tracker.runs[2].options["config"]
-    assert (config["method"], config["params"]["allocation"], config["task"]) == ("dart", "uniform", "arc")
-    assert "sparsity" not in config  # it is what varies
-    assert {(r.options["project"], r.options["group"]) for r in tracker.runs} == {("proj", "sweep")}
-    assert all(len(r.ended) == 1 for r in tracker.runs)
-    if tracker.kind == "wandb":
-        assert tracker.runs[0].options["axes"] == {"sparsity": None, "*": "sparsity"}
-        assert [r.ended for r in tracker.runs] == [[0]] * 4
-        assert tracker.runs[0].options["settings"] == {"silent": True, "console": "off"}
-    assert len(view.notes) == 1  # where to look, said once
-    assert ("https://example.org/run" if tracker.kind == "wandb" else "trackio show --project proj") in view.notes[0]
+    tracking = tracked(view, CONFIG)
+    tracking.something_new("later")
+    tracking.finished(*cell())
+    tracking.finished(*cell("xsum"))
+    assert [name for name, *_ in view.calls] == ["something_new", "finished", "finished"]
+    first, second = Logger.made
+    assert (first.options["project"], first.options["group"]) == ("proj", "sweep")
+    assert (first.options["name"], second.options["name"]) == ("arc dart 50 %", "xsum dart 50 %")
+    assert first.options["config"]["sparsity"] == 0.5
+    assert first.results["results"]["arc"]["acc,none"] == 0.5
+    assert first.results["results"]["arc"]["acc_stderr,none"] == 0.1
+    assert first.results["group_subtasks"] == {"arc": ["member"]}
+    assert (first.summary["read"], first.summary["seconds"], first.summary["flops"]) == (0.5, 1.5, {"prefill": 5.0})
+    assert [logger.ended for logger in Logger.made] == [1, 1]
     assert capsys.readouterr().out == ""  # the view is all that prints
-
-
-def test_everything_else_goes_to_the_view(tracker):
-    view = View()
-    with tracked(view, tracker.kind, "proj", CONFIG) as tracking:
-        tracking.planned(3, 1)
-        tracking.failed("cell", ValueError())
-        tracking.something_new("later")
-        tracking.finished(*cell())
-    assert [name for name, *_ in view.calls] == ["planned", "failed", "something_new", "finished", "note"]
 
 
 def test_no_tracker_is_the_view_itself():
     view = View()
-    with tracked(view, None, "proj", CONFIG) as tracking:
-        assert tracking is view
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_the_run_is_finished_after_an_error(tracker, error):
-    def broken():
-        with tracked(View(), tracker.kind, "proj", CONFIG) as tracking:
-            tracking.finished(*cell())
-            raise error
-
-    with pytest.raises(error):
-        broken()
-    assert tracker.runs[0].ended == [1 if tracker.kind == "wandb" else None]
+    assert tracked(view, RunConfig()) is view
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
-def test_a_failing_tracker_costs_nothing_and_is_reported_once(tracker, where):
+def test_a_failing_tracker_costs_nothing_is_noted_once_and_left_alone(wandb, monkeypatch, where):
+    monkeypatch.setattr(Logger, "fail", (where,))
     view = View()
-    with tracked(view, tracker.kind, "proj", CONFIG) as tracking:
-        tracker.fail = {where}
-        for task in ("a", "b"):
-            tracking.finished(*cell(task=task))
-    warnings = [n for n in view.notes if "failed" in n]
-    assert len(warnings) == 1
-    assert "\n" not in warnings[0]
-    assert "results are in the output folder" in warnings[0]
-    assert [name for name, *_ in view.calls].count("finished") == 2
-
-
-def test_a_tracker_that_comes_back_is_used_again(tracker):
-    view = View()
-    with tracked(view, tracker.kind, "proj", CONFIG) as tracking:
-        tracker.fail = {"log"}
-        tracking.finished(*cell(sparsity=0.5))
-        tracker.fail = set()
-        tracking.finished(*cell(sparsity=0.7))
-    assert [[row["sparsity"] for row in r.rows] for r in tracker.runs] == [[], [0.7]]
-
-
-@pytest.mark.parametrize("where", ["init", "log"])
-def test_a_tracker_that_stays_away_is_left_alone(tracker, where):
-    """Each attempt may wait for the network."""
-    with tracked(View(), tracker.kind, "proj", CONFIG) as tracking:
-        tracker.fail = {where}
-        for _ in range(10):
-            tracking.finished(*cell())
-    assert tracker.attempts == MAX_FAILURES
+    tracking = tracked(view, CONFIG)
+    for _ in range(MAX_FAILURES + 2):
+        tracking.finished(*cell())
+    (note,) = view.notes
+    assert "OSError: no route to host" in note and "results are in the output folder" in note
+    assert [name for name, *_ in view.calls].count("finished") == MAX_FAILURES + 2
+    assert len(Logger.made) == MAX_FAILURES
+    assert all(logger.ended == (where != "init") for logger in Logger.made)
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    error = r"--log wandb needs the package wandb; pip install 'dart-eval\[wandb\]'"
-    with pytest.raises(UserError, match=error), tracked(View(), "wandb", "proj", CONFIG):
-        pass
-    with pytest.raises(UserError, match="tracker 'wndb' is unknown; did you mean wandb"):
-        tracked(View(), "wndb", "proj", CONFIG).__enter__()
+    with pytest.raises(UserError, match=r"--log wandb needs the package wandb; pip install 'dart-eval\[wandb\]'"):
+        tracked(View(), CONFIG)
 
 
-@pytest.mark.parametrize("logged_in", [False, OSError("no network")])
-def test_wandb_is_asked_beforehand_whether_it_can_log_in(monkeypatch, logged_in):
-    module = Tracker("wandb", logged_in)
-    monkeypatch.setitem(sys.modules, "wandb", module)
+@pytest.mark.parametrize("inside", [False, OSError("no network")])
+def test_wandb_is_asked_beforehand_whether_it_can_log_in(wandb, inside):
+    wandb.inside = inside
     with pytest.raises(UserError, match=r"(no API key|no network).*; `wandb login`, or set WANDB_MODE=offline"):
-        tracked(View(), "wandb", "proj", CONFIG).__enter__()
-    offline = Tracker("wandb", logged_in, mode="offline")
-    monkeypatch.setitem(sys.modules, "wandb", offline)
-    with tracked(View(), "wandb", "proj", CONFIG) as tracking:
-        tracking.finished(*cell())
-    assert (offline.asked, len(offline.runs)) == (0, 1)
+        tracked(View(), CONFIG)
+    wandb.mode = "offline"
+    tracked(View(), CONFIG).finished(*cell())
+    assert len(Logger.made) == 1
