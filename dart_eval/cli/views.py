@@ -38,11 +38,7 @@ class Shown:
 
     @cached_property
     def boards(self) -> list[Board]:
-        """The boards of the folder.
-
-        Raises:
-            UserError: no cell has the metric.
-        """
+        """The boards of the folder."""
         if self.metric is not None:
             known = {m.metric.partition(",")[0] for r in self.records for m in r.metrics}
             if self.metric not in known:
@@ -94,11 +90,7 @@ def as_data(shown: Shown, form: str) -> str:
 
 
 def draw_frontier(shown: Shown, path: Path) -> None:
-    """Draw quality against bytes read into a file.
-
-    Raises:
-        UserError: the folder has several models, or nothing that could be drawn.
-    """
+    """Draw quality against bytes read into a file."""
     made = shown.boards
     if len(made) > 1:
         problem = f"{shown.store.folder} has the results of several models"

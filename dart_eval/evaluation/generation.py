@@ -97,9 +97,6 @@ class Generator:
 
     Attributes:
         state_bytes: largest method state seen, per sequence.
-
-    Raises:
-        UserError: nothing ends a text.
     """
 
     def __init__(
@@ -115,9 +112,6 @@ class Generator:
 
         Args:
             requests: distinct requests with their names.
-
-        Raises:
-            UserError: the new tokens leave no room for a prompt.
         """
         groups: dict[str, list[int]] = {}
         for i, (_, request) in enumerate(requests):

@@ -31,11 +31,7 @@ class Dataset:
 
 
 def parsed(texts: Iterable[str]) -> dict[str, Dataset]:
-    """Return the data sets of `--dataset`: task -> data set.
-
-    Raises:
-        UserError: a value is not TASK=ID or TASK=ID:TASK_ID.
-    """
+    """Return the data sets of `--dataset`: task -> data set."""
     found = {}
     for text in texts:
         name, _, rest = text.partition("=")

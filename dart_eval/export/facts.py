@@ -105,11 +105,7 @@ def facts(store: Store, records: Sequence[Record], model: str | None = None) -> 
 
 
 def check_model(name: str, records: Sequence[Record]) -> None:
-    """Raise on a model name that the hub does not allow, or that several models would share.
-
-    Raises:
-        UserError: with the reason.
-    """
+    """Raise on a model name that the hub does not allow, or that several models would share."""
     if not HUB_MODEL.fullmatch(name):
         raise UserError(f"--model-id {name!r} is no name on the hub", "give OWNER/NAME, as in google/gemma-3-270m")
     models = {json.dumps(r.inputs["model"], sort_keys=True) for r in records}

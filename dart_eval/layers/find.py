@@ -153,11 +153,7 @@ def _parts(ffn: FFN) -> list[int]:
 
 
 def describe(model: nn.Module) -> list[FFN]:
-    """Return the FFN of every layer by the table alone, for a model without weights.
-
-    Raises:
-        UserError: the family is unknown.
-    """
+    """Return the FFN of every layer by the table alone, for a model without weights."""
     ffns: list[FFN] = []
     attention = None
     for number, layer in enumerate(decoder_layers(model)):

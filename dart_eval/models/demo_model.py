@@ -31,11 +31,7 @@ def expanded() -> bool:
 
 
 def folder() -> Path:
-    """Return the converted model's folder, made on first use.
-
-    Raises:
-        UserError: the package is missing, or its weights do not have the expected checksum.
-    """
+    """Return the converted model's folder, made on first use."""
     if not expanded() and not installed():
         raise UserError(
             f"the demo model {ALIAS} is not installed",

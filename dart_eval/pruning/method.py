@@ -156,9 +156,6 @@ class Pruner:
             width: D of the model.
             matrices: 3 for gated FFNs, 2 for plain ones.
             bits: bits of a served weight.
-
-        Raises:
-            UserError: names the highest possible sparsity.
         """
         if not self.reads_most:
             return
@@ -197,18 +194,10 @@ class Pruner:
         return terms
 
     def check_ffns(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        """Refuse FFNs or a sparsity that methods of this kind do not support.
-
-        Raises:
-            UserError: with the reason.
-        """
+        """Refuse FFNs or a sparsity that methods of this kind do not support."""
 
     def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        """Refuse weights that it does not support.
-
-        Raises:
-            UserError: with the reason.
-        """
+        """Refuse weights that it does not support."""
         self.choice.check_weights(ffns, sparsity)
 
     def check_bits(self, bits: Stored) -> None:

@@ -33,11 +33,7 @@ class Thresholds:
 
 
 def thresholds_from(file: Path | None) -> Thresholds:
-    """Read the thresholds of a YAML file; the defaults without one.
-
-    Raises:
-        UserError: the file cannot be read, or has a wrong key or value.
-    """
+    """Read the thresholds of a YAML file; the defaults without one."""
     if file is None:
         return Thresholds()
     data = read_mapping(file, "thresholds", "recovery: 0.98", empty=True)

@@ -150,11 +150,7 @@ def _tasks(config: RunConfig, tokenizer: Callable[[], object]) -> Tasks:
 
 
 def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
-    """Return whether a task draws its answers.
-
-    Raises:
-        UserError: the configuration asks for answers that the task cannot give.
-    """
+    """Return whether a task draws its answers."""
     found = leaves(list(items))
     for task in found:
         check_kind(task.task_name, task.OUTPUT_TYPE, config.enable_thinking)

@@ -65,11 +65,7 @@ class Cell:
 
 
 def methods_of(config: RunConfig) -> list[Pruner]:
-    """Return the methods to run, checked; the run's seed and allocation fill those that were not given.
-
-    Raises:
-        UserError: unknown method or parameter.
-    """
+    """Return the methods to run, checked; the run's seed and allocation fill those that were not given."""
     made: list[Pruner] = []
     for spec in config.method:
         name, params = parse(spec)

@@ -10,9 +10,6 @@ def check_thinking(thinks: bool | None, end_token: str | int | None, chat_templa
 
     Args:
         thinks: `--enable-thinking`. end_token: `--think-end-token`. chat_template: `--chat-template`.
-
-    Raises:
-        UserError: with the remedy.
     """
     if thinks is not None and not chat_template:
         raise UserError(f"--{'' if thinks else 'no-'}enable-thinking needs --chat-template", "add --chat-template")
@@ -28,9 +25,6 @@ def check_kind(task: str, output_type: str, enable_thinking: bool | None) -> Non
     Args:
         task: its name.
         output_type: as lm-eval has it.
-
-    Raises:
-        UserError: with the remedy.
     """
     if enable_thinking and output_type in ("loglikelihood", "multiple_choice"):
         raise UserError(

@@ -168,9 +168,6 @@ def pairs(name: str, value: object) -> Json:
 
     Args:
         name: of the option, for messages.
-
-    Raises:
-        UserError: it is neither.
     """
     example = f"write {name.replace('_', '-')} as KEY=VALUE,KEY=VALUE"
     if isinstance(value, dict):
@@ -214,11 +211,7 @@ def batch_size(value: object) -> int | str:
 
 
 def check_batch_size(value: object) -> int | str:
-    """Return a batch size as given, if it is one.
-
-    Raises:
-        UserError: it is neither a positive whole number nor `auto`.
-    """
+    """Return a batch size as given, if it is one."""
     if isinstance(value, str) and value.strip().lower() == AUTO:
         return AUTO
     try:

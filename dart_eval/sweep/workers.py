@@ -41,11 +41,7 @@ class _Worker:
 
 
 def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
-    """See `cluster.run.run_all`.
-
-    Raises:
-        UserError: the input is wrong, or workers die before they begin a cell.
-    """
+    """See `cluster.run.run_all`."""
     sweep = begin_sweep(configs, view, skip_missing)
     with _Workers(sweep, configs, skip_missing) as workers:
         return sweep.work_through(workers.run)

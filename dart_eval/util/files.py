@@ -60,11 +60,7 @@ def write(path: str | Path, data: str | bytes, remedy: str = "choose another fil
 
 
 def check_target(path: str | Path, remedy: str = "choose another file") -> None:
-    """Refuse a path that `write` would refuse, before anything is computed for it.
-
-    Raises:
-        UserError: with the reason.
-    """
+    """Refuse a path that `write` would refuse, before anything is computed for it."""
     try:
         if _own_stream(path) is not None:
             return
@@ -90,9 +86,6 @@ def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
     Args:
         begins: pattern in the first bytes of every file of ours.
         what: kind of such a file, for the message.
-
-    Raises:
-        UserError: the file is not ours.
     """
     if is_stream(path):
         return
@@ -110,9 +103,6 @@ def check_name(path: str | Path, what: str) -> None:
 
     Args:
         what: the path's name in messages, such as `--output`.
-
-    Raises:
-        UserError: it is empty, too long, holds a NUL, or its links lead nowhere.
     """
     if not str(path):
         raise UserError(f"{what} is empty", "name a file or folder")
@@ -129,9 +119,6 @@ def read_text(path: str | Path, what: str, remedy: str) -> str:
 
     Args:
         what: the file's name in messages, such as `config`.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
     """
     try:
         return _bytes(path).decode("utf-8").replace("\r\n", "\n")
@@ -181,11 +168,7 @@ def is_stream(path: str | Path) -> bool:
 
 
 def format_of(path: Path, format: str | None, formats: Sequence[str]) -> str | None:
-    """Return the format of a file: `format` if given, else by its ending; None for a stream.
-
-    Raises:
-        UserError: no format is given, and the ending is none of `formats`.
-    """
+    """Return the format of a file: `format` if given, else by its ending; None for a stream."""
     if format is not None or is_stream(path):
         return format
     if path.suffix[1:] not in formats:

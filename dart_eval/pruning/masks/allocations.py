@@ -193,11 +193,7 @@ class FromTable(ByShares):
 
 
 def read_table(path: str | Path) -> list[float]:
-    """Read the densities of a saved allocation (`write_table`), [L].
-
-    Raises:
-        UserError: the file cannot be read or holds no ratios.
-    """
+    """Read the densities of a saved allocation (`write_table`), [L]."""
     remedy = "write one with `dart-eval trace --save-allocation FILE`"
     try:
         data = json.loads(read_text(path, "allocation table", remedy))
@@ -220,11 +216,7 @@ def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> N
 
 
 def check_table(ratios: Sequence[float], sparsity: float, layers: int | None = None) -> None:
-    """Refuse a table for another sparsity or, if `layers` is known, for another model.
-
-    Raises:
-        UserError: it has another number of layers or another mean.
-    """
+    """Refuse a table for another sparsity or, if `layers` is known, for another model."""
     if layers is not None and len(ratios) != layers:
         raise UserError(f"the allocation table has {len(ratios)} layers, the model {layers}", "make one for this model")
     mean = sum(ratios) / len(ratios)
