@@ -51,11 +51,7 @@ class Worker(Protocol):
 
 
 class Actor:
-    """An actor with one worker, which runs each task in its own thread.
-
-    Args:
-        make: makes the worker, here.
-    """
+    """An actor with one worker, which runs each task in its own thread."""
 
     def __init__(self, make: Callable[[], Worker]) -> None:
         self._make = make

@@ -24,11 +24,7 @@ REMEDY = "give a text file or a data set, see docs/data.md"
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """A text, and its data set, if known.
-
-    Attributes:
-        digest: sha256 of a file's bytes, or of the text of a data set.
-    """
+    """A text, the sha256 of its file or of its data set's text, and its data set, if known."""
 
     text: str
     digest: str

@@ -56,12 +56,7 @@ def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
 
 
 def quality(records: Sequence[Record], lines: Sequence[dict[str, object]]) -> list[Table]:
-    """Return the tables of every metric of every cell: accuracy, summaries, perplexity, distances and others.
-
-    Args:
-        records: of a folder.
-        lines: a row per metric (`rows`, or `frame.lines`, which have distances to dense).
-    """
+    """Return the tables of every metric of every cell: accuracy, summaries, perplexity, distances and others."""
     data = metrics_frame(lines)
     if data.empty:
         return []
