@@ -190,7 +190,6 @@ class Routed:
     def write(self, h: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield each expert's output with its bias: places among the tokens' experts [n], tokens [n], output [n, D].
 
-
         Args:
             h: [N, count, I] of the last N tokens, with the router's weight.
         """

@@ -200,12 +200,11 @@ def test_thresholds_are_read(tmp_path):
 
 @pytest.mark.parametrize(("text", "words"), [
     ("recovry: 0.9", "unknown key 'recovry' in .*; did you mean recovery"),
-    ("recovery: 98", "recovery 98 in .* must lie above 0 and at most at 1"),
-    ("recovery: null", "recovery None"),
-    ("recovery: yes", "recovery True"),
-    ("alpha: 0", "alpha 0 in .* between 0 and 1"),
-    ("tasks: {arc: {alpha: 0.1}}", "unknown key 'alpha' in .* for arc"),
-    ("tasks: [arc]", "must contain keys and values"),
+    ("recovery: 98", "recovery 98 in .* should be less than or equal to 1"),
+    ("recovery: null", "recovery None"), ("recovery: yes", "recovery True"), ("recovery: .nan", "finite number"),
+    ("recovery: [1]", "valid number"), ("alpha: 0", "alpha 0 in .* greater than 0"), ("alpha: {a: 1}", "valid number"),
+    ("tasks: {arc: {alpha: 0.1}}", "unknown key 'alpha' in "), ("tasks: {arc: [1]}", "tasks arc .*dictionary"),
+    ("tasks: [arc]", "tasks .*dictionary"), ("tasks: {1: {recovery: 0.9}}", "tasks 1 .*string"), ("{1: 2}", "string"),
     ("- 1", "must contain keys and values"),
     ("a: [", "is not YAML"), ("alpha: 0.1\nalpha: 0.2", "'alpha' is given twice"),
     ("!!timestamp x: 1", "is not YAML"), ("recovery: !!timestamp x", "is not YAML"),

@@ -375,11 +375,8 @@ def test_of_a_record_that_was_made_twice_the_later_one_counts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("[]", "must contain keys and values"), ("0", "must contain keys"), ("''", "must contain keys and values"),
-    ("tasks: []", "must contain keys and values"), ("tasks: {1: {recovery: 0.9}, arc: {recovery: .9}}", "key 1"),
-    ("{1: 2}", "key 1"), ("recovery: 2024-99-99", "not YAML"), ("[" * 5000 + "]" * 5000, "nested too deeply"),
-    ("tasks: {arc: [1]}", "must contain keys and values"), ("recovery: [1]", "must lie above 0"),
-    ("alpha: {a: 1}", "must lie between"),
+    ("[]", "must contain keys and values"), ("0", "must contain keys and values"), ("''", "must contain keys and values"),
+    ("recovery: 2024-99-99", "not YAML"), ("[" * 5000 + "]" * 5000, "nested too deeply"),
 ])  # fmt: skip
 def test_thresholds_that_are_no_mapping_are_refused(tmp_path, text, words):
     file = tmp_path / "t.yaml"
