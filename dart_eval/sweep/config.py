@@ -15,7 +15,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
-from dart_eval.sweep import thinking, values
+from dart_eval.sweep import values
 from dart_eval.sweep.habits import translate
 from dart_eval.sweep.options import DEFAULTS, Options, choices_of, option_of
 from dart_eval.sweep.values import Refused, short_repr
@@ -68,7 +68,13 @@ class RunConfig(Options):
             raise UserError(f"--chunk {self.chunk} is too short for perplexity", "use some hundred tokens or more")
         if self.fewshot_as_multiturn and not self.chat_template:
             raise UserError("--fewshot-as-multiturn needs --chat-template", "give both, or neither")
-        thinking.check_thinking(self.enable_thinking, self.think_end_token, self.chat_template)
+        if self.enable_thinking is not None and not self.chat_template:
+            typed = f"--{'' if self.enable_thinking else 'no-'}enable-thinking"
+            raise UserError(f"{typed} needs --chat-template", "add --chat-template")
+        if self.enable_thinking and self.think_end_token is None:
+            raise UserError(
+                "--enable-thinking needs the token that ends thinking", "add --think-end-token, such as </think>"
+            )
         for folder in self.include_path:
             check_name(folder, "--include-path")
             if not Path(folder).is_dir():

@@ -31,7 +31,6 @@ from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.plan import Cell, methods_of, plan
-from dart_eval.sweep.thinking import check_kind
 from dart_eval.sweep.values import pairs
 from dart_eval.util.bits import OWN_BITS, Stored, bits_text
 from dart_eval.util.errors import UserError
@@ -153,7 +152,11 @@ def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
     """Return whether a task draws its answers."""
     found = leaves(list(items))
     for task in found:
-        check_kind(task.task_name, task.OUTPUT_TYPE, config.enable_thinking)
+        if config.enable_thinking and task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"):
+            raise UserError(
+                f"task {task.task_name} scores given answers, which a thinking model does not write at once",
+                "leave --enable-thinking or the task out",
+            )
     for method in methods_of(config):
         check_answers(items, config.scope, method)
     return task_draws(found)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 from lm_eval.models.huggingface import HFLM
@@ -12,8 +13,8 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.store import Store
+from dart_eval.sweep import jobs
 from dart_eval.sweep.config import config_from
-from dart_eval.sweep.thinking import check_kind
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, save_tiny, tiny
 from tests.helpers.requests import TextRequest, words
@@ -107,12 +108,19 @@ def test_what_cannot_be_meant_is_refused(given, message):
         config_from(None, {"tasks": "gsm8k", **given})
 
 
-def test_given_answers_are_no_task_for_a_model_that_thinks():
-    for kind in ("multiple_choice", "loglikelihood"):
+@pytest.mark.parametrize("kind", ["multiple_choice", "loglikelihood", "generate_until"])
+def test_given_answers_are_no_task_for_a_model_that_thinks(kind, monkeypatch):
+    task = SimpleNamespace(task_name="arc", OUTPUT_TYPE=kind)
+    monkeypatch.setattr(jobs, "leaves", lambda items: [task])
+    monkeypatch.setattr(jobs, "task_draws", lambda found: found == [task])
+    given = {"tasks": "arc", "chat_template": True, "think_end_token": "x"}
+    assert jobs._draws([], config_from(None, {**given, "enable_thinking": False}))
+    thinks = config_from(None, {**given, "enable_thinking": True})
+    if kind == "generate_until":
+        assert jobs._draws([], thinks)
+    else:
         with pytest.raises(UserError, match="task arc scores given answers, which a thinking model does not"):
-            check_kind("arc", kind, True)
-        check_kind("arc", kind, False)
-    check_kind("gsm8k", "generate_until", True)
+            jobs._draws([], thinks)
 
 
 @pytest.mark.slow
