@@ -29,7 +29,8 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str 
     for cell in cells:
         metrics = main(m for m in cell.record.metrics if m.part_of is None)
         if not metrics:
-            found.append(Piece((), partial(_nothing, cell)))
+            why = f"{cell.task} under {cell.title} has no number that is better one way"
+            found.append(Piece((), partial(_left_out, why, NO_PLACE)))
         for metric in metrics:
             dataset = of_task(metric.task, cell.leaves(), datasets)
             if dataset is None:
@@ -38,7 +39,12 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str 
             name = safe(f"{metric.task}-{cell.named('-')}") + f"-{cell.record.key[:8]}"
             path = f"{safe(cell.model)}/.eval_results/{name}.yaml"
             found.append(Piece((path,), partial(_file, path, cell, metric, dataset, source)))
-    return [*found, Piece((), partial(_no_data_set, sorted(nowhere)))] if nowhere else found
+    if tasks := sorted(nowhere):
+        why = f"{', '.join(tasks)}: no data set on the hub is known, and this format needs one"
+        name = f"name it for each: --dataset {tasks[0]}=OWNER/NAME"
+        remedy = f"{name}; `--to lm-eval` and `--to every-eval-ever` need none"
+        found.append(Piece((), partial(_left_out, why, remedy)))
+    return found
 
 
 def _file(path: str, cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, str]:
@@ -46,15 +52,8 @@ def _file(path: str, cell: Facts, metric: Metric, dataset: Dataset, source: str 
     return {path: yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000)}
 
 
-def _nothing(cell: Facts) -> dict[str, str]:
-    raise LeftOut(f"{cell.task} under {cell.title} has no number that is better one way", NO_PLACE)
-
-
-def _no_data_set(tasks: Sequence[str]) -> dict[str, str]:
-    raise LeftOut(
-        f"{', '.join(tasks)}: no data set on the hub is known, and this format needs one",
-        f"name it for each: --dataset {tasks[0]}=OWNER/NAME; `--to lm-eval` and `--to every-eval-ever` need none",
-    )
+def _left_out(why: str, remedy: str) -> dict[str, str]:
+    raise LeftOut(why, remedy)
 
 
 def _entry(cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> Json:

@@ -73,18 +73,17 @@ def columns_of(block: Block) -> list[BoardColumn]:
         found.append(BoardColumn("flips", ("flips", ""), lambda r: percent(r.flips.value) if r.flips else "-",
                             lambda r: r.flips.value if r.flips else None))  # fmt: skip
     if any(row.kl for row in rows if row.kind != CONTROL):
-        found.append(BoardColumn("kl", ("KL", "nats"), _far, lambda r: r.kl.value if r.kl else None))
+        found.append(BoardColumn("kl", ("KL", "nats"),
+                            lambda r: "0" if r.kind == CONTROL else f"{r.kl.value:.3g}" if r.kl else "-",
+                            lambda r: r.kl.value if r.kl else None))  # fmt: skip
     found += [
         BoardColumn("memory", ("memory", "beside"), lambda r: _beside(r, size(r.memory)), lambda r: r.memory),
-        BoardColumn("work", ("work", ""), lambda r: _beside(r, _more(r.overhead)), lambda r: r.overhead),
-    ]
+        BoardColumn("work", ("work", ""),
+                    lambda r: _beside(r, "+" * (r.overhead >= 1e-4) + small_share(r.overhead)), lambda r: r.overhead),
+    ]  # fmt: skip
     if any(row.speed for row in rows):
         found.append(BoardColumn("speed", ("speed", "today"), _speed, lambda r: -_ratio(r)))
     return found
-
-
-def _far(row: BoardRow) -> str:
-    return "0" if row.kind == CONTROL else f"{row.kl.value:.3g}" if row.kl else "-"
 
 
 def _of_metric(metric: str, first: bool, block: Block) -> list[BoardColumn]:
@@ -141,11 +140,6 @@ def _times(row: BoardRow, metric: str, ends: bool) -> str:
 
 def _beside(row: BoardRow, text: str) -> str:
     return "-" if row.kind in (CONTROL, GUESSING) else text
-
-
-def _more(share: float) -> str:
-    """`+17 %`."""
-    return f"+{small_share(share)}" if share >= 1e-4 else small_share(share)
 
 
 def _ratio(row: BoardRow) -> float:

@@ -202,11 +202,6 @@ def number(text: str) -> float | str:
 
 @_refusing
 def batch_size(value: object) -> int | str:
-    """See `check_batch_size`."""
-    return check_batch_size(value)
-
-
-def check_batch_size(value: object) -> int | str:
     """Return a batch size as given, if it is one."""
     if isinstance(value, str) and value.strip().lower() == AUTO:
         return AUTO

@@ -15,7 +15,7 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.layers.families import decoder
 from dart_eval.pruning.session.dense import DenseSession
-from dart_eval.sweep.values import check_batch_size
+from dart_eval.sweep.config import checked
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
 from tests.helpers.models import CONFIGS, FAMILIES, random_tokens, tiny
@@ -246,13 +246,13 @@ def test_common_prefix(a, b):
 
 @pytest.mark.parametrize(("given_", "wanted"), [(3, 3), ("3", 3), ("auto", "auto"), ("AUTO", "auto")])
 def test_batch_sizes(given_, wanted):
-    assert check_batch_size(given_) == wanted
+    assert checked("batch_size", given_) == wanted
 
 
 @pytest.mark.parametrize("given_", [0, -1, "0", "many", 2.5, True, None, ""])
 def test_what_is_no_batch_size_is_refused(given_):
     with pytest.raises(UserError, match="give a whole number from 1, or auto"):
-        check_batch_size(given_)
+        checked("batch_size", given_)
 
 
 @given(st.integers(1, 1 << 40), st.integers(1, 1 << 24))
