@@ -208,7 +208,6 @@ WITHOUT_NUMBERS = {
     "sweep/habits.py": "reads options, which are part of a key",
     "sweep/options.py": "options, which are part of a key",
     "sweep/plan.py": "makes keys: all that it decides is in them",
-    "sweep/thinking.py": "refuses",
     "sweep/values.py": "reads options, which are part of a key",
     "util/errors.py": "messages",
     "util/files.py": "reads and writes files as they are",
