@@ -35,7 +35,7 @@ def export(
         The files. A cell that cannot be exported is named on stderr and left out.
 
     Raises:
-        UserError: the input is wrong, nothing can be exported, or a file is in the way.
+        UserError: the input is wrong, nothing can be exported, or a file is in the way; nothing is then written.
     """
     from dart_eval.export import eval_results, every_eval_ever, lm_eval
     from dart_eval.export.datasets import datasets_of, parsed

@@ -1,7 +1,9 @@
-"""Files of an export: all paths are settled before the first write."""
+"""Files of an export: all paths are settled before the first write, and a failure leaves no files behind."""
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import os
 import re
@@ -13,6 +15,8 @@ from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import check_name, write
 
 LONGEST = 100  # bytes of a part of a path: file systems take 255, and endings are added
+# Names that Windows keeps for its devices, whatever their ending.
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
 NO_PLACE = "`--to lm-eval` has a place for every number"
 
 
@@ -33,8 +37,10 @@ class Piece:
 
 
 def safe(text: str) -> str:
-    """Return a text as one part of a path; a long one is cut and ends in a hash."""
+    """Return a text as one part of a path, valid on every system; a long one is cut and ends in a hash."""
     kept = re.sub(r"[^\w.@=+-]+", "_", text.replace("/", "__")).strip(".")
+    if kept.partition(".")[0].upper() in DEVICES:
+        kept = f"_{kept}"
     if len(kept.encode()) > LONGEST:
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         kept = f"{kept.encode()[: LONGEST - 9].decode(errors='ignore')}-{digest}"
@@ -51,7 +57,8 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
         The files.
 
     Raises:
-        UserError: a file is there already, cannot be written, or no piece could be made.
+        UserError: a file is there already, cannot be written, or no piece could be made. Files that this call wrote
+            where none stood are taken away again.
     """
     check_name(folder, "--output")
     if folder.exists() and not folder.is_dir():
@@ -60,14 +67,21 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
     if there and not force:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise UserError(f"{folder / there[0]}{more} would be replaced", "give --force, or another --output")
-    old, written = set(there), set()
-    for piece, texts in _texts_of(pieces):
-        for path, text in texts.items():
-            write(folder / path, text, "make room or choose another --output")
-            written.add(path)
-        for path in old & set(piece.paths) - set(texts):
-            (folder / path).unlink(missing_ok=True)  # of an earlier export of the same cell
-    return sorted(folder / path for path in old | written if os.path.lexists(folder / path))
+    old, stop = set(there), _standing(folder)
+    written: list[Path] = []
+    try:
+        for piece, texts in _texts_of(pieces):
+            for path, text in texts.items():
+                _forget_half(folder / path)
+                if path not in old:
+                    written.append(folder / path)
+                write(folder / path, text, "make room or choose another --output")
+            for path in old & set(piece.paths) - set(texts):
+                (folder / path).unlink(missing_ok=True)  # of an earlier export of the same cell
+    except BaseException:
+        _take_away(written, stop)
+        raise
+    return sorted({*written, *(folder / path for path in old if os.path.lexists(folder / path))})
 
 
 def _texts_of(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]:
@@ -83,3 +97,27 @@ def _texts_of(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]
         raise failed[0] if failed else UserError("there is nothing to export", "give a folder with finished cells")
     for text in dict.fromkeys(str(error) for error in failed):
         remark(f"left out: {text}")
+
+
+def _forget_half(path: Path) -> None:
+    """Remove the partial files that a killed export left beside a file."""
+    for left in path.parent.glob(f".{glob.escape(path.stem[:40])}.????????"):
+        left.unlink(missing_ok=True)
+
+
+def _take_away(written: Sequence[Path], stop: Path) -> None:
+    """Remove written files, and the folders below `stop` that are empty without them."""
+    for path in written:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            for above in path.parents:
+                if above == stop:
+                    break
+                above.rmdir()
+
+
+def _standing(folder: Path) -> Path:
+    """Return the folder itself, or its nearest existing parent."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder

@@ -182,6 +182,16 @@ def test_every_eval_ever_converts_what_lm_eval_would_have_written(out):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+def test_what_a_killed_export_has_half_written_is_gone_after_the_next(out):
+    _, folder = _export(out, "lm-eval")
+    whole = {path for path in folder.rglob("*") if path.is_file()}
+    for path in whole:
+        path.with_name(f".{path.stem[:40]}.a1b2c3d_").write_text("{")
+        path.unlink()
+    _export(out, "lm-eval")
+    assert {path for path in folder.rglob("*") if path.is_file()} == whole
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_second_export_replaces_nothing_unless_it_is_forced(out, to):
     done, folder = _export(out, to)
@@ -199,13 +209,22 @@ def test_a_second_export_replaces_nothing_unless_it_is_forced(out, to):
     assert (folder / some).read_text() != "older"
 
 
-def test_a_failure_is_one_line(out, monkeypatch):
-    def write(*_args):
-        raise UserError("no room", "make some")
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_failure_leaves_nothing_behind(out, to, monkeypatch):
+    count = 0
 
+    def write(*args):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise UserError("no room", "make some")
+        kept(*args)
+
+    kept = writing.write
     monkeypatch.setattr(writing, "write", write)
-    done = command("export", out, "--to", "lm-eval", "--output", out.parent / "a" / "b")
-    assert (done.code, done.out, done.err) == (2, "", "error: no room; make some\n")
+    done = command("export", out, "--to", to, "--output", out.parent / "a" / "b", *FORMATS[to])
+    assert (done.code, done.out, count) == (2, "", 2)
+    assert not (out.parent / "a").exists()
 
 
 @pytest.mark.parametrize("to", FORMATS)
