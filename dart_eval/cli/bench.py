@@ -36,7 +36,12 @@ app = typer.Typer(
 
 
 def _methods(asked: RunConfig, example: str = "dart,dart-choice") -> list[Pruner]:
-    """The methods to measure."""
+    """The methods to measure.
+
+    Args:
+        asked: names them.
+        example: what to give, for the message where there are none.
+    """
     if methods := methods_of(asked):
         return methods
     raise UserError("no method given", f"add one, for example --method {example}")

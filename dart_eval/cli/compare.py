@@ -87,7 +87,12 @@ def compare(
 
 
 def _trait(options: dict[str, list[str] | None], folders: Sequence[Path]) -> tuple[str, str, str] | None:
-    """Return what cells of one folder differ in, with A and B; None to compare two folders."""
+    """Return what cells of one folder differ in, with A and B; None to compare two folders.
+
+    Args:
+        options: name -> value of the options for one folder.
+        folders: as given.
+    """
     said = {name: text for name, text in options.items() if text is not None}
     if len(said) > 1:
         raise UserError(f"{' and '.join(f'--{name}' for name in said)} do not go together", "leave one of them out")

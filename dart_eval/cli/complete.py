@@ -17,7 +17,11 @@ def words(known: Iterable[str] | Callable[[], Iterable[str]]) -> Complete:
 
 
 def listed(known: Callable[[str], Iterable[str]]) -> Complete:
-    """Return a completion of the last item of a comma-separated list; `known` gives the names."""
+    """Return a completion of the last item of a comma-separated list.
+
+    Args:
+        known: returns the names for the beginning of an item.
+    """
 
     def complete(incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")

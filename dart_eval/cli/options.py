@@ -31,7 +31,11 @@ Verb = TypeVar("Verb", bound=Callable[..., None])
 
 
 def takes(*names: str) -> Callable[[Verb], Verb]:
-    """Give a verb these options of a run, by name; None for an option that was not typed."""
+    """Give a verb these options of a run. It gets their values by name, None for an option that was not typed.
+
+    Args:
+        names: of options in `sweep.options`.
+    """
     shared: dict[str, object] = {}
     for name in sorted(names, key=lambda name: PANELS.index(about(name).panel)):
         shared |= _of_run(name)

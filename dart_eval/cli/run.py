@@ -127,7 +127,11 @@ def show_results(result: RunResult, output: str, format: str = "table") -> None:
 
 
 def _next(records: Sequence[Record], everything: Sequence[Record], output: str) -> str:
-    """Return a line with the folder of the results and the commands that may follow."""
+    """Return a line with the folder of the results and the commands that may follow.
+
+    Args:
+        records: of the run. everything: all records of the folder, which `compare` reads.
+    """
     from dart_eval.results.labels import exact
 
     folder = shlex.quote(output)

@@ -51,7 +51,11 @@ class Worker(Protocol):
 
 
 class Actor:
-    """An actor with one worker, which runs each task in its own thread."""
+    """An actor with one worker, which runs each task in its own thread.
+
+    Args:
+        make: makes the worker, here.
+    """
 
     def __init__(self, make: Callable[[], Worker]) -> None:
         self._make = make

@@ -24,7 +24,11 @@ REMEDY = "give a text file or a data set, see docs/data.md"
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """A text, the sha256 of its file or of its data set's text, and its data set, if known."""
+    """A text, and its data set, if known.
+
+    Attributes:
+        digest: sha256 of a file's bytes, or of the text of a data set.
+    """
 
     text: str
     digest: str

@@ -28,6 +28,9 @@ _ONE_BY_ONE: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 class Forwards:
     """Runs a model up to its last hidden states.
 
+    Args:
+        head: see `output_head`.
+
     Attributes:
         angles: rotary angles that depend on the length of rows. Rows of a forward have the same
             (`Angles.least_length`), and it runs inside `angles.held`.

@@ -88,6 +88,10 @@ class Generator:
     """Continues prompts on one model under a session.
 
     Args:
+        lm: lm-eval's model.
+        session: what prunes it, or lets it run dense.
+        budget: sizes of batches.
+        angles: of the model.
         documents: task -> field of its document that may be cut to fit.
         seed: of what draws its tokens.
 
@@ -104,7 +108,11 @@ class Generator:
         self.documents, self.seed, self.ends, self.state_bytes = documents, seed, ends_of(lm), 0
 
     def units(self, requests: Sequence[tuple[str, Instance]]) -> list[Prompts]:
-        """Return batches of prompts."""
+        """Return batches of prompts.
+
+        Args:
+            requests: distinct requests with their names.
+        """
         groups: dict[str, list[int]] = {}
         for i, (_, request) in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)

@@ -43,6 +43,7 @@ class PrunedLM(HFLM):
     """`HFLM` on a loaded model, scoring causally under a session.
 
     Args:
+        model, tokenizer: as loaded.
         batch_size: contexts per forward (their candidates run up to four times as many rows at a time), or `auto`.
         max_length: tokens, context and continuation together; default the model's.
         chunk: tokens per perplexity chunk, at most `max_length`.
@@ -129,6 +130,8 @@ class PrunedLM(HFLM):
         """Run this worker's requests of a call that have no answer yet. The answers go into the journal.
 
         Args:
+            kind: of the requests, see `Call`.
+            requests: by their names in the journal.
             make: returns the scorer or generator for a size of forwards.
             answer: type of the answers; anything else in the journal does not count.
         """

@@ -190,7 +190,11 @@ def _printed(task: ConfigurableTask) -> list[str]:
 
 
 def check_shots(task: Task, num_fewshot: int | None) -> None:
-    """Refuse more examples than a task has; None is its own number."""
+    """Refuse more examples than a task has.
+
+    Args:
+        num_fewshot: examples in a prompt; None: the task's own number.
+    """
     own, sampler = getattr(task.config, "num_fewshot", None), getattr(task, "sampler", None)
     shots = own if num_fewshot is None or own == 0 else num_fewshot  # lm-eval leaves a task's 0 as it is
     if not shots or sampler is None or not isinstance(task, ConfigurableTask):

@@ -95,6 +95,7 @@ class Scoring(ABC):
     units run.
 
     Attributes:
+        session: prunes the model, or lets it run dense.
         state_bytes: largest method state seen, per sequence.
     """
 
@@ -131,7 +132,12 @@ class InputRow:
 
 
 def scores(rows: Sequence[tuple[InputRow, Cost]], answers: Answers) -> list[tuple[int, Score]]:
-    """Return the scores of the requests that these rows answer."""
+    """Return the scores of the requests that these rows answer.
+
+    Args:
+        rows: with the cost of their pruned tokens.
+        answers: with all hidden states.
+    """
     found = []
     for row, pruned in rows:
         far = answers.distance(row.nodes)

@@ -34,6 +34,8 @@ def seeded(
     """Return a task's function of documents that makes the same ones in every process.
 
     Args:
+        make: `custom_dataset` of its configuration.
+        name: of the task, for messages.
         tokenizer: returns the model's, by which documents get their length.
         data_dir: folder that replaces the hub and the web; None: `make` loads from there.
         limit: most documents to make, the first ones. None, or a share below 1: all (500 of RULER's).

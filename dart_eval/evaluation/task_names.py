@@ -72,7 +72,11 @@ def tasks_dir() -> Path:
 
 
 def names(folders: Sequence[str] = ()) -> set[str]:
-    """Return every task, group and tag: this project's, lm-eval's, and those of more folders."""
+    """Return every task, group and tag: this project's, lm-eval's, and those of more folders.
+
+    Args:
+        folders: of `--include-path`.
+    """
     return {*own(), *lm_evals(), *(name for folder in folders for name in _named_in(Path(folder)))}
 
 
@@ -101,7 +105,12 @@ def config_of(name: str) -> dict[str, object]:
 
 
 def check_names(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
-    """Refuse unknown names of tasks."""
+    """Refuse unknown names of tasks.
+
+    Args:
+        asked: as a user types them.
+        folders: of `--include-path`.
+    """
     wanted = [*asked]
     if not wanted:
         raise none_given()

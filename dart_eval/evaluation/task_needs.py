@@ -26,7 +26,12 @@ PUNKT = "punkt_tab"
 
 
 def check_needs(task: str, path: str) -> None:
-    """Refuse a task whose code could not be imported, or would fail after all answers."""
+    """Refuse a task whose code could not be imported, or would fail after all answers.
+
+    Args:
+        task: its name, or that of a group.
+        path: of its YAML file.
+    """
     folder = Path(path).parent
     for module in MODULES.get(folder.name) or MODULES.get(f"{folder.parent.name}/{folder.name}", ()):
         if find_spec(module) is None:

@@ -13,6 +13,7 @@ def fit(lm: HFLM, request: Instance, budget: int, field: str | None) -> tuple[st
     """Cut the end of the document in a prompt, so that the prompt has at most `budget` tokens.
 
     Args:
+        lm: for its tokenizer.
         field: of the document that may be cut; None leaves the prompt to lm-eval, which keeps its last tokens.
 
     Returns:

@@ -56,6 +56,7 @@ def check_yaml(name: str, path: Path, trusted: Sequence[Path]) -> None:
     """Refuse a task of another folder whose file, or one that it includes, would run code.
 
     Args:
+        name: of the task, for messages.
         trusted: folders whose code may run.
     """
     files, seen = [path.resolve()], set()
@@ -116,6 +117,7 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
     """Refuse metrics and data sets of the working directory while the block runs.
 
     Args:
+        name: of the task, for messages.
         confirmed: allow them, and let generated code run.
 
     Raises:

@@ -19,7 +19,11 @@ HOPELESS = 64  # answers without a usable one after which the cell ends
 
 
 class Unusable:
-    """Counts the answers of a call of the model."""
+    """Counts the answers of a call of the model.
+
+    Args:
+        asked: distinct answers of the call.
+    """
 
     def __init__(self, asked: int = 0) -> None:
         self.asked, self.seen, self.wrong = asked, 0, 0
@@ -41,7 +45,11 @@ class Unusable:
 
 
 class LogitsWatch(LogitsProcessor):
-    """Notes during generation which rows had a logit of NaN or infinity, or no possible word."""
+    """Notes during generation which rows had a logit of NaN or infinity, or no possible word.
+
+    Args:
+        rows: sequences of the batch.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows

@@ -26,7 +26,10 @@ def export(
     """Write a folder of results in another project's format.
 
     Args:
+        store: the results.
         to: one of `FORMATS`.
+        folder: the target.
+        teller: the publisher.
         model: the model's name on the hub, in place of the one in the results.
         datasets: data sets of tasks on the hub, as `TASK=OWNER/NAME` or `TASK=OWNER/NAME:ID`.
         force: whether to replace existing files.

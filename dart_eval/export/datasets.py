@@ -48,6 +48,7 @@ def datasets_of(names: Iterable[str], named: Mapping[str, Dataset]) -> dict[str,
     """Return the data sets of lm-eval tasks, as their YAML files name them.
 
     Args:
+        names: lm-eval tasks.
         named: the data sets of `--dataset`, which take precedence.
 
     Returns:

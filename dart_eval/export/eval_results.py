@@ -23,7 +23,13 @@ LAST = "parameters"  # the longest: what a reader wants first stands before it
 
 
 def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str | None) -> list[Piece]:
-    """Return a folder a model, as in its repository, with a file a number: a leaderboard reads one a file."""
+    """Return a folder a model, as in its repository, with a file a number: a leaderboard reads one a file.
+
+    Args:
+        cells: the exported cells.
+        datasets: data sets of lm-eval tasks.
+        source: a page with more about the results, or None.
+    """
     found = []
     nowhere: set[str] = set()  # tasks without a data set
     for cell in cells:

@@ -26,6 +26,8 @@ class Facts:
     """A cell as other projects see it.
 
     Attributes:
+        store: its folder.
+        record: its record.
         model: the model's name, as the user gave it or as `--model-id` replaces it.
         pruner: the method as a user types it.
     """
@@ -91,7 +93,13 @@ class Facts:
 
 
 def facts(store: Store, records: Sequence[Record], model: str | None = None) -> list[Facts]:
-    """Return the cells of a folder. `model` replaces the name of each record's model."""
+    """Return the cells of a folder.
+
+    Args:
+        store: the folder.
+        records: the exported records.
+        model: a name that replaces the model's; None keeps each record's.
+    """
     typed = specs(records)
     return [Facts(store, r, model or str(r.inputs["model"]["name"]), typed[r.key]) for r in records]
 

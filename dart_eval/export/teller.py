@@ -12,6 +12,7 @@ class Teller:
     """The publisher of results.
 
     Attributes:
+        organisation: its name.
         relationship: its relation to the model's developer: one of `RELATIONSHIPS`.
         page: the address of a page about the results, or None.
     """

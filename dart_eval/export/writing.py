@@ -29,6 +29,7 @@ class Piece:
     """Files that belong together: all of them are written, or none.
 
     Attributes:
+        paths: the files that it can write, relative to the folder of the export.
         make: returns the text of each path; raises a UserError if the cell has to be left out.
     """
 
@@ -51,6 +52,8 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
     """Write files piece by piece; a piece that fails is named on stderr and left out.
 
     Args:
+        folder: the target; created if it is missing.
+        pieces: the pieces to write.
         force: whether to replace existing files.
 
     Returns:

@@ -33,6 +33,8 @@ def _described(layer: nn.Module, number: int, index: int, before: nn.Module | No
     """Return the FFNs of a layer by the tables alone: none if no entry fits, several with experts.
 
     Args:
+        number: of the layer.
+        index: of its first FFN.
         before: the attention's output projection, of this layer or an earlier one.
     """
     ffns: list[FFN] = []

@@ -53,7 +53,11 @@ def form(linear: nn.Module) -> str | None:
 
 
 def bits(tensors: Iterable[object], weights: int) -> float:
-    """Return the bits per weight, scales and zero points included, of a matrix stored in these tensors."""
+    """Return the bits per weight, scales and zero points included, of a matrix stored in these tensors.
+
+    Args:
+        weights: number of weights in the matrix.
+    """
     return sum(n for tensor in tensors for n in _bits(tensor, weights)) / weights
 
 
@@ -161,6 +165,10 @@ def values(linear: Any, width: int) -> Tensor:
 
     Exact for rounded weights, in the dtype that the projection computes in. Rounding of inputs does not matter: a unit
     vector's largest entry is its only one.
+
+    Args:
+        linear: the projection.
+        width: of its inputs.
     """
     device, dtype = next(t.device for t in held(linear)), _computes_in(linear)
     bias = bias_of(linear)

@@ -63,6 +63,10 @@ class Loaded(Resolved):
 def loaded(model: object, tokenizer: object) -> Loaded:
     """Wrap a model in memory with its identity: a hash of its weights, its configuration and its tokenizer.
 
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: of this model.
+
     Raises:
         UserError: another kind of model, one under `prune()` or without weights, or a missing or unfit tokenizer.
     """

@@ -149,7 +149,14 @@ class Pruner:
         return holds_all or self.choice.ranks
 
     def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
-        """Refuse a sparsity that leaves fewer bytes than are read before the choice."""
+        """Refuse a sparsity that leaves fewer bytes than are read before the choice.
+
+        Args:
+            sizes: [L] neurons per layer.
+            width: D of the model.
+            matrices: 3 for gated FFNs, 2 for plain ones.
+            bits: bits of a served weight.
+        """
         if not self.reads_most:
             return
         choice = self.at(1 - sparsity, bits.total).choice
@@ -162,6 +169,7 @@ class Pruner:
         """Return the neurons per layer: in the mask, taken by a token, and written by it.
 
         Args:
+            densities: [L] share of each layer's weights that is read.
             read_cost: read cost of a neuron, if there is a preview.
         """
         sizes, holds_all = [f.size for f in ffns], self.mask.holds_all

@@ -125,7 +125,12 @@ def takes(cls: object, name: str) -> tuple[type[Part], ...]:
 
 
 def check_slots(owner: object, title: str) -> None:
-    """Refuse parts in slots that do not take them."""
+    """Refuse parts in slots that do not take them.
+
+    Args:
+        owner: a method or a part.
+        title: its name in messages.
+    """
     cls: object = type(owner)
     for name in _hints(cls):
         allowed, value = takes(cls, name), getattr(owner, name, None)

@@ -30,7 +30,12 @@ PartSpec = str | Mapping[str, object]  # the name of a part, or its fields with 
 
 
 def _method_with(method: str | Pruner, **slots: Part | PartSpec | None) -> Pruner:
-    """Return the method with other parts in its slots."""
+    """Return the method with other parts in its slots.
+
+    Args:
+        method: a spelling as typed, or a `Pruner`.
+        slots: the new part of each slot; None leaves the slot as it is.
+    """
     parts = {slot: part for slot, part in slots.items() if part is not None}
     if isinstance(method, Pruner):
         if parts:

@@ -223,7 +223,12 @@ def parts() -> dict[str, dict[str, type[Part]]]:
 
 @functools.cache  # a search of all installed packages takes milliseconds, and a spelling is read often
 def offered(group: str, search: Callable[..., EntryPoints]) -> list[tuple[str, object]]:
-    """Return what other packages offer, by name. Import errors are logged and skipped."""
+    """Return the objects that other packages offer, by name. Import errors are logged and skipped.
+
+    Args:
+        group: the group of entry points.
+        search: `importlib.metadata.entry_points`.
+    """
     offers = []
     for entry in search(group=group):
         try:

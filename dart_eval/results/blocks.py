@@ -110,6 +110,7 @@ class Block:
 
     Attributes:
         tasks: metric -> the tasks of its means; the first metric orders the rows.
+        scope: which positions ran pruned.
         levels: the highest read first.
         at_chance: choice tasks on which dense is not above guessing by more than noise.
     """
@@ -131,6 +132,8 @@ class Board:
 
     Attributes:
         about: dtype and hardware.
+        columns: task -> its main metric.
+        notes: remarks on the numbers.
     """
 
     model: str
@@ -179,7 +182,13 @@ def _tasks_of(row: BoardRow) -> dict[str, frozenset[str]]:
 
 
 def qualities(values: Mapping[str, Metric], compared: Sequence[Compared], tasks: Tasks) -> dict[str, Quality]:
-    """Return the quality of a row on its block's tasks, without metrics of which it lacks one."""
+    """Return the quality of a row on the tasks of its block, without metrics of which it lacks a task.
+
+    Args:
+        values: task -> main metric.
+        compared: the row's metrics beside dense's.
+        tasks: of the block.
+    """
     beside = {(one.measure.task, one.measure.metric): one for one in compared}
     made = {}
     for metric, names in tasks.items():

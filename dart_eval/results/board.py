@@ -47,6 +47,8 @@ def boards(
     """Return a board for each model of a folder.
 
     Args:
+        store: the folder, for samples.
+        records: its cells.
         speeds: measured by `bench decode`.
         metric: replaces the main metric of tasks that have it.
     """
@@ -115,7 +117,12 @@ def _versions(records: Sequence[Record]) -> list[str]:
 
 
 def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
-    """Return the main metric of each requested task, or `metric` if the task has it."""
+    """Return the main metric of each requested task, without members of groups.
+
+    Args:
+        record: of a cell.
+        metric: replaces the main metric of tasks that have it.
+    """
     found = [m for m in record.metrics if m.part_of is None]
     asked = {m.task: m for m in found if m.metric.partition(",")[0] == metric}
     return [asked.get(m.task, m) for m in metrics.main(found)]
@@ -147,7 +154,9 @@ def _block(
     """Return a block: its rows with their quality, and all other rows that ran its tasks at their reads.
 
     Args:
+        drafts: all rows of the board.
         beside: keys of a row -> its metrics beside dense's.
+        scope: of the block.
         block: its tasks, and the rows that have no other block.
     """
     tasks, own = block
@@ -195,7 +204,11 @@ def _means(
 
 
 def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[BoardRow]:
-    """Return the row of an answerer that guesses; none without choice tasks."""
+    """Return the row of an answerer that guesses; none without choice tasks.
+
+    Args:
+        choice: accuracy -> a row of each of its tasks.
+    """
     quality = {}
     for metric, rows in choice.items():
         chances = [one.chance for one in rows if one.chance is not None]

@@ -158,6 +158,9 @@ def lines(
     """Return the board in lines of at most `width` characters, if possible.
 
     Args:
+        board: of one model.
+        width: of the terminal.
+        explain: whether to explain each column.
         sort: column that orders the rows of a level.
         level: read of the rows to show, beside dense.
     """

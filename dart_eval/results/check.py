@@ -31,11 +31,14 @@ class CheckRow:
     """One metric of one baseline cell, then and now.
 
     Attributes:
+        cell: method, parameters and sparsity, in words.
         recovery: share of the earlier quality above guessing; below 1 is worse. None if nothing could be lost.
         of_dense: share of dense's quality in the same results.
         changed: documents whose value moved.
         result: test of now against then; None if the cell is missing.
         p_holm: one-sided (now is worse), adjusted over all rows.
+        verdict: `ok`, `FELL` or `missing`.
+        why: the reason in words.
     """
 
     cell: str

@@ -30,6 +30,9 @@ class CompareRow:
 
     Attributes:
         contrast: the two cells, in words.
+        task, metric, higher_is_better: as in records.
+        result: the test.
+        key_a, key_b: of the two records.
         p_holm: p of the test, adjusted over the tasks of this contrast and metric.
         better: `A` or `B` if `p_holm` is below .05, else `-`.
     """

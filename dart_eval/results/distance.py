@@ -14,7 +14,12 @@ from dart_eval.util.errors import UserError
 
 
 def beside_dense(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
-    """Add distances from dense to cells with a dense cell of the same documents; of texts on demand."""
+    """Add distances from dense to the outcomes of cells with a dense cell of the same documents.
+
+    Args:
+        cells: of a folder.
+        texts: whether to compare generated texts, too, which takes time.
+    """
     dense = dense_cells(cells)
     return [
         dataclasses.replace(cell, read=functools.cache(_reader(cell, dense_of(cell, dense), texts))) for cell in cells

@@ -20,6 +20,9 @@ def frame(samples: Iterable[Json]) -> pd.DataFrame:
 
     Values stay as in the file: NaN is NaN, and None means that a document has no value for a metric. Of two lines on
     one document the last counts.
+
+    Args:
+        samples: lines of a cell's samples (`layout.Sample`).
     """
     import pandas as pd
 

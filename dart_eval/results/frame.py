@@ -46,7 +46,12 @@ class Compared:
         return None if np.isnan(found) else found
 
     def estimate(self, values: np.ndarray, above_chance: bool = True) -> Estimate:
-        """Estimate the metric from values, above chance if it has one; for a perplexity its logarithm, in nats."""
+        """Estimate the metric from values, above chance if it has one; for a perplexity its logarithm, in nats.
+
+        Args:
+            values: of A or of B, from `pairs`.
+            above_chance: whether 0 means guessing.
+        """
         weights = np.ones(len(values)) if self.pairs.weights is None else self.pairs.weights
         if above_chance and values.ndim == 1:
             values = values - self.pairs.chance
@@ -95,7 +100,12 @@ def compared(pair: pairing.Pair, wanted: Iterable[Measure]) -> list[Compared]:
 
 
 def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, list[Compared]], list[str]]:
-    """Compare every metric of cells with their dense one, by key; return also why some are missing."""
+    """Compare every metric of cells with their dense one, by key; return also why some are missing.
+
+    Args:
+        cells: of a folder, dense ones among them. Distances from dense are added to them.
+        texts: whether to add distances of generated texts.
+    """
     cells = distance.beside_dense(cells, texts)
     dense = pairing.dense_cells(cells)
     rows: dict[str, list[Compared]] = {}
@@ -123,6 +133,11 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> li
     Beside the columns of `rows` there are `dense`, `chance` (the quality of guessing), `recovery` (the share of dense's
     quality above chance) with its interval `recovery_low` and `recovery_high`, `difference` (of perplexities, of their
     logarithms) with `low` and `high`, `p` (two-sided, paired) and `p_holm`, over the tasks of one method and metric.
+
+    Args:
+        store: the folder, for samples.
+        records: its cells.
+        subtasks: whether to include the members of groups.
     """
     found, _ = beside_dense([outcomes.cell_of(store, record) for record in records], texts=True)
     made = rows_of(records, subtasks)
@@ -152,7 +167,12 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> li
 def _distances(
     lines: Sequence[dict[str, object]], tests: Mapping[tuple[str, str, str], Compared]
 ) -> list[dict[str, object]]:
-    """Return the lines of distances from dense that records lack."""
+    """Return the lines of distances from dense that records lack.
+
+    Args:
+        lines: of the records.
+        tests: key, task and metric -> the row.
+    """
     known = {(line["key"], line["task"], line["metric"]) for line in lines}
     like = {(line["key"], line["task"]): line for line in reversed(lines)}
     made = []

@@ -30,7 +30,11 @@ NOTE = (
 
 
 def tables(store: Store, records: Sequence[Record]) -> list[Table]:
-    """Return a table of all cells that generated texts and have readable samples, if any."""
+    """Return a table of all cells that generated texts, if any.
+
+    Args:
+        store: of the records, for their samples. Cells with unreadable samples are left out; `report` names them.
+    """
     found = {}
     for r in records:
         with contextlib.suppress(UserError):

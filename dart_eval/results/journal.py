@@ -49,7 +49,9 @@ class Journal(Json):
         """Write a batch. On return it is on disk, safe from a crash.
 
         Args:
+            answers: request -> answer, plain JSON data.
             state_bytes: of the method, per sequence.
+            seconds: wall time of the batch.
 
         Raises:
             StoreError: the disk is full, for example.

@@ -40,6 +40,7 @@ def exact(records: Iterable[Labelled], every: bool = False) -> dict[str, str]:
     """Return key -> the method with the fewest parameters that distinguish its cell, as `compare` takes it.
 
     Args:
+        records: the cells to distinguish.
         every: whether to give all parameters in which settings of one method differ.
     """
     found = {}

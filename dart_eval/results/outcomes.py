@@ -79,7 +79,9 @@ class Cell:
     """A finished cell; `read` opens its outcome.
 
     Attributes:
+        source: its folder or file.
         older: number of earlier runs of the same question.
+        settings: of the record, if there is one.
         unread_rival: an unreadable record with its name, which may be a later run of the cell; empty without one.
     """
 
@@ -314,7 +316,12 @@ def own_distance(measure: Measure, pruned: Outcome, dense: Outcome) -> Outcome:
 
 
 def mean_of(tasks: Sequence[Pairs], shares: Sequence[float]) -> Pairs | None:
-    """Return a mean over tasks, weighted by shares; None if a task has no mean over documents."""
+    """Return the values of a weighted mean over several tasks; None if a task's value is not a mean over documents.
+
+    Args:
+        tasks: the values of one metric on each of them.
+        shares: the weight of each task.
+    """
     if len(tasks) == 1:
         return tasks[0]
     if any(task.measure.kind != "mean" for task in tasks):

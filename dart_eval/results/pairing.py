@@ -156,7 +156,12 @@ def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
 
 
 def differing(pairs: Iterable[Pair], say: str, values: str) -> list[str]:
-    """Return sentences on the differences between the two sides of pairs."""
+    """Return sentences on the differences between the two sides of pairs.
+
+    Args:
+        say: format of a sentence, of a name and values.
+        values: format of a value of A and one of B.
+    """
     changed: dict[str, set[str]] = {}
     for one in pairs:
         for what, sides in differences(one.a, one.b).items():

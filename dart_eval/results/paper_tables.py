@@ -112,6 +112,8 @@ class Paper:
     """Fills layouts from a results folder.
 
     Args:
+        store: the folder, for samples.
+        records: its cells.
         missing: task -> the reason why it could not run.
         command: the command line that writes the tables, for their provenance.
     """

@@ -24,7 +24,13 @@ ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
 def of_tasks(
     records: Sequence[Record], names: Sequence[str] | None, aliases: Mapping[str, Sequence[str]]
 ) -> list[Record]:
-    """Return the records of some tasks."""
+    """Return the records of some tasks.
+
+    Args:
+        records: of a folder.
+        names: as typed; None: all.
+        aliases: names of several tasks.
+    """
     if names is None:
         return list(records)
     had = {str(r.inputs["task"]) for r in records}
@@ -38,7 +44,12 @@ def of_tasks(
 
 
 def rows(records: Sequence[Record], subtasks: bool = False) -> list[Json]:
-    """Return one row per metric of each record, sorted by model, task, metric, sparsity and method."""
+    """Return one row per metric of each record, sorted by model, task, metric, sparsity and method.
+
+    Args:
+        records: of a folder.
+        subtasks: also the members of groups, mmlu's subjects for example.
+    """
     names = labels(records, by_task=True)
     found = [_row(r, names[r.key], m) for r in records for m in r.metrics if subtasks or m.part_of is None]
     order = ("model", "task", "metric", "sparsity", "method")

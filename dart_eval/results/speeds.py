@@ -47,10 +47,15 @@ class Speed:
         hardware: the GPU's name, or the number of threads.
         compiled: mode of `torch.compile`, or None.
         prompt_tokens: length of the prompts.
+        read: share of the FFN weights that a decoded token reads.
         speedup: dense step / pruned step; None if no kernel saves time.
         control: dense step / dense step, whose difference from 1 is noise. None as above.
         ceiling: the largest speed-up that the bytes of this model allow.
+        created: UTC, ISO 8601.
+        more: all other measurements, by the names of `decode.DecodeSpeed`.
+        environment: versions.
         ffn_bits: rounding of the FFN weights, or None.
+        times: `bytes only` without times.
     """
 
     method: str
@@ -76,6 +81,9 @@ class Speed:
         """Whether this is the speed of a cell's method at its sparsity, on its model in its dtype.
 
         Quality does not depend on the device that a speed is measured on, so the device may be another.
+
+        Args:
+            inputs: of the cell, as in its record.
         """
         same = all(getattr(self, name) == inputs.get(name) for name in ("dtype", "sparsity", "ffn_bits"))
         of = _which(self.model), without_legacy_defaults(self.params)
@@ -99,7 +107,12 @@ _SCHEMA, _SPEED = TypeAdapter(_Schema), TypeAdapter(Speed)
 
 
 def of_cell(speeds: Sequence[Speed], inputs: Json) -> Speed | None:
-    """Return the last measured speed of a cell's method, else its byte counts, else None."""
+    """Return the last measured speed of a cell's method, else its byte counts, else None.
+
+    Args:
+        speeds: oldest first.
+        inputs: of the cell, as in its record.
+    """
     own = [speed for speed in reversed(speeds) if speed.is_of(inputs)]
     return next((speed for speed in own if speed.speedup is not None), own[0] if own else None)
 

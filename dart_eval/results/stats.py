@@ -180,7 +180,16 @@ class _Tested:
 
 
 def _test(x: Values, y: Values, labels: NDArray[np.int_], units: Values, difference: float, binary: bool) -> _Tested:
-    """The test that fits the values."""
+    """The test that fits the values.
+
+    Args:
+        x: values under A.
+        y: values under B.
+        labels: [n] the number of each document's cluster.
+        units: [K] influence values of the clusters.
+        difference: the estimate that `units` belong to.
+        binary: all values are 0 or 1.
+    """
     count = len(units)
     if count < MIN_CLUSTERS:
         return _Tested(reason=f"{count} independent units, fewer than {MIN_CLUSTERS}")
@@ -193,7 +202,14 @@ def _test(x: Values, y: Values, labels: NDArray[np.int_], units: Values, differe
 
 
 def _test_proportions(differences: Values, labels: NDArray[np.int_], units: Values, estimate: float) -> _Tested:
-    """An exact test of values that are 0 or 1, with an exact interval where there is one."""
+    """An exact test of values that are 0 or 1, with an exact interval where there is one.
+
+    Args:
+        differences: [n] A - B of each document.
+        labels: [n] the number of its cluster.
+        units: [K] influence values of the clusters.
+        estimate: the difference that `units` belong to.
+    """
     n, count = len(differences), len(units)
     sums = np.rint(np.bincount(labels, differences, count)).astype(int)
     test, chances = SIGN_FLIP[count < n], sign_flip(sums)

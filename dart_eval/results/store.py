@@ -50,6 +50,8 @@ class Scan:
     """The contents of a folder.
 
     Attributes:
+        records: oldest first, each once.
+        files: key -> the file of its record.
         unread: files without a record, and their errors.
         twice: files whose record is in another file too, and that file.
     """

@@ -56,7 +56,12 @@ def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
 
 
 def quality(records: Sequence[Record], lines: Sequence[dict[str, object]]) -> list[Table]:
-    """Return the tables of every metric of every cell: accuracy, summaries, perplexity, distances and others."""
+    """Return the tables of every metric of every cell: accuracy, summaries, perplexity, distances and others.
+
+    Args:
+        records: of a folder.
+        lines: a row per metric (`rows`, or `frame.lines`, which have distances to dense).
+    """
     data = metrics_frame(lines)
     if data.empty:
         return []

@@ -42,7 +42,9 @@ def judged(rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str) ->
     """Return the level of rows, with their marks.
 
     Args:
+        rows: best first.
         rounded: the block's rows of rounding; the best of those that read no more counts.
+        first: the metric that orders rows.
     """
     rivals = [r for r in rows if r.kind == PRUNED and first in r.quality]
     most = max(r.read for r in rows) + WIDTH_OF_LEVEL
@@ -90,7 +92,11 @@ class Stand:
 
 
 def leader_of(rows: Sequence[BoardRow]) -> tuple[BoardRow, list[Stand]]:
-    """Return the first row that no test puts behind another, and how the others stand to it."""
+    """Return the first row that no test puts behind another, and the stands of the others; else the first row.
+
+    Args:
+        rows: by the first metric, the best first.
+    """
     found = None
     for row in rows:
         stands = stand_of(row, [r for r in rows if r is not row], len(rows) / 2)

@@ -40,7 +40,13 @@ class Table:
 
 
 class Column(NamedTuple):
-    """A column of a table from a data frame."""
+    """A column of a table from a data frame.
+
+    Attributes:
+        head: in the table.
+        name: of the frame's column, if different.
+        text: formatter of a value.
+    """
 
     head: str
     name: str = ""
@@ -53,7 +59,10 @@ def from_frame(
     """Return the table of a frame's rows, with a dash for missing values.
 
     Args:
+        title: of the table.
+        frame: one row per line.
         columns: columns that are always shown.
+        note: under the table.
         if_different: further columns. A column with one value in all rows moves into the note.
     """
     gaps = [None] * len(frame)
@@ -75,6 +84,7 @@ def pieces(table: Table, width: int, name: int) -> list[Table]:
 
     Args:
         table: its first columns identify a line, those of `LINE`.
+        width: of a line on the terminal.
         name: characters to which a method's name can be folded.
     """
     wide = [max(map(len, [head, *column])) for head, *column in zip(table.columns, *table.body, strict=True)]

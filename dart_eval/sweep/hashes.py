@@ -31,7 +31,11 @@ NOT_RUN = ("pruning/session/kernels.py", "pruning/choices/previewed.py", "prunin
 
 @functools.cache  # a process runs the code that it has loaded, whatever becomes of the files
 def code_hash(tasks: Path) -> str:
-    """Return `hash_of` this package, computed once a process."""
+    """Return `hash_of` this package, computed once a process.
+
+    Args:
+        tasks: the folder of the project's own tasks.
+    """
     return hash_of(PACKAGE, tasks)
 
 
@@ -39,6 +43,7 @@ def hash_of(package: Path, tasks: Path) -> str:
     """Return the sha256 over the tokens of the numeric code. Moving or renaming a file does not change it.
 
     Args:
+        package: the folder in which `NUMERIC_CODE` lies.
         tasks: the folder of tasks. Their YAML files count as they are.
     """
     files = [*numeric_files(package), *(f for f in tasks.rglob("*") if f.suffix in (".py", ".yaml"))]
@@ -47,6 +52,10 @@ def hash_of(package: Path, tasks: Path) -> str:
 
 
 def numeric_files(package: Path) -> list[Path]:
-    """Return the files of `NUMERIC_CODE` that `run` executes, sorted."""
+    """Return the files of `NUMERIC_CODE` that `run` executes, sorted.
+
+    Args:
+        package: the folder in which they lie.
+    """
     found = {f for part in NUMERIC_CODE for f in [package / part, *(package / part).rglob("*.py")] if f.is_file()}
     return sorted(found - {package / name for name in (*NO_NUMBER, *NOT_RUN)})

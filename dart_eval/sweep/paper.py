@@ -36,6 +36,9 @@ class PaperSpec:
 def load(name: str, base: RunConfig) -> PaperSpec:
     """The tables of a file, or of one that is shipped (`smoke`, `ten`), to be run with the settings of `base`.
 
+    Args:
+        base: model, data, output and the rest; `base.limit` overrides the limits in the file.
+
     Raises:
         UserError: the file cannot be read, or something in it is not understood.
     """

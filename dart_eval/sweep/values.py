@@ -164,7 +164,11 @@ def _finite(item: object) -> bool:
 
 
 def pairs(name: str, value: object) -> Json:
-    """Return the values of `a=1,b=[2, 3]` as lm-eval reads it, in one text or several, or of a mapping."""
+    """Return the values of `a=1,b=[2, 3]` as lm-eval reads it, in one text or several, or of a mapping.
+
+    Args:
+        name: of the option, for messages.
+    """
     example = f"write {name.replace('_', '-')} as KEY=VALUE,KEY=VALUE"
     if isinstance(value, dict):
         return {_text(f"a key of {name}", key): item for key, item in value.items()}

@@ -89,7 +89,11 @@ class Worker:
         )
 
     def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[TaskResult, Record]:
-        """Evaluate one cell."""
+        """Evaluate one cell.
+
+        Args:
+            shrink: how often batches are halved from the start.
+        """
         cell, settings = job.cell, job.config.eval_settings
         start, earlier = time.monotonic(), journal.seconds
         with contextlib.ExitStack() as stack:

@@ -83,6 +83,7 @@ def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
 
     Args:
         begins: pattern in the first bytes of every file of ours.
+        what: kind of such a file, for the message.
     """
     if is_stream(path):
         return
@@ -96,7 +97,11 @@ def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
 
 
 def check_name(path: str | Path, what: str) -> None:
-    """Refuse a path that no file or folder can have, whether or not it exists."""
+    """Refuse a path that no file or folder can have, whether or not it exists.
+
+    Args:
+        what: the path's name in messages, such as `--output`.
+    """
     if not str(path):
         raise UserError(f"{what} is empty", "name a file or folder")
     try:
@@ -108,7 +113,11 @@ def check_name(path: str | Path, what: str) -> None:
 
 
 def read_text(path: str | Path, what: str, remedy: str) -> str:
-    """Return the text of a file, or pipe, that the user named."""
+    """Return the text of a file, or pipe, that the user named.
+
+    Args:
+        what: the file's name in messages, such as `config`.
+    """
     try:
         return Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

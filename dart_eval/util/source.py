@@ -16,7 +16,11 @@ PLAIN_TEXT = re.compile(r"[rRuU]?['\"]")  # begins a possible docstring: not byt
 
 
 def source_hash(source: str) -> str:
-    """Return the sha256 of the tokens of Python source, or of text that is not complete source (half a call)."""
+    """Return the sha256 of the tokens of Python source, or of text that is not complete source (half a call).
+
+    Args:
+        source: of a module or a part of one, such as a method with its indentation.
+    """
     try:
         text = "\0".join(_significant(source))
     except (tokenize.TokenError, SyntaxError):

@@ -22,6 +22,9 @@ def printable(text: str, lines: bool = False) -> str:
     """Return the text without characters that a terminal, a browser or an XML reader would act on.
 
     Tabs, line breaks and the like become spaces; other hidden characters become escapes (`\\x1b`, `\\u202e`).
+
+    Args:
+        lines: whether line feeds stay.
     """
 
     def escaped(match: re.Match[str]) -> str:

@@ -28,7 +28,14 @@ class _Loader(yaml.SafeLoader):
 def read_mapping(
     path: str | Path, what: str, example: str, remedy: str = "give a YAML file", empty: bool = False
 ) -> Json:
-    """Return the keys and values of a YAML file."""
+    """Return the keys and values of a YAML file.
+
+    Args:
+        what: the file's name in messages, such as `config`.
+        example: a possible line of it.
+        remedy: for a file that cannot be read.
+        empty: whether it may be empty.
+    """
     text = read_text(path, what, remedy)
     remedy = f"for example `{example}`"
     try:

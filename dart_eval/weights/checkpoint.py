@@ -102,7 +102,11 @@ def own_code(source: str, config: PretrainedConfig, revision: str | None) -> str
 
 
 def weight_files(source: str, name: str, revision: str | None) -> list[Path]:
-    """Return the files of a checkpoint's weights, sorted by name: one file, its shards, or none."""
+    """Return the files of a checkpoint's weights, sorted by name: one file, its shards, or none.
+
+    Args:
+        name: of the single file, `model.safetensors`.
+    """
     single = model_file(source, name, revision)
     index = None if single else model_file(source, f"{name}.index.json", revision)
     if index is None:
@@ -126,6 +130,11 @@ def load_whole(
     """Load a model and check that it has all of its weights. Return it with notes for the user.
 
     Every loader goes through here, since transformers itself fills in missing weights with random numbers.
+
+    Args:
+        loader: a class with `from_pretrained`.
+        name: of the model, for messages.
+        source, kwargs: of `from_pretrained`.
     """
     # We merge an adapter in the folder ourselves: transformers would report only the adapter's weights.
     kwargs["adapter_kwargs"] = {"subfolder": "none"}

@@ -60,7 +60,12 @@ def folder(file: Path) -> Path:
 
 
 def converted(target: Path, make: Callable[[Path], None]) -> Path:
-    """Return a converted folder, made completely or not at all if it is missing."""
+    """Return a converted folder, made completely or not at all if it is missing.
+
+    Args:
+        target: its path.
+        make: writes it into an empty folder.
+    """
     if (target / "model.safetensors").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

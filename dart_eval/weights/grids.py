@@ -27,7 +27,12 @@ AWQ = (0, 2, 4, 6, 1, 3, 5, 7)  # order of the eight codes in a word, from its l
 
 
 def note_codes(config: PretrainedConfig, files: Files, model: PreTrainedModel) -> None:
-    """Note how the codes of a quantised model's FFN weights are found, except for experts."""
+    """Note how the codes of a quantised model's FFN weights are found, except for experts.
+
+    Args:
+        config: of the model before it was loaded.
+        files: of the checkpoint.
+    """
     find, settings = FINDERS.get(method_of(config) or ""), quantisation_of(config)
     if find is None or (find is _compressed and _whole_numbers(settings) is None):
         return
@@ -105,6 +110,8 @@ def unpacked(words: Tensor, bits: int, order: Sequence[int] | None = None) -> Te
     """Unpack codes from 32-bit words, along the last dimension.
 
     Args:
+        words: [rows, n] int32.
+        bits: of a code.
         order: of the codes in a word, from its lowest bits up; None: ascending.
 
     Returns:

@@ -20,6 +20,10 @@ STEPS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)  # added to the co
 def with_minima(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scales and offsets of groups whose weights are about scale * code - minimum, with codes from 0.
 
+    Args:
+        groups: [R, G, group] fp32.
+        bits: of a code, 4 or 5.
+
     Returns:
         [R, G, group] whole numbers from -2^(bits - 1), [R, G, 1] fp32 scales, and [R, G, 1] fp32 values of code 0.
     """

@@ -98,7 +98,12 @@ AS_THEY_ARE = Stored(OWN_BITS)
 
 @dataclass(frozen=True)
 class Served:
-    """A matrix as it would be served: its values [out, in], and its codes if it is rounded."""
+    """A matrix as it would be served: its values [out, in], and its codes if it is rounded.
+
+
+    Attributes:
+        stored: bits of a weight.
+    """
 
     weight: Tensor
     stored: Stored = AS_THEY_ARE
@@ -232,7 +237,12 @@ def refuse_fixed(ffns: Sequence[FFN]) -> None:
 
 
 class Rounded:
-    """The FFN weights of a model, original and rounded; one of the two is in place."""
+    """The FFN weights of a model, original and rounded; one of the two is in place.
+
+    Args:
+        model: with plain weights.
+        rounding: of the weights, applied once.
+    """
 
     def __init__(self, model: nn.Module, rounding: Rounding) -> None:
         self._held: list[tuple[nn.Module, nn.Parameter, Tensor, Tensor, Packed]] = []

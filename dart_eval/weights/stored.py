@@ -69,6 +69,7 @@ def note_bits(config: PretrainedConfig, files: Files, model: PreTrainedModel) ->
 
     Args:
         config: of the model before it was loaded, since that of expanded weights lacks the quantisation.
+        files: of the checkpoint.
 
     Returns:
         Notes for the user on projections without bits.
@@ -125,7 +126,12 @@ def _bits(ffn: FFN, module: nn.Module, names: Mapping[int, str], files: Files) -
 
 
 class Files:
-    """The weights of a checkpoint by the headers of its safetensors files."""
+    """The weights of a checkpoint by the headers of its safetensors files.
+
+    Args:
+        source: a folder, or a name on the hub.
+        revision: on the hub.
+    """
 
     def __init__(self, source: str, revision: str | None) -> None:
         self._place = source, revision

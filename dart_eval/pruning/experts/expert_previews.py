@@ -36,7 +36,11 @@ class ExpertPreview(Preview):
         return routed
 
     def look(self, x: Tensor, rough: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Preview.look`. Up counts after `Routed.rest`, and h with the router's weight."""
+        """See `Preview.look`. Up counts after `Routed.rest`, and h with the router's weight.
+
+        Args:
+            x: [..., D], of the last tokens of the current forward.
+        """
         routed, shape = self.routed, (*x.shape[:-1], self.routed.size)
         x = x.reshape(-1, x.shape[-1])
         seen, off = self._project_parts(x, None if rough is None else rough.reshape(x.shape))

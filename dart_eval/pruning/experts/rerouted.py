@@ -29,6 +29,7 @@ class Choosing(TorchFunctionMode):
     """Changes the router of one layer while it is entered.
 
     Args:
+        routed: the experts.
         count: experts of a token; the model's own count leaves the router as it is.
         available: [E] bool, the experts to choose among; None: all.
     """
@@ -59,6 +60,8 @@ class Order:
     """A change to the router of one layer.
 
     Args:
+        routed: the experts.
+        count: experts of a token.
         own: whether the router is asked for that many; else its own choice is cut.
         available: [E] bool, the experts to choose among; None: all.
     """
@@ -134,7 +137,12 @@ class Rerouted:
         return sum(order.available.numel() for order in self.orders.values() if order.available is not None)
 
     def watch(self, add: Callable[[Any], None], forward: object) -> None:
-        """Install the hooks that change routers while tokens are decoded."""
+        """Install the hooks that change routers while tokens are decoded.
+
+        Args:
+            add: called with the handle of each hook.
+            forward: the current forward (`hooks.Forward`).
+        """
         for ffn in self.ffns:
             order = self.orders.get(ffn.layer)
             if order is not None:

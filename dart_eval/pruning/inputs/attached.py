@@ -95,7 +95,12 @@ class AttachedInputs:
         return norms + 8 * len(self.inputs) * (self.part.by_token and self.part.calibrates)
 
     def watch(self, add: Callable[[RemovableHandle], None], forward: object) -> None:
-        """Install the hooks that thin the inputs of every matrix while tokens are decoded."""
+        """Install the hooks that thin the inputs of every matrix while tokens are decoded.
+
+        Args:
+            add: called with the handle of each hook.
+            forward: the current forward (`hooks.Forward`).
+        """
         for ffn in self.ffns if self.part.by_token else ():
             last = ffn.matrices - 1
             add(ffn.down.register_forward_pre_hook(self._thin(ffn, last, forward)))

@@ -66,6 +66,7 @@ class Entries(Part):
 
         Args:
             densities: share of its columns, or of the weights of its rows, that the sparsity leaves.
+            bits: bits of a served weight.
             weight: [out, n], the matrix.
         """
         return self.share(densities, bits)

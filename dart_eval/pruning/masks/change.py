@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 class ChangeState(PerSequence):
-    """How much each layer's FFN changes the residual stream, summed over the context's tokens of B sequences."""
+    """How much each layer's FFN changes the residual stream, summed over the context's tokens of B sequences.
+
+    Attributes:
+        numbers: the decoder layer of each FFN.
+        sizes: neurons of each FFN.
+    """
 
     def __init__(self, batch: int, ffns: Sequence[FFN], residual: bool) -> None:
         import torch

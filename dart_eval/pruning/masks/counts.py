@@ -29,6 +29,7 @@ def keep_counts(ratios: Sequence[float], sizes: Sequence[int], sparsity: float) 
     Args:
         ratios: [L] densities with sum(ratio * size) = (1 - sparsity) * sum(size).
         sizes: [L] neurons per layer.
+        sparsity: the labelled sparsity in [0, 1), over all layers.
 
     Returns:
         [L] counts with sum = round((1 - sparsity) * sum(sizes)), each between 0 and its layer's size.
@@ -61,6 +62,7 @@ def in_steps(counts: Sequence[int], most: Sequence[int], steps: Sequence[int]) -
     step 1. The sum misses that of `counts` by less than one step, and by nothing if such layers have room.
 
     Args:
+        counts: [L].
         most: [L] upper bounds, multiples of the steps.
         steps: [L], 1 for layers that take any count.
     """

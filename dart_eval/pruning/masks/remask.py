@@ -74,7 +74,11 @@ class RemaskState(PerSequence):
         return len(self.ffns) + layer
 
     def inputs(self, ffn: FFN, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the recent inputs of an FFN, [b, R, D], their validity, [b, R] bool, and their experts."""
+        """Return the recent inputs of an FFN, [b, R, D], their validity, [b, R] bool, and their experts.
+
+        Args:
+            rows: [b] indices of sequences.
+        """
         ring = self.ring
         assert ring is not None and ring.valid is not None
         x = ring[ffn.layer]

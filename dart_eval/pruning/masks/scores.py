@@ -289,6 +289,7 @@ def alone(score: AnyScore, h: Tensor, factor: Tensor | None) -> Tensor:
     """Return the scores of single tokens, as if each made a mask alone: [B, T, F] fp32.
 
     Args:
+        h: [B, T, F].
         factor: the score's factor, in the order of h.
     """
     import torch
