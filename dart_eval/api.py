@@ -101,7 +101,11 @@ def _view(progress: bool | None) -> contextlib.AbstractContextManager[View]:
 
 
 def _check(config: RunConfig) -> None:
-    """Refuse parameters that no longer apply to a loaded model."""
+    """Refuse parameters that no longer apply to a loaded model.
+
+    Raises:
+        UserError: such a parameter is given.
+    """
     from dart_eval.models.loading import ModelSpec
 
     for name in [field.name for field in fields(ModelSpec)[1:]]:

@@ -41,6 +41,9 @@ def _methods(asked: RunConfig, example: str = "dart,dart-choice") -> list[Pruner
     Args:
         asked: names them.
         example: what to give, for the message where there are none.
+
+    Raises:
+        UserError: a name or a parameter is wrong, or there are none.
     """
     if methods := methods_of(asked):
         return methods
@@ -115,6 +118,9 @@ def _possible(subject: Subject, methods: list[Pruner], sparsity: float, where: s
 
     Args:
         where: what is said of the weights, if they are rounded; then there may be none.
+
+    Raises:
+        UserError: there are none.
     """
     refused = {one.spec: subject.refused(one, sparsity) for one in methods}
     if all(refused.values()) and not where:

@@ -92,6 +92,9 @@ def _trait(options: dict[str, list[str] | None], folders: Sequence[Path]) -> tup
     Args:
         options: name -> value of the options for one folder.
         folders: as given.
+
+    Raises:
+        UserError: not two things are named.
     """
     said = {name: text for name, text in options.items() if text is not None}
     if len(said) > 1:

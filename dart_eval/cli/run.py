@@ -53,7 +53,11 @@ def run(
 
 
 def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") -> None:
-    """Run the unfinished cells, then show the board, or every number as JSON."""
+    """Run the unfinished cells, then show the board, or every number as JSON.
+
+    Raises:
+        typer.Exit: cells failed.
+    """
     first = configs[0]
     with TerminalView() as terminal:
         load_libraries(terminal, verbose)
@@ -69,7 +73,11 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
 
 
 def show_plan(configs: list[RunConfig], verbose: bool) -> None:
-    """Time a few batches of every task, and print what the sweep will take."""
+    """Time a few batches of every task, and print what the sweep will take.
+
+    Raises:
+        UserError: the input is wrong.
+    """
     with TerminalView() as view:
         load_libraries(view, verbose)
         from dart_eval.cluster.run import estimate_all
@@ -144,7 +152,11 @@ def _next(records: Sequence[Record], everything: Sequence[Record], output: str) 
 
 
 def understood(file: Path | None, given: Json) -> list[RunConfig]:
-    """Return the configurations of a run, one for each seed; wrong input is refused before torch is imported."""
+    """Return the configurations of a run, one for each seed; wrong input is refused before torch is imported.
+
+    Raises:
+        UserError: the input is wrong.
+    """
     from dart_eval.evaluation import task_names
     from dart_eval.sweep.config import configs_from
     from dart_eval.sweep.plan import methods_of

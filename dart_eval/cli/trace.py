@@ -69,7 +69,11 @@ def trace(
 
 
 def _picture(output: Path, plot: Path | None, allocation: Path | None) -> Path | None:
-    """Return the file of the picture: as given, else beside the JSON; None beside a stream."""
+    """Return the file of the picture: as given, else beside the JSON; None beside a stream.
+
+    Raises:
+        UserError: it has no known ending, a file cannot be written, or two of them are one.
+    """
     check_target(output)
     picture = plot or (None if is_stream(output) else output.with_suffix(".png"))
     if picture is not None and picture.suffix not in PICTURES:

@@ -323,7 +323,11 @@ def print_note(text: str) -> None:
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write a file that the user named, and name it on the terminal unless it is a stream."""
+    """Write a file that the user named, and name it on the terminal unless it is a stream.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     stream = files.is_stream(path)
     files.write(path, text)
     if not stream:

@@ -38,7 +38,11 @@ class Shown:
 
     @cached_property
     def boards(self) -> list[Board]:
-        """The boards of the folder."""
+        """The boards of the folder.
+
+        Raises:
+            UserError: no cell has the metric.
+        """
         if self.metric is not None:
             known = {m.metric.partition(",")[0] for r in self.records for m in r.metrics}
             if self.metric not in known:
@@ -90,7 +94,11 @@ def as_data(shown: Shown, form: str) -> str:
 
 
 def draw_frontier(shown: Shown, path: Path) -> None:
-    """Draw quality against bytes read into a file."""
+    """Draw quality against bytes read into a file.
+
+    Raises:
+        UserError: the folder has several models, or nothing that could be drawn.
+    """
     made = shown.boards
     if len(made) > 1:
         problem = f"{shown.store.folder} has the results of several models"

@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 
 
 def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
-    """See `cluster.run.run_all`."""
+    """See `executors.run_all`.
+
+    Raises:
+        UserError: the input is wrong, or there is no such cluster. Nothing has been written.
+    """
     common = configs[0]
     for config in configs:
         config.check()  # before a cluster is asked for
@@ -96,7 +100,11 @@ def _processors() -> int | None:
 
 
 def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
-    """Return how many actors fit, and the resources of each."""
+    """Return how many actors fit, and the resources of each.
+
+    Raises:
+        UserError: none does.
+    """
     import ray
 
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
@@ -144,7 +152,11 @@ def _threads(options: dict[str, float]) -> int | None:
 
 
 def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSize], int]:
-    """Return `sizing.estimate` of a node of the cluster, and the number of workers."""
+    """Return `sizing.estimate` of a node of the cluster, and the number of workers.
+
+    Raises:
+        UserError: the input is wrong, or there is no such cluster.
+    """
     view.status("connecting to Ray")
     with _connected(configs[0]):
         import ray

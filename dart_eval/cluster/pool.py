@@ -121,7 +121,11 @@ class Pool:
             self._dismiss(handle)
 
     def run(self, tasks: Iterable[Task], handler: Handler) -> None:
-        """Work through all tasks; the actors stay. On an exception (Ctrl-C, a full disk) they finish their batches."""
+        """Work through all tasks; the actors stay. On an exception (Ctrl-C, a full disk) they finish their batches.
+
+        Raises:
+            UserError: there will be no actors any more.
+        """
         self._waiting, self._alone = deque(tasks), deque()
         heard, told = time.monotonic(), False
         try:

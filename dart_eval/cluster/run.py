@@ -37,7 +37,11 @@ def run_all(
 
 
 def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSize], int]:
-    """Return the size of every cell, and the number of workers that would share them."""
+    """Return the size of every cell, and the number of workers that would share them.
+
+    Raises:
+        UserError: the input is wrong.
+    """
     if configs[0].executor == "ray":
         from dart_eval.cluster import cluster
 

@@ -41,6 +41,9 @@ def calibration_text(name: str | None, data_dir: str | None = None) -> Calibrati
     Args:
         name: a file, or a data set as NAME or NAME:CONFIGURATION; None: the project's own text.
         data_dir: folder of local data, which replaces the hub.
+
+    Raises:
+        UserError: it is neither, or cannot be read.
     """
     path = Path(name or DEFAULT_TEXT)
     if not path.is_file():

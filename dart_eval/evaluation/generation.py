@@ -97,6 +97,9 @@ class Generator:
 
     Attributes:
         state_bytes: largest method state seen, per sequence.
+
+    Raises:
+        UserError: nothing ends a text.
     """
 
     def __init__(
@@ -112,6 +115,9 @@ class Generator:
 
         Args:
             requests: distinct requests with their names.
+
+        Raises:
+            UserError: the new tokens leave no room for a prompt.
         """
         groups: dict[str, list[int]] = {}
         for i, (_, request) in enumerate(requests):

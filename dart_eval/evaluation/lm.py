@@ -134,6 +134,9 @@ class PrunedLM(HFLM):
             requests: by their names in the journal.
             make: returns the scorer or generator for a size of forwards.
             answer: type of the answers; anything else in the journal does not count.
+
+        Raises:
+            UserError: answers are NaN or infinite.
         """
         names, asked, answering = list(requests), list(requests.values()), make(self.planned)
         units, before = answering.units(asked), sum(len(c.sizes) for c in self.calls)

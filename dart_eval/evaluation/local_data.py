@@ -144,6 +144,9 @@ def check_documents(task: Task, limit: float | None, place: Callable[[object], s
 
     Args:
         place: returns a document's file and line in local data; None for data of the hub.
+
+    Raises:
+        UserError: names the document by its number, from 0.
     """
     docs = task.eval_docs
     if not len(docs):
@@ -194,6 +197,9 @@ def check_shots(task: Task, num_fewshot: int | None) -> None:
 
     Args:
         num_fewshot: examples in a prompt; None: the task's own number.
+
+    Raises:
+        UserError: names the number of examples that exist.
     """
     own, sampler = getattr(task.config, "num_fewshot", None), getattr(task, "sampler", None)
     shots = own if num_fewshot is None or own == 0 else num_fewshot  # lm-eval leaves a task's 0 as it is

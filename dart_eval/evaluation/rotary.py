@@ -23,7 +23,11 @@ from dart_eval.util.text import Json
 
 
 class Angles:
-    """The rotary angles of one model, by the length of a row."""
+    """The rotary angles of one model, by the length of a row.
+
+    Raises:
+        UserError: they depend on the length, and the modules that make them are not found.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()

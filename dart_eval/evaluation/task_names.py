@@ -110,6 +110,9 @@ def check_names(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
     Args:
         asked: as a user types them.
         folders: of `--include-path`.
+
+    Raises:
+        UserError: names the nearest names, or a missing package of a task.
     """
     wanted = [*asked]
     if not wanted:

@@ -31,6 +31,9 @@ def check_needs(task: str, path: str) -> None:
     Args:
         task: its name, or that of a group.
         path: of its YAML file.
+
+    Raises:
+        UserError: with the package or the data that is missing, and what to do.
     """
     folder = Path(path).parent
     for module in MODULES.get(folder.name) or MODULES.get(f"{folder.parent.name}/{folder.name}", ()):

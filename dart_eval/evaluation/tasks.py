@@ -146,6 +146,9 @@ class Tasks:
         gen_kwargs: settings of generation that stand before each task's own.
         tokenizer: gives the model's, for tasks that make documents of a length (RULER).
         limit: so many documents will be asked at most, or a share of all: these tasks make no more.
+
+    Raises:
+        UserError: `data_dir` is not a folder.
     """
 
     def __init__(
@@ -186,7 +189,11 @@ class Tasks:
         return self.manager.all_tasks
 
     def expand(self, names: list[str]) -> list[str]:
-        """Task names with aliases replaced, in order, each once."""
+        """Task names with aliases replaced, in order, each once.
+
+        Raises:
+            UserError: a name that neither this project nor lm-eval knows.
+        """
         expanded: dict[str, None] = {}
         for name in names:
             matching = fnmatch.filter(sorted(self.manager.all_tasks), name) if is_pattern(name) else ()
@@ -234,7 +241,11 @@ class Tasks:
         return self._loaded[name]
 
     def check_task(self, name: str, limit: float | None, num_fewshot: int | None = None) -> None:
-        """Refuse documents that cannot be asked (see `check_documents`), and more examples than there are."""
+        """Refuse documents that cannot be asked (see `check_documents`), and more examples than there are.
+
+        Raises:
+            UserError: with the document, or the file and the line.
+        """
         try:
             for task in leaves(self.load(name)):
                 files = self._files(task)

@@ -18,6 +18,9 @@ def fit(lm: HFLM, request: Instance, budget: int, field: str | None) -> tuple[st
 
     Returns:
         The prompt, and whether it was or will be cut.
+
+    Raises:
+        UserError: the rest of the prompt alone is too long, or the document is not in the prompt.
     """
     prompt: str = request.args[0]
     excess = len(lm.tok_encode(prompt)) - budget
@@ -46,7 +49,11 @@ def fit(lm: HFLM, request: Instance, budget: int, field: str | None) -> tuple[st
 
 
 def truncated(context: list[int], continuation: list[int], max_length: int) -> Request:
-    """Cut from the left as `HFLM` does: at most max_length + 1 tokens, the last of which is only predicted."""
+    """Cut from the left as `HFLM` does: at most max_length + 1 tokens, the last of which is only predicted.
+
+    Raises:
+        UserError: the continuation alone is too long.
+    """
     if len(continuation) > max_length:
         raise UserError(
             f"a continuation of {len(continuation)} tokens does not fit in {max_length}", "use a larger --max-length"

@@ -33,7 +33,11 @@ LOADERS = {
 
 
 def check_task(name: str, unsafe: bool, confirmed: bool) -> None:
-    """Refuse a task that runs code of the model."""
+    """Refuse a task that runs code of the model.
+
+    Raises:
+        UserError: it does, and the user has not confirmed that.
+    """
     if unsafe and not confirmed:
         raise UserError(
             f"task {name} runs code that the model writes",
@@ -58,6 +62,9 @@ def check_yaml(name: str, path: Path, trusted: Sequence[Path]) -> None:
     Args:
         name: of the task, for messages.
         trusted: folders whose code may run.
+
+    Raises:
+        UserError: it would run a function, a metric or a data set's script that is not lm-eval's.
     """
     files, seen = [path.resolve()], set()
     folders = [folder.resolve() for folder in trusted]

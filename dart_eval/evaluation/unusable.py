@@ -37,7 +37,11 @@ class Unusable:
         return usable
 
     def check_usable(self, over: bool) -> None:
-        """Fail the cell for unusable answers: at the call's end, or earlier if none was usable for long."""
+        """Fail the cell for unusable answers: at the call's end, or earlier if none was usable for long.
+
+        Raises:
+            UserError: with the count.
+        """
         if not self.wrong or (not over and (self.wrong < self.seen or self.seen < HOPELESS)):
             return
         answered = f"{self.asked}" if over else f"the first {self.seen} of {self.asked}"

@@ -31,7 +31,11 @@ class Dataset:
 
 
 def parsed(texts: Iterable[str]) -> dict[str, Dataset]:
-    """Return the data sets of `--dataset`: task -> data set."""
+    """Return the data sets of `--dataset`: task -> data set.
+
+    Raises:
+        UserError: a value is not TASK=ID or TASK=ID:TASK_ID.
+    """
     found = {}
     for text in texts:
         name, _, rest = text.partition("=")

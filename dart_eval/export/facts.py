@@ -105,7 +105,11 @@ def facts(store: Store, records: Sequence[Record], model: str | None = None) -> 
 
 
 def check_model(name: str, records: Sequence[Record]) -> None:
-    """Raise on a model name that the hub does not allow, or that several models would share."""
+    """Raise on a model name that the hub does not allow, or that several models would share.
+
+    Raises:
+        UserError: with the reason.
+    """
     if not HUB_MODEL.fullmatch(name):
         raise UserError(f"--model-id {name!r} is no name on the hub", "give OWNER/NAME, as in google/gemma-3-270m")
     models = {json.dumps(r.inputs["model"], sort_keys=True) for r in records}

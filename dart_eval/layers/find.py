@@ -153,7 +153,11 @@ def _parts(ffn: FFN) -> list[int]:
 
 
 def describe(model: nn.Module) -> list[FFN]:
-    """Return the FFN of every layer by the table alone, for a model without weights."""
+    """Return the FFN of every layer by the table alone, for a model without weights.
+
+    Raises:
+        UserError: the family is unknown.
+    """
     ffns: list[FFN] = []
     attention = None
     for number, layer in enumerate(decoder_layers(model)):

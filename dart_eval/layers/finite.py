@@ -18,6 +18,9 @@ def refuse_not_finite(values: Tensor, what: str, dtype: torch.dtype | None = Non
     Args:
         what: name of the values, such as `inputs of the FFN of layer 3`.
         dtype: that they were computed in, if not their own.
+
+    Raises:
+        UserError: with the number of values that are not finite.
     """
     wrong = int((~values.isfinite()).sum())
     if wrong:

@@ -45,7 +45,11 @@ def weight_matrix(linear: nn.Module) -> Tensor:
 
 
 def plain_matrix(linear: nn.Module) -> Tensor:
-    """Return a projection's weight as [out, in], to be changed or copied. GPT-2's Conv1D stores it transposed."""
+    """Return a projection's weight as [out, in], to be changed or copied. GPT-2's Conv1D stores it transposed.
+
+    Raises:
+        UserError: the weight is not a matrix of plain numbers.
+    """
     if reason := encoded(linear):
         raise UserError(
             f"the weights of {type(linear).__name__} {reason}: others cannot stand in their place",

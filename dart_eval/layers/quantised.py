@@ -78,7 +78,11 @@ def offloaded(module: nn.Module) -> bool:
 
 
 def refuse_offloaded(linear: nn.Module) -> None:
-    """Refuse to read weights that are in memory only while their module runs."""
+    """Refuse to read weights that are in memory only while their module runs.
+
+    Raises:
+        UserError: the module is offloaded.
+    """
     if offloaded(linear):
         raise UserError(
             f"the weights of {type(linear).__name__} are offloaded: they are in memory only while it runs",

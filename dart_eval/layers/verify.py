@@ -44,7 +44,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def explaining(model: nn.Module) -> Iterator[None]:
-    """Explain in one line an error of the model's own code in the trial forward inside."""
+    """Explain in one line an error of the model's own code in the trial forward inside.
+
+    Raises:
+        UserError: with the model's name and the error.
+    """
     try:
         yield
     except Exception as error:  # it may be anybody's code
@@ -113,7 +117,11 @@ def verify(model: nn.Module, ffns: Sequence[FFN]) -> None:
 
 
 def _check_experts(model: nn.Module) -> None:
-    """Check that our two steps compute what each module of experts computes."""
+    """Check that our two steps compute what each module of experts computes.
+
+    Raises:
+        UserError: they do not.
+    """
     handles = [m.register_forward_hook(_same, with_kwargs=True) for m in model.modules() if experts.is_routed(m)]
     try:
         if handles:

@@ -24,7 +24,11 @@ def lies_in(source: str, revision: str | None) -> bool:
 
 
 def refuse_alone(source: str, revision: str | None = None) -> None:
-    """Refuse an adapter in place of a model."""
+    """Refuse an adapter in place of a model.
+
+    Raises:
+        UserError: names the adapter's base model.
+    """
     if (config := model_file(source, CONFIG, revision)) is not None:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
         raise UserError(
@@ -33,7 +37,11 @@ def refuse_alone(source: str, revision: str | None = None) -> None:
 
 
 def digest_of(adapter: str) -> str:
-    """Return the sha256 of an adapter's files."""
+    """Return the sha256 of an adapter's files.
+
+    Raises:
+        UserError: it has no files, or the package peft is missing.
+    """
     config = model_file(adapter, CONFIG, None)
     weights = next((file for name in WEIGHTS if (file := model_file(adapter, name, None)) is not None), None)
     if config is None or weights is None:
@@ -51,7 +59,11 @@ def digest_of(adapter: str) -> str:
 
 
 def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """Return the model with an adapter merged into its weights."""
+    """Return the model with an adapter merged into its weights.
+
+    Raises:
+        UserError: the adapter changes no weights, or was made for another model.
+    """
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(adapter)

@@ -31,7 +31,11 @@ def expanded() -> bool:
 
 
 def folder() -> Path:
-    """Return the converted model's folder, made on first use."""
+    """Return the converted model's folder, made on first use.
+
+    Raises:
+        UserError: the package is missing, or its weights do not have the expected checksum.
+    """
     if not expanded() and not installed():
         raise UserError(
             f"the demo model {ALIAS} is not installed",

@@ -10,7 +10,11 @@ GUARD = "_under_prune"  # an attribute of all modules of a model with a session
 
 
 def refuse_second(model: nn.Module) -> None:
-    """Refuse a model with a session on it or on a part of it, and an object that is not a model."""
+    """Refuse a model with a session on it or on a part of it, and an object that is not a model.
+
+    Raises:
+        UserError: with the reason.
+    """
     if not isinstance(model, nn.Module):
         raise UserError(
             f"prune() needs a loaded model, and {model!r} is a {type(model).__name__}",

@@ -149,7 +149,11 @@ class Resolved:
         return model.eval(), tokenizer
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the model's tokenizer alone."""
+        """Return the model's tokenizer alone.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
         kwargs = self._kwargs() if self.spec.tokenizer is None else {"trust_remote_code": self.spec.trust_remote_code}
         try:
             return AutoTokenizer.from_pretrained(self.spec.tokenizer or self.source, **kwargs)
@@ -170,7 +174,11 @@ class Resolved:
         return [*gguf.note_bits(self.source, model), *stored.note_bits(self.config, files, model)]
 
     def outline(self) -> PreTrainedModel:
-        """Return the model without weights: its modules with their sizes, and their bits in the checkpoint."""
+        """Return the model without weights: its modules with their sizes, and their bits in the checkpoint.
+
+        Raises:
+            UserError: no model can be built from its configuration.
+        """
         trust = self.spec.trust_remote_code
         try:
             with torch.device("meta"):
@@ -205,7 +213,11 @@ def _loader(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelFo
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is cuda, else mps, else cpu."""
+    """Return the device of that name; `auto` is cuda, else mps, else cpu.
+
+    Raises:
+        UserError: no such device.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -28,7 +28,11 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def config(name: str, layers: int | None = None) -> PretrainedConfig:
-    """Return the configuration of a shape, perhaps with fewer layers."""
+    """Return the configuration of a shape, perhaps with fewer layers.
+
+    Raises:
+        UserError: unknown name.
+    """
     if name not in SHAPES:
         raise UserError(f"unknown shape {name!r}", nearest(name, SHAPES))
     shape = SHAPES[name]()
@@ -49,7 +53,11 @@ def without_weights(name: str, layers: int | None = None) -> PreTrainedModel:
 def with_random_weights(
     name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """Return the model with random initial weights: of the right size and speed, but of no use."""
+    """Return the model with random initial weights: of the right size and speed, but of no use.
+
+    Raises:
+        UserError: unknown name.
+    """
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config(name, layers), dtype=dtype)
     model.generation_config.eos_token_id = None  # it must not stop by chance

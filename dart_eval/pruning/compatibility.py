@@ -24,6 +24,9 @@ def check_fit(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored
     Args:
         bits: bits of a served weight. If given, also check that the method takes such weights, and that
             the bytes read before the choice leave room at this sparsity.
+
+    Raises:
+        UserError: names the part and what it does not fit.
     """
     method.check_ffns(ffns, sparsity)
     if not method.prunes:

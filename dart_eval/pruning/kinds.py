@@ -180,7 +180,11 @@ class ExpertChoice(Pruner, of=Routing):
 
 
 def kind_with(method: Pruner, parts: Sequence[type[Part]]) -> type[Pruner]:
-    """Return the kind of a method with these parts in its slots."""
+    """Return the kind of a method with these parts in its slots.
+
+    Raises:
+        UserError: the method and these parts leave out different things.
+    """
     kind, masks = kind_of_parts(parts, type(method)), (NeuronMask, StaticMask, TokenChoice)
     if isinstance(method, kind) or not method.prunes or (issubclass(kind, masks) and isinstance(method, masks)):
         return kind

@@ -156,6 +156,9 @@ class Pruner:
             width: D of the model.
             matrices: 3 for gated FFNs, 2 for plain ones.
             bits: bits of a served weight.
+
+        Raises:
+            UserError: names the highest possible sparsity.
         """
         if not self.reads_most:
             return
@@ -194,10 +197,18 @@ class Pruner:
         return terms
 
     def check_ffns(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        """Refuse FFNs or a sparsity that methods of this kind do not support."""
+        """Refuse FFNs or a sparsity that methods of this kind do not support.
+
+        Raises:
+            UserError: with the reason.
+        """
 
     def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        """Refuse weights that it does not support."""
+        """Refuse weights that it does not support.
+
+        Raises:
+            UserError: with the reason.
+        """
         self.choice.check_weights(ffns, sparsity)
 
     def check_bits(self, bits: Stored) -> None:

@@ -130,6 +130,9 @@ def check_slots(owner: object, title: str) -> None:
     Args:
         owner: a method or a part.
         title: its name in messages.
+
+    Raises:
+        UserError: lists the built-in parts that the slot takes.
     """
     cls: object = type(owner)
     for name in _hints(cls):

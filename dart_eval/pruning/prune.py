@@ -35,6 +35,9 @@ def _method_with(method: str | Pruner, **slots: Part | PartSpec | None) -> Prune
     Args:
         method: a spelling as typed, or a `Pruner`.
         slots: the new part of each slot; None leaves the slot as it is.
+
+    Raises:
+        UserError: a name is unknown, a value is wrong, or a slot is given twice.
     """
     parts = {slot: part for slot, part in slots.items() if part is not None}
     if isinstance(method, Pruner):

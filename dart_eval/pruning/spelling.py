@@ -35,6 +35,9 @@ def changed(
         settings: values by path. A slot takes the name of a part, a `Part`, or a mapping with its fields (and its
             name under `part`); a field takes its value.
         kind: returns the kind of a method with parts of these classes in its slots.
+
+    Raises:
+        UserError: an unknown path or part, or a bad value.
     """
     tree: dict[str, object] = {}
     for path, value in settings.items():

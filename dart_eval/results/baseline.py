@@ -85,7 +85,11 @@ def _rounded(item: object) -> object:
 
 
 def write(path: Path, results: Sequence[Cell]) -> int:
-    """Write the baseline of these cells; return its number of documents."""
+    """Write the baseline of these cells; return its number of documents.
+
+    Raises:
+        UserError: values that are not finite, or the file cannot be written.
+    """
     parts, count = [], 0
     for cell in sorted(results, key=lambda c: identity(c.inputs)):
         outcome = checked(cell.read())
@@ -126,7 +130,11 @@ def _lines(rows: Sequence[object]) -> str:
 
 
 def load_baseline(path: Path) -> list[Cell]:
-    """Return the cells of a baseline file, or of a results folder."""
+    """Return the cells of a baseline file, or of a results folder.
+
+    Raises:
+        UserError: it cannot be read, is not a baseline, or is empty.
+    """
     if path.is_dir():
         return cells(path, strict=True)
     remedy = f"make it from good results: dart-eval check RESULTS --baseline {path} --update"

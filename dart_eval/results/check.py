@@ -87,7 +87,11 @@ class Report:
 
 
 def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, baseline: str) -> Report:
-    """Compare results with the cells of a baseline."""
+    """Compare results with the cells of a baseline.
+
+    Raises:
+        UserError: other documents or prompts, or thresholds for missing tasks.
+    """
     now, notes = current(now, then)
     now, then = ([rounded(cell) for cell in side] for side in (now, then))
     partners = counterparts(then, now)

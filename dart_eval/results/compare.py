@@ -70,7 +70,11 @@ NamedPair = tuple[str, Cell, Cell]  # name in words, A, B
 
 
 def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison:
-    """Compare cells of folder A with equal cells of folder B."""
+    """Compare cells of folder A with equal cells of folder B.
+
+    Raises:
+        UserError: nothing in common, or other documents.
+    """
     left, right = (beside_dense(cells(folder), _texts(metrics)) for folder in (a, b))
     labelled = names(left)
     partners = counterparts(left, right)
@@ -96,6 +100,9 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
         a, b: methods (`dart`, `dart:allocation=uniform`), sparsities (0 is dense) or models (`NAME`, or `NAME@` and
             first digits of the weights' hash or the commit, where several have one name), or rows as the board calls
             them, with their sparsity (`dart-plus on 4 bits 44.2 %`).
+
+    Raises:
+        UserError: no or several such cells, nothing in common, or not the same documents.
     """
     everything = beside_dense(newest([c for folder in folders for c in cells(folder)]), _texts(metrics))
     labelled = names(everything, model=by == "model")
@@ -121,7 +128,11 @@ def _texts(metrics: Sequence[str]) -> bool:
 
 
 def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, str]) -> list[Cell]:
-    """Return the cells that a user named."""
+    """Return the cells that a user named.
+
+    Raises:
+        UserError: there are none, or the name means several methods or models.
+    """
     side = [c for c in everything if (labelled[c.key] == spec if by == "row" else _is(by, spec, c))]
     if not side:
         known = sorted({labelled[c.key] if by == "row" else _trait(by, c) for c in everything})

@@ -116,6 +116,9 @@ class Paper:
         records: its cells.
         missing: task -> the reason why it could not run.
         command: the command line that writes the tables, for their provenance.
+
+    Raises:
+        UserError: the cells are of several models.
     """
 
     def __init__(self, store: Store, records: Sequence[Record], missing: Mapping[str, str], command: str) -> None:

@@ -30,6 +30,9 @@ def of_tasks(
         records: of a folder.
         names: as typed; None: all.
         aliases: names of several tasks.
+
+    Raises:
+        UserError: the folder has no cell of one of them.
     """
     if names is None:
         return list(records)

@@ -133,13 +133,21 @@ def path_of(folder: str | Path, speed: Speed) -> Path:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse a folder that cannot be written, before anything is measured."""
+    """Refuse a folder that cannot be written, before anything is measured.
+
+    Raises:
+        UserError: with the reason.
+    """
     check_name(folder, "--output")
     check_target(Path(folder) / FOLDER / "decode.json", REMEDY)
 
 
 def keep(folder: str | Path, speed: Speed) -> Path:
-    """Write a speed, completely or not at all. Return its path."""
+    """Write a speed, completely or not at all. Return its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     path = path_of(folder, speed)
     data = {"schema": SCHEMA, **dataclasses.asdict(speed)}
     write(path, json_text(data, sort_keys=True) + "\n", REMEDY)

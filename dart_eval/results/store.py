@@ -197,7 +197,11 @@ class Store:
     # -- reading ---------------------------------------------------------------------------------------------
 
     def scan(self) -> Scan:
-        """Read the folder."""
+        """Read the folder.
+
+        Raises:
+            UserError: no such folder, or no readable record in it.
+        """
         check_name(self.folder, "folder")
         files = sorted((self.folder / "cells").glob("*.json"))
         if not files:
@@ -230,7 +234,11 @@ class Store:
         return Scan(records, {key: file for key, (file, _) in by_key.items()}, unread, twice)
 
     def load(self) -> list[Record]:
-        """Return all records, oldest first, each once; other files are named on stderr and left out."""
+        """Return all records, oldest first, each once; other files are named on stderr and left out.
+
+        Raises:
+            UserError: see `scan`.
+        """
         found = self.scan()
         found.report()
         return found.records

@@ -63,7 +63,11 @@ class RunConfig(Options):
         return self.calibration_tokens or (None if whole else values.DATA_SET_TOKENS)
 
     def check(self) -> None:
-        """Refuse options that contradict each other, and values that no run could use."""
+        """Refuse options that contradict each other, and values that no run could use.
+
+        Raises:
+            UserError: the first thing that is wrong.
+        """
         if self.chunk < 4:
             raise UserError(f"--chunk {self.chunk} is too short for perplexity", "use some hundred tokens or more")
         if self.fewshot_as_multiturn and not self.chat_template:
@@ -108,6 +112,9 @@ class RunConfig(Options):
         """Refuse an output folder that cannot be written, and missing data, before torch is loaded.
 
         Apart from `check`, since workers on other nodes do not see these folders.
+
+        Raises:
+            UserError: with the reason.
         """
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
@@ -127,7 +134,11 @@ class RunConfig(Options):
 
 
 def config_from(file: str | Path | None, given: Json) -> RunConfig:
-    """Return a configuration: the command line (None: not given) over the YAML file over the defaults."""
+    """Return a configuration: the command line (None: not given) over the YAML file over the defaults.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value in it is wrong, or there are several seeds.
+    """
     config, *more = configs_from(file, given)
     if more:
         raise UserError("several seeds are given, and one is allowed", "give one")
@@ -167,6 +178,9 @@ def made(given: Json, where: Mapping[str, str] | None = None, place: str = "") -
 
     Args:
         where: name -> beginning of a message about its value. place: end of a message about an unknown name.
+
+    Raises:
+        UserError: a name or a value is wrong.
     """
     for name in given:
         if name not in DEFAULTS:
@@ -180,7 +194,11 @@ def made(given: Json, where: Mapping[str, str] | None = None, place: str = "") -
 
 
 def checked(name: str, value: object) -> Any:
-    """Return one value as `RunConfig` has it."""
+    """Return one value as `RunConfig` has it.
+
+    Raises:
+        UserError: it is wrong.
+    """
     return getattr(made({name: value}), name)
 
 

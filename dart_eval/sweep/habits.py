@@ -72,6 +72,9 @@ def rewritten(words: Sequence[str]) -> list[str]:
 
     `run -t arc hellaswag --wandb_args project=p --json` -> `run --tasks arc,hellaswag --log wandb --log-project p
     --format json`.
+
+    Raises:
+        UserError: an option of lm-eval that is missing here, with its counterpart.
     """
     if not words or words[0] not in ("run", "paper", "bench", "tables", "compare", "trace", "ls"):
         return [*words]
@@ -126,7 +129,11 @@ def _logger(given: str) -> list[str]:
 
 
 def translate(given: Json) -> None:
-    """Rename lm-eval's options to ours, in place."""
+    """Rename lm-eval's options to ours, in place.
+
+    Raises:
+        UserError: one has no counterpart here, or both are given.
+    """
     found = {ours: given.pop(theirs) for theirs, ours in SYNONYMS.items() if theirs in given and ours in DEFAULTS}
     model_args = _model_args(given.pop("model_args", {}))
     backend = given.get("model")

@@ -149,7 +149,11 @@ def _tasks(config: RunConfig, tokenizer: Callable[[], object]) -> Tasks:
 
 
 def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
-    """Return whether a task draws its answers."""
+    """Return whether a task draws its answers.
+
+    Raises:
+        UserError: the configuration asks for answers that the task cannot give.
+    """
     found = leaves(list(items))
     for task in found:
         if config.enable_thinking and task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"):

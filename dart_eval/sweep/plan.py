@@ -65,7 +65,11 @@ class Cell:
 
 
 def methods_of(config: RunConfig) -> list[Pruner]:
-    """Return the methods to run, checked; the run's seed and allocation fill those that were not given."""
+    """Return the methods to run, checked; the run's seed and allocation fill those that were not given.
+
+    Raises:
+        UserError: unknown method or parameter.
+    """
     made: list[Pruner] = []
     for spec in config.method:
         name, params = parse(spec)

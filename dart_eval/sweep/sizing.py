@@ -93,6 +93,9 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
 
     Args:
         device: its type, if another machine planned.
+
+    Raises:
+        UserError: the input is wrong.
     """
     jobs, _ = plan_all(configs, view, False, device)
     store = Store(configs[0].output)

@@ -41,7 +41,11 @@ class _Worker:
 
 
 def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
-    """See `cluster.run.run_all`."""
+    """See `cluster.run.run_all`.
+
+    Raises:
+        UserError: the input is wrong, or workers die before they begin a cell.
+    """
     sweep = begin_sweep(configs, view, skip_missing)
     with _Workers(sweep, configs, skip_missing) as workers:
         return sweep.work_through(workers.run)

@@ -68,7 +68,11 @@ def bits_text(text: str) -> str:
 
 
 def parse(text: str) -> Rounding | None:
-    """Parse `4`, `4:64`, `4:row` or `q4_k`; None for `16`, unrounded weights."""
+    """Parse `4`, `4:64`, `4:row` or `q4_k`; None for `16`, unrounded weights.
+
+    Raises:
+        UserError: it is none of these.
+    """
     if match := re.fullmatch(r"q([0-9])_k", text.strip().lower()):
         if (of := K_QUANTS.get(int(match[1]))) is None:
             raise UserError(f"--ffn-bits is {text!r}", f"write {', '.join(f'q{b}_k' for b in K_QUANTS)}")

@@ -18,10 +18,7 @@ LIKE = 0.65  # below this likeness a suggestion misleads
 
 
 class UserError(Exception):
-    """Wrong input, printed as one line (problem; remedy); the command exits with status 2.
-
-    Docstrings name it where its cause is not what the function checks, reads or loads.
-    """
+    """Wrong input, printed as one line (problem; remedy); the command exits with status 2."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem = " ".join(printable(problem).split())

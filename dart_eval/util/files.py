@@ -58,7 +58,11 @@ def write(path: str | Path, data: str | bytes, remedy: str = "choose another fil
 
 
 def check_target(path: str | Path, remedy: str = "choose another file") -> None:
-    """Refuse a path that `write` would refuse, before anything is computed for it."""
+    """Refuse a path that `write` would refuse, before anything is computed for it.
+
+    Raises:
+        UserError: with the reason.
+    """
     try:
         if _own_stream(path) is not None:
             return
@@ -84,6 +88,9 @@ def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
     Args:
         begins: pattern in the first bytes of every file of ours.
         what: kind of such a file, for the message.
+
+    Raises:
+        UserError: the file is not ours.
     """
     if is_stream(path):
         return
@@ -101,6 +108,9 @@ def check_name(path: str | Path, what: str) -> None:
 
     Args:
         what: the path's name in messages, such as `--output`.
+
+    Raises:
+        UserError: it is empty, too long, holds a NUL, or its links lead nowhere.
     """
     if not str(path):
         raise UserError(f"{what} is empty", "name a file or folder")
@@ -117,6 +127,9 @@ def read_text(path: str | Path, what: str, remedy: str) -> str:
 
     Args:
         what: the file's name in messages, such as `config`.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
     """
     try:
         return Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n")
@@ -149,7 +162,11 @@ def is_stream(path: str | Path) -> bool:
 
 
 def format_of(path: Path, format: str | None, formats: Sequence[str]) -> str | None:
-    """Return the format of a file: `format` if given, else by its ending; None for a stream."""
+    """Return the format of a file: `format` if given, else by its ending; None for a stream.
+
+    Raises:
+        UserError: no format is given, and the ending is none of `formats`.
+    """
     if format is not None or is_stream(path):
         return format
     if path.suffix[1:] not in formats:

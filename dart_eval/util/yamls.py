@@ -35,6 +35,9 @@ def read_mapping(
         example: a possible line of it.
         remedy: for a file that cannot be read.
         empty: whether it may be empty.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, has a key twice, or is not a mapping.
     """
     text = read_text(path, what, remedy)
     remedy = f"for example `{example}`"

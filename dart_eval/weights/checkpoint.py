@@ -28,7 +28,11 @@ SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 
 
 def weights_dtype(source: str, revision: str | None) -> str:
-    """Return the dtype that transformers' `auto` takes without one in the configuration: the first float weight's."""
+    """Return the dtype that transformers' `auto` takes without one in the configuration: the first float weight's.
+
+    Raises:
+        UserError: no file of weights can be read.
+    """
     problem = "has no weights"
     for name in ("model.safetensors", "pytorch_model.bin"):
         if not (files := weight_files(source, name, revision)):
@@ -62,7 +66,11 @@ def no_tensors(name: str, error: pickle.UnpicklingError) -> UserError:
 
 
 def check_layers(name: str, settings: Mapping[str, object]) -> None:
-    """Refuse a number of layers that no model can have. settings: of config.json."""
+    """Refuse a number of layers that no model can have. settings: of config.json.
+
+    Raises:
+        UserError: with the key and the number.
+    """
     for key, value in _entries(settings):
         if key.rpartition(".")[2] not in LAYERS or not isinstance(value, int):
             continue
@@ -135,6 +143,9 @@ def load_whole(
         loader: a class with `from_pretrained`.
         name: of the model, for messages.
         source, kwargs: of `from_pretrained`.
+
+    Raises:
+        UserError: weights are missing, or have another shape.
     """
     # We merge an adapter in the folder ourselves: transformers would report only the adapter's weights.
     kwargs["adapter_kwargs"] = {"subfolder": "none"}
@@ -171,6 +182,9 @@ def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedToke
     """Refuse a tokenizer that the model has no embeddings for, or that has neither a BOS nor an EOS token.
 
     Special tokens that no plain text has (of images, for example) may lie beyond the embeddings.
+
+    Raises:
+        UserError: with both sizes, or what is missing.
     """
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(

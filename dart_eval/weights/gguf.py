@@ -52,7 +52,11 @@ def cache_dir() -> Path:
 
 
 def folder(file: Path) -> Path:
-    """Return the folder that a GGUF file is converted into, made on first use."""
+    """Return the folder that a GGUF file is converted into, made on first use.
+
+    Raises:
+        UserError: the package gguf is missing, or transformers cannot read the file.
+    """
     if find_spec("gguf") is None:
         raise UserError(f"{file} needs the package gguf", "run pip install gguf")
     target = cache_dir() / f"{file.stem}-{_sha256(file)[:8]}-gguf{CONVERSION}"
@@ -87,6 +91,9 @@ def convert(file: Path, target: Path, bits: bool) -> None:
 
     Args:
         bits: also write the bits of the FFN weights in the file.
+
+    Raises:
+        UserError: the file is damaged or lacks weights, or transformers cannot read it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,7 +127,11 @@ def convert(file: Path, target: Path, bits: bool) -> None:
 
 
 def _check(file: Path, reader: GGUFReader) -> None:
-    """Refuse a file whose header contradicts its tensors, before a model is built from the header."""
+    """Refuse a file whose header contradicts its tensors, before a model is built from the header.
+
+    Raises:
+        UserError: it names another number of layers than it holds, or tensors do not follow one another.
+    """
     place = 0
     for tensor in reader.tensors:
         if (offset := int(tensor.field.parts[-1][0])) != place:

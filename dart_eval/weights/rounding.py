@@ -228,7 +228,11 @@ def _projections(ffn: FFN) -> list[tuple[nn.Module, int]]:
 
 
 def refuse_fixed(ffns: Sequence[FFN]) -> None:
-    """Refuse FFN weights that cannot be rounded."""
+    """Refuse FFN weights that cannot be rounded.
+
+    Raises:
+        UserError: they are quantised already, or have no parameter of their own.
+    """
     try:
         for module in (m for f in ffns for m in f.projections):
             parameter_of(module)
@@ -242,6 +246,9 @@ class Rounded:
     Args:
         model: with plain weights.
         rounding: of the weights, applied once.
+
+    Raises:
+        UserError: the weights are quantised already.
     """
 
     def __init__(self, model: nn.Module, rounding: Rounding) -> None:
@@ -266,7 +273,11 @@ class Rounded:
 
 
 def parameter_of(module: nn.Module) -> nn.Parameter:
-    """Return the parameter of a projection, or of experts, whose weights can be replaced."""
+    """Return the parameter of a projection, or of experts, whose weights can be replaced.
+
+    Raises:
+        UserError: they are quantised, or experts whose matrix is not one parameter.
+    """
     plain_matrix(module)
     if not isinstance(module, Step):
         return module.weight  # type: ignore[return-value]

@@ -39,6 +39,9 @@ def project(model: nn.Module, ffns: Sequence[FFN]) -> list[Projection]:
 
     E is the output head (not the input embedding, which untied models do not share). g are the gains of the norms
     between a neuron's output and the head: the layer's output norm, if it has one, and the final norm.
+
+    Raises:
+        UserError: the model projects its last hidden states before the output head.
     """
     head = weight_matrix(model.get_output_embeddings())  # type: ignore[operator]
     width = ffns[0].width

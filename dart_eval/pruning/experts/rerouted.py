@@ -89,6 +89,9 @@ class Order:
 
         Args:
             index, weights: [N, k], from the router.
+
+        Raises:
+            UserError: the router did not choose as it was asked to.
         """
         routed, mode = self.routed, self._mode
         if self.own and (mode is None or not mode.asked or index.shape[1] != self.count):

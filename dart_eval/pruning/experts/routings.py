@@ -38,7 +38,11 @@ class Routing(Part):
     granularity: ClassVar[str] = ""
 
     def check_experts(self, sparsity: float, ffns: Sequence[FFN]) -> None:
-        """Refuse a model without experts, or a sparsity that cannot be met."""
+        """Refuse a model without experts, or a sparsity that cannot be met.
+
+        Raises:
+            UserError: names the highest possible sparsity, if there is one.
+        """
         if not any(chosen(f) for f in ffns):
             raise UserError(
                 f"{self.title} leaves out experts, and this model has none",

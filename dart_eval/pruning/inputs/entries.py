@@ -55,7 +55,11 @@ class Entries(Part):
     sized: ClassVar[bool] = True
 
     def check_bits(self, bits: Stored) -> None:
-        """Refuse weights that it does not support. bits: bits of a served weight."""
+        """Refuse weights that it does not support. bits: bits of a served weight.
+
+        Raises:
+            UserError: with the reason.
+        """
 
     def weighs(self, matrix: int) -> bool:
         """Whether it needs the norms of a matrix's columns. matrix: 0 is gate (or the up of a plain FFN)."""

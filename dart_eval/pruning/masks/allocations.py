@@ -193,7 +193,11 @@ class FromTable(ByShares):
 
 
 def read_table(path: str | Path) -> list[float]:
-    """Read the densities of a saved allocation (`write_table`), [L]."""
+    """Read the densities of a saved allocation (`write_table`), [L].
+
+    Raises:
+        UserError: the file cannot be read or holds no ratios.
+    """
     remedy = "write one with `dart-eval trace --save-allocation FILE`"
     try:
         data = json.loads(read_text(path, "allocation table", remedy))
@@ -216,7 +220,11 @@ def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> N
 
 
 def check_table(ratios: Sequence[float], sparsity: float, layers: int | None = None) -> None:
-    """Refuse a table for another sparsity or, if `layers` is known, for another model."""
+    """Refuse a table for another sparsity or, if `layers` is known, for another model.
+
+    Raises:
+        UserError: it has another number of layers or another mean.
+    """
     if layers is not None and len(ratios) != layers:
         raise UserError(f"the allocation table has {len(ratios)} layers, the model {layers}", "make one for this model")
     mean = sum(ratios) / len(ratios)

@@ -12,7 +12,11 @@ from dart_eval.util.errors import UserError
 
 
 def check_sparsity(sparsity: float) -> float:
-    """Return the sparsity if it is a number in [0, 1)."""
+    """Return the sparsity if it is a number in [0, 1).
+
+    Raises:
+        UserError: it is not.
+    """
     if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
         raise UserError(f"sparsity {sparsity!r} is not a number", "for example 0.5")
     if not 0 <= sparsity < 1:
@@ -167,6 +171,9 @@ def chosen_counts(
         ratio: neurons of the mask as a multiple of the weights read (1 is a mask alone); None: all neurons.
         write_share: written / taken of a gated FFN, if the mask has enough neurons to take.
         title: the choice in an error message.
+
+    Raises:
+        UserError: the matrices read in full exceed what the sparsity leaves.
     """
     densities, sizes, sparsity, matrices, preview = (
         allowed.densities, allowed.sizes, allowed.sparsity, allowed.matrices, allowed.read_cost,
@@ -204,7 +211,11 @@ def chosen_counts(
 
 
 def check_most(read_cost: ReadCost, matrices: int, sparsity: float, title: str) -> None:
-    """Refuse a sparsity that asks for more bytes than the low-bit weights have."""
+    """Refuse a sparsity that asks for more bytes than the low-bit weights have.
+
+    Raises:
+        UserError: names the lowest possible sparsity.
+    """
     most = (read_cost.in_mask + read_cost.always + read_cost.taken + read_cost.written) / matrices
     if 1 - sparsity > most + 1e-9:
         raise UserError(
