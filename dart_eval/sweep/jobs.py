@@ -327,7 +327,11 @@ class Silent:
 
 
 def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> None:
-    """Refuse other scopes, and methods that look ahead, for tasks that do not score given answers."""
+    """Refuse other scopes, and methods that look ahead, for tasks that do not score given answers.
+
+    Raises:
+        UserError: a task generates text, or the scope is another for a perplexity.
+    """
     kinds = {"generate_until": "generates text", "loglikelihood_rolling": "measures perplexity"}
     for task in leaves(list(items)):
         kind = kinds.get(task.OUTPUT_TYPE)
