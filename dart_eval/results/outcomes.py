@@ -116,8 +116,15 @@ def cells(folder: Path, strict: bool = False) -> list[Cell]:
 def cell_of(store: Store, record: Record, unread_rival: str = "") -> Cell:
     """Return a record as a cell, whose samples are read once, when they are needed."""
     read = functools.cache(lambda: outcome(record, store.samples(record)))
-    own = record.key, record.inputs, str(store.folder), record.created
-    return Cell(*own, read, settings=record.settings, unread_rival=unread_rival)
+    return Cell(
+        record.key,
+        record.inputs,
+        str(store.folder),
+        record.created,
+        read,
+        settings=record.settings,
+        unread_rival=unread_rival,
+    )
 
 
 def _title(file: Path) -> str:
@@ -209,7 +216,14 @@ def _scores(responses: Any) -> list[float]:
 
 def _ends(task: str, children: Mapping[str, set[str]]) -> set[str]:
     """Return the tasks of a group at any depth that are not groups, or the task itself."""
-    return {end for child in children[task] for end in _ends(child, children)} if task in children else {task}
+    below, ends, seen = [task], set(), set()
+    while below:
+        last = below.pop()
+        if last not in seen:  # a group that is its own member would go round for ever
+            seen.add(last)
+            below += children.get(last, ())
+            ends |= set() if last in children else {last}
+    return ends
 
 
 def _same(computed: float, recorded: float) -> bool:

@@ -14,6 +14,7 @@ import re
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dart_eval.util.errors import UserError
 
 LINKS = 40  # as many as Linux follows
 HEAD = 4096  # bytes that identify a file of ours
+WRITER_COMES = 2.0  # most seconds to wait for a writer of a pipe
 
 
 def feed(digest: hashlib._Hash, file: Path) -> None:
@@ -132,13 +134,30 @@ def read_text(path: str | Path, what: str, remedy: str) -> str:
         UserError: it cannot be read, or is not UTF-8.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n")
+        return _bytes(path).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         why = f"not UTF-8 text: byte {error.object[error.start]:#04x} in line {line}"
         raise UserError(f"{what} {path} cannot be read ({why})", remedy) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{what} {path} cannot be read ({reason(error)})", remedy) from None
+
+
+def _bytes(path: str | Path) -> bytes:
+    """Return all bytes of a file, or of a pipe with a writer."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISCHR(mode):
+        raise OSError(errno.EINVAL, "it is a device")
+    if not stat.S_ISFIFO(mode):
+        return Path(path).read_bytes()
+    end = time.monotonic() + WRITER_COMES
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        while (begun := pipe.read()) == b"":  # no writer; None: a writer that has written nothing yet
+            if time.monotonic() > end:
+                raise OSError(errno.EPIPE, "a pipe that nobody writes into")
+            time.sleep(0.02)
+        os.set_blocking(pipe.fileno(), True)
+        return (begun or b"") + pipe.read()
 
 
 def read_regular(path: str | Path) -> bytes:

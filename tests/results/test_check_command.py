@@ -206,6 +206,8 @@ def test_junit_reports_every_row(fallen, cli, tmp_path):
     (("--update", "--all"), "--update only writes the baseline"),
     (("--force",), "--force needs --update"),
     (("--thresholds", "none.yaml"), "thresholds none.yaml cannot be read"),
+    (("--thresholds", "/dev/zero"), "thresholds /dev/zero cannot be read (it is a device)"),
+    (("--baseline", "/dev/zero"), "baseline /dev/zero cannot be read (it is a device)"),
 ])  # fmt: skip
 def test_wrong_options_are_refused(fallen, cli, args, words):
     now, file = fallen

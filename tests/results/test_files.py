@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dart_eval.results import baseline
 from dart_eval.results.store import Store
+from dart_eval.results.thresholds import thresholds_from
 from dart_eval.sweep.config import config_from
 from dart_eval.util import files
 from dart_eval.util.errors import StoreError, UserError
@@ -108,6 +110,8 @@ def test_a_device_is_written_into_and_stays_a_device(tmp_path):
         pytest.skip("no devices here")
     files.write(null, "text")
     assert null.is_char_device()
+    with pytest.raises(UserError, match="it is a device"):
+        files.read_text(null, "config", "give a file")
 
 
 @pytest.mark.process
@@ -177,6 +181,20 @@ def test_a_text_that_is_not_utf8_is_told_with_its_line(tmp_path):
     (tmp_path / "latin").write_bytes(b"one\ntwo\nna\xefve\n")
     with pytest.raises(UserError, match=r"config .*latin cannot be read \(not UTF-8 text: byte 0xef in line 3\); why"):
         files.read_text(tmp_path / "latin", "config", "why")
+
+
+READERS = {
+    "config": lambda path: config_from(path, {}), "thresholds": thresholds_from, "baseline": baseline.load_baseline,
+    "text": lambda path: files.read_text(path, "text", "give another"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", READERS)
+def test_a_pipe_that_nobody_writes_into_is_refused(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(files, "WRITER_COMES", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=rf"{what} .*pipe cannot be read \(a pipe that nobody writes into\); "):
+        READERS[what](tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.2])

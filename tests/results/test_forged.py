@@ -174,6 +174,15 @@ def test_a_record_that_lacks_costs_is_shown_without_them(results, shown, verb):
     assert verb not in ("tables", "compare") or "dart" in out
 
 
+def test_groups_that_are_their_own_members_go_round_only_once(results, shown):
+    data = {"task": "arc", "metric": "acc", "value": 1.0, "stderr": 0.1, "n": 60, "higher_is_better": True}
+    own = [{**data, "task": task, "part_of": group} for task, group in (("a", "arc"), ("b", "a"), ("a", "b"))]
+    _forge(_file(results, "dart"), ("metrics",), [{**data, "part_of": None}, *own])
+    for verb in VERBS.values():
+        status, _, errors = shown(*verb)
+        assert (status, errors) == (0, "")
+
+
 @pytest.mark.parametrize("text", [
     DEEP, "[]", '{"cells": []}', '{"cells": {"k": {"title": 1, "seconds": "x"}}}', '{"cells": {"k": 3}}', "[1",
 ])  # fmt: skip
