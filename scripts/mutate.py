@@ -114,8 +114,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@functools.cache
+def _ranks() -> dict[Mutant, int]:
+    """Of each mutant how many stand before it that do the same in the same function."""
+    seen: dict[tuple[str, str], int] = {}
+    found = {}
+    for mutant in mutants(every=True):
+        same = mutant.file, mutant.what
+        found[mutant] = seen[same] = seen.get(same, -1) + 1
+    return found
+
+
 def _name(mutant: Mutant) -> str:
-    return hashlib.sha256(json.dumps([mutant.file, mutant.what, mutant.start]).encode()).hexdigest()[:16]
+    """A hash that stays while other code of the file changes."""
+    return hashlib.sha256(json.dumps([mutant.file, mutant.what, _ranks()[mutant]]).encode()).hexdigest()[:16]
 
 
 def _known(file: Path | None) -> dict[str, Result]:

@@ -144,5 +144,5 @@ def test_what_no_cluster_could_do_is_refused(saved_llama, tmp_path, indexed):
     for given in ({"cpus_per_cell": 0}, {"shards": 0}, {"gpus_per_cell": -1}, {"executor": "slurm"}):
         with pytest.raises(UserError):
             _config(saved_llama, tmp_path / "out", **given)
-    with pytest.raises(UserError, match="--shards is for Ray"):
+    with pytest.raises(UserError, match="--shards needs --executor ray"):
         _config(saved_llama, tmp_path / "out", executor="local", shards=2)

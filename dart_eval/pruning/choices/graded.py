@@ -25,7 +25,7 @@ def lacking(choice: DartPlus, ffn: FFN) -> str | None:
     if any(on_grid(m) for m in ffn.projections):
         return "the kernel takes weights of 16 bits, which it rounds itself"
     if not isinstance(image, FirstBits):
-        return f"{choice.title} with {image.title} has no kernels here"
+        return f"{choice.title} with {image.title} has no kernel"
     if image.served is None or image.first(image.code) != packing.FIRST:
         return f"the kernel previews by {packing.FIRST} first bits"
     if choice.columns(ffn.width) != Columns():
