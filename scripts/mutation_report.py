@@ -31,15 +31,15 @@ def report(found: Found) -> str:
     lines = [
         "# Mutants of the numeric core",
         "",
-        f"Made by `make mutations`. The fast lane of the tests notices {noticed} of {len(found)} mutants "
-        f"({noticed / len(found):.1%}).",
+        f"Made by `make mutations`. The fast lane of the tests notices {noticed} of {len(found)} mutants; "
+        f"of the others {sum(bool(m.survives) for m, r in found if not r.by)} change no number.",
         "`tests/mutation/operators.py` makes them. Seconds are a processor's, without the imports that all share.",
         "",
         "## Survivors",
         "",
     ]
     survivors = [(m, r) for m, r in found if not r.by]
-    lines += [f"* `{m.file}`: {m.what} {m.survives or '**No test notices it.**'}" for m, _ in survivors] or ["None."]
+    lines += [f"* `{m.file}`: `{m.what}`. {m.survives.capitalize() or '**No test notices it**'}." for m, _ in survivors] or ["None."]
     lines += ["", "## By kind and by part", ""]
     lines += [*_counts("kind", found, lambda m: m.kind), "", *_counts("module", found, lambda m: m.file), ""]
     lines += ["## One by one", ""]
