@@ -39,7 +39,8 @@ def report(found: Found) -> str:
         "",
     ]
     survivors = [(m, r) for m, r in found if not r.by]
-    lines += [f"* `{m.file}`: `{m.what}`. {m.survives.capitalize() or '**No test notices it**'}." for m, _ in survivors] or ["None."]
+    why = [m.survives.capitalize() or "**No test notices it**" for m, _ in survivors]
+    lines += [f"* `{m.file}`: `{m.what}`. {w}." for (m, _), w in zip(survivors, why, strict=True)] or ["None."]
     lines += ["", "## By kind and by part", ""]
     lines += [*_counts("kind", found, lambda m: m.kind), "", *_counts("module", found, lambda m: m.file), ""]
     lines += ["## One by one", ""]
