@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dart_eval.bench import bytes_only
+from dart_eval.kernels.cpu import build
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.registry import make, parse
@@ -85,7 +86,7 @@ def test_what_does_not_fit_a_model_is_left_out_too():
 
 @pytest.mark.parametrize(("method", "why"), [
     ("griffin", None), ("dart-choice", None), ("griffin:choice=gate", None), ("cats:choice=gate-up", None),
-    ("flap:compensation=mean-token", "compensation=mean-token"), ("dart-plus", None),
+    ("flap:compensation=mean-token", "compensation=mean-token"), ("dart-plus", build.missing()),
     ("dart-plus:image.group=32", "groups of 128"),
     ("cats", "choice=gate"), ("top-p", "choice=top-p"), ("wina", "entries=norms"),
 ])  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from dart_eval.kernels.cpu import build
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.pruning.registry import make, offered
 from dart_eval.sweep.config import RunConfig
@@ -81,6 +82,7 @@ def test_their_code_is_in_the_key_and_their_fields_are_checked():
         make("griffin", {"score": "often", "score.share": 2})
 
 
+@pytest.mark.skipif(build.missing() is not None, reason=f"the page names kernels: {build.missing()}")
 def test_the_page_of_methods_is_what_the_registry_knows():
     made = subprocess.run(
         [sys.executable, "-c", "import methods_page; print(methods_page.page(), end='')"], cwd=ROOT / "scripts",
