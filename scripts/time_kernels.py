@@ -55,17 +55,22 @@ def layer(width: int, neurons: int, level: str | None) -> Runs:
     for text, rounding in ((f"{b}:{g or 'row'}", Rounding(b, g)) for b in (4, 5, 6, 8) for g in (128, 0)):
         matrices = codes(neurons, width, rounding), codes(neurons, width, rounding), codes(width, neurons, rounding)
         coded = CodedFFN(*matrices, level=level)
-        runs[f"coded {text}"] = coded, coded.read / dense.read
+        runs[f"coded {text}"] = coded, coded.bytes_read / dense.bytes_read
         if rounding == Rounding(4, 128):
             g, u, d = (product(m, None, torch.bfloat16) for m in matrices)
-            runs["torch int4pack"] = (lambda x, g=g, u=u, d=d: d(silu(g(x)) * u(x))), coded.read / dense.read  # type: ignore[misc]
+            runs["torch int4pack"] = (
+                (lambda x, g=g, u=u, d=d: d(silu(g(x)) * u(x))),
+                coded.bytes_read / dense.bytes_read,
+            )  # type: ignore[misc]
         if rounding.bits in (6, 8):
             ffn = GradedFFN(*matrices, torch.rand(2, neurons) * 0.004, torch.rand(neurons), 1, 1, level=level)
-            one = ffn.read
+            one = ffn.bytes_read
             ffn.grade(0, 0)
-            count = int((READ * dense.read - ffn.read) / (one - ffn.read))  # as many exactly as coarsely
+            count = int(
+                (READ * dense.bytes_read - ffn.bytes_read) / (one - ffn.bytes_read)
+            )  # as many exactly as coarsely
             ffn.grade(count, count)
-            runs[f"dart-plus {text}"] = ffn, ffn.read / dense.read
+            runs[f"dart-plus {text}"] = ffn, ffn.bytes_read / dense.bytes_read
     return runs
 
 

@@ -27,7 +27,7 @@ def beside_dense(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
 
 
 def _reader(cell: Cell, dense: Cell | None, texts: bool) -> Callable[[], Outcome]:
-    def read() -> Outcome:
+    def outcome() -> Outcome:
         own = cell.read()
         if dense is None:
             return own
@@ -38,7 +38,7 @@ def _reader(cell: Cell, dense: Cell | None, texts: bool) -> Callable[[], Outcome
             return own
         return with_distances(own, reference, texts)
 
-    return read
+    return outcome
 
 
 def with_distances(outcome: Outcome, dense: Outcome, texts: bool = True) -> Outcome:

@@ -81,7 +81,9 @@ def test_python_block(folder, demo_installed):
     done = program(script="readme.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "The history of the bicycle is" in done.stdout
-    assert float(done.stdout.splitlines()[-1]) == pytest.approx(0.7 * 19 / 20, abs=1e-3)  # the first of twenty tokens is the prefill's
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(
+        0.7 * 19 / 20, abs=1e-3
+    )  # the first of twenty tokens is the prefill's
 
 
 def test_yaml_block(tmp_path):

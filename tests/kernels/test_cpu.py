@@ -109,7 +109,7 @@ def test_plain_weights_give_what_torch_gives(level, width, neurons, seed, kind, 
     assert (
         apart(ffn(x), dense(x, *weights, act), size(x, *weights)) < HALF
         and ffn.nbytes == 0
-        and ffn.read == 6 * width * neurons
+        and ffn.bytes_read == 6 * width * neurons
     )
 
 
@@ -122,7 +122,7 @@ def test_kept_rows_are_those_of_a_smaller_ffn(level, width, neurons, seed, kind,
     ffn.keep(rows)
     kept = gate[rows], up[rows], down[:, rows]
     assert apart(ffn(x), dense(x, *kept, act), size(x, *kept)) < CLOSE
-    assert ffn.read == 6 * width * len(rows)
+    assert ffn.bytes_read == 6 * width * len(rows)
 
 
 @settings(max_examples=60, deadline=None)
@@ -280,9 +280,9 @@ def test_bytes_are_those_of_the_format(level):
     packed = coded(*matrices(2048, 256), Rounding(8, 128))
     weights = 3 * 256 * 2048
     scales = 2 * (2 * 256 * 16 + 2048 * 2)
-    assert CodedFFN(*packed, level=level).read == weights + scales
+    assert CodedFFN(*packed, level=level).bytes_read == weights + scales
     ffn, _ = graded(packed, 60, 50, "silu", level)
-    assert ffn.read == 256 * 2048 + 60 * (2048 + 2048) + 50 * 1024 + scales + 6 * 256
+    assert ffn.bytes_read == 256 * 2048 + 60 * (2048 + 2048) + 50 * 1024 + scales + 6 * 256
 
 
 # -- odd input -------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class PlainFFN(_Plain):
         return 0
 
     @property
-    def read(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes of weights that a token reads."""
         return 6 * self.size * self.width
 
@@ -100,7 +100,7 @@ class KeptFFN(_Plain):
         return self.down.nbytes
 
     @property
-    def read(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes of weights that a token reads."""
         return 6 * len(self.rows) * self.width
 
@@ -141,7 +141,7 @@ class CodedFFN:
         return self.codes.nbytes
 
     @property
-    def read(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes of weights that a token reads."""
         return self.codes.nbytes
 
@@ -197,7 +197,7 @@ class GradedFFN(CodedFFN):
         return self.codes.nbytes + 6 * self.size
 
     @property
-    def read(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes that a token reads."""
         held, row = self.codes, self.codes.first.shape[1] * COLUMNS
         rest = self._rest * row // 8

@@ -67,7 +67,7 @@ class GradedRows(MaskRows):
 
     @property
     def rows_read(self) -> tuple[float, ...]:
-        return (self.kernel.read / (6 * self.ffn.width),) * 3  # as rows of 16 bits
+        return (self.kernel.bytes_read / (6 * self.ffn.width),) * 3  # as rows of 16 bits
 
     def select(self, mask: Tensor) -> int:
         return 0
