@@ -58,10 +58,8 @@ def layer(width: int, neurons: int, level: str | None) -> Runs:
         runs[f"coded {text}"] = coded, coded.bytes_read / dense.bytes_read
         if rounding == Rounding(4, 128):
             g, u, d = (product(m, None, torch.bfloat16) for m in matrices)
-            runs["torch int4pack"] = (
-                (lambda x, g=g, u=u, d=d: d(silu(g(x)) * u(x))),
-                coded.bytes_read / dense.bytes_read,
-            )  # type: ignore[misc]
+            packed: Any = lambda x, g=g, u=u, d=d: d(silu(g(x)) * u(x))  # noqa: E731
+            runs["torch int4pack"] = packed, coded.bytes_read / dense.bytes_read
         if rounding.bits in (6, 8):
             ffn = GradedFFN(*matrices, torch.rand(2, neurons) * 0.004, torch.rand(neurons), 1, 1, level=level)
             one = ffn.bytes_read
