@@ -128,7 +128,7 @@ def test_the_command_writes_all_it_says_and_the_table_can_be_used(saved_llama, t
     assert "is not a file" in run(
         "trace", *common, "--method", "dart:allocation=table:allocation.file=none.json", status=2
     )
-    assert "no known ending" in run("trace", *common, "--plot", "a.gif", status=2)
+    assert "an unknown ending" in run("trace", *common, "--plot", "a.gif", status=2)
     (tmp_path / "layers.json").write_text("{")
     assert "cannot be read" in run("trace", *common, *again, status=2)
     wide = ("--method", "dart-choice", "--save-allocation", "wide.json", "--output", "wide-trace.json")
