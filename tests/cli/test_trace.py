@@ -134,7 +134,7 @@ def test_the_command_writes_all_it_says_and_the_table_can_be_used(saved_llama, t
     wide = ("--method", "dart-choice", "--save-allocation", "wide.json", "--output", "wide-trace.json")
     assert "wider than the weights" in run("trace", *common, *wide, status=2)
     assert not (tmp_path / "wide-trace.json").exists()
-    assert "one name" in run("trace", *common, "--output", "a.png", status=2)
+    assert "the same name" in run("trace", *common, "--output", "a.png", status=2)
     assert "is a folder" in run("trace", *common, "--output", "folder", status=2)
     assert "no method" in run("bench", "overhead", "--method", ",", status=2)
     assert "leave one of them out" in run("trace", "w5 w6", *common, status=2)
