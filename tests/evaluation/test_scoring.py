@@ -59,7 +59,8 @@ def test_scores_equal_decoding_token_by_token(model, method, params):
         blocks = _score(model, session, requests, distances=True)
     remasks = 0
     for request, score in list(zip(requests, blocks, strict=True))[::2]:  # short answers and long, of every context
-        with open_session(model, method, **params) as session:
+        # By masks where a kernel rounds inputs to 15 bits.
+        with open_session(model, method, execution="masked" if method == "dart-plus" else "auto", **params) as session:
             logits = _step_by_step(model, session, request)
             logprobs = logits.log_softmax(-1)[range(len(logits)), request.continuation]
             assert score.logprob == pytest.approx(float(logprobs.sum()), abs=2e-5)

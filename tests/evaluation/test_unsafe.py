@@ -67,7 +67,7 @@ def test_a_task_that_runs_generated_code_is_refused_by_name_before_anything_of_i
     monkeypatch.setattr("dart_eval.sweep.jobs.resolve", lambda spec: None)
     done = command("run", "--tasks", task, "--data-dir", data, "--model", "m")
     assert done.code == 2
-    assert f"error: task {task} runs code that the model writes; give --confirm-run-unsafe-code" in done.err
+    assert f"error: task {task} runs code that the model writes; add --confirm-run-unsafe-code" in done.err
     assert not marker.exists()
 
 

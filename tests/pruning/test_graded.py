@@ -55,6 +55,12 @@ def test_what_a_token_reads_is_the_label(model):
     assert bytes_read / everything == pytest.approx(0.3 * 256 / 130, rel=0.1)
 
 
+def test_without_sparsity_it_is_dense(model):
+    dense = model.generate(PROMPT, max_new_tokens=6, do_sample=False)
+    with prune(model, "dart-plus", 0.0):
+        assert torch.equal(model.generate(PROMPT, max_new_tokens=6, do_sample=False), dense)
+
+
 def test_a_batch_runs_by_masks(model):
     with prune(model, "dart-plus", 0.7) as run:
         model.generate(PROMPT.repeat(2, 1), max_new_tokens=2, do_sample=False)

@@ -80,3 +80,8 @@ class GradedRows(MaskRows):
 
     def end(self) -> None:
         self._block.put_back()
+
+
+def rows_of(ffn: FFN, choice: DartPlus) -> MaskRows:
+    """Return what runs a choice on an FFN; at sparsity 0 no weights are served as codes, and all are multiplied."""
+    return MaskRows(ffn) if any(coded(m) is None for m in ffn.projections) else GradedRows(ffn, choice)
