@@ -33,7 +33,7 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], MaskRows] |
     """
     choice = method.choice
     if isinstance(choice, DartPlus):
-        return None if ungraded(method, ffns) else functools.partial(graded.rows_of, choice=choice)
+        return None if unlike_plain(ffns) or ungraded(method, ffns) else functools.partial(graded.rows_of, choice=choice)
     possible = (
         choice.gathers
         and not method.mask.remask.dense_tokens
