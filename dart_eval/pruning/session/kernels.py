@@ -33,7 +33,8 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], MaskRows] |
     """
     choice = method.choice
     if isinstance(choice, DartPlus):
-        return None if unlike_plain(ffns) or ungraded(method, ffns) else functools.partial(graded.rows_of, choice=choice)
+        possible = not unlike_plain(ffns) and not ungraded(method, ffns)
+        return functools.partial(graded.rows_of, choice=choice) if possible else None
     possible = (
         choice.gathers
         and not method.mask.remask.dense_tokens
