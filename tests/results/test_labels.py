@@ -63,7 +63,7 @@ def test_data_keeps_method_and_parameters_beside_the_label(out):
 def test_the_report_says_it_on_its_board_in_its_legends_and_its_tables(out):
     html = build(Store(out)).html.replace("<wbr>", "")
     assert f'<th scope="row">{UNIFORM}</th>' in html
-    assert f"</span> {UNIFORM}</li>" in html
+    assert f"</svg> {UNIFORM}</label>" in html  # the legend, by which one filters
     assert html.count(f">{UNIFORM}</t") == 5  # the board, how far it goes, and three long tables
 
 
