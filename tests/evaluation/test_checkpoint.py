@@ -246,9 +246,7 @@ def test_a_tokenizer_without_an_end_writes_no_texts(tokenizer):
     )
     lm = PrunedLM(tiny("llama"), endless)
     lm.begin(DenseSession(), {})
-    with pytest.raises(
-        UserError, match="the tokenizer has no EOS token to end a text; add one to tokenizer_config"
-    ):
+    with pytest.raises(UserError, match="the tokenizer has no EOS token to end a text; add one to tokenizer_config"):
         lm.generate_until([TextRequest("w5 w6", 0)])
 
 
