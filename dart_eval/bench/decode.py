@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from dart_eval.bench.dense_copy import by_kernel, own_bytes, stream_rate, twin
+from dart_eval.kernels.mask_rows import multiplied
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
@@ -294,14 +295,8 @@ class Bench:
         if name == "bare" and run is not None:
             with run.paused(), run.executing.held():
                 return self.step(self.model, token, cache)[0]
-        full = self.full if name == "kernel" and self.full else []
-        for rows in full:
-            rows.begin()
-        try:
+        with multiplied(self.full if name == "kernel" and self.full else ()):
             return self.step(self.dense, token, cache)[0]
-        finally:
-            for rows in full:
-                rows.end()
 
     def _dense(self) -> float:
         return self.timed(lambda: self.dense(input_ids=self.tokens(1), logits_to_keep=1))[0]

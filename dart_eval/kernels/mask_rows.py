@@ -7,7 +7,8 @@ are never written to, so only the module's references must be restored. A new ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +180,18 @@ class MaskRows:
             self._forwards[module].put_back()
         for slot in self._slots:
             slot.put(slot.own)
+
+
+@contextmanager
+def multiplied(ffns: Sequence[MaskRows]) -> Iterator[None]:
+    """Let forwards inside multiply these rows."""
+    for rows in ffns:
+        rows.begin()
+    try:
+        yield
+    finally:
+        for rows in ffns:
+            rows.end()
 
 
 def unlike_plain(ffns: Sequence[FFN]) -> str | None:

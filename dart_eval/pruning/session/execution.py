@@ -8,14 +8,14 @@ Outside of decoding forwards the projections have their own weights.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dart_eval.kernels.mask_rows import MaskRows, unlike_plain
+from dart_eval.kernels.mask_rows import MaskRows, multiplied, unlike_plain
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.inputs.attached import SwappedWeights
 from dart_eval.pruning.method import Pruner
@@ -52,7 +52,7 @@ class Execution:
         self.swapped: SwappedWeights | None = None  # set by the session
         self.sliced: list[Tensor | None] | None = None
         self._runs = False  # whether projections accept the number of neurons in the mask
-        self._gatherer: Callable[[FFN], MaskRows] | None = None  # makes what reads only a token's choice
+        self._gatherer: kernels.Gatherer | None = None  # makes what reads only a token's choice
         self.wanted = self._possible(wanted)
 
     @property
@@ -75,7 +75,7 @@ class Execution:
         if wanted == "masked" or not self.method.prunes:
             return wanted
         self._gatherer = kernels.gatherer(self.method, self.ffns)
-        if part := kernels.without_kernel(self.method, self.ffns):
+        if part := kernels.without_kernel(self.method, self._gatherer):
             if wanted == "copied":
                 raise UserError(f"{part.title} has no kernels yet", "use execution='masked'")
             return "masked"
@@ -145,13 +145,6 @@ class Execution:
         self.widen()
         self.copies = None
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Let forwards inside multiply the copies."""
-        for rows in self.copies or ():
-            rows.begin()
-        try:
-            yield
-        finally:
-            for rows in self.copies or ():
-                rows.end()
+        return multiplied(self.copies or ())

@@ -16,17 +16,23 @@ from dart_eval.pruning.choices.preview import Previewing
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 
+Gatherer = Callable[[FFN], MaskRows]
 
-def without_kernel(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
-    """Return the part of a method that has no kernel, so that the method runs by masks; None if all parts have one."""
+
+def without_kernel(method: Pruner, gather: Gatherer | None) -> Part | None:
+    """Return the part of a method that has no kernel, so that the method runs by masks; None if all parts have one.
+
+    Args:
+        gather: as `gatherer` returns it.
+    """
     if method.compensation.fills:  # neurons that a token leaves out are still multiplied
         return method.compensation
     if method.other is not None:
         return method.other
-    return method.choice if method.choice.previews and gatherer(method, ffns) is None else None
+    return method.choice if method.choice.previews and gather is None else None
 
 
-def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], MaskRows] | None:
+def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Gatherer | None:
     """Return the class that reads only what a token chooses: for gated FFNs, on a CPU or by Triton's kernels; or None.
 
     With a preview, every token must choose the same number among all neurons.
@@ -61,11 +67,12 @@ def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     """Return why one sequence decodes no faster under a pruning method; None if it can be faster."""
     if reason := unlike_plain(ffns):
         return reason
-    if part := without_kernel(method, ffns):
+    gather = gatherer(method, ffns)
+    if part := without_kernel(method, gather):
         if isinstance(part, DartPlus) and (why := ungraded(method, ffns)):
             return why
         how = f" with {part.image.title}" if isinstance(part, Previewing) else ""
         return f"{part.title}{how} has no kernel"
-    if method.mask.holds_all and gatherer(method, ffns) is None:
+    if method.mask.holds_all and gather is None:
         return f"no kernel reads only the rows that {method.choice.title} chooses"
     return None
