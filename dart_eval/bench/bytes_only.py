@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dart_eval.bench import packed
 from dart_eval.bench.decode import Bench, check_timeable, row
 from dart_eval.bench.packed import RoundedSpeed
+from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning import compatibility
@@ -87,6 +88,11 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
     return None
 
 
+def untimed(ffns: Sequence[FFN], method: Pruner, sparsity: float) -> str | None:
+    """Return why no kernel turns the bytes that a method leaves out at this sparsity into time, or None."""
+    return lacking(method.at(1 - sparsity, served_bits(ffns)), ffns)
+
+
 @torch.no_grad()
 def measure(
     model: PreTrainedModel, method: Pruner, sparsity: float, *, tokenizer: Any = None, prompt_tokens: int = 128,
@@ -107,7 +113,7 @@ def measure(
     check_timeable(method)
     ffns = find_ffns(model)
     if rounding is None:
-        why = lacking(method.at(1 - sparsity, served_bits(ffns)), ffns) or "it was run by masks"
+        why = untimed(ffns, method, sparsity) or "it was run by masks"
     else:
         why = packed.lacking(model, rounding) or ALL_WEIGHTS
     shape, bench = shape_of(model, ffns), Bench(model, model, seed)

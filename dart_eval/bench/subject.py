@@ -18,12 +18,10 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.models import shapes
 from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.session.kernels import lacking
 from dart_eval.results.speeds import Speed
 from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import served_bits
 
 # Fields that a stored speed has by itself.
 FIELDS = ("method", "sparsity", "weights_read", "read", "bits", "speedup", "control", "ceiling")
@@ -80,8 +78,7 @@ class Subject:
 
     def timed(self, method: Pruner, sparsity: float) -> bool:
         """Whether a kernel turns the bytes that a method leaves out into time."""
-        ffns = find_ffns(self.model)
-        return lacking(method.at(1 - sparsity, served_bits(ffns)), ffns) is None
+        return bytes_only.untimed(find_ffns(self.model), method, sparsity) is None
 
     def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
         """Time one method (`decode.measure`), or count its reads if there is nothing to time."""
