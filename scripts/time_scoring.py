@@ -354,7 +354,11 @@ def dense_table(results: Sequence[TaskSpeed], model: str) -> Table:
             ])  # fmt: skip
         needed = [str(f.needed.tokens), str(f.needed.logits)]
         body.append([f.task, "limit", f"{statistics.median(f.limit_seconds):.2f}", "", *needed, *[""] * 3])
-    counts = "; ".join(f"{f.task}: {f.items} items, {f.requests} answers" for f in results)
+    counts = "; ".join(
+        f"{f.task}: {f.items} items, {f.requests} answers"
+        + ("" if f.foreign_cores is None else f", other processes kept {f.foreign_cores:.1f} cores busy")
+        for f in results
+    )
     note = (
         f"Batch size {results[0].batch_size}, medians of {len(results[0].limit_seconds)} rounds. speed-up: HFLM's "
         "seconds / the scorer's. same: every document has HFLM's accuracies. apart: largest difference of a "
