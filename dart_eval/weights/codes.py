@@ -53,8 +53,8 @@ class Packed:
     def decoded(self, dtype: torch.dtype, first: int | None = None) -> Tensor:
         """Return [out, in], the values of the codes or of their first bits.
 
-        Four first bits and more stand for a line (`line`), fewer for the mean of the matrix's codes that begin so. In
-        a trial of 160 tokens of four texts dart-plus was as near to dense with either at 30 % of the bytes (KL .023), and
+        Four first bits and more stand for a line (`line`), fewer for the mean of the matrix's codes that begin so. In a
+        trial of 160 tokens of four texts dart-plus was as near to dense with either at 30 % of the bytes (KL .023), and
         at 22 % nearer with the mean (.107 and .113, a difference of .006 +- .004).
 
         Args:
