@@ -1,5 +1,6 @@
 """How tests run: their environment, markers and order. The fixtures are in `fixtures.py`."""
 
+import gc
 import os
 
 from hypothesis import settings
@@ -21,8 +22,10 @@ SURFACE = (
     "tests/cli/", *(f"tests/evaluation/test_{name}" for name in (
         "adapters", "checkpoint", "finite", "gguf", "local_data", "quantised_checkpoints", "thinking", "unsafe",
     )), *(f"tests/results/test_{name}" for name in (
-        "check_command", "cut", "files", "forged", "generated_tables", "labels", "paper", "report", "same_name", "text",
-    )), *(f"tests/executors/test_{name}" for name in ("deleted", "resume", "run")), "tests/matrix/test_run",
+        "check_command", "cut", "files", "forged", "generated_tables", "labels", "lengths", "paper", "report",
+        "same_name", "text",
+    )), *(f"tests/executors/test_{name}" for name in ("deleted", "driver", "resume", "run", "sizing")),
+    "tests/matrix/test_run", "tests/mutation/",
 )  # fmt: skip
 
 
@@ -50,3 +53,9 @@ def pytest_configure(config):
     # Who only hands tests to workers does without torch and all else that fixtures import: it starts at once.
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("tests.fixtures")
+
+
+def pytest_collection_finish():
+    # What imports and collection made stays to the end: walking through it at each collection of garbage takes a tenth.
+    gc.collect()
+    gc.freeze()

@@ -160,8 +160,9 @@ def form_of(module: nn.Module) -> Form | None:
 
 
 def _fits(module: nn.Module, form: Form) -> bool:
-    matrices = [get(module, path) for path in (*form.inputs, form.down)]
     dims = 3 if form.experts is None else 2
-    if not all(isinstance(m, nn.Parameter) and m.dim() == dims for m in matrices):
-        return False
+    for path in (*form.inputs, form.down):
+        matrix = get(module, path)
+        if not isinstance(matrix, nn.Parameter) or matrix.dim() != dims:
+            return False
     return all(get(module, path) is not None for path in (*form.marks, form.act, form.count))

@@ -102,7 +102,7 @@ def prune(
         method, mask=mask, score=score, remask=remask, choice=choice, allocation=allocation,
         compensation=compensation, entries=entries, routing=routing,
     )  # fmt: skip
-    if not isinstance(calibration, Calibration):
+    if calibration is None or isinstance(calibration, str | Path):
         calibration = TextCalibration(model, tokenizer, calibration)
     session = Session(model, method, sparsity, calibration, execution, shared_mask)
     try:

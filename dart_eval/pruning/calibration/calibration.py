@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ DEFAULT_TEXT = Path(__file__).parents[2] / "data" / "calibration.txt"
 SEGMENT = 512  # tokens per forward, as far as the model has positions: enough for context, not too many for memory
 
 
-@runtime_checkable
 class Calibration(Protocol):
     """The statistics that a method may use before any prompt."""
 
