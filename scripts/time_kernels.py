@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, linear, silu
+from torch.nn.functional import linear, silu
 
 from dart_eval.kernels.cpu import packing
-from dart_eval.kernels.cpu.ffns import CodedFFN, GradedFFN, KeptFFN, PlainFFN
+from dart_eval.kernels.cpu.ffns import CodedFFN, GradedFFN
+from dart_eval.kernels.cpu.rows import RowsProduct
 from dart_eval.kernels.products import product
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.codes import Packed
@@ -39,36 +40,33 @@ def layer(width: int, neurons: int, level: str | None) -> Runs:
     held = packing.empty((neurons, width), (neurons, width), (width, neurons), dtype=torch.bfloat16)
     gate, up, down = (w.copy_(torch.randn(w.shape) * 0.02) for w in held)
     kept = int(READ * neurons)
-    rows, start, own = torch.arange(kept), torch.zeros(1, dtype=torch.long), KeptFFN(gate, up, down, level=level)
-    own.keep(torch.randperm(neurons)[:kept])
-    narrow, by_neuron = down[:, :kept].contiguous(), own.down[:, :width]
-    dense = PlainFFN(gate, up, down, level=level)
+    narrow, whole = down[:, :kept].contiguous(), 6 * neurons * width
+
+    def ours(*matrices: Tensor) -> Callable[[Tensor], Tensor]:
+        g, u, d = (RowsProduct(m, None, level) for m in matrices)
+        return lambda x: d(silu(g(x)) * u(x))
+
     runs: Runs = {
         "torch": (lambda x: linear(silu(linear(x, gate)) * linear(x, up), down), 1),
-        "plain": (dense, 1),
-        "torch, kept": (lambda x: linear(silu(linear(x, gate[:kept])) * linear(x, up[:kept]), narrow), READ),
-        "torch, kept, down by neuron": (
-            lambda x: embedding_bag(rows, by_neuron, start, mode="sum",
-                                    per_sample_weights=(silu(linear(x, gate[:kept])) * linear(x, up[:kept]))[0]), READ),
-        "kept, scattered": (own, READ),
-    }  # fmt: skip
+        "dense": (ours(gate, up, down), 1),
+        "torch, one mask": (lambda x: linear(silu(linear(x, gate[:kept])) * linear(x, up[:kept]), narrow), READ),
+        "one mask": (ours(gate[:kept], up[:kept], narrow), READ),
+    }
     for text, rounding in ((f"{b}:{g or 'row'}", Rounding(b, g)) for b in (4, 5, 6, 8) for g in (128, 0)):
         matrices = codes(neurons, width, rounding), codes(neurons, width, rounding), codes(width, neurons, rounding)
         coded = CodedFFN(*matrices, level=level)
-        runs[f"coded {text}"] = coded, coded.bytes_read / dense.bytes_read
+        runs[f"coded {text}"] = coded, coded.bytes_read / whole
         if rounding == Rounding(4, 128):
             g, u, d = (product(m, None, torch.bfloat16) for m in matrices)
             packed: Any = lambda x, g=g, u=u, d=d: d(silu(g(x)) * u(x))  # noqa: E731
-            runs["torch int4pack"] = packed, coded.bytes_read / dense.bytes_read
+            runs["torch int4pack"] = packed, coded.bytes_read / whole
         if rounding.bits in (6, 8):
             ffn = GradedFFN(*matrices, torch.rand(2, neurons) * 0.004, torch.rand(neurons), 1, 1, level=level)
             one = ffn.bytes_read
             ffn.grade(0, 0)
-            count = int(
-                (READ * dense.bytes_read - ffn.bytes_read) / (one - ffn.bytes_read)
-            )  # as many exactly as coarsely
+            count = int((READ * whole - ffn.bytes_read) / (one - ffn.bytes_read))  # as many exactly as coarsely
             ffn.grade(count, count)
-            runs[f"dart-plus {text}"] = ffn, ffn.bytes_read / dense.bytes_read
+            runs[f"dart-plus {text}"] = ffn, ffn.bytes_read / whole
     return runs
 
 
@@ -80,18 +78,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="begins of names, by commas")
     given = parser.parse_args()
     layers = [layer(given.width, given.neurons, given.level) for _ in range(2)]
-    names = [n for n in layers[0] if n in ("torch", "plain") or n.startswith(tuple(given.only.split(",")))]
+    names = [n for n in layers[0] if n in ("torch", "dense") or n.startswith(tuple(given.only.split(",")))]
     x, times = torch.randn(1, given.width).bfloat16(), {name: np.zeros(given.rounds) for name in names}
     for turn in range(-1, given.rounds):
         for i, name in enumerate(names[turn % len(names) :] + names[: turn % len(names)]):
             begin = time.thread_time()
             layers[(turn + i) % 2][name][0](x)
             times[name][turn] = time.thread_time() - begin
-    print("| what | read | ms | GB/s | x torch | x plain |\n|---|---|---|---|---|---|")
+    print("| what | read | ms | GB/s | x torch | x dense |\n|---|---|---|---|---|---|")
     for name in names:
         share, ms = layers[0][name][1], 1e3 * float(np.median(times[name]))
         speed = share * 6 * given.width * given.neurons / ms / 1e6
-        three = [np.percentile(times[of] / times[name], (50, 25, 75)) for of in ("torch", "plain")]
+        three = [np.percentile(times[of] / times[name], (50, 25, 75)) for of in ("torch", "dense")]
         gains = " | ".join("{:.2f} [{:.2f}, {:.2f}]".format(*of) for of in three)
         print(f"| {name} | {share:.3f} | {ms:.2f} | {speed:.1f} | {gains} |")
 

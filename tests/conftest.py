@@ -59,3 +59,7 @@ def pytest_collection_finish():
     # What imports and collection made stays to the end: walking through it at each collection of garbage takes a tenth.
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries look at the end for what was not freed

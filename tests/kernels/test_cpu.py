@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import gelu, linear, relu, silu
 
 from dart_eval.kernels.cpu import build, library
-from dart_eval.kernels.cpu.ffns import CodedFFN, GradedFFN, KeptFFN, PlainFFN
+from dart_eval.kernels.cpu.ffns import CodedFFN, GradedFFN
 from dart_eval.kernels.cpu.packing import lacking
+from dart_eval.kernels.cpu.rows import RowsProduct
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.pruning.choices.choice import Token
 from dart_eval.pruning.choices.dart_plus import DartPlus
@@ -102,27 +103,28 @@ SHAPES = {
 
 
 @settings(max_examples=40, deadline=None)
-@given(**SHAPES)
-def test_plain_weights_give_what_torch_gives(level, width, neurons, seed, kind, act):
-    weights, x = matrices(width, neurons, seed, kind), token(width, seed, kind)
-    ffn = PlainFFN(*weights, act, level)
-    assert (
-        apart(ffn(x), dense(x, *weights, act), size(x, *weights)) < HALF
-        and ffn.nbytes == 0
-        and ffn.bytes_read == 6 * width * neurons
-    )
+@given(
+    width=SHAPES["width"], rows=SHAPES["neurons"], seed=SHAPES["seed"], kind=SHAPES["kind"], biased=st.booleans(),
+    threads=st.integers(1, 3),
+)  # fmt: skip
+def test_rows_are_multiplied_as_by_torch(level, width, rows, seed, kind, biased, threads):
+    weight, x = matrices(width, rows, seed, kind)[0], token(width, seed, kind).bfloat16()
+    bias = torch.randn(rows).bfloat16() if biased else None
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = RowsProduct(weight, bias, level)(x[None])
+    finally:
+        torch.set_num_threads(before)
+    expected = linear(x.double(), weight.double(), bias if bias is None else bias.double())
+    assert apart(found[0], expected, (weight.double() * x.double()).norm()) < HALF
 
 
-@settings(max_examples=40, deadline=None)
-@given(**SHAPES, share=st.floats(0, 1))
-def test_kept_rows_are_those_of_a_smaller_ffn(level, width, neurons, seed, kind, act, share):
-    gate, up, down = matrices(width, neurons, seed, kind)
-    x, rows = token(width, seed, kind), torch.randperm(neurons)[: int(share * neurons)]
-    ffn = KeptFFN(gate, up, down, act, level)
-    ffn.keep(rows)
-    kept = gate[rows], up[rows], down[:, rows]
-    assert apart(ffn(x), dense(x, *kept, act), size(x, *kept)) < CLOSE
-    assert ffn.bytes_read == 6 * width * len(rows)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_times_what_is_no_number_is_none(level, bad):
+    x = token(150).bfloat16()
+    x[0, 77] = bad
+    assert not RowsProduct(matrices(150, 90)[0], None, level)(x).isfinite().any()
 
 
 @settings(max_examples=60, deadline=None)
@@ -289,10 +291,7 @@ def test_bytes_are_those_of_the_format(level):
 
 
 def every(level, width=150, neurons=90):
-    weights = matrices(width, neurons)
-    packed = coded(*weights, Rounding(8, 128))
-    yield PlainFFN(*weights, level=level)
-    yield KeptFFN(*weights, level=level)
+    packed = coded(*matrices(width, neurons), Rounding(8, 128))
     yield CodedFFN(*packed, level=level)
     yield graded(packed, 30, 30, "silu", level)[0]
 
@@ -375,22 +374,11 @@ def test_a_forked_child_has_threads_of_its_own(level):
 
 def test_other_weights_and_tokens_are_refused(level):
     gate, up, down = matrices(64, 40)
-    for wrong in (
-        (gate.float(), up, down),
-        (gate, up[:, :32], down),
-        (gate, up.T.contiguous().T, down),
-        (gate, up, gate),
-    ):
-        with pytest.raises(ValueError, match=r"is no bfloat16|not contiguous"):
-            PlainFFN(*wrong, level=level)
-    ffn = KeptFFN(gate, up, down, level=level)
-    for rows in ([-1], [40]):
-        with pytest.raises(ValueError, match="of 40"):
-            ffn.keep(torch.tensor(rows))
+    packed = coded(gate, up, down, Rounding(8, 128))
+    ffn = CodedFFN(*packed, level=level)
     for x in (torch.zeros(2, 64), torch.zeros(1, 63), torch.zeros(64)):
         with pytest.raises(ValueError, match="one token of width 64"):
             ffn(x)
-    packed = coded(gate, up, down, Rounding(8, 128))
     with pytest.raises(ValueError, match="read at once"):
         GradedFFN(*coded(gate, up, down, Rounding(4, 128)), torch.zeros(2, 40), torch.zeros(40), 1, 1, level=level)
     for taken, others in ((41, 0), (30, 20), (-1, 2)):

@@ -14,99 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dart_eval.kernels.cpu import build
-from dart_eval.kernels.cpu.library import ACTS, Coded, Plain, call
-from dart_eval.kernels.cpu.packing import COLUMNS, FIRST, Codes, empty, pack
+from dart_eval.kernels.cpu.library import ACTS, Coded, call
+from dart_eval.kernels.cpu.packing import COLUMNS, FIRST, Codes, pack
 from dart_eval.weights.codes import Packed
-
-
-class _Plain:
-    """Base of FFNs of bfloat16 weights; gate and up are read where they are.
-
-    Args:
-        gate, up: [F, D] bfloat16, rows contiguous. act: one of `ACTS`. level: as of `build.level`.
-    """
-
-    def __init__(self, gate: Tensor, up: Tensor, act: str, level: str | None) -> None:
-        for matrix in (gate, up):
-            _check(matrix, gate.shape)
-        self.gate, self.up = gate, up
-        self.size, self.width = gate.shape
-        self._level = build.level(level)
-        self._job: Any = Plain(self.size, self.width, ACTS.index(act), -1, gate.data_ptr(), up.data_ptr())
-        wide, tall = -(-self.width // 64) * 64, -(-self.size // 64) * 64
-        self._scratch = wide + tall, wide
-
-
-class PlainFFN(_Plain):
-    """An FFN of bfloat16 weights, all of which are read: the yardstick for all others.
-
-    Args:
-        gate, up: [F, D] bfloat16, rows contiguous. down: [D, F], the same. act: one of `ACTS`.
-        level: `avx2`, `avx512`, or None for the best that there is.
-    """
-
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, act: str = "silu", level: str | None = None) -> None:
-        super().__init__(gate, up, act, level)
-        _check(down, (self.width, self.size))
-        self.down = down
-        self._job.down = down.data_ptr()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes beside the model's own."""
-        return 0
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights that a token reads."""
-        return 6 * self.size * self.width
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[1, D] -> [1, D]."""
-        return call("plain_ffn", self._job, x, *self._scratch, self._level)
-
-
-class KeptFFN(_Plain):
-    """Some neurons of an FFN of bfloat16 weights: rows of gate and up, and rows of down by neuron, are read in place.
-
-    Args:
-        gate, up: [F, D] bfloat16, rows contiguous. down: [D, F], of which a copy by neuron is made.
-        act, level: as of `PlainFFN`.
-
-    Attributes:
-        rows: [K] long, the kept neurons, ascending; all until `keep`.
-    """
-
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, act: str = "silu", level: str | None = None) -> None:
-        super().__init__(gate, up, act, level)
-        _check(down, (self.width, self.size), contiguous=False)
-        (self.down,) = empty((self.size, -(-self.width // 64) * 64), dtype=torch.bfloat16)
-        self.down[:, self.width :] = 0
-        self.down[:, : self.width] = down.t()
-        self._job.down = self.down.data_ptr()
-        self.keep(torch.arange(self.size))
-
-    def keep(self, rows: Tensor) -> None:
-        """Read these neurons from here on. rows: [K] long, each at most once."""
-        rows = rows.to(torch.int64).sort().values.contiguous()
-        if len(rows) and (int(rows[0]) < 0 or int(rows[-1]) >= self.size):
-            raise ValueError(f"neurons {int(rows[0])} to {int(rows[-1])} of {self.size}")
-        self.rows = rows
-        self._job.rows, self._job.count = rows.data_ptr(), len(rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes beside the model's own."""
-        return self.down.nbytes
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights that a token reads."""
-        return 6 * len(self.rows) * self.width
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[1, D] -> [1, D]."""
-        return call("plain_ffn", self._job, x, *self._scratch, self._level)
 
 
 class CodedFFN:
@@ -114,7 +24,7 @@ class CodedFFN:
 
     Args:
         gate, up: [F, D]. down: [D, F]. All of as many bits, with a scale for 128 neighbours or for a row.
-        act, level: as of `PlainFFN`.
+        act: one of `ACTS`. level: `avx2`, `avx512`, or None for the best that there is.
     """
 
     turns = 16
@@ -208,10 +118,3 @@ class GradedFFN(CodedFFN):
     def chosen(self) -> tuple[Tensor, Tensor]:
         """[taken] and [coarse], the neurons of the last token: read exactly, and writing as they were seen."""
         return self._chosen[0, : self.taken], self._chosen[1, : self.coarse]
-
-
-def _check(matrix: Tensor, shape: Sequence[int], contiguous: bool = True) -> None:
-    if matrix.dtype != torch.bfloat16 or matrix.device.type != "cpu" or tuple(matrix.shape) != tuple(shape):
-        raise ValueError(f"{matrix.dtype} {tuple(matrix.shape)} on {matrix.device} is no bfloat16 {tuple(shape)}")
-    if contiguous and not matrix.is_contiguous():
-        raise ValueError("rows of a matrix are not contiguous")

@@ -1,7 +1,7 @@
 // One token through a gated FFN, h = act(gate x) * (up x), out = down h, at the speed of memory.
 //
-// Two kinds of weights. *Plain* ones are bfloat16 as the model holds them. *Coded* ones are whole numbers of 4, 5, 6 or 8
-// bits with a scale (fp16) for 128 neighbours in a row, or for a row. A number lies in two places: its first 4 bits, and
+// Two kinds of weights. Rows of bfloat16 are multiplied as the model holds them. *Coded* ones are whole numbers of 4, 5, 6
+// or 8 bits with a scale (fp16) for 128 neighbours in a row, or for a row. A number lies in two places: its first 4 bits, and
 // the `rest`. So the first bits alone can be read, and the others add to them: code = 2^rest * first + next - half.
 //
 // What decides is that bytes are read in the order in which they lie. Columns come in chunks of 128:
@@ -30,14 +30,6 @@ typedef struct {  // rows of bfloat16 times one vector; fields as in library.Row
     uint16_t *out;                       // [rows]
     int32_t rows, width;
 } Rows;
-
-typedef struct {  // plain weights; fields as in library.Plain
-    int32_t neurons, width, act, count;  // F, D, see `activate`, and chosen neurons (-1: all)
-    const uint16_t *gate, *up, *down;    // [F, D] both; [D, F], or of chosen ones by neuron: [F, D to a multiple of 64]
-    const int64_t *rows;                 // [count], ascending
-    const float *x;                      // [D]
-    float *out, *scratch;                // [D]; [D and F to multiples of 64, and the former once for each thread]
-} Plain;
 
 typedef struct {  // coded weights; fields as in library.Coded
     int32_t neurons, padded, width, chunks;  // F, F to a multiple of 16, D, ceil(D / 128)
@@ -106,14 +98,12 @@ EXPORT int cpu_level(void) {
 
 // level: as of cpu_level. threads: those that share the work
 EXPORT void rows_product(const Rows *job, int level, int threads) { run(level == 2 ? rows_512 : rows_256, job, threads); }
-EXPORT void plain_ffn(const Plain *job, int level, int threads) { run(level == 2 ? plain_512 : plain_256, job, threads); }
 EXPORT void coded_ffn(const Coded *job, int level, int threads) { run(level == 2 ? coded_512 : coded_256, job, threads); }
 
 #else  // -- the kernels, once for each WIDE --------------------------------------------------------------------------
 #include "vectors.h"
 
-// -- plain weights: a register of bfloat16 is LANES even columns, shifted up, and LANES odd ones ----------------------
-DEF(int, place)(int d) { return d / (2 * LANES) * (2 * LANES) + d % 2 * LANES + d % (2 * LANES) / 2; }
+// -- rows of bfloat16: a register of these is LANES even columns, shifted up, and LANES odd ones ----------------------
 DEF(Floats, even)(Ints v) { return AS_FLOATS(F(slli_epi32)(v, 16)); }
 DEF(Floats, odd)(Ints v) { return AS_FLOATS(AND(v, F(set1_epi32)((int)0xffff0000))); }
 DEF(float, all)(const Floats *s) { return FN(sum)(F(add_ps)(F(add_ps)(s[0], s[2]), F(add_ps)(s[1], s[3]))); }
@@ -122,34 +112,11 @@ DEF(Ints, last)(const uint16_t *w, int left) {  // the end of a row, behind whic
     memcpy(whole, w, 2 * (size_t)(left < 2 * LANES ? left : 2 * LANES));
     return LOAD(whole);
 }
-DEF(void, times_x)(Ints w, const float *x, Floats *s) {
-    s[0] = F(fmadd_ps)(FN(even)(w), F(loadu_ps)(x), s[0]);
-    s[1] = F(fmadd_ps)(FN(odd)(w), F(loadu_ps)(x + LANES), s[1]);
-}
 DEF(void, times_h)(Ints w, Ints h, Floats *s) {
     s[0] = F(fmadd_ps)(FN(even)(w), FN(even)(h), s[0]);
     s[1] = F(fmadd_ps)(FN(odd)(w), FN(odd)(h), s[1]);
 }
 
-// gate . x and up . x. x: in places, zeros behind it. next: rows of the same length that are fetched meanwhile; or NULL
-DEF(void, both)(const uint16_t *gate, const uint16_t *up, const float *x, int n, const uint16_t *const *next, float *g, float *u) {
-    Floats s[8];
-    int d = 0;
-    for (int i = 0; i < 8; i++) s[i] = F(setzero_ps)();
-    for (; d + 4 * LANES <= n; d += 4 * LANES) {
-        for (int i = 0; next && i < 3 * (1 + WIDE); i++) PREFETCH(next[i % 3] + d + i / 3 * 32);
-        for (int i = 0; i < 2; i++) {
-            FN(times_x)(LOAD(gate + d + 2 * LANES * i), x + d + 2 * LANES * i, s + 2 * i);
-            FN(times_x)(LOAD(up + d + 2 * LANES * i), x + d + 2 * LANES * i, s + 4 + 2 * i);
-        }
-    }
-    for (; d < n; d += 2 * LANES) {
-        FN(times_x)(FN(last)(gate + d, n - d), x + d, s);
-        FN(times_x)(FN(last)(up + d, n - d), x + d, s + 4);
-    }
-    *g = FN(all)(s);
-    *u = FN(all)(s + 4);
-}
 // w . h, both in bfloat16: of as many neurons as models have, fp32 numbers would not fit into the first cache
 DEF(float, dot)(const uint16_t *w, const uint16_t *h, int n) {
     Floats s[4] = {F(setzero_ps)(), F(setzero_ps)(), F(setzero_ps)(), F(setzero_ps)()};
@@ -166,56 +133,6 @@ HAS static void FN(rows)(const void *of, int me, int all) {
     for (int r = PART(L->rows, me, all); r < PART(L->rows, me + 1, all); r++) {
         float sum = FN(dot)(L->weight + (size_t)r * (size_t)L->width, L->x, L->width);
         L->out[r] = rounded(L->bias ? sum + from_bits((uint32_t)L->bias[r] << 16) : sum);
-    }
-}
-DEF(void, add_rows)(const uint16_t *const *rows, const float *h, int wide, float *out) {  // 8 rows
-    for (int d = 0; d < wide; d += 2 * LANES) {
-        Floats even = F(loadu_ps)(out + d), odd = F(loadu_ps)(out + d + LANES);
-        for (int i = 0; i < 8; i++) {
-            even = F(fmadd_ps)(FN(even)(LOAD(rows[i] + d)), F(set1_ps)(h[i]), even);
-            odd = F(fmadd_ps)(FN(odd)(LOAD(rows[i] + d)), F(set1_ps)(h[i]), odd);
-        }
-        F(storeu_ps)(out + d, even);
-        F(storeu_ps)(out + d + LANES, odd);
-    }
-}
-
-HAS static void FN(plain)(const void *of, int me, int all) {
-    const Plain *L = of;
-    int n = L->neurons, width = L->width, wide = (width + 63) / 64 * 64, tall = (n + 63) / 64 * 64;
-    int to = PART(L->count < 0 ? n : L->count, me + 1, all), begin = PART(width, me, all), end = PART(width, me + 1, all);
-    float *x = L->scratch, *parts = x + wide + tall, *part = parts + (size_t)me * wide, u;
-    uint16_t *h = (uint16_t *)(x + wide);
-    if (me == 0) {
-        memset(x, 0, (size_t)(wide + tall) * 4);
-        for (int d = 0; d < width; d++) x[FN(place)(d)] = L->x[d];
-    }
-    memset(part, 0, (size_t)wide * 4);
-    meet(all);
-    for (int r = PART(n, me, all); L->count < 0 && r < to; r++) {
-        float g;
-        FN(both)(L->gate + (size_t)r * width, L->up + (size_t)r * width, x, width, NULL, &g, &u);
-        h[r] = rounded(activate(L->act, g) * u);
-    }
-    for (int j = PART(L->count, me, all); L->count >= 0 && j < to; j += 8) {
-        const uint16_t *down[8];
-        float hs[8] = {0};
-        for (int i = 0; i < 8; i++) {
-            size_t r = (size_t)L->rows[j + i < to ? j + i : j], after = (size_t)L->rows[j + i + 1 < to ? j + i + 1 : j];
-            down[i] = L->down + r * wide;
-            if (j + i >= to) continue;
-            const uint16_t *next[3] = {L->gate + after * width, L->up + after * width, down[i]};
-            FN(both)(L->gate + r * width, L->up + r * width, x, width, next, hs + i, &u);
-            hs[i] = activate(L->act, hs[i]) * u;
-        }
-        FN(add_rows)(down, hs, wide, part);
-    }
-    meet(all);
-    for (int d = begin; d < end; d++) {
-        if (L->count < 0) { L->out[d] = FN(dot)(L->down + (size_t)d * n, h, n); continue; }
-        float s = 0;
-        for (int t = 0; t < all; t++) s += parts[(size_t)t * wide + FN(place)(d)];
-        L->out[d] = s;
     }
 }
 

@@ -25,15 +25,6 @@ class Rows(ctypes.Structure):
     )
 
 
-class Plain(ctypes.Structure):
-    """Plain weights."""
-
-    _fields_ = (
-        *((name, c_int32) for name in ("neurons", "width", "act", "count")),
-        *((name, c_void_p) for name in ("gate", "up", "down", "rows", "x", "out", "scratch")),
-    )
-
-
 class Coded(ctypes.Structure):
     """Coded weights."""
 
@@ -87,7 +78,7 @@ def functions() -> dict[str, Any]:
     """The kernels by name: each takes what it is handed, `build.level`, and the number of threads."""
     found = build.library()
     made = {}
-    for name, kind in (("rows_product", Rows), ("plain_ffn", Plain), ("coded_ffn", Coded)):
+    for name, kind in (("rows_product", Rows), ("coded_ffn", Coded)):
         function = getattr(found, name)
         function.argtypes, function.restype = [POINTER(kind), c_int, c_int], None
         made[name] = function

@@ -18,12 +18,13 @@ class RowsProduct:
     Args:
         weight: [rows, width]. It is read where it lies, so that new values in it count.
         bias: [rows], or None.
+        level: `avx2`, `avx512`, or None for the best that there is.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, level: str | None = None) -> None:
         self.weight, self.bias = weight, bias
         self._job = Rows(weight.data_ptr(), bias.data_ptr() if bias is not None else None, None, None, *weight.shape)
-        self._call, self._level, self._at = functions()["rows_product"], build.level(None), ctypes.byref(self._job)
+        self._call, self._level, self._at = functions()["rows_product"], build.level(level), ctypes.byref(self._job)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., rows]."""
