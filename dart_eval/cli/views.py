@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dart_eval.cli.options import ALL, BOARD, FRONTIER
+from dart_eval.cli.options import ALL, BOARD, FRONTIER, TIME
 from dart_eval.cli.view import say, show
 from dart_eval.results import board_text, detector, frame, frontier, generated, speeds, tables, writers
 from dart_eval.results.blocks import Board
@@ -63,6 +63,8 @@ class Shown:
             found += [*generated.tables(self.store, self.records), *detector.tables(self.store, self.records)]
         if view in (FRONTIER, ALL):
             found += frontier.tables(self.boards)
+        if view in (TIME, ALL):
+            found += frontier.by_time(self.boards)
         return found
 
 
@@ -93,8 +95,8 @@ def as_data(shown: Shown, form: str) -> str:
     return writers.data_text(frame.lines(shown.store, shown.records, shown.subtasks), form)
 
 
-def draw_frontier(shown: Shown, path: Path) -> None:
-    """Draw quality against bytes read into a file.
+def draw(shown: Shown, path: Path) -> None:
+    """Draw quality against bytes read, or against the time of a step, into a file.
 
     Raises:
         UserError: the folder has several models, or nothing that could be drawn.
@@ -103,10 +105,12 @@ def draw_frontier(shown: Shown, path: Path) -> None:
     if len(made) > 1:
         problem = f"{shown.store.folder} has the results of several models"
         raise UserError(problem, "give each model an --output of its own to draw it")
-    if not any(frontier.curves(block) for block in made[0].blocks):
-        problem = f"{shown.store.folder} has nothing to draw"
-        raise UserError(problem, "run dense and a pruned method on the same tasks")
+    cost = frontier.step_time if shown.view == TIME else frontier.bytes_read
+    if not any(frontier.curves(block, cost) for block in made[0].blocks):
+        remedy = "run dense and a pruned method on the same tasks"
+        remedy += f", then `bench decode --output {shown.store.folder}`" if shown.view == TIME else ""
+        raise UserError(f"{shown.store.folder} has nothing to draw", remedy)
     from dart_eval.results.report import charts  # matplotlib is loaded only where it draws
 
-    write(path, charts.picture(made[0], path.suffix[1:]))
+    write(path, charts.picture(made[0], path.suffix[1:], cost))
     say(f"wrote {path}")

@@ -1,8 +1,8 @@
-"""Quality against bytes read: the least read at which a method keeps a share of dense's quality."""
+"""Quality against what it costs: the bytes that a decoded token reads, or the time that it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dart_eval.results import metrics
 from dart_eval.results.blocks import CONTROL, GUESSING, Block, Board, BoardRow
@@ -12,6 +12,17 @@ from dart_eval.results.writers import Table
 SHARES = (0.95, 0.9, 0.75)  # of dense's quality above guessing
 TIMES = (1.05, 1.2, 2.0)  # multiples of dense's perplexity
 Point = tuple[float, float]  # read, quality
+Cost = Callable[[BoardRow], float | None]  # of a decoded token / dense's; None where it is not known
+
+
+def bytes_read(row: BoardRow) -> float:
+    """The bytes of FFN weights that a decoded token reads / dense's."""
+    return row.read
+
+
+def step_time(row: BoardRow) -> float | None:
+    """The measured time of a decoded token / dense's."""
+    return 1 / row.speed.speedup.median if row.speed and row.speed.speedup else None
 
 
 def quality(block: Block, row: BoardRow) -> float | None:
@@ -27,13 +38,13 @@ def by_times(block: Block) -> bool:
     return metrics.kind_of(next(iter(block.tasks), "")).group == metrics.PERPLEXITY
 
 
-def curves(block: Block) -> dict[str, list[BoardRow]]:
-    """Return method -> its rows with a quality beside dense's, from the highest read to the lowest."""
-    found: dict[str, list[BoardRow]] = {}
+def curves(block: Block, cost: Cost = bytes_read) -> dict[str, list[tuple[float, BoardRow]]]:
+    """Return method -> the costs and rows that have a quality beside dense's, from the highest cost to the lowest."""
+    found: dict[str, list[tuple[float, BoardRow]]] = {}
     for row in block.rows:
-        if quality(block, row) is not None:
-            found.setdefault(row.label, []).append(row)
-    return {label: sorted(rows, key=lambda r: -r.read) for label, rows in sorted(found.items())}
+        if quality(block, row) is not None and (at := cost(row)) is not None:
+            found.setdefault(row.label, []).append((at, row))
+    return {label: sorted(rows, key=lambda r: -r[0]) for label, rows in sorted(found.items())}
 
 
 def reach(points: Sequence[Point], holds: Sequence[bool]) -> str:
@@ -60,7 +71,7 @@ def tables(boards: Sequence[Board]) -> list[Table]:
         for block in board.blocks:
             down, body = by_times(block), []
             for label, rows in curves(block).items():
-                points = [(r.read, q) for r in rows if (q := quality(block, r)) is not None]
+                points = [(at, q) for at, r in rows if (q := quality(block, r)) is not None]
                 measured = [f"{percent(read)}: {multiple(q) if down else percent(q)}" for read, q in points]
                 wanted = TIMES if down else SHARES
                 cells = [reach(points, [q <= k if down else q >= k for _, q in points]) for k in wanted]
@@ -68,11 +79,47 @@ def tables(boards: Sequence[Board]) -> list[Table]:
             if body:
                 heads = [f"{multiple(k)} or less" for k in TIMES] if down else [f"{percent(k)} or more" for k in SHARES]
                 what = "perplexity x dense" if down else "share of what dense has above guessing"
-                tasks = ", ".join(task for some in list(block.tasks.values())[:1] for task in some)
                 note = (
-                    f"{what} at each measured read, on {tasks}. Columns: the FFN bytes read at which the method still "
-                    "has that; between two measured points it is not known where. These are point estimates: the board "
-                    "shows their intervals."
+                    f"{what} at each measured read, on {_tasks(block)}. Columns: the FFN bytes read at which the "
+                    "method still has that; between two measured points it is not known where. These are point "
+                    "estimates: the board shows their intervals."
                 )
                 made.append(Table(f"Frontier of {board.model}", ["method", "measured", *heads], body, note))
     return made
+
+
+def by_time(boards: Sequence[Board]) -> list[Table]:
+    """Return quality beside the time of a decoded token, the fastest row first, one table per block with speeds."""
+    made = []
+    for board in boards:
+        for block in board.blocks:
+            down, body, best, better = by_times(block), list[list[str]](), None, "-"
+            timed = [row for rows in curves(block, step_time).values() for row in rows]
+            for at, row in sorted(timed, key=lambda r: r[0]):
+                found = quality(block, row)
+                if found is None or row.speed is None or row.speed.speedup is None:
+                    continue
+                ahead = best is None or (found < best if down else found > best)
+                ratio, text = row.speed.speedup, multiple(found) if down else percent(found)
+                speed = multiple(ratio.median, ratio.low, ratio.high)
+                kl = "-" if row.kl is None else f"{row.kl.value:.3g}"
+                body.append([row.name, percent(row.read), percent(at), speed, text, kl, "" if ahead else better])
+                if ahead:
+                    best, better = found, f"{row.name} ({text})"
+            if body:
+                rest = [row.name for row in block.rows if step_time(row) is None and quality(block, row) is not None]
+                what = "perplexity x dense" if down else "above guessing"
+                heads = ["method", "read", "step time", "speed", what, "KL", "faster and better"]
+                note = (
+                    f"step time: of a decoded token, of dense's; speed: its inverse [quartiles]. {what}: on "
+                    f"{_tasks(block)}. faster and better: the best of the faster rows where it is as good; no row with "
+                    "an empty place there is beaten, but for noise."
+                    + (f" Without a speed: {', '.join(rest)}." if rest else "")
+                )
+                made.append(Table(f"Quality at equal time, {board.model}", heads, body, note))
+    return made
+
+
+def _tasks(block: Block) -> str:
+    """The tasks of a block's first metric."""
+    return ", ".join(next(iter(block.tasks.values()), ()))

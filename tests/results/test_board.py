@@ -13,6 +13,7 @@ from dart_eval.results.blocks import GUESSING
 from dart_eval.results.board import boards
 from dart_eval.results.labels import exact
 from dart_eval.results.ratio import Ratio
+from dart_eval.results.report import charts
 from dart_eval.results.store import Store
 from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST
 from dart_eval.sweep.jobs import RunResult
@@ -441,6 +442,28 @@ def test_measured_speed_stands_beside_its_row(tmp_path):
     assert row.rstrip().endswith("none yet")
 
 
+def test_rows_are_held_against_faster_ones(tmp_path):
+    """The best of those is named where it is as good; rows without a speed are named below."""
+    rows = [choices(share, method=name, sparsity=s, params={"choice": name}) for share, name, s in (
+        (0.8, "dense", 0.0), (0.5, "griffin", 0.7), (0.6, "griffin", 0.5), (0.55, "flap", 0.5), (0.52, "glass", 0.5),
+        (0.7, "random", 0.7),
+    )]  # fmt: skip
+    made = board_of(tmp_path, *rows, speeds=[
+        speeds.Speed(r.inputs["method"], r.inputs["params"], s, r.inputs["model"], "float32", "cpu", "1 thread", None,
+                     8, 1 - s, Ratio(ratio, ratio, ratio, 9), None, 2.0, "2026-01-01")
+        for r, s, ratio in zip(rows[1:5], (0.7, 0.5, 0.5, 0.5), (2.0, 1.25, 1.6, 1.43), strict=True)
+    ])  # fmt: skip
+    (table,) = frontier.by_time([made])
+    assert [(row[0], row[2], row[-1]) for row in table.body] == [
+        ("griffin", "50 %", ""), ("flap", "62 %", ""), ("glass", "70 %", "flap (59 %)"), ("griffin", "80 %", ""),
+    ]  # fmt: skip
+    assert "Without a speed: random" in table.note
+    chart = charts.of_block(made.blocks[0], {"griffin": 0, "flap": 1, "glass": 2}, cost=frontier.step_time)
+    drawn = {line.label: [p.read for p in line.points] for line in chart.lines}
+    assert drawn == {"flap": [0.625], "glass": [1 / 1.43], "griffin": [0.8, 0.5]}
+    assert [text for _, text in chart.ticks] == ["50 %", "60 %", "70 %", "80 %"]
+
+
 @pytest.mark.surface
 def test_tables_shows_the_board_and_long_tables_on_request(tmp_path):
     folder = save(tmp_path, choices(0.8, method="dense"), choices(0.5), choices(0.4, method="random"))
@@ -454,6 +477,8 @@ def test_tables_shows_the_board_and_long_tables_on_request(tmp_path):
     picture = tmp_path / "frontier.svg"
     assert command("tables", folder, "--view", "frontier", "--save", picture).code == 0
     assert picture.read_text().startswith("<?xml")
+    untimed = command("tables", folder, "--view", "time", "--save", picture)
+    assert untimed.code == 2 and "bench decode --output" in untimed.err
 
 
 def test_a_frontier_says_no_more_than_points_that_were_measured():

@@ -104,7 +104,7 @@ def _model(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) 
     return {
         "name": board.model, "blocks": [_block(board, block) for block in board.blocks],
         "answer": head.answer(board.blocks[0]) if board.blocks else None, "notes": board_text.notes(board),
-        "charts": quality.charts(board, looks, chance), "reach": frontier.tables([board]),
+        "charts": quality.charts(board, looks, chance), "reach": frontier.tables([board]) + frontier.by_time([board]),
         "speeds": quality.speeds(board),
     }  # fmt: skip
 

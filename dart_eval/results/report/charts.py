@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dart_eval.results import metrics
 from dart_eval.results.blocks import WIDTH_OF_LEVEL, Block, Board
 from dart_eval.results.format import multiple, percent
-from dart_eval.results.frontier import by_times, curves
+from dart_eval.results.frontier import Cost, by_times, bytes_read, curves, step_time
 
 WIDTH, LEFT, RIGHT, TOP, HEIGHT = 340, 40, 222, 8, 170  # about the pixels that a chart gets; HEIGHT is of its axes
 LINE = 12.5  # height of a line of text
@@ -30,7 +30,7 @@ SIGNS = {  # of methods: matplotlib's name, and the outline around a point
 
 
 class Point(NamedTuple):
-    """A value at a share of bytes read (or at a token), the ends of its interval, all in words, and its place."""
+    """A value at a share of bytes read (of time, at a token), the ends of its interval, all in words, and its place."""
 
     read: float
     value: float
@@ -166,6 +166,7 @@ def _apart_names(ends: Sequence[tuple[float, Line]], bottom: float) -> dict[str,
 def against_read(
     title: str, note: str, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, int], dense: Sequence[Point],
     chance: float | None = None, log: bool = False, cap: tuple[float, float] = (-math.inf, math.inf),
+    axis: str = Chart.axis,
 ) -> Chart:  # fmt: skip
     """Return quality against bytes read: a line a method with its name at the end, side by side at every level.
 
@@ -178,6 +179,7 @@ def against_read(
         chance: the value under guessing.
         log: whether the vertical axis is logarithmic.
         cap: the lowest and the highest value drawn; the name of a line that ends beyond says the value.
+        axis: what a point's `read` is.
     """
     levels = _levels(p.read for points in lines.values() for p in points)
     reach = levels[-1] - levels[0] or 0.2
@@ -190,12 +192,15 @@ def against_read(
         placed = [p._replace(x=p.read + ((len(lines) - 1) / 2 - i) * step) for p in points]
         made.append(Line(label, placed, looks[label], name))
     ticks: list[float] = []
-    for level in levels:
+    if axis != Chart.axis:  # any cost may be measured, so its ticks are round
+        ticks = [v / 10 for v in range(math.ceil(10 * levels[0]), math.floor(10 * levels[-1]) + 1)]
+        ticks = ticks[:: math.ceil(len(ticks) / MOST_TICKS) or 1]
+    for level in levels if not ticks else ():
         ticks += [level] if not ticks or level - ticks[-1] >= (levels[-1] - levels[0]) / MOST_TICKS else []
     across = [("dense", *p[1:4]) for p in dense] + ([] if chance is None else [("guessing", chance, chance, chance)])
     return Chart(
         title, note, made, (levels[-1] + 0.4 * gap, levels[0] - 0.4 * gap), [(v, percent(v)) for v in ticks], across,
-        log=log, cap=cap,
+        axis=axis, log=log, cap=cap,
     )  # fmt: skip
 
 
@@ -209,12 +214,19 @@ def _levels(reads: Iterable[float]) -> list[float]:
     return [statistics.mode(level) for level in levels]
 
 
-def of_block(block: Block, looks: Mapping[str, int], note: str = "") -> Chart | None:
-    """Return the quality of a block relative to dense's, with 95 % intervals; None without a method beside dense."""
+def of_block(block: Block, looks: Mapping[str, int], note: str = "", cost: Cost = bytes_read) -> Chart | None:
+    """Return the quality of a block relative to dense's, with 95 % intervals; None without a method beside dense.
+
+    Args:
+        block: with the rows to draw.
+        looks: label -> the number of its look.
+        note: beside the title.
+        cost: what quality is drawn against.
+    """
     first, times = next(iter(block.tasks), ""), by_times(block)
     lines: dict[str, list[Point]] = {}
-    for label, rows in curves(block).items():
-        for row in rows:
+    for label, rows in curves(block, cost).items():
+        for at, row in rows:
             quality = row.quality[first]
             found = quality.times if quality.share is None else (quality.share.value, quality.share.interval)
             if found is None or not math.isfinite(found[0]):
@@ -225,9 +237,7 @@ def of_block(block: Block, looks: Mapping[str, int], note: str = "") -> Chart | 
             if not times:
                 text = percent(value) + (f" [{percent(low)[:-2]}, {percent(high)[:-2]}]" if ends else "")
                 value, low, high = 100 * value, 100 * low, 100 * high
-            lines.setdefault(label, []).append(
-                Point(row.read, value, low, high, f"{label} at {percent(row.read)}: {text}")
-            )
+            lines.setdefault(label, []).append(Point(at, value, low, high, f"{label} at {percent(at)}: {text}"))
     if not lines:
         return None
     chance = metrics.kind_of(first).chance
@@ -236,20 +246,23 @@ def of_block(block: Block, looks: Mapping[str, int], note: str = "") -> Chart | 
     return against_read(
         title, "; ".join(filter(None, (what, note))), lines, looks, [Point(1, whole, whole, whole)], None, times,
         (0.5, MOST_TIMES) if times else (-50.0, 150.0),
+        "time of a step, of dense's" if cost is step_time else Chart.axis,
     )  # fmt: skip
 
 
-def picture(board: Board, form: str) -> bytes:
+def picture(board: Board, form: str, cost: Cost = bytes_read) -> bytes:
     """Return the quality of a board's first block that has any, as a file of its own.
 
     Args:
+        board: of one model.
         form: `png`, `svg` or `pdf`.
+        cost: what quality is drawn against.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    block = next(b for b in board.blocks if curves(b))
-    chart = of_block(block, {label: i for i, label in enumerate(curves(block))})
+    block = next(b for b in board.blocks if curves(b, cost))
+    chart = of_block(block, {label: i for i, label in enumerate(curves(block, cost))}, cost=cost)
     assert chart is not None
     laid, kept = chart.laid(), io.BytesIO()
     plain: dict[Any, Any] = {"text.parse_math": False, "svg.hashsalt": "dart-eval"}
