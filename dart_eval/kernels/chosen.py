@@ -1,11 +1,13 @@
 """FFNs whose single token chooses among the mask's neurons, and reads only their weights if it can.
 
-Down is copied by neurons, [K, D], so that a neuron is one row in every matrix. On a CPU torch's `embedding_bag` sums
-rows of down; on a GPU Triton's kernels read rows of up and down (`gather`).
+Down is copied by neurons, [K, D], so that a neuron is one row in every matrix. Rows of up and down are read by Triton's
+kernels on a GPU (`gather`), and by our own on a CPU (`cpu.rows`); where neither runs, torch multiplies all rows of up
+and its `embedding_bag` sums rows of down.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
 from dart_eval.kernels import gather
+from dart_eval.kernels.cpu import rows as cpu_rows
 from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN
@@ -56,18 +59,25 @@ def best(scores: Tensor, count: int) -> Tensor:
     return rows
 
 
+def _kernels(ffn: FFN) -> ModuleType | None:
+    """Return the module whose `read_rows` and `write_rows` run an FFN's chosen rows, or None."""
+    weights = [plain_matrix(m) for m in ffn.projections]
+    if gather.missing(weights[-1].device) is None:
+        return gather
+    return None if any(cpu_rows.lacking(w, None) for w in weights) else cpu_rows
+
+
 class ChosenRows(MaskRows):
     """The mask's neurons of one FFN, among which the single token of one sequence chooses.
 
-    The token takes the `taken` largest |act(gate x)| x norm. A CUDA GPU reads only their rows of up
-    (`gather.read_rows`); a CPU reads all rows of the mask, since scattered rows cost it more. The rows of down of the
+    The token takes the `taken` largest |act(gate x)| x norm, and reads their rows of up. The rows of down of the
     `written` largest |h| are summed. Gate runs with whichever of gate and up the model calls first.
 
     Attributes:
         taken: neurons that a token takes.
         written: taken neurons that it writes.
         rows: [K, D], of down.
-        kernels: whether Triton's kernels read the rows.
+        kernels: the module that reads rows; None: torch reads all rows of up.
     """
 
     chooses = True
@@ -83,7 +93,7 @@ class ChosenRows(MaskRows):
         self._chosen = False  # whether it has chosen and up has not run
         self._gated: Tensor | None = None  # gate's output, if up ran first (Falcon-H1)
         self._modules: tuple[Any, ...] = (ffn.gate, ffn.up, ffn.down)
-        self.kernels = gather.missing(self.rows.device) is None
+        self.kernels = _kernels(ffn)
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +147,7 @@ class ChosenRows(MaskRows):
         module: Any = self.ffn.up
         if not self.kernels:
             return self._product(module, x)
-        up = gather.read_rows(module.weight, self._taken, x.flatten())
+        up = self.kernels.read_rows(module.weight, self._taken, x.flatten())
         if module.bias is not None:
             up = up + module.bias[self._taken].float()
         out = x.new_zeros(*x.shape[:-1], self.count)
@@ -158,7 +168,7 @@ class ChosenRows(MaskRows):
             top = best(values.float().abs(), self.written)
             rows, values = rows[top], values[top]
         if self.kernels:
-            out = gather.write_rows(self.rows, rows, values)
+            out = self.kernels.write_rows(self.rows, rows, values)
         else:
             out = weighted_rows(self.rows, rows[None], values[None])[0]
         if self._modules[2].bias is not None:

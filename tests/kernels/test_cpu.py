@@ -12,7 +12,7 @@ from torch.nn.functional import gelu, linear, relu, silu
 from dart_eval.kernels.cpu import build, library
 from dart_eval.kernels.cpu.ffns import CodedFFN, GradedFFN
 from dart_eval.kernels.cpu.packing import lacking
-from dart_eval.kernels.cpu.rows import RowsProduct
+from dart_eval.kernels.cpu.rows import RowsProduct, read_rows, write_rows
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.pruning.choices.choice import Token
 from dart_eval.pruning.choices.dart_plus import DartPlus
@@ -120,11 +120,32 @@ def test_rows_are_multiplied_as_by_torch(level, width, rows, seed, kind, biased,
     assert apart(found[0], expected, (weight.double() * x.double()).norm()) < HALF
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    width=SHAPES["width"], rows=SHAPES["neurons"], seed=SHAPES["seed"], kind=SHAPES["kind"], share=st.floats(0, 1),
+    threads=st.integers(1, 3),
+)  # fmt: skip
+def test_chosen_rows_are_read_and_added_up_as_by_torch(level, width, rows, seed, kind, share, threads):
+    weight, x = matrices(width, rows, seed, kind)[0], token(width, seed, kind).bfloat16()[0]
+    index = torch.randperm(rows)[: int(share * rows)]
+    h, chosen, before = torch.randn(len(index)).bfloat16(), weight[index].double(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        read, written = read_rows(weight, index, x, level), write_rows(weight, index, h, level)
+    finally:
+        torch.set_num_threads(before)
+    assert apart(read, chosen @ x.double(), (chosen * x.double()).norm()) < HALF
+    assert apart(written, h.double() @ chosen, (h.double()[:, None] * chosen).norm()) < HALF
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_times_what_is_no_number_is_none(level, bad):
     x = token(150).bfloat16()
     x[0, 77] = bad
-    assert not RowsProduct(matrices(150, 90)[0], None, level)(x).isfinite().any()
+    weight, index = matrices(150, 90)[0], torch.arange(0, 90, 7)
+    assert not RowsProduct(weight, None, level)(x).isfinite().any()
+    assert not read_rows(weight, index, x[0], level).isfinite().any()
+    assert not write_rows(weight, index, x[0, 65:78], level).isfinite().any()
 
 
 @settings(max_examples=60, deadline=None)

@@ -26,10 +26,19 @@
 enum { BLOCK = 20, COLUMNS = 128 };
 
 typedef struct {  // rows of bfloat16 times one vector; fields as in library.Rows
-    const uint16_t *weight, *bias, *x;   // [rows, width]; [rows] or NULL; [width]
-    uint16_t *out;                       // [rows]
+    const uint16_t *weight, *bias, *x;  // [F, width]; [F] or NULL; [width]
+    const int64_t *index;               // [rows] of F; NULL: all
+    uint16_t *out;                      // [rows]
     int32_t rows, width;
 } Rows;
+
+typedef struct {  // a sum of rows of bfloat16 times numbers; fields as in library.Sums
+    const uint16_t *weight, *h;         // [F, width]; [rows]
+    const int64_t *index;               // [rows]
+    uint16_t *out;                      // [width]
+    float *scratch;                     // [width to a multiple of 64]
+    int32_t rows, width;
+} Sums;
 
 typedef struct {  // coded weights; fields as in library.Coded
     int32_t neurons, padded, width, chunks;  // F, F to a multiple of 16, D, ceil(D / 128)
@@ -98,6 +107,7 @@ EXPORT int cpu_level(void) {
 
 // level: as of cpu_level. threads: those that share the work
 EXPORT void rows_product(const Rows *job, int level, int threads) { run(level == 2 ? rows_512 : rows_256, job, threads); }
+EXPORT void rows_sum(const Sums *job, int level, int threads) { run(level == 2 ? sums_512 : sums_256, job, threads); }
 EXPORT void coded_ffn(const Coded *job, int level, int threads) { run(level == 2 ? coded_512 : coded_256, job, threads); }
 
 #else  // -- the kernels, once for each WIDE --------------------------------------------------------------------------
@@ -130,10 +140,42 @@ DEF(float, dot)(const uint16_t *w, const uint16_t *h, int n) {
 }
 HAS static void FN(rows)(const void *of, int me, int all) {
     const Rows *L = of;
-    for (int r = PART(L->rows, me, all); r < PART(L->rows, me + 1, all); r++) {
-        float sum = FN(dot)(L->weight + (size_t)r * (size_t)L->width, L->x, L->width);
-        L->out[r] = rounded(L->bias ? sum + from_bits((uint32_t)L->bias[r] << 16) : sum);
+    size_t width = (size_t)L->width;
+    int end = PART(L->rows, me + 1, all);
+    for (int r = PART(L->rows, me, all); r < end; r++) {
+        size_t n = L->index ? (size_t)L->index[r] : (size_t)r;
+        for (size_t d = 0; L->index && r + 1 < end && d < width; d += 32) PREFETCH(L->weight + (size_t)L->index[r + 1] * width + d);
+        float sum = FN(dot)(L->weight + n * width, L->x, L->width);
+        L->out[r] = rounded(L->bias ? sum + from_bits((uint32_t)L->bias[n] << 16) : sum);
     }
+}
+HAS static void FN(sums)(const void *of, int me, int all) {  // threads share columns, so no sum depends on their number
+    const Sums *L = of;
+    int both = 2 * LANES, from = PART((L->width + 63) / 64, me, all) * 64, to = PART((L->width + 63) / 64, me + 1, all) * 64;
+    float *out = L->scratch;
+    memset(out + from, 0, (size_t)(to - from) * 4);
+    for (int j = 0; j < L->rows; j += 8) {
+        const uint16_t *row[8], *next[8];
+        float h[8];
+        for (int i = 0; i < 8; i++) {
+            int r = j + i < L->rows ? j + i : j;
+            row[i] = L->weight + (size_t)L->index[r] * (size_t)L->width;
+            next[i] = L->weight + (size_t)L->index[r + 8 < L->rows ? r + 8 : r] * (size_t)L->width;
+            h[i] = j + i < L->rows ? from_bits((uint32_t)L->h[r] << 16) : 0.f;
+        }
+        for (int d = from; d < to && d < L->width; d += both) {
+            Floats even = F(loadu_ps)(out + d), odd = F(loadu_ps)(out + d + LANES);
+            for (int i = 0; i < 8; i++) {
+                Ints w = d + both <= L->width ? LOAD(row[i] + d) : FN(last)(row[i] + d, L->width - d);
+                PREFETCH(next[i] + d);
+                even = F(fmadd_ps)(FN(even)(w), F(set1_ps)(h[i]), even);
+                odd = F(fmadd_ps)(FN(odd)(w), F(set1_ps)(h[i]), odd);
+            }
+            F(storeu_ps)(out + d, even);
+            F(storeu_ps)(out + d + LANES, odd);
+        }
+    }
+    for (int d = from; d < to && d < L->width; d++) L->out[d] = rounded(out[d / both * both + d % 2 * LANES + d % both / 2]);
 }
 
 // -- coded weights ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,16 @@ class Rows(ctypes.Structure):
     """Rows of bfloat16, and the vector that they are multiplied with."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("weight", "bias", "x", "out")),
+        *((name, c_void_p) for name in ("weight", "bias", "x", "index", "out")),
+        *((name, c_int32) for name in ("rows", "width")),
+    )
+
+
+class Sums(ctypes.Structure):
+    """Rows of bfloat16, and the numbers that they are multiplied with before they are added up."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "h", "index", "out", "scratch")),
         *((name, c_int32) for name in ("rows", "width")),
     )
 
@@ -58,7 +67,7 @@ def call(name: str, job: ctypes.Structure, x: Tensor, scratch: int, each: int, l
         raise ValueError(f"x is {tuple(x.shape)} on {x.device}, and one token of width {fields.width} is multiplied")
     threads = max(1, min(MOST_THREADS, torch.get_num_threads()))
     given, out = x.detach().float().contiguous(), torch.empty(1, fields.width)
-    work = _room(scratch + each * threads)
+    work = room(scratch + each * threads)
     fields.x, fields.out, fields.scratch = given.data_ptr(), out.data_ptr(), work.data_ptr()
     functions()[name](ctypes.byref(fields), level, threads)
     return out.to(x.dtype)
@@ -67,7 +76,8 @@ def call(name: str, job: ctypes.Structure, x: Tensor, scratch: int, each: int, l
 _ROOM = [torch.empty(0)]  # that kernels work in, one call at a time: fresh memory would cost more than the work in it
 
 
-def _room(size: int) -> Tensor:
+def room(size: int) -> Tensor:
+    """Return at least so many floats to work in."""
     if len(_ROOM[0]) < size:
         _ROOM[0] = torch.empty(size)
     return _ROOM[0]
@@ -78,7 +88,7 @@ def functions() -> dict[str, Any]:
     """The kernels by name: each takes what it is handed, `build.level`, and the number of threads."""
     found = build.library()
     made = {}
-    for name, kind in (("rows_product", Rows), ("coded_ffn", Coded)):
+    for name, kind in (("rows_product", Rows), ("rows_sum", Sums), ("coded_ffn", Coded)):
         function = getattr(found, name)
         function.argtypes, function.restype = [POINTER(kind), c_int, c_int], None
         made[name] = function

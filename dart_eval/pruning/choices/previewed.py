@@ -141,7 +141,7 @@ class PreviewedRows(ChosenRows):
         module = self._modules[matrix]
         weight, bias, flat, rows = module.weight, module.bias, x.reshape(1, -1), self._taken
         if self.kernels:
-            out = gather.read_rows(weight, rows, flat[0])
+            out = self.kernels.read_rows(weight, rows, flat[0])
             out = (out if bias is None else out + bias[rows].float()).to(x.dtype)
         elif self._all:
             out = linear(flat, weight, bias)[:, rows]
