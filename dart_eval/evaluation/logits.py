@@ -21,7 +21,7 @@ COMPARED = 8  # positions compared at a time; more do not fit into a processor's
 class Answers:
     """Log-probabilities of the continuations of several contexts.
 
-    `ask` returns the nodes at which a continuation's tokens are predicted; `give` takes the hidden states of nodes;
+    `ask` returns the nodes that predict a continuation's tokens. `give` takes the hidden states of nodes;
     then `logprobs` and `greedy` answer. With `distances`, `compare` takes dense's hidden states at the nodes, and
     `distance` answers; other nodes count as dense.
     """

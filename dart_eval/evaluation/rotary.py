@@ -53,10 +53,10 @@ class Angles:
         return max((n + 1 for n in self._switches if n < length), default=0)
 
     def together(self, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
-        """Rows (indices) that may generate together, in their order: whose angles stay the same from prompt to end.
+        """Return the rows (indices) that may generate together, in order: the angles of their positions never change.
 
         Args:
-            spans: of each row, the tokens of its prompt, and these with all new ones.
+            spans: of each row, the length of its prompt, and that with all new tokens.
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for i, (first, last) in enumerate(spans):

@@ -117,18 +117,16 @@ class Fewer(Routing):
 
 @dataclass(frozen=True, kw_only=True)
 class Without(Routing):
-    """Experts are taken out of the router's choice for all tokens, after REAP (Router-weighted Expert Activation
-    Pruning, arXiv 2510.13999).
+    """Experts that no token may have, after REAP (Router-weighted Expert Activation Pruning, arXiv 2510.13999).
 
-    Those go whose saliency is least: the mean, over the tokens of the calibration text that have the expert, of its
-    router weight times the norm of what it writes, g_j(x) * ||f_j(x)||. An expert that no token had has none. Every
+    The experts with the least saliency are dropped: the mean of g_j(x) * ||f_j(x)||, router weight times norm of the
+    output, over the tokens of the calibration text that have expert j. An expert that no token had has none. Every
     layer loses the same share of its experts, rounded down.
 
-    What is left behaves as if the others had never been there: the router's softmax and its choice go over those
-    alone, so a token has as many experts as before, and reads as many bytes. The method saves memory and no reads. It
-    has no sparsity: `share` is that of the routed experts' memory, the read is 1.00, and the board shows it in a level
-    of its own, against which no method that reads less is tested. Here as everywhere prompts run dense; there they run
-    without these experts, too.
+    The router's softmax and its choice go over the other experts alone. A token has as many experts as before, and
+    reads as many bytes: the method saves memory and no reads. It has no sparsity: `share` is that of the routed
+    experts' memory, and the read is 1.00. The board shows it in a level of its own. Prompts run without these experts,
+    too.
     """
 
     name = "without"
