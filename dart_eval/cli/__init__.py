@@ -26,7 +26,7 @@ from dart_eval.cli import view
 from dart_eval.sweep.habits import rewritten, spelled
 from dart_eval.util.errors import UserError, nearest, out_of_memory
 
-VERBS = ("run", "tables", "compare", "check", "report", "export", "paper", "trace", "bench", "ls")
+VERBS = ("run", "tables", "compare", "check", "report", "export", "paper", "trace", "bench", "ls", "lm-eval")
 
 
 def application(verb: str | None = None) -> typer.Typer:
@@ -45,11 +45,12 @@ def application(verb: str | None = None) -> typer.Typer:
     )
     made.callback()(_options)
     for name in VERBS if verb is None else (verb,):
-        module = importlib.import_module(f"dart_eval.cli.{name}")
+        module = importlib.import_module(f"dart_eval.cli.{name.replace('-', '_')}")
         if hasattr(module, "app"):
             made.add_typer(module.app, name=name)
         else:
-            made.command(name)(getattr(module, name))
+            taken = getattr(module, "TAKES", None)
+            made.command(name, context_settings=taken)(getattr(module, name.replace("-", "_")))
     return made
 
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import random
 import sys
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,7 +234,7 @@ class Tasks:
                 if getattr(task.config, "custom_dataset", None) is not None:
                     without_other_lengths(task)
                 if task.OUTPUT_TYPE == "loglikelihood_rolling":
-                    _weight_by_coverage(task)
+                    weigh_scored_text()
             self._loaded[name] = items
             self._local[name] = self._factory.local
         return self._loaded[name]
@@ -378,15 +377,19 @@ def _process_once(task: Task) -> None:
             owner.process_docs = process_docs
 
 
-def _weight_by_coverage(task: Task) -> None:
-    """Perplexity metrics are (log-likelihood, words or bytes) pairs: count only the text that was scored."""
-    stock = task.process_results
+def weigh_scored_text() -> None:
+    """Have perplexities count only the text that was scored: they are (log-likelihood, words or bytes) pairs."""
+    stock = ConfigurableTask.process_results
+    if getattr(stock, "weighs", False):
+        return
 
-    def process_results(_self: Task, doc: dict, results: list[Any]) -> Json:
-        metrics = stock(doc, results)
-        if isinstance(results[0], RollingLogLikelihood):
+    @functools.wraps(stock)
+    def process_results(self: ConfigurableTask, doc: dict, results: list[Any]) -> Json:
+        metrics = stock(self, doc, results)
+        if results and isinstance(results[0], RollingLogLikelihood):
             share = results[0].coverage
             return {k: (v[0], v[1] * share) if isinstance(v, tuple) else v for k, v in metrics.items()}
         return metrics
 
-    task.process_results = types.MethodType(process_results, task)
+    setattr(process_results, "weighs", True)  # noqa: B010 - a function has no such field
+    ConfigurableTask.process_results = process_results

@@ -1,0 +1,115 @@
+"""lm-eval's own command line with `--model dart`: the numbers of `dart-eval run`, and refusals in a line."""
+
+import importlib
+import json
+
+import pytest
+import tomllib
+from lm_eval.models.huggingface import HFLM
+
+from dart_eval.evaluation.tasks import weigh_scored_text
+from dart_eval.results.store import Store
+from dart_eval.sweep.dart_lm import DartLM
+from tests.helpers.commands import ROOT, command
+from tests.helpers.models import save_tiny
+
+ROLLING = """
+task: pages
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {0}/pages.jsonl}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    return save_tiny(tmp_path_factory.mktemp("model"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with a task of lm-eval's rolling kind, whose documents have an odd number of words."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "pages.yaml").write_text(ROLLING.format(folder))
+    texts = ["w4 w9 w5 w7 w6", "w8 w11", "w12 w4 w5 w30 w31 w32 w90"]
+    (folder / "pages.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def by_lm_eval(folder, model, task, args, *more):
+    """Results and samples as lm-eval writes them."""
+    done = command("lm-eval", "--model", "dart", "--model_args", f"pretrained={model},dtype=float32,{args}", "--tasks",
+                   task, "--limit", "6", "--log_samples", "--output_path", folder, *more)  # fmt: skip
+    assert done.code == 0, done.err
+    (results,) = folder.rglob("results*.json")
+    (samples,) = folder.rglob("samples*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    found = json.loads(results.read_text())["results"][task]
+    return {k.partition(",")[0]: v for k, v in found.items() if isinstance(v, float) and "stderr" not in k}, rows
+
+
+def by_run(folder, model, task, args, *more):
+    options = [w for name, value in args.items() for w in (f"--{name.replace('_', '-')}", value)]
+    done = command("run", "--model", model, "--dtype", "float32", "--tasks", task, "--limit", 6, "--output", folder,
+                   "--no-kl", "--format", "json", *options, *more)  # fmt: skip
+    assert done.code == 0, done.err
+    store = Store(folder)
+    (record,) = store.load()
+    found = {row["metric"]: row["value"] for row in json.loads(done.out) if row["task"] == task}
+    return found, store.samples(record)
+
+
+CASES = [
+    {"method": "griffin", "sparsity": 0.5}, {"method": "griffin", "sparsity": 0.5, "scope": "all"},
+    {"method": "dart-plus", "sparsity": 0.6}, {"method": "dense"}, {"method": "dense", "ffn_bits": "4:row"}, {"method": "dart:remask.window=4", "sparsity": 0.6},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("args", CASES, ids=lambda args: " ".join(map(str, args.values())))
+def test_answers_are_those_of_run(tmp_path, model, args):
+    words = ",".join(f"{k}={v}" for k, v in args.items())
+    theirs, rows = by_lm_eval(tmp_path / "theirs", model, "smoke_questions", words, "--batch_size", "4")
+    ours, samples = by_run(tmp_path / "ours", model, "smoke_questions", args)
+    assert theirs == pytest.approx({name: ours[name] for name in theirs}, abs=1e-6) and len(rows) == 6
+    for row, sample in zip(rows, samples, strict=True):
+        likely = [float(value) for value, _ in row["filtered_resps"]]
+        assert likely == pytest.approx([value for value, _ in sample["responses"]], abs=1e-6) and min(likely) < -1
+
+
+def test_perplexities_count_the_text_that_was_scored(tmp_path, model, tasks):
+    args = {"method": "griffin", "sparsity": 0.5}
+    theirs, _ = by_lm_eval(tmp_path / "theirs", model, "pages", "method=griffin,sparsity=0.5", "--include_path", tasks)
+    ours, _ = by_run(tmp_path / "ours", model, "pages", args, "--include-path", tasks)
+    assert theirs == pytest.approx({name: ours[name] for name in theirs}, rel=1e-6) and theirs["word_perplexity"] > 1
+    weigh_scored_text()  # once more changes nothing
+    again, _ = by_lm_eval(tmp_path / "again", model, "pages", "method=griffin,sparsity=0.5", "--include_path", tasks)
+    assert again == theirs
+
+
+@pytest.mark.parametrize(("args", "more", "words"), [
+    ("method=grifin", (), "did you mean griffin?"), ("metod=griffin", (), "--model dart has no argument 'metod'"),
+    ("scope=al", (), "unknown scope 'al'; did you mean all?"), ("sparsity=1.5", (), "sparsity"),
+    ("method=griffin", ("--use_cache", "answers"), "leave --use_cache out"), ("ffn_bits=99", (), "99"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused_in_a_line(tmp_path, monkeypatch, model, args, more, words):
+    monkeypatch.chdir(tmp_path)
+    done = command("lm-eval", "--model", "dart", "--model_args", f"pretrained={model},{args}", "--tasks",
+                   "smoke_questions", "--limit", "2", *more)  # fmt: skip
+    assert done.code == 2 and words in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("task", ["pages"])
+def test_other_scopes_are_for_answers(tmp_path, model, tasks, task):
+    done = command("lm-eval", "--model", "dart", "--model_args", f"pretrained={model},method=griffin,scope=all",
+                   "--tasks", task, "--limit", "2", "--include_path", tasks)  # fmt: skip
+    assert done.code == 2 and "use scope=scored" in done.err
+
+
+def test_the_entry_point_names_the_model():
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]
+    module, _, name = entry["dart"].partition(":")
+    assert getattr(importlib.import_module(module), name) is DartLM and issubclass(DartLM, HFLM)
