@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shlex
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import typer
 
 from dart_eval.cli import options
 from dart_eval.cli.view import TerminalView, put, say, show
+from dart_eval.models import digest
 from dart_eval.results.writers import Table
 from dart_eval.sweep.options import DEFAULTS
 from dart_eval.util.text import Json
@@ -60,6 +62,7 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
     """
     first = configs[0]
     with TerminalView() as terminal:
+        digest.begin(first.model)
         load_libraries(terminal, verbose)
         from dart_eval.cluster.run import run_all
         from dart_eval.sweep.sizing import held_against
@@ -170,8 +173,14 @@ def understood(file: Path | None, given: Json) -> list[RunConfig]:
 def load_libraries(view: TerminalView, verbose: bool) -> None:
     """Import what takes seconds, once everything that can be refused without it has been."""
     view.status("loading torch and lm-eval")
-    quieten(verbose)
-    from dart_eval.sweep import jobs  # noqa: F401
+    gc.disable()  # what is imported stays: to look through it again and again takes a sixth of the time
+    try:
+        quieten(verbose)
+        from dart_eval.sweep import jobs  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.unfreeze()  # all of it is old now
+        gc.enable()
 
 
 def finish(result: RunResult, output: str) -> None:

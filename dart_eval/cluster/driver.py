@@ -16,11 +16,10 @@ from typing import Any, TextIO
 
 from dart_eval.cluster.pool import Task
 from dart_eval.cluster.worker import Payload
-from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.shard import WHOLE, Shard
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
-from dart_eval.sweep.jobs import Job, Sweep, open_cell
+from dart_eval.sweep.jobs import Job, Sweep, count_requests, open_cell
 from dart_eval.util.errors import StoreError
 from dart_eval.util.text import Json
 

@@ -21,7 +21,7 @@ from sacrebleu.metrics import BLEU
 from dart_eval.evaluation import distance
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.evaluation.local_data import number_asked
+from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.shard import PartDone, Pilot, Shard
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
 from dart_eval.evaluation.unsafe import block_local_code
@@ -31,24 +31,6 @@ from dart_eval.results.record import Metric
 from dart_eval.util.text import Json
 
 BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """Settings of a task: few-shot examples, number of items (below 1 a share), seed, chat template, scope.
-
-    Attributes:
-        system_instruction: text before the prompt.
-        fewshot_as_multiturn: whether examples are turns of the chat template; None is lm-eval's default.
-    """
-
-    num_fewshot: int | None = None
-    limit: float | None = None
-    seed: int = 0
-    chat_template: bool = False
-    scope: str = "scored"
-    system_instruction: str | None = None
-    fewshot_as_multiturn: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -67,20 +49,6 @@ class TaskResult:
     by_task: dict[str, Cost]
     prompts: dict[str, dict[str, int]]
     state_bytes: int
-
-
-def count_requests(items: Sequence[Task | Group], limit: float | None) -> int:
-    """Estimate the number of requests before prompts are built, for a progress bar."""
-    total = 0
-    for task in leaves(list(items)):
-        docs = number_asked(task, limit)
-        choices = 1
-        if task.OUTPUT_TYPE == "multiple_choice" and docs:
-            first = task.eval_docs[0]
-            options = task.doc_to_choice(first) if hasattr(task, "doc_to_choice") else [None]
-            choices = len(options) if isinstance(options, list) else 1
-        total += docs * choices
-    return total
 
 
 def evaluate_task(

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
-from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.local_data import number_asked
+from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import leaves
 from dart_eval.util.source import source_hash
 

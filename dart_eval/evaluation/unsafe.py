@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import datasets.load
-import evaluate.loading
 import lm_eval.utils
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -24,9 +26,9 @@ from dart_eval.util.errors import UserError
 
 REMEDY = "start dart-eval in another folder, or give --confirm-run-unsafe-code"
 LOADERS = {
-    evaluate.loading: ("LocalEvaluationModuleFactory",),
+    "evaluate.loading": ("LocalEvaluationModuleFactory",),
     # of datasets 4, and of datasets 3
-    datasets.load: (
+    "datasets.load": (
         "LocalDatasetModuleFactory", "LocalDatasetModuleFactoryWithScript", "LocalDatasetModuleFactoryWithoutScript",
     ),
 }  # fmt: skip
@@ -136,10 +138,16 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
         return
     refused: list[UserError] = []
     with ExitStack() as stack:
-        for module, names in LOADERS.items():
-            for loader in names:
+
+        def guard(module: ModuleType) -> None:
+            for loader in LOADERS[module.__name__]:
                 if (stock := getattr(module, loader, None)) is not None:
                     stack.enter_context(patch.object(module, loader, _guarded(stock, name, refused)))
+
+        for imported in LOADERS.keys() & sys.modules.keys():
+            guard(sys.modules[imported])
+        sys.meta_path.insert(0, watch := _Watch(guard))
+        stack.callback(sys.meta_path.remove, watch)
         try:
             yield
         except UserError:
@@ -150,6 +158,28 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
             raise
     if refused:
         raise refused[0]
+
+
+class _Watch(MetaPathFinder):
+    """Hands a module of `LOADERS` to `guard` once it is imported: `evaluate` takes seconds, and few tasks need it."""
+
+    def __init__(self, guard: Callable[[ModuleType], None]) -> None:
+        self.guard = guard
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in LOADERS:
+            return None
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            stock = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                stock(module)
+                self.guard(module)
+
+            setattr(spec.loader, "exec_module", exec_module)  # noqa: B010 - for mypy, methods are fixed
+        return spec
 
 
 def _guarded(stock: Any, task: str, refused: list[UserError]) -> object:

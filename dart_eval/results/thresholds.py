@@ -9,7 +9,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dart_eval.util.errors import UserError, nearest
-from dart_eval.util.yamls import read_mapping, short_repr
+from dart_eval.util.text import short_repr
+from dart_eval.util.yamls import read_mapping
 
 KEYS = ("recovery", "of_dense", "alpha", "tasks")
 ONLY_KNOWN = ConfigDict(extra="forbid")

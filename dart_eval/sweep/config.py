@@ -15,6 +15,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
+from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.sweep import values
 from dart_eval.sweep.habits import translate
 from dart_eval.sweep.options import DEFAULTS, Options, choices_of, option_of
@@ -23,10 +24,8 @@ from dart_eval.util.errors import UserError, naming, nearest
 from dart_eval.util.files import check_name
 from dart_eval.util.machine import has_cuda
 from dart_eval.util.text import Json
-from dart_eval.util.yamls import read_mapping
 
 if TYPE_CHECKING:
-    from dart_eval.evaluation.evaluate import EvalSettings
     from dart_eval.models.loading import ModelSpec
 
 RAY_DEVICES = ("auto", "cpu", "cuda")
@@ -35,7 +34,7 @@ RAY_OPTIONS = ("ray_address", "gpus_per_cell", "cpus_per_cell", "shards")
 TYPES = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(defer_build=True, extra="forbid"))
 class RunConfig(Options):
     """The options of a run, and what follows from them."""
 
@@ -49,8 +48,6 @@ class RunConfig(Options):
     @property
     def eval_settings(self) -> EvalSettings:
         """How tasks are asked, as `evaluation` takes it."""
-        from dart_eval.evaluation.evaluate import EvalSettings
-
         return EvalSettings(
             self.num_fewshot, self.limit, self.seed, self.chat_template, self.scope, self.system_instruction,
             self.fewshot_as_multiturn,
@@ -149,6 +146,8 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
     """Return `config_from` for each seed."""
     merged: Json = {}
     if file is not None:
+        from dart_eval.util.yamls import read_mapping
+
         for key, value in read_mapping(file, "config", "tasks: [arc, hellaswag]").items():
             name = str(key).replace("-", "_")
             if name in merged:

@@ -133,7 +133,8 @@ def plan_all(
                 drawn.add(name)
         kind = device or choose_device("auto" if config.device_map else config.device).type
         _warn_shared_data(config, tasks, list(hashes), view)
-        for cell in drop_infeasible(plan(config, model, list(hashes), hashes, kind, drawn), model, view):
+        cells = plan(config, model, list(hashes), hashes, kind, drawn)
+        for cell in drop_infeasible(cells, model, Store(config.output), view):
             jobs.setdefault(cell.key, Job(cell, config, tasks))
     if not jobs:
         raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
@@ -166,6 +167,20 @@ def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
     return task_draws(found)
 
 
+def count_requests(items: Sequence[Task | Group], limit: float | None) -> int:
+    """Estimate the number of requests before prompts are built, for a progress bar."""
+    total = 0
+    for task in leaves(list(items)):
+        docs = number_asked(task, limit)
+        choices = 1
+        if task.OUTPUT_TYPE == "multiple_choice" and docs:
+            first = task.eval_docs[0]
+            options = task.doc_to_choice(first) if hasattr(task, "doc_to_choice") else [None]
+            choices = len(options) if isinstance(options, list) else 1
+        total += docs * choices
+    return total
+
+
 def _warn_shared_data(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:
     """Note the tasks whose documents come from the data set on which methods calibrate."""
     settled = [method.at(1 - sparsity) for method in methods_of(config) for sparsity in config.sparsity]
@@ -180,7 +195,7 @@ def _warn_shared_data(config: RunConfig, tasks: Tasks, names: Sequence[str], vie
         )
 
 
-def drop_infeasible(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cell]:
+def drop_infeasible(cells: Sequence[Cell], model: Resolved, store: Store, view: View) -> list[Cell]:
     """Return the cells whose method fits this model and its weights, and whose sparsity it can meet; note the others.
 
     Only the model's modules count. What shows when it runs (a layer that runs several times for a token, or does more
@@ -189,7 +204,12 @@ def drop_infeasible(cells: Sequence[Cell], model: Resolved, view: View) -> list[
     Raises:
         UserError: there are cells, and none of them can run.
     """
-    if all(compatibility.anywhere(cell.method) and cell.rounding is None for cell in cells):
+
+    def fits(cell: Cell) -> bool:  # so does what has run before
+        known = store.path(cell.name, cell.key).is_file()
+        return known or (compatibility.anywhere(cell.method) and cell.rounding is None)
+
+    if all(map(fits, cells)):
         return list(cells)
     view.status("looking at the model's layers")
     ffns = describe(model.outline())

@@ -13,17 +13,16 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.models.loading import resolve
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import RunConfig
-from dart_eval.sweep.jobs import Job, RunResult, View, begin_sweep, open_cell
-from dart_eval.sweep.worker import Worker
+from dart_eval.sweep.jobs import Job, RunResult, View, begin_sweep, count_requests, open_cell
 from dart_eval.util.errors import StoreError, summary
 
 if TYPE_CHECKING:
     from dart_eval.models.loaded import Loaded
+    from dart_eval.sweep.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +40,8 @@ def run_all(
     sweep = begin_sweep(configs, view, skip_missing, model.device if model else None, model)
     running: Job | None = None
     if sweep.todo:
+        from dart_eval.sweep.worker import Worker  # with transformers' models it takes seconds
+
         worker = Worker(
             configs[0],
             model or resolve(configs[0].model_spec),

@@ -64,7 +64,7 @@ Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(defer_build=True, extra="forbid"))
 class Options:
     """All options of `dart-eval run`; the keys of run.yaml are these names."""
 

@@ -15,7 +15,8 @@ from dart_eval.results.paper_tables import FIELDS, PaperColumn, PaperRow, Report
 from dart_eval.sweep.config import RunConfig, checked
 from dart_eval.sweep.plan import methods_of
 from dart_eval.util.errors import UserError, naming, nearest, summary
-from dart_eval.util.yamls import read_mapping, short_repr
+from dart_eval.util.text import short_repr
+from dart_eval.util.yamls import read_mapping
 
 SHIPPED = Path(__file__).parents[1] / "data"
 TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import itertools
@@ -158,6 +159,7 @@ def _call(cell: Cell, options: Json) -> str:
     return f"dart_eval.evaluate(model, tokenizer, {words})"
 
 
+@functools.cache  # many cells ask the same
 def versions() -> dict[str, str]:
     """Return the versions that numbers depend on."""
     return {

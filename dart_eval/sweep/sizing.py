@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
-from dart_eval.evaluation.forwards import Forwards, output_head
 from dart_eval.evaluation.shard import Call, Pilot
 from dart_eval.models.loading import resolve
 from dart_eval.pruning.registry import make
@@ -27,9 +27,11 @@ from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.jobs import Job, View, plan_all
-from dart_eval.sweep.worker import Worker
 from dart_eval.util.files import read_regular, write_atomically
 from dart_eval.util.machine import peak_memory
+
+if TYPE_CHECKING:
+    from dart_eval.sweep.worker import Worker
 
 FILE = "plan.json"
 
@@ -97,6 +99,9 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
     Raises:
         UserError: the input is wrong.
     """
+    from dart_eval.evaluation.forwards import Forwards, output_head  # with transformers' models it takes seconds
+    from dart_eval.sweep.worker import Worker
+
     jobs, _ = plan_all(configs, view, False, device)
     store = Store(configs[0].output)
     worker = Worker(configs[0], resolve(configs[0].model_spec), view.status, note=view.note)

@@ -21,8 +21,7 @@ from pydantic import ValidationInfo
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError
-from dart_eval.util.text import Json, items_of
-from dart_eval.util.yamls import short_repr
+from dart_eval.util.text import Json, items_of, short_repr
 
 FIELDS = "griffin:remask=drift:remask.window=8"  # an example
 MOST = 2**32  # no count of anything is as large

@@ -25,6 +25,13 @@ HEAD = 4096  # bytes that identify a file of ours
 WRITER_COMES = 2.0  # most seconds to wait for a writer of a pipe
 
 
+def cache_dir() -> Path:
+    """`$DART_EVAL_CACHE`, else `$XDG_CACHE_HOME/dart-eval`, else `~/.cache/dart-eval`."""
+    if own := os.environ.get("DART_EVAL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dart-eval"
+
+
 def feed(digest: hashlib._Hash, file: Path) -> None:
     """Feed the bytes of a file to a digest of hashlib, a part at a time."""
     with file.open("rb") as stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import reprlib
 from typing import Any
 
 Json = dict[str, Any]  # an object of JSON or YAML: inputs of a cell, a sample, settings of a checkpoint
@@ -81,3 +82,11 @@ def folded(name: str, width: int) -> list[str]:
             lines.append("  ")
         lines[-1] += part
     return [line.rstrip() for line in lines]
+
+
+def short_repr(value: object) -> str:
+    """Return a short repr of any value, for messages."""
+    try:
+        return reprlib.repr(value)
+    except Exception:  # integers of thousands of digits have no text
+        return f"a value of kind {type(value).__name__}"

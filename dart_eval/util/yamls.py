@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
 
 import yaml
@@ -54,11 +53,3 @@ def read_mapping(
     if not isinstance(loaded, dict):
         raise UserError(f"{what} {path} must contain keys and values", remedy)
     return loaded
-
-
-def short_repr(value: object) -> str:
-    """Return a short repr of any value, for messages."""
-    try:
-        return reprlib.repr(value)
-    except Exception:  # integers of thousands of digits have no text
-        return f"a value of kind {type(value).__name__}"

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dart_eval.util.errors import UserError, summary
-from dart_eval.util.files import feed
+from dart_eval.util.files import cache_dir, feed
 from dart_eval.weights import gguf_codes
 from dart_eval.weights.checkpoint import load_whole
 
@@ -42,13 +42,6 @@ WHOLE = "download or convert it again; a file that was split must be merged firs
 EXPERTS, SHARED = "_exps", "_shexp"  # ends of sides: routed experts, and the shared FFN beside them
 BLOCK = re.compile(r"blk\.(\d+)\.")
 FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_((?:gate|up|down)(?:_exps|_shexp)?)\.weight")
-
-
-def cache_dir() -> Path:
-    """`$DART_EVAL_CACHE`, else `$XDG_CACHE_HOME/dart-eval`, else `~/.cache/dart-eval`."""
-    if own := os.environ.get("DART_EVAL_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dart-eval"
 
 
 def folder(file: Path) -> Path:

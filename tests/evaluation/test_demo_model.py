@@ -5,8 +5,9 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from dart_eval.evaluation.evaluate import EvalSettings, evaluate_task
+from dart_eval.evaluation.evaluate import evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models import demo_model
 from dart_eval.pruning.calibration.calibration import TextCalibration

@@ -1,5 +1,6 @@
 """Tasks run nothing of the working directory, and nothing that the model writes, unless told."""
 
+import importlib
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from datasets import load_dataset
 
 import dart_eval
 from dart_eval.cluster import cluster
-from dart_eval.evaluation.evaluate import EvalSettings
+from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.evaluation.unsafe import block_local_code
@@ -100,19 +101,25 @@ def test_a_metric_of_the_working_directory_that_may_run_belongs_to_the_tasks_has
     assert len(set(hashes)) == 3
 
 
+@pytest.mark.parametrize("imported", [True, False])
 @pytest.mark.parametrize("swallowed", [True, False])
-def test_other_metrics_of_the_working_directory_are_refused_by_name(marker, swallowed):
+def test_other_metrics_of_the_working_directory_are_refused_by_name(marker, swallowed, imported, monkeypatch):
+    for name in [] if imported else [n for n in sys.modules if n.partition(".")[0] == "evaluate"]:
+        monkeypatch.delitem(sys.modules, name)
+    finders = [*sys.meta_path]
+
     def load():
-        with block_local_code("french", False):
+        with block_local_code("other", False), block_local_code("french", False):
             try:
-                evaluate.load("code_eval")
+                importlib.import_module("evaluate").load("code_eval")
             except UserError:  # as several tasks do: they say that a package is missing
                 if not swallowed:
                     raise ImportError("install what the task needs") from None
 
     with pytest.raises(UserError, match=r"task french would load \./code_eval/code_eval.py of the working directory"):
         load()
-    assert not marker.exists()
+    assert not marker.exists() and sys.meta_path == finders
+    assert sys.modules["evaluate.loading"].LocalEvaluationModuleFactory.__name__ == "LocalEvaluationModuleFactory"
 
 
 def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkeypatch):

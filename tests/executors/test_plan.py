@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from dart_eval.evaluation.evaluate import EvalSettings
+from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved, resolve

@@ -15,7 +15,19 @@ import pytest
 from dart_eval.results.journal import Journal
 from dart_eval.sweep.config import config_from
 from dart_eval.util.errors import StoreError
-from tests.helpers.commands import CONTEXT, STOPS, Watch, program, results, run_local, start, started, until
+from tests.helpers.commands import (
+    CONTEXT,
+    ROOT,
+    STOPS,
+    Watch,
+    command,
+    program,
+    results,
+    run_local,
+    start,
+    started,
+    until,
+)  # fmt: skip
 
 SWEEP = {
     "method": "dense,dart:remask.window=3:remask.min_windows=1:remask.ring=5", "sparsity": "0.5", "limit": 6,
@@ -240,6 +252,22 @@ def test_a_signal_is_said_in_one_line_and_the_same_command_goes_on(saved_llama, 
     assert process.wait() == status
     assert process.stderr.splitlines()[-1] == f"{word}; the same command goes on from here"
     _goes_on(saved_llama, tmp_path)
+
+
+@pytest.mark.process
+def test_a_run_whose_cells_are_known_imports_nothing_that_only_new_ones_need(saved_llama, tmp_path):
+    """Not even with a method that is looked at beside the model's layers."""
+    words = [
+        "run", "--model", saved_llama, "--tasks", "smoke_questions", "--limit", "2", "--method", "griffin",
+        "--sparsity", "0.5", "--ffn-bits", "8", "--device", "cpu", "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert command(*words).code == 0
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from dart_eval import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "1 of 1 cells are finished already" in done.stderr
+    late = {"evaluate", "scipy", "torchao", "transformers.modeling_utils", "torch._dynamo"}
+    imported = {*done.stdout.split()}
+    assert "torch" in imported and late & imported == set()
 
 
 @pytest.mark.process

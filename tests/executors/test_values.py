@@ -7,11 +7,11 @@ import typer
 from transformers import LlamaConfig
 
 from dart_eval.cli import application, run
-from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.sweep.config import RunConfig, checked, config_from
+from dart_eval.sweep.jobs import count_requests
 from dart_eval.sweep.options import DEFAULTS
 from dart_eval.sweep.plan import command, plan
 from dart_eval.util.errors import UserError

@@ -19,8 +19,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from dart_eval.util.files import write_atomically
-from dart_eval.weights.gguf import cache_dir
+from dart_eval.util.files import cache_dir, write_atomically
 
 SOURCE = Path(__file__).with_name("kernels.c")
 COMPILERS = ("cc", "gcc", "clang")

@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dart_eval.util.files import write_atomically
-from dart_eval.weights.gguf import cache_dir
+from dart_eval.util.files import cache_dir, write_atomically
 
 log = logging.getLogger(__name__)
 
