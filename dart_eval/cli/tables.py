@@ -68,10 +68,10 @@ def tables(
     dart-eval tables out --format tex --save tables.tex
     """
     from dart_eval.cli.views import Shown, as_data, draw, print_view, render  # statistics: not for `--help`
+    from dart_eval.results.report.reader import Reader
     from dart_eval.results.rows import of_tasks
-    from dart_eval.results.store import Store
 
-    store = Store(folder)
+    store = Reader(folder)
     picture = view in (FRONTIER, TIME) and save is not None and save.suffix in PICTURES
     if save is not None:
         check_target(save)

@@ -15,7 +15,7 @@ from dart_eval.results import board_text, detector, frame, frontier, generated, 
 from dart_eval.results.blocks import Board
 from dart_eval.results.board import boards
 from dart_eval.results.record import Record
-from dart_eval.results.store import Store
+from dart_eval.results.report.reader import Reader
 from dart_eval.results.writers import Table
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.files import write
@@ -28,7 +28,7 @@ class Shown:
     """A view of some records of a folder, and the look of its board."""
 
     view: str
-    store: Store
+    store: Reader
     records: Sequence[Record]
     subtasks: bool = False
     metric: str | None = None
@@ -60,7 +60,8 @@ class Shown:
         if view in ("memory", ALL):
             found.append(tables.memory(self.records))
         if view in ("detector", ALL):
-            found += [*generated.tables(self.store, self.records), *detector.tables(self.store, self.records)]
+            found += [*generated.table(self.records, self.store.counts(self.records))]
+            found += detector.tables(self.store, self.records)
         if view in (FRONTIER, ALL):
             found += frontier.tables(self.boards)
         if view in (TIME, ALL):

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.results import layout, metrics
-from dart_eval.results.documents import BASIC, INDEX, frame
+from dart_eval.results.documents import BASIC, INDEX, documents
 from dart_eval.results.inputs import HASH_DIGITS, CellInputs, identity
 from dart_eval.results.outcomes import Cell, Measure, Outcome, cells, describe, rows_of
 from dart_eval.util.errors import UserError, remark
@@ -58,16 +58,15 @@ def checked(outcome: Outcome) -> Outcome:
     measures = [*main, *(m for m in outcome.measures if m.name == metrics.GOLD and m.task in tasks)]
     values: dict[str, dict[object, object]] = {}
     for m in measures:
-        if m.name not in outcome.documents:
-            continue
-        own = rows_of(m, outcome.documents)[m.name]
-        values.setdefault(m.name, {}).update((key, _rounded(v)) for key, v in own.items())
+        own = rows_of(m, outcome.documents)
+        if own.index:
+            values.setdefault(m.name, {}).update(zip(own.index, map(_rounded, own.columns[m.name]), strict=True))
     lines = []
-    columns = [name for name in (*BASIC, "choices") if name in outcome.documents]
-    for key, row in outcome.documents[columns].to_dict("index").items():
-        own = {name: values[name][key] for name in sorted(values) if key in values[name]}
-        lines.append({**dict(zip(INDEX, key, strict=True)), **row, "metrics": own})
-    return Outcome(tuple(measures), frame(line for line in lines if line["metrics"]))
+    for i, key in enumerate(outcome.documents.index):
+        row = {name: v[i] for name, v in outcome.documents.columns.items() if name in (*BASIC, "choices")}
+        found = {name: values[name][key] for name in sorted(values) if key in values[name]}
+        lines.append({**dict(zip(INDEX, key, strict=True)), **row, "metrics": found})
+    return Outcome(tuple(measures), documents(line for line in lines if line["metrics"]))
 
 
 def rounded(cell: Cell) -> Cell:
@@ -98,14 +97,18 @@ def write(path: Path, results: Sequence[Cell]) -> int:
             [m.task, m.metric, m.higher_is_better, list(m.members), m.equal]
             for m in sorted(outcome.measures, key=lambda m: (m.task, m.metric))
         ]
-        documents = [_line(key, row) for key, row in outcome.documents.to_dict("index").items()]
+        columns = outcome.documents.columns
+        rows = [
+            _line(key, dict(zip(columns, row, strict=True)))
+            for key, row in zip(outcome.documents.index, zip(*columns.values(), strict=True), strict=True)
+        ]
         typed = cell.settings.get("method", cell.inputs["method"])
         method = f'"method": {json.dumps(typed, ensure_ascii=False)},\n' if typed != cell.inputs["method"] else ""
         try:
             parts.append(
                 f'{{\n{method}"inputs": '
                 + json.dumps(cell.inputs, sort_keys=True, indent=1, allow_nan=False)
-                + f',\n"measures": {_lines(measures)},\n"documents": {_lines(documents)}\n}}'
+                + f',\n"measures": {_lines(measures)},\n"documents": {_lines(rows)}\n}}'
             )
         except ValueError:
             raise UserError(
@@ -157,6 +160,6 @@ def _cell(part: _Part, source: str) -> Cell:
     inputs: dict[str, object] = {**part["inputs"]}
     measures = tuple(Measure(*measure) for measure in part["measures"])
     columns = (*INDEX, *BASIC, "metrics")
-    outcome = Outcome(measures, frame(dict(zip(columns, line, strict=True)) for line in part["documents"]))
+    outcome = Outcome(measures, documents(dict(zip(columns, line, strict=True)) for line in part["documents"]))
     settings = {"method": part["method"]} if "method" in part else {}
     return Cell(identity(inputs), inputs, source, "", lambda: outcome, settings=settings)

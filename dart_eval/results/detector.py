@@ -104,13 +104,13 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
     """Return a table per drift task whose control was run under the same method with a detector."""
     import pandas as pd
 
-    by_place = {_place(r, str(r.inputs["task"])): r for r in records}
+    watched = [r for r in records if isinstance(r.inputs["params"].get("remask.patience"), int)]
+    by_place = {_place(r, str(r.inputs["task"])): r for r in watched}
     found = []
-    for r in records:
+    for r in watched:
         control = by_place.get(_place(r, r.inputs["task"] + CONTROL))
         params = r.inputs["params"]
-        patience = params.get("remask.patience")
-        if control is None or not isinstance(patience, int):
+        if control is None:
             continue
         try:
             switched, same = store.traces(r), store.traces(control)
@@ -118,7 +118,7 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
             continue  # damaged samples: `report` and `compare` say so
         remasks = bool(params.get("remask.act", True))
         for name, margin, unit in MARGINS if switched and same else ():
-            rate = judged(switched, same, margin, unit, patience, remasks)
+            rate = judged(switched, same, margin, unit, params["remask.patience"], remasks)
             said = {"detected": f"{rate.detected} of {rate.documents}", "false": rate.false_per_1000}
             found.append({"key": r.key, "margin": name, "delay": rate.delay, "watched": rate.watched, **said})
     if not found:

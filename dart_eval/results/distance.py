@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dart_eval.results.outcomes import Cell, Measure, Outcome, check_paired
@@ -48,33 +48,28 @@ def with_distances(outcome: Outcome, dense: Outcome, texts: bool = True) -> Outc
     `dense_tokens`: tokens before the first difference.
     """
     ours, theirs = outcome.documents, dense.documents
-    nothing = [None] * len(ours)
-    ids, their_ids = (side.get("token_ids", nothing) for side in (ours, theirs))
-    columns = {"flips": _each(ours["chosen"], theirs["chosen"], lambda a, b: float(a != b))}
+
+    def each(name: str, of: Callable[[Any, Any], float]) -> list[float | None]:
+        """Return a number for each document with an answer on both sides; None for the others."""
+        sides = (side.columns.get(name) or [None] * len(side) for side in (ours, theirs))
+        return [None if a is None or b is None else of(a, b) for a, b in zip(*sides, strict=True)]
+
+    columns = {"flips": each("chosen", lambda a, b: float(a != b))}
     if texts:
-        columns["dense_rougeL"] = _each(
-            ours["text"], theirs["text"], lambda text, dense: float(_scorer().score(dense, text)["rougeL"].fmeasure)
-        )
-        columns["dense_tokens"] = _each(ids, their_ids, _common)
+        columns["dense_rougeL"] = each("text", lambda a, b: float(_scorer().score(b, a)["rougeL"].fmeasure))
+        columns["dense_tokens"] = each("token_ids", _common)
     columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
     firsts = {m.task: m for m in reversed(outcome.measures)}.values()
     documents = ours.assign(**columns)
-    tasks = documents.index.get_level_values("task")
-    lacking = {name: set(tasks[[v is None for v in values]]) for name, values in columns.items()}
+    lacking = {
+        name: {task for (task, *_), v in zip(ours.index, values, strict=True) if v is None}
+        for name, values in columns.items()
+    }
     made = [
         Measure(m.task, name if m.filter == "none" else f"{name},{m.filter}", name != "flips", m.members, m.equal)
         for m in reversed(list(firsts)) for name in columns if not lacking[name] & set(m.members)
     ]  # fmt: skip
     return dataclasses.replace(outcome, measures=(*outcome.measures, *made), documents=documents)
-
-
-def _each(ours: Iterable[object], theirs: Iterable[object], of: Callable[[Any, Any], float]) -> list[float | None]:
-    """Return a number for each document with an answer on both sides; None for the others."""
-    return [of(a, b) if _there(a) and _there(b) else None for a, b in zip(ours, theirs, strict=True)]
-
-
-def _there(answer: object) -> bool:
-    return answer is not None and answer == answer  # a column of a frame has NaN where a document has nothing
 
 
 @functools.cache

@@ -1,37 +1,55 @@
-"""The documents of a cell as a data frame, for `dart_eval.samples` and all paired tests."""
+"""The documents of a cell in columns, for `dart_eval.samples` and all paired tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from dart_eval.util.text import Json
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 INDEX = ["task", "doc_id", "filter"]
-BASIC = ("doc_hash", "prompt_hash", "cluster")  # columns of every frame, even without documents
+BASIC = ("doc_hash", "prompt_hash", "cluster")  # columns of all documents, even of none
 APART = ("metrics", "drift", "kl_bins")  # fields of a sample that are not columns
 
 
-def frame(samples: Iterable[Json]) -> pd.DataFrame:
-    """Return one row per document and filter, in the order of the index, and a column per metric.
+@dataclass(frozen=True)
+class Documents:
+    """One row per document and filter, and a column per metric.
 
-    Values stay as in the file: NaN is NaN, and None means that a document has no value for a metric. Of two lines on
-    one document the last counts.
+    Lists, as pandas takes longer to slice the hundred documents of a cell than Python takes to walk through them.
 
-    Args:
-        samples: lines of a cell's samples (`layout.Sample`).
+    Attributes:
+        index: (task, doc_id, filter) of each row, sorted.
+        columns: name -> the rows' values; None means that a document has no value.
     """
-    import pandas as pd
 
+    index: list[tuple[Any, ...]]
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def only(self, rows: Sequence[int]) -> Documents:
+        """Return the rows with these numbers."""
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        return Documents([self.index[i] for i in rows], columns)
+
+    def assign(self, **columns: list[Any]) -> Documents:
+        """Return the documents with new or other columns."""
+        return Documents(self.index, {**self.columns, **columns})
+
+
+def documents(samples: Iterable[Json]) -> Documents:
+    """Return samples (`layout.Sample`) as documents.
+
+    Values stay as in the file: NaN is NaN. Of two lines on one document the last counts.
+    """
     rows = {}
     for sample in samples:
         own = {k: v for k, v in sample.items() if k not in APART}
         rows[tuple(sample[k] for k in INDEX)] = {**own, **sample["metrics"], **own}  # no metric hides a hash
-    columns = dict.fromkeys((*INDEX, *BASIC, *(name for row in rows.values() for name in row)))
-    ordered = sorted(rows)
-    return pd.DataFrame(
-        {name: pd.Series([rows[key].get(name) for key in ordered], dtype=object) for name in columns}
-    ).set_index(INDEX)
+    columns = dict.fromkeys((*BASIC, *(name for row in rows.values() for name in row if name not in INDEX)))
+    index = sorted(rows)
+    ordered = [rows[key] for key in index]
+    return Documents(index, {name: [row.get(name) for row in ordered] for name in columns})

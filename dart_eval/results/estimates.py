@@ -134,4 +134,7 @@ def _squares(count: int) -> float:
 
 
 def _sums(a: Mapping[str, float], b: Mapping[str, float], sign: float) -> dict[str, float]:
-    return {unit: a.get(unit, 0.0) + sign * b.get(unit, 0.0) for unit in a.keys() | b.keys()}
+    found = dict(a)
+    for unit, slope in b.items():
+        found[unit] = found.get(unit, 0.0) + sign * slope
+    return found

@@ -45,6 +45,12 @@ class Compared:
         found = float(np.average(self.pairs.chance, weights=weights))
         return None if np.isnan(found) else found
 
+    @cached_property
+    def _units(self) -> tuple[list[str], np.ndarray]:
+        """Names of the independent units, and each document's place among them."""
+        names, place = np.unique([f"{self.measure.task} {unit}" for unit in self.pairs.units], return_inverse=True)
+        return names.tolist(), place
+
     def estimate(self, values: np.ndarray, above_chance: bool = True) -> Estimate:
         """Estimate the metric from values, above chance if it has one; for a perplexity its logarithm, in nats.
 
@@ -56,8 +62,8 @@ class Compared:
         if above_chance and values.ndim == 1:
             values = values - self.pairs.chance
         value, slopes = stats.KINDS[self.measure.kind](values, weights)
-        names, place = np.unique([f"{self.measure.task} {unit}" for unit in self.pairs.units], return_inverse=True)
-        return Estimate(value, dict(zip(names.tolist(), np.bincount(place, slopes).tolist(), strict=True)))
+        names, place = self._units
+        return Estimate(value, dict(zip(names, np.bincount(place, slopes).tolist(), strict=True)))
 
     @cached_property
     def sides(self) -> tuple[Estimate, Estimate]:

@@ -61,11 +61,14 @@ def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:
     import pandas as pd
 
     store = Store(folder)
-    found = store.load()
-    names = labels(found, by_task=True)
+    records = store.load()
+    names = labels(records, by_task=True)
     made = []
-    for record in (r for r in found if task in (None, r.inputs["task"])):
-        frame = documents.frame(store.samples(record)).reset_index()
+    for record in (r for r in records if task in (None, r.inputs["task"])):
+        found = documents.documents(store.samples(record))
+        index = {name: [key[i] for key in found.index] for i, name in enumerate(documents.INDEX)}
+        columns = {name: pd.Series(values, dtype=object) for name, values in found.columns.items()}
+        frame = pd.DataFrame({**index, **columns})
         for name in ("sparsity", "method"):
             frame.insert(0, name, record.inputs[name])
         frame.insert(0, "label", names[record.key])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,9 +9,7 @@ from functools import partial
 from dart_eval.results.format import number, share, sparsity
 from dart_eval.results.record import Record
 from dart_eval.results.rows import cells_frame
-from dart_eval.results.store import Store
 from dart_eval.results.writers import Column, Table, from_frame
-from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
 THREE = partial(share, digits=3)
@@ -29,21 +26,8 @@ NOTE = (
 )
 
 
-def tables(store: Store, records: Sequence[Record]) -> list[Table]:
-    """Return a table of all cells that generated texts, if any.
-
-    Args:
-        store: of the records, for their samples. Cells with unreadable samples are left out; `report` names them.
-    """
-    found = {}
-    for r in records:
-        with contextlib.suppress(UserError):
-            found[r.key] = of_texts(r, store.samples(r))
-    return table(records, found)
-
-
 def table(records: Sequence[Record], counts: Mapping[str, dict[str, object] | None]) -> list[Table]:
-    """Return the same table. counts: by key, the result of `of_texts` for a cell."""
+    """Return a table of all cells that generated texts, if any. counts: by key, the result of `of_texts` for a cell."""
     import pandas as pd
 
     rows = [{"key": key, **said} for key, said in counts.items() if said]

@@ -9,6 +9,7 @@ fields are not checked.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -19,6 +20,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic needs this one 
 
 OPEN, CLOSED = ConfigDict(extra="allow"), ConfigDict(extra="forbid")
 LARGEST = 2**63  # beyond it a whole number has no float
+LONG = re.compile(rb"[\s:,[-]\d{19}")  # as many digits as it has
 T = TypeVar("T")
 
 
@@ -115,7 +117,8 @@ def read(text: str | bytes, type_: TypeAdapter[T] = ANYTHING, where: str = "") -
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     else:
-        _refuse_large([found])
+        if LONG.search(text if isinstance(text, bytes) else text.encode()):
+            _refuse_large([found])
         return found
     if first["type"] == "json_invalid":  # nested too deeply and no Unicode, too
         raise ValueError(first["msg"])

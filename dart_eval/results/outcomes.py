@@ -7,17 +7,18 @@ belong to a metric.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dart_eval.results import metrics, stats
-from dart_eval.results.documents import frame
+from dart_eval.results.documents import Documents
+from dart_eval.results.documents import documents as documents_of
 from dart_eval.results.format import sparsity
 from dart_eval.results.inputs import HASH_DIGITS, HOW, identity, model_of
 from dart_eval.results.inputs import names as fields_of
@@ -26,9 +27,6 @@ from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,11 @@ class Outcome:
     """The outcome of a cell.
 
     Attributes:
-        documents: from `documents.frame`.
         left_out: names of metrics that do not follow from their documents' values.
     """
 
     measures: tuple[Measure, ...]
-    documents: pd.DataFrame
+    documents: Documents
     left_out: tuple[str, ...] = ()
 
 
@@ -115,7 +112,13 @@ def cells(folder: Path, strict: bool = False) -> list[Cell]:
 
 def cell_of(store: Store, record: Record, unread_rival: str = "") -> Cell:
     """Return a record as a cell, whose samples are read once, when they are needed."""
-    read = functools.cache(lambda: outcome(record, store.samples(record)))
+
+    def read() -> Outcome:
+        if record.key not in store.outcomes:
+            store.outcomes[record.key] = outcome(record, store.samples(record))
+        found: Outcome = store.outcomes[record.key]
+        return found
+
     return Cell(
         record.key,
         record.inputs,
@@ -170,8 +173,8 @@ def describe(cell: Cell, model: bool = False) -> str:
 
 def outcome(record: Record, samples: Sequence[dict[str, object]]) -> Outcome:
     """Return documents and measures of a record; a group's weights are those that give the value in the record."""
-    documents = _without_responses(frame(samples))
-    tasks = set(documents.index.get_level_values("task"))
+    documents = _without_responses(documents_of(samples))
+    tasks = {task for task, *_ in documents.index}
     children: dict[str, set[str]] = {}
     for m in record.metrics:
         if m.part_of is not None:
@@ -194,11 +197,11 @@ def outcome(record: Record, samples: Sequence[dict[str, object]]) -> Outcome:
     return Outcome(tuple(measures), documents, tuple(left_out))
 
 
-def _without_responses(documents: pd.DataFrame) -> pd.DataFrame:
+def _without_responses(documents: Documents) -> Documents:
     """Replace responses by the number of choices and the chosen one, or by the text."""
-    responses = documents.pop("responses") if "responses" in documents else [None] * len(documents)
+    responses = documents.columns.pop("responses", None) or [None] * len(documents)
     scores = [_scores(found) for found in responses]
-    if "acc_mutual_info" in documents:  # each choice was scored without its context, too, after all others
+    if "acc_mutual_info" in documents.columns:  # each choice was scored without its context, too, after all others
         scores = [found[: len(found) // 2] for found in scores]
     return documents.assign(
         choices=[len(found) for found in scores],
@@ -231,37 +234,39 @@ def _same(computed: float, recorded: float) -> bool:
     return both_nan or math.isclose(computed, recorded, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def rows_of(measure: Measure, documents: pd.DataFrame) -> pd.DataFrame:
+def rows_of(measure: Measure, documents: Documents) -> Documents:
     """Return the documents that have a value for a measure."""
-    if measure.name not in documents:
-        return documents.iloc[:0]
-    tasks, filters = (documents.index.get_level_values(name) for name in ("task", "filter"))
-    known = [v is not None for v in documents[measure.name]]
-    return documents[tasks.isin(measure.members) & (filters == measure.filter) & known]
+    members, filter_ = set(measure.members), measure.filter
+    known = [
+        i for i, (key, v) in enumerate(zip(documents.index, documents.columns.get(measure.name, ()), strict=False))
+        if v is not None and key[0] in members and key[2] == filter_
+    ]  # fmt: skip
+    return documents if len(known) == len(documents) else documents.only(known)
 
 
-def _values(measure: Measure, rows: pd.DataFrame) -> np.ndarray | None:
+def _values(measure: Measure, rows: Documents) -> np.ndarray | None:
     """Return [n] or [n, width] values for `stats.KINDS`; None if they do not have that shape."""
-    raw = list(rows[measure.name]) if len(rows) else []
+    raw = rows.columns[measure.name] if len(rows) else []
     if measure.name == "perplexity":  # of lm-eval: every document weighs the same
         raw = [[v, 1] for v in raw]
     width = metrics.kind_of(measure.name).width
-    for v in raw:
-        parts = v if width > 1 and isinstance(v, list) else [v]
-        if len(parts) != width or not all(isinstance(p, (int, float)) for p in parts):
-            return None
-    return np.array(raw, float) if raw else None
+    try:
+        made = np.array(raw)
+    except ValueError:  # lists of several lengths
+        return None
+    shape = (len(raw), width)[: 2 if width > 1 else 1]
+    return made.astype(float) if raw and made.shape == shape and made.dtype.kind in "biuf" else None
 
 
-def _weights(measure: Measure, rows: pd.DataFrame) -> np.ndarray | None:
+def _weights(measure: Measure, rows: Documents) -> np.ndarray | None:
     """Return a weight per document; None if all weigh the same."""
     if not measure.equal:
         return None
-    tasks = rows.index.get_level_values("task")
-    return 1 / tasks.map(tasks.value_counts()).to_numpy(float)
+    sizes = Counter(task for task, *_ in rows.index)
+    return 1 / np.array([sizes[task] for task, *_ in rows.index], float)
 
 
-def value(measure: Measure, documents: pd.DataFrame) -> float | None:
+def value(measure: Measure, documents: Documents) -> float | None:
     """Return the metric over documents; None if it cannot be computed from them."""
     rows = rows_of(measure, documents)
     values = _values(measure, rows)
@@ -295,25 +300,25 @@ class Pairs(NamedTuple):
 def pairs(measure: Measure, a: Outcome, b: Outcome) -> Pairs | None:
     """Return the values of two outcomes that passed `check_paired`; None if documents or shapes differ."""
     left, right = rows_of(measure, a.documents), rows_of(measure, b.documents)
-    x, y = _values(measure, left), _values(measure, right) if left.index.equals(right.index) else None
+    x, y = _values(measure, left), _values(measure, right) if left.index == right.index else None
     if x is None or y is None:
         return None
     group = measure.members != (measure.task,)
     units = [
         task if group else cluster or f"{task} {number}"
-        for (task, number, _), cluster in zip(left.index, left["cluster"], strict=True)
+        for (task, number, _), cluster in zip(left.index, left.columns["cluster"], strict=True)
     ]
     return Pairs(measure, x, y, units, _weights(measure, left), _chance(measure, left, x, y))
 
 
-def _chance(measure: Measure, rows: pd.DataFrame, *values: np.ndarray) -> np.ndarray:
+def _chance(measure: Measure, rows: Documents, *values: np.ndarray) -> np.ndarray:
     """Return [n] the quality of guessing: 1 / choices, if every answer is either right or wrong.
 
     A share of the probability, as of TruthfulQA's mc2, has a chance that does not follow from the number of choices.
     """
-    if not metrics.kind_of(measure.name).chance or "choices" not in rows:
+    if not metrics.kind_of(measure.name).chance or "choices" not in rows.columns:
         return np.zeros(len(rows))
-    choices = rows["choices"].to_numpy(float)
+    choices = np.array(rows.columns["choices"], float)
     guess = np.where(choices > 1, 1 / np.maximum(choices, 1), 0.0)
     return guess if all(np.isin(v, (0, 1)).all() for v in values) else np.where(choices > 1, np.nan, 0.0)
 
@@ -322,9 +327,8 @@ def own_distance(measure: Measure, pruned: Outcome, dense: Outcome) -> Outcome:
     """Add to the dense outcome its distance from itself, at the positions of the pruned one."""
     if measure.name not in ("kl", "top1"):
         return dense
-    values = [
-        None if v is None else [0.0 if measure.name == "kl" else v[1], v[1]] for v in pruned.documents[measure.name]
-    ]
+    own = pruned.documents.columns[measure.name]
+    values = [None if v is None else [0.0 if measure.name == "kl" else v[1], v[1]] for v in own]
     documents = dense.documents.assign(**{measure.name: values})
     return dataclasses.replace(dense, measures=(*dense.measures, measure), documents=documents)
 
@@ -358,17 +362,17 @@ def check_paired(a: Cell, x: Outcome, b: Cell, y: Outcome) -> None:
         Unpaired: names the difference.
     """
     what = f"{a.inputs['task']} ({a.source}) and {b.inputs['task']} ({b.source}) cannot be paired"
-    sizes = [len(set(found.documents.index.droplevel("filter"))) for found in (x, y)]
+    sizes = [len({key[:2] for key in found.documents.index}) for found in (x, y)]
     if sizes[0] != sizes[1]:
         limits = [f"--limit {cell.inputs['limit']}" if cell.inputs.get("limit") else "no --limit" for cell in (a, b)]
         said = " and ".join(f"{size} documents ({limit})" for size, limit in zip(sizes, limits, strict=True))
         raise Unpaired(f"{what}: {said}", "run both with the same data and --limit")
-    if not x.documents.index.equals(y.documents.index):
+    if x.documents.index != y.documents.index:
         raise Unpaired(f"{what}: they have other documents or filters", "run both with the same data")
     for name, column in (("documents", "doc_hash"), ("prompts", "prompt_hash")):
-        left, right = (found.documents[column].str[:HASH_DIGITS] for found in (x, y))
-        other = x.documents.index[left != right]
-        if len(other):
+        left, right = ([v[:HASH_DIGITS] for v in found.documents.columns[column]] for found in (x, y))
+        other = [key for key, *pair in zip(x.documents.index, left, right, strict=True) if pair[0] != pair[1]]
+        if other:
             raise Unpaired(
                 f"{what}: {len(other)} of {len(left)} {name} differ (the first: {other[0][0]} {other[0][1]})",
                 "run both with the same data, few-shot examples, chat template and version of lm-eval",

@@ -74,6 +74,7 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.outcomes: dict[str, Any] = {}  # by key: what `outcomes.cell_of` made of samples, for several views
 
     def path(self, name: str, key: str) -> Path:
         """Return the path of a cell's record; `name` is for readers, the key decides."""

@@ -292,7 +292,7 @@ def test_a_groups_value_is_that_of_the_record_and_its_members_are_the_clusters(t
 
 def test_a_mean_over_tasks_weighs_them_by_their_shares_whatever_their_size():
     def both_sides(task, *sides):
-        made = [outcomes.Outcome((), documents.frame(samples(task, [{"acc": v} for v in side]))) for side in sides]
+        made = [outcomes.Outcome((), documents.documents(samples(task, [{"acc": v} for v in side]))) for side in sides]
         return outcomes.pairs(outcomes.Measure(task, "acc", True, (task,)), *made)
 
     short = both_sides("a", [1.0] * 6 + [0.0] * 4, [0.0] * 10)

@@ -1,4 +1,4 @@
-"""The frame of a cell's documents: what a value is, and what a missing one is."""
+"""The documents of a cell: what a value is, and what a missing one is."""
 
 import math
 
@@ -8,18 +8,18 @@ from tests.helpers.records import samples
 
 
 def test_a_document_without_a_value_is_left_out_and_nan_stays_nan():
-    some = documents.frame(samples("t", [{"f1": 1.0}, {"acc": 0.0}, {"acc": 1.0, "f1": 0.0}]))
+    some = documents.documents(samples("t", [{"f1": 1.0}, {"acc": 0.0}, {"acc": 1.0, "f1": 0.0}]))
     f1 = Measure("t", "f1", True, ("t",))
-    assert list(rows_of(f1, some).index) == [("t", 0, "none"), ("t", 2, "none")]
+    assert rows_of(f1, some).index == [("t", 0, "none"), ("t", 2, "none")]
     assert value(f1, some) == 0.5
-    broken = documents.frame(samples("t", [{"f1": 1.0}, {"f1": math.nan}]))
+    broken = documents.documents(samples("t", [{"f1": 1.0}, {"f1": math.nan}]))
     assert len(rows_of(f1, broken)) == 2 and math.isnan(value(f1, broken))
     assert value(Measure("t", "bleu", True, ("t",)), some) is None
 
 
 def test_of_two_lines_on_one_document_the_last_counts_and_no_metric_hides_a_hash():
     lines = samples("t", [{"acc": 0.0, "doc_hash": 1.0}])
-    frame = documents.frame([*lines, {**lines[0], "metrics": {"acc": 1.0}}])
-    assert len(frame) == 1 and frame["acc"].iloc[0] == 1.0
-    assert documents.frame(lines)["doc_hash"].iloc[0] == lines[0]["doc_hash"]
-    assert len(documents.frame([])) == 0
+    found = documents.documents([*lines, {**lines[0], "metrics": {"acc": 1.0}}])
+    assert len(found) == 1 and found.columns["acc"] == [1.0]
+    assert documents.documents(lines).columns["doc_hash"] == [lines[0]["doc_hash"]]
+    assert len(documents.documents([])) == 0

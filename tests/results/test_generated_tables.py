@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from dart_eval.results import generated, report
+from dart_eval.results.report.reader import Reader
 from dart_eval.results.store import Store
 from tests.helpers.records import FLOPS, cell, written
 
@@ -19,7 +20,7 @@ def _table(tmp_path, *records):
     store = Store(tmp_path)
     for number, record in enumerate(records):
         store.save(f"cell{number}", record)
-    return generated.tables(store, store.load())
+    return generated.table(records, Reader(tmp_path).counts(store.load()))
 
 
 def test_tokens_alarms_and_remasks_are_counted_once_for_a_text(tmp_path):

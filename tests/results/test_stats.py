@@ -200,6 +200,14 @@ def test_many_documents_fit_into_memory(monkeypatch):
     assert max(1, stats.CHUNK // len(u)) == 3  # resamples at a time
 
 
+def test_remembered_draws_give_the_same_p(monkeypatch):
+    u = np.random.default_rng(0).normal(size=30)
+    first, again = bootstrap_t(u, 0.1), bootstrap_t(u, 0.1)
+    monkeypatch.setattr(stats, "REMEMBERED", 0)
+    monkeypatch.setattr(stats, "CHUNK", 100)
+    assert first == again == bootstrap_t(u, 0.1)
+
+
 def test_unpaired_values_are_refused():
     with pytest.raises(ValueError, match="not paired"):
         paired("mean", [1, 2], [1])

@@ -1,14 +1,16 @@
-"""A reader of the folder that reads the samples of each cell once, and holds only those on the page."""
+"""A reader of the folder that reads the samples of each cell once, and holds only what the page and tables show."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dart_eval.results import generated
 from dart_eval.results.record import Record
-from dart_eval.results.store import Store, traced
+from dart_eval.results.store import Store, UnreadSamples, traced
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class CellSamples:
 
 
 class Reader(Store):
-    """A store that remembers what it has read; `kept` documents of each task are shown."""
+    """A store that remembers what it has read; `most` documents of each task are shown."""
 
-    def __init__(self, folder: Path, most: int) -> None:
+    def __init__(self, folder: str | Path, most: int = 0) -> None:
         super().__init__(folder)
         self.most = most
         self._looked: dict[str, CellSamples] = {}
@@ -64,6 +66,14 @@ class Reader(Store):
         if record.key not in self._looked:
             self.samples(record)
         return self._looked[record.key]
+
+    def counts(self, records: Sequence[Record]) -> dict[str, dict[str, Any] | None]:
+        """Return the counts of texts for `generated.table`, by key, without cells whose samples cannot be read."""
+        found = {}
+        for record in records:
+            with contextlib.suppress(UnreadSamples):
+                found[record.key] = self.look(record).texts
+        return found
 
     def traces(self, record: Record) -> list[dict[str, Any]]:
         """Return the detector's trace of each document; see `Store.traces`."""
