@@ -39,7 +39,6 @@ from dart_eval.evaluation.unsafe import (
 )
 from dart_eval.models.hub import work_offline_if_unreachable
 from dart_eval.util.errors import UserError
-from dart_eval.util.files import check_name
 from dart_eval.util.text import Json
 
 Local = tuple[list[str], Callable[[Dataset], Dataset] | None]  # files of a task from `data_dir`, their preparation
@@ -145,9 +144,6 @@ class Tasks:
         gen_kwargs: settings of generation that stand before each task's own.
         tokenizer: gives the model's, for tasks that make documents of a length (RULER).
         limit: so many documents will be asked at most, or a share of all: these tasks make no more.
-
-    Raises:
-        UserError: `data_dir` is not a folder.
     """
 
     def __init__(
@@ -164,11 +160,7 @@ class Tasks:
         self.folders = [Path(folder) for folder in include_path]
         if self.folders and not unsafe_code:
             sandbox_templates()
-        if data_dir is not None:
-            check_name(data_dir, "data dir")
         self.data_dir = Path(data_dir) if data_dir is not None else None
-        if self.data_dir is not None and not self.data_dir.is_dir():
-            raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
         self._factory = _Factory(self.data_dir, cue, unsafe_code, self.folders, tokenizer, limit)
         self.manager = self._index(include_defaults=False)
         self._complete = False
