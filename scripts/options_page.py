@@ -29,7 +29,7 @@ An option that takes a list may be given again: `--tasks arc --tasks hellaswag` 
 
 Who comes from lm-eval may write `--model_args pretrained=NAME,dtype=bfloat16`, `--apply_chat_template`,
 `--fewshot_as_multiturn`, `--gen_kwargs`, `--system_instruction`, `--include_path` and `--output_path`; among the
-`model_args` also `peft`, `enable_thinking` and `think_end_token`.
+`model_args` also `peft`, `load_in_4bit`, `enable_thinking` and `think_end_token`.
 """
 
 

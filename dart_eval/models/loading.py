@@ -59,6 +59,7 @@ class ModelSpec:
         device_map: for accelerate (`auto`: spread over the GPUs); replaces `device`.
         trust_remote_code: run the code that a model brings along; without it none ever runs.
         peft: an adapter that is merged into its weights, a local folder or a hub id.
+        load_in: 4bit or 8bit: bitsandbytes quantises its linear layers while they are loaded.
         tokenizer: a folder or hub id whose tokenizer is taken; None: the model's.
         attn_implementation: transformers' name of the code of attention; None: the model's.
     """
@@ -70,6 +71,7 @@ class ModelSpec:
     device_map: str | None = None
     trust_remote_code: bool = False
     peft: str | None = None
+    load_in: str | None = None
     tokenizer: str | None = None
     attn_implementation: str | None = None
 
@@ -79,10 +81,10 @@ class Identity:
     """The identity of a model in results.
 
     Attributes:
-        name: the user's name for it (an alias, or the last part of a folder or file), then + and the adapter.
+        name: the user's name for it (an alias, or the last part of a folder or file), then + and the adapter or bits.
         revision: commit on the hub, or None for a folder.
-        weights: sha256 of a folder's weights, configuration, tokenizer and code, and of an adapter's files; None for a
-            hub model without adapter, which its commit identifies.
+        weights: sha256 of a folder's weights, configuration, tokenizer and code, and of an adapter's files or of the
+            bits that it is loaded in; None for a hub model without either, which its commit identifies.
         remote_code: the model's own code runs in place of the library's.
         loaded: the model was passed in memory, and `weights` is a hash of its state.
     """
@@ -131,7 +133,7 @@ class Resolved:
             with muted():
                 model, notes = load_whole(
                     _loader(self.config), name, self.source, dtype=getattr(torch, self.dtype),
-                    device_map=spec.device_map, **kwargs, **stored.options(self.config),
+                    device_map=spec.device_map, **kwargs, **stored.options(self.config, spec.load_in),
                 )  # fmt: skip
                 stored.expand(model)
                 if self.adapter is not None:
@@ -296,6 +298,15 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
     if code is not None and "/" in code and not spec.trust_remote_code:
         raise _untrusted(name, code)
     adapter = spec.peft or (source if adapters.lies_in(source, commit) else None)
+    if spec.load_in is not None:
+        if adapter is not None or _is_quantised(source, config):
+            raise UserError(
+                f"--load-in {spec.load_in} quantises plain weights, and model {name} "
+                + ("has an adapter" if adapter is not None else "is quantised"), "leave one of them out",
+            )  # fmt: skip
+        stored.note_loading(config, spec.load_in)
+        whole = hashlib.sha256(f"{weights or commit} {spec.load_in}".encode())
+        name, weights = f"{name}+{spec.load_in}", whole.hexdigest()
     if adapter is not None:
         name, weights = _adapted(adapter, name, source, config, weights or commit)
     identity = Identity(name, commit, weights, spec.trust_remote_code and code is not None)
@@ -305,12 +316,16 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
 def _adapted(adapter: str, name: str, source: str, config: PretrainedConfig, weights: str | None) -> tuple[str, str]:
     """Return the name and hash of a model with an adapter. weights: identity of the model's own weights."""
     merged = adapters.digest_of(adapter)
-    if stored.method_of(config) is not None or (Path(source) / gguf.KINDS).is_file():
+    if _is_quantised(source, config):
         raise UserError(
             f"model {name} is quantised, and --peft merges only into plain weights", "give the unquantised model"
         )
     whole = hashlib.sha256(f"{weights} {merged}".encode()).hexdigest()
     return (name if adapter == source else f"{name}+{Path(adapter).name}"), whole
+
+
+def _is_quantised(source: str, config: PretrainedConfig) -> bool:
+    return stored.method_of(config) is not None or (Path(source) / gguf.KINDS).is_file()
 
 
 def _dtype(spec: ModelSpec, config: PretrainedConfig, source: str, revision: str | None) -> str:

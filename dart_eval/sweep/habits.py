@@ -51,9 +51,12 @@ MODEL_ARGS = {
     "enable_thinking": "enable_thinking", "think_end_token": "think_end_token", "tokenizer": "tokenizer",
     "attn_implementation": "attn_implementation", "add_bos_token": "add_bos_token",
 }  # fmt: skip
+SWITCHES = {  # of model_args that are true or false
+    "parallelize": ("device_map", "auto"), "load_in_4bit": ("load_in", "4bit"), "load_in_8bit": ("load_in", "8bit"),
+}  # fmt: skip
 OF_OTHER_TYPES = ("trust_remote_code", "max_length", "enable_thinking", "add_bos_token")  # than text
-FEW_BITS = ("load_in_4bit", "load_in_8bit", "autogptq", "gptqmodel", "gguf_file")
-OF_FEW_BITS = "give a checkpoint that is stored in few bits, or round the FFN weights with --ffn-bits 4"
+FEW_BITS = ("autogptq", "gptqmodel", "gguf_file")
+OF_FEW_BITS = "give a checkpoint that is stored in few bits, or write load_in_4bit=true"
 BACKENDS = ("hf", "hf-auto", "huggingface")  # lm-eval's names for the models of transformers
 OTHER_BACKENDS = (
     "vllm", "sglang", "sglang-generate", "gguf", "ggml", "local-completions", "local-chat-completions", "nemo_lm",
@@ -134,7 +137,7 @@ def translate(given: Json) -> None:
     Raises:
         UserError: one has no counterpart here, or both are given.
     """
-    found = {ours: given.pop(theirs) for theirs, ours in SYNONYMS.items() if theirs in given and ours in DEFAULTS}
+    found = [(ours, given.pop(theirs)) for theirs, ours in SYNONYMS.items() if theirs in given and ours in DEFAULTS]
     model_args = _model_args(given.pop("model_args", {}))
     backend = given.get("model")
     if backend in OTHER_BACKENDS and not Path(str(backend)).exists():
@@ -145,15 +148,15 @@ def translate(given: Json) -> None:
             raise UserError(f"--model {backend} names no model", "give its hub id or folder")
         del given["model"]
     for name, value in model_args.items():
-        if name == "parallelize" and isinstance(value, bool):
-            found |= {"device_map": "auto"} if value else {}
+        if name in SWITCHES and value in (True, False):
+            found += [SWITCHES[name]] if value else []
         elif name not in MODEL_ARGS:
             remedy = OF_FEW_BITS if name in FEW_BITS else nearest(name, MODEL_ARGS)
             raise UserError(f"model_args {name} is not known here", remedy)
         else:
             own = MODEL_ARGS[name]
-            found[own] = value if own in OF_OTHER_TYPES else str(value)
-    for name, value in found.items():
+            found.append((own, value if own in OF_OTHER_TYPES else str(value)))
+    for name, value in found:
         if given.setdefault(name, value) != value:
             raise UserError(
                 f"{name} is given twice: {short_repr(given[name])} and {short_repr(value)}", "leave one of them out"

@@ -81,6 +81,8 @@ class Options:
         "Spread the model over several GPUs by this device map, for example auto.", offers=("auto",))] = None
     peft: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
         "Merge this PEFT adapter (such as LoRA) into the model: a local folder or a hub id.")] = None
+    load_in: Annotated[Literal["4bit", "8bit"] | None, option(MODEL, "4bit|8bit", DECIDES,
+        "Quantise the linear layers with bitsandbytes while the model is loaded.")] = None
     tokenizer: Annotated[Text | None, option(MODEL, "NAME", GIVEN,
         "Use the tokenizer of this hub id or folder.", "the model's")] = None
     attn_implementation: Annotated[Text | None, option(MODEL, "NAME", GIVEN,

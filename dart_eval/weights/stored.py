@@ -7,6 +7,7 @@ Some libraries expand weights while they load them (fp8 on a CPU, mxfp4), others
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils.quantization_config import Mxfp4Config
+from transformers.utils.quantization_config import BitsAndBytesConfig, Mxfp4Config
 
 from dart_eval.layers import quantised
 from dart_eval.layers.ffn import FFN
@@ -52,8 +53,21 @@ def method_of(config: PretrainedConfig) -> str | None:
     return None if name is None else str(getattr(name, "value", name))
 
 
-def options(config: PretrainedConfig) -> dict[str, object]:
-    """Return further arguments of `from_pretrained` for a quantised checkpoint."""
+def note_loading(config: PretrainedConfig, load_in: str) -> None:
+    """Note in a configuration that bitsandbytes quantises the weights while they are loaded: 4bit or 8bit.
+
+    Raises:
+        UserError: bitsandbytes is missing.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--load-in {load_in} needs the package bitsandbytes", "pip install bitsandbytes")
+    config.quantization_config = BitsAndBytesConfig(**{f"load_in_{load_in}": True}).to_dict()
+
+
+def options(config: PretrainedConfig, load_in: str | None = None) -> dict[str, object]:
+    """Return further arguments of `from_pretrained` for weights that are quantised, or will be (`note_loading`)."""
+    if load_in is not None:
+        return {"quantization_config": BitsAndBytesConfig(**{f"load_in_{load_in}": True})}
     # The kernels for mxfp4 do not expose h, which masks act on, so the weights are expanded.
     return {"quantization_config": Mxfp4Config(dequantize=True)} if method_of(config) == "mxfp4" else {}
 

@@ -60,7 +60,7 @@ ANSWERED = [  # typed after `dart-eval`, and words of the answer
     ("run meta-llama/Llama-3.1-8B --tasks arc", "give the model with --model, and tasks with --tasks"),
     ("run --tasks smoke --model vllm --model_args pretrained=gpt2", "vllm runs no models here: transformers does; "
      "write --model gpt2"),
-    ("run --tasks smoke --model_args pretrained=x,load_in_4bit=True", "round the FFN weights with --ffn-bits 4"),
+    ("run --tasks smoke --model_args pretrained=x,autogptq=True", "stored in few bits, or write load_in_4bit=true"),
     ("run --tasks smoke --method all", "--method all does not exist; give names; `dart-eval ls methods` lists them"),
     ("run --tasks smoke --method griffin:remask=drift,window=8", "join a method's fields with colons, as in "
      "griffin:remask=drift:remask.window=8"),
@@ -82,6 +82,8 @@ MEANT = [  # options by name, as of evaluate and run.yaml, and what they mean
      {"model": "m", "attn_implementation": "eager"}),
     ({"model_args": "pretrained=m,tokenizer=t,add_bos_token=True,peft=a"},
      {"model": "m", "tokenizer": "t", "add_bos_token": True, "peft": "a"}),
+    ({"model_args": "pretrained=m,load_in_8bit=True,load_in_4bit=False,parallelize=True"},
+     {"model": "m", "load_in": "8bit", "device_map": "auto"}),
 ]  # fmt: skip
 
 
@@ -121,6 +123,8 @@ def test_every_option_of_lm_eval_is_known_here():
 
 
 def test_a_wrong_model_argument_is_refused():
+    with pytest.raises(UserError, match="load_in is given twice: '4bit' and '8bit'"):
+        configs_from(None, {"model_args": "load_in_4bit=true,load_in_8bit=true"})
     with pytest.raises(UserError, match="model_args pretraned is not known here; did you mean pretrained"):
         configs_from(None, {"model_args": '{"pretraned": "m"}'})
 
