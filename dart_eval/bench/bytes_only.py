@@ -53,11 +53,6 @@ class BytesOnly:
         """The method, and the bits of the weights it ran on."""
         return self.method + (f" on {self.bits} bits" if self.bits else "")
 
-    def row(self) -> dict[str, Any]:
-        """Return plain values, with words in place of times."""
-        held = {name: value for name, value in dataclasses.asdict(self).items() if name != "bits" or value}
-        return {**held, "times": BYTES_ONLY, "speedup": None, "control": None}
-
 
 def rows(results: Sequence[Any]) -> list[dict[str, Any]]:
     """Return measurements as plain values, a row each, timed or not, with method, sparsity and read."""
@@ -65,8 +60,9 @@ def rows(results: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _row(result: Any) -> dict[str, Any]:
-    if isinstance(result, BytesOnly):
-        return result.row()
+    if isinstance(result, BytesOnly):  # words in place of times
+        held = {name: value for name, value in dataclasses.asdict(result).items() if name != "bits" or value}
+        return {**held, "times": BYTES_ONLY, "speedup": None, "control": None}
     if isinstance(result, RoundedSpeed):
         return {"method": "dense", "sparsity": 0.0, **row(result), "weights_read": result.read}
     return row(result)

@@ -154,8 +154,11 @@ def measure(
         foreign_cpu() as foreign,
         prune(model, method, sparsity, tokenizer=tokenizer, execution="copied") as run,
     ):
-        _time_rounds(bench, run, times, prompt_tokens, steps, rounds)
-        _time_remasks(bench, run, times, max(3, rounds), method.mask.remask.needs_ring)
+        bench.rounds(run, times, prompt_tokens, steps, rounds)
+        for _ in range(max(3, rounds)):
+            bench.move(run, times.moves)
+            if method.mask.remask.needs_ring:  # to compute new masks from
+                bench.remask(run, times.masks)
         share = run.shares(1)
         read, executed = float(share.read[0]), _executed(run)
         for _ in range(max(3, rounds)):
@@ -257,37 +260,39 @@ class Bench:
         forward = self._decode[id(model)] if tokens.shape[1] == 1 else model
         return self.timed(lambda: forward(input_ids=tokens, **kwargs))
 
-    def round(
-        self, run: Session, prompt: int, steps: int, times: dict[str, list[float]], prefill: dict[str, list[float]]
-    ) -> None:
-        """Time a prompt and its decoding, all variants in turn, without the steps of a re-mask."""
-        ids = self.tokens(prompt)
-        caches = {name: self.cache(name) for name in times if self.full or name != "kernel"}
-        prefill["pruned"].append(self.step(self.model, ids, caches["pruned"])[0])
-        prefill["dense"].append(self.step(self.dense, ids, caches["dense"])[0])
-        for name in caches.keys() - prefill.keys():
+    def rounds(self, run: Session | None, times: Times, prompt: int, steps: int, rounds: int) -> None:
+        """Time prompts and their decoding, all variants in turn; the first round warms up and is discarded.
+
+        Args:
+            run: of the pruned model; None: the model as it is (`pruned`) is timed beside its twin.
+            times: the times are added to its steps and prompts, those of steps with a re-mask left out.
+            prompt: the length of each prompt. steps: the tokens decoded in each round. rounds: their number.
+
+        Raises:
+            UserError: rows of the model's weights cannot be copied.
+        """
+        for _ in range(1 + rounds):
+            self._round(run, times, prompt, steps)
+            if run is not None and run.copies is None:
+                raise UserError("rows of this model's weights cannot be copied: no time to save", "load it unquantised")
+        for values in (*times.steps.values(), *times.prompts.values()):
+            del values[: len(values) // (1 + rounds)]
+
+    def _round(self, run: Session | None, times: Times, prompt: int, steps: int) -> None:
+        ids, lacking = self.tokens(prompt), {"kernel": not self.full, "bare": run is None}
+        order = [name for name in times.steps if not lacking.get(name)]
+        caches = {name: self.cache(name) for name in order}
+        times.prompts["pruned"].append(self.step(self.model, ids, caches["pruned"])[0])
+        times.prompts["dense"].append(self.step(self.dense, ids, caches["dense"])[0])
+        for name in caches.keys() - times.prompts.keys():
             self.step(self.dense, ids, caches[name])
-        order = list(caches)
         for _ in range(steps):
-            token, seen = self.tokens(1), len(run.events)
+            token, seen = self.tokens(1), 0 if run is None else len(run.events)
             found = {name: self._one(run, name, token, caches[name]) for name in order}
             order.append(order.pop(0))  # each variant comes first as often
             for name, seconds in found.items():
-                if len(run.events) == seen:
-                    times[name].append(seconds)
-
-    def plain_round(self, times: dict[str, list[float]], prompt: int, steps: int) -> None:
-        """Time a prompt and its decoding without a session: the model as it is (`pruned`) beside its twin."""
-        ids = self.tokens(prompt)
-        order = ["dense", "again", "pruned", *(["kernel"] if self.full else [])]
-        caches = {name: self.cache(name) for name in order}
-        for name in order:
-            self.step(self.model if name == "pruned" else self.dense, ids, caches[name])
-        for _ in range(steps):
-            token = self.tokens(1)
-            for name in order:
-                times[name].append(self._one(None, name, token, caches[name]))
-            order.append(order.pop(0))  # each comes first as often
+                if run is None or len(run.events) == seen:
+                    times.steps[name].append(seconds)
 
     def _one(self, run: Session | None, name: str, token: Tensor, cache: Any) -> float:
         if name == "pruned":
@@ -349,24 +354,6 @@ class Bench:
             self._caches[name] = StaticCache(config=self.model.config, max_cache_len=self.length)
         self._caches[name].reset()
         return self._caches[name]
-
-
-def _time_rounds(bench: Bench, run: Session, times: Times, prompt: int, steps: int, rounds: int) -> None:
-    """Time prompts and their decoding; the first round warms up and is discarded."""
-    for _ in range(1 + rounds):
-        bench.round(run, prompt, steps, times.steps, times.prompts)
-        if run.copies is None:
-            raise UserError("rows of this model's weights cannot be copied: no time to save", "load it unquantised")
-    for values in (*times.steps.values(), *times.prompts.values()):
-        del values[: len(values) // (1 + rounds)]
-
-
-def _time_remasks(bench: Bench, run: Session, times: Times, count: int, ring: bool) -> None:
-    """Time the two halves of re-masks; new masks need a method with a ring to compute them from."""
-    for _ in range(count):
-        bench.move(run, times.moves)
-        if ring:
-            bench.remask(run, times.masks)
 
 
 def _executed(run: Session) -> float:

@@ -27,7 +27,6 @@ from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import served_bits
 
-MEGABYTE = 10**6
 CHUNK = 64  # prompt tokens fed at a time
 
 

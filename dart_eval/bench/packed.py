@@ -148,10 +148,7 @@ def measure(
     shape = shape_of(model, ffns)
     bench, times = Bench(model, twin(model), seed, None, prompt_tokens + steps), Times()
     with foreign_cpu() as foreign, packed_ffns(model, rounding):
-        for _ in range(1 + rounds):
-            bench.plain_round(times.steps, prompt_tokens, steps)
-    for values in times.steps.values():
-        del values[: len(values) // (1 + rounds)]
+        bench.rounds(None, times, prompt_tokens, steps, rounds)
     read = share(model, rounding)
     dense, again, ours = (times.steps[name] for name in ("dense", "again", "pruned"))
     speedup, ceiling = paired(dense, ours), 1 / (1 - shape.ffn_share * (1 - read))

@@ -26,14 +26,7 @@ RATIOS = (
 def rounding(results: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
     """Return the decode speeds on rounded FFN weights, for people: the dense model, and methods on top."""
     timed = [f for f in results if isinstance(f, RoundedSpeed)]
-    body = [
-        _bytes_only(f) if isinstance(f, BytesOnly) else
-        [
-            f"dense on {f.bits} bits", f"{f.read:.2f}", _ratio(f.speedup), _short(f.over_kernel),
-            f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
-        ]
-        for f in results
-    ]  # fmt: skip
+    body = [_row(f) for f in results]
     counted = [f for f in results if isinstance(f, BytesOnly) and f.method != "dense"]
     note = f"{where}; one sequence. "
     if counted:
@@ -50,9 +43,20 @@ def rounding(results: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
     return Table("On rounded weights", ["method", "read", *HEADS], body, note + _reasons(results))
 
 
-def _bytes_only(result: BytesOnly) -> list[str]:
-    """Return the row of a method without times."""
-    return [result.title, f"{result.weights_read:.2f}", BYTES_ONLY, "-", f"{result.ceiling:.2f}x", "-", "-"]
+def _row(f: DecodeSpeed | RoundedSpeed | BytesOnly) -> list[str]:
+    """Return the row of a method, or of dense on rounded weights."""
+    ceiling = f"{f.ceiling:.2f}x"
+    if isinstance(f, BytesOnly):
+        return [f.title, f"{f.weights_read:.2f}", BYTES_ONLY, "-", ceiling, "-", "-"]
+    if isinstance(f, RoundedSpeed):
+        name, read = f"dense on {f.bits} bits", f"{f.read:.2f}"
+    else:
+        name, read = f.method, f"{f.weights_read:.2f}"
+        read += f" ({f.weights_executed:.2f})" if f.weights_executed != f.weights_read else ""
+    return [
+        name, read, _ratio(f.speedup), _short(f.over_kernel), ceiling, f"{f.achieved_over_ceiling:.2f}",
+        _ratio(f.control),
+    ]  # fmt: skip
 
 
 def _reasons(results: Sequence[object]) -> str:
@@ -73,17 +77,7 @@ def decoding(
 def speeds(results: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
     """Return the decode speeds of methods, for people, with untimed methods in their places."""
     timed = [f for f in results if isinstance(f, DecodeSpeed)]
-    body = [
-        [
-            f.method,
-            f"{f.weights_read:.2f}" + (f" ({f.weights_executed:.2f})" if f.weights_executed != f.weights_read else ""),
-            _ratio(f.speedup), _short(f.over_kernel), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}",
-            _ratio(f.control),
-        ]
-        if isinstance(f, DecodeSpeed)
-        else _bytes_only(f)
-        for f in results
-    ]  # fmt: skip
+    body = [_row(f) for f in results]
     note = f"{where}; sparsity {percent(results[0].sparsity)}, one sequence"
     note += f", {timed[0].speedup.n} steps a method. " if timed else ". No method here can be timed. "
     note += "Read: share of the FFN weights that a token reads"

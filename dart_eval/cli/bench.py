@@ -35,19 +35,15 @@ app = typer.Typer(
 )
 
 
-def _methods(asked: RunConfig, example: str = "dart,dart-choice") -> list[Pruner]:
+def _methods(asked: RunConfig) -> list[Pruner]:
     """The methods to measure.
-
-    Args:
-        asked: names them.
-        example: what to give, for the message where there are none.
 
     Raises:
         UserError: a name or a parameter is wrong, or there are none.
     """
     if methods := methods_of(asked):
         return methods
-    raise UserError("no method given", f"add one, for example --method {example}")
+    raise UserError("no method given", "add one, for example --method dart,dart-choice")
 
 
 @app.command("decode")

@@ -13,7 +13,7 @@ import typer
 
 from dart_eval.cli import complete
 from dart_eval.cli.options import FORMATS, one_of, own
-from dart_eval.cli.view import put, save_text, show
+from dart_eval.cli.view import put, show
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
 from dart_eval.util.text import items_of
@@ -79,11 +79,7 @@ def compare(
     if save is None and (format == "table" or (format is None and sys.stdout.isatty())):
         show(comparing.table(comparison))
         return
-    text = comparing.render(comparison, format or "md")
-    if save is None:
-        put(text)
-    else:
-        save_text(save, text)
+    put(comparing.render(comparison, format or "md"), save)
 
 
 def _trait(options: dict[str, list[str] | None], folders: Sequence[Path]) -> tuple[str, str, str] | None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dart_eval.cli.options import ALL, BOARD, FORMATS, FRONTIER, TIME, one_of, own
-from dart_eval.cli.view import put, save_text
+from dart_eval.cli.view import put
 from dart_eval.evaluation.task_names import ALIASES
 from dart_eval.util.files import check_target, format_of
 
@@ -85,8 +85,4 @@ def tables(
         print_view(shown)
         return
     form = format if format not in (None, "table") else "md"
-    text = as_data(shown, form) if form in ("csv", "json") else render(shown, form)
-    if save is None:
-        put(text)
-    else:
-        save_text(save, text)
+    put(as_data(shown, form) if form in ("csv", "json") else render(shown, form), save)

@@ -254,9 +254,19 @@ def hanging(left: str, text: str, room: int | None) -> str:
     return f"{left}  " + f"\n{' ' * indent}".join(lines)
 
 
-def put(text: str) -> None:
-    """Print a text for a person or a program, as it is."""
-    sys.stdout.write(printable(text, lines=True))
+def put(text: str, path: Path | None = None) -> None:
+    """Print a text for a person or a program, as it is, or write it to a file that the user named.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path is None:
+        sys.stdout.write(printable(text, lines=True))
+        return
+    stream = files.is_stream(path)
+    files.write(path, text)
+    if not stream:
+        say(f"wrote {path}")
 
 
 def output(data: list[Json], tables: Sequence[Table], format: str) -> None:
@@ -320,15 +330,3 @@ def _width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
 def print_note(text: str) -> None:
     """Print something that a person should know, apart from the results."""
     say(text, err=True)
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write a file that the user named, and name it on the terminal unless it is a stream.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    stream = files.is_stream(path)
-    files.write(path, text)
-    if not stream:
-        say(f"wrote {path}")
