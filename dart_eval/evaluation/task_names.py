@@ -159,16 +159,10 @@ def _named_in(folder: Path) -> dict[str, str]:
 
 
 def _yaml_files(folder: str) -> Iterator[str]:
-    """Yield the paths of the YAML files in a folder and below it."""
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(".yaml"):
-                    yield entry.path
-                elif entry.name not in PASSED_OVER and entry.is_dir():
-                    yield from _yaml_files(entry.path)
-    except OSError:  # no such folder, or one that this user may not read
-        return
+    """Yield the paths of the YAML files in a folder and below it, as far as this user may read it."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name not in PASSED_OVER]
+        yield from (os.path.join(place, name) for name in files if name.endswith(".yaml"))
 
 
 def _names_of(path: str) -> list[str]:

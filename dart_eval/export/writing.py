@@ -70,7 +70,7 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
     if there and not force:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise UserError(f"{folder / there[0]}{more} would be replaced", "give --force, or another --output")
-    old, stop = set(there), _standing(folder)
+    old, stop = set(there), next((p for p in (folder, *folder.parents) if p.exists()), Path())
     written: list[Path] = []
     try:
         for piece, texts in _texts_of(pieces):
@@ -117,10 +117,3 @@ def _take_away(written: Sequence[Path], stop: Path) -> None:
                 if above == stop:
                     break
                 above.rmdir()
-
-
-def _standing(folder: Path) -> Path:
-    """Return the folder itself, or its nearest existing parent."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder

@@ -120,14 +120,9 @@ def cell_of(store: Store, record: Record, unread_rival: str = "") -> Cell:
         return found
 
     return Cell(
-        record.key,
-        record.inputs,
-        str(store.folder),
-        record.created,
-        read,
-        settings=record.settings,
+        record.key, record.inputs, str(store.folder), record.created, read, settings=record.settings,
         unread_rival=unread_rival,
-    )
+    )  # fmt: skip
 
 
 def _title(file: Path) -> str:

@@ -123,9 +123,7 @@ class RunConfig(Options):
         for path in (folder, folder / "cells", folder / "samples"):
             if path.exists() and not path.is_dir():
                 raise UserError(f"output {path} exists and is not a folder", "choose another --output")
-        there = folder.absolute()
-        while not there.exists():
-            there = there.parent
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"output {folder} cannot be written", "choose another --output")
 

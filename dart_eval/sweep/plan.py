@@ -121,8 +121,8 @@ def plan(
                 "batch_size": config.batch_size if moves or task in drawn else None,
                 "share_prefix": config.share_prefix if moves else None,
                 "calibration": text if calibrates else None, "code": code_hash(tasks_dir()),
-                "method_code": _method_code(method),
-                "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),
+                "method_code": _method_code(method), "versions": versions(),
+                "method_files": [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in method.files()],
                 **(passages if calibrates else {}),
                 **({} if rounding is None else {"ffn_bits": rounding.text}),
                 **{name: value for name in of_role(GIVEN) if (value := getattr(config, name)) is not None},
@@ -190,10 +190,6 @@ def _calibration(config: RunConfig) -> tuple[str, Json]:
     size = config.calibration_size
     drawn = {} if size is None else {"calibration_tokens": size, "calibration_seed": config.calibration_seed or 0}
     return calibration_text(config.calibration, config.data_dir).digest, drawn
-
-
-def _file_hash(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def command_line(words: Sequence[str], options: Json) -> str:

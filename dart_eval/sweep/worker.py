@@ -75,18 +75,10 @@ class Worker:
         self.calibration = self._calibrated(None)
         self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
         self.lm = PrunedLM(
-            self.model,
-            self.tokenizer,
-            config.batch_size,
-            config.max_length,
-            config.chunk,
-            on_progress=advanced,
-            share_prefix=config.share_prefix,
-            enable_thinking=config.enable_thinking,
-            think_end_token=config.think_end_token,
-            add_bos_token=config.add_bos_token,
-            distances=config.kl,
-        )
+            self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, on_progress=advanced,
+            share_prefix=config.share_prefix, enable_thinking=config.enable_thinking,
+            think_end_token=config.think_end_token, add_bos_token=config.add_bos_token, distances=config.kl,
+        )  # fmt: skip
 
     def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[TaskResult, Record]:
         """Evaluate one cell.
