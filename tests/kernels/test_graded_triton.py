@@ -40,7 +40,7 @@ def as_its_twin(width, neurons, rounding, shares, act="silu", kind="normal", see
 
 
 def neurons_are_chosen_and_written_as_by_the_twin():
-    @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(
         width=st.integers(1, 300), neurons=st.integers(1, 90), seed=st.integers(0, 1000), known=st.floats(0, 1),
         kind=st.sampled_from(["normal", "outliers", "zero", "equal"]), act=st.sampled_from(sorted(ACTS)),
@@ -52,7 +52,7 @@ def neurons_are_chosen_and_written_as_by_the_twin():
 
     holds()
     for i, rounding in enumerate(ROUNDINGS):  # more than one group, odd ends, one neuron, all, none
-        as_its_twin(1100 + i, 140, rounding, (0.2, 0.3), sorted(ACTS)[i])
+        as_its_twin(1030 + i, 70, rounding, (0.2, 0.3), sorted(ACTS)[i])
         as_its_twin(3, 1, rounding, (i % 2, 1 - i % 2))
         as_its_twin(130, 20, rounding, (0, 0))
     packed, x = coded(*matrices(300, 150), Rounding(6, 128)), token(300)
@@ -71,7 +71,7 @@ def every_bit_of_every_code_counts():
             Packed(codes.flip(0).t().contiguous(), across, rounding),
         )  # fmt: skip
         ffn, _ = made(packed, neurons, 0, "relu")
-        for place in (0, 31, 32, 63, 64, 65, 127, 128, 129):
+        for place in (0, 32, 64, 127, 129):
             x = torch.zeros(1, width)
             x[0, place] = 1.0
             assert apart(ffn(x), dense(x, *values(packed), "relu")) < CLOSE, place
@@ -144,9 +144,9 @@ def a_token_says_what_masks_say():
                 if execution == "auto":
                     assert run.execution == "copied"
                     assert all(type(rows.kernel) is graded_triton.GradedFFN for rows in run.copies)
-        (text, logits, read), (ours, other, also) = found
+        (text, logits, read), (ours, theirs, also) = found
         assert torch.equal(text, ours) and read == also
-        assert (logits - other).norm() < most * logits.norm(), (spelled, dtype)
+        assert (logits - theirs).norm() < most * logits.norm(), (spelled, dtype)
 
 
 @needs_triton
@@ -184,9 +184,11 @@ def kind(value):
 @needs_triton
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "bits", "act"), [(80, 6, "silu"), (90, 8, "gelu"), (89, 8, "gelu_tanh")])
-def test_the_kernels_compile_for_cards(monkeypatch, tmp_path, capability, bits, act):
-    """All that a call launches on a layer of Llama 3.1 8B's neurons; their memory is that of small cards."""
+@pytest.mark.parametrize(("capability", "bits", "act", "neurons"), [
+    (80, 6, "silu", 14336), (90, 8, "gelu", 14336), (89, 8, "gelu_tanh", 2), (80, 6, "relu", 1),
+])  # fmt: skip
+def test_the_kernels_compile_for_cards(monkeypatch, tmp_path, capability, bits, act, neurons):
+    """All that a call launches; of Llama 3.1 8B's neurons their memory is that of small cards."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -197,11 +199,12 @@ def test_the_kernels_compile_for_cards(monkeypatch, tmp_path, capability, bits, 
     calls = []
     for name in ("look", "threshold", "exact", "write", "add"):
         monkeypatch.setattr(graded_kernels, name, Recorder(getattr(graded_kernels, name), calls))
-    ffn, _ = made(coded(*matrices(64, 14336), Rounding(bits, 128)), 1500, 1500, act)
+    ffn, _ = made(coded(*matrices(64, neurons), Rounding(bits, 128)), -(-neurons // 10), neurons // 10, act)
     ffn(token(64).bfloat16())
     assert len(calls) == 5
     for kernel, handed, options in calls:
-        pairs = [(p.name, p.is_constexpr, value) for p, value in zip(kernel.params, handed, strict=True)]
+        named = zip(kernel.params, handed, strict=True)  # Triton compiles a whole number 1 as a constant
+        pairs = [(p.name, p.is_constexpr or (type(value) is int and value == 1), value) for p, value in named]
         source = ASTSource(
             kernel, {name: "constexpr" if constant else kind(value) for name, constant, value in pairs},
             {name: value for name, constant, value in pairs if constant},
