@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import torch
+from gpu_graded import graded
 from gpu_models import (
     PROMPT,
     RESTLESS,
@@ -45,7 +46,7 @@ from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.util.bits import Rounding
 from dart_eval.weights import rounding as dart_rounding
 
-__all__ = ["Skip", "card"]
+__all__ = ["Skip", "card", "graded"]
 GOAL = 1.9  # times the compiled dense model, at 70 %
 
 

@@ -65,7 +65,7 @@ def test_dry_in_a_plain_image(plain):
     skipped = {name: check["why"] for name, check in found.items() if check["status"] == "skipped"}
     assert (report["card"], report["dry"]) == ("CPU (dry)", True)
     assert skipped.pop("sweep") == "lm_eval is not installed (pip install -e .)"
-    assert set(skipped) <= {"flash", "graphs", "decode_graph", "decode_compiled", "kernels"}
+    assert set(skipped) <= {"flash", "graphs", "decode_graph", "decode_compiled", "kernels", "graded"}
     assert {name for name, check in found.items() if check["status"] == "passed"} >= {
         "parity", "executions", "scoring", "decode_eager", "compile",
     }  # fmt: skip
@@ -122,7 +122,7 @@ def script(monkeypatch):
         monkeypatch.setattr(gpu_checks, check.__name__, check, raising=False)
     monkeypatch.setattr(gpu_check, "LIMITS", {"broken": 60, "endless": 0.2, "killed": 60, "absent": 60, "fine": 60})
     yield gpu_check
-    for name in ("gpu_check", "gpu_checks", "gpu_models"):
+    for name in ("gpu_check", "gpu_checks", "gpu_graded", "gpu_models"):
         sys.modules.pop(name)
 
 

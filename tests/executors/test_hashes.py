@@ -185,6 +185,8 @@ WITHOUT_NUMBERS = {
     "kernels/cpu/rows.py": "is not run",
     "kernels/forward.py": "is not run",
     "kernels/gather.py": "is not run",
+    "kernels/graded_kernels.py": "is not run",
+    "kernels/graded_triton.py": "is not run",
     "kernels/image_kernels.py": "is not run",
     "kernels/mask_rows.py": "is not run",
     "kernels/products.py": "is not run",

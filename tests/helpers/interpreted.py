@@ -5,9 +5,12 @@ import os
 import sys
 import traceback
 
-from dart_eval.kernels import gather, image_kernels
-from dart_eval.pruning.choices import previewed
 from tests.helpers.commands import start
+
+MODULES = (
+    "kernels.gather", "kernels.image_kernels", "kernels.graded_kernels", "kernels.graded_triton",
+    "pruning.choices.previewed", "pruning.choices.graded",
+)  # fmt: skip
 
 
 def interpreted(check, folder):
@@ -23,8 +26,8 @@ def _interpreted(check, told):
     for name in list(sys.modules):  # it asks for it while it is imported; its library in C can be loaded once only
         if name.partition(".")[0] == "triton" and not name.startswith("triton._C"):
             del sys.modules[name]
-    for module in (gather, image_kernels, previewed):
-        importlib.reload(module)
+    for name in MODULES:
+        importlib.reload(importlib.import_module(f"dart_eval.{name}"))
     try:
         check()
     except BaseException:

@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dart_eval.kernels import gather
 from dart_eval.kernels.cpu import blocks, build
 from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.choices import graded
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session.kernels import lacking
@@ -93,6 +95,16 @@ def test_what_the_kernel_cannot_run_has_a_reason(model, change, reason):
 def test_what_settings_have_a_kernel(model, spec, read, reason):
     found = lacking(make(*parse(spec)).at(read), find_ffns(model))
     assert found is None if reason is None else reason in found
+
+
+def test_on_a_gpu_triton_runs_it_or_is_missing(model, monkeypatch):
+    pytest.importorskip("triton")
+    ffns, method = find_ffns(model), make("dart-plus").at(0.3)
+    monkeypatch.setattr(graded, "device_of", lambda ffn: torch.device("cuda"))
+    assert lacking(method, ffns) is None and graded.by_triton(ffns[0])
+    assert "codes of 6 or 8 bits" in lacking(make(*parse("dart-plus:image.code=5:image.bits=4")).at(0.4), ffns)
+    monkeypatch.setattr(gather, "triton", None)
+    assert lacking(method, ffns) == "triton is not installed"
 
 
 @pytest.mark.parametrize("act", blocks.ACTS)

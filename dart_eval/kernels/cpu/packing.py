@@ -30,7 +30,7 @@ def lacking(rounding: Rounding, width: int) -> str | None:
     group = rounding.group if 0 < rounding.group < width else 0
     if rounding.k or rounding.bits not in BITS or group % COLUMNS:
         how = f"{rounding.bits} bits in groups of {rounding.group}"
-        return f"the kernels for CPUs read 4, 5, 6 or 8 bits in groups of {COLUMNS} or a row, not {how}"
+        return f"the kernels read 4, 5, 6 or 8 bits in groups of {COLUMNS} or a row, not {how}"
     return None
 
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dart_eval.kernels.cpu import blocks, packing
-from dart_eval.kernels.cpu.ffns import GradedFFN
+from dart_eval.kernels import gather, graded_triton
+from dart_eval.kernels.cpu import blocks, ffns, packing
 from dart_eval.kernels.forward import Forward
 from dart_eval.kernels.mask_rows import MaskRows
-from dart_eval.layers.ffn import FFN
+from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.images import Columns, FirstBits
 from dart_eval.pruning.choices.previews import images_of
 from dart_eval.weights.rounding import coded, on_grid, parameter_of
 
-_CACHE: WeightCache[GradedFFN] = WeightCache()
+Kernel = ffns.GradedFFN | graded_triton.GradedFFN
+_CACHE: WeightCache[Kernel] = WeightCache()
+
+
+def by_triton(ffn: FFN) -> bool:
+    """Whether Triton's kernels run an FFN: on a GPU, or in Triton's interpreter."""
+    device = device_of(ffn)
+    return device.type == "cuda" or gather.missing(device) is None
 
 
 def lacking(choice: DartPlus, ffn: FFN) -> str | None:
@@ -32,22 +39,25 @@ def lacking(choice: DartPlus, ffn: FFN) -> str | None:
         return "the kernel previews by all columns"
     if image.code == packing.FIRST:
         return f"the kernel needs codes of more than {packing.FIRST} bits"
-    reasons = (packing.lacking(image.served, width) for width in (ffn.width, ffn.size))
-    return next(filter(None, reasons), None) or blocks.lacking(ffn)
+    reasons = [packing.lacking(image.served, width) for width in (ffn.width, ffn.size)]
+    if triton := by_triton(ffn):
+        reasons += [gather.missing(device_of(ffn)), graded_triton.lacking(image.code)]
+    return next(filter(None, reasons), None) or blocks.lacking(ffn, triton)
 
 
 @torch.no_grad()
-def packed(choice: DartPlus, ffn: FFN) -> GradedFFN:
+def packed(choice: DartPlus, ffn: FFN) -> Kernel:
     """Return the kernel with the codes of an FFN, cached for the next session."""
+    kind = graded_triton.GradedFFN if by_triton(ffn) else ffns.GradedFFN
 
-    def make() -> GradedFFN:
+    def make() -> Kernel:
         preview, act = images_of(choice.image, ffn, down=True), blocks.act_of(ffn)
         gate, up, down = (m for m in map(coded, ffn.projections) if m is not None)
         assert preview.columns is not None and act is not None
-        return GradedFFN(gate, up, down, preview.row_errors, preview.columns, 0, 0, choice.known, act)
+        return kind(gate, up, down, preview.row_errors, preview.columns, 0, 0, choice.known, act)
 
     own = [parameter_of(m) for m in ffn.projections]
-    return _CACHE.get(ffn.up, own, (choice.image, choice.known), make)
+    return _CACHE.get(ffn.up, own, (choice.image, choice.known, kind), make)
 
 
 class GradedRows(MaskRows):
