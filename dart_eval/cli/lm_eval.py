@@ -17,7 +17,7 @@ def lm_eval(context: typer.Context) -> None:
 
     \b
     [bold]Examples[/bold]
-    dart-eval lm-eval --model dart --model_args pretrained=./llama,method=griffin,sparsity=0.5 --tasks arc_easy
+    dart-eval lm-eval --model dart --model_args method=griffin --tasks arc_easy
     dart-eval lm-eval ls tasks
     """
     from lm_eval.__main__ import cli_evaluate
