@@ -35,7 +35,13 @@ def codes(rows: int, width: int, rounding: Rounding) -> Packed:
     return Packed(made, torch.rand(rows, groups).mul(0.1 / half).add(0.05 / half).half(), rounding)
 
 
-def layer(width: int, neurons: int, level: str | None) -> Runs:
+def columns(neurons: int, run: int) -> Tensor:
+    """[F], by which the neurons that dart-plus takes lie in runs of so many neighbours."""
+    order = torch.randperm(-(-neurons // run)).repeat_interleave(run)[:neurons]
+    return 10.0 ** (-60.0 * order / order.max()) if run > 1 else torch.rand(neurons)
+
+
+def layer(width: int, neurons: int, level: str | None, run: int) -> Runs:
     """What is timed, with the share of the bytes that it reads."""
     held = packing.empty((neurons, width), (neurons, width), (width, neurons), dtype=torch.bfloat16)
     gate, up, down = (w.copy_(torch.randn(w.shape) * 0.02) for w in held)
@@ -61,9 +67,14 @@ def layer(width: int, neurons: int, level: str | None) -> Runs:
             packed: Any = lambda x, g=g, u=u, d=d: d(silu(g(x)) * u(x))  # noqa: E731
             runs["torch int4pack"] = packed, coded.bytes_read / whole
         if rounding.bits in (6, 8):
-            ffn = GradedFFN(*matrices, torch.rand(2, neurons) * 0.004, torch.rand(neurons), 1, 1, level=level)
+            first, ffn = (
+                GradedFFN(*matrices, torch.rand(2, neurons) * 0.004, columns(neurons, run), 1, 1, level=level)
+                for _ in range(2)
+            )
             one = ffn.bytes_read
-            ffn.grade(0, 0)
+            for each in (first, ffn):
+                each.grade(0, 0)
+            runs[f"dart-plus {text}, first bits alone"] = first, first.bytes_read / whole
             count = int((READ * whole - ffn.bytes_read) / (one - ffn.bytes_read))  # as many exactly as coarsely
             ffn.grade(count, count)
             runs[f"dart-plus {text}"] = ffn, ffn.bytes_read / whole
@@ -76,8 +87,9 @@ def main() -> None:
         parser.add_argument(option, type=int, default=value)
     parser.add_argument("--level", choices=("avx2", "avx512"))
     parser.add_argument("--only", default="", help="begins of names, by commas")
+    parser.add_argument("--run", type=int, default=1, help="neighbours that dart-plus takes together")
     given = parser.parse_args()
-    layers = [layer(given.width, given.neurons, given.level) for _ in range(2)]
+    layers = [layer(given.width, given.neurons, given.level, given.run) for _ in range(2)]
     names = [n for n in layers[0] if n in ("torch", "dense") or n.startswith(tuple(given.only.split(",")))]
     x, times = torch.randn(1, given.width).bfloat16(), {name: np.zeros(given.rounds) for name in names}
     for turn in range(-1, given.rounds):

@@ -184,7 +184,8 @@ def against_read(
     levels = _levels(p.read for points in lines.values() for p in points)
     reach = levels[-1] - levels[0] or 0.2
     gap = max(min((b - a for a, b in itertools.pairwise(levels)), default=reach), reach / 8)
-    step = 0.5 * gap / len(lines)  # aside, so that points and intervals do not hide each other
+    # Of one read, points go aside, so that they and their intervals do not hide each other.
+    step = 0.5 * gap / len(lines) if axis == Chart.axis else 0.0
     made = []
     for i, (label, points) in enumerate(lines.items()):
         name = label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}\u2026"
