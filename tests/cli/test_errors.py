@@ -315,7 +315,7 @@ def test_a_truncated_weights_file_is_refused(refused, llama_folder, tmp_path):
     RuntimeError("unable to mmap 5 bytes from file <x>: Cannot allocate memory (12)"),
 ])  # fmt: skip
 @pytest.mark.parametrize(("place", "said"), [
-    ("dart_eval.models.loading.feed", "memory ran out; free memory"),  # the hash of the weights
+    ("dart_eval.models.digest.feed", "memory ran out; free memory"),  # the hash of the weights
     ("dart_eval.models.loading.AutoTokenizer.from_pretrained", "memory ran out while model '"),
 ])  # fmt: skip
 def test_a_lack_of_memory_is_said(refused, llama_folder, monkeypatch, error, place, said):
