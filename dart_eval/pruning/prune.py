@@ -22,7 +22,7 @@ from dart_eval.pruning.masks.scores import AnyScore
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session.execution import Wanted
+from dart_eval.pruning.session.execution import Served, Wanted
 from dart_eval.pruning.session.session import Session
 from dart_eval.util.errors import UserError
 
@@ -62,6 +62,7 @@ def prune(
     calibration: Calibration | str | Path | None = None,
     execution: Wanted = "auto",
     shared_mask: bool = False,
+    serve: Served = "weights",
     mask: Mask | PartSpec | None = None,
     score: AnyScore | PartSpec | None = None,
     remask: Remask | PartSpec | None = None,
@@ -87,6 +88,8 @@ def prune(
         calibration: another text file, or a ready `Calibration`.
         execution: `masked` saves no time; `copied` multiplies copies of one mask's weights; `auto`: as they allow.
         shared_mask: all sequences of a batch have one mask.
+        serve: `codes` frees the FFN weights, of which `dart-plus` then has the codes alone: a good third of the bytes
+            (on a CPU). Prompts take longer. Afterwards the model has the values of the codes.
         mask, score, remask, choice, allocation, compensation, entries, routing: another part in that slot, as an
             object (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
 
@@ -104,7 +107,7 @@ def prune(
     )  # fmt: skip
     if calibration is None or isinstance(calibration, str | Path):
         calibration = TextCalibration(model, tokenizer, calibration)
-    session = Session(model, method, sparsity, calibration, execution, shared_mask)
+    session = Session(model, method, sparsity, calibration, execution, shared_mask, serve)
     try:
         try:
             session.attach()

@@ -12,6 +12,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,6 +45,32 @@ class Packed:
     offsets: Tensor | None = None
     groups: Tensor | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "codes" and self.moved:
+            return self._made()
+        raise AttributeError(name)
+
+    @property
+    def moved(self) -> bool:
+        """Whether others hold the codes (`move`)."""
+        return "_made" in self.__dict__
+
+    def move(self, made: Callable[[], Tensor]) -> None:
+        """Free the codes: others hold them, and make them anew at each use.
+
+        Args:
+            made: returns `codes`.
+        """
+        object.__setattr__(self, "_shape", self.shape)
+        object.__setattr__(self, "_made", made)
+        self.__dict__.pop("codes", None)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]."""
+        found: torch.Size = self._shape if self.moved else self.codes.shape
+        return found
+
     @property
     def values(self) -> Tensor:
         """[out, in] fp32, the values of the codes."""
@@ -62,11 +89,12 @@ class Packed:
         """
         low = 0 if first is None else max(0, self.rounding.bits - first)
         means = self._means(low) if low else None
-        (rows, width), out = self.codes.shape, self.codes.new_empty(self.codes.shape, dtype=dtype)
+        whole, (rows, width) = self.codes, self.shape
+        out = whole.new_empty(whole.shape, dtype=dtype)
         group = self._together
         for start in range(0, rows, some := max(1, PART // width)):
             part = slice(start, start + some)
-            codes = self.codes[part]
+            codes = whole[part]
             values = (
                 codes.float() if means is None else means.index_select(0, self._begin(codes, low)).view(codes.shape)
             )
@@ -94,7 +122,7 @@ class Packed:
     def _mean_code(self, low: int) -> Tensor:
         if self.rounding.bits - low >= LINE:
             slope, middle = self.line(low)
-            first = torch.arange(2**self.rounding.bits >> low, dtype=torch.float64, device=self.codes.device)
+            first = torch.arange(2**self.rounding.bits >> low, dtype=torch.float64, device=self.scales.device)
             return (slope * first + middle).float()
         code, number = self._histogram()
         begin = self._begin(code, low).long()
@@ -120,15 +148,15 @@ class Packed:
     def _histogram(self) -> tuple[Tensor, Tensor]:
         """Return all possible codes, ascending, and how often the matrix has each, [2^bits] fp64."""
         half = 2 ** (self.rounding.bits - 1)
-        number = torch.zeros(2 * half, dtype=torch.float64, device=self.codes.device)
-        for some in self.codes.split(max(1, CHUNK // self.codes.shape[1])):
+        number = torch.zeros(2 * half, dtype=torch.float64, device=self.scales.device)
+        for some in self.codes.split(max(1, CHUNK // self.shape[1])):
             number += torch.bincount(some.flatten().int() + half, minlength=2 * half)
-        return torch.arange(-half, half, device=self.codes.device), number
+        return torch.arange(-half, half, device=self.scales.device), number
 
     @property
     def _together(self) -> int:
         """Neighbours that are in one group throughout a row; 1 if scales must be expanded first."""
-        width = self.codes.shape[1]
+        width = self.shape[1]
         group = min(self.rounding.group or width, width)
         return group if self.groups is None and width % group == 0 else 1
 
@@ -137,11 +165,13 @@ class Packed:
         if self.groups is not None:
             shared = shared[:, self.groups]
         elif group == 1:
-            shared = shared.repeat_interleave(self.rounding.group or 1, dim=1)[:, : self.codes.shape[1]]
+            shared = shared.repeat_interleave(self.rounding.group or 1, dim=1)[:, : self.shape[1]]
         return shared.float()[..., None]
 
     def chunk(self, parts: int) -> list[Packed]:
         """Split into the matrices that are stacked in this one."""
+        if parts == 1:
+            return [self]
         offsets = [None] * parts if self.offsets is None else self.offsets.chunk(parts)
         pieces = zip(self.codes.chunk(parts), self.scales.chunk(parts), offsets, strict=True)
         return [Packed(codes, scales, self.rounding, offset, self.groups) for codes, scales, offset in pieces]

@@ -194,7 +194,7 @@ def served_bits_of(linear: nn.Module) -> float:
 def stored_of(linear: nn.Module) -> Stored:
     """Return the bits of a projection's weight as served now: of its code, and of scales."""
     if (held := _PACKED.get(linear)) is not None:
-        return held.rounding.stored(held.codes.shape[1])
+        return held.rounding.stored(held.shape[1])
     if (bits := quantised.noted(linear)) is None:
         bits = stored_bits(linear) if encoded(linear) else OWN_BITS
     return Stored.of(bits)

@@ -17,7 +17,8 @@ def interpreted(check, folder):
     """Run a check in such a process. folder: where it tells what went wrong."""
     process = start(_interpreted, check, folder / "told")
     process.join(600)
-    assert (folder / "told").read_text() == "all is well" and process.exitcode == 0
+    told = (folder / "told").read_text()
+    assert told == "all is well" and process.exitcode == 0, told
 
 
 def _interpreted(check, told):

@@ -11,6 +11,7 @@ from dart_eval.pruning.choices import graded
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session.kernels import lacking
+from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
@@ -114,3 +115,42 @@ def test_activations_are_known_by_their_values(model, act):
     assert blocks.act_of(type("F", (), {"act": staticmethod(twin)})()) == act
     assert blocks.act_of(type("F", (), {"act": staticmethod(lambda x: twin(x) * 1.001)})()) is None
     assert blocks.act_of(ffn) == "silu"
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+def test_codes_alone_write_what_codes_beside_weights_write(sparsity):
+    """The model's FFN weights are gone while the block runs, and afterwards it has the values of the codes."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=300, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=tiny("llama").config.vocab_size,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16().eval()
+    found, others = [], {n: p.clone() for n, p in model.named_parameters() if ".mlp." not in n}
+    for serve in ("weights", "codes"):
+        with prune(model, "dart-plus", sparsity, serve=serve) as run:
+            made = model.generate(PROMPT, max_new_tokens=12, do_sample=False, output_logits=True,
+                                  return_dict_in_generate=True)  # fmt: skip
+            found.append(torch.cat(made.logits))
+            assert run.execution == "copied"
+            held = [m.weight.untyped_storage().nbytes() for f in run.ffns for m in f.projections]
+            codes = [values.packed for values in run.serving._held]
+            expected = [c.values.to(torch.bfloat16) for c in codes]
+            kept = sum("codes" in vars(c) for c in codes)
+            batch = model.generate(PROMPT.expand(2, -1), max_new_tokens=6, do_sample=False)
+            assert torch.equal(batch[0], batch[1])
+        assert (max(held) <= 2 and kept == 0) if serve == "codes" else min(held) > 2
+    assert torch.equal(*found)
+    after = [m.weight for f in find_ffns(model) for m in f.projections]
+    assert all(torch.equal(a, b) for a, b in zip(after, expected, strict=True))
+    assert all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in others.items())
+    with prune(model, "dart-plus", sparsity, serve="codes"):  # once more, from what is left
+        assert torch.equal(model.generate(PROMPT, max_new_tokens=12, do_sample=False), made.sequences)
+
+
+@pytest.mark.parametrize("method", ["griffin", "dart-plus:image=copy"])
+def test_codes_alone_need_the_kernel(model, method):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match="serve='codes'"), prune(model, method, 0.7, serve="codes"):
+        pass
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

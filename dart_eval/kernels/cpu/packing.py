@@ -142,3 +142,24 @@ def pack(gate: Packed, up: Packed, down: Packed, turns: int) -> Codes:
         neurons, width, bits, turns, first, other, scales, dfirst, dnext, dscales,
         8 if groups > 1 else 0, COLUMNS if len(dscales) > 1 else 0,
     )  # fmt: skip
+
+
+def numbers(made: Tensor, bits: int) -> Tensor:
+    """The inverse of `bits_of`: [R, C, 16 bits] -> [R, C, 128] uint8."""
+    return torch.cat([made >> (bits * place) & (2**bits - 1) for place in range(8 // bits)], -1)
+
+
+@torch.no_grad()
+def unpacked(held: Codes, which: int) -> Tensor:
+    """The codes of one matrix, as `pack` took them: int8. which: 0 gate, 1 up ([F, D] both), 2 down ([D, F])."""
+    rest = held.bits - FIRST
+    parts = (held.dfirst, held.dnext) if which == 2 else (held.first[:, :, :, which], held.next[:, :, :, which])
+    first, other = (part.transpose(1, 2).flatten(0, 1) for part in parts)
+    codes = numbers(first, FIRST)
+    if rest:
+        codes = codes << rest | numbers(other, rest)
+    if which == 2:
+        codes = codes.unflatten(2, (2, 64))[..., ORDER.argsort()].flatten(2)
+    rows = codes.flatten(1)[: held.neurons, : held.width]
+    rows = (rows.to(torch.int16) - 2 ** (held.bits - 1)).to(torch.int8)
+    return rows.t() if which == 2 else rows

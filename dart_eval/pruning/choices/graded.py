@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.images import Columns, FirstBits
 from dart_eval.pruning.choices.previews import images_of
+from dart_eval.pruning.choices.serving import move
 from dart_eval.weights.rounding import coded, on_grid, parameter_of
 
 Kernel = ffns.GradedFFN | graded_triton.GradedFFN
@@ -95,3 +98,14 @@ class GradedRows(MaskRows):
 def rows_of(ffn: FFN, choice: DartPlus) -> MaskRows:
     """Return what runs a choice on an FFN; at sparsity 0 no weights are served as codes, and all are multiplied."""
     return MaskRows(ffn) if any(coded(m) is None for m in ffn.projections) else GradedRows(ffn, choice)
+
+
+def hold_codes_alone(ffn: FFN, choice: DartPlus) -> None:
+    """Free an FFN's codes but for those of its kernel. The model's own weights are not needed."""
+    kernel = packed(choice, ffn)
+    assert isinstance(kernel, ffns.GradedFFN)
+    for which, module in enumerate((ffn.gate, ffn.up, ffn.down)):
+        assert module is not None
+        held = coded(module)
+        assert held is not None
+        move(held, functools.partial(packing.unpacked, kernel.codes, which))

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class Room:
 
 
 _ROOM = Room(ROOM)
+_DECODED: weakref.WeakKeyDictionary[Packed, weakref.WeakSet[Decoded]] = weakref.WeakKeyDictionary()
 
 
 class Decoded:
@@ -68,6 +70,7 @@ class Decoded:
     ) -> None:  # fmt: skip
         self.packed, self.dtype, self.first, self._shape = packed, dtype, first, shape
         self._values: Tensor | None = None
+        _DECODED.setdefault(packed, weakref.WeakSet()).add(self)
 
     def __call__(self) -> Tensor:
         """Return the values."""
@@ -76,9 +79,27 @@ class Decoded:
         values = self.packed.decoded(self.dtype, self.first)
         if self._shape is not None:
             values = self._shape(values)
-        if _ROOM.reserve(self, values.nbytes):
+        if not self.packed.moved and _ROOM.reserve(self, values.nbytes):
             self._values = values
         return values
+
+
+def move(packed: Packed, made: Callable[[], Tensor]) -> None:
+    """Free codes, and the values that were decoded from them: others hold the codes, and make them anew at each use."""
+    packed.move(made)
+    for values in _DECODED.get(packed, ()):
+        values._values = None
+
+
+@dataclass
+class _Held:
+    """A projection that is served: its parameter, the weights of this between forwards, codes, and their values."""
+
+    module: nn.Module
+    parameter: nn.Parameter
+    own: Tensor
+    packed: Packed
+    values: Decoded
 
 
 class Serving:
@@ -92,14 +113,15 @@ class Serving:
 
     def __init__(self, ffns: Sequence[FFN], wanted: Rounding, orders: Sequence[Tensor | None]) -> None:
         self.orders = orders
-        self._held: list[tuple[nn.Module, nn.Parameter, Tensor, Packed, Decoded]] = []
+        self._held: list[_Held] = []
+        self._alone = False
         for ffn, order in zip(ffns, orders, strict=False):
-            held = {id(module) for module, *_ in self._held}
+            held = {id(h.module) for h in self._held}
             for m in ffn.projections:
                 if id(m) not in held and not rounding.on_grid(m) and not encoded(m):
                     parameter = parameter_of(m)
                     codes = _served(m, wanted, None if m is ffn.down else order)
-                    self._held.append((m, parameter, parameter.data, *codes))
+                    self._held.append(_Held(m, parameter, parameter.data, *codes))
 
     def __bool__(self) -> bool:
         """Whether any weights are served as codes."""
@@ -107,21 +129,29 @@ class Serving:
 
     def begin(self) -> Sequence[Tensor | None]:
         """Give projections their codes. Return `orders`."""
-        for module, _, _, packed, _ in self._held:
-            rounding.serve(module, packed)
+        for held in self._held:
+            rounding.serve(held.module, held.packed)
         return self.orders
 
     def watch(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Install the hooks that replace a projection's weights by decoded values while it runs."""
-        for module, parameter, own, _, values in self._held:
-            yield module.register_forward_pre_hook(_putting(parameter, values))
-            yield module.register_forward_hook(_putting(parameter, functools.partial(_same, own)))
+        for held in self._held:
+            yield held.module.register_forward_pre_hook(_putting(held.parameter, held.values))
+            yield held.module.register_forward_hook(_putting(held.parameter, functools.partial(_own, held)))
+
+    def drop(self) -> None:
+        """Free the model's own weights: parameters are empty between forwards, and have the codes' values after."""
+        self._alone = True
+        for held in self._held:
+            held.own = held.parameter.data = held.own.new_zeros(1).expand(held.own.shape)
 
     def end(self) -> None:
-        """Give the model its own weights, and no codes."""
-        for module, parameter, own, _, _ in self._held:
-            rounding.serve(module, None)
-            parameter.data = own
+        """Give the model its own weights, or what is left of them (`drop`), and no codes."""
+        for held in self._held:
+            rounding.serve(held.module, None)
+            if self._alone and held.own.untyped_storage().nbytes() < held.own.nbytes:
+                held.own = held.values()
+            held.parameter.data = held.own
 
 
 def serving(wanted: Rounding, ordered: bool, ffns: Sequence[FFN], calibration: Calibration | None) -> Serving:
@@ -137,8 +167,8 @@ def serving(wanted: Rounding, ordered: bool, ffns: Sequence[FFN], calibration: C
     return Serving(ffns, wanted, orders)
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _own(held: _Held) -> Tensor:
+    return held.own
 
 
 def _putting(parameter: nn.Parameter, values: Callable[[], Tensor]) -> Callable[..., None]:

@@ -25,6 +25,7 @@ from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.errors import UserError, nearest
 
 Wanted = Literal["auto", "masked", "copied"]
+Served = Literal["weights", "codes"]
 EXECUTIONS = ("auto", "masked", "copied")
 
 
@@ -64,6 +65,11 @@ class Execution:
     def gathers(self) -> bool:
         """Whether the single token reads only the rows that it chooses."""
         return self.copies is not None and self.copies[0].chooses
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a kernel reads only what the token of one sequence chooses."""
+        return self._gatherer is not None
 
     @property
     def nbytes(self) -> int:

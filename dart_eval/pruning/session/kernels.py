@@ -13,8 +13,11 @@ from dart_eval.layers.projection import is_conv1d
 from dart_eval.pruning.choices import graded, previewed
 from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.preview import Previewing
+from dart_eval.pruning.choices.serving import Serving
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
+from dart_eval.util.errors import UserError
+from dart_eval.util.machine import release
 
 Gatherer = Callable[[FFN], MaskRows]
 
@@ -76,3 +79,22 @@ def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     if method.mask.holds_all and gather is None:
         return f"no kernel reads only the rows that {method.choice.title} chooses"
     return None
+
+
+def hold_codes_alone(method: Pruner, ffns: Sequence[FFN], serving: Serving | None) -> None:
+    """Free the FFN weights of a model: the codes of its kernels are all that stays.
+
+    Args:
+        serving: the weights as codes; None: no kernel runs the method on this model.
+
+    Raises:
+        UserError: only kernels for a CPU that run `dart-plus` read codes alone.
+    """
+    choice = method.choice
+    if not serving or not isinstance(choice, DartPlus) or any(map(graded.by_triton, ffns)):
+        reason = "serve='codes' is for dart-plus on a CPU, on a model that its kernel runs"
+        raise UserError(reason, "use serve='weights'")
+    serving.drop()
+    for ffn in ffns:
+        graded.hold_codes_alone(ffn, choice)
+    release()

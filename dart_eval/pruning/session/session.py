@@ -31,8 +31,9 @@ from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.cache import CacheWatch, check_cache, real_tokens
 from dart_eval.pruning.session.calls import Calls
-from dart_eval.pruning.session.execution import Execution, Wanted
+from dart_eval.pruning.session.execution import Execution, Served, Wanted
 from dart_eval.pruning.session.hooks import Forward, Hooks, Phase, named_arguments
+from dart_eval.pruning.session.kernels import hold_codes_alone
 from dart_eval.pruning.session.log import Log, Step, Tally
 from dart_eval.pruning.session.prepared import Prepared, prepare
 from dart_eval.pruning.session.state import SequenceState
@@ -50,7 +51,7 @@ class Session(SessionStats):
 
     def __init__(
         self, model: nn.Module, method: Pruner, sparsity: float, calibration: Calibration | None = None,
-        execution: Wanted = "auto", shared_mask: bool = False,
+        execution: Wanted = "auto", shared_mask: bool = False, serve: Served = "weights",
     ) -> None:  # fmt: skip
         self.sparsity = sparsity if method.sized else 0.0
         self.model, self.shared_mask, self.ffns = model, shared_mask, find_ffns(model)
@@ -61,6 +62,8 @@ class Session(SessionStats):
         try:
             orders = None if self.serving is None else self.serving.begin()
             self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration, unit, orders)
+            if serve == "codes":
+                hold_codes_alone(method, self.ffns, self.serving if self.executing.has_kernel else None)
         except BaseException:
             self._unserve()
             raise
