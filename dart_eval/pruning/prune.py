@@ -78,18 +78,15 @@ def prune(
 
         with prune(model, "dart", sparsity=0.7) as session:
             model.generate(**inputs)
-        session.effective_sparsity, session.remasks, session.state_bytes
 
     Args:
         model: a Hugging Face causal language model with a gated or plain FFN.
         method: a spelling as on the command line (`dart`, `dart:remask.window=8`), or a `Pruner`.
         sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
-        tokenizer: needed to calibrate on a text (`wanda-sp`).
-        calibration: another text file, or a ready `Calibration`.
+        tokenizer, calibration: for `wanda-sp` and others: another text file than the default, or a `Calibration`.
         execution: `masked` saves no time; `copied` multiplies copies of one mask's weights; `auto`: as they allow.
         shared_mask: all sequences of a batch have one mask.
-        serve: `codes` frees the FFN weights, of which `dart-plus` then has the codes alone: a good third of the bytes
-            (on a CPU). Prompts take longer. Afterwards the model has the values of the codes.
+        serve: `codes` frees the FFN weights: `dart-plus` runs on its codes, whose values the model has afterwards.
         mask, score, remask, choice, allocation, compensation, entries, routing: another part in that slot, as an
             object (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
 
