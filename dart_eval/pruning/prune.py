@@ -83,7 +83,7 @@ def prune(
         model: a Hugging Face causal language model with a gated or plain FFN.
         method: a spelling as on the command line (`dart`, `dart:remask.window=8`), or a `Pruner`.
         sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
-        tokenizer, calibration: for `wanda-sp` and others: another text file than the default, or a `Calibration`.
+        tokenizer, calibration: of methods that read a text (`wanda-sp`): another file, or a ready `Calibration`.
         execution: `masked` saves no time; `copied` multiplies copies of one mask's weights; `auto`: as they allow.
         shared_mask: all sequences of a batch have one mask.
         serve: `codes` frees the FFN weights: `dart-plus` runs on its codes, whose values the model has afterwards.
