@@ -206,7 +206,8 @@ def _cost(leader: BoardRow, others: Sequence[BoardRow]) -> list[str]:
     own = [] if leader.speed is None else [f"No kernel here makes {leader.name} faster than dense yet."]
     if ratio:
         own = [f"{leader.name} decodes {ratio.median:.2f}x as fast as dense."]
-    said = [*own, *([f"Faster today: {_listed(faster)}."] if faster else [])]
+    also = "Also faster than dense" if ratio else "Faster today"
+    said = [*own, *([f"{also}: {_listed(faster)}."] if faster else [])]
     return [" ".join(said)] if said else []
 
 

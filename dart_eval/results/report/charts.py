@@ -244,6 +244,7 @@ def of_block(block: Block, looks: Mapping[str, int], note: str = "", cost: Cost 
     chance = metrics.kind_of(first).chance
     what = "x dense, lower is better" if times else "% of dense above guessing" if chance else "% of dense"
     title, whole = ("Perplexity", 1.0) if times else ("Quality", 100.0)
+    title += " against time" if cost is step_time else ""
     return against_read(
         title, "; ".join(filter(None, (what, note))), lines, looks, [Point(1, whole, whole, whole)], None, times,
         (0.5, MOST_TIMES) if times else (-50.0, 150.0),
