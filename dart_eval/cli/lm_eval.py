@@ -26,8 +26,8 @@ def lm_eval(context: typer.Context) -> None:
     from dart_eval.sweep.dart_lm import register
 
     register()
-    words = context.args
-    if "--tasks" in words and SHIPPED not in words:
+    words, named = context.args, {word.partition("=")[0] for word in context.args}
+    if "--tasks" in named and SHIPPED not in named:
         words = [*words, SHIPPED, str(tasks_dir())]
     sys.argv = ["lm-eval", *words]
     cli_evaluate()

@@ -226,7 +226,7 @@ class Tasks:
                 if getattr(task.config, "custom_dataset", None) is not None:
                     without_other_lengths(task)
                 if task.OUTPUT_TYPE == "loglikelihood_rolling":
-                    weigh_scored_text()
+                    weigh_scored_text(type(task))
             self._loaded[name] = items
             self._local[name] = self._factory.local
         return self._loaded[name]
@@ -369,19 +369,19 @@ def _process_once(task: Task) -> None:
             owner.process_docs = process_docs
 
 
-def weigh_scored_text() -> None:
-    """Have perplexities count only the text that was scored: they are (log-likelihood, words or bytes) pairs."""
-    stock = ConfigurableTask.process_results
+def weigh_scored_text(kind: type[Task] = ConfigurableTask) -> None:
+    """Have a kind of task count only the text that was scored: perplexities are (log-likelihood, words or bytes)."""
+    stock = kind.process_results
     if getattr(stock, "weighs", False):
         return
 
     @functools.wraps(stock)
-    def process_results(self: ConfigurableTask, doc: dict, results: list[Any]) -> Json:
-        metrics = stock(self, doc, results)
-        if results and isinstance(results[0], RollingLogLikelihood):
-            share = results[0].coverage
-            return {k: (v[0], v[1] * share) if isinstance(v, tuple) else v for k, v in metrics.items()}
-        return metrics
+    def process_results(self: Task, doc: dict, results: list[Any]) -> Json:
+        if not results or not isinstance(results[0], RollingLogLikelihood):
+            return stock(self, doc, results)
+        share = results[0].coverage
+        metrics = stock(self, doc, list(map(float, results)))  # plain: a kind above this one does not weigh once more
+        return {k: (v[0], v[1] * share) if isinstance(v, tuple) else v for k, v in metrics.items()}
 
     setattr(process_results, "weighs", True)  # noqa: B010 - a function has no such field
-    ConfigurableTask.process_results = process_results
+    setattr(kind, "process_results", process_results)  # noqa: B010 - for mypy, methods are fixed

@@ -90,34 +90,32 @@ def tables(boards: Sequence[Board]) -> list[Table]:
 
 def by_time(boards: Sequence[Board]) -> list[Table]:
     """Return quality beside the time of a decoded token, the fastest row first, one table per block with speeds."""
-    made = []
-    for board in boards:
-        for block in board.blocks:
-            down, body, best, better = by_times(block), list[list[str]](), None, "-"
-            timed = [row for rows in curves(block, step_time).values() for row in rows]
-            for at, row in sorted(timed, key=lambda r: r[0]):
-                found = quality(block, row)
-                if found is None or row.speed is None or row.speed.speedup is None:
-                    continue
-                ahead = best is None or (found < best if down else found > best)
-                ratio, text = row.speed.speedup, multiple(found) if down else percent(found)
-                speed = multiple(ratio.median, ratio.low, ratio.high)
-                kl = "-" if row.kl is None else f"{row.kl.value:.3g}"
-                body.append([row.name, percent(row.read), percent(at), speed, text, kl, "" if ahead else better])
-                if ahead:
-                    best, better = found, f"{row.name} ({text})"
-            if body:
-                rest = [row.name for row in block.rows if step_time(row) is None and quality(block, row) is not None]
-                what = "perplexity x dense" if down else "above guessing"
-                heads = ["method", "read", "step time", "speed", what, "KL", "faster and better"]
-                note = (
-                    f"step time: of a decoded token, of dense's; speed: its inverse [quartiles]. {what}: on "
-                    f"{_tasks(block)}. faster and better: the best of the faster rows where it is as good; no row with "
-                    "an empty place there is beaten, but for noise."
-                    + (f" Without a speed: {', '.join(rest)}." if rest else "")
-                )
-                made.append(Table(f"Quality at equal time, {board.model}", heads, body, note))
-    return made
+    made = [_by_time(board.model, block) for board in boards for block in board.blocks]
+    return [table for table in made if table.body]
+
+
+def _by_time(model: str, block: Block) -> Table:
+    down, body, best, better = by_times(block), list[list[str]](), None, "-"
+    timed = [row for rows in curves(block, step_time).values() for row in rows]
+    for at, row in sorted(timed, key=lambda r: r[0]):
+        found, ratio = quality(block, row), row.speed.speedup if row.speed else None
+        assert found is not None and ratio is not None  # a row of `curves`
+        ahead = best is None or (found < best if down else found > best)
+        text = multiple(found) if down else percent(found)
+        kl = "-" if row.kl is None else f"{row.kl.value:.3g}"
+        speed = multiple(ratio.median, ratio.low, ratio.high)
+        body.append([row.name, percent(row.read), percent(at), speed, text, kl, "" if ahead else better])
+        if ahead:
+            best, better = found, f"{row.name} ({text})"
+    rest = [row.name for row in block.rows if step_time(row) is None and quality(block, row) is not None]
+    what = "perplexity x dense" if down else "above guessing"
+    note = (
+        f"step time: of a decoded token, of dense's; speed: its inverse [quartiles]. {what}: on {_tasks(block)}. "
+        "faster and better: the best of the faster rows where it is as good; no row with an empty place there is "
+        "beaten, but for noise." + (f" Without a speed: {', '.join(rest)}." if rest else "")
+    )
+    heads = ["method", "read", "step time", "speed", what, "KL", "faster and better"]
+    return Table(f"Quality at equal time, {model}", heads, body, note)
 
 
 def _tasks(block: Block) -> str:

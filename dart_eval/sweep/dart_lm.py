@@ -59,8 +59,8 @@ class DartLM(PrunedLM):
         batch_size: int | str = 8, max_length: int | None = None, device: str | None = None,
         max_batch_size: int | None = None, **others: Any,
     ) -> None:  # fmt: skip
-        for name in others.keys() - LOADING - OF_LM:
-            raise UserError(f"--model dart has no argument {name!r}", nearest(name, sorted(LOADING | OF_LM)))
+        if odd := sorted(others.keys() - LOADING - OF_LM):
+            raise UserError(f"--model dart has no argument {odd[0]!r}", nearest(odd[0], sorted(LOADING | OF_LM)))
         if scope not in get_args(Scope):
             raise UserError(f"unknown scope {scope!r}", nearest(scope, get_args(Scope)))
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):

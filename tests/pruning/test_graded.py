@@ -153,4 +153,6 @@ def test_codes_alone_need_the_kernel(model, method):
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(UserError, match="serve='codes'"), prune(model, method, 0.7, serve="codes"):
         pass
+    with pytest.raises(UserError, match="did you mean codes"), prune(model, method, 0.7, serve="code"):
+        pass
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

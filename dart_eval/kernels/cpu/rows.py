@@ -52,8 +52,9 @@ def lacking(weight: Tensor, bias: Tensor | None) -> str | None:
 
 
 def read_rows(weight: Tensor, rows: Tensor, x: Tensor, level: str | None = None) -> Tensor:
-    """Return [K], weight[rows] x. weight: [F, D] bfloat16, rows: [K] long, x: [D] bfloat16."""
-    rows, x, out = rows.contiguous(), x.contiguous(), x.new_empty(len(rows))
+    """Return [K], weight[rows] x. weight: [F, D] bfloat16, rows: [K] long, x: [D]."""
+    rows, x = rows.contiguous(), x.to(torch.bfloat16).contiguous()
+    out = x.new_empty(len(rows))
     job = Rows(weight.data_ptr(), None, x.data_ptr(), rows.data_ptr(), out.data_ptr(), len(rows), weight.shape[1])
     functions()["rows_product"](ctypes.byref(job), build.level(level), torch.get_num_threads())
     return out

@@ -93,13 +93,17 @@ def move(packed: Packed, made: Callable[[], Tensor]) -> None:
 
 @dataclass
 class _Held:
-    """A projection that is served: its parameter, the weights of this between forwards, codes, and their values."""
+    """A projection that is served: its parameter, the weights of this between forwards, codes, and their values.
+
+    dropped: its own weights are gone (`Serving.drop`).
+    """
 
     module: nn.Module
     parameter: nn.Parameter
     own: Tensor
     packed: Packed
     values: Decoded
+    dropped: bool = False
 
 
 class Serving:
@@ -114,7 +118,6 @@ class Serving:
     def __init__(self, ffns: Sequence[FFN], wanted: Rounding, orders: Sequence[Tensor | None]) -> None:
         self.orders = orders
         self._held: list[_Held] = []
-        self._alone = False
         for ffn, order in zip(ffns, orders, strict=False):
             held = {id(h.module) for h in self._held}
             for m in ffn.projections:
@@ -141,16 +144,16 @@ class Serving:
 
     def drop(self) -> None:
         """Free the model's own weights: parameters are empty between forwards, and have the codes' values after."""
-        self._alone = True
         for held in self._held:
+            held.dropped = True
             held.own = held.parameter.data = held.own.new_zeros(1).expand(held.own.shape)
 
     def end(self) -> None:
         """Give the model its own weights, or what is left of them (`drop`), and no codes."""
         for held in self._held:
             rounding.serve(held.module, None)
-            if self._alone and held.own.untyped_storage().nbytes() < held.own.nbytes:
-                held.own = held.values()
+            if held.dropped:
+                held.own, held.dropped = held.values(), False
             held.parameter.data = held.own
 
 

@@ -16,7 +16,7 @@ from dart_eval.pruning.choices.preview import Previewing
 from dart_eval.pruning.choices.serving import Serving
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
-from dart_eval.util.errors import UserError
+from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.machine import release
 
 Gatherer = Callable[[FFN], MaskRows]
@@ -81,15 +81,18 @@ def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     return None
 
 
-def hold_codes_alone(method: Pruner, ffns: Sequence[FFN], serving: Serving | None) -> None:
+def hold_codes_alone(method: Pruner, ffns: Sequence[FFN], serving: Serving | None, serve: str) -> None:
     """Free the FFN weights of a model: the codes of its kernels are all that stays.
 
     Args:
         serving: the weights as codes; None: no kernel runs the method on this model.
+        serve: as the user has it.
 
     Raises:
-        UserError: only kernels for a CPU that run `dart-plus` read codes alone.
+        UserError: only kernels for a CPU that run `dart-plus` read codes alone; or `serve` is something else.
     """
+    if serve != "codes":
+        raise UserError(f"unknown serve {serve!r}", nearest(serve, ("weights", "codes")))
     choice = method.choice
     if not serving or not isinstance(choice, DartPlus) or any(map(graded.by_triton, ffns)):
         reason = "serve='codes' is for dart-plus on a CPU, on a model that its kernel runs"

@@ -62,8 +62,8 @@ class Session(SessionStats):
         try:
             orders = None if self.serving is None else self.serving.begin()
             self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration, unit, orders)
-            if serve == "codes":
-                hold_codes_alone(method, self.ffns, self.serving if self.executing.has_kernel else None)
+            if serve != "weights":
+                hold_codes_alone(method, self.ffns, self.serving if self.executing.has_kernel else None, serve)
         except BaseException:
             self._unserve()
             raise
