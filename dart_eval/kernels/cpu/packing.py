@@ -21,7 +21,7 @@ ROWS = 16  # neurons, to a multiple of which they are filled up
 FIRST = 4  # bits of a code
 BITS = (4, 5, 6, 8)  # of codes that are taken
 PAGE, LINE = 1 << 21, 64  # bytes of a huge page, and of a line of a cache
-# Which of 64 outputs of down each of 64 places holds, so that sums of 4 rows come out in order.
+# Which of 64 outputs of down each of 64 places holds, so that sums of 4 rows come out in order. It is its own inverse.
 ORDER = torch.tensor([16 * i + 4 * lane + e for lane in range(4) for i in range(4) for e in range(4)])
 
 
@@ -159,7 +159,7 @@ def unpacked(held: Codes, which: int) -> Tensor:
     if rest:
         codes = codes << rest | numbers(other, rest)
     if which == 2:
-        codes = codes.unflatten(2, (2, 64))[..., ORDER.argsort()].flatten(2)
+        codes = codes.unflatten(2, (2, 64))[..., ORDER].flatten(2)
     rows = codes.flatten(1)[: held.neurons, : held.width]
     rows = (rows.to(torch.int16) - 2 ** (held.bits - 1)).to(torch.int8)
     return rows.t() if which == 2 else rows
