@@ -9,14 +9,14 @@
 # make check         lint, format, types, spelling
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
 # make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU
-# make paper-tables  the paper's tables: on the shipped data, or with MODEL=... DATA=... LIMIT=... on the ten benchmarks
+# make paper-tables  the paper's tables: on the shipped data, or with MODEL=... DATA=... LIMIT=... all that it claims
 # make clean         remove the environment and the folders of results that these make
 
-# For paper-tables: PAPER is smoke, ten or a file; OUT the folder of results.
+# For paper-tables: PAPER is smoke, dart or a file; OUT the folder of results.
 MODEL ?=
 DATA ?=
 LIMIT ?=
-PAPER ?= $(if $(MODEL)$(DATA),ten,smoke)
+PAPER ?= $(if $(MODEL)$(DATA),dart,smoke)
 OUT ?= paper-output
 
 # For test: files of tests at a time; each may need three gigabytes.

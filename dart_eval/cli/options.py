@@ -21,7 +21,7 @@ PROMPT, TIMING = "Prompt", "Timing"  # panels of other verbs
 PANELS = (TASKS, PRUNING, MODEL, OUTPUT, CLUSTER)
 METHODS = complete.listed(complete.methods)
 NAMES = {"tasks": complete.listed(complete.tasks), "method": METHODS}  # what a shell looks up
-SHAPES = ("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-1.5b")  # of `dart_eval.models.shapes`, which imports torch
+SHAPES = ("llama-3.1-8b", "llama-3.2-3b", "llama-3.2-1b", "qwen2.5-1.5b")  # of `models.shapes`, which imports torch
 FORMATS = ("table", "md", "csv", "tex", "json")  # of what a verb prints
 BOARD, FRONTIER, TIME, ALL = "board", "frontier", "time", "all"  # views of `tables`
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -152,7 +152,7 @@ MEASURED = (
     rf"\[default: {','.join(METHODS_MEASURED)}]"
 )
 Measured = Annotated[Several, own(MEASURED, PRUNING, "NAMES", offers=METHODS)]
-SHAPED = "Use the shape of this model without its weights: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b."
+SHAPED = "Use the shape of this model without its weights: llama-3.1-8b, llama-3.2-3b, llama-3.2-1b or qwen2.5-1.5b."
 SHAPE = own(SHAPED, MODEL, "NAME", offers=SHAPES)
 Layers = Annotated[int | None, own(r"Give the shape this many layers.  \[default: its own]", MODEL, "N")]
 PromptTokens = Annotated[int, count("Start with a prompt of this many random tokens.", TIMING)]
@@ -173,8 +173,14 @@ PaperName = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
-        help="Make these tables: smoke (shipped data), ten (the paper's ten benchmarks, two summaries), or of a file.",
-        autocompletion=complete.words(("smoke", "ten")),
+        help="Make these tables: smoke (shipped data), dart (all of the DART paper's claims), or those of a file.",
+        autocompletion=complete.words(("smoke", "dart")),
+    ),
+]
+PaperPlan = Annotated[
+    bool,
+    own(
+        "Show the GPU hours of each table on shapes of Llama 3, without data or a model, and stop.", TASKS, "", "--plan"
     ),
 ]
 PaperLimit = Annotated[

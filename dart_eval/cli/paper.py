@@ -1,4 +1,4 @@
-"""`dart-eval paper`: the tables of a paper, for any model."""
+"""`dart-eval paper`: the tables of a paper and what becomes of its claims, for any model."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ from dart_eval.cli import options
 from dart_eval.cli.run import finish, hush, load_libraries
 from dart_eval.cli.view import TerminalView, say, show
 from dart_eval.sweep.config import RAY_OPTIONS
+from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
+    from dart_eval.results.claims import Claim
     from dart_eval.results.paper_tables import Paper
+    from dart_eval.results.record import Record
     from dart_eval.results.writers import Table
+    from dart_eval.sweep.jobs import RunResult
     from dart_eval.sweep.paper import PaperSpec
 
 
 SHARED = (
     "model", "revision", "dtype", "device", "device_map", "trust_remote_code", "confirm_run_unsafe_code", "data_dir",
-    "batch_size", "seed", "workers", "executor", *RAY_OPTIONS,
+    "chat_template", "batch_size", "seed", "workers", "executor", *RAY_OPTIONS,
 )  # fmt: skip
+NO_MATTER = ("output", "executor", "workers", *RAY_OPTIONS)  # to the numbers
+REMEDY = "free disk space or choose another --output; finished cells remain"
 
 
 @options.takes(*SHARED)
 def paper(
     name: options.PaperName = "smoke", limit: options.PaperLimit = None, output: options.PaperOutput = "paper",
-    verbose: options.Verbose = False,
+    plan: options.PaperPlan = False, verbose: options.Verbose = False,
     **given: Any,
 ) -> None:  # fmt: skip
-    """Run the cells that a paper's tables need, and write the tables as md, csv and LaTeX.
+    """Run the cells that a paper's tables need, write the tables, and give a verdict on its claims.
 
     The same command resumes a stopped run. Tasks without available data are left out and listed.
 
@@ -36,30 +42,35 @@ def paper(
 
     \b
     dart-eval paper smoke --limit 8
-    dart-eval paper ten --model meta-llama/Llama-3.1-8B --dtype bfloat16
+    dart-eval paper dart --plan
+    dart-eval paper dart --model meta-llama/Llama-3.1-8B --dtype bfloat16
     dart-eval paper mine.yaml --data-dir DIR --output mine
-    dart-eval paper ten --model meta-llama/Llama-3.1-8B --executor ray
+    dart-eval paper dart --model meta-llama/Llama-3.1-8B --executor ray
     """
     given |= {"limit": limit, "output": output}
     hush(verbose)
-    from dart_eval.results.paper_tables import Paper
-    from dart_eval.results.store import Store
     from dart_eval.sweep.config import config_from
     from dart_eval.sweep.paper import load
     from dart_eval.sweep.plan import command_line
 
-    base = config_from(None, {**given, "method": "dense", "sparsity": "0"})
-    spec = load(name, base)
-    with TerminalView() as view:
-        load_libraries(view, verbose)
-        from dart_eval.cluster.run import run_all
+    spec = load(name, config_from(None, {**given, "method": "dense", "sparsity": "0"}))
+    if plan:
+        from dart_eval.sweep.paper_plan import hours
 
-        result = run_all(spec.configs, view, skip_missing=True)
-        if result.lost or not result.records:
-            finish(result, output)
-    no_matter = ("output", "executor", "workers", *RAY_OPTIONS)  # to the numbers
-    line = command_line(["dart-eval", "paper", name], {k: v for k, v in given.items() if k not in no_matter})
-    filled = Paper(Store(output), result.records, result.missing, line)
+        show(hours(spec))
+        return
+    result, records = _run(spec, verbose)
+    if result.lost or (result.failed and not result.records):
+        finish(result, output)
+    if not result.records:
+        reasons = "; ".join(result.missing.values())[:300]
+        raise UserError(f"none of the tasks could be loaded: {reasons}", "see --data-dir")
+    from dart_eval.results.paper_tables import Paper
+    from dart_eval.results.store import Store
+
+    line = command_line(["dart-eval", "paper", name], {k: v for k, v in given.items() if k not in NO_MATTER})
+    texts = any(c.metric.startswith("dense_") for layout in spec.layouts for c in layout.columns)
+    filled = Paper(Store(output), records, result.missing, line, texts)
     folder = Path(output) / "tables"
     for table in _write(spec, filled, folder):
         show(table)
@@ -67,17 +78,58 @@ def paper(
     finish(result, output)
 
 
+def _run(spec: PaperSpec, verbose: bool) -> tuple[RunResult, dict[str | None, list[Record]]]:
+    """Run all sweeps of a paper; the outcome of them together, and records by the model as it was named."""
+    from dart_eval.sweep.jobs import RunResult
+
+    records: dict[str | None, list[Record]] = {}
+    whole = RunResult([], [], {})
+    with TerminalView() as view:
+        load_libraries(view, verbose)
+        from dart_eval.cluster.run import run_all
+
+        for configs in spec.runs:
+            result = run_all(configs, view, skip_missing=True)
+            records.setdefault(configs[0].model, []).extend(result.records)
+            whole.records.extend(result.records)
+            whole.failed.extend(result.failed)
+            whole.missing.update(result.missing)
+            whole.lost.extend(result.lost)
+    return whole, {model: list({r.key: r for r in some}.values()) for model, some in records.items()}
+
+
 def _write(spec: PaperSpec, filled: Paper, folder: Path) -> list[Table]:
-    """Write the tables, each in three forms and all in one file; returns them."""
+    """Write the tables, each in three forms and all in one file; returns them, the verdicts last."""
+    from dart_eval.results.claims import table as verdicts
+    from dart_eval.results.paper_picture import picture
     from dart_eval.results.paper_tables import to_csv
-    from dart_eval.results.writers import latex, markdown
+    from dart_eval.results.writers import csv_text, latex, markdown
     from dart_eval.util.files import write
 
-    made = [(layout, *filled.table(layout)) for layout in spec.layouts]
-    remedy = "free disk space or choose another --output; finished cells remain"
-    for layout, table, numbers in made:
-        for ending, text in (("md", markdown(table)), ("csv", to_csv(numbers)), ("tex", latex(table))):
-            write(folder / f"{layout.name}.{ending}", text, remedy)
-    parts = [*([spec.about.strip() + "\n"] if spec.about else []), *(markdown(t) for _, t, _ in made)]
-    write(folder / "all.md", "\n".join(parts), remedy)
-    return [table for _, table, _ in made]
+    made = [(layout.name, *filled.table(layout)) for layout in spec.layouts]
+    files: dict[str, str | bytes] = {f"{name}.csv": to_csv(numbers) for name, _, numbers in made}
+    tables = {name: table for name, table, _ in made}
+    if spec.claims:
+        tables["claims"] = verdicts(spec.claims, filled, {layout.name: layout for layout in spec.layouts}, _of_shape)
+        files["claims.csv"] = csv_text([tables["claims"].columns, *tables["claims"].body])
+    for name, table in tables.items():
+        files |= {f"{name}.md": markdown(table), f"{name}.tex": latex(table)}
+    for layout, (_, _, numbers) in zip(spec.layouts, made, strict=True):
+        if layout.picture and (drawn := picture(layout, numbers)) is not None:
+            files[f"{layout.name}.svg"] = drawn
+    files["all.md"] = "\n".join([*([spec.about.strip() + "\n"] if spec.about else []), *map(markdown, tables.values())])
+    for file, text in files.items():
+        write(folder / file, text, REMEDY)
+    return [*tables.values()]
+
+
+def _of_shape(claim: Claim) -> float:
+    """The cost that a claim about a shape names, in its unit."""
+    from dart_eval.bench.overhead import measure
+    from dart_eval.pruning.registry import make, parse
+    from dart_eval.results.claims import SHAPED
+
+    found = measure(make(*parse(claim.method)), claim.shape, claim.sparsity, prompts=(claim.prompt,))
+    work = max(found.decode_share, found.scoring_share)
+    cost = found.state_bytes[claim.prompt] if claim.column == "state MB" else work
+    return cost / SHAPED[claim.column]

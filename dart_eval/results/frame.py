@@ -133,7 +133,9 @@ def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, 
     return rows, list(problems)
 
 
-def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> list[dict[str, object]]:
+def lines(
+    store: Store, records: Sequence[Record], subtasks: bool = False, texts: bool = True
+) -> list[dict[str, object]]:
     """Return one row per cell and metric: its value, dense's on the same documents, and their comparison.
 
     Beside the columns of `rows` there are `dense`, `chance` (the quality of guessing), `recovery` (the share of dense's
@@ -144,8 +146,9 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> li
         store: the folder, for samples.
         records: its cells.
         subtasks: whether to include the members of groups.
+        texts: whether to add distances of generated texts.
     """
-    found, _ = beside_dense([outcomes.cell_of(store, record) for record in records], texts=True)
+    found, _ = beside_dense([outcomes.cell_of(store, record) for record in records], texts)
     made = rows_of(records, subtasks)
     tests = {(key, row.measure.task, row.measure.metric): row for key, some in found.items() for row in some}
     made += _distances(made, tests)

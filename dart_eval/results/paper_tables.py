@@ -1,111 +1,31 @@
-"""Tables of a paper: rows and columns are data; the best of a column is bold only where the paired test says so.
+"""Tables of a paper: the best of a column is bold only where the paired test says so.
 
-A `TableLayout` describes a table (`sweep.paper` reads layouts from a file); the numbers come from the records and
-samples of a results folder.
+A `TableLayout` describes a table; the numbers come from the records and samples of a results folder.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
-from dart_eval.results import metrics, outcomes, pairing, stats
+from dart_eval.results import distance, frame, metrics, outcomes, pairing, stats
+from dart_eval.results.estimates import Estimate
 from dart_eval.results.format import number, share, short
 from dart_eval.results.format import sparsity as percent
-from dart_eval.results.frame import compared
-from dart_eval.results.inputs import identity, model_of
+from dart_eval.results.inputs import DENSE, identity, model_of
+from dart_eval.results.paper_layout import FIELDS, MEAN, PaperRow, TableLayout
 from dart_eval.results.record import Record
-from dart_eval.results.rows import cells_frame, metrics_frame, rows
+from dart_eval.results.rows import cells_frame, metrics_frame
 from dart_eval.results.store import Store
-from dart_eval.results.tables import cut_prompts, flops_ratio
+from dart_eval.results.tables import cut_prompts
 from dart_eval.results.writers import Table, csv_text
-from dart_eval.util.errors import UserError
 
-# Costs that a column can show -> their values in the frame of cells, and the number of digits.
-FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int]] = {
-    "state_mib": (lambda cells: cells["memory_state"] / 2**20, 3),
-    "peak_mib": (lambda cells: cells["memory_peak"] / 2**20, 0),
-    "overhead_percent": (lambda cells: 100 * cells["flops_overhead_share"], 4),
-    "flops_per_token": (flops_ratio, 3),
-    "remasks_per_1000": (lambda cells: 1000 * cells["remasks"] / cells["tokens"].clip(lower=1), 2),
-}
-MEAN = "mean"
 PLACE = ["line", "column"]  # of a number
 CSV = ("table", "row", "method", "params", "sparsity", "column", "tasks", "metric", "value", "stderr", "n", "p", "bold")
-
-
-@dataclass(frozen=True)
-class PaperRow:
-    """A method of a table: its label for people, its name, all its parameters, and whether it prunes."""
-
-    label: str
-    method: str
-    params: dict[str, Any]
-    prunes: bool
-
-
-@dataclass(frozen=True)
-class PaperColumn:
-    """A metric of one task or its mean over several, or a cost (`field`, a key of `FIELDS`), as requested."""
-
-    head: str
-    tasks: tuple[str, ...]
-    metric: str = ""
-    field: str = ""
-    num_fewshot: int | None = None
-    limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Reported:
-    """Numbers of another publication: a label, their sparsity, values by column head, and their source.
-
-    They were measured on another model or with another protocol, and enter no test.
-    """
-
-    label: str
-    sparsity: float
-    values: dict[str, float]
-    source: str
-
-
-@dataclass(frozen=True)
-class TableLayout:
-    """One table. `mean` adds the mean over the columns, which must then all be means of one direction."""
-
-    name: str
-    title: str
-    rows: tuple[PaperRow, ...]
-    sparsity: tuple[float, ...]
-    columns: tuple[PaperColumn, ...]
-    mean: bool = False
-    reported: tuple[Reported, ...] = ()
-    note: str = ""
-
-    @property
-    def lines(self) -> list[tuple[int, float, PaperRow | Reported]]:
-        """The lines with their blocks: unpruned rows first, then for each sparsity the pruned and reported rows."""
-        lines: list[tuple[int, float, PaperRow | Reported]] = []
-        for block, sparsity in enumerate((0.0, *self.sparsity)):
-            rows: list[PaperRow | Reported] = [r for r in self.rows if r.prunes == (block > 0)]
-            rows += [r for r in self.reported if rows and r.sparsity == sparsity]
-            lines += [(block, sparsity, row) for row in rows]
-        return lines
-
-    @property
-    def parts(self) -> dict[str, tuple[PaperColumn, ...]]:
-        """Head -> the columns behind its numbers: the column itself, or all of them for the mean."""
-        return {**{c.head: (c,) for c in self.columns}, **({MEAN: self.columns} if self.mean else {})}
-
-    @property
-    def sources(self) -> list[str]:
-        """The sources of reported numbers, each once."""
-        return list(dict.fromkeys(reported.source for reported in self.reported))
 
 
 class Paper:
@@ -113,26 +33,27 @@ class Paper:
 
     Args:
         store: the folder, for samples.
-        records: its cells.
+        records: its cells, by the model as the user named it.
         missing: task -> the reason why it could not run.
         command: the command line that writes the tables, for their provenance.
-
-    Raises:
-        UserError: the cells are of several models.
+        texts: whether to hold texts against dense's, which takes time.
     """
 
-    def __init__(self, store: Store, records: Sequence[Record], missing: Mapping[str, str], command: str) -> None:
-        models = {json.dumps(r.inputs["model"], sort_keys=True): model_of(r.inputs["model"]) for r in records}
-        if len(models) > 1:
-            named = ", ".join(sorted(models.values()))
-            remedy = "give each model an --output of its own"
-            raise UserError(f"a paper's tables are of one model, not of {named}", remedy)
+    def __init__(
+        self, store: Store, records: Mapping[str | None, Sequence[Record]], missing: Mapping[str, str], command: str,
+        texts: bool = False,
+    ) -> None:  # fmt: skip
+        everything = [r for some in records.values() for r in some]
         self.missing, self.command = missing, command
-        self._records = {r.key: r for r in records}
-        self._common = records[0].inputs  # the inputs that all cells share come from here
-        self._metrics, self._cells = metrics_frame(rows(records)), cells_frame(records).set_index("key")
+        self.models = list(dict.fromkeys(model_of(r.inputs["model"]) for r in everything))
+        self._records = {r.key: r for r in everything}
+        self._common = {name: some[0].inputs for name, some in records.items() if some}  # inputs that cells share
+        self._metrics = metrics_frame(frame.lines(store, everything, texts=texts))
+        self._cells = cells_frame(everything).set_index("key")
         self._metrics["better"] = self._metrics["higher_is_better"].map({True: 1, False: -1}).fillna(0)
-        self._samples = {r.key: outcomes.cell_of(store, r) for r in records}
+        cells = distance.beside_dense([outcomes.cell_of(store, r) for r in everything], texts)
+        self._samples = {cell.key: cell for cell in cells}
+        self._known: list[tuple[TableLayout, pd.DataFrame]] = []  # the numbers of tables
 
     def table(self, layout: TableLayout) -> tuple[Table, pd.DataFrame]:
         """Return the table for people, and its numbers: one a row, with the columns of `CSV`."""
@@ -143,7 +64,7 @@ class Paper:
         body = []
         for (_, sparsity, line), line_texts in zip(lines, texts.to_numpy().tolist(), strict=True):
             if isinstance(line, PaperRow):
-                body.append([line.label, percent(sparsity), *line_texts])
+                body.append([line.label, percent(sparsity if line.prunes else 0.0), *line_texts])
                 continue
             values = line.values
             cells = [short(layout.parts[h][0].metric, values[h], None) if h in values else "" for h in heads]
@@ -155,29 +76,53 @@ class Paper:
         bold = {(line, 2 + heads.index(head)) for line, head in zip(best["line"], best["column"], strict=True)}
         rules = {i for i in range(1, len(lines)) if lines[i][0] != lines[i - 1][0]}
         columns = ["method", "sparsity", *counted, "effective", "read"]
-        note = self._note(layout, numbers)
-        return Table(layout.title, columns, body, note, frozenset(bold), frozenset(rules)), numbers
+        made = Table(layout.title, columns, body, self._note(layout, numbers), frozenset(bold), frozenset(rules))
+        return self._with_guessing(made, layout, numbers), numbers
+
+    def _with_guessing(self, table: Table, layout: TableLayout, numbers: pd.DataFrame) -> Table:
+        """Return the table with a line of the quality of guessing, below the unpruned rows, if a column has one."""
+        chance = numbers[numbers["chance"] > 0].groupby("column")["chance"].first()
+        if chance.empty:
+            return table
+        at = sum(block == 0 for block, *_ in layout.lines)
+        names = [layout.parts[h][0].metric if h in chance else "" for h in layout.parts]
+        cells = [short(m, chance[h], None) if m else "" for h, m in zip(layout.parts, names, strict=True)]
+        body = [*table.body[:at], ["guessing", "", *cells, "", ""], *table.body[at:]]
+        return replace(
+            table, body=body, bold=frozenset((i + (i >= at), j) for i, j in table.bold),
+            rules=frozenset(i + (i >= at) for i in table.rules),
+        )  # fmt: skip
 
     # -- numbers ---------------------------------------------------------------------------------------------
 
     def _numbers(self, layout: TableLayout) -> pd.DataFrame:
         """Return the computable numbers of a layout, each a mean over the cells `key`, weighted by `share`."""
+        for known, numbers in self._known:
+            if known is layout:
+                return numbers
         fields = {c.field: FIELDS[c.field][0](self._cells) for c in layout.columns if c.field}
         costs = [
-            self._cells[["task"]].assign(metric=name, value=v, n=0, better=0).reset_index()
+            self._cells[["task"]].assign(metric=name, value=v, n=0, better=0, chance=None).reset_index()
             for name, v in fields.items()
         ]
-        measured = pd.concat([self._metrics, *costs])[["key", "task", "metric", "value", "stderr", "n", "better"]]
+        names = ["key", "task", "metric", "value", "stderr", "n", "better", "chance"]
+        measured = pd.concat([self._metrics, *costs])[names]
         terms = self._wanted(layout).merge(measured, "left", on=["key", "task", "metric"])
         complete = terms["n"].notna().groupby([terms[name] for name in PLACE]).transform("all")
-        weighted = {"value": terms["share"] * terms["value"], "stderr": (terms["share"] * terms["stderr"]) ** 2}
+        share = terms["share"]
+        weighted = {
+            "value": share * terms["value"], "stderr": (share * terms["stderr"]) ** 2,
+            "chance": share * terms["chance"].astype(float),
+        }  # fmt: skip
         by = terms[complete].assign(**weighted).groupby(PLACE, sort=False)
         numbers = by.first().assign(
             value=by["value"].agg(_sum), stderr=by["stderr"].agg(_sum) ** 0.5, n=by["n"].sum().astype(int),
-            **{name: by[name].agg(tuple) for name in ("key", "share", "task")},
+            chance=by["chance"].agg(_sum), **{name: by[name].agg(tuple) for name in ("key", "share", "task")},
         ).reset_index()  # fmt: skip
         numbers["text"] = [_text(*v) for v in zip(numbers["metric"], numbers["value"], numbers["stderr"], strict=True)]
-        return numbers.assign(tasks=numbers["task"].map("+".join))
+        numbers = numbers.assign(tasks=numbers["task"].map("+".join))
+        self._known.append((layout, numbers))
+        return numbers
 
     def _wanted(self, layout: TableLayout) -> pd.DataFrame:
         """Return the cells that each number of a layout needs, a row each, with key None for a missing cell."""
@@ -186,12 +131,16 @@ class Paper:
         lines = [(i, block, s, row) for i, (block, s, row) in enumerate(layout.lines) if isinstance(row, PaperRow)]
         for (line, block, sparsity, row), (head, parts) in itertools.product(lines, layout.parts.items()):
             for part, task in ((p, t) for p in parts for t in p.tasks):
-                cell = {"method": row.method, "params": row.params, "sparsity": sparsity, "task": task}
-                how = {"num_fewshot": part.num_fewshot, "limit": part.limit}
+                own = sparsity if row.prunes else 0.0
+                cell = {"method": row.method, "params": row.params, "sparsity": own, "task": task}
+                asked = {**self._common.get(part.model, {}), **part.asked, **row.asked, **cell}
+                if row.method == DENSE:
+                    asked["scope"] = "scored"  # no other matters to it
                 wanted.append({
                     "table": layout.name, "row": row.label, **cell, "column": head, "line": line, "block": block,
                     "metric": part.metric or part.field, "share": 1 / (len(parts) * len(part.tasks)),
-                    "prunes": row.prunes, "key": keys.get(identity({**self._common, **cell, **how})),
+                    "prunes": row.prunes, "scope": str(asked.get("scope")),
+                    "key": keys.get(identity(asked)) if "model" in asked else None,
                 })  # fmt: skip
         return pd.DataFrame(wanted)
 
@@ -202,15 +151,47 @@ class Paper:
         means = cells.groupby("line")[list(names)].mean().rename(columns=names)
         return means.apply(lambda column: column.map(lambda mean: share(mean, 3)))
 
+    def costs_of(self, layout: TableLayout, label: str, sparsity: float, head: str) -> list[float]:
+        """Return the values of a cost of one row, without those that were not measured."""
+        found = self._number(layout, label, sparsity, head)
+        return [] if found is None else [float(found["value"])]
+
+    def sides(
+        self, layout: TableLayout, rows: Sequence[str], sparsity: float, head: str
+    ) -> tuple[str, Estimate, Estimate, int, str] | None:
+        """Return a column's two rows, the better direction up; None if one was not measured.
+
+        Returns:
+            The head, both rows, the number of documents, and the metric.
+        """
+        a, b = (self._number(layout, label, sparsity, head) for label in rows)
+        found = None if a is None or b is None else self._compared(a, b)
+        if a is None or found is None:
+            return None
+        sides = [Estimate(0.0, {}), Estimate(0.0, {})]
+        for one, part in zip(found, a["share"], strict=True):
+            weight = part if one.measure.higher_is_better else -part
+            for i, values in enumerate((one.pairs.a, one.pairs.b)):
+                sides[i] += one.estimate(values, above_chance=False).times(weight)
+        return head, sides[0], sides[1], int(a["n"]), str(a["metric"])
+
+    def _number(self, layout: TableLayout, label: str, sparsity: float, head: str) -> pd.Series | None:
+        """Return a number of a row in the block of a sparsity, or in the first one; None if it was not measured."""
+        numbers = self._numbers(layout)
+        blocks = {0, 1 + layout.sparsity.index(sparsity)} if sparsity in layout.sparsity else {0}
+        found = numbers[(numbers["row"] == label) & (numbers["column"] == head) & numbers["block"].isin(blocks)]
+        return None if found.empty else found.iloc[0]
+
     # -- which is best ---------------------------------------------------------------------------------------
 
     def _with_best(self, numbers: pd.DataFrame) -> pd.DataFrame:
-        """Return the numbers with `p` and `bold` set for the best pruned number of each column.
+        """Return the numbers with `p` and `bold` set for the best pruned number of each column and scope.
 
         `p` is its largest p against the other numbers, after Holm; it is bold if `p` is below `stats.ALPHA`.
         """
         numbers = numbers.assign(p=float("nan"), bold=False)
-        for _, rivals in numbers[numbers["prunes"] & (numbers["better"] != 0)].groupby(["block", "column"]):
+        rivals_of = numbers[numbers["prunes"] & (numbers["better"] != 0)].groupby(["block", "column", "scope"])
+        for _, rivals in rivals_of:
             if len(rivals) < 2 or rivals["value"].isna().any():
                 continue
             best = (rivals["better"] * rivals["value"]).idxmax()
@@ -222,13 +203,18 @@ class Paper:
 
     def _test(self, a: pd.Series, b: pd.Series) -> float | None:
         """Return the two-sided p of the paired test between two numbers of a column."""
-        tasks = []
+        found = self._compared(a, b)
+        joined = None if found is None else outcomes.mean_of([one.pairs for one in found], a["share"])
+        return None if joined is None else joined.test().p
+
+    def _compared(self, a: pd.Series, b: pd.Series) -> list[frame.Compared] | None:
+        """Return the cells of two numbers of a column beside each other; None if one does not pair."""
+        made: list[frame.Compared] = []
         for task, ours, theirs in zip(a["task"], a["key"], b["key"], strict=True):
             pair = pairing.pair(self._samples[ours], self._samples[theirs])
             measures = [m for m in pair.x.measures if (m.task, m.metric) == (task, a["metric"])]
-            tasks += [one.pairs for one in compared(pair, measures[:1])]
-        joined = outcomes.mean_of(tasks, a["share"]) if len(tasks) == len(a["task"]) else None
-        return None if joined is None else joined.test().p
+            made += frame.compared(pair, measures[:1])
+        return made if len(made) == len(a["task"]) else None
 
     # -- words -----------------------------------------------------------------------------------------------
 
@@ -262,15 +248,17 @@ class Paper:
             return "Nothing was measured."
         records = sorted(records, key=lambda r: r.created)
         last = records[-1]
-        model, env = last.inputs["model"], last.environment
-        which = model["revision"] or (model["weights"] or "")[:8]
-        codes, seeds = (sorted({str(r.inputs[name])[:8] for r in records}) for name in ("code", "seed"))
+        env = last.environment
+        codes, seeds, scopes = (
+            sorted({str(r.inputs[name])[:12] for r in records}) for name in ("code", "seed", "scope")
+        )
+        models = dict.fromkeys(model_of(r.inputs["model"]) for r in records)
         devices = sorted({r.environment.get("gpu", r.inputs["device"]) for r in records})
         versions = [f"{name} {env[name]}" for name in ("dart-eval", "torch", "transformers", "lm_eval") if name in env]
         return (
-            f"Made of {len(records)} cells: model {model['name']} ({which}), {last.inputs['dtype']} on "
-            f"{' and '.join(devices)}, scope {last.inputs['scope']}, seed {', '.join(seeds)}, {', '.join(versions)}, "
-            f"code {', '.join(codes)}, {records[0].created[:10]} to {last.created[:10]}: {self.command}"
+            f"Made of {len(records)} cells: model {' and '.join(models)}, {last.inputs['dtype']} on "
+            f"{' and '.join(devices)}, scope {' and '.join(scopes)}, seed {', '.join(seeds)}, {', '.join(versions)}, "
+            f"code {', '.join(c[:8] for c in codes)}, {records[0].created[:10]} to {last.created[:10]}: {self.command}"
         )
 
 

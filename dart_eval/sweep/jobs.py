@@ -102,13 +102,13 @@ def plan_all(
     def tokenizer() -> object:
         return model and model.load_tokenizer()
 
-    # lm-eval writes the number of shots into a task, and some make as many documents as are asked: one for each.
+    # lm-eval writes shots and settings of generation into a task, and some make as many documents as are asked.
     shelves: dict[tuple[object, ...], Tasks] = {}
     jobs: dict[str, Job] = {}
     missing: dict[str, str] = {}
     for config in configs:
         view.status("looking up tasks")
-        shelf = (config.data_dir, config.cue, config.num_fewshot, config.limit)
+        shelf = (config.data_dir, config.cue, config.num_fewshot, config.limit, config.gen_kwargs)
         if shelf not in shelves:
             shelves[shelf] = _tasks(config, tokenizer)
         tasks = shelves[shelf]
@@ -136,7 +136,7 @@ def plan_all(
         cells = plan(config, model, list(hashes), hashes, kind, drawn)
         for cell in drop_infeasible(cells, model, Store(config.output), view):
             jobs.setdefault(cell.key, Job(cell, config, tasks))
-    if not jobs:
+    if not jobs and not skip_missing:
         raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
     return jobs, missing
 

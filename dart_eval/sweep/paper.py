@@ -1,41 +1,85 @@
 """The tables of a paper from one file: which methods, sparsities, columns; what to run for them; how to lay them out.
 
-The file is YAML; docs/paper.md shows one. A method or a column more is a line more in it.
+The file is YAML; docs/paper.md shows one. A method or a column more is a line more in it. Settings of a run
+(`SETTINGS`) stand in the file, in a table or in a column, and the nearest one counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_eval.results.paper_tables import FIELDS, PaperColumn, PaperRow, Reported, TableLayout
+from dart_eval.results.claims import Claim
+from dart_eval.results.paper_layout import FIELDS, PaperColumn, PaperRow, Reported, TableLayout
+from dart_eval.sweep import values
 from dart_eval.sweep.config import RunConfig, checked
-from dart_eval.sweep.plan import methods_of
+from dart_eval.sweep.habits import SYNONYMS
+from dart_eval.sweep.paper_claims import SEE, claims_of
+from dart_eval.sweep.plan import methods_of, settings_of
+from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError, naming, nearest, summary
-from dart_eval.util.text import short_repr
-from dart_eval.util.yamls import read_mapping
+from dart_eval.util.text import Json, short_repr
+from dart_eval.util.yamls import known, read_mapping
 
 SHIPPED = Path(__file__).parents[1] / "data"
-TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note")
-COLUMN_KEYS = ("task", "metric", "field", "num_fewshot", "limit", "limit_share")
-SEE = "see docs/paper.md"
+NEW_TOKENS = "max_new_tokens"
+# Options of `dart-eval run`, and two of papers: the length of generated texts, and the share of the command's --limit.
+SETTINGS = (
+    "model", "scope", "ffn_bits", "num_fewshot", "limit", "max_length", "chat_template", "apply_chat_template", "cue",
+    "gen_kwargs", NEW_TOKENS, "limit_share",
+)  # fmt: skip
+FILE_KEYS = ("about", "methods", "sparsity", "tables", "claims", "sizes", *SETTINGS)
+TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note", "picture", *SETTINGS)
+COLUMN_KEYS = ("task", "metric", "field", *SETTINGS)
+ROW_KEYS = ("method", "sparsity", "scope", "ffn_bits", "only")
 REPORTED_KEYS = ("label", "sparsity", "values", "source")
+SIZE_KEYS = ("items", "prompt", "answers", "answer", "new", "members")
 
 
 @dataclass(frozen=True)
 class PaperSpec:
-    """A paper's tables: what they are about, what runs they need, their layouts."""
+    """A paper's tables: their subject, the sweeps that they need, their layouts, and the claims that they test.
+
+    Attributes:
+        sweeps: table -> its sweeps.
+        sizes: task -> the size of its whole test set, for a plan without data.
+    """
 
     about: str
-    configs: tuple[RunConfig, ...]
+    sweeps: Mapping[str, Sequence[RunConfig]]
     layouts: tuple[TableLayout, ...]
+    claims: tuple[Claim, ...] = ()
+    sizes: Mapping[str, Json] = dataclasses.field(default_factory=dict)
+
+    @property
+    def configs(self) -> tuple[RunConfig, ...]:
+        """All sweeps, each once."""
+        return tuple(dict.fromkeys(config for some in self.sweeps.values() for config in some))
+
+    @property
+    def runs(self) -> list[list[RunConfig]]:
+        """The sweeps, those together that one loaded model can serve."""
+        groups: dict[tuple[object, ...], list[RunConfig]] = {}
+        for config in self.configs:
+            groups.setdefault((config.model, config.max_length, config.chat_template), []).append(config)
+        return [*groups.values()]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row with the configuration of its cells: settings of its own go before a column's."""
+
+    row: PaperRow
+    spec: str
+    own: Json
 
 
 def load(name: str, base: RunConfig) -> PaperSpec:
-    """The tables of a file, or of one that is shipped (`smoke`, `ten`), to be run with the settings of `base`.
+    """The tables of a file, or of one that is shipped (`smoke`, `dart`), to be run with the settings of `base`.
 
     Args:
         base: model, data, output and the rest; `base.limit` overrides the limits in the file.
@@ -46,37 +90,42 @@ def load(name: str, base: RunConfig) -> PaperSpec:
     shipped = {p.stem.removeprefix("paper-"): p for p in sorted(SHIPPED.glob("paper-*.yaml"))}
     path = shipped.get(name, Path(name))
     data = read_mapping(path, "paper", "tables: ...", f"give a YAML file, or one of: {', '.join(shipped)}")
-    _known(data, ("about", "methods", "sparsity", "tables"), str(path))
+    known(data, FILE_KEYS, str(path), SEE)
     if not isinstance(data.get("tables"), list) or not data["tables"]:
         raise UserError(f"{path} has no tables", SEE)
-    layouts, configs = [], []
+    layouts: list[TableLayout] = []
+    sweeps: dict[str, list[RunConfig]] = {}
     for table in data["tables"]:
         where = f"{path}, table {short_repr(table.get('name'))}" if isinstance(table, dict) else f"{path}, a table"
-        _known(table, TABLE_KEYS, where)
-        try:
-            with naming(f"{where}: "):
-                layout, specs = _layout({k: data.get(k) for k in ("methods", "sparsity")} | table, base)
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            raise UserError(f"{where}: a value is of the wrong kind ({summary(error)})", SEE) from None
+        known(table, TABLE_KEYS, where, SEE)
+        common = {key: data[key] for key in ("methods", "sparsity", *SETTINGS) if key in data}
+        with _placed(where):
+            layout, found = _layout({**common, **table}, base)
         layouts.append(layout)
-        configs += _configs(layout, specs, base)
-    if len({layout.name for layout in layouts}) < len(layouts):
+        sweeps[layout.name] = found
+    if len(sweeps) < len(layouts):
         raise UserError(f"{path}: two tables have the same name", "rename one: names become file names")
-    return PaperSpec(str(data.get("about", "")), tuple(configs), tuple(layouts))
+    with _placed(f"{path}, claims"):
+        claims = claims_of(data.get("claims") or [], layouts)
+    with _placed(f"{path}, sizes"):
+        sizes = {
+            str(t): known(size, SIZE_KEYS, f"the size of {t}", SEE) for t, size in (data.get("sizes") or {}).items()
+        }
+    return PaperSpec(str(data.get("about", "")), sweeps, tuple(layouts), claims, sizes)
 
 
-def _known(data: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
-    """The data, which must be a mapping with these keys alone."""
-    if not isinstance(data, dict):
-        raise UserError(f"{where} must contain keys and values, not {short_repr(data)}", SEE)
-    for key in data:
-        if key not in keys:
-            raise UserError(f"{where}: unknown key {key!r}", nearest(str(key), keys))
-    return data
+@contextlib.contextmanager
+def _placed(where: str) -> Iterator[None]:
+    """Name the place in the file in the errors of a block, and turn values of a wrong kind into such errors."""
+    try:
+        with naming(f"{where}: "):
+            yield
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise UserError(f"{where}: a value is of the wrong kind ({summary(error)})", SEE) from None
 
 
-def _layout(table: Mapping[str, Any], base: RunConfig) -> tuple[TableLayout, tuple[str, ...]]:
-    """The layout of a table, and its methods as typed."""
+def _layout(table: Json, base: RunConfig) -> tuple[TableLayout, list[RunConfig]]:
+    """The layout of a table, and the sweeps that fill it."""
     for key in ("name", "title", "methods", "sparsity", "columns"):
         if not table.get(key):
             raise UserError(f"it needs {key}", SEE)
@@ -87,49 +136,101 @@ def _layout(table: Mapping[str, Any], base: RunConfig) -> tuple[TableLayout, tup
         raise UserError("methods must map labels to methods", "for example `DART: dart`")
     if not isinstance(heads, dict):
         raise UserError("columns must map heads to tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
-    specs = checked("method", list(methods.values()))
-    made = [methods_of(dataclasses.replace(base, method=(spec,)))[0] for spec in specs]
-    rows = tuple(PaperRow(str(label), m.name, m.params(), m.sized) for label, m in zip(methods, made, strict=True))
-    columns = tuple(_column(str(head), column, base) for head, column in heads.items())
+    sparsity = checked("sparsity", table["sparsity"])
+    made = [_row(str(label), given, base) for label, given in methods.items()]
+    rows = [row for row in made if row is not None]
+    settings = {key: table[key] for key in SETTINGS if key in table}
+    columns = {str(head): _column(str(head), column, settings, base) for head, column in heads.items()}
     mean = bool(table.get("mean", False))
-    if mean and len({c.metric for c in columns}) > 1:
+    if mean and len({c.metric for c, _ in columns.values()}) > 1:
         raise UserError("a mean needs columns with the same metric", "leave `mean` out")
-    reported = tuple(_reported(entry, [c.head for c in columns]) for entry in table.get("reported") or [])
-    sparsity, note = checked("sparsity", table["sparsity"]), str(table.get("note") or "")
-    return TableLayout(name, str(table["title"]), rows, sparsity, columns, mean, reported, note), specs
+    reported = tuple(_reported(entry, list(columns)) for entry in table.get("reported") or [])
+    layout = TableLayout(
+        name, str(table["title"]), tuple(r.row for r in rows), sparsity, tuple(c for c, _ in columns.values()), mean,
+        reported, str(table.get("note") or ""), bool(table.get("picture", False)),
+    )  # fmt: skip
+    if layout.picture and len({c.metric for c in layout.columns}) > 1:
+        raise UserError("a picture needs columns with the same metric", "leave `picture` out")
+    return layout, _configs(rows, [*columns.values()], sparsity)
+
+
+def _row(label: str, given: Any, base: RunConfig) -> Row | None:
+    """A row: a method, or one with a scope, bits, or sparsities of its own; None for another model than the run's."""
+    asked = known(given if isinstance(given, dict) else {"method": given}, ROW_KEYS, f"row {label!r}", SEE)
+    if not asked.get("method"):
+        raise UserError(f"row {label!r} needs a method", SEE)
+    if asked.get("only") and Path(base.model or "").name.lower() != str(asked["only"]).lower():
+        return None
+    own: Json = {key: checked(key, asked[key]) for key in ("scope", "ffn_bits") if key in asked}
+    own |= {"ffn_bits": own["ffn_bits"][:1]} if "ffn_bits" in own else {}
+    blocks = checked("sparsity", asked["sparsity"]) if "sparsity" in asked else None
+    (spec,) = checked("method", [asked["method"]])
+    method = methods_of(dataclasses.replace(base, method=(spec,), sparsity=blocks or (0.0,)))[0]
+    return Row(PaperRow(label, method.name, method.params(), method.sized, _asked(own), blocks), spec, own)
+
+
+def _asked(own: Json) -> Json:
+    """The inputs of cells that these settings decide."""
+    rounding = parse_bits(own["ffn_bits"][0]) if "ffn_bits" in own else None
+    kept = {name: value for name, value in own.items() if name != "ffn_bits"}
+    return kept | ({} if rounding is None else {"ffn_bits": rounding.text})
 
 
 def _reported(entry: Any, heads: Sequence[str]) -> Reported:
     """A row of somebody else's numbers."""
-    values = {str(k): float(v) for k, v in _known(entry, REPORTED_KEYS, "reported")["values"].items()}
-    for head in sorted(values.keys() - set(heads)):
+    numbers = {str(k): float(v) for k, v in known(entry, REPORTED_KEYS, "reported", SEE)["values"].items()}
+    for head in sorted(numbers.keys() - set(heads)):
         raise UserError(f"unknown reported column {head!r}", nearest(head, heads))
-    return Reported(str(entry["label"]), float(entry["sparsity"]), values, str(entry["source"]))
+    return Reported(str(entry["label"]), float(entry["sparsity"]), numbers, str(entry["source"]))
 
 
-def _column(head: str, column: Any, base: RunConfig) -> PaperColumn:
-    """A column; the limit of the command goes before its own."""
-    asked = _known(column, COLUMN_KEYS, f"column {head!r}")
+def _column(head: str, column: Any, settings: Json, base: RunConfig) -> tuple[PaperColumn, RunConfig]:
+    """A column and the configuration of its cells; the limit of the command goes before its own."""
+    asked = {**settings, **known(column, COLUMN_KEYS, f"column {head!r}", SEE)}
     metric, field = (str(asked.get(k) or "") for k in ("metric", "field"))
     if not asked.get("task") or bool(metric) == bool(field):
         raise UserError(f"column {head!r} needs a task and either a metric or a field", SEE)
     if field and field not in FIELDS:
         raise UserError(f"column {head!r}: unknown field {field!r}", nearest(field, FIELDS))
-    limit, shots = (None if asked.get(k) is None else checked(k, asked[k]) for k in ("limit", "num_fewshot"))
+    config = _settled(asked, base)
+    said = settings_of(config) | _asked({"ffn_bits": config.ffn_bits})
+    return PaperColumn(head, checked("tasks", asked["task"]), metric, field, said, config.model), config
+
+
+def _settled(asked: Json, base: RunConfig) -> RunConfig:
+    """The run's configuration with the settings of a column."""
+    given = {SYNONYMS.get(k, k) if k != NEW_TOKENS else k: v for k, v in asked.items() if k in SETTINGS}
+    share, new_tokens = float(given.pop("limit_share", 1)), given.pop(NEW_TOKENS, None)
+    settings = {key: checked(key, value) for key, value in given.items() if value is not None}
+    if "ffn_bits" in settings and len(settings["ffn_bits"]) > 1:
+        raise UserError("a column has one ffn_bits", "give one number")
+    if new_tokens is not None:
+        told = values.pairs("gen_kwargs", settings.get("gen_kwargs") or {})
+        settings["gen_kwargs"] = checked("gen_kwargs", {**told, "max_gen_toks": int(new_tokens)})
     if base.limit is not None:
-        share = float(asked.get("limit_share", 1))
-        limit = base.limit * share if base.limit < 1 else max(1, round(base.limit * share))
-    return PaperColumn(head, checked("tasks", asked["task"]), metric, field, shots, limit)
+        settings["limit"] = base.limit * share if base.limit < 1 else max(1, round(base.limit * share))
+    return dataclasses.replace(base, **settings)
 
 
-def _configs(layout: TableLayout, specs: tuple[str, ...], base: RunConfig) -> list[RunConfig]:
-    """The sweeps that fill a table: one for each number of shots and limit."""
-    groups: dict[tuple[int | None, int | None], dict[str, None]] = {}
-    for column in layout.columns:
-        groups.setdefault((column.num_fewshot, column.limit), {}).update(dict.fromkeys(column.tasks))
-    return [
-        dataclasses.replace(
-            base, method=specs, sparsity=layout.sparsity, tasks=tuple(tasks), num_fewshot=shots, limit=limit
-        )
-        for (shots, limit), tasks in groups.items()
-    ]
+def _configs(
+    rows: Sequence[Row], columns: Sequence[tuple[PaperColumn, RunConfig]], sparsity: tuple[float, ...]
+) -> list[RunConfig]:
+    """The sweeps that fill a table: one for the rows and the columns that share their settings."""
+    made: list[RunConfig] = []
+    below: dict[RunConfig, dict[str, None]] = {}
+    for column, config in columns:
+        below.setdefault(config, {}).update(dict.fromkeys(column.tasks))
+    beside: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        beside.setdefault((*row.own.items(), row.row.sparsity), []).append(row)
+    for config, tasks in below.items():
+        for group in beside.values():
+            blocks = group[0].row.sparsity
+            wanted = sparsity if blocks is None else tuple(s for s in sparsity if s in blocks)
+            methods = tuple(row.spec for row in group)
+            made += (
+                [dataclasses.replace(config, method=methods, sparsity=wanted, tasks=tuple(tasks), **group[0].own)]
+                if wanted
+                else []
+            )
+    return made

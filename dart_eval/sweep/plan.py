@@ -115,9 +115,8 @@ def plan(
             inputs = {
                 "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
                 "method": method.name, "params": method.params(), "sparsity": sparsity,
-                "scope": config.scope if method.prunes else DEFAULTS["scope"],  # which matters to what prunes
+                **settings_of(config), **({} if method.prunes else {"scope": DEFAULTS["scope"]}),  # no matter to dense
                 "execution": "masked", "task": task, "task_hash": hashes[task],
-                **{name: getattr(config, name) for name in of_role(KEY)},
                 "batch_size": config.batch_size if moves or task in drawn else None,
                 "share_prefix": config.share_prefix if moves else None,
                 "calibration": text if calibrates else None, "code": code_hash(tasks_dir()),
@@ -125,10 +124,15 @@ def plan(
                 "method_files": [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in method.files()],
                 **(passages if calibrates else {}),
                 **({} if rounding is None else {"ffn_bits": rounding.text}),
-                **{name: value for name in of_role(GIVEN) if (value := getattr(config, name)) is not None},
             }  # fmt: skip
             cells.append(Cell(method, sparsity, task, inputs, rounding))
     return cells
+
+
+def settings_of(config: RunConfig) -> Json:
+    """Return the inputs of cells that the options alone decide, the scope of pruned cells among them."""
+    given = {name: value for name in of_role(GIVEN) if (value := getattr(config, name)) is not None}
+    return {"scope": config.scope, **{name: getattr(config, name) for name in of_role(KEY)}, **given}
 
 
 def command(config: RunConfig, cell: Cell) -> str:

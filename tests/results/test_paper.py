@@ -6,17 +6,21 @@ import io
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
 
 from dart_eval.results import stats
-from dart_eval.results.paper_tables import Paper, PaperColumn, PaperRow, Reported, TableLayout, to_csv
+from dart_eval.results.paper_layout import PaperColumn, PaperRow, Reported, TableLayout
+from dart_eval.results.paper_picture import picture
+from dart_eval.results.paper_tables import Paper, to_csv
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, latex, markdown
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.paper import SHIPPED, load
+from dart_eval.sweep.paper_plan import _works, hours
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.records import record, table_body
@@ -51,7 +55,7 @@ def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=Non
 def _paper(tmp_path, *cells, **options):
     store = Store(tmp_path)
     records = [_cell(store, *c[:2], **c[2]) for c in cells]
-    return Paper(store, records, options.get("missing", {}), "dart-eval paper x")
+    return Paper(store, {None: records}, options.get("missing", {}), "dart-eval paper x")
 
 
 def _layout(columns=(ACC,), rows=(DENSE, A, B), **more):
@@ -149,7 +153,7 @@ def test_reported_numbers_stand_apart_with_their_source(tmp_path):
 
 def test_every_table_says_what_made_it(tmp_path):
     table, _ = _paper(tmp_path, ("a", 20, {})).table(_layout(rows=(A,)))
-    assert "Made of 1 cells: model tiny (f00d), float32 on cpu, scope scored, seed 0" in table.note
+    assert "Made of 1 cells: model tiny@f00d, float32 on cpu, scope scored, seed 0" in table.note
     assert table.note.endswith("dart-eval paper x")
     table, _ = _paper(tmp_path, ("a", 20, {"gpu": "Card A"}), ("b", 20, {"params": {"x": 1}})).table(_layout())
     assert "float32 on Card A and cpu, scope" in table.note
@@ -265,7 +269,7 @@ def test_the_file_gives_sweeps_and_layouts(tmp_path):
 
 def test_limit_overrides_the_file(tmp_path):
     spec = load(_file(tmp_path), config_from(None, {**BASE, "limit": 5}))
-    assert [c.limit for c in spec.layouts[0].columns] == [5, 2]  # half of it for the second, rounded
+    assert [c.asked["limit"] for c in spec.layouts[0].columns] == [5, 2]  # half of it for the second, rounded
 
 
 @pytest.mark.parametrize(
@@ -298,7 +302,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, change, message):
 
 
 def test_a_file_that_is_not_there_names_the_shipped_ones():
-    with pytest.raises(UserError, match="smoke, ten"):
+    with pytest.raises(UserError, match="dart, smoke"):
         load("fifteen", config_from(None, BASE))
 
 
@@ -306,10 +310,10 @@ def test_a_file_that_is_not_there_names_the_shipped_ones():
 def test_shipped_files_are_understood(name):
     spec = load(name, config_from(None, BASE))
     assert {layout.name for layout in spec.layouts} >= {"accuracy", "summaries", "ablations", "overhead"}
-    if name == "ten":
+    if name == "dart":
         heads = [c.head for c in spec.layouts[0].columns]
         assert " ".join(heads) == "BoolQ RTE HellaSwag WinoGrande ARC-E ARC-C OpenBookQA MMLU GPQA MedMCQA"
-        assert [c.num_fewshot for c in spec.layouts[0].columns] == [0] * 7 + [5] * 3
+        assert [c.asked["num_fewshot"] for c in spec.layouts[0].columns] == [0] * 7 + [5] * 3
 
 
 @pytest.mark.slow
@@ -334,3 +338,136 @@ def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, indexed, mon
     assert "6 of 6 cells are finished already" in again
     assert "done " not in again
     assert (tmp_path / "out" / "tables" / "all.md").read_text() == text
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+SET = {
+    "sparsity": [0.5, 0.7], "max_new_tokens": 30, "chat_template": False,
+    "methods": {
+        "Dense": "dense", "8 bits": {"method": "dense", "ffn_bits": "8:128", "sparsity": 0.5}, "G": "griffin",
+        "G, all": {"method": "griffin", "scope": "all"}, "of another": {"method": "dart", "only": "Llama-3.1-8B"},
+    },
+    "tables": [{
+        "name": "one", "title": "One", "scope": "last", "columns": {
+            "Q": {"task": "smoke_questions", "metric": "acc", "num_fewshot": 1},
+            "4 bits": {"task": "smoke_questions", "metric": "acc", "ffn_bits": 4, "scope": "scored"},
+        },
+    }],
+}  # fmt: skip
+
+
+def test_the_nearest_setting_counts(tmp_path):
+    """A column's before its table's before the file's; a row's scope and bits before all of them."""
+    path = tmp_path / "paper.yaml"
+    path.write_text(yaml.safe_dump(SET, sort_keys=False))
+    spec = load(str(path), config_from(None, BASE))
+    cells = {
+        (task, method, sparsity, bits, c.scope, c.num_fewshot)
+        for c in spec.configs for task in c.tasks for method in c.method for bits in c.ffn_bits
+        for sparsity in (c.sparsity if method != "dense" else (c.sparsity if "8:128" in c.ffn_bits else ("-",)))
+    }  # fmt: skip
+    q = "smoke_questions"
+    assert cells == {
+        (q, "dense", "-", "16", "last", 1), (q, "dense", "-", "4", "scored", None),
+        (q, "dense", 0.5, "8:128", "last", 1), (q, "dense", 0.5, "8:128", "scored", None),
+        *((q, "griffin", s, "16", scope, 1) for s in (0.5, 0.7) for scope in ("last", "all")),
+        *((q, "griffin", s, "4", scope, None) for s in (0.5, 0.7) for scope in ("scored", "all")),
+    }  # fmt: skip
+    assert {c.gen_kwargs for c in spec.configs} == {"max_gen_toks=30"}
+    (layout,) = spec.layouts
+    assert [(s, row.label) for _, s, row in layout.lines] == [
+        (0.0, "Dense"), (0.5, "8 bits"), (0.5, "G"), (0.5, "G, all"), (0.7, "G"), (0.7, "G, all"),
+    ]  # fmt: skip
+    with_it = load(str(path), config_from(None, {**BASE, "model": "meta-llama/Llama-3.1-8B"}))
+    assert "of another" in [row.label for row in with_it.layouts[0].rows]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"method": "griffin", "num_fewshot": 3}, "row 'X': unknown key 'num_fewshot'"),
+        ({"scope": "all"}, "row 'X' needs a method"),
+        ({"method": "griffin", "scope": "al"}, "unknown scope 'al'; did you mean all"),
+        ({"method": "griffin", "ffn_bits": "x"}, "ffn-bits is 'x'"),
+    ],
+)
+def test_a_row_with_wrong_settings_is_refused(tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
+        load(_file(tmp_path, methods={"X": row}), config_from(None, BASE))
+
+
+def test_a_wrong_length_or_two_widths_are_refused(tmp_path):
+    for settings, message in (
+        ({"max_new_tokens": "many"}, "wrong kind"), ({"ffn_bits": "4,8"}, "one ffn_bits"), ({"scope": 3}, "scope"),
+        ({"gen_kwargs": "x"}, "KEY=VALUE"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            load(_file(tmp_path, **settings), config_from(None, BASE))
+
+
+def test_rows_of_two_scopes_are_never_bold_against_each_other(tmp_path):
+    all_of_b = dataclasses.replace(B, asked={"scope": "all"})
+    paper = _paper(tmp_path, ("a", 30, {}), ("b", 10, {"params": {"x": 1}}))
+    assert paper.table(_layout(rows=(A, B)))[0].bold == {(0, 2)}
+    table, _ = paper.table(_layout(rows=(A, all_of_b)))
+    assert table.bold == frozenset() and table.body[1][2] == "-"  # and there is no cell of that scope
+
+
+def test_guessing_has_a_line_below_the_unpruned_rows(tmp_path):
+    cells = [("dense", 30, {"sparsity": 0.0}), ("a", 35, {}), ("b", 10, {"params": {"x": 1}})]
+    paper = _paper(tmp_path, *cells)
+    paper._metrics["chance"] = 0.25  # as of questions with four answers
+    table, _ = paper.table(_layout())
+    assert [row[0] for row in table.body] == ["Dense", "guessing", "A", "B"]
+    assert table.body[1][1:3] == ["", "25.0"] and table.rules == {2} and table.bold == {(2, 2)}
+
+
+def test_columns_of_two_models_stand_side_by_side(tmp_path):
+    store = Store(tmp_path)
+    ours = _cell(store, "a", 20)
+    other = {**ours.inputs, "model": {**ours.inputs["model"], "name": "other", "weights": "0ther"}}
+    theirs = dataclasses.replace(ours, key="other-a", inputs=other, samples=[], metrics=[
+        dataclasses.replace(m, value=0.9) for m in ours.metrics
+    ])  # fmt: skip
+    theirs = store.save("other-a", theirs, [])
+    paper = Paper(store, {None: [ours], "org/other": [theirs]}, {}, "x")
+    columns = (ACC, dataclasses.replace(ACC, head="Other", model="org/other"))
+    table, _ = paper.table(_layout(columns, (A,)))
+    assert table.body == [["A", "50 %", "50.0 ±5.0", "90.0 ±5.0", "0.432", "0.500"]]
+    assert "model tiny@f00d and other@0ther" in table.note
+
+
+def test_a_plan_counts_each_cell_once_and_scales(tmp_path):
+    """Two tables share their cells: by hand, for the shape of an 8B model."""
+    sizes = {
+        "smoke_questions": {"items": 1000, "prompt": 90, "answers": 2, "answer": 5},
+        "smoke_summary": {"items": 64, "prompt": 500, "new": 40},
+    }
+    asked = _file(tmp_path, sizes=sizes)
+    text = Path(asked).read_text().replace("limit: 3", "limit: null").replace("limit: 2", "limit: null")
+    Path(asked).write_text(text)
+    body = {row[0]: row[1:] for row in hours(load(asked, config_from(None, BASE))).body}
+    # dense, dart and griffin; 1000 questions of 100 tokens, 64 texts of 500 and 40 tokens
+    assert body["one"][:3] == ["6", f"{3 * (100_000 + 32_000) / 1e6:.1f} M", f"{3 * 64 * 40 / 1e6:.1f} M"]
+    assert body["two"][:3] == ["0", "0.0 M", "0.0 M"] and body["all"] == body["one"]
+    works = [w for c in load(asked, config_from(None, BASE)).configs for w in _works(c, sizes, set())]
+    weights, size = 7.5e9, 16e9
+    seconds = sum(w.seconds(weights, size) for w in works[:6]) * 0.3
+    by_hand = 3 * (132_000 * 2 * weights / 989e12 + 64 * 40 / 16 * size / 3.35e12)
+    assert seconds == pytest.approx(by_hand)
+    with pytest.raises(UserError, match="no size of task smoke_questions"):
+        hours(load(_file(tmp_path), config_from(None, BASE)))
+
+
+def test_the_picture_has_a_line_for_each_pruned_row(tmp_path):
+    cells = [("dense", 30, {"sparsity": 0.0}), *(
+        (name, right, {"sparsity": s, **more}) for s in (0.5, 0.7) for name, right, more in
+        (("a", 25, {}), ("b", 20, {"params": {"x": 1}}))
+    )]  # fmt: skip
+    layout = dataclasses.replace(_layout(picture=True), sparsity=(0.5, 0.7))
+    _, numbers = _paper(tmp_path, *cells).table(layout)
+    drawn = picture(layout, numbers)
+    text = drawn.decode()
+    assert text.count("<!-- A -->") == 1 and text.count("<!-- B -->") == 1 and "<!-- Title: Easy" in text
+    assert picture(layout, numbers[~numbers["prunes"]]) is None and picture(layout, numbers[:0]) is None

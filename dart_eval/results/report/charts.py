@@ -260,19 +260,28 @@ def picture(board: Board, form: str, cost: Cost = bytes_read) -> bytes:
         form: `png`, `svg` or `pdf`.
         cost: what quality is drawn against.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     block = next(b for b in board.blocks if curves(b, cost))
     chart = of_block(block, {label: i for i, label in enumerate(curves(block, cost))}, cost=cost)
     assert chart is not None
+    return drawn(chart, board.model, form)
+
+
+def drawn(chart: Chart, subject: str, form: str) -> bytes:
+    """Return a chart as a file of its own.
+
+    Args:
+        subject: before its title. form: `png`, `svg` or `pdf`.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     laid, kept = chart.laid(), io.BytesIO()
     plain: dict[Any, Any] = {"text.parse_math": False, "svg.hashsalt": "dart-eval"}
     with mpl.rc_context(plain):
         figure = Figure(figsize=(WIDTH / 50, (laid["height"] + 14) / 50))
         axes = figure.add_axes((0, 0, 1, laid["height"] / (laid["height"] + 14)), frameon=False)
         axes.set(xlim=(0, WIDTH), ylim=(laid["height"], 0), xticks=[], yticks=[])
-        axes.text(LEFT, -2, f"{board.model}: {chart.title}, {chart.note}", fontsize=11)
+        axes.text(LEFT, -2, f"{subject}: {chart.title}, {chart.note}", fontsize=11)
         for y, text in laid["yticks"]:
             axes.plot([LEFT, RIGHT], [y, y], color="#8888884d", linewidth=0.6)
             axes.text(LEFT - 4, y, text, ha="right", va="center")

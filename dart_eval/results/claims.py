@@ -1,0 +1,157 @@
+"""Claims of a paper and what was measured: a verdict for each, with its interval and the number of documents.
+
+A claim says that a row is better than another by so much (`by`) or so many times as good (`times`), or that a cost is
+at most so large. It holds if the paired 95 % interval lies on its side, does not hold if it lies on the other, and is
+open in between. The costs of a claim about a `shape` are counted on a model of that shape without weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dart_eval.results import metrics, stats
+from dart_eval.results.estimates import Estimate, share
+from dart_eval.results.format import number
+from dart_eval.results.paper_layout import FIELDS, PaperColumn, TableLayout
+from dart_eval.results.paper_tables import Paper
+from dart_eval.results.writers import Table
+
+ANY = "any"  # as a claim's column: at least one of them
+HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
+HEADS = ["claim", "measured", "n", "verdict"]
+SHAPED = {"state MB": 1e6, "overhead %": 0.01}  # what a shape's cost is counted in
+NOTE = (
+    "measured: the first row less the second (of perplexities, in nats), or its ratio to the second, with the paired "
+    "95 % interval. holds: the interval lies on the claim's side. does not hold: it lies on the other side. open: it "
+    "reaches over both, or there are too few documents. For a claim on at least one column the best one is shown, and "
+    "its test is Holm's over all. n: documents. A verdict is of the models and documents measured here, not of the "
+    "paper's."
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim.
+
+    Attributes:
+        text: as readers see it.
+        source: where it stands.
+        table, column: the numbers that test it; `any` is at least one column. Of a shape: `state MB` or `overhead %`.
+        sparsity: the block of the table.
+        rows: labels: the row, and the one it is held against.
+        by: least difference. times: least ratio, in place of a difference. at_most: the largest cost.
+        shape, method, prompt: of a claim about costs: the model's shape, and the tokens of the prompt.
+    """
+
+    text: str
+    source: str
+    table: str = ""
+    column: str = ""
+    sparsity: float = 0.0
+    rows: tuple[str, ...] = ()
+    by: float = 0.0
+    times: float | None = None
+    at_most: float | None = None
+    shape: str = ""
+    method: str = ""
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured: in words, the number of documents, and the verdict."""
+
+    text: str
+    n: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The two rows of a claim in one column, the better direction up.
+
+    Attributes:
+        head: of the column. a, b: the row and its rival. n: documents. metric: of the column.
+    """
+
+    head: str
+    a: Estimate
+    b: Estimate
+    n: int
+    metric: str
+
+    def beyond(self, claim: Claim) -> Estimate:
+        """By how much the row exceeds what is claimed of it."""
+        gap = self.a - (self.b if claim.times is None else self.b.times(claim.times))
+        return Estimate(gap.value - (claim.by if claim.times is None else 0.0), gap.units)
+
+    def text(self, claim: Claim) -> str:
+        """What was measured, in words."""
+        if claim.times is not None:
+            ratio = share(self.a, self.b)
+            ends = ratio.interval if ratio else None
+            value = f"{ratio.value:.2f} times" if ratio else "no ratio: the second is not above 0"
+            return value + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
+        gap, kind = self.a - self.b, metrics.kind_of(self.metric)
+        scale, unit, digits = (100.0, " points", 1) if kind.percent else (1.0, "", 3)
+        ends = gap.interval
+        return f"{scale * gap.value:+.{digits}f}{unit}" + (
+            f" [{scale * ends[0]:+.{digits}f}, {scale * ends[1]:+.{digits}f}]" if ends else ""
+        )
+
+
+def table(
+    claims: Sequence[Claim], paper: Paper, layouts: Mapping[str, TableLayout], shaped: Callable[[Claim], float]
+) -> Table:
+    """Return the verdicts, a line a claim.
+
+    Args:
+        paper: the numbers. layouts: the tables by name.
+        shaped: returns the cost of a claim about a shape.
+    """
+    body = []
+    for claim in claims:
+        found = _of_shape(claim, shaped(claim)) if claim.shape else _of_table(claim, paper, layouts[claim.table])
+        said = f"{claim.text} ({claim.source})" if claim.source else claim.text
+        body.append([said, found.text, str(found.n) if found.n else "", found.verdict])
+    return Table("Claims and verdicts", HEADS, body, f"{NOTE} Models: {', '.join(paper.models) or 'none'}.")
+
+
+def _of_shape(claim: Claim, cost: float) -> Finding:
+    assert claim.at_most is not None
+    return Finding(f"{cost:.2g} {claim.column.split()[-1]}, counted", 0, HOLDS if cost <= claim.at_most else FAILS)
+
+
+def _of_table(claim: Claim, paper: Paper, layout: TableLayout) -> Finding:
+    if claim.at_most is not None:
+        column = next(c for c in layout.columns if c.head == claim.column)
+        return _cost(claim, column, paper.costs_of(layout, claim.rows[0], claim.sparsity, claim.column))
+    heads = list(layout.parts) if claim.column == ANY else [claim.column]
+    sides = [one for h in heads if (one := paper.sides(layout, claim.rows, claim.sparsity, h)) is not None]
+    return judged(claim, [Sides(*one) for one in sides])
+
+
+def _cost(claim: Claim, column: PaperColumn, costs: Sequence[float]) -> Finding:
+    if not costs or claim.at_most is None:
+        return Finding("not measured", 0, OPEN)
+    text = number(max(costs), FIELDS[column.field][1])
+    return Finding(text, 0, HOLDS if max(costs) <= claim.at_most else FAILS)
+
+
+def judged(claim: Claim, sides: Sequence[Sides]) -> Finding:
+    """Return the verdict on a claim about two rows.
+
+    Args:
+        sides: the two rows in the claim's column, or in all columns of which one must bear it out.
+    """
+    if not sides:
+        return Finding("not measured", 0, OPEN)
+    gaps = [(one, one.beyond(claim)) for one in sides]
+    best = max(gaps, key=lambda pair: pair[1].value)[0]
+    tests = [g.p for _, g in gaps]
+    adjusted = stats.holm([1.0 if p is None else p for p in tests])
+    holds = any(g.value > 0 and p is not None and p < stats.ALPHA for (_, g), p in zip(gaps, adjusted, strict=True))
+    fails = all(g.value < 0 and p is not None and p < stats.ALPHA for (_, g), p in zip(gaps, tests, strict=True))
+    where = f"{best.head}: " if len(sides) > 1 else ""
+    return Finding(where + best.text(claim), best.n, HOLDS if holds else FAILS if fails else OPEN)

@@ -1,0 +1,125 @@
+"""Claims of a paper: which side of a claim the measured interval lies on, worked out here by other means."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from scipy import stats as theirs
+
+from dart_eval.results.claims import ANY, FAILS, HOLDS, OPEN, Claim, Sides, judged, table
+from dart_eval.results.estimates import Estimate
+from dart_eval.results.paper_layout import PaperColumn
+from dart_eval.sweep.config import config_from
+from dart_eval.sweep.paper import load
+from dart_eval.util.errors import UserError
+from tests.results.test_paper import ACC, A, B, _file, _layout, _paper
+
+N = 200
+
+
+def _estimate(values):
+    values = np.asarray(values, float)
+    slopes = (values - values.mean()) / len(values)
+    return Estimate(float(values.mean()), {f"easy {i}": v for i, v in enumerate(slopes)})
+
+
+def _sides(a, b, head="Easy", metric="acc"):
+    return Sides(head, _estimate(a), _estimate(b), len(a), metric)
+
+
+def _claim(**more):
+    return Claim("it is better", "abstract", "t", "Easy", 0.5, ("A", "B"), **more)
+
+
+@pytest.mark.parametrize(("by", "times"), [(0.0, None), (0.1, None), (0.3, None), (0.0, 0.9), (0.0, 1.5), (0.0, 3.0)])
+def test_a_verdict_is_that_of_students_t_on_the_documents(by, times):
+    """a - times b - by, document by document, tested against 0: another road to the same verdict."""
+    draw = np.random.default_rng(3)
+    a, b = 0.6 + 0.3 * draw.standard_normal(N), 0.4 + 0.3 * draw.standard_normal(N)
+    gap = a - (b if times is None else times * b) - (by if times is None else 0)
+    p = theirs.ttest_1samp(gap, 0).pvalue
+    expected = OPEN if p > 0.05 else HOLDS if gap.mean() > 0 else FAILS
+    assert abs(p - 0.05) > 0.02  # the bootstrap and Student's t need not agree at the edge
+    assert judged(_claim(by=by, times=times), [_sides(a, b)]).verdict == expected
+
+
+def test_what_was_measured_is_said_with_its_interval_and_documents():
+    draw = np.random.default_rng(4)
+    a, b = (draw.random(N) < 0.7).astype(float), (draw.random(N) < 0.5).astype(float)
+    found = judged(_claim(), [_sides(a, b)])
+    half = theirs.t.ppf(0.975, N - 1) * (a - b).std(ddof=1) / N**0.5
+    value, low, high = map(float, re.findall(r"[+-][\d.]+", found.text))
+    assert found.n == N and "points" in found.text
+    assert value == pytest.approx(100 * (a - b).mean(), abs=0.05)
+    assert (low, high) == pytest.approx((value - 100 * half, value + 100 * half), abs=1)
+    ratio = judged(_claim(times=1.1), [_sides(a, b)]).text
+    assert ratio.startswith(f"{a.mean() / b.mean():.2f} times [")
+    nats = judged(_claim(), [_sides(-3 * a, -3 * b, metric="word_perplexity")]).text
+    assert nats.startswith(f"{-3 * (a - b).mean():+.3f} [") and "points" not in nats
+
+
+def test_a_claim_on_at_least_one_column_pays_for_each_look():
+    """Ten columns, of which one is better by chance at p = .02: Holm's p over ten is .2."""
+    base = np.tile([0.0, 1.0], N // 2)
+    noise = np.random.default_rng(0).standard_normal(N)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    lucky = base + noise + theirs.t.ppf(1 - 0.02 / 2, N - 1) / N**0.5  # t at p = .02
+    alone = [_sides(lucky, base, "one")]
+    assert judged(_claim(), alone).verdict == HOLDS
+    others = [_sides(base + np.roll(noise, i + 1), base, f"column {i}") for i in range(9)]
+    found = judged(_claim(), alone + others)
+    assert found.verdict == OPEN and found.text.startswith("one: +")
+    worse = [_sides(base - 1 + 0.1 * noise, base, f"column {i}") for i in range(3)]
+    assert judged(_claim(), worse).verdict == FAILS
+    assert judged(_claim(), [*worse, others[0]]).verdict == OPEN  # one of them may yet
+
+
+def test_few_or_equal_documents_decide_nothing():
+    assert judged(_claim(), [_sides([1, 1, 1, 0], [0, 0, 0, 0])]).verdict == OPEN
+    assert judged(_claim(), [_sides([1] * N, [1] * N)]).verdict == OPEN
+    assert judged(_claim(), []) == judged(_claim(by=0.3), [])
+    assert judged(_claim(), []).text == "not measured"
+
+
+def test_verdicts_come_from_the_documents_of_a_folder(tmp_path):
+    perplexity = PaperColumn("PPL", ("easy",), "word_perplexity")
+    state = PaperColumn("state", ("easy",), field="state_mib")
+    paper = _paper(tmp_path, ("a", 30, {"loss": 3.0}), ("b", 10, {"loss": 2.0, "params": {"x": 1}}))
+    layout = _layout((ACC, perplexity, state), (A, B))
+    at_8b = Claim("at 8B", "s", column="state MB", shape="x", at_most=10.0)
+    claims = [
+        _claim(), _claim(by=0.9), Claim("lower", "", "t", "PPL", 0.5, ("A", "B")),
+        Claim("lower", "", "t", "PPL", 0.5, ("B", "A")), Claim("small", "", "t", "state", 0.5, ("A",), at_most=1.0),
+        Claim("large", "", "t", "state", 0.5, ("A",), at_most=-1.0), Claim("none", "", "t", ANY, 0.7, ("A", "B")),
+        at_8b, dataclasses.replace(at_8b, at_most=9.0),
+    ]  # fmt: skip
+    made = table(claims, paper, {"t": layout}, lambda claim: 9.7)
+    assert [row[3] for row in made.body] == [HOLDS, FAILS, FAILS, HOLDS, HOLDS, FAILS, OPEN, HOLDS, FAILS]
+    assert made.body[0][:3] == ["it is better (abstract)", made.body[0][1], "40"]
+    assert made.body[0][1].startswith("+50.0 points [") and made.body[7][1] == "9.7 MB, counted"
+    assert made.body[2][1].startswith("-1.000 [")  # a is worse by a nat a word
+    assert "tiny@f00d" in made.note
+
+
+GOOD = {"claim": "c", "table": "one", "rows": ["Ours", "G"], "column": "Q", "sparsity": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ({**GOOD, "rows": ["Ours", "H"]}, "claim 'c': table 'one' has no 'H'"),
+        ({**GOOD, "column": "P"}, "has no 'P'"),
+        ({**GOOD, "table": "three"}, "unknown table 'three'; known: one, two"),
+        ({**GOOD, "rows": ["Ours"]}, "needs a sparsity, and two rows"),
+        ({**GOOD, "at_most": 3}, "needs a sparsity, and two rows \\(one with at_most\\)"),
+        ({**GOOD, "by": "much"}, "a value is of the wrong kind"),
+        ({**GOOD, "claims": 1}, "unknown key 'claims'"),
+        ({**GOOD, "shape": "llama-3.1-8b"}, "either a table or a shape"),
+        ({"claim": "c", "shape": "llama-3.1-8b", "method": "dart", "column": "state MB"}, "a sparsity and at_most"),
+        ({**GOOD, "sparsity": 0.6}, "has no sparsity 0.6"),
+    ],
+)  # fmt: skip
+def test_a_claim_that_cannot_be_tested_is_refused(tmp_path, claim, message):
+    with pytest.raises(UserError, match=message):
+        load(_file(tmp_path, claims=[claim]), config_from(None, {"method": "dense", "sparsity": "0"}))
