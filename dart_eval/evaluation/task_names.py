@@ -27,6 +27,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     ),
     "gpqa": ("gpqa_main_n_shot", "gpqa_diamond_n_shot", "gpqa_extended_n_shot"),
     "smoke": ("smoke_questions", "smoke_stories", "smoke_summary", "smoke_highlights", "smoke_drift"),
+    "summaries": ("cnn_dailymail", "xsum", "multi_news", "gov_report"),
 }  # fmt: skip
 
 # The tasks people ask for most, for `dart-eval ls tasks`.
@@ -49,6 +50,8 @@ COMMON: dict[str, str] = {
     "wikitext": "perplexity of WikiText-2 articles, second half of each chunk",
     "cnn_dailymail": "news highlights, ROUGE-1/2/L",
     "xsum": "one-sentence news summaries, ROUGE-1/2/L",
+    "multi_news": "one-page summaries of several news passages (LongBench), ROUGE-1/2/L",
+    "gov_report": "one-page summaries of US agencies' reports (LongBench), ROUGE-1/2/L",
     "smoke_questions": "shipped: 128 science and commonsense questions (4 choices)",
     "smoke_stories": "shipped: 64 story endings (4 choices)",
     "smoke_summary": "shipped: 30 articles, one-sentence summaries",

@@ -149,7 +149,7 @@ class Options:
     gen_kwargs: Annotated[str | None, BeforeValidator(values.generation), option(TASKS, "K=V,...", GIVEN,
         "Generate with these settings, which override each task's own: temperature=0.7,do_sample=true.")] = None
     cue: Annotated[Text | None, option(TASKS, "TEXT", KEY,
-        "Put this text after the document in summarisation prompts.", "the task's own, TL;DR:")] = None
+        "Put this text after the document in summarisation prompts.", "the task's own")] = None
     confirm_run_unsafe_code: Annotated[Flag, option(TASKS, "", DECIDES,
         "Allow tasks to run code: programs that the model writes (humaneval, mbpp), Python files that tasks of "
         "--include-path name, and metrics in the working directory.")] = False

@@ -26,6 +26,10 @@ def xsum(dataset):
     return _prepare(dataset, "document", "summary")
 
 
+def longbench(dataset):
+    return dataset.map(lambda d: {"reference": d["answers"][0].strip()})  # the document as in lm-eval's prompt
+
+
 def bleu_statistics(summary, reference):
     """What corpus BLEU sums over documents: 10 integers, [hyp_len, ref_len, correct 1..4, total 1..4] n-grams."""
     score = sacrebleu.sentence_bleu(summary, [reference])

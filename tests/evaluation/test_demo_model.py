@@ -8,12 +8,14 @@ from lm_eval.models.huggingface import HFLM
 from dart_eval.evaluation.evaluate import evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.settings import EvalSettings
-from dart_eval.evaluation.tasks import Tasks
+from dart_eval.evaluation.tasks import Tasks, documents
+from dart_eval.evaluation.truncation import fit
 from dart_eval.models import demo_model
 from dart_eval.pruning.calibration.calibration import TextCalibration
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.journal import Journal
+from tests.helpers.requests import TextRequest
 
 LIMIT = 3  # documents: what is compared is each of them
 
@@ -64,6 +66,20 @@ def test_dense_equals_stock_lm_eval_on_the_shipped_tasks(ours, stock, name, limi
 )
 def test_dense_equals_stock_lm_eval_on_real_items(ours, stock, data_dir, indexed, name, num_fewshot):
     _compare(ours, stock, Tasks(data_dir), name, num_fewshot, limit=2 if name == "xsum" else LIMIT)
+
+
+@pytest.mark.parametrize("name", ["multi_news", "gov_report"])
+def test_a_long_document_loses_its_end_and_nothing_that_stands_around_it(ours, data_dir, indexed, name):
+    (task,) = Tasks(data_dir).load(name)
+    doc = max(task.eval_docs, key=lambda d: len(d["context"]))
+    prompt, document = task.doc_to_text(doc), doc["context"].strip()
+    before, after = prompt.split(document)
+    short, cut = fit(ours, TextRequest(prompt, 0, doc=doc), 512, documents([task])[name])
+    kept = short.removeprefix(before).removesuffix(after)
+    assert cut
+    assert short == before + kept + after
+    assert document.startswith(kept)
+    assert 500 < len(ours.tok_encode(short)) <= 512
 
 
 def test_real_perplexity_is_that_of_the_second_half(ours, stock, data_dir, indexed):

@@ -11,7 +11,7 @@ import pytest
 
 import dart_eval
 from dart_eval.evaluation import tasks as tasks_module
-from dart_eval.evaluation.task_names import ALIASES, COMMON, tasks_dir
+from dart_eval.evaluation.task_names import ALIASES, COMMON, config_of, tasks_dir
 from dart_eval.evaluation.tasks import Tasks, documents, leaves
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +91,33 @@ def test_the_cue_is_an_option(tasks):
     assert task.doc_to_text(task.eval_docs[0]).endswith("\n\nIn one sentence:")
 
 
+LONG = {"multi_news": "several news passages", "gov_report": "a report by a government agency"}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_summaries_have_lm_evals_prompt_and_longbenchs_first_answer(name, tmp_path):
+    theirs, ours = config_of(f"longbench_{name}"), config_of(name)
+    same = ("doc_to_text", "dataset_path", "dataset_name", "test_split")
+    assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
+    assert ours["generation_kwargs"].items() <= theirs["generation_kwargs"].items()  # theirs names a temperature, too
+    folder = tmp_path / "Xnhyacinth__LongBench" / name
+    folder.mkdir(parents=True)
+    row = {"context": " Passage 1:\nIt rained. \n", "answers": [" It rained.\n", "Rain."]}
+    (folder / "test.jsonl").write_text(json.dumps(row))
+    (task,) = Tasks(tmp_path).load(name)
+    (doc,) = task.eval_docs
+    assert task.doc_to_text(doc).startswith(f"You are given {LONG[name]}.")
+    assert f":\n{row['context']}\n\nNow, write a one-page summary of" in task.doc_to_text(doc)
+    assert task.doc_to_target(doc) == "It rained."
+    assert documents([task]) == {name: "context"}
+    assert {k: v for k, v in task.process_results(doc, ["It rained."]).items() if k != "bleu"} == {
+        "rouge1": 1, "rouge2": 1, "rougeL": 1, "summary_words": 2, "empty": 0,
+    }  # fmt: skip
+    (changed,) = Tasks(tmp_path, cue="In short:").load(name)
+    before, after = task.doc_to_text(doc), changed.doc_to_text(doc)
+    assert after == before[: before.index("Now, write")] + "In short:"
+
+
 @pytest.mark.slow
 def test_local_data_replaces_the_hub_for_single_tasks_and_groups(tmp_path, indexed):
     row = {"question": "What is red?", "choices": ["sky", "blood", "grass", "snow"], "answer": 1, "subject": "x"}
@@ -112,7 +139,7 @@ def test_local_data_replaces_the_hub_for_single_tasks_and_groups(tmp_path, index
 def test_every_task_with_local_data_loads(data_dir, indexed):
     """Names of the paper's tables, on the mirror; gpqa has no data there and says so (test_errors)."""
     local = Tasks(data_dir)
-    names = "arc hellaswag boolq rte winogrande openbookqa piqa medmcqa wikitext cnn_dailymail xsum"
+    names = "arc hellaswag boolq rte winogrande openbookqa piqa medmcqa wikitext summaries"
     for name in local.expand(names.split()):
         for task in leaves(local.load(name)):
             assert len(task.eval_docs) > 0
