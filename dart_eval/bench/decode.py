@@ -110,8 +110,10 @@ def check_timeable(method: Pruner) -> None:
     """Raise if a method cannot be timed.
 
     Raises:
-        UserError: it does not prune, or looks ahead.
+        UserError: it does not prune, looks ahead, or prunes only the first tokens.
     """
+    if method.mask.remask.release:
+        raise UserError(f"{method.spec} runs dense after its first tokens", "time it without remask.release")
     if not method.prunes or method.looks_ahead:
         raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
 

@@ -27,6 +27,7 @@ from dart_eval.evaluation.cache import fork, new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad, scores
+from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.log import Step
 from dart_eval.pruning.session.session import Session
 from dart_eval.util.errors import UserError
@@ -41,6 +42,19 @@ def pruned_inputs(scope: str, inputs: int) -> int:
     tokens is the whole input.
     """
     return 1 if scope == "last" else max(1, inputs * SHARES[scope] // 100)
+
+
+def check_released(method: Pruner, scope: str) -> None:
+    """Refuse a method that runs dense after its first decoded tokens, where inputs run pruned at once.
+
+    Raises:
+        UserError: the remedy.
+    """
+    if method.mask.remask.release and scope in SHARES:
+        raise UserError(
+            f"{method.spec} counts decoded tokens, and under --scope {scope} whole inputs run pruned",
+            "use --scope scored, or leave remask.release out",
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class WholeInputs(Scoring):
     def __init__(
         self, forwards: Forwards, session: Session, budget: Budget, scope: str, distances: bool = False
     ) -> None:
+        check_released(session.method, scope)
         if forwards.room and scope not in ("all", "last"):
             raise UserError(
                 f"{type(forwards.model).__name__} runs only one token at a time after a cached context, and scope "

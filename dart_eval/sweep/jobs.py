@@ -350,8 +350,11 @@ def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> 
     """Refuse other scopes, and methods that look ahead, for tasks that do not score given answers.
 
     Raises:
-        UserError: a task generates text, or the scope is another for a perplexity.
+        UserError: a task generates text, the scope is another for a perplexity, or the method does not go with it.
     """
+    from dart_eval.evaluation.scopes import check_released
+
+    check_released(method, scope)
     kinds = {"generate_until": "generates text", "loglikelihood_rolling": "measures perplexity"}
     for task in leaves(list(items)):
         kind = kinds.get(task.OUTPUT_TYPE)

@@ -72,7 +72,7 @@ class Detector:
 
 def dart(
     model, prompt, decoded, keep, ring=24, blend=0.25, old="prompt", reference="moved", every=0, every_blend=0.8,
-    dense_tokens=0, **detector,
+    dense_tokens=0, release=0, **detector,
 ):  # fmt: skip
     """Masks after the prompt and after each decoded token, log-probabilities, alarms, re-masks, the detector."""
     plain = Plain(model)
@@ -82,10 +82,13 @@ def dart(
     masks = [[largest(scores[i], keep[i]) for i in layers]]
     watch, alarms, remasks = Detector(plain.seen[-1].o[1:], **detector), [], []
     for n, token in enumerate(decoded, 1):
-        now, was_dense = masks[-1], dense > 0
+        now, was_dense = masks[-1], dense > 0 or 0 < release < n
         rows.append(plain.run([token], lambda i, h, m=now, d=was_dense: h if d else h * m[i]))
         inputs = [torch.cat([inputs[i], plain.seen[i].x]) for i in layers]
         fresh.append([seen.h[0] for seen in plain.seen])
+        if 0 < release <= n:  # no mask is ever used again
+            masks.append(now)
+            continue
         alarm, steady = watch.alarm(plain.seen[-1].o[0], hold=was_dense), every > 0 and n % every == 0
         alarms += [n] if alarm else []
         drifted, dense = alarm, max(0, dense - 1)
@@ -118,10 +121,11 @@ SETTINGS = [
     {**QUICK, "old": "running", "reference": "kept", "blend": 0.6},
     {**QUICK, "patience": 1, "dense_tokens": 4, "cooldown": 0, "blend": 0.1},
     {**QUICK, "every": 4, "every_blend": 0.7, "old": "running", "ring": 2},
+    {**QUICK, "patience": 1, "release": 19}, {**QUICK, "patience": 1, "dense_tokens": 4, "cooldown": 0, "release": 16},
 ]  # fmt: skip
-CASES = [("llama", 0), ("opt", 1), ("llama", 2), ("opt", 3), ("llama", 4), ("gemma3", 0), ("gpt2", 4)]
+CASES = [("llama", 0), ("opt", 1), ("llama", 2), ("opt", 3), ("llama", 4), ("gemma3", 0), ("gpt2", 4), ("llama", 5)]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (
-    ("opt", 0), ("llama", 1), ("opt", 2), ("llama", 3), ("opt", 4)
+    ("opt", 0), ("llama", 1), ("opt", 2), ("llama", 3), ("opt", 4), ("opt", 5), ("opt", 6), ("llama", 6)
 )]  # fmt: skip
 
 

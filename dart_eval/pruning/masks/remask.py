@@ -38,7 +38,8 @@ class RemaskState(PerSequence):
         detector: the drift detector, if the part has one.
         ring: FFN inputs per layer, followed by the experts that tokens had, if the part has a ring.
         alarms: [B] bool, raised by the last forward.
-        since: decoded tokens since the last steady re-mask; the same for all, since they decode together.
+        ran: decoded tokens since the context; the same for all, since they decode together.
+        since: those since the last steady re-mask.
         dense_left: [B] long, tokens still to run dense after an alarm.
         fresh_tokens: [B], tokens that ran dense after it so far.
     """
@@ -48,9 +49,14 @@ class RemaskState(PerSequence):
         self.detector = DriftDetector(part, batch, ffns[-1].width, device) if part.watches else None  # type: ignore[arg-type]
         self.ring = RingBuffer(part.ring, len(ffns) * (1 + any(f.routed for f in ffns))) if part.needs_ring else None
         self.alarms = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.since = 0
+        self.ran = self.since = 0
         self.dense_left = torch.zeros(batch, dtype=torch.long, device=device)
         self.fresh_tokens = torch.zeros(batch, device=device)
+
+    @property
+    def released(self) -> bool:
+        """Whether all further tokens run dense, up to the next context."""
+        return 0 < self.part.release <= self.ran
 
     @property
     def dense_now(self) -> Tensor:
@@ -100,12 +106,16 @@ class RemaskState(PerSequence):
             self.ring.advance(valid)
         if self.detector is not None:
             self.detector.set_reference()
-        self.since = 0
+        self.ran = self.since = 0
         self.dense_left = torch.zeros_like(self.dense_left)
 
     def room(self) -> int | None:
         """Return the tokens that may run in one forward before a mask may change; None for any number."""
+        if self.released:
+            return None
         limits = [self.detector.room()] if self.detector is not None else []
+        if self.part.release:
+            limits.append(self.part.release - self.ran)
         if self.part.every:
             limits.append(self.part.every - self.since)
         if bool(self.dense_now.any()):
@@ -123,6 +133,9 @@ class RemaskState(PerSequence):
         none = torch.zeros_like(self.alarms)
         if self.ring is not None:
             self.ring.advance(valid)
+        self.ran += valid.shape[1]
+        if self.released:
+            return []
         alarms = none
         if self.detector is not None and attention is not None:
             self.alarms = self.detector.update(attention.to(self.device), valid, self.dense_now)

@@ -21,6 +21,7 @@ class Remask(Part):
 
     Recent scores come from the last `ring` FFN inputs, which exist for pruned neurons too, or from `dense_tokens`
     tokens that run dense after an alarm. Scores are blended per token: weight * old + (1 - weight) * recent.
+    After `release` decoded tokens no token is pruned, and no mask is made, until the next prompt.
 
     Attributes:
         remasks: whether new masks may be made.
@@ -36,6 +37,7 @@ class Remask(Part):
     old: ClassVar[str] = "prompt"
     skip_first: ClassVar[bool] = False
     moves_reference: ClassVar[bool] = False
+    release: int = option(0, "run dense after this many decoded tokens (0: never)", least=0)
 
     @property
     def fits_repeats(self) -> bool:  # type: ignore[override]

@@ -198,7 +198,7 @@ class Hooks:
         forward = self.forward
 
         def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor | None:
-            if forward.phase != "decode" or forward.state is None:
+            if forward.phase != "decode" or forward.state is None or not forward.state.prunes:
                 return None
             added = forward.state.layers[layer].extra(forward.state.dense_now)
             if added is None:

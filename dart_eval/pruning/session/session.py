@@ -317,9 +317,9 @@ class Session(SessionStats):
         detector = state.remasking.detector if state.remasking is not None else None
         watching = detector is not None and attention is not None
         changes = state.finish_decode(attention if watching else None, self.forward.valid)
-        if watching and detector is not None and state.remasking is not None:
+        if watching and detector is not None and state.remasking is not None and not state.released:
             self.log.watched(detector, state.remasking.alarms)
-        if changes or self.method.mask.remask.dense_tokens:
+        if changes or self.method.mask.remask.dense_tokens or state.released:
             self._step = None
         if changes:
             self.executing.move(state)

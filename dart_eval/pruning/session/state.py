@@ -44,7 +44,7 @@ class SequenceState(PerSequence):
         self.remasks = torch.zeros(batch, dtype=torch.long)
         self.layers = [Layer(fitted, self.weight, shared) for fitted in prepared.layers]
         self.change: ChangeState | None = self.method.allocation.start(batch, ffns)
-        watched = remask.remasks or remask.watches
+        watched = remask.remasks or remask.watches or remask.release
         self.remasking = RemaskState(remask, ffns, batch, device) if watched else None
 
     # -- the context -----------------------------------------------------------------------------------------
@@ -144,8 +144,13 @@ class SequenceState(PerSequence):
 
     @property
     def prunes(self) -> bool:
-        """Whether decoding forwards run pruned: not before masks have been made, if there are any."""
-        return self.counted and (self.masked or self.method.mask.fixed)
+        """Whether decoding forwards run pruned: not before masks have been made, nor after they are released."""
+        return self.counted and (self.masked or self.method.mask.fixed) and not self.released
+
+    @property
+    def released(self) -> bool:
+        """Whether tokens run dense since their masks are released, see `RemaskState`."""
+        return self.remasking is not None and self.remasking.released
 
     @property
     def dense_now(self) -> Tensor | None:
