@@ -234,9 +234,9 @@ class Pruner:
         """All parts of the method, with those inside other parts."""
         return [part for _, part in slots(self)]
 
-    def files(self) -> list[str]:
-        """The files that its parts read."""
-        return [file for part in self.parts() for file in part.files()]
+    def contents(self) -> list[bytes]:
+        """The contents of the files that its parts read."""
+        return [content for part in self.parts() for content in part.contents()]
 
     @property
     def spec(self) -> str:

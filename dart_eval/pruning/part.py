@@ -80,8 +80,8 @@ class Part:
         """The part in messages: `remask=drift`."""
         return f"{self.slot}={self.name}"
 
-    def files(self) -> list[str]:
-        """Return the files that it reads, whose contents can change its numbers."""
+    def contents(self) -> list[bytes]:
+        """Return the contents of the files that it reads, which can change its numbers."""
         return []
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor | None:

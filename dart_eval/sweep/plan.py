@@ -12,7 +12,6 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dart_eval.evaluation.task_names import tasks_dir
@@ -121,7 +120,7 @@ def plan(
                 "share_prefix": config.share_prefix if moves else None,
                 "calibration": text if calibrates else None, "code": code_hash(tasks_dir()),
                 "method_code": _method_code(method), "versions": versions(),
-                "method_files": [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in method.files()],
+                "method_files": [hashlib.sha256(content).hexdigest() for content in method.contents()],
                 **(passages if calibrates else {}),
                 **({} if rounding is None else {"ffn_bits": rounding.text}),
             }  # fmt: skip

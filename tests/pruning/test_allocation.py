@@ -2,14 +2,16 @@
 
 import json
 import random
+import re
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dart_eval.pruning.masks.allocations import read_table
+from dart_eval.pruning.masks.allocations import SHIPPED, FromTable, read_table, shipped_tables
 from dart_eval.pruning.masks.counts import in_steps, keep_counts
 from dart_eval.pruning.masks.depth import EPS, depth_aware, normalise_sensitivity
+from dart_eval.pruning.registry import make
 from dart_eval.util.errors import UserError
 
 # Normalised sensitivities of Llama-3.1-8B, and the keep ratios that DART's scripts ship for it at 70 %.
@@ -22,16 +24,12 @@ KEEP_70 = [
     0.783, 0.569, 0.531, 0.465, 0.529, 0.624, 0.599, 0.507, 0.467, 0.338, 0.327, 0.294, 0.244, 0.208, 0.203,
     *[0.1] * 14, 0.143, 0.468, 0.9,
 ]  # fmt: skip
-# The same without protection of early and late layers, the ablation of the same scripts ("no border").
-UNPROTECTED_50 = [
-    0.6137, 0.4198, 0.493, 0.5161, 0.6339, 0.744, 0.7571, 0.7311, 0.7354, 0.6984, 0.7008, 0.6863, 0.6638, 0.648,
-    0.6457, 0.5904, 0.514, 0.43, 0.3711, 0.3424, 0.3045, 0.2508, 0.2364, 0.1876, 0.2134, 0.2431, 0.2439, 0.2728,
-    0.3009, 0.3946, 0.5172, 0.9,
-]  # fmt: skip
-UNPROTECTED_70 = [
-    0.3868, 0.1, 0.1953, 0.2319, 0.4189, 0.5937, 0.6144, 0.5731, 0.58, 0.5213, 0.5252, 0.5021, 0.4663, 0.4413, 0.4377,
-    0.3499, 0.2286, *[0.1] * 13, 0.2336, 0.9,
-]  # fmt: skip
+LAYERS = {
+    "llama-3.2-3b": 28, "llama-3.1-8b": 32, "llama-2-7b": 32, "llama-2-13b": 40, "deepseek-r1-qwen3-8b": 36,
+    "deepseek-r1-llama-8b": 32, "qwen3-14b": 40, "qwen3-4b": 36, "mistral-7b": 32,
+}  # fmt: skip
+# Tables that keep another share than their label says.
+ODD = {"llama-3.2-3b-50": 0.5752, "llama-3.2-3b-50-no-mag-no-border": 0.5143, "llama-3.2-3b-72": 0.9156}
 
 
 def test_the_published_table_at_70_percent():
@@ -41,11 +39,57 @@ def test_the_published_table_at_70_percent():
     assert sum(keep) / len(keep) == pytest.approx(0.3, abs=1e-6)
 
 
-@pytest.mark.parametrize(("sparsity", "table"), [(0.5, UNPROTECTED_50), (0.7, UNPROTECTED_70)])
-def test_the_published_tables_without_protection(sparsity, table):
-    keep = depth_aware(LLAMA_8B, sparsity, protect=False)
-    assert keep == pytest.approx(table, abs=2e-4)
-    assert keep != pytest.approx(depth_aware(LLAMA_8B, sparsity), abs=0.05)
+@pytest.mark.parametrize("border", ["", "-no-border"])  # its ablation leaves the ends unprotected
+@pytest.mark.parametrize("percent", [20, 30, 40, 50, 60, 70])
+def test_one_sensitivity_gives_all_shipped_tables_of_llama_8b(percent, border):
+    if border and percent not in (50, 70):
+        return  # there is none
+    keep = depth_aware(LLAMA_8B, percent / 100, protect=not border)
+    assert keep == pytest.approx(shipped_tables()[f"llama-3.1-8b-{percent}{border}"], abs=2e-4)
+    assert not border or keep != pytest.approx(depth_aware(LLAMA_8B, percent / 100), abs=0.05)
+
+
+def test_shipped_tables_fit_their_models_and_their_labels():
+    tables = json.loads(SHIPPED.read_text())["tables"]
+    assert len(tables) == 37
+    models = {}
+    for name, table in tables.items():
+        model, label = re.fullmatch(r"(.+?b)-(\d+)(?:-no-mag)?(?:-no-border)?(?:-commented-out)?", name).groups()
+        assert models.setdefault(model, table["model"]) == table["model"]
+        assert len(table["keep"]) == LAYERS[model]
+        assert all(0.1 <= share <= 0.9 or name == "llama-3.2-3b-72" for share in table["keep"])
+        assert table["sparsity"] == int(label) / 100
+        mean = sum(table["keep"]) / len(table["keep"])
+        assert mean == pytest.approx(ODD.get(name, 1 - table["sparsity"]), abs=1e-3)
+        FromTable(file=name).check_sparsity(1 - mean, LAYERS[model])
+    assert models.keys() == LAYERS.keys()
+    assert len(set(models.values())) == len(models)
+
+
+def test_a_shipped_table_goes_by_its_name_and_says_what_it_keeps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method = make("dart", {"allocation": "table:llama-3.2-3b-50"})
+    assert method.spec == "dart:allocation=table:allocation.file=llama-3.2-3b-50"
+    table = method.allocation
+    with pytest.raises(UserError, match=r"keeps 0\.575 of the neurons, .* keeps 0\.500; run it at --sparsity 0\.425"):
+        table.check_sparsity(0.5, 28)
+    with pytest.raises(UserError, match="the allocation table has 28 layers, the model 32"):
+        table.check_sparsity(0.425, 32)
+    with pytest.raises(UserError, match=r"llama-3\.2-3b-55 is not a file; did you mean llama-3\.2-3b-50"):
+        FromTable(file="llama-3.2-3b-55")
+
+
+def test_a_file_with_a_shipped_tables_name_is_named_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "llama-3.2-3b-50"
+    shipped = FromTable(file=name)
+    (tmp_path / name).write_text('{"keep": [0.5]}')
+    with pytest.raises(UserError, match=rf"{name} is a shipped allocation table, and a file .*; write \./{name}"):
+        FromTable(file=name)
+    own = FromTable(file=f"./{name}")
+    assert (own.table, len(shipped.table)) == ([0.5], 28)
+    assert own.contents() == [(tmp_path / name).read_bytes()] != shipped.contents()
+    assert len({FromTable(file=other).contents()[0] for other in shipped_tables() if other != name}) == 36
 
 
 def test_equal_layers_do_not_divide_by_zero():

@@ -314,7 +314,7 @@ def test_a_table_may_stand_beside_its_allocation(tmp_path):
     file = tmp_path / "a b:c.json"
     file.write_text('{"keep": [0.7, 0.3, 0.5]}')
     found = made(f"dart:allocation=table:{file}")
-    assert found.allocation.table == [0.7, 0.3, 0.5] and found.files() == [str(file)]
+    assert found.allocation.table == [0.7, 0.3, 0.5] and found.contents() == [file.read_bytes()]
     assert found == make("dart", {"allocation": "table", "allocation.file": str(file)})
 
 

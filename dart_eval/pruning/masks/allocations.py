@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from dart_eval.pruning.part import Part, option
-from dart_eval.util.errors import UserError
+from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.files import check_name, read_text, write
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.masks.change import ChangeState
 
+SHIPPED = Path(__file__).parents[2] / "data" / "keep-tables.json"
 TABLE_TOLERANCE = 0.005  # of the mean density: published tables are rounded to four digits
 
 
@@ -157,29 +158,39 @@ def _standardised(score: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FromTable(ByShares):
-    """The densities come from a file."""
+    """The densities come from a file, or are those of a shipped table."""
 
     name = "table"
-    summary = "reads the densities from a file (`dart-eval trace --save-allocation` writes one)"
-    file: str = option("", "name of the file")
+    summary = (
+        "reads the densities from a file (`dart-eval trace --save-allocation` writes one), or takes a shipped table"
+    )
+    file: str = option("", "name of the file or of a shipped table, such as llama-3.1-8b-70")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        remedy = "write one with `dart-eval trace --save-allocation FILE`"
         if not self.file:
             raise UserError("allocation=table needs a file", "for example allocation=table:allocation.file=FILE")
         check_name(self.file, "allocation table")
-        if not Path(self.file).is_file():
-            raise UserError(f"allocation table {self.file} is not a file", remedy)
+        shipped, is_file = self.file in shipped_tables(), Path(self.file).is_file()
+        if shipped and is_file:
+            raise UserError(
+                f"{self.file} is a shipped allocation table, and a file in this folder",
+                f"write ./{self.file} for the file, or rename it to take the shipped table",
+            )
+        if not shipped and not is_file:
+            known = nearest(self.file, shipped_tables())
+            remedy = "write one with `dart-eval trace --save-allocation FILE`"
+            raise UserError(f"allocation table {self.file} is not a file", known or remedy)
         _ = self.table  # read now, so that a bad file fails early
 
     @functools.cached_property
     def table(self) -> list[float]:
-        """[L] densities of the file."""
-        return read_table(self.file)
+        """[L] densities."""
+        return shipped_tables().get(self.file) or read_table(self.file)
 
-    def files(self) -> list[str]:
-        return [self.file]
+    def contents(self) -> list[bytes]:
+        shipped = shipped_tables().get(self.file)
+        return [json.dumps(shipped).encode() if shipped else Path(self.file).read_bytes()]
 
     def densities(
         self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
@@ -190,6 +201,13 @@ class FromTable(ByShares):
 
     def check_sparsity(self, sparsity: float, layers: int | None = None) -> None:
         check_table(self.table, sparsity, layers)
+
+
+@functools.cache
+def shipped_tables() -> dict[str, list[float]]:
+    """Return the tables that DART's public code ships, by name: model, sparsity in per cent, and ablation."""
+    tables = json.loads(SHIPPED.read_text(encoding="utf-8"))["tables"]
+    return {name: table["keep"] for name, table in tables.items()}
 
 
 def read_table(path: str | Path) -> list[float]:
