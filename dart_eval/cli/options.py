@@ -183,6 +183,9 @@ PaperPlan = Annotated[
         "Show the GPU hours of each table on shapes of Llama 3, without data or a model, and stop.", TASKS, "", "--plan"
     ),
 ]
+PaperTables = Annotated[
+    list[str] | None, own("Make only these tables, comma-separated, and the claims on them.", OUTPUT, "NAMES")
+]
 PaperLimit = Annotated[
     int | None, own(r"Run only the first N items of each task.  \[default: the file's limit]", TASKS, "N")
 ]

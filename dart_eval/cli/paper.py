@@ -10,6 +10,7 @@ from dart_eval.cli.run import finish, hush, load_libraries
 from dart_eval.cli.view import TerminalView, say, show
 from dart_eval.sweep.config import RAY_OPTIONS
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import items_of
 
 if TYPE_CHECKING:
     from dart_eval.results.claims import Claim
@@ -31,7 +32,7 @@ REMEDY = "free disk space or choose another --output; finished cells remain"
 @options.takes(*SHARED)
 def paper(
     name: options.PaperName = "smoke", limit: options.PaperLimit = None, output: options.PaperOutput = "paper",
-    plan: options.PaperPlan = False, verbose: options.Verbose = False,
+    tables: options.PaperTables = None, plan: options.PaperPlan = False, verbose: options.Verbose = False,
     **given: Any,
 ) -> None:  # fmt: skip
     """Run the cells that a paper's tables need, write the tables, and give a verdict on its claims.
@@ -54,6 +55,9 @@ def paper(
     from dart_eval.sweep.plan import command_line
 
     spec = load(name, config_from(None, {**given, "method": "dense", "sparsity": "0"}))
+    if tables is not None:
+        spec = spec.only(items_of(tables))
+        given["tables"] = ",".join(spec.sweeps)
     if plan:
         from dart_eval.sweep.paper_plan import hours
 

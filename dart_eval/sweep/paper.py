@@ -55,6 +55,20 @@ class PaperSpec:
     claims: tuple[Claim, ...] = ()
     sizes: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
+    def only(self, names: Sequence[str]) -> PaperSpec:
+        """Return a paper of some of the tables, and of the claims on them.
+
+        Raises:
+            UserError: there is no such table.
+        """
+        for name in names:
+            if name not in self.sweeps:
+                raise UserError(f"the paper has no table {name!r}", nearest(name, self.sweeps))
+        kept = {name: some for name, some in self.sweeps.items() if name in names}
+        layouts = tuple(layout for layout in self.layouts if layout.name in names)
+        claims = tuple(claim for claim in self.claims if claim.table in names)
+        return dataclasses.replace(self, sweeps=kept, layouts=layouts, claims=claims)
+
     @property
     def configs(self) -> tuple[RunConfig, ...]:
         """All sweeps, each once."""
