@@ -6,7 +6,9 @@
 # make mutations     does that minute notice the core broken in many small ways? ARGS="--sample 10" for some of them
 # make torture       kills, thousands of rounds, and a fuzz of all that is read: ARGS="--short" for a little of it
 # make format        format the code, and mend what lint can mend by itself
-# make check         lint, format, types, spelling
+# make check         lint, format, types, spelling; workflows, action and Dockerfile
+# make wheel         build the package, install the wheel in an environment of its own, and run the demo model there
+# make site          build the documentation into build/site
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
 # make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU
 # make paper-tables  the paper's tables: on the shipped data, or with MODEL=... DATA=... LIMIT=... all that it claims
@@ -28,7 +30,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-fast lane-time golden mutations torture check format regression gpu-check paper-tables clean
+.PHONY: demo test test-fast lane-time golden mutations torture check wheel site format regression gpu-check paper-tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories --sparsity 0.7 --limit 48 --output demo-output
@@ -74,6 +76,21 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell dart_eval docs scripts tasks *.md
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-actions action.yml
+	$(BIN)/hadolint Dockerfile
+
+# Of a wheel only what it carries is there: it runs outside the repository, from an environment that holds nothing else.
+wheel: $(VENV)/.dev
+	rm -rf dist build/wheel
+	$(BIN)/python -m build
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(echo dist/*.whl)[demo]"
+	cd build/wheel && bin/dart-eval --version
+	cd build/wheel && bin/dart-eval run --tasks smoke_questions --limit 2 --sparsity 0.5 --output out
+
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -98,4 +115,4 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@touch $(VENV)/.demo $@
 
 clean:
-	rm -rf $(VENV) demo-output regression-output paper-output torture-output
+	rm -rf $(VENV) build dist demo-output regression-output paper-output torture-output

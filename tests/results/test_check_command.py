@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+import dart_eval
 from dart_eval.cli import check as command
 from dart_eval.pruning.masks.scores import Activation
 from dart_eval.results import baseline, outcomes
@@ -231,8 +233,10 @@ def test_the_yaml_of_the_documentation_is_what_it_says(tmp_path):
     thresholds, workflow = (block.partition("```")[0] for block in text.split("```yaml\n")[1:])
     (tmp_path / "t.yaml").write_text(thresholds)
     assert thresholds_from(tmp_path / "t.yaml") == Thresholds(tasks={"smoke_drift": Limits(recovery=0.95)})
-    steps = yaml.safe_load(workflow)["jobs"]["regression"]["steps"]
-    assert any(s.get("run") == "make regression" for s in steps)
-    (line,) = (s["run"] for s in steps if "dart-eval check" in s.get("run", ""))
-    options = inspect.signature(command.check).parameters.keys()
-    assert {w.removeprefix("--") for w in line.split() if w.startswith("--")} <= options
+    (step,) = yaml.safe_load(workflow)["jobs"]["quality"]["steps"][1:]
+    inputs = yaml.safe_load((Path(__file__).parents[2] / "action.yml").read_text(encoding="utf-8"))["inputs"]
+    assert step["uses"] == f"OWNER/dart-eval@v{dart_eval.__version__}"
+    assert {name for name, field in inputs.items() if field.get("required")} <= step["with"].keys() <= inputs.keys()
+    assert all(f"`{name}`" in text for name in inputs)
+    named = {option.replace("-", "_") for option in re.findall(r"`(?:dart-eval check )?--([a-z]+)", text)}
+    assert {"github", "junit", "force"} <= named <= inspect.signature(command.check).parameters.keys()

@@ -24,7 +24,7 @@ def render(context: dict[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)  # fmt: skip
     environment.filters["breaks"] = lambda text: escape(text).replace(":", Markup(":<wbr>"))  # between a method's parts
-    script, style = _file("page.js"), _file("style.css")
+    script, style = _file("sort.js") + _file("page.js"), _file("style.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = environment.from_string(_file("template.html.j2")).render(
         **context, style=Markup(style), script=Markup(script), policy=POLICY.format(digest)

@@ -1,0 +1,47 @@
+"""For mkdocs: the pages of the site stand where they stand in the repository, so that their links hold.
+
+Beside them stands `board.md`, the tables of results/board.md alone; `tables.js` makes them sort.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOWN = (
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "docs/*", "results/**/*", "notebooks/*.ipynb",
+    "tests/derivations/test_*.py", "action.yml", "Dockerfile",
+)  # fmt: skip
+ASSETS = "scripts/site/tables.js", "scripts/site/extra.css", "dart_eval/results/report/sort.js"
+BOARD = """---
+hide: [toc]
+---
+# Board
+
+A click on the head of a column sorts by it. The [whole page](results/board.md) has dates, commands and tests,
+[numbers](docs/numbers.md) says what the columns mean, and [results](results/README.md) has every other table.
+"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Replace what mkdocs found in `docs_dir` by the files of the site."""
+    for file in [f for f in files if f.src_dir == config.docs_dir]:
+        files.remove(file)
+    for path in sorted(p for pattern in SHOWN for p in ROOT.glob(pattern) if p.is_file()):
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for asset in ASSETS:
+        files.append(File.generated(config, Path(asset).name, abs_src_path=str(ROOT / asset)))
+    files.append(File.generated(config, "board.md", content=BOARD + tables(ROOT / "results" / "board.md")))
+    return files
+
+
+def tables(page: Path) -> str:
+    """Return the boards of a page: each up to the next heading that is not of a board."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^### (Board of .*?)(?=^##? |^### (?:Frontier|A: )|\Z)", text, flags=re.S | re.M)
+    assert found, f"{page} has no board"
+    return "".join(f"\n## {board}" for board in found)
