@@ -6,6 +6,7 @@ data source of each task, group members included.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
 import hashlib
@@ -132,6 +133,24 @@ def _redirect(config: Json, data_dir: Path) -> list[str]:
     return list(files.values())
 
 
+class _Index:
+    """lm-eval's index of task names: of some folders, and of its own thousands once somebody asks, which takes seconds.
+
+    Args:
+        folders: with YAML files.
+    """
+
+    def __init__(self, folders: list[str]) -> None:
+        self.folders, self.complete = folders, False
+        self.manager = TaskManager(include_path=folders, include_defaults=False)
+
+    def whole(self) -> TaskManager:
+        """The index with lm-eval's own tasks."""
+        if not self.complete:
+            self.manager, self.complete = TaskManager(include_path=self.folders, include_defaults=True), True
+        return self.manager
+
+
 class Tasks:
     """Finds and loads tasks.
 
@@ -144,6 +163,7 @@ class Tasks:
         gen_kwargs: settings of generation that stand before each task's own.
         tokenizer: gives the model's, for tasks that make documents of a length (RULER).
         limit: so many documents will be asked at most, or a share of all: these tasks make no more.
+        like: tasks of the same folders, whose index serves these too.
     """
 
     def __init__(
@@ -155,6 +175,7 @@ class Tasks:
         gen_kwargs: Json | None = None,
         tokenizer: Callable[[], object] | None = None,
         limit: float | None = None,
+        like: Tasks | None = None,
     ) -> None:
         self.unsafe_code, self.gen_kwargs = unsafe_code, gen_kwargs
         self.folders = [Path(folder) for folder in include_path]
@@ -162,22 +183,20 @@ class Tasks:
             sandbox_templates()
         self.data_dir = Path(data_dir) if data_dir is not None else None
         self._factory = _Factory(self.data_dir, cue, unsafe_code, self.folders, tokenizer, limit)
-        self.manager = self._index(include_defaults=False)
-        self._complete = False
+        self._index: _Index = _Index([str(tasks_dir()), *map(str, self.folders)]) if like is None else like._index
         self._loaded: dict[str, list[Task | Group]] = {}
         self._local: dict[str, list[Local]] = {}  # as in the factory, by name
 
-    def _index(self, include_defaults: bool) -> TaskManager:
-        folders = [str(tasks_dir()), *map(str, self.folders)]
-        manager = TaskManager(include_path=folders, include_defaults=include_defaults)
+    @property
+    def manager(self) -> TaskManager:
+        """lm-eval's, which makes tasks as they are to be here."""
+        manager = copy.copy(self._index.manager)
         manager._factory = self._factory
         return manager
 
     def names(self) -> list[str]:
         """Every known task, group and tag. Indexing lm-eval's own thousands takes seconds, so it waits until asked."""
-        if not self._complete:
-            self.manager, self._complete = self._index(include_defaults=True), True
-        return self.manager.all_tasks
+        return self._index.whole().all_tasks
 
     def expand(self, names: list[str]) -> list[str]:
         """Task names with aliases replaced, in order, each once.

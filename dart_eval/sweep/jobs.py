@@ -110,7 +110,7 @@ def plan_all(
         view.status("looking up tasks")
         shelf = (config.data_dir, config.cue, config.num_fewshot, config.limit, config.gen_kwargs)
         if shelf not in shelves:
-            shelves[shelf] = _tasks(config, tokenizer)
+            shelves[shelf] = _tasks(config, tokenizer, next(iter(shelves.values()), None))
         tasks = shelves[shelf]
         names = tasks.expand(list(config.tasks))
         if model is None:
@@ -141,11 +141,15 @@ def plan_all(
     return jobs, missing
 
 
-def _tasks(config: RunConfig, tokenizer: Callable[[], object]) -> Tasks:
-    """Return the tasks of a configuration. tokenizer: returns the model's, once the model is found."""
+def _tasks(config: RunConfig, tokenizer: Callable[[], object], like: Tasks | None) -> Tasks:
+    """Return the tasks of a configuration.
+
+    Args:
+        tokenizer: returns the model's, once the model is found. like: those of another, if there are any.
+    """
     return Tasks(
         config.data_dir, config.cue, config.confirm_run_unsafe_code, config.include_path,
-        pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit,
+        pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit, like,
     )  # fmt: skip
 
 
