@@ -8,9 +8,14 @@ So does a trailing comma that a formatter adds, which changes a tuple elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from dart_eval.util import source
+from dart_eval.util.files import cache_dir, write_atomically
 from dart_eval.util.source import sha256, source_hash, text_of
 
 PACKAGE = Path(__file__).parents[1]
@@ -31,24 +36,43 @@ NOT_RUN = ("pruning/session/kernels.py", "pruning/choices/previewed.py", "prunin
 
 @functools.cache  # a process runs the code that it has loaded, whatever becomes of the files
 def code_hash(tasks: Path) -> str:
-    """Return `hash_of` this package, computed once a process.
+    """Return `hash_of` this package, computed once while no byte of it changes: a file of the user's cache has it.
 
     Args:
         tasks: the folder of the project's own tasks.
     """
-    return hash_of(PACKAGE, tasks)
+    files = contents(PACKAGE, tasks)
+    makers = [Path(file).read_bytes() for file in (__file__, source.__file__)]  # of a hash from these bytes
+    key = sha256("\n".join([sys.version, *map(sha256, makers), *(k + sha256(c) for k, c in files)]).encode())
+    place = cache_dir() / "code-hash"
+    with contextlib.suppress(OSError, ValueError):
+        known, found = place.read_text(encoding="ascii").split()
+        if known == key:
+            return found
+    found = hash_of(files)
+    with contextlib.suppress(OSError):
+        write_atomically(place, f"{key} {found}")
+    return found
 
 
-def hash_of(package: Path, tasks: Path) -> str:
-    """Return the sha256 over the tokens of the numeric code. Moving or renaming a file does not change it.
+def contents(package: Path, tasks: Path) -> list[tuple[str, bytes]]:
+    """Return (ending, bytes) of each file of the numeric code.
 
     Args:
-        package: the folder in which `NUMERIC_CODE` lies.
-        tasks: the folder of tasks. Their YAML files count as they are.
+        package: the folder in which `NUMERIC_CODE` lies. tasks: the folder of tasks.
     """
-    files = [*numeric_files(package), *(f for f in tasks.rglob("*") if f.suffix in (".py", ".yaml"))]
-    contents = [source_hash(text_of(f)) if f.suffix == ".py" else sha256(f.read_bytes()) for f in files]
-    return sha256("\n".join(sorted(contents)).encode())
+    files = [*numeric_files(package), *sorted(f for f in tasks.rglob("*") if f.suffix in (".py", ".yaml"))]
+    return [(f.suffix, f.read_bytes()) for f in files]
+
+
+def hash_of(files: Iterable[tuple[str, bytes]]) -> str:
+    """Return the sha256 over the tokens of Python files, and over the others as they are; their order is nothing to it.
+
+    Args:
+        files: see `contents`.
+    """
+    hashes = [source_hash(text_of(c)) if kind == ".py" else sha256(c) for kind, c in files]
+    return sha256("\n".join(sorted(hashes)).encode())
 
 
 def numeric_files(package: Path) -> list[Path]:

@@ -7,7 +7,6 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
-from pathlib import Path
 from token import tok_name
 
 PACKAGE = "dart_eval"
@@ -90,7 +89,7 @@ def _between(lines: list[str], begin: tuple[int, int], end: tuple[int, int]) -> 
     return "".join(part)
 
 
-def text_of(file: Path) -> str:
+def text_of(source: bytes) -> str:
     """Return the text of a Python file, in the encoding that it names."""
-    with tokenize.open(file) as opened:
-        return opened.read()
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+    return io.TextIOWrapper(io.BytesIO(source), encoding).read()

@@ -2,14 +2,16 @@
 
 import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from dart_eval.evaluation.tasks import tasks_dir
+from dart_eval.sweep import hashes
 from dart_eval.sweep.config import config_from
-from dart_eval.sweep.hashes import NO_NUMBER, NOT_RUN, PACKAGE, hash_of, numeric_files
+from dart_eval.sweep.hashes import NO_NUMBER, NOT_RUN, PACKAGE, code_hash, contents, hash_of, numeric_files
 from dart_eval.util.source import source_hash
 from tests.helpers.commands import Watch, run_local
 
@@ -138,35 +140,60 @@ def folders(tmp_path):
     ("sweep/local.py", False), ("pruning/session/kernels.py", False), ("kernels/gather.py", False),
 ])  # fmt: skip
 def test_only_a_change_of_numeric_code_that_is_run_moves_the_hash(folders, name, moves):
-    before = hash_of(*folders)
+    before = hash_of(contents(*folders))
     (folders[0] / name).write_text("a = 1  # one")
-    assert hash_of(*folders) == before
+    assert hash_of(contents(*folders)) == before
     (folders[0] / name).write_text("a = 2")
-    assert (hash_of(*folders) != before) == moves
+    assert (hash_of(contents(*folders)) != before) == moves
 
 
 def test_a_new_file_moves_the_hash_and_a_moved_one_does_not(folders):
     package, tasks = folders
     method = package / "pruning" / "methods" / "mine.py"
-    before = hash_of(package, tasks)
+    before = hash_of(contents(package, tasks))
     method.rename(package / "evaluation" / "yours.py")
     (package / "weights" / "codes.py").rename(package / "pruning" / "methods" / "codes.py")
     (tasks / "own" / "own.yaml").rename(tasks / "other.yaml")
-    assert hash_of(package, tasks) == before
+    assert hash_of(contents(package, tasks)) == before
     method.write_text("a = 1")
-    assert hash_of(package, tasks) != before
+    assert hash_of(contents(package, tasks)) != before
 
 
 def test_code_of_tasks_counts_by_its_tokens_and_their_yaml_as_it_is(folders):
     own = folders[1] / "own"
-    before = hash_of(*folders)
+    before = hash_of(contents(*folders))
     (own / "own.py").write_text("a = 1  # two")
-    assert hash_of(*folders) == before
+    assert hash_of(contents(*folders)) == before
     (own / "own.py").write_text("a = 2")
-    changed = hash_of(*folders)
+    changed = hash_of(contents(*folders))
     assert changed != before
     (own / "own.yaml").write_text("task: own\n")
-    assert hash_of(*folders) != changed
+    assert hash_of(contents(*folders)) != changed
+
+
+def test_the_hash_in_the_cache_stands_for_these_bytes_alone(folders, tmp_path, monkeypatch):
+    """A file that changes within its size and its times is seen; a damaged cache, or none, costs time alone."""
+
+    def asked():
+        code_hash.cache_clear()  # as in another process
+        return code_hash(folders[1])
+
+    made = []
+    monkeypatch.setattr(hashes, "PACKAGE", folders[0])
+    monkeypatch.setattr(hashes, "hash_of", lambda files: made.append(0) or hash_of(files))
+    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "cache"))
+    assert asked() == asked() == hash_of(contents(*folders)) and len(made) == 1
+    file = folders[0] / "weights" / "codes.py"
+    times = file.stat()
+    file.write_text("a = 2")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert asked() == asked() == hash_of(contents(*folders)) and len(made) == 2
+    for text in ("", "half", f"{'0' * 64} {'0' * 64}", "\xe4\xf6"):
+        (tmp_path / "cache" / "code-hash").write_text(text, encoding="utf-8")
+        assert asked() == hash_of(contents(*folders))
+    monkeypatch.setenv("DART_EVAL_CACHE", str(file))  # no folder
+    assert asked() == hash_of(contents(*folders)) and len(made) == 7
+    code_hash.cache_clear()
 
 
 # -- does it see all ---------------------------------------------------------------------------------------------------
