@@ -1,6 +1,7 @@
 """How a command begins: help and wrong input at once, names of tasks without lm-eval, a word on what it waits for."""
 
 import contextlib
+import importlib
 import os
 import re
 import subprocess
@@ -13,17 +14,22 @@ from types import SimpleNamespace
 import pytest
 import typer
 import yaml
+from transformers.utils import import_utils
 
 from dart_eval import cli
 from dart_eval.cli import complete, options, view
 from dart_eval.evaluation import task_names
 from dart_eval.sweep.options import DEFAULTS, choices_of, help_of
+from dart_eval.util import quiet
 from tests.helpers.commands import command
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = """
+import atexit
+import gc
 import sys
 from dart_eval import cli
+atexit.register(lambda: print("FROZEN", gc.get_freeze_count()))  # the first to register runs last
 for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method", "grifin"], ["run", "--sparsty", "0.5"],
               ["run", "--tasks", "helaswag"], ["run", "--tasks", "smoke", "--dtype", "flaot32"], ["ls", "tasks"],
               ["trace", "--method", "grifin"], ["bench", "decode", "--method", "grifin"], ["paper", "smok"],
@@ -45,12 +51,30 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", QUICK], cwd=ROOT, capture_output=True, text=True, check=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("IMPORTED")]
     assert len(said) == 16 and all(line.endswith("set()") for line in said), said
+    frozen = done.stdout.splitlines()[-1].split()
+    assert frozen[0] == "FROZEN" and int(frozen[1]) > 0  # garbage is not looked for as the process ends
     assert "unknown method 'grifin'; did you mean griffin?" in done.stderr
     assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
     assert "unknown dtype 'flaot32'; did you mean float32" in done.stderr
     assert done.stderr.count("unknown device 'gpu'; auto, cpu, cuda, cuda:1, mps\n") == 3
     assert "error: dart-eval run has no option --sparsty; did you mean --sparsity, " in done.stderr
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+
+
+def test_transformers_models_are_listed_once_and_as_transformers_does(monkeypatch):
+    models = importlib.import_module("transformers.models")
+    listed = []
+    monkeypatch.setattr(
+        quiet.importlib, "import_module", lambda name: listed.append(import_utils.define_import_structure(name))
+    )
+    stock = import_utils.define_import_structure
+    reads = []
+    monkeypatch.setattr(import_utils, "create_import_structure_from_path", reads.append)
+    stock(Path(models.__file__).parent, prefix="models")  # as `import transformers` has called it
+    quiet._list_models_once()
+    assert not reads and import_utils.define_import_structure is stock
+    monkeypatch.undo()
+    assert listed == [stock(models.__file__)] and len(listed[0]) > 5
 
 
 @pytest.mark.parametrize(("words", "said"), [
