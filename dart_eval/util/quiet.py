@@ -44,7 +44,7 @@ def _list_models_once() -> None:
             needs: {name.removeprefix("models."): what for name, what in names.items() if name.startswith("models.")}
             for needs, names in found.items()
         }
-        import_utils.define_import_structure = lambda *_: ours
+        setattr(import_utils, "define_import_structure", lambda *_: ours)  # noqa: B010 - for mypy it is another type
     try:
         importlib.import_module("transformers.models")
     finally:
