@@ -6,9 +6,7 @@ stopped by a signal.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
 import importlib
 import itertools
 import os
@@ -97,7 +95,6 @@ def _stop_behind(error: BaseException | None) -> _Stopped | None:
 
 def main() -> None:
     """Entry point: wrong input becomes one line and status 2, a signal status 128 plus its number."""
-    atexit.register(gc.freeze)  # a process that ends need not look for garbage among the libraries: it takes a second
     try:
         _run()
     finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -173,6 +175,7 @@ def understood(file: Path | None, given: Json) -> list[RunConfig]:
 def load_libraries(view: TerminalView, verbose: bool) -> None:
     """Import what takes seconds, once everything that can be refused without it has been."""
     view.status("loading torch and lm-eval")
+    atexit.register(leave_garbage)
     gc.disable()  # what is imported stays: to look through it again and again takes a sixth of the time
     try:
         quieten(verbose)
@@ -181,6 +184,15 @@ def load_libraries(view: TerminalView, verbose: bool) -> None:
         gc.freeze()
         gc.unfreeze()  # all of it is old now
         gc.enable()
+
+
+def leave_garbage() -> None:
+    """Keep Python from looking through all libraries as a process ends that has computed nothing: it takes a second.
+
+    Triton would report what was not freed.
+    """
+    if not {"dart_eval.sweep.worker", "triton"} & {*sys.modules}:
+        gc.freeze()
 
 
 def finish(result: RunResult, output: str) -> None:
