@@ -151,7 +151,7 @@ def measure(
     bench = Bench(model, twin(model), seed, compiled, prompt_tokens + steps)
     times = Times()
     with (
-        _many_variants(compiled is not None),
+        many_variants(compiled is not None),
         peak_memory(bench.device.type) as peak,
         foreign_cpu() as foreign,
         prune(model, method, sparsity, tokenizer=tokenizer, execution="copied") as run,
@@ -215,7 +215,7 @@ def _speeds(times: Times) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _many_variants(compiled: bool) -> Iterator[None]:
+def many_variants(compiled: bool) -> Iterator[None]:
     """Let the compiler keep every variant of a step; one too many is an error."""
     if not compiled:
         yield

@@ -1,7 +1,7 @@
-"""Rounded FFN weights in products of few bits on a CPU, so that rounding as a control has its real speed too.
+"""Rounded FFN weights in products of few bits, so that rounding as a control has its real speed too.
 
-Our own kernel runs FFNs of 4, 5, 6 and 8 bits in groups of 128 or a row (`kernels.cpu`). Elsewhere torch's packed
-products multiply, of 4 bits in groups and of 8 bits with a scale a row (`kernels.products`).
+On a CPU our own kernel runs FFNs of 4, 5, 6 and 8 bits in groups of 128 or a row (`kernels.cpu`). Elsewhere torch's
+packed products multiply, of 4 bits in groups and of 8 bits with a scale a row (`kernels.products`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dart_eval.bench.decode import Bench, Times
+from dart_eval.bench.decode import Bench, Times, many_variants
 from dart_eval.bench.dense_copy import own_bytes, twin
 from dart_eval.kernels import products
 from dart_eval.kernels.cpu import blocks, packing
@@ -83,9 +83,8 @@ def lacking(model: nn.Module, rounding: Rounding) -> str | None:
     if any(f.routed for f in ffns):
         return "experts have no packed products here"
     matrices = [plain_matrix(m) for f in ffns for m in f.projections]
-    if matrices[0].device.type != "cpu":
-        return "packed products are for a CPU alone"
-    of_torch = next(filter(None, (products.lacking(rounding, m.shape[1]) for m in matrices)), None)
+    reasons = (products.lacking(rounding, m.shape[1], m.device, m.dtype) for m in matrices)
+    of_torch = next(filter(None, reasons), None)
     return of_torch if not_ours(model, rounding) else None
 
 
@@ -106,7 +105,7 @@ def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
         UserError: there is no such product (`lacking`), or the weights are quantised.
     """
     if reason := lacking(model, rounding):
-        raise UserError(reason, f"take a dense model on a CPU, and {products.REMEDY}")
+        raise UserError(reason, f"take a dense model, and {products.REMEDY}")
     made = [(Forward(module), product) for module, product in _products(model, rounding)]
     try:
         for forward, product in made:
@@ -133,21 +132,22 @@ def _products(model: nn.Module, rounding: Rounding) -> Iterator[tuple[nn.Module,
 @torch.no_grad()
 def measure(
     model: PreTrainedModel, rounding: Rounding, *, prompt_tokens: int = 128, steps: int = 30, rounds: int = 3,
-    seed: int = 0,
+    seed: int = 0, compiled: str | None = None,
 ) -> RoundedSpeed:  # fmt: skip
     """Time the dense model on rounded FFN weights, on one sequence of random tokens, beside itself unrounded.
 
     Args:
         prompt_tokens: the length of each round's prompt. steps: the tokens decoded in each round.
         rounds: how many rounds are timed, after one that warms up. seed: of the random tokens.
+        compiled: see `decode.measure`; torch's products alone can be compiled.
 
     Raises:
         UserError: see `packed_ffns`.
     """
     ffns = find_ffns(model)
     shape = shape_of(model, ffns)
-    bench, times = Bench(model, twin(model), seed, None, prompt_tokens + steps), Times()
-    with foreign_cpu() as foreign, packed_ffns(model, rounding):
+    bench, times = Bench(model, twin(model), seed, compiled, prompt_tokens + steps), Times()
+    with many_variants(compiled is not None), foreign_cpu() as foreign, packed_ffns(model, rounding):
         bench.rounds(None, times, prompt_tokens, steps, rounds)
     read = share(model, rounding)
     dense, again, ours = (times.steps[name] for name in ("dense", "again", "pruned"))

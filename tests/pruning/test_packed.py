@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import LlamaConfig
 
 from dart_eval.bench import bytes_only, packed
@@ -171,4 +172,28 @@ def test_experts_and_devices_have_no_packed_products(monkeypatch):
     for module in (m for f in ffns for m in f.projections):
         module.to("meta")
     monkeypatch.setattr(packed, "find_ffns", lambda model: ffns)
-    assert packed.lacking(wide(), parse("4")) == "packed products are for a CPU alone"
+    assert packed.lacking(wide(), parse("4")) == "this torch has no packed product of 4 bits for device meta"
+
+
+def test_a_gpu_has_torchs_packed_products_where_torch_and_the_card_do(monkeypatch):
+    gpu, there = torch.device("cuda"), ["aten::_weight_int4pack_mm"]
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name in there)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert products.lacking(parse("4:128"), 4096, gpu) is None
+    assert products.lacking(parse("8:row"), 4096, gpu) == "this torch has no packed product of 8 bits for device cuda"
+    assert "is for bfloat16" in products.lacking(parse("4:128"), 4096, gpu, torch.float16)
+    there.append("aten::_weight_int8pack_mm")
+    assert products.lacking(parse("8:row"), 4096, gpu) is None
+    assert "has no packed product for" in products.lacking(parse("8:128"), 4096, gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "from compute capability 8.0 on" in products.lacking(parse("4:128"), 4096, gpu)
+
+
+@pytest.mark.parametrize(("width", "together"), [(256, 8), (192, 4), (96, 2)])
+def test_a_gpus_tiles_have_the_shape_that_torch_expects(width, together):
+    """Without a GPU, by the shapes that torch has for each of its products."""
+    with FakeTensorMode():
+        tiles = products._tiled(torch.empty(40, width, dtype=torch.int32))
+        assert tiles.shape == (5, width // (16 * together), 32, together // 2) and tiles.dtype == torch.int32
+        x, scales = (torch.empty(*shape).bfloat16() for shape in ((3, width), (width // 32, 40, 2)))
+        assert torch.ops.aten._weight_int4pack_mm(x, tiles, 32, scales).shape == (3, 40)
