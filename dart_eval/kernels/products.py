@@ -37,7 +37,7 @@ def lacking(
         return f"torch has no packed product for {rounding.text} bits in rows of {width} weights"
     if device.type == "cpu":
         return None
-    has_kernel: Any = torch._C._dispatch_has_kernel_for_dispatch_key  # type: ignore[attr-defined]
+    has_kernel: Any = torch._C._dispatch_has_kernel_for_dispatch_key
     if device.type != "cuda" or not has_kernel(f"aten::_weight_int{bits}pack_mm", "CUDA"):
         return f"this torch has no packed product of {bits} bits for device {device.type}"
     if four and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0)):
