@@ -10,7 +10,8 @@
 # make wheel         build the package, install the wheel in an environment of its own, and run the demo model there
 # make site          build the documentation into build/site
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
-# make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU
+# make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU,
+#                    ARGS="--minutes 60 --model DIR --data-dir DIR" for one column of a table too
 # make paper-tables  the paper's tables: on the shipped data, or with MODEL=... DATA=... LIMIT=... all that it claims
 # make clean         remove the environment and the folders of results that these make
 

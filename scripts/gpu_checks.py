@@ -8,13 +8,13 @@ and is told beside it: a comparison that could not see pruning would show nothin
 from __future__ import annotations
 
 import copy
-import importlib
 import importlib.util
 import math
 import time
 from typing import Any
 
 import torch
+from gpu_column import column, sweep
 from gpu_graded import graded
 from gpu_models import (
     PROMPT,
@@ -24,6 +24,7 @@ from gpu_models import (
     Skip,
     apart,
     card,
+    large,
     logits_of,
     pruned,
     require,
@@ -32,22 +33,23 @@ from gpu_models import (
     tokens_for,
     tolerance,
 )
+from gpu_speeds import decode_compiled, decode_eager, decode_graph, ffn, rate, rounding, rounding_graph
 from transformers import PreTrainedModel
 
-from dart_eval.bench import decode
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.kernels import gather, image_kernels
-from dart_eval.models import shapes
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.util.bits import Rounding
 from dart_eval.weights import rounding as dart_rounding
 
-__all__ = ["Skip", "card", "graded"]
-GOAL = 1.9  # times the compiled dense model, at 70 %
+__all__ = [
+    "Skip", "card", "column", "decode_compiled", "decode_eager", "decode_graph", "ffn", "graded", "rate", "rounding",
+    "rounding_graph", "sweep",
+]  # fmt: skip
 
 
 # -- is it right ---------------------------------------------------------------------------------------------------
@@ -194,66 +196,6 @@ def graphs(dry: bool) -> dict[str, Any]:
 # -- is it fast ----------------------------------------------------------------------------------------------------
 
 
-def large(dry: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Llama 3.1 8B's shape in bfloat16, with as many layers as two copies of the FFNs leave room for."""
-    if dry:
-        return small(dry).to(torch.bfloat16), {"shape": "tiny", "layers": 2}
-    shape = shapes.config("llama-3.1-8b")
-    ffn = 3 * shape.hidden_size * shape.intermediate_size * 2
-    attention = (2 + 2 * shape.num_key_value_heads / shape.num_attention_heads) * shape.hidden_size**2 * 2
-    fixed = 2 * shape.vocab_size * shape.hidden_size * 2 + 4e9  # embeddings, head, and what forwards need
-    free, all_layers = torch.cuda.mem_get_info(0)[0], shape.num_hidden_layers
-    layers = min(all_layers, int((0.95 * free - fixed) // (2 * ffn + attention)))
-    if layers < 1:
-        raise Skip(f"{free / 1e9:.0f} GB of free memory do not hold one layer of llama-3.1-8b twice")
-    about = {"shape": "llama-3.1-8b", "layers": layers}
-    if layers < all_layers:
-        about["scaled_down"] = f"{layers} of {all_layers} layers: {free / 1e9:.0f} GB of memory were free"
-    return shapes.with_random_weights("llama-3.1-8b", layers, torch.bfloat16, "cuda"), about
-
-
-def decoding(dry: bool, compiled: str | None, methods: tuple[str, ...]) -> dict[str, Any]:
-    """`bench` of decoding at 70 %."""
-    model, about = large(dry)
-    prompt, steps, rounds = (8, 2, 1) if dry else (128, 30, 2)
-    rows = [
-        decode.row(
-            decode.measure(
-                model, make(name), SPARSITY, prompt_tokens=prompt, steps=steps, rounds=rounds, compiled=compiled
-            )
-        )
-        for name in methods
-    ]
-    said = ", ".join(
-        f"{r['method']} {r['speedup']:.2f}x (control {r['control']:.2f}x, ceiling {r['ceiling']:.2f}x)" for r in rows
-    )
-    said += f"; {rows[0]['dense_tokens_per_second']:.0f} dense tokens/s"
-    if compiled is not None:
-        best = max(row["speedup"] for row in rows)
-        about |= {"goal": GOAL, "goal_met": best >= GOAL}
-        said += f"; goal {GOAL}x: {'met' if best >= GOAL else 'missed'}"
-    return {**about, "rows": rows, "said": said}
-
-
-def decode_eager(dry: bool) -> dict[str, Any]:
-    """Without a compiler: the methods one after the other."""
-    return decoding(dry, None, ("griffin", "dart", "dart-choice"))
-
-
-def decode_compiled(dry: bool) -> dict[str, Any]:
-    """The dense model compiled too."""
-    if dry:
-        raise Skip("a compiler's times mean nothing on tiny shapes; `compile` has traced the model")
-    return decoding(dry, "default", ("griffin",))
-
-
-def decode_graph(dry: bool) -> dict[str, Any]:
-    """With CUDA graphs, the dense model too."""
-    if dry:
-        raise Skip("CUDA graphs need a CUDA GPU")
-    return decoding(dry, "reduce-overhead", ("griffin",))
-
-
 def scoring(dry: bool) -> dict[str, Any]:
     """Answers scored a second, dense and pruned, four to a context; dense ones as a plain forward gives them."""
     model, about = large(dry)
@@ -294,33 +236,3 @@ def plain_logprob(model: PreTrainedModel, request: Request) -> float:
     logs = model(input_ids=ids[:, :-1]).logits[0].float().log_softmax(-1)
     start = len(request.context) - 1
     return float(logs[start:].gather(1, ids[0, start + 1 :, None]).sum())
-
-
-def sweep(dry: bool) -> dict[str, Any]:
-    """Two methods on two of the shipped tasks through `dart_eval.evaluate`, with a random model."""
-    for needed in ("lm_eval", "datasets", "typer"):
-        try:
-            importlib.import_module(needed)
-        except ImportError:
-            raise Skip(f"{needed} is not installed (pip install -e .)") from None
-    import tempfile
-    from pathlib import Path
-
-    from random_model import tokenizer
-
-    import dart_eval
-
-    root = Path(__file__).resolve().parents[1]
-    with tempfile.TemporaryDirectory() as folder:
-        texts = (path.read_text(encoding="utf-8") for path in root.glob("tasks/smoke/*.jsonl"))
-        made, model = tokenizer(texts, 320 if dry else 8192), small(dry)
-        made.save_pretrained(f"{folder}/model")
-        model.to(torch.bfloat16).save_pretrained(f"{folder}/model")
-        rows = dart_eval.evaluate(
-            model=f"{folder}/model", device="cpu" if dry else "cuda", tasks=["smoke_questions"],
-            method=["dense", "griffin", "dart"], sparsity=[0.5], limit=2 if dry else 20, output=f"{folder}/out",
-        )  # fmt: skip
-    numbers = {f"{r['method']} {r['task']} {r['metric']}": r["value"] for r in rows}
-    if not all(math.isfinite(value) for value in numbers.values()):
-        raise AssertionError("a value is not finite")
-    return {**numbers, "said": f"{len({(r['method'], r['task']) for r in rows})} cells"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session.execution import Wanted
 from dart_eval.util.bits import Rounding
+from dart_eval.weights.codes import Packed
 from dart_eval.weights.rounding import rounded
 
 EXECUTIONS: tuple[Wanted, ...] = ("masked", "copied")
@@ -51,15 +52,9 @@ def layer(size: int, width: int, rounding: Rounding, device: torch.device) -> di
         (torch.randn(*shape, generator=draw) * shape[1] ** -0.5).to(device, torch.bfloat16)
         for shape in ((size, width), (size, width), (width, size))
     ]
-    gate, up, down = packed = [rounded(w, rounding) for w in dense]
+    packed, whole = [rounded(w, rounding) for w in dense], sum(w.nbytes for w in dense)
     values, seen = [p.values.double() for p in packed], [p.decoded(torch.float32, 4).double() for p in packed]
-    doubts = [(v - s).square().mean(1).sqrt() for v, s in zip(values[:2], seen[:2], strict=True)]
-    columns = values[2].square().sum(0)
-    ffn = graded_triton.GradedFFN(gate, up, down, doubts, columns, 1, 1)
-    one, whole = ffn.bytes_read, sum(w.nbytes for w in dense)
-    ffn.grade(0, 0)
-    count = min(size // 2, max(1, int((0.3 * whole - ffn.bytes_read) / (one - ffn.bytes_read))))
-    ffn.grade(count, count)
+    ffn, doubts, columns, count = ffn_of(packed, values, seen, whole)
     x = torch.randn(1, width, generator=draw).to(device)
     out, (exact, others) = ffn(x), (index.long() for index in ffn.chosen)
 
@@ -79,6 +74,24 @@ def layer(size: int, width: int, rounding: Rounding, device: torch.device) -> di
         numbers[f"{name} microseconds, no graph"] = microseconds(lambda: ffn(x))
         numbers[f"{name} speedup"] = theirs[1] / ours[1]
     return numbers
+
+
+def ffn_of(
+    packed: Sequence[Packed], values: Sequence[Tensor], seen: Sequence[Tensor], whole: int
+) -> tuple[graded_triton.GradedFFN, list[Tensor], Tensor, int]:
+    """An FFN that reads 30 % of its bytes; the doubts, the norms of columns, and the neurons it reads exactly.
+
+    packed: gate, up and down. values: theirs. seen: what their first four bits say. whole: bytes of dense.
+    """
+    gate, up, down = packed
+    doubts = [(v - s).square().mean(1).sqrt() for v, s in zip(values[:2], seen[:2], strict=True)]
+    columns = values[2].square().sum(0)
+    ffn = graded_triton.GradedFFN(gate, up, down, doubts, columns, 1, 1)
+    one = ffn.bytes_read
+    ffn.grade(0, 0)
+    count = min(len(columns) // 2, max(1, int(((1 - SPARSITY) * whole - ffn.bytes_read) / (one - ffn.bytes_read))))
+    ffn.grade(count, count)
+    return ffn, doubts, columns, count
 
 
 def in_graph(run: Callable[[], Tensor]) -> tuple[Tensor, float]:

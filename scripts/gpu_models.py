@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 
 from dart_eval.kernels import gather
 from dart_eval.layers.families import cache_argument
+from dart_eval.models import shapes
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session.execution import Wanted
@@ -67,6 +68,25 @@ def small(dry: bool, layers: int = 4, attention: str = "sdpa") -> PreTrainedMode
                 parameter.normal_(std=1.0 if "embed" in name else parameter.shape[1] ** -0.5)
     model.generation_config.eos_token_id = None
     return model
+
+
+def large(dry: bool, copies: float = 2.0) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Llama 3.1 8B's shape in bfloat16, with as many layers as some copies of the FFNs leave room for."""
+    if dry:
+        tiny: Any = small(dry)
+        return tiny.to(torch.bfloat16), {"shape": "tiny", "layers": 2}
+    shape = shapes.config("llama-3.1-8b")
+    ffn = 3 * shape.hidden_size * shape.intermediate_size * 2
+    attention = (2 + 2 * shape.num_key_value_heads / shape.num_attention_heads) * shape.hidden_size**2 * 2
+    fixed = 2 * shape.vocab_size * shape.hidden_size * 2 + 4e9  # embeddings, head, and what forwards need
+    free, all_layers = torch.cuda.mem_get_info(0)[0], shape.num_hidden_layers
+    layers = min(all_layers, int((0.95 * free - fixed) // (copies * ffn + attention)))
+    if layers < 1:
+        raise Skip(f"{free / 1e9:.0f} GB of free memory do not hold one layer of llama-3.1-8b {copies:g} times")
+    about = {"shape": "llama-3.1-8b", "layers": layers}
+    if layers < all_layers:
+        about["scaled_down"] = f"{layers} of {all_layers} layers: {free / 1e9:.0f} GB of memory were free"
+    return shapes.with_random_weights("llama-3.1-8b", layers, torch.bfloat16, "cuda"), about
 
 
 def rounded(model: PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:

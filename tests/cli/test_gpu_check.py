@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -64,17 +65,23 @@ def test_dry_in_a_plain_image(plain):
     found = {check["check"]: check for check in report["checks"]}
     skipped = {name: check["why"] for name, check in found.items() if check["status"] == "skipped"}
     assert (report["card"], report["dry"]) == ("CPU (dry)", True)
-    assert skipped.pop("sweep") == "lm_eval is not installed (pip install -e .)"
-    assert set(skipped) <= {"flash", "graphs", "decode_graph", "decode_compiled", "kernels", "graded"}
+    for name in ("sweep", "column"):
+        assert skipped.pop(name) == "lm_eval is not installed (pip install -e .)"
+    on_gpus = {"flash", "graphs", "decode_graph", "decode_compiled", "rounding_graph"}
+    assert set(skipped) <= {*on_gpus, "kernels", "graded"}
     assert {name for name, check in found.items() if check["status"] == "passed"} >= {
-        "parity", "executions", "scoring", "decode_eager", "compile",
+        "parity", "executions", "rate", "ffn", "scoring", "decode_eager", "rounding", "compile",
     }  # fmt: skip
     assert (
         0 < found["parity"]["numbers"]["bfloat16 pruned"] < 0.05 < found["parity"]["numbers"]["bfloat16 pruning moves"]
     )
     rows = found["decode_eager"]["numbers"]["rows"]
-    assert [row["method"] for row in rows] == ["griffin", "dart", "dart-choice"]
-    assert all(row["extra_weight_bytes"] < row["twin_bytes"] / 2 for row in rows)
+    assert [row["method"] for row in rows][:3] == ["griffin", "dart", "dart-choice"]
+    one, model = ({r["what"]: r for r in found[name]["numbers"]["speeds"]} for name in ("ffn", "rounding"))
+    assert one["dense"]["share"] == 1 and one["griffin 70 %"]["ceiling"] == pytest.approx(1 / 0.3)
+    assert one["4:32, torch"]["read"] == pytest.approx(4.5 / 16) and one["8:row, torch"]["read"] > 0.5
+    assert 0.25 < model["dense on 4 bits"]["read"] < 0.3 and 1 < model["dense on 4 bits"]["ceiling"] < 4
+    assert all(row["extra_weight_bytes"] < row["twin_bytes"] / 2 for row in rows[:3])  # dart-plus has its codes beside
     assert "passed" in said and "griffin" in said
 
 
@@ -90,7 +97,23 @@ def test_without_a_gpu_one_line():
 def test_a_small_sweep_where_lm_eval_is_there():
     done = program("--dry", "--only", "sweep", script=SCRIPT)
     assert done.returncode == 0, done.stdout
-    assert "sweep            passed" in done.stdout and "3 cells" in done.stdout
+    assert "sweep           passed" in done.stdout and "3 cells" in done.stdout
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_column_of_a_table_with_a_given_model(saved_llama, tmp_path):
+    """Dry with a model is the column that a GPU makes, on a CPU; its cells are kept, and found again."""
+    words = ("--dry", "--only", "column", "--model", saved_llama, "--task", "smoke_questions", "--limit", "3")
+    done = program(*words, "--output", str(tmp_path), script=SCRIPT)
+    assert done.returncode == 0, done.stdout
+    (check,) = json.loads((tmp_path / "CPU-dry.json").read_text())["checks"]
+    assert [row["method"] for row in check["numbers"]["column"]][:2] == ["dense", "dart"]
+    assert "on 3 documents of smoke_questions:" in " ".join(done.stdout.split())
+    assert re.search(r"^  dart-plus     0\.\d\d      0\.\d{3} ", done.stdout, re.M)
+    assert len([*(tmp_path / "column" / "out" / "cells").iterdir()]) == 4
+    absent = program(*words[:4], "nowhere/at-all", script=SCRIPT)
+    assert absent.returncode == 0 and "column          skipped" in absent.stdout
 
 
 @pytest.fixture
@@ -122,7 +145,7 @@ def script(monkeypatch):
         monkeypatch.setattr(gpu_checks, check.__name__, check, raising=False)
     monkeypatch.setattr(gpu_check, "LIMITS", {"broken": 60, "endless": 0.2, "killed": 60, "absent": 60, "fine": 60})
     yield gpu_check
-    for name in ("gpu_check", "gpu_checks", "gpu_graded", "gpu_models"):
+    for name in [name for name in sys.modules if name.startswith("gpu_")]:
         sys.modules.pop(name)
 
 
@@ -162,21 +185,63 @@ def test_a_wrong_product_is_seen(script, monkeypatch):
         gpu_checks.executions(dry=True)
 
 
+def test_more_minutes_are_more_time_for_every_check(script, monkeypatch, capfd):
+    """Of 0.2 s that are too few, 300 times as many are enough."""
+    import gpu_checks
+
+    monkeypatch.setattr(gpu_checks, "endless", lambda dry: time.sleep(1) or {})
+    assert script.main(["--dry", "--only", "endless"]) == 1
+    assert script.main(["--dry", "--only", "endless", "--minutes", str(300 * script.MINUTES)]) == 0
+    assert script.main(["--dry", "--only", "endless", "--minutes", "0"]) == 1
+    assert "no time was left for it" in capfd.readouterr().out
+
+
+def test_without_a_model_there_is_no_column(script):
+    import gpu_column
+
+    with pytest.raises(gpu_column.Skip, match='no model: give ARGS="--model FOLDER"'):
+        gpu_column.column(False)
+
+
+def test_the_tables_fit_80_columns(script):
+    import gpu_speeds
+    import gpu_tables
+
+    control = {"control": 1.0}
+    speeds = [gpu_speeds._row("dart-choice 70 %", "one FFN", 0.3, 3.1, 3.3, 2.8e12)]
+    speeds.append({**gpu_speeds._row("dense on 8:row bits", "compiled", 0.5, 123.4, 1.4, 9e10), **control})
+    cells = [{"method": "dense", "read": 1.0, "value": 0.81, "stderr": 0.039, "recovery": None, "n": 100}]
+    cells.append({"method": "dart-plus", "read": 0.3, "value": 0.79, "stderr": 0.041, "recovery": 0.97, "n": 100})
+    column = {"model": "models/" + "m" * 60, "task": "arc_easy", "metric": "acc", "column": cells}
+    numbers = {"rate": {"reads": 3.1e12}, "ffn": {"speeds": speeds, "absent": {"4:128, torch": "why " * 30}}}
+    checks = [
+        {"check": name, "status": "passed", "seconds": 12.0, "numbers": found}
+        for name, found in {**numbers, "column": column}.items()
+    ]
+    checks.append({"check": "flash", "status": "failed", "seconds": 40.0, "why": "so long " * 40, "numbers": {}})
+    said = gpu_tables.report({"card": "NVIDIA H100 80GB HBM3", "seconds": 400, "checks": checks})
+    assert max(map(len, said.splitlines())) <= 80
+    rows = [" ".join(line.split()) for line in said.splitlines()]
+    assert "dart-choice 70 % one FFN 0.30 3.10x 3.30x 94 % 90 % -" in rows
+    assert "dart-plus 0.30 0.790 97 % ±0.041" in rows
+    assert "NVIDIA H100 80GB HBM3: 3 passed, 1 failed in 400 s" in said
+
+
 def test_the_file_is_named_by_the_card(script, tmp_path):
     report = {"card": "NVIDIA H100 80GB HBM3 / ../x", "checks": []}
     assert script.save(report, tmp_path / "results").name == "NVIDIA-H100-80GB-HBM3-x.json"
 
 
 def test_a_small_card_gets_fewer_layers(script, monkeypatch):
-    import gpu_checks
+    import gpu_models
 
     made = []
-    monkeypatch.setattr(gpu_checks.shapes, "with_random_weights", lambda *args: made.append(args))
+    monkeypatch.setattr(gpu_models.shapes, "with_random_weights", lambda *args: made.append(args))
     for free, layers in ((80e9, 32), (24e9, 21), (8e9, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        about = gpu_checks.large(dry=False)[1]
+        about = gpu_models.large(dry=False)[1]
         assert about["layers"] == made[-1][1] == layers
         assert ("scaled_down" in about) == (layers < 32)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6e9, 6e9))
-    with pytest.raises(gpu_checks.Skip, match="do not hold one layer"):
-        gpu_checks.large(dry=False)
+    with pytest.raises(gpu_models.Skip, match="do not hold one layer"):
+        gpu_models.large(dry=False)
