@@ -89,6 +89,9 @@ def prepare(dry: bool) -> None:
     sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from dart_eval.util.quiet import hush_warnings
+
+    hush_warnings()
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as tiny shapes have it
