@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,8 +96,14 @@ def _has_none(layer: nn.Module) -> bool:
     return len(parts) == 1 and first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) is not None
 
 
-# model -> its FFNs, and the identities of its layers' parts when they were found
-_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[list[FFN], list[int]]] = weakref.WeakKeyDictionary()
+FOUND = "_found_ffns"  # an attribute of a model: a table beside it would keep a model whose FFNs have hooks
+
+
+class _Found(tuple[Sequence[FFN], list[int]]):
+    """The FFNs of a model, and the identities of its layers' parts when they were found. Copies and files lack both."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return tuple, ()
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
@@ -107,14 +112,14 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     Raises:
         UserError: the family is unknown, the model fails, or its FFN does not compute what its description says.
     """
-    cached = _FOUND.get(model)
-    if cached is not None and unchanged(model, cached[0]):
+    cached: tuple[list[FFN], list[int]] | None = vars(model).get(FOUND)
+    if cached and unchanged(model, cached[0]):
         return cached[0]
     ffns = describe(model)
     for module in (m for f in ffns for m in f.projections if encoded(m)):
         quantised.note(module, stored_bits(module))
     verify.verify(model, ffns)
-    _FOUND[model] = ffns, _layer_parts(model)
+    vars(model)[FOUND] = _Found((ffns, _layer_parts(model)))
     return ffns
 
 
@@ -123,7 +128,8 @@ def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
 
     Called at every prompt, so layers are described anew only if some part has changed.
     """
-    cached, old_parts = _FOUND.get(model, (None, None))
+    found: Any = vars(model).get(FOUND) or (None, None)
+    cached, old_parts = found
     new_parts = _layer_parts(model)
     if cached is ffns and old_parts == new_parts:
         return True
@@ -132,7 +138,7 @@ def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
     except UserError:
         return False
     if same and cached is ffns:
-        _FOUND[model] = cached, new_parts
+        vars(model)[FOUND] = _Found((cached, new_parts))
     return same
 
 
