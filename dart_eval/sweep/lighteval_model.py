@@ -71,7 +71,7 @@ class DartModel(LightevalModel):
         return responses
 
     def loglikelihood_rolling(self, docs: list[Doc]) -> list[ModelResponse]:
-        """Return the log-likelihood of each document: that of the tokens that are scored, scaled up to all its bytes."""
+        """Return the log-likelihood of each document: that of its scored tokens, scaled up to all its bytes."""
         texts = ["".join([self._prompts.prepare_prompt(doc), *(doc.choices or ())]) for doc in docs]
         answers: list[Any] = self._lm.loglikelihood_rolling(
             _instances("loglikelihood_rolling", [(text,) for text in texts])

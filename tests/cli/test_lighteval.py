@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from dart_eval.results.store import Store
 from tests.cli.test_lm_eval import by_run
 from tests.helpers.commands import ROOT
 from tests.helpers.models import random_tokens, save_tiny
@@ -126,5 +125,4 @@ def test_answers_are_those_of_run(folder, tmp_path):
         elif name == "beginnings":
             assert [answer["text"][0] for answer in asked] == [text[0] for text in ours]
         else:  # the second half of each page is scored, and scaled up to the whole
-            assert results["pages|0"]["bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=0.1)
-            print("PAGES", results["pages|0"], found, [list(a["logprobs"]) for a in asked], ours)
+            assert results["pages|0"]["bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=0.01)
