@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,14 +97,25 @@ def _has_none(layer: nn.Module) -> bool:
     return len(parts) == 1 and first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) is not None
 
 
-FOUND = "_found_ffns"  # an attribute of a model: a table beside it would keep a model whose FFNs have hooks
+# model -> its FFNs, and the identities of its layers' parts when they were found
+_FOUND: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+HELD = "_found_ffns"
 
 
-class _Found(tuple[Sequence[FFN], list[int]]):
-    """The FFNs of a model, and the identities of its layers' parts when they were found. Copies and files lack both."""
+def hold(model: nn.Module) -> None:
+    """Move what was found into the model: with hooks on its FFNs, the table would keep a model that is dropped."""
+    vars(model)[HELD] = _FOUND.pop(model)
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return tuple, ()
+
+def let_go(model: nn.Module) -> None:
+    """Undo `hold`, if it was called."""
+    if HELD in vars(model):
+        _FOUND[model] = vars(model)[HELD]
+        del vars(model)[HELD]
+
+
+def _found(model: nn.Module) -> Any:
+    return vars(model).get(HELD) or _FOUND.get(model)
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
@@ -112,14 +124,13 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     Raises:
         UserError: the family is unknown, the model fails, or its FFN does not compute what its description says.
     """
-    cached: tuple[list[FFN], list[int]] | None = vars(model).get(FOUND)
-    if cached and unchanged(model, cached[0]):
-        return cached[0]
+    if (found := _found(model)) is not None and unchanged(model, found[0]):
+        return found[0]
     ffns = describe(model)
     for module in (m for f in ffns for m in f.projections if encoded(m)):
         quantised.note(module, stored_bits(module))
     verify.verify(model, ffns)
-    vars(model)[FOUND] = _Found((ffns, _layer_parts(model)))
+    _FOUND[model] = [ffns, _layer_parts(model)]
     return ffns
 
 
@@ -128,17 +139,15 @@ def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
 
     Called at every prompt, so layers are described anew only if some part has changed.
     """
-    found: Any = vars(model).get(FOUND) or (None, None)
-    cached, old_parts = found
-    new_parts = _layer_parts(model)
-    if cached is ffns and old_parts == new_parts:
+    found, new_parts = _found(model) or [None, None], _layer_parts(model)
+    if found[0] is ffns and found[1] == new_parts:
         return True
     try:
         same = [_parts(f) for f in describe(model)] == [_parts(f) for f in ffns]
     except UserError:
         return False
-    if same and cached is ffns:
-        vars(model)[FOUND] = _Found((cached, new_parts))
+    if same and found[0] is ffns:
+        found[1] = new_parts
     return same
 
 

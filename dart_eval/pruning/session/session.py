@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from dart_eval.layers.find import find_ffns, unchanged
+from dart_eval.layers.find import find_ffns, hold, let_go, unchanged
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.cache import CacheWatch, check_cache, real_tokens
@@ -334,6 +334,7 @@ class Session(SessionStats):
         """Install the hooks that the method needs."""
         if self.prunes:
             self._calls.watch()
+            hold(self.model)
             self._hooks.install(self._begin, self._end)
 
     @contextmanager
@@ -363,6 +364,7 @@ class Session(SessionStats):
             try:
                 self._hooks.remove()
                 self._calls.release()
+                let_go(self.model)
                 self._cache.leave()
             finally:
                 self._unserve()
