@@ -98,7 +98,24 @@ def _has_none(layer: nn.Module) -> bool:
 
 
 # model -> its FFNs, and the identities of its layers' parts when they were found
-_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[list[FFN], list[int]]] = weakref.WeakKeyDictionary()
+_FOUND: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+HELD = "_found_ffns"
+
+
+def hold(model: nn.Module) -> None:
+    """Move what was found into the model: with hooks on its FFNs, the table would keep a model that is dropped."""
+    vars(model)[HELD] = _FOUND.pop(model)
+
+
+def let_go(model: nn.Module) -> None:
+    """Undo `hold`, if it was called."""
+    if HELD in vars(model):
+        _FOUND[model] = vars(model)[HELD]
+        del vars(model)[HELD]
+
+
+def _found(model: nn.Module) -> Any:
+    return vars(model).get(HELD) or _FOUND.get(model)
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
@@ -107,14 +124,13 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     Raises:
         UserError: the family is unknown, the model fails, or its FFN does not compute what its description says.
     """
-    cached = _FOUND.get(model)
-    if cached is not None and unchanged(model, cached[0]):
-        return cached[0]
+    if (found := _found(model)) is not None and unchanged(model, found[0]):
+        return found[0]
     ffns = describe(model)
     for module in (m for f in ffns for m in f.projections if encoded(m)):
         quantised.note(module, stored_bits(module))
     verify.verify(model, ffns)
-    _FOUND[model] = ffns, _layer_parts(model)
+    _FOUND[model] = [ffns, _layer_parts(model)]
     return ffns
 
 
@@ -123,16 +139,15 @@ def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
 
     Called at every prompt, so layers are described anew only if some part has changed.
     """
-    cached, old_parts = _FOUND.get(model, (None, None))
-    new_parts = _layer_parts(model)
-    if cached is ffns and old_parts == new_parts:
+    found, new_parts = _found(model) or [None, None], _layer_parts(model)
+    if found[0] is ffns and found[1] == new_parts:
         return True
     try:
         same = [_parts(f) for f in describe(model)] == [_parts(f) for f in ffns]
     except UserError:
         return False
-    if same and cached is ffns:
-        _FOUND[model] = cached, new_parts
+    if same and found[0] is ffns:
+        found[1] = new_parts
     return same
 
 

@@ -19,7 +19,7 @@ from dart_eval.models.loaded import loaded
 from dart_eval.pruning.masks.remasks import OnDrift
 from dart_eval.sweep.config import RunConfig
 from tests.helpers.models import tiny
-from tests.helpers.sessions import generate, open_session, prompts_of
+from tests.helpers.sessions import generate, hooked, open_session, prompts_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "python.md"
@@ -33,8 +33,9 @@ def opened(saved_llama):
     return AutoModelForCausalLM.from_pretrained(saved_llama).train(), tokenizer
 
 
-def test_the_page_runs_as_printed(saved_llama, tmp_path, monkeypatch, capsys):
-    """On a tiny model in place of the demo model."""
+@pytest.fixture
+def small(saved_llama, tmp_path, monkeypatch):
+    """A tiny model in place of the demo model."""
     small = tmp_path / "small"
     shutil.copytree(saved_llama, small)
     tokenizer = AutoTokenizer.from_pretrained(small)
@@ -42,6 +43,19 @@ def test_the_page_runs_as_printed(saved_llama, tmp_path, monkeypatch, capsys):
     tokenizer.save_pretrained(small)
     monkeypatch.setattr(demo_model, "folder", lambda: small)
     monkeypatch.chdir(tmp_path)
+
+
+def test_the_recipe_of_a_server_runs_as_printed(small, capsys):
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    names = {}
+    exec(compile(block, "recipes.md", "exec"), names)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and float(said[-1]) == pytest.approx(0.665, abs=0.02)
+    assert not hooked(names["write"].model)
+
+
+def test_the_page_runs_as_printed(small, capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
     names = {}
     for block in blocks:

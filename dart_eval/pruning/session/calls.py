@@ -8,8 +8,11 @@ run the model in a way that the session cannot follow, are refused at the call. 
 from __future__ import annotations
 
 import functools
+import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from dart_eval.models.guard import GUARD, refuse_second
 from dart_eval.util.errors import UserError
 
 ABSENT = object()
+TORCH = str(Path(torch.__file__).parent)
 CONTINUOUS = ("generate_batch", "init_continuous_batching")
 
 
@@ -31,9 +35,7 @@ class _Replaced:
         return self.call(*args, **kwargs)
 
     def __deepcopy__(self, _memo: object) -> object:
-        raise UserError(
-            "a copy of a model under prune() would act on the original", "copy it before the block, or after it"
-        )
+        _refuse_copy()
 
 
 class Calls:
@@ -43,6 +45,7 @@ class Calls:
         prompt: tokens of the prompt of the running `generate`, cached ones included; 0 outside of it.
         ends: ids of the tokens that end its sequences, and of their padding.
         turn: calls of `generate` so far.
+        alone: held by the thread that generates.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,7 +53,13 @@ class Calls:
         self.prompt = 0
         self.ends: frozenset[int] = frozenset()
         self.turn = 0
+        self.alone, self._entering = threading.RLock(), threading.Lock()
+        self._generating: int | None = None  # the thread that does
+        self._inside: int | None = None  # the thread that generates or runs a forward
         self._before: list[tuple[nn.Module, str, object]] = []  # earlier entries of a module's `__dict__`
+
+    def __deepcopy__(self, _memo: object) -> object:
+        _refuse_copy()
 
     def watch(self) -> None:
         """Replace the methods.
@@ -85,8 +94,33 @@ class Calls:
                 module.__dict__[name] = before
             self._before.pop()
 
+    def enter(self) -> None:
+        """Begin a forward in this thread.
+
+        Raises:
+            UserError: another thread generates or runs a forward, whose state both would write.
+        """
+        here = threading.get_ident()
+        with self._entering:
+            if self._inside not in (None, here) and _is_in_torch(self._inside):
+                raise UserError(
+                    "another thread is running this model, and prune() follows one at a time",
+                    "call generate(), which waits for its turn, or give each thread a model of its own",
+                )
+            self._inside = here
+
+    def leave(self) -> None:
+        """End a forward."""
+        self._inside = self._generating
+
     def _generate(self, generate: Callable[..., object], *args: Any, **kwargs: Any) -> object:
-        before = self.prompt, self.ends
+        with self.alone:
+            return self._generate_alone(generate, *args, **kwargs)
+
+    def _generate_alone(self, generate: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+        self.enter()
+        before = self.prompt, self.ends, self._generating
+        self._generating = self._inside
         self.turn += 1
         values = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))]
         self.prompt = max((int(t.shape[1]) for t in values if t is not None), default=0)
@@ -97,7 +131,22 @@ class Calls:
         try:
             return generate(*args, **kwargs)
         finally:
-            self.prompt, self.ends = before
+            self.prompt, self.ends, self._generating = before
+            self.leave()
+
+
+def _is_in_torch(thread: int | None) -> bool:
+    """Whether a thread runs a module now: an exception may have ended its forward without our knowledge."""
+    frame = sys._current_frames().get(thread or 0)
+    while frame is not None and not frame.f_code.co_filename.startswith(TORCH):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _refuse_copy() -> NoReturn:
+    raise UserError(
+        "a copy of a model under prune() would act on the original", "copy it before the block, or after it"
+    )
 
 
 def _ids(value: object) -> list[int]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from dart_eval.layers.find import find_ffns, unchanged
+from dart_eval.layers.find import find_ffns, hold, let_go, unchanged
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.cache import CacheWatch, check_cache, real_tokens
@@ -47,6 +47,7 @@ class Session(SessionStats):
 
     Attributes:
         log: notes since the last new context.
+        block: the block of `prune` that `attach` has entered.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class Session(SessionStats):
         self._ended: Tensor | None = None  # [B] bool: fed an end or padding by the current forward
         self._tally = Tally()
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
-        self._calls = Calls(model)
+        self._calls, self._left = Calls(model), False
+        self.block: object = None
         self._hooks = Hooks(model, self.ffns, method, self.forward, self.serving, self.prepared.beside)
 
     def __repr__(self) -> str:
@@ -179,6 +181,7 @@ class Session(SessionStats):
 
     @torch.no_grad()
     def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+        self._calls.enter()
         forward, named = self.forward, named_arguments(module, args, kwargs)
         tokens = next(t for t in map(named.get, ("input_ids", "inputs_embeds")) if t is not None)
         batch, length = tokens.shape[:2]
@@ -294,6 +297,7 @@ class Session(SessionStats):
         forward.last = phase
         self.executing.widen()
         forward.sliced = None
+        self._calls.leave()
         if not forward.has_cache:
             self._cache.adopt(output, type(self.model).__name__)
         if forward.watching and (self.state is not None or phase == "decode"):
@@ -330,6 +334,7 @@ class Session(SessionStats):
         """Install the hooks that the method needs."""
         if self.prunes:
             self._calls.watch()
+            hold(self.model)
             self._hooks.install(self._begin, self._end)
 
     @contextmanager
@@ -353,13 +358,18 @@ class Session(SessionStats):
             self.serving.end()
 
     def _leave(self) -> None:
-        try:
-            self._hooks.remove()
-            self._calls.release()
-            self._cache.leave()
-        finally:
-            self._unserve()
-            self.executing.restore()
+        with self._calls.alone:
+            if self._left:  # another session may be at work
+                return
+            try:
+                self._hooks.remove()
+                self._calls.release()
+                let_go(self.model)
+                self._cache.leave()
+            finally:
+                self._unserve()
+                self.executing.restore()
+            self._left = True
 
 
 def to_the_end(work: Callable[[], None]) -> None:
