@@ -29,6 +29,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from dart_eval.evaluation import task_needs
 from dart_eval.evaluation.local_data import asked_at, check_documents, check_shots, first_fault, number_asked, place_of
 from dart_eval.evaluation.seeded_data import seeded, without_other_lengths
+from dart_eval.evaluation.task_index import Index
 from dart_eval.evaluation.task_names import ALIASES, is_pattern, none_given, own, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import (
     block_local_code,
@@ -133,24 +134,6 @@ def _redirect(config: Json, data_dir: Path) -> list[str]:
     return list(files.values())
 
 
-class _Index:
-    """lm-eval's index of task names: of some folders, and of its own thousands once somebody asks, which takes seconds.
-
-    Args:
-        folders: with YAML files.
-    """
-
-    def __init__(self, folders: list[str]) -> None:
-        self.folders, self.complete = folders, False
-        self.manager = TaskManager(include_path=folders, include_defaults=False)
-
-    def whole(self) -> TaskManager:
-        """The index with lm-eval's own tasks."""
-        if not self.complete:
-            self.manager, self.complete = TaskManager(include_path=self.folders, include_defaults=True), True
-        return self.manager
-
-
 class Tasks:
     """Finds and loads tasks.
 
@@ -183,7 +166,7 @@ class Tasks:
             sandbox_templates()
         self.data_dir = Path(data_dir) if data_dir is not None else None
         self._factory = _Factory(self.data_dir, cue, unsafe_code, self.folders, tokenizer, limit)
-        self._index: _Index = _Index([str(tasks_dir()), *map(str, self.folders)]) if like is None else like._index
+        self._index: Index = Index([str(tasks_dir()), *map(str, self.folders)]) if like is None else like._index
         self._loaded: dict[str, list[Task | Group]] = {}
         self._local: dict[str, list[Local]] = {}  # as in the factory, by name
 
