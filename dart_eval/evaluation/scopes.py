@@ -27,12 +27,10 @@ from dart_eval.evaluation.cache import fork, new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad, scores
-from dart_eval.pruning.method import Pruner
+from dart_eval.evaluation.settings import SHARES, check_released
 from dart_eval.pruning.session.log import Step
 from dart_eval.pruning.session.session import Session
 from dart_eval.util.errors import UserError
-
-SHARES = {"last-50": 50, "last-99": 99, "all": 100}  # per cent of the inputs that run pruned
 
 
 def pruned_inputs(scope: str, inputs: int) -> int:
@@ -42,19 +40,6 @@ def pruned_inputs(scope: str, inputs: int) -> int:
     tokens is the whole input.
     """
     return 1 if scope == "last" else max(1, inputs * SHARES[scope] // 100)
-
-
-def check_released(method: Pruner, scope: str) -> None:
-    """Refuse a method that runs dense after its first decoded tokens, where inputs run pruned at once.
-
-    Raises:
-        UserError: the remedy.
-    """
-    if method.mask.remask.release and scope in SHARES:
-        raise UserError(
-            f"{method.spec} counts decoded tokens, and under --scope {scope} whole inputs run pruned",
-            "use --scope scored, or leave remask.release out",
-        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.method import Pruner
+
+SHARES = {"last-50": 50, "last-99": 99, "all": 100}  # per cent of the inputs that run pruned
 
 
 @dataclass(frozen=True)
@@ -21,3 +29,16 @@ class EvalSettings:
     scope: str = "scored"
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None
+
+
+def check_released(method: Pruner, scope: str) -> None:
+    """Refuse a method that runs dense after its first decoded tokens, where inputs run pruned at once.
+
+    Raises:
+        UserError: the remedy.
+    """
+    if method.mask.remask.release and scope in SHARES:
+        raise UserError(
+            f"{method.spec} counts decoded tokens, and under --scope {scope} whole inputs run pruned",
+            "use --scope scored, or leave remask.release out",
+        )

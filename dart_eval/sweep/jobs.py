@@ -18,6 +18,7 @@ from lm_eval.api.task import Task
 from dart_eval.evaluation.calibration_text import calibration_text, sharing
 from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.sampling import task_draws
+from dart_eval.evaluation.settings import check_released
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.layers.find import describe
@@ -356,8 +357,6 @@ def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> 
     Raises:
         UserError: a task generates text, the scope is another for a perplexity, or the method does not go with it.
     """
-    from dart_eval.evaluation.scopes import check_released
-
     check_released(method, scope)
     kinds = {"generate_until": "generates text", "loglikelihood_rolling": "measures perplexity"}
     for task in leaves(list(items)):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from dart_eval.bench.decode import check_timeable
 from dart_eval.evaluation.requests import Request
-from dart_eval.evaluation.scopes import SHARES
 from dart_eval.evaluation.scoring import scorer
+from dart_eval.evaluation.settings import SHARES
 from dart_eval.layers.families import cache_argument
 from dart_eval.pruning.registry import make
 from dart_eval.results.inputs import without_legacy_defaults
