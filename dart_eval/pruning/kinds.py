@@ -32,8 +32,7 @@ from dart_eval.util.errors import UserError
 if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.calibration.calibration import Calibration
-    from dart_eval.pruning.experts.rerouted import Rerouted
-    from dart_eval.pruning.inputs.attached import AttachedInputs
+    from dart_eval.pruning.method import Beside
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,8 @@ class InputSparsity(Pruner, of=Entries):
             self.entries.check_bits(stored_of(module))
             if not self.entries.by_token:  # the weights themselves are swapped
                 parameter_of(module)
+        for width in {n for f in ffns for n in (f.width, f.size)} if sparsity else ():
+            self.entries.check_read(1 - sparsity, width)
 
     def check_bits(self, bits: Stored) -> None:
         self.entries.check_bits(bits)
@@ -127,14 +128,14 @@ class InputSparsity(Pruner, of=Entries):
         share_read = attached.share_read(self.entries, ffns, self._input_counts(ffns, sparsity))
         return [(ffns[0].matrices * share_read, 0.0, 0.0, 0.0)] * len(ffns)
 
-    def beside(
-        self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None
-    ) -> AttachedInputs | Rerouted | None:
-        from dart_eval.pruning.inputs.attached import AttachedInputs
+    def multiplied(self, read: float) -> float:
+        return self.entries.multiplied(read)
 
+    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
         if self.sized and not sparsity:
             return None
-        return AttachedInputs(self.entries, ffns, self._input_counts(ffns, sparsity), calibration)
+        densities = self.allocation.densities(sparsity, len(ffns), None, slice(None))
+        return self.entries.attach(ffns, densities, sparsity, calibration)
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,7 @@ class ExpertChoice(Pruner, of=Routing):
         costs = super().cost_terms(ffns, sparsity, unit, full_matrices)
         return [(0.0, mask, taken, written + scales) for scales, mask, taken, written in costs]  # scales per expert
 
-    def beside(
-        self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None
-    ) -> AttachedInputs | Rerouted | None:
+    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
         from dart_eval.pruning.experts.rerouted import Rerouted
 
         return Rerouted(self.routing, ffns, self.routing.counts(sparsity, ffns), calibration)

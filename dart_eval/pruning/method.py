@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from dart_eval.pruning.calibration.calibration import Calibration
     from dart_eval.pruning.experts.rerouted import Rerouted
     from dart_eval.pruning.inputs.attached import AttachedInputs
+    from dart_eval.pruning.inputs.graded import GradedInputs
+
+    Beside = AttachedInputs | GradedInputs | Rerouted
 
 CostTerms = tuple[float, float, float, float]  # read per neuron: always, if in the mask, if taken, if written
 
@@ -214,9 +217,11 @@ class Pruner:
     def check_bits(self, bits: Stored) -> None:
         """Refuse weights of these bits, before a model is loaded."""
 
-    def beside(
-        self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None
-    ) -> AttachedInputs | Rerouted | None:
+    def multiplied(self, read: float) -> float:
+        """Return the share of the FFN weights that a token multiplies. read: share of their bytes that it reads."""
+        return read
+
+    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
         """Attach the part that leaves out inputs, weights or experts to a model; None for other methods."""
         return None
 

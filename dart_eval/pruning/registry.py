@@ -22,6 +22,7 @@ from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.experts.routings import ROUTINGS, Fewer, Without
+from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
@@ -162,6 +163,20 @@ BUILT_IN: tuple[Pruner, ...] = (
         entries=ByNorms(),
     ),
     InputSparsity(
+        name="graded-columns", summary="reads more bits of the columns whose inputs matter more to the output",
+        entries=GradedColumns(),
+    ),
+    InputSparsity(
+        name="grinqh", paper="2606.23419",
+        summary="reads 0 to 8 bits of columns, more where inputs are larger (from the abstract)",
+        entries=GradedColumns(levels="0-2-4-6-8", rank="size"),
+    ),
+    InputSparsity(
+        name="decdec", paper="2412.20185",
+        summary="reads 3 bits of all columns, and 4 more of those with the largest inputs",
+        entries=GradedColumns(levels="3-7", rank="size"),
+    ),
+    InputSparsity(
         name="wanda", paper="2306.11695",
         summary="leaves out single weights by |W| times input norm on a calibration text, not neurons",
         entries=WandaEntries(),
@@ -186,7 +201,7 @@ BUILT_IN: tuple[Pruner, ...] = (
 )  # fmt: skip
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, DartPlus, Prox, Candidates)
 ALLOCATIONS = (Uniform, DepthAware, Ends, Global, FromTable)
-ENTRIES = (Above, ByNorms, WandaEntries, RoundedEntries)
+ENTRIES = (GradedColumns, Above, ByNorms, WandaEntries, RoundedEntries)
 PARTS: tuple[type[Part], ...] = (
     *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS,
     *COMPENSATIONS, *ENTRIES, *ROUTINGS,

@@ -51,6 +51,9 @@ class RoundedEntries(Entries):
         self.check_bits(bits)
         return self._rounding.weight_bits(weight.shape[1]) / OWN_BITS
 
+    def multiplied(self, read: float) -> float:
+        return 1.0
+
     def as_read(self, weight: Tensor, inputs: Inputs) -> Tensor:
         from dart_eval.weights.rounding import rounded
 

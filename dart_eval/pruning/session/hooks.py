@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ from dart_eval.layers import experts, verify
 from dart_eval.layers.families import decoder
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.choices.serving import Serving
-from dart_eval.pruning.experts.rerouted import Rerouted
-from dart_eval.pruning.inputs.attached import AttachedInputs
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.method import Beside
 
 Phase = Literal["off", "context", "decode"]
 
@@ -73,7 +74,7 @@ class Hooks:
 
     def __init__(
         self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, serving: Serving | None,
-        beside: AttachedInputs | Rerouted | None = None,
+        beside: Beside | None = None,
     ) -> None:  # fmt: skip
         self.model, self.ffns, self.method, self.forward = model, ffns, method, forward
         self.serving, self.beside = serving, beside

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +13,6 @@ from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import compatibility
 from dart_eval.pruning.calibration.calibration import Calibration, means
-from dart_eval.pruning.experts.rerouted import Rerouted
-from dart_eval.pruning.inputs.attached import AttachedInputs
 from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.counts import Counts, mean_cost
 from dart_eval.pruning.method import Pruner
@@ -21,6 +20,9 @@ from dart_eval.pruning.session.layer import Fitted
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
 from dart_eval.weights import rounding
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.method import Beside
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Prepared:
     ffns: Sequence[FFN]
     sparsity: float
     unit: float
-    beside: AttachedInputs | Rerouted | None = None
+    beside: Beside | None = None
 
     def __post_init__(self) -> None:
         method, sizes = self.method, [f.size for f in self.ffns]
@@ -94,7 +96,7 @@ class Prepared:
         Args:
             read: share of the FFN weights that it reads.
         """
-        return read if self.read_cost is None else self._computed
+        return self.method.multiplied(read) if self.read_cost is None else self._computed
 
     def nbytes(self) -> int:
         """Return the bytes that all sequences share; previews count as they would be stored."""

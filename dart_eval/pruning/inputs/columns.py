@@ -1,0 +1,147 @@
+"""Columns in graded bits: a token reads more bits of the columns whose inputs matter more, after GRINQH and DecDEC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dart_eval.pruning.inputs.entries import Entries, Inputs
+from dart_eval.pruning.part import option
+from dart_eval.util.bits import OWN_BITS, Rounding
+from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dart_eval.layers.ffn import FFN
+    from dart_eval.layers.shape import ModelShape
+    from dart_eval.pruning.calibration.calibration import Calibration
+    from dart_eval.pruning.inputs.graded import GradedInputs
+    from dart_eval.util.bits import Stored
+    from dart_eval.weights.codes import Packed
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedColumns(Entries):
+    """A token reads the first b_i bits of column i of a matrix: more bits where the column matters more to it.
+
+    The bits b_i, each one of `levels`, make the expected squared error of the product small within the bits that the
+    read allows:
+
+        sum_i x_i^2 E_i(b_i),   E_i(b) = ||W_i - W_i(b)||^2,   sum_i b_i <= bits
+
+    Steps from level to level are taken in the order of the error that they save for a bit. That is the least error
+    where the next step no longer fits, by the convex hull of E_i. All tokens read the same number of bits; of down, the
+    inputs are the neurons' h.
+
+    GRINQH (arXiv 2606.23419, its abstract) reads 0 to 8 bits of nested codes by thresholds on |x_i|. DecDEC
+    (2412.20185; SNU-ARC/DecDEC at 7a3323f) reads 3-bit weights, and 4-bit residuals of the columns with the largest
+    |x_i|: its levels are 3-7, where its base is rounded by itself. Both rank by size: `rank=size` has one error for
+    all columns. TEAL's levels are 0 and all bits. Codes are of 16-bit weights; prompts read the weights as they are,
+    and attention is dense.
+    """
+
+    name = "columns"
+    summary = "reads more bits of the columns whose inputs matter more, equally many for every token"
+    granularity = "bits of input channels"
+    by_token = True
+    levels: str = option("0-2-3-4-5-6-8", "bits in which a column may be read; the last number is a code's bits")
+    group: int = option(128, "number of weights that share a scale; 0: a whole row", least=0)
+    rank: Literal["error", "size"] = option(
+        "error", "rank columns by the error that more bits of them save, or by |x_i| alone"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bits = self.bits
+        if not bits or bits != sorted({*bits}) or bits[0] < 0 or not 2 <= bits[-1] <= 8:
+            raise UserError(f"{self.title}: entries.levels is {self.levels!r}", "write ascending bits, such as 0-2-4-8")
+
+    @property
+    def bits(self) -> list[int]:
+        """The levels; empty if they are no numbers."""
+        words = self.levels.split("-")
+        return [int(word) for word in words] if all(word.isdecimal() for word in words) else []
+
+    @property
+    def rounding(self) -> Rounding:
+        """Of the codes."""
+        return Rounding(self.bits[-1], self.group)
+
+    def check_bits(self, bits: Stored) -> None:
+        if bits.code != OWN_BITS:
+            raise UserError(
+                f"{self.title} makes codes of 16-bit weights, and these have {bits.total:.3g} bits",
+                "leave --ffn-bits out, or load the model unquantised",
+            )
+
+    def check_read(self, share: float, width: int) -> None:
+        least = (self.bits[0] + self.scale(width)) / OWN_BITS
+        if share < least:
+            raise UserError(
+                f"{self.title} reads {100 * least:.1f} % of the bytes at least, not {100 * share:.4g} %",
+                f"use a sparsity up to {1 - least:.3f}, or a lower level in entries.levels",
+            )
+
+    def scale(self, width: int) -> float:
+        """Return the bits of a scale per weight, in rows of `width` weights. They are always read."""
+        return self.rounding.weight_bits(width) - self.rounding.bits
+
+    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+        return densities
+
+    def multiplied(self, read: float) -> float:
+        return 1.0
+
+    def attach(
+        self, ffns: Sequence[FFN], densities: Sequence[float], sparsity: float, calibration: Calibration | None
+    ) -> GradedInputs:
+        from dart_eval.pruning.inputs.graded import GradedInputs
+
+        return GradedInputs(self, ffns, densities)
+
+    def errors(self, weight: Tensor, packed: Packed) -> Tensor:
+        """Return [levels, n] fp32, E_i(b). weight: [out, n]. packed: its codes."""
+        import torch
+
+        read = (packed.decoded(torch.float32, bits) if bits else 0.0 for bits in self.bits)
+        found = torch.stack([(weight.float() - values).square().sum(0) for values in read])
+        return found if self.rank == "error" else found.mean(1, keepdim=True).expand(found.shape)
+
+    def gains(self, errors: Tensor) -> Tensor:
+        """Return [levels - 1, n] fp32, the error that each step to the next level saves for a bit; never rising.
+
+        These are the slopes of the convex hull of E_i over bits: steps that save more together than the first of them
+        alone are one step. (Two bits of a small column among large ones may be worse than none.)
+        """
+        import torch
+
+        bits, steps = self.bits, range(len(self.bits) - 1)
+        slopes = {(a, b): (errors[a] - errors[b]) / (bits[b] - bits[a]) for b in range(len(bits)) for a in range(b)}
+        found = []
+        for step in steps:
+            best = [torch.stack([slopes[a, b + 1] for b in steps[step:]]).amax(0) for a in steps[: step + 1]]
+            found.append(torch.stack(best).amin(0).clamp(min=0))
+        return torch.stack(found) if found else errors[:0]
+
+    def chosen(self, x: Tensor, gains: Tensor, bits: int) -> Tensor:
+        """Return [..., n] long, the level of each column, counted from 0.
+
+        Args:
+            x: [..., n], the inputs. gains: [levels - 1, n]. bits: of codes, that a token reads of a row.
+        """
+        import torch
+
+        saved = (x.float().square()[..., None, :] * gains).flatten(-2)
+        order = saved.argsort(dim=-1, descending=True, stable=True)  # of equal steps the lower level's first
+        cost = torch.tensor(self.bits, device=x.device).diff()[:, None].expand(gains.shape).flatten()
+        fits = cost[order].cumsum(-1) <= bits - self.bits[0] * x.shape[-1]
+        return torch.zeros_like(fits).scatter(-1, order, fits).unflatten(-1, gains.shape).sum(-2)
+
+    def columns_read(self, x: Tensor, inputs: Inputs) -> Tensor:
+        raise NotImplementedError("columns are read in levels")
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        steps = len(self.bits) - 1  # a product for each step, and its place among the others
+        return 2 * steps * (shape.layers * shape.width * (shape.ffn_matrices - 1) + mask)

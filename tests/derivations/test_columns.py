@@ -1,0 +1,180 @@
+"""Columns in graded bits: graded-columns, grinqh and decdec, on the three matrices of an FFN.
+
+A matrix [out, n] is codes of B bits with a scale for each 128 weights of a row (`--ffn-bits B:128`). A token reads the
+first b_i bits of the codes of column i, b_i of some levels; 0 bits are none of the column. With E_i(b) the squared
+error of column i at b bits (with `rank=size` the mean over the columns), its bits begin at the lowest level. Then the
+column is raised, level by level, that saves most of sum_i x_i^2 E_i(b_i) for a bit: where several levels together save
+more for a bit than the first of them alone, they are one raise, of which the lower level is taken first. It ends when
+the next level does not fit the bits of the read: 16 (1 - s) a weight, less the scales'. Prompts run on the weights.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dart_eval
+from dart_eval.pruning.inputs.columns import GradedColumns
+from dart_eval.pruning.registry import make
+from dart_eval.util.bits import parse
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import rounded
+from tests.derivations import ours
+from tests.derivations.test_entries import D, F, ffns_of, thinned
+from tests.helpers.models import biased, random_tokens, tiny
+from tests.helpers.sessions import bits, open_session, same
+
+METHODS = {"graded-columns": ("0-2-3-4-5-6-8", "error"), "grinqh": ("0-2-4-6-8", "size"), "decdec": ("3-7", "size")}
+
+
+def raised(saved, levels, room):
+    """The level of each column. saved: level -> [n] x_i^2 E_i; room: bits for a row."""
+    n = len(saved[levels[0]])
+    at, target = [0] * n, [0] * n
+    room -= n * levels[0]
+    slope = [0.0] * n
+
+    def aim(i):
+        """The levels that are raised together, and what they save for a bit."""
+        now = at[i]
+        ahead = [
+            ((saved[levels[now]][i] - saved[levels[to]][i]) / (levels[to] - levels[now]), to)
+            for to in range(now + 1, len(levels))
+        ]
+        slope[i], target[i] = max(ahead, key=lambda pair: (pair[0], pair[1])) if ahead else (-1.0, now)
+
+    for i in range(n):
+        aim(i)
+    while True:
+        best = max(range(n), key=lambda i: slope[i])
+        if slope[best] < 0:
+            return at
+        cost = levels[at[best] + 1] - levels[at[best]]
+        if cost > room:
+            return at
+        room -= cost
+        at[best] += 1
+        if at[best] == target[best]:
+            aim(best)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize(("method", "sparsity"), [("graded-columns", 0.7), ("graded-columns", 0.9), ("grinqh", 0.8),
+                                                  ("decdec", 0.7)])  # fmt: skip
+def test_columns_are_read_in_the_bits_that_save_most(family, method, sparsity):
+    levels, rank = METHODS[method]
+    levels = [int(level) for level in levels.split("-")]
+    model = biased(family)
+    rounding = parse(f"{levels[-1]}:128")
+    used = []
+
+    def kept_of(i, k, weight, x):
+        codes = rounded(weight, rounding)
+        read = {b: codes.decoded(torch.float32, b).double() if b else torch.zeros_like(weight) for b in levels}
+        errors = {b: (weight.float() - read[b].float()).square().sum(0) for b in levels}
+        if rank == "size":
+            errors = {b: e.mean().expand(len(x)) for b, e in errors.items()}
+        saved = {b: (x.float().square() * e).double().tolist() for b, e in errors.items()}
+        scale = 16 / min(128, len(x))
+        at = raised(saved, levels, int(len(x) * (16 * (1 - sparsity) - scale) + 1e-9))
+        used.append((sum(levels[j] for j in at) + scale * len(x)) * len(weight) / 16)
+        made = torch.stack([read[levels[j]][:, c] for c, j in enumerate(at)], 1)
+        return made / torch.where(weight == 0, 1.0, weight)
+
+    prompt, decoded = random_tokens(12, 1), random_tokens(6, 2)
+    before = bits(model)
+    run = ours.run(model, method, prompt, decoded, sparsity, "auto")
+    assert same(model, before)
+    wanted, _ = thinned(model, prompt, decoded, kept_of)
+    assert torch.allclose(run.logprobs, wanted, rtol=0, atol=2e-6)
+    weights = sum(m.numel() for _, parts in ffns_of(model) for m, _ in parts)
+    assert run.read == pytest.approx([sum(u) / weights for u in np.array_split(used, 6)])
+    assert max(run.read) <= 1 - sparsity + 1e-9 and min(run.read) > 1 - sparsity - 0.02
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_other_bits_have_less_error(data):
+    """Against all assignments of at most as many bits, where errors are convex in bits."""
+    part = GradedColumns(levels=data.draw(st.sampled_from(["0-2-4", "0-1-3-8", "2-5", "3-4-5-6"])))
+    n = data.draw(st.integers(1, 4))
+    numbers = st.floats(0.0078125, 10, width=32)
+    drops = np.sort([[data.draw(numbers) for _ in range(n)] for _ in part.bits[1:]], 0)[::-1]
+    errors = np.concatenate([(drops * np.diff(part.bits)[:, None])[::-1].cumsum(0)[::-1], np.zeros((1, n))])
+    x = np.array([data.draw(st.floats(-4, 4, width=32)) for _ in range(n)])
+    room = data.draw(st.integers(part.bits[0] * n, part.bits[-1] * n + 3))
+    gains = part.gains(torch.tensor(errors.copy(), dtype=torch.float32))
+    at = part.chosen(torch.tensor(x, dtype=torch.float32), gains, room).tolist()
+    spent = sum(part.bits[j] for j in at)
+    assert spent <= room
+
+    def error(assigned):
+        return sum(x[i] ** 2 * errors[j, i] for i, j in enumerate(assigned))
+
+    others = itertools.product(range(len(part.bits)), repeat=n)
+    least = min(error(other) for other in others if sum(part.bits[j] for j in other) <= spent)
+    assert error(at) <= least + 1e-4 * (1 + least)
+    steps = np.diff(part.bits)
+    assert spent == part.bits[-1] * n or room - spent < steps.max()  # or nothing more fits
+
+
+def test_levels_that_save_nothing_alone_are_one_step():
+    """Two bits of a small column among large ones are worse than none, and eight are better: its x is large."""
+    part = GradedColumns(levels="0-2-8")
+    gains = part.gains(torch.tensor([[1.0, 8.0], [3.0, 4.0], [0.0, 0.0]]))
+    assert gains.flatten().tolist() == pytest.approx([1 / 8, 2.0, 1 / 8, 4 / 6])
+    assert part.chosen(torch.tensor([9.0, 1.0]), gains, 8).tolist() == [2, 0]
+    assert part.chosen(torch.tensor([0.1, 1.0]), gains, 8).tolist() == [0, 2]
+
+
+def test_two_levels_take_the_largest_inputs():
+    """decdec's: the residuals of the k largest |x_i|, by hand; and teal's columns with the levels 0 and 8."""
+    x = torch.tensor([0.3, -2.0, 1.0, 0.0, -0.5])
+    for levels, room, top in (("3-7", 3 * 5 + 4 * 2, 2), ("0-8", 8 * 3, 3)):
+        part = GradedColumns(levels=levels, rank="size")
+        errors = torch.tensor([[2.0, 9.0, 1.0, 3.0, 5.0], [0.0, 0.0, 0.1, 0.2, 0.0]])
+        gains = part.gains(errors.mean(1, keepdim=True).expand(2, 5))
+        at = part.chosen(x, gains, room + 1)
+        assert set(at.nonzero().flatten().tolist()) == set(x.abs().topk(top).indices.tolist())
+
+
+def test_one_level_is_rounding():
+    """Levels of one number: what `rounding` reads, to the bit."""
+    model, prompt, decoded = tiny("llama"), random_tokens(12, 1), random_tokens(4, 2)
+    run = ours.run(
+        model, "graded-columns", prompt, decoded, 0.4, "auto", **{"entries.levels": "8", "entries.group": 32}
+    )
+    assert run.read[0] == pytest.approx((8 * 3 + 2 * 16 / D + 2 * 16 / F) / 3 / 16)  # F is a group and a part of one
+    wanted = ours.run(model, "rounding", prompt, decoded, 0.0, "auto", **{"entries.bits": "8"})
+    assert torch.allclose(run.logprobs, wanted.logprobs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("params", "sparsity", "message"),
+    [
+        ({"entries.levels": "4-2"}, 0.7, "write ascending bits"), ({"entries.levels": "0-9"}, 0.7, "ascending bits"),
+        ({"entries.levels": "x"}, 0.7, "ascending bits"), ({"entries.levels": "0-1"}, 0.7, "ascending bits"),
+        ({"entries.levels": "4-8"}, 0.8, r"reads 28.1 % of the bytes at least, not 20 %; use a sparsity up to 0.719"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused(params, sparsity, message):
+    with pytest.raises(UserError, match=message), open_session(tiny("llama"), make("graded-columns", params), sparsity):
+        pass
+
+
+def test_weights_of_few_bits_are_refused():
+    model = tiny("llama")
+    with (
+        dart_eval.rounded_ffns(model, 4), pytest.raises(UserError, match="codes of 16-bit weights, and these have"),
+        open_session(model, make("graded-columns"), 0.7),
+    ):  # fmt: skip
+        pass
+
+
+def test_a_token_multiplies_all_that_it_reads():
+    """Fewer bits are no fewer products."""
+    for method in ("graded-columns", "rounding", "teal"):
+        assert make(method).multiplied(0.3) == (0.3 if method == "teal" else 1.0)
