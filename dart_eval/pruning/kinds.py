@@ -101,11 +101,13 @@ class InputSparsity(Pruner, of=Entries):
             self.entries.check_bits(stored_of(module))
             if not self.entries.by_token:  # the weights themselves are swapped
                 parameter_of(module)
-        for width in {n for f in ffns for n in (f.width, f.size)} if sparsity else ():
-            self.entries.check_read(1 - sparsity, width)
 
     def check_bits(self, bits: Stored) -> None:
         self.entries.check_bits(bits)
+
+    def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
+        for n in {width, *sizes} if sparsity else ():
+            self.entries.check_read(1 - sparsity, n)
 
     def counts(
         self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, read_cost: ReadCost | None
@@ -132,10 +134,12 @@ class InputSparsity(Pruner, of=Entries):
         return self.entries.multiplied(read)
 
     def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
+        from dart_eval.pruning.inputs.attached import attach
+
         if self.sized and not sparsity:
             return None
         densities = self.allocation.densities(sparsity, len(ffns), None, slice(None))
-        return self.entries.attach(ffns, densities, sparsity, calibration)
+        return attach(self.entries, ffns, densities, sparsity, calibration)
 
 
 @dataclass(frozen=True)

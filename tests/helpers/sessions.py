@@ -41,7 +41,9 @@ CHOOSING = [
     ("wanda-sp", {"choice": "top-p", "choice.p": 0.6}), ("pop", {"choice.width": 0.2, "remask": "drift", **RESTLESS}),
 ]  # fmt: skip
 # What leaves out something else than neurons.
-FINER = [("teal", {}), ("wina", {"entries.weigh": "all"}), ("wanda", {"entries.pattern": "2:4"})]
+FINER = [
+    ("teal", {}), ("wina", {"entries.weigh": "all"}), ("wanda", {"entries.pattern": "2:4"}), ("graded-columns", {}),
+]  # fmt: skip
 # All of these: masks or choices that change while a sequence is decoded.
 VARIED = [*REMASKED, *CHOOSING, *FINER]
 PLAIN = ("gpt2", "opt")  # families without a gate

@@ -17,6 +17,7 @@ from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.experts.routings import Fewer, Without
+from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
@@ -159,6 +160,9 @@ def test_the_built_in_methods_are_these_compositions():
         "oracle-token": Pruner(choice=ByHidden()),
         "teal": Pruner(entries=Above()),
         "wina": Pruner(entries=ByNorms(weigh="gate")),
+        "graded-columns": Pruner(entries=GradedColumns(levels="0-2-3-4-5-6-8", group=128, rank="error")),
+        "grinqh": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="size")),
+        "decdec": Pruner(entries=GradedColumns(levels="3-7", group=128, rank="size")),
         "wanda": Pruner(entries=WandaEntries(pattern="none")),
         "rounding": Pruner(entries=RoundedEntries(bits="q4_k")),
         "fewer-experts": Pruner(routing=Fewer(weights="own")),
@@ -371,4 +375,4 @@ def test_every_combination_of_the_parts_that_the_kinds_take_can_be_made(tmp_path
             method = Pruner(**dict(zip(slots_of_it, parts_of_it, strict=True)))
             assert type(method) is kind
             made += 1
-    assert made == 530
+    assert made == 533

@@ -14,7 +14,9 @@ from dart_eval.layers.projection import is_conv1d, plain_matrix, weight_matrix
 from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.inputs import Distribution, all_squares
+from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.entries import Entries, Inputs
+from dart_eval.pruning.inputs.graded import GradedInputs
 from dart_eval.pruning.masks.counts import keep_counts
 from dart_eval.util.bits import Stored
 from dart_eval.weights.rounding import served_bits, stored_inputs, stored_of
@@ -41,6 +43,15 @@ def share_read(part: Entries, ffns: Sequence[FFN], input_counts: Sequence[tuple[
 def _bits(ffn: FFN) -> list[Stored]:
     """Return the bits of a served weight of each matrix, down last."""
     return [*stored_inputs(ffn), stored_of(ffn.down)]
+
+
+def attach(
+    part: Entries, ffns: Sequence[FFN], densities: Sequence[float], sparsity: float, calibration: Calibration | None
+) -> AttachedInputs | GradedInputs:
+    """Return a part attached to a model. densities: per layer, the share of its bytes that a token reads."""
+    if isinstance(part, GradedColumns):
+        return GradedInputs(part, ffns, densities)
+    return AttachedInputs(part, ffns, counts(ffns, densities, sparsity), calibration)
 
 
 class AttachedInputs:

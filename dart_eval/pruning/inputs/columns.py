@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,10 +13,7 @@ from dart_eval.util.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dart_eval.layers.ffn import FFN
     from dart_eval.layers.shape import ModelShape
-    from dart_eval.pruning.calibration.calibration import Calibration
-    from dart_eval.pruning.inputs.graded import GradedInputs
     from dart_eval.util.bits import Stored
     from dart_eval.weights.codes import Packed
 
@@ -46,23 +42,28 @@ class GradedColumns(Entries):
     summary = "reads more bits of the columns whose inputs matter more, equally many for every token"
     granularity = "bits of input channels"
     by_token = True
-    levels: str = option("0-2-3-4-5-6-8", "bits in which a column may be read; the last number is a code's bits")
+    levels: Literal[
+        "0-2-3-4-5-6-8",
+        "0-1-2-3-4-5-6-7-8",
+        "0-2-3-4-5-6",
+        "0-2-4-6-8",
+        "0-2-4-8",
+        "0-4-8",
+        "0-8",
+        "2-4-8",
+        "3-7",
+        "4-8",
+        "8",
+    ] = option("0-2-3-4-5-6-8", "bits in which a column may be read; the last number is a code's bits")
     group: int = option(128, "number of weights that share a scale; 0: a whole row", least=0)
     rank: Literal["error", "size"] = option(
         "error", "rank columns by the error that more bits of them save, or by |x_i| alone"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bits = self.bits
-        if not bits or bits != sorted({*bits}) or bits[0] < 0 or not 2 <= bits[-1] <= 8:
-            raise UserError(f"{self.title}: entries.levels is {self.levels!r}", "write ascending bits, such as 0-2-4-8")
-
     @property
     def bits(self) -> list[int]:
-        """The levels; empty if they are no numbers."""
-        words = self.levels.split("-")
-        return [int(word) for word in words] if all(word.isdecimal() for word in words) else []
+        """The levels."""
+        return [int(word) for word in self.levels.split("-")]
 
     @property
     def rounding(self) -> Rounding:
@@ -93,13 +94,6 @@ class GradedColumns(Entries):
 
     def multiplied(self, read: float) -> float:
         return 1.0
-
-    def attach(
-        self, ffns: Sequence[FFN], densities: Sequence[float], sparsity: float, calibration: Calibration | None
-    ) -> GradedInputs:
-        from dart_eval.pruning.inputs.graded import GradedInputs
-
-        return GradedInputs(self, ffns, densities)
 
     def errors(self, weight: Tensor, packed: Packed) -> Tensor:
         """Return [levels, n] fp32, E_i(b). weight: [out, n]. packed: its codes."""

@@ -6,7 +6,6 @@ gather columns or skip single weights. `rounded` leaves out the last bits of eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -15,10 +14,6 @@ from dart_eval.pruning.part import Part
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dart_eval.layers.ffn import FFN
-    from dart_eval.pruning.calibration.calibration import Calibration
-    from dart_eval.pruning.inputs.attached import AttachedInputs
-    from dart_eval.pruning.inputs.graded import GradedInputs
     from dart_eval.util.bits import Stored
 
 Share = TypeVar("Share", float, "Tensor")
@@ -76,14 +71,6 @@ class Entries(Part):
     def multiplied(self, read: float) -> float:
         """Return the share of the weights that a token multiplies. read: share of the bytes that it reads."""
         return read
-
-    def attach(
-        self, ffns: Sequence[FFN], densities: Sequence[float], sparsity: float, calibration: Calibration | None
-    ) -> AttachedInputs | GradedInputs:
-        """Return the part attached to a model. densities: per layer, the share of its bytes that a token reads."""
-        from dart_eval.pruning.inputs.attached import AttachedInputs, counts
-
-        return AttachedInputs(self, ffns, counts(ffns, densities, sparsity), calibration)
 
     def weighs(self, matrix: int) -> bool:
         """Whether it needs the norms of a matrix's columns. matrix: 0 is gate (or the up of a plain FFN)."""

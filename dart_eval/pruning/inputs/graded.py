@@ -68,6 +68,7 @@ class GradedMatrix:
 
     def __init__(self, part: GradedColumns, weight: Tensor, bias: Tensor | None, share: float) -> None:
         self.part, self.bias, (self.rows, self.width) = part, bias, weight.shape
+        part.check_read(share, self.width)
         self.scale = part.scale(self.width)
         self.bits = int(self.width * (OWN_BITS * share - self.scale) + 1e-9)
         packed = rounded(weight, part.rounding)
