@@ -145,18 +145,19 @@ def test_one_level_is_rounding():
     """Levels of one number: what `rounding` reads, to the bit."""
     model, prompt, decoded = tiny("llama"), random_tokens(12, 1), random_tokens(4, 2)
     run = ours.run(
-        model, "graded-columns", prompt, decoded, 0.4, "auto", **{"entries.levels": "8", "entries.group": 32}
+        model, "graded-columns", prompt, decoded, 0.45, "auto", **{"entries.levels": "8", "entries.group": 32}
     )
     assert run.read[0] == pytest.approx((8 * 3 + 2 * 16 / D + 2 * 16 / F) / 3 / 16)  # F is a group and a part of one
     wanted = ours.run(model, "rounding", prompt, decoded, 0.0, "auto", **{"entries.bits": "8"})
     assert torch.allclose(run.logprobs, wanted.logprobs, rtol=0, atol=2e-6)
 
 
-def test_fewer_bytes_than_the_lowest_level_has_are_refused():
-    message = "entries=columns reads 28.1 % of the bytes at least, not 20 %; use a sparsity up to 0.719"
+def test_bytes_beyond_the_levels_are_refused():
     model, method = tiny("llama"), make("graded-columns", {"entries.levels": "4-8"})
-    with pytest.raises(UserError, match=message), open_session(model, method, 0.8):
-        pass
+    for sparsity, share in ((0.8, "20 %"), (0.3, "70 %")):
+        message = f"reads 28.1 to 53.1 % of the bytes, not {share}; use a sparsity from 0.469 to 0.719, or other"
+        with pytest.raises(UserError, match=message), open_session(model, method, sparsity):
+            pass
 
 
 def test_weights_of_few_bits_are_refused():

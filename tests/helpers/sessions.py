@@ -57,8 +57,8 @@ def makes_new_masks(params):
 def fitting(method, family, sparsity):
     """The sparsity, or the nearest that a method allows: some read a matrix whole, some serve all in 8 bits."""
     most = 50 if family in PLAIN else 66
-    if method in ("preview", "dart-plus"):
-        return max(sparsity, 0.5)
+    if method in ("preview", "dart-plus", "graded-columns", "grinqh", "decdec"):
+        return min(max(sparsity, 0.56), 0.7) if method == "decdec" else max(sparsity, 0.5)
     return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from dart_eval.weights.codes import Packed
 
 
+TOLERANCE = 0.5 / OWN_BITS  # half a bit beyond the last level: scales of rows of other widths take other bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class GradedColumns(Entries):
     """A token reads the first b_i bits of column i of a matrix: more bits where the column matters more to it.
@@ -78,11 +81,11 @@ class GradedColumns(Entries):
             )
 
     def check_read(self, share: float, width: int) -> None:
-        least = (self.bits[0] + self.scale(width)) / OWN_BITS
-        if share < least:
+        least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.bits[0], self.bits[-1]))
+        if share < least or share > most + TOLERANCE:
             raise UserError(
-                f"{self.title} reads {100 * least:.1f} % of the bytes at least, not {100 * share:.4g} %",
-                f"use a sparsity up to {1 - least:.3f}, or a lower level in entries.levels",
+                f"{self.title} reads {100 * least:.1f} to {100 * most:.1f} % of the bytes, not {100 * share:.4g} %",
+                f"use a sparsity from {1 - most:.3f} to {1 - least:.3f}, or other entries.levels",
             )
 
     def scale(self, width: int) -> float:
