@@ -52,10 +52,11 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """For people: task, method with the parameters that are not its defaults, sparsity."""
+        """For people: task, method with the parameters that are not its defaults, sparsity, and another scope."""
         sparsity = f" {percent(self.sparsity)}" if self.method.sized else ""
         bits = f" on {self.rounding.text}{'' if self.rounding.k else '-bit'} weights" if self.rounding else ""
-        return f"{self.task} {self.method.spec}{sparsity}{bits}"
+        scope = self.inputs.get("scope", DEFAULTS["scope"])
+        return f"{self.task} {self.method.spec}{sparsity}{bits}" + (f", {scope}" if scope != DEFAULTS["scope"] else "")
 
     @property
     def name(self) -> str:

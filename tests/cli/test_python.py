@@ -63,7 +63,7 @@ def test_the_page_runs_as_printed(small, capsys):
     said = capsys.readouterr().out
     assert "<dart at sparsity 0.7 on 3 layers, execution copied>\n" in said
     assert said.count("\ngriffin:remask=drift:remask.window=8") == 3
-    assert "\ngriffin 0.7 acc " in said and "unknown method 'grifin'; did you mean griffin?" in said
+    assert "\ngriffin 0.7 acc " in said and "unknown method 'grifin'; did you mean griffin, grinqh?" in said
     assert names["rows"][0]["method"] == "griffin"
     values = {(row["key"], row["metric"], row["value"]) for row in names["rows"]}
     assert values < {*names["frame"][["key", "metric", "value"]].itertuples(index=False, name=None)}

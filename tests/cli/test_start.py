@@ -49,7 +49,7 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", QUICK], cwd=ROOT, capture_output=True, text=True, check=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("IMPORTED")]
     assert len(said) == 16 and all(line.endswith("set()") for line in said), said
-    assert "unknown method 'grifin'; did you mean griffin?" in done.stderr
+    assert "unknown method 'grifin'; did you mean griffin, grinqh?" in done.stderr
     assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
     assert "unknown dtype 'flaot32'; did you mean float32" in done.stderr
     assert done.stderr.count("unknown device 'gpu'; auto, cpu, cuda, cuda:1, mps\n") == 3
