@@ -6,6 +6,7 @@ A `TableLayout` describes a table; the numbers come from the records and samples
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from dart_eval.results.rows import cells_frame, metrics_frame
 from dart_eval.results.store import Store
 from dart_eval.results.tables import cut_prompts
 from dart_eval.results.writers import Table, csv_text
+from dart_eval.util.errors import UserError
 
 PLACE = ["line", "column"]  # of a number
 CSV = ("table", "row", "method", "params", "sparsity", "column", "tasks", "metric", "value", "stderr", "n", "p", "bold")
@@ -37,6 +39,9 @@ class Paper:
         missing: task -> the reason why it could not run.
         command: the command line that writes the tables, for their provenance.
         texts: whether to hold texts against dense's, which takes time.
+
+    Raises:
+        UserError: the cells of one name are of several models.
     """
 
     def __init__(
@@ -44,6 +49,11 @@ class Paper:
         texts: bool = False,
     ) -> None:  # fmt: skip
         everything = [r for some in records.values() for r in some]
+        for some in records.values():
+            if len(models := {json.dumps(r.inputs["model"], sort_keys=True): r.inputs["model"] for r in some}) > 1:
+                named = ", ".join(sorted(map(model_of, models.values())))
+                remedy = "give each model an --output of its own"
+                raise UserError(f"a paper's tables are of one model, not of {named}", remedy)
         self.missing, self.command = missing, command
         self.models = list(dict.fromkeys(model_of(r.inputs["model"]) for r in everything))
         self._records = {r.key: r for r in everything}

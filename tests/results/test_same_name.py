@@ -181,7 +181,7 @@ def test_a_report_has_a_board_of_each_which_is_held_against_its_own_dense(tmp_pa
 def test_a_papers_tables_are_of_one_model(tmp_path):
     store = Store(both(tmp_path))
     with pytest.raises(UserError, match="of one model, not of model@aaaa1111, model@cccc3333"):
-        Paper(store, store.load(), {}, "dart-eval paper x")
+        Paper(store, {None: store.load()}, {}, "dart-eval paper x")
 
 
 def test_the_control_of_a_drift_task_is_of_the_same_model(tmp_path):
