@@ -92,7 +92,8 @@ def test_perplexities_count_the_text_that_was_scored(tmp_path, model, tasks):
 
 
 @pytest.mark.parametrize(("args", "more", "words"), [
-    ("method=grifin", (), "did you mean griffin, grinqh?"), ("metod=griffin", (), "--model dart has no argument 'metod'"),
+    ("method=grifin", (), "did you mean griffin, grinqh?"),
+    ("metod=griffin", (), "--model dart has no argument 'metod'"),
     ("scope=al", (), "unknown scope 'al'; did you mean all?"), ("sparsity=1.5", (), "sparsity"),
     ("method=griffin", ("--use_cache", "answers"), "leave --use_cache out"), ("ffn_bits=99", (), "99"),
 ])  # fmt: skip
