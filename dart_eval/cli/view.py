@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from dart_eval.results.record import Metric, Record
     from dart_eval.sweep.plan import Cell
 
-NAMES = ("method", "cell", "cells")  # columns that may go over several lines
+NAMES = ("method", "claim", "cell", "cells")  # columns that may go over several lines
 SHORTEST = 24  # characters of such a line
 BESIDE = 46  # characters of a line of progress beside its title
 EVERY = 30.0  # seconds between lines of a log on how far a cell is

@@ -1,8 +1,8 @@
 """Claims of a paper and what was measured: a verdict for each, with its interval and the number of documents.
 
 A claim says that a row is better than another by so much (`by`) or so many times as good (`times`), or that a cost is
-at most so large. It holds if the paired 95 % interval lies on its side, does not hold if it lies on the other, and is
-open in between. The costs of a claim about a `shape` are counted on a model of that shape without weights.
+at most so large. It holds if the paired 95 % interval lies on its side, fails if it lies on the other, and is open in
+between. The costs of a claim about a `shape` are counted on a model of that shape without weights.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dart_eval.results import metrics, stats
-from dart_eval.results.estimates import Estimate, share
+from dart_eval.results.estimates import Estimate, mean, share
 from dart_eval.results.format import number
-from dart_eval.results.paper_layout import FIELDS, PaperColumn, TableLayout
+from dart_eval.results.paper_layout import FIELDS, MEAN, PaperColumn, TableLayout
 from dart_eval.results.paper_tables import Paper
 from dart_eval.results.writers import Table
 
 ANY = "any"  # as a claim's column: at least one of them
-HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
-HEADS = ["claim", "measured", "n", "verdict"]
+HOLDS, FAILS, OPEN = "holds", "fails", "open"
+HEADS = ["claim", "verdict", "measured", "n"]
 SHAPED = {"state MB": 1e6, "overhead %": 0.01}  # what a shape's cost is counted in
 NOTE = (
     "measured: the first row less the second (of perplexities, in nats), or its ratio to the second, with the paired "
-    "95 % interval. holds: the interval lies on the claim's side. does not hold: it lies on the other side. open: it "
-    "reaches over both, or there are too few documents. For a claim on at least one column the best one is shown, and "
+    "95 % interval. holds: the interval lies on the claim's side. fails: it lies on the other side. open: it reaches "
+    "over both, or there are too few documents. For a claim on at least one column the best one is shown, and "
     "its test is Holm's over all. n: documents. A verdict is of the models and documents measured here, not of the "
     "paper's."
 )
@@ -73,6 +73,7 @@ class Sides:
 
     Attributes:
         head: of the column. a, b: the row and its rival. n: documents. metric: of the column.
+        partial: whether they are a mean without some of its columns.
     """
 
     head: str
@@ -80,6 +81,7 @@ class Sides:
     b: Estimate
     n: int
     metric: str
+    partial: bool = False
 
     def beyond(self, claim: Claim) -> Estimate:
         """By how much the row exceeds what is claimed of it."""
@@ -91,7 +93,7 @@ class Sides:
         if claim.times is not None:
             ratio = share(self.a, self.b)
             ends = ratio.interval if ratio else None
-            value = f"{ratio.value:.2f} times" if ratio else "no ratio: the second is not above 0"
+            value = f"{ratio.value:.2f} times" if ratio else "no ratio, of 0"
             return value + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
         gap, kind = self.a - self.b, metrics.kind_of(self.metric)
         scale, unit, digits = (100.0, " points", 1) if kind.percent else (1.0, "", 3)
@@ -114,7 +116,7 @@ def table(
     for claim in claims:
         found = _of_shape(claim, shaped(claim)) if claim.shape else _of_table(claim, paper, layouts[claim.table])
         said = f"{claim.text} ({claim.source})" if claim.source else claim.text
-        body.append([said, found.text, str(found.n) if found.n else "", found.verdict])
+        body.append([said, found.verdict, found.text, str(found.n) if found.n else ""])
     return Table("Claims and verdicts", HEADS, body, f"{NOTE} Models: {', '.join(paper.models) or 'none'}.")
 
 
@@ -128,8 +130,22 @@ def _of_table(claim: Claim, paper: Paper, layout: TableLayout) -> Finding:
         column = next(c for c in layout.columns if c.head == claim.column)
         return _cost(claim, column, paper.costs_of(layout, claim.rows[0], claim.sparsity, claim.column))
     heads = list(layout.parts) if claim.column == ANY else [claim.column]
-    sides = [one for h in heads if (one := paper.sides(layout, claim.rows, claim.sparsity, h)) is not None]
-    return judged(claim, [Sides(*one) for one in sides])
+    sides = [Sides(*one) for h in heads if (one := paper.sides(layout, claim.rows, claim.sparsity, h)) is not None]
+    if claim.column == MEAN and not sides:
+        sides = _mean(claim, paper, layout)
+    return judged(claim, sides)
+
+
+def _mean(claim: Claim, paper: Paper, layout: TableLayout) -> list[Sides]:
+    """Return the mean over the columns that were measured, where not all were; nothing without any."""
+    each = [paper.sides(layout, claim.rows, claim.sparsity, column.head) for column in layout.columns]
+    found = [Sides(*one) for one in each if one is not None]
+    if not found:
+        return []
+    a, b = (mean([getattr(one, side) for one in found]) for side in ("a", "b"))
+    assert a is not None and b is not None
+    head = f"{len(found)} of {len(each)} columns"
+    return [Sides(head, a, b, sum(one.n for one in found), found[0].metric, partial=True)]
 
 
 def _cost(claim: Claim, column: PaperColumn, costs: Sequence[float]) -> Finding:
@@ -153,5 +169,5 @@ def judged(claim: Claim, sides: Sequence[Sides]) -> Finding:
     adjusted = stats.holm([1.0 if p is None else p for p in tests])
     holds = any(g.value > 0 and p is not None and p < stats.ALPHA for (_, g), p in zip(gaps, adjusted, strict=True))
     fails = all(g.value < 0 and p is not None and p < stats.ALPHA for (_, g), p in zip(gaps, tests, strict=True))
-    where = f"{best.head}: " if len(sides) > 1 else ""
-    return Finding(where + best.text(claim), best.n, HOLDS if holds else FAILS if fails else OPEN)
+    where = f" ({best.head})" if len(sides) > 1 or best.partial else ""
+    return Finding(best.text(claim) + where, best.n, HOLDS if holds else FAILS if fails else OPEN)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-LINE = ("model", "task", "method", "sparsity", "margin")  # heads of the columns that identify a line
+LINE = ("model", "task", "method", "claim", "sparsity", "margin")  # heads of the columns that identify a line
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def pieces(table: Table, width: int, name: int) -> list[Table]:
         name: characters to which a method's name can be folded.
     """
     wide = [max(map(len, [head, *column])) for head, *column in zip(table.columns, *table.body, strict=True)]
-    wide = [2 + (min(w, name) if head == "method" else w) for head, w in zip(table.columns, wide, strict=True)]
+    folds = ("method", "claim")
+    wide = [2 + (min(w, name) if head in folds else w) for head, w in zip(table.columns, wide, strict=True)]
     keys = list(range(max(1, sum(1 for _ in itertools.takewhile(LINE.__contains__, table.columns)))))
     chosen = [list(keys)]
     for i in range(len(keys), len(table.columns)):

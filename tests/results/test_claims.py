@@ -69,7 +69,7 @@ def test_a_claim_on_at_least_one_column_pays_for_each_look():
     assert judged(_claim(), alone).verdict == HOLDS
     others = [_sides(base + np.roll(noise, i + 1), base, f"column {i}") for i in range(9)]
     found = judged(_claim(), alone + others)
-    assert found.verdict == OPEN and found.text.startswith("one: +")
+    assert found.verdict == OPEN and found.text.endswith("(one)")
     worse = [_sides(base - 1 + 0.1 * noise, base, f"column {i}") for i in range(3)]
     assert judged(_claim(), worse).verdict == FAILS
     assert judged(_claim(), [*worse, others[0]]).verdict == OPEN  # one of them may yet
@@ -95,11 +95,23 @@ def test_verdicts_come_from_the_documents_of_a_folder(tmp_path):
         at_8b, dataclasses.replace(at_8b, at_most=9.0),
     ]  # fmt: skip
     made = table(claims, paper, {"t": layout}, lambda claim: 9.7)
-    assert [row[3] for row in made.body] == [HOLDS, FAILS, FAILS, HOLDS, HOLDS, FAILS, OPEN, HOLDS, FAILS]
-    assert made.body[0][:3] == ["it is better (abstract)", made.body[0][1], "40"]
-    assert made.body[0][1].startswith("+50.0 points [") and made.body[7][1] == "9.7 MB, counted"
-    assert made.body[2][1].startswith("-1.000 [")  # a is worse by a nat a word
+    assert [row[1] for row in made.body] == [HOLDS, FAILS, FAILS, HOLDS, HOLDS, FAILS, OPEN, HOLDS, FAILS]
+    assert made.body[0] == ["it is better (abstract)", HOLDS, made.body[0][2], "40"]
+    assert made.body[0][2].startswith("+50.0 points [") and made.body[7][2] == "9.7 MB, counted"
+    assert made.body[2][2].startswith("-1.000 [")  # a is worse by a nat a word
     assert "tiny@f00d" in made.note
+
+
+def test_a_mean_without_some_columns_is_over_the_others_and_says_so(tmp_path):
+    """30 of 40 against 10 of 40 on the one column that was run."""
+    hard = PaperColumn("Hard", ("hard",), "acc")
+    paper = _paper(tmp_path, ("a", 30, {}), ("b", 10, {"params": {"x": 1}}))
+    layout = _layout((ACC, hard), (A, B), mean=True)
+    claim = dataclasses.replace(_claim(), column="mean")
+    (row,) = table([claim], paper, {"t": layout}, lambda claim: 0).body
+    assert row[1] == HOLDS and row[2].startswith("+50.0 points [") and row[2].endswith("(1 of 2 columns)")
+    (row,) = table([claim], paper, {"t": _layout((hard,), (A, B), mean=True)}, lambda claim: 0).body
+    assert row[1:] == [OPEN, "not measured", ""]
 
 
 GOOD = {"claim": "c", "table": "one", "rows": ["Ours", "G"], "column": "Q", "sparsity": 0.5}
