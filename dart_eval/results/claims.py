@@ -128,7 +128,7 @@ def _of_shape(claim: Claim, cost: float) -> Finding:
 def _of_table(claim: Claim, paper: Paper, layout: TableLayout) -> Finding:
     if claim.at_most is not None:
         column = next(c for c in layout.columns if c.head == claim.column)
-        return _cost(claim, column, paper.costs_of(layout, claim.rows[0], claim.sparsity, claim.column))
+        return _cost(claim, column, paper.cost(layout, claim.rows[0], claim.sparsity, claim.column))
     heads = list(layout.parts) if claim.column == ANY else [claim.column]
     sides = [Sides(*one) for h in heads if (one := paper.sides(layout, claim.rows, claim.sparsity, h)) is not None]
     if claim.column == MEAN and not sides:
@@ -148,11 +148,10 @@ def _mean(claim: Claim, paper: Paper, layout: TableLayout) -> list[Sides]:
     return [Sides(head, a, b, sum(one.n for one in found), found[0].metric, partial=True)]
 
 
-def _cost(claim: Claim, column: PaperColumn, costs: Sequence[float]) -> Finding:
-    if not costs or claim.at_most is None:
+def _cost(claim: Claim, column: PaperColumn, cost: float | None) -> Finding:
+    if cost is None or claim.at_most is None:
         return Finding("not measured", 0, OPEN)
-    text = number(max(costs), FIELDS[column.field][1])
-    return Finding(text, 0, HOLDS if max(costs) <= claim.at_most else FAILS)
+    return Finding(number(cost, FIELDS[column.field][1]), 0, HOLDS if cost <= claim.at_most else FAILS)
 
 
 def judged(claim: Claim, sides: Sequence[Sides]) -> Finding:

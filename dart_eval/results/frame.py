@@ -112,7 +112,11 @@ def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, 
         cells: of a folder, dense ones among them. Distances from dense are added to them.
         texts: whether to add distances of generated texts.
     """
-    cells = distance.beside_dense(cells, texts)
+    return _beside(distance.beside_dense(cells, texts))
+
+
+def _beside(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list[str]]:
+    """Return `beside_dense` of cells that have their distances from dense."""
     dense = pairing.dense_cells(cells)
     rows: dict[str, list[Compared]] = {}
     problems: dict[str, None] = {}
@@ -133,9 +137,7 @@ def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, 
     return rows, list(problems)
 
 
-def lines(
-    store: Store, records: Sequence[Record], subtasks: bool = False, texts: bool = True
-) -> list[dict[str, object]]:
+def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> list[dict[str, object]]:
     """Return one row per cell and metric: its value, dense's on the same documents, and their comparison.
 
     Beside the columns of `rows` there are `dense`, `chance` (the quality of guessing), `recovery` (the share of dense's
@@ -146,9 +148,14 @@ def lines(
         store: the folder, for samples.
         records: its cells.
         subtasks: whether to include the members of groups.
-        texts: whether to add distances of generated texts.
     """
-    found, _ = beside_dense([outcomes.cell_of(store, record) for record in records], texts)
+    cells = [outcomes.cell_of(store, record) for record in records]
+    return lines_of(distance.beside_dense(cells), records, subtasks)
+
+
+def lines_of(cells: Sequence[Cell], records: Sequence[Record], subtasks: bool = False) -> list[dict[str, object]]:
+    """Return `lines` of cells that have their distances from dense. records: of the same cells."""
+    found, _ = _beside(cells)
     made = rows_of(records, subtasks)
     tests = {(key, row.measure.task, row.measure.metric): row for key, some in found.items() for row in some}
     made += _distances(made, tests)

@@ -58,10 +58,10 @@ class Paper:
         self.models = list(dict.fromkeys(model_of(r.inputs["model"]) for r in everything))
         self._records = {r.key: r for r in everything}
         self._common = {name: some[0].inputs for name, some in records.items() if some}  # inputs that cells share
-        self._metrics = metrics_frame(frame.lines(store, everything, texts=texts))
+        cells = distance.beside_dense([outcomes.cell_of(store, r) for r in everything], texts)
+        self._metrics = metrics_frame(frame.lines_of(cells, everything))
         self._cells = cells_frame(everything).set_index("key")
         self._metrics["better"] = self._metrics["higher_is_better"].map({True: 1, False: -1}).fillna(0)
-        cells = distance.beside_dense([outcomes.cell_of(store, r) for r in everything], texts)
         self._samples = {cell.key: cell for cell in cells}
         self._known: list[tuple[TableLayout, pd.DataFrame]] = []  # the numbers of tables
 
@@ -161,10 +161,10 @@ class Paper:
         means = cells.groupby("line")[list(names)].mean().rename(columns=names)
         return means.apply(lambda column: column.map(lambda mean: share(mean, 3)))
 
-    def costs_of(self, layout: TableLayout, label: str, sparsity: float, head: str) -> list[float]:
-        """Return the values of a cost of one row, without those that were not measured."""
+    def cost(self, layout: TableLayout, label: str, sparsity: float, head: str) -> float | None:
+        """Return a cost of one row; None if it was not measured."""
         found = self._number(layout, label, sparsity, head)
-        return [] if found is None else [float(found["value"])]
+        return None if found is None else float(found["value"])
 
     def sides(
         self, layout: TableLayout, rows: Sequence[str], sparsity: float, head: str
