@@ -99,7 +99,7 @@ def _run(spec: PaperSpec, verbose: bool) -> tuple[RunResult, dict[str | None, li
             whole.failed.extend(result.failed)
             whole.missing.update(result.missing)
             whole.lost.extend(result.lost)
-    return whole, {model: list({r.key: r for r in some}.values()) for model, some in records.items()}
+    return whole, records
 
 
 def _write(spec: PaperSpec, filled: Paper, folder: Path) -> list[Table]:

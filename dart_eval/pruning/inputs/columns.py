@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dart_eval.pruning.inputs.entries import Entries, Inputs
+from dart_eval.pruning.inputs.entries import Entries
 from dart_eval.pruning.part import option
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.errors import UserError
@@ -135,9 +135,6 @@ class GradedColumns(Entries):
         cost = torch.tensor(self.bits, device=x.device).diff()[:, None].expand(gains.shape).flatten()
         fits = cost[order].cumsum(-1) <= bits - self.bits[0] * x.shape[-1]
         return torch.zeros_like(fits).scatter(-1, order, fits).unflatten(-1, gains.shape).sum(-2)
-
-    def columns_read(self, x: Tensor, inputs: Inputs) -> Tensor:
-        raise NotImplementedError("columns are read in levels")
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
         steps = len(self.bits) - 1  # a product for each step, and its place among the others
