@@ -414,6 +414,20 @@ def test_rows_of_two_scopes_are_never_bold_against_each_other(tmp_path):
     assert table.bold == frozenset() and table.body[1][2] == "-"  # and there is no cell of that scope
 
 
+def test_a_rows_scope_goes_before_its_columns_and_has_a_best_of_its_own(tmp_path):
+    """A is far better than B, whose cell is of another scope: nobody is best among rows of two protocols."""
+    store = Store(tmp_path)
+    ours, theirs = _cell(store, "a", 30), _cell(store, "b", 10, params={"x": 1})
+    theirs = dataclasses.replace(theirs, key="easy-b-all", inputs={**theirs.inputs, "scope": "all"}, samples=[
+        {**s, "responses": ["a text"]} for s in store.samples(theirs)
+    ])  # fmt: skip
+    theirs = store.save("easy-b-all", theirs, [{"task": "easy", "doc_id": i, "target": "a text"} for i in range(N)])
+    column = dataclasses.replace(ACC, asked={"scope": "scored"})
+    rows = (A, dataclasses.replace(B, asked={"scope": "all"}))
+    table, _ = Paper(store, {None: [ours, theirs]}, {}, "x").table(_layout((column,), rows))
+    assert [row[2] for row in table.body] == ["75.0 ±5.0", "25.0 ±5.0"] and table.bold == frozenset()
+
+
 def test_guessing_has_a_line_below_the_unpruned_rows(tmp_path):
     cells = [("dense", 30, {"sparsity": 0.0}), ("a", 35, {}), ("b", 10, {"params": {"x": 1}})]
     paper = _paper(tmp_path, *cells)
