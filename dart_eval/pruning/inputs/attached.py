@@ -127,8 +127,7 @@ class AttachedInputs:
         share = columns.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
         bits = self.bits[ffn.layer][matrix]
         read = self.part.share(share, bits) * bits.total / self.mean * ffn.size / ffn.matrices
-        layer = state.layers[ffn.layer]
-        layer.neurons_read = read if layer.neurons_read is None else layer.neurons_read + read
+        state.layers[ffn.layer].add_read(read)
         return x * columns
 
     def _thin(self, ffn: FFN, matrix: int, forward: Any) -> Callable[..., object]:

@@ -105,9 +105,7 @@ def _graded(ffn: FFN, matrices: Sequence[GradedMatrix], forward: Any) -> Callabl
             return None
         made = [(matrix, *matrix(forward.in_batch(args[0]))) for matrix in matrices]
         bits = sum(matrix.rows * of_row.cpu() for matrix, _, of_row in made)
-        read = bits / (OWN_BITS * ffn.matrices * ffn.width)  # in neurons
-        layer = forward.state.layers[ffn.layer]
-        layer.neurons_read = read if layer.neurons_read is None else layer.neurons_read + read
+        forward.state.layers[ffn.layer].add_read(bits / (OWN_BITS * ffn.matrices * ffn.width))
         return torch.cat([product for _, product, _ in made], -1).to(output.dtype).view(output.shape)
 
     return torch.compiler.disable(hook)

@@ -113,6 +113,10 @@ class Layer(PerSequence):
         gathers = self.method.mask.remask.dense_tokens and self.method.mask.remask.alarms_remask
         self.fresh = torch.zeros(batch, self.ffn.pool, device=device_of(self.ffn)) if gathers else None
 
+    def add_read(self, neurons: Tensor) -> None:
+        """Add to what the current tokens read. neurons: [B, T] fp64, in neurons."""
+        self.neurons_read = neurons if self.neurons_read is None else self.neurons_read + neurons
+
     # -- the context -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
