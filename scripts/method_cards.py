@@ -60,6 +60,12 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
                        ("raised",)),
     "grinqh": ("the same with one error for all columns: more bits where |x_i| is larger", "columns", ("raised",)),
     "decdec": ("3 bits of all columns, 7 of those with the largest |x_i|", "columns", ("raised",)),
+    "graded-layers": ("b_high bits of a matrix where ||x|| > t, else b_low; t per matrix", "layers",
+                      ("size", "threshold")),
+    "oracle-layers": ("b_high bits of a matrix where ||(W_high - W_low) x|| > t, else b_low; t per matrix", "layers",
+                      ("size", "threshold")),
+    "bits-by-position": ("b_high bits for the first r * 256 decoded tokens, else b_low; r = (b - b_low) / "
+                         "(b_high - b_low), b bits by the read", "layers", ()),
     "wanda": ("weights with the largest |W_ij| || (x_tj)_t || of each row i", "entries", ("thinned",)),
     "rounding": ("W rounded, for decoded tokens", "", ()),
     "fewer-experts": ("the k experts e with the largest router weight g_e", "routings", ("with_count",)),

@@ -121,7 +121,7 @@ class Pruner:
     @property
     def upper_bound(self) -> bool:
         """Whether it uses information that no method has in time."""
-        return self.mask.looks_ahead or self.choice.upper_bound
+        return self.mask.looks_ahead or any(part.upper_bound for part in self.parts())
 
     @property
     def needs_context(self) -> bool:
@@ -140,10 +140,15 @@ class Pruner:
         score = None if self.mask.fixed else self.mask.score
         return tuple(p for p in (score, self.choice, self.compensation) if p is not None and p.observes)
 
+    @functools.cached_property
+    def counts_tokens(self) -> bool:
+        """Whether what a token reads depends on its place among the decoded tokens."""
+        return any(part.counts_tokens for part in self.parts())
+
     @property
     def keeps_state(self) -> bool:
         """Whether it keeps state per sequence."""
-        return not self.mask.fixed or bool(self.observers) or self.allocation.needs_change
+        return not self.mask.fixed or bool(self.observers) or self.allocation.needs_change or self.counts_tokens
 
     @property
     def reads_most(self) -> bool:

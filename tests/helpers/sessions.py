@@ -43,6 +43,7 @@ CHOOSING = [
 # What leaves out something else than neurons.
 FINER = [
     ("teal", {}), ("wina", {"entries.weigh": "all"}), ("wanda", {"entries.pattern": "2:4"}), ("graded-columns", {}),
+    ("bits-by-position", {"entries.length": 8}),
 ]  # fmt: skip
 # All of these: masks or choices that change while a sequence is decoded.
 VARIED = [*REMASKED, *CHOOSING, *FINER]
@@ -57,8 +58,12 @@ def makes_new_masks(params):
 def fitting(method, family, sparsity):
     """The sparsity, or the nearest that a method allows: some read a matrix whole, some serve all in 8 bits."""
     most = 50 if family in PLAIN else 66
-    if method in ("preview", "dart-plus", "graded-columns", "grinqh", "decdec"):
-        return min(max(sparsity, 0.56), 0.7) if method == "decdec" else max(sparsity, 0.5)
+    if method == "decdec":
+        return min(max(sparsity, 0.56), 0.7)
+    if method in (
+        "preview", "dart-plus", "graded-columns", "grinqh", "graded-layers", "oracle-layers", "bits-by-position",
+    ):  # fmt: skip
+        return max(sparsity, 0.5)
     return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity
 
 

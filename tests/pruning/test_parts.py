@@ -18,6 +18,7 @@ from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.experts.routings import Fewer, Without
 from dart_eval.pruning.inputs.columns import GradedColumns
+from dart_eval.pruning.inputs.layers import GradedLayers
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
@@ -163,6 +164,9 @@ def test_the_built_in_methods_are_these_compositions():
         "graded-columns": Pruner(entries=GradedColumns(levels="0-2-3-4-5-6-8", group=128, rank="error")),
         "grinqh": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="size")),
         "decdec": Pruner(entries=GradedColumns(levels="3-7", group=128, rank="size")),
+        "graded-layers": Pruner(entries=GradedLayers(levels="near", group=128, by="norm", length=256)),
+        "oracle-layers": Pruner(entries=GradedLayers(levels="near", group=128, by="error", length=256)),
+        "bits-by-position": Pruner(entries=GradedLayers(levels="near", group=128, by="position", length=256)),
         "wanda": Pruner(entries=WandaEntries(pattern="none")),
         "rounding": Pruner(entries=RoundedEntries(bits="q4_k")),
         "fewer-experts": Pruner(routing=Fewer(weights="own")),
@@ -186,9 +190,9 @@ def test_what_a_composition_is_follows_from_its_parts():
     assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-choice", "pop"}
     assert all(m.spec == m.name for m in BUILT_IN)
     assert those("looks_ahead") == {"oracle"}
-    assert those("upper_bound") == {"oracle", "top-p", "oracle-token"}
+    assert those("upper_bound") == {"oracle", "top-p", "oracle-token", "oracle-layers"}
     assert those("needs_context") == {*prompted, "oracle"}
-    assert those("keeps_state") == {*prompted, "oracle"}
+    assert those("keeps_state") == {*prompted, "oracle", "bits-by-position"}
     # What any part of it needs or does, all of it needs or does.
     for spec, tells, value in (
         ("cats:allocation=depth", "needs_context", True), ("cats:allocation=depth", "keeps_state", True),
@@ -375,4 +379,4 @@ def test_every_combination_of_the_parts_that_the_kinds_take_can_be_made(tmp_path
             method = Pruner(**dict(zip(slots_of_it, parts_of_it, strict=True)))
             assert type(method) is kind
             made += 1
-    assert made == 533
+    assert made == 536

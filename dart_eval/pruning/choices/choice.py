@@ -108,7 +108,6 @@ class AnyChoice(Part):
         previews: whether it reads a preview of gate and up for the whole mask instead (`preview.Previewing`).
         ranks: whether it uses the mask's score of the token alone, beside a core of the mask that is always taken.
         adds: whether neurons that are not taken add to the FFN's output (`ChoiceLayer.extra`).
-        upper_bound: whether it uses h before reading the weights that h is made from.
         write_share: share of the taken neurons whose columns of down are read.
         mask_ratio: neurons in the mask as a multiple of the weights read, unless the mask holds everything.
         gathers: whether `copied` execution can read the chosen rows alone (`kernels.chosen`, `previewed`).
@@ -123,7 +122,6 @@ class AnyChoice(Part):
     previews: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
     adds: ClassVar[bool] = False
-    upper_bound: ClassVar[bool] = False
     write_share: ClassVar[float] = 1.0
     mask_ratio: ClassVar[float] = 1.0
     gathers: ClassVar[bool] = False

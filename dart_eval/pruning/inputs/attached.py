@@ -14,8 +14,7 @@ from dart_eval.layers.projection import is_conv1d, plain_matrix, weight_matrix
 from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.inputs import Distribution, all_squares
-from dart_eval.pruning.inputs.columns import GradedColumns
-from dart_eval.pruning.inputs.entries import Entries, Inputs
+from dart_eval.pruning.inputs.entries import Entries, Graded, Inputs
 from dart_eval.pruning.inputs.graded import GradedInputs
 from dart_eval.pruning.masks.counts import keep_counts
 from dart_eval.util.bits import Stored
@@ -49,8 +48,8 @@ def attach(
     part: Entries, ffns: Sequence[FFN], densities: Sequence[float], sparsity: float, calibration: Calibration | None
 ) -> AttachedInputs | GradedInputs:
     """Return a part attached to a model. densities: per layer, the share of its bytes that a token reads."""
-    if isinstance(part, GradedColumns):
-        return GradedInputs(part, ffns, densities)
+    if isinstance(part, Graded):
+        return GradedInputs(part, ffns, densities, calibration)
     return AttachedInputs(part, ffns, counts(ffns, densities, sparsity), calibration)
 
 

@@ -5,24 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dart_eval.pruning.inputs.entries import Entries
+from dart_eval.pruning.inputs.entries import Graded
 from dart_eval.pruning.part import option
-from dart_eval.util.bits import OWN_BITS, Rounding
-from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.layers.shape import ModelShape
-    from dart_eval.util.bits import Stored
+    from dart_eval.pruning.inputs.graded import GradedMatrix
     from dart_eval.weights.codes import Packed
 
 
-TOLERANCE = 0.5 / OWN_BITS  # half a bit beyond the last level: scales of rows of other widths take other bytes
-
-
 @dataclass(frozen=True, kw_only=True)
-class GradedColumns(Entries):
+class GradedColumns(Graded):
     """A token reads the first b_i bits of column i of a matrix: more bits where the column matters more to it.
 
     The bits b_i, each one of `levels`, make the expected squared error of the product small within the bits that the
@@ -37,14 +32,12 @@ class GradedColumns(Entries):
     GRINQH (arXiv 2606.23419, its abstract) reads 0 to 8 bits of nested codes by thresholds on |x_i|. DecDEC
     (2412.20185; SNU-ARC/DecDEC at 7a3323f) reads 3-bit weights, and 4-bit residuals of the columns with the largest
     |x_i|: its levels are 3-7, where its base is rounded by itself. Both rank by size: `rank=size` has one error for
-    all columns. TEAL's levels are 0 and all bits. Codes are of 16-bit weights; prompts read the weights as they are,
-    and attention is dense.
+    all columns. TEAL's levels are 0 and all bits.
     """
 
     name = "columns"
     summary = "reads more bits of the columns whose inputs matter more, equally many for every token"
     granularity = "bits of input channels"
-    by_token = True
     levels: Literal[
         "0-2-3-4-5-6-8",
         "0-1-2-3-4-5-6-7-8",
@@ -63,40 +56,15 @@ class GradedColumns(Entries):
         "error", "rank columns by the error that more bits of them save, or by |x_i| alone"
     )
 
-    @property
-    def bits(self) -> list[int]:
-        """The levels."""
-        return [int(word) for word in self.levels.split("-")]
+    def fitted(self, weight: Tensor, packed: Packed) -> Tensor:
+        return self.gains(self.errors(weight, packed))
 
-    @property
-    def rounding(self) -> Rounding:
-        """Of the codes."""
-        return Rounding(self.bits[-1], self.group)
+    def limit(self, matrix: GradedMatrix, sizes: Tensor | None) -> int:
+        return int(matrix.width * matrix.room + 1e-9)
 
-    def check_bits(self, bits: Stored) -> None:
-        if bits.code != OWN_BITS:
-            raise UserError(
-                f"{self.title} makes codes of 16-bit weights, and these have {bits.total:.3g} bits",
-                "leave --ffn-bits out, or load the model unquantised",
-            )
-
-    def check_read(self, share: float, width: int) -> None:
-        least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.bits[0], self.bits[-1]))
-        if share < least or share > most + TOLERANCE:
-            raise UserError(
-                f"{self.title} reads {100 * least:.1f} to {100 * most:.1f} % of the bytes, not {100 * share:.4g} %",
-                f"use a sparsity from {1 - most:.3f} to {1 - least:.3f}, or other entries.levels",
-            )
-
-    def scale(self, width: int) -> float:
-        """Return the bits of a scale per weight, in rows of `width` weights. They are always read."""
-        return self.rounding.weight_bits(width) - self.rounding.bits
-
-    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
-        return densities
-
-    def multiplied(self, read: float) -> float:
-        return 1.0
+    def level(self, x: Tensor, matrix: GradedMatrix, limit: float, position: Tensor | None) -> Tensor:
+        assert matrix.fitted is not None
+        return self.chosen(x, matrix.fitted.to(x.device), int(limit))
 
     def errors(self, weight: Tensor, packed: Packed) -> Tensor:
         """Return [levels, n] fp32, E_i(b). weight: [out, n]. packed: its codes."""

@@ -1,7 +1,7 @@
 """Entries: the weights inside the matrices that a token reads, at another granularity than neurons.
 
 A part leaves out columns of a matrix, by the inputs of a token, or single weights, for all tokens alike. A kernel must
-gather columns or skip single weights. `rounded` leaves out the last bits of every weight.
+gather columns or skip single weights. `rounded` leaves out the last bits of every weight, `Graded` of some.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from dart_eval.pruning.part import Part
+from dart_eval.util.bits import OWN_BITS, Rounding
+from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dart_eval.pruning.inputs.graded import GradedMatrix
     from dart_eval.util.bits import Stored
+    from dart_eval.weights.codes import Packed
 
+TOLERANCE = 0.5 / OWN_BITS  # half a bit beyond the last level: scales of rows of other widths take other bytes
 Share = TypeVar("Share", float, "Tensor")
 
 
@@ -101,3 +106,75 @@ class Entries(Part):
     def as_read(self, weight: Tensor, inputs: Inputs) -> Tensor:
         """Return [out, n], the matrix that every token reads. weight: [out, n]."""
         return weight * self.weight_mask(weight, inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graded(Entries):
+    """Base of the parts that read codes of 16-bit weights in several levels of bits.
+
+    Prompts read the weights as they are, and attention is dense.
+    """
+
+    by_token = True
+    levels: str
+    group: int
+
+    @property
+    def bits(self) -> list[int]:
+        """The levels."""
+        return [int(word) for word in self.levels.split("-")]
+
+    @property
+    def rounding(self) -> Rounding:
+        """Of the codes."""
+        return Rounding(self.bits[-1], self.group)
+
+    def at(self, room: float) -> Graded:
+        """Return the part with the levels that depend on the read. room: bits of a weight, without its scale."""
+        return self
+
+    def check_bits(self, bits: Stored) -> None:
+        if bits.code != OWN_BITS:
+            raise UserError(
+                f"{self.title} makes codes of 16-bit weights, and these have {bits.total:.3g} bits",
+                "leave --ffn-bits out, or load the model unquantised",
+            )
+
+    def check_read(self, share: float, width: int) -> None:
+        least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.bits[0], self.bits[-1]))
+        if share < least or share > most + TOLERANCE:
+            raise UserError(
+                f"{self.title} reads {100 * least:.1f} to {100 * most:.1f} % of the bytes, not {100 * share:.4g} %",
+                f"use a sparsity from {1 - most:.3f} to {1 - least:.3f}, or other entries.levels",
+            )
+
+    def scale(self, width: int) -> float:
+        """Return the bits of a scale per weight, in rows of `width` weights. They are always read."""
+        return self.rounding.weight_bits(width) - self.rounding.bits
+
+    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+        return densities
+
+    def multiplied(self, read: float) -> float:
+        return 1.0
+
+    def fitted(self, weight: Tensor, packed: Packed) -> Tensor | None:
+        """Return what tokens need of a matrix beside its codes. weight: [out, n]. packed: its codes."""
+        return None
+
+    def limit(self, matrix: GradedMatrix, sizes: Tensor | None) -> float:
+        """Return what the read allows, in the unit of the part: bits, say. sizes: see `size`, of the text's tokens."""
+        raise NotImplementedError
+
+    def size(self, x: Tensor, matrix: GradedMatrix) -> Tensor:
+        """Return [...], what is compared with a limit, if the part calibrates. x: [..., n], the inputs."""
+        raise NotImplementedError
+
+    def level(self, x: Tensor, matrix: GradedMatrix, limit: float, position: Tensor | None) -> Tensor:
+        """Return [..., n] long, the level of each column, counted from 0.
+
+        Args:
+            x: [..., n], the inputs.
+            position: [...] long, decoded tokens before each, if the part counts them.
+        """
+        raise NotImplementedError

@@ -1,7 +1,8 @@
-"""Columns in graded bits at work on a model (`columns.GradedColumns`)."""
+"""Parts that read first bits of codes at work on a model (`entries.Graded`)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,14 @@ from torch.utils.hooks import RemovableHandle
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import plain_matrix
 from dart_eval.layers.quantised import bias_of
+from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.pruning.choices.serving import Decoded
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.weights.rounding import parameter_of, rounded
 
 if TYPE_CHECKING:
-    from dart_eval.pruning.inputs.columns import GradedColumns
+    from dart_eval.pruning.inputs.entries import Graded
 
 _CACHE: WeightCache[list[GradedMatrix]] = WeightCache()
 
@@ -36,16 +38,27 @@ class GradedInputs:
     swapped = None
 
     @torch.no_grad()
-    def __init__(self, part: GradedColumns, ffns: Sequence[FFN], densities: Sequence[float]) -> None:
-        self.ffns = ffns
-        self.layers = [
+    def __init__(
+        self, part: Graded, ffns: Sequence[FFN], densities: Sequence[float], calibration: Calibration | None
+    ) -> None:
+        self.part, self.ffns = part, ffns
+        made = [
             [(m, _matrices(part, m, 2 if f.fused and m is not f.down else 1, d)) for m in f.projections]
             for f, d in zip(ffns, densities, strict=True)
         ]
+        found: Any = itertools.repeat(None)
+        if part.calibrates and calibration is not None:
+            name = f"sizes of inputs by {part!r}, {[*densities]} read"
+            found = iter(calibration.once(name, lambda: _sizes(made, ffns, calibration)))
+        self.layers = [
+            [(m, [(one, one.part.limit(one, next(found))) for one in matrices]) for m, matrices in layer]
+            for layer in made
+        ]
 
     def nbytes(self) -> int:
-        """Return the bytes beside the model: what steps save. Codes stand in place of the weights."""
-        return sum(one.gains.nbytes for layer in self.layers for _, matrices in layer for one in matrices)
+        """Return the bytes beside the model: limits, or what steps save. Codes stand in place of the weights."""
+        every = [one for layer in self.layers for _, matrices in layer for one, _ in matrices]
+        return sum(4 * self.part.calibrates if one.fitted is None else one.fitted.nbytes for one in every)
 
     def watch(self, add: Callable[[RemovableHandle], None], forward: object) -> None:
         """Install the hooks that replace the products of decoded tokens.
@@ -60,24 +73,30 @@ class GradedInputs:
 
 
 class GradedMatrix:
-    """A matrix of which tokens read columns in graded bits.
+    """A matrix of which tokens read first bits.
 
     Args:
         part: the rule. weight: [out, n]. bias: [out]; None. share: of the bytes of 16-bit weights, which a token reads.
+
+    Attributes:
+        room: bits of a weight that are for codes, and `scale` those that are for scales.
+        values: of the codes' first bits, by level; None for 0 bits.
+        fitted: what the part needs beside them; None.
     """
 
-    def __init__(self, part: GradedColumns, weight: Tensor, bias: Tensor | None, share: float) -> None:
-        self.part, self.bias, (self.rows, self.width) = part, bias, weight.shape
+    def __init__(self, part: Graded, weight: Tensor, bias: Tensor | None, share: float) -> None:
+        self.bias, (self.rows, self.width) = bias, weight.shape
         part.check_read(share, self.width)
         self.scale = part.scale(self.width)
-        self.bits = int(self.width * (OWN_BITS * share - self.scale) + 1e-9)
-        packed = rounded(weight, part.rounding)
-        self.values = [Decoded(packed, weight.dtype, bits) if bits else None for bits in part.bits]
-        self.gains = part.gains(part.errors(weight, packed))
+        self.room = OWN_BITS * share - self.scale
+        self.part = part.at(self.room)
+        packed = rounded(weight, self.part.rounding)
+        self.values = [Decoded(packed, weight.dtype, bits) if bits else None for bits in self.part.bits]
+        self.fitted = self.part.fitted(weight, packed)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the product, [..., out], and the bits that a row takes, [...] fp64. x: [..., n]."""
-        chosen = self.part.chosen(x, self.gains.to(x.device), self.bits)
+    def __call__(self, x: Tensor, limit: float, position: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the product, [..., out], and the bits that a row takes, [...] fp64. For the rest: `Graded.level`."""
+        chosen = self.part.level(x, self, limit, position)
         bits = torch.tensor(self.part.bits, device=x.device)[chosen].sum(-1, dtype=torch.float64)
         out: Any = 0.0
         for level, values in enumerate(self.values):
@@ -87,7 +106,7 @@ class GradedMatrix:
         return (out if self.bias is None else out + self.bias), bits + self.width * self.scale
 
 
-def _matrices(part: GradedColumns, module: nn.Module, parts: int, share: float) -> list[GradedMatrix]:
+def _matrices(part: Graded, module: nn.Module, parts: int, share: float) -> list[GradedMatrix]:
     """Return the matrices of a projection, cached for the next session. parts: that are stacked in it."""
 
     def make() -> list[GradedMatrix]:
@@ -99,13 +118,30 @@ def _matrices(part: GradedColumns, module: nn.Module, parts: int, share: float) 
     return _CACHE.get(module, [parameter_of(module)], (part, share), make)
 
 
-def _graded(ffn: FFN, matrices: Sequence[GradedMatrix], forward: Any) -> Callable[..., object]:
+def _sizes(
+    layers: Sequence[Sequence[tuple[nn.Module, Sequence[GradedMatrix]]]], ffns: Sequence[FFN], calibration: Calibration
+) -> list[Tensor]:
+    """Return for each matrix the sizes of the text's tokens, [T], in the order of `layers`."""
+    found: dict[GradedMatrix, list[Tensor]] = {one: [] for layer in layers for _, ms in layer for one in ms}
+
+    def see(layer: int, x: Tensor, h: Tensor) -> None:
+        for module, matrices in layers[layer]:
+            for one in matrices:
+                found[one].append(one.part.size(h if module is ffns[layer].down else x, one).cpu())
+
+    calibration.visit(see)
+    return [torch.cat(sizes) for sizes in found.values()]
+
+
+def _graded(ffn: FFN, matrices: Sequence[tuple[GradedMatrix, float]], forward: Any) -> Callable[..., object]:
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if forward.phase != "decode" or forward.state is None:
+        state = forward.state
+        if forward.phase != "decode" or state is None:
             return None
-        made = [(matrix, *matrix(forward.in_batch(args[0]))) for matrix in matrices]
+        x, position = forward.in_batch(args[0]), state.positions(forward.valid)
+        made = [(matrix, *matrix(x, limit, position)) for matrix, limit in matrices]
         bits = sum(matrix.rows * of_row.cpu() for matrix, _, of_row in made)
-        forward.state.layers[ffn.layer].add_read(bits / (OWN_BITS * ffn.matrices * ffn.width))
+        state.layers[ffn.layer].add_read(bits / (OWN_BITS * ffn.matrices * ffn.width))
         return torch.cat([product for _, product, _ in made], -1).to(output.dtype).view(output.shape)
 
     return torch.compiler.disable(hook)
