@@ -46,7 +46,7 @@ def threshold(share, sizes):
     return sorted(sizes, reverse=True)[int(share * len(sizes) + 1e-9)]
 
 
-EACH = in_turn(FAMILIES, METHODS, [(0.7, "near"), (0.6, "4-8"), (0.75, "2-4")])
+EACH = in_turn(FAMILIES, METHODS, [(0.68, "near"), (0.6, "4-8"), (0.75, "2-4")])
 
 
 @pytest.mark.parametrize(("family", "method", "sparsity", "levels"), EACH)

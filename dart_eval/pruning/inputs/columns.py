@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dart_eval.pruning.inputs.entries import Graded
+from dart_eval.pruning.inputs.entries import Coded, Graded
 from dart_eval.pruning.part import option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.layers.shape import ModelShape
-    from dart_eval.pruning.inputs.graded import GradedMatrix
     from dart_eval.weights.codes import Packed
 
 
@@ -59,10 +58,10 @@ class GradedColumns(Graded):
     def fitted(self, weight: Tensor, packed: Packed) -> Tensor:
         return self.gains(self.errors(weight, packed))
 
-    def limit(self, matrix: GradedMatrix, sizes: Tensor | None) -> int:
+    def limit(self, matrix: Coded, sizes: Tensor | None) -> int:
         return int(matrix.width * matrix.room + 1e-9)
 
-    def level(self, x: Tensor, matrix: GradedMatrix, limit: float, position: Tensor | None) -> Tensor:
+    def level(self, x: Tensor, matrix: Coded, limit: float, position: Tensor | None) -> Tensor:
         assert matrix.fitted is not None
         return self.chosen(x, matrix.fitted.to(x.device), int(limit))
 

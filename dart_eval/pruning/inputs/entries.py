@@ -14,9 +14,10 @@ from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import Tensor
 
-    from dart_eval.pruning.inputs.graded import GradedMatrix
     from dart_eval.util.bits import Stored
     from dart_eval.weights.codes import Packed
 
@@ -108,6 +109,22 @@ class Entries(Part):
         return weight * self.weight_mask(weight, inputs)
 
 
+class Coded:
+    """A matrix that tokens read in several levels of bits.
+
+    Attributes:
+        width: n, its inputs.
+        room: bits of a weight that the read leaves for codes, on average.
+        values: of each level's first bits, [out, n]; None for 0 bits.
+        fitted: what the part needs beside them; None.
+    """
+
+    width: int
+    room: float
+    values: Sequence[Callable[[], Tensor] | None]
+    fitted: Tensor | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Graded(Entries):
     """Base of the parts that read codes of 16-bit weights in several levels of bits.
@@ -162,15 +179,15 @@ class Graded(Entries):
         """Return what tokens need of a matrix beside its codes. weight: [out, n]. packed: its codes."""
         return None
 
-    def limit(self, matrix: GradedMatrix, sizes: Tensor | None) -> float:
+    def limit(self, matrix: Coded, sizes: Tensor | None) -> float:
         """Return what the read allows, in the unit of the part: bits, say. sizes: see `size`, of the text's tokens."""
         raise NotImplementedError
 
-    def size(self, x: Tensor, matrix: GradedMatrix) -> Tensor:
+    def size(self, x: Tensor, matrix: Coded) -> Tensor:
         """Return [...], what is compared with a limit, if the part calibrates. x: [..., n], the inputs."""
         raise NotImplementedError
 
-    def level(self, x: Tensor, matrix: GradedMatrix, limit: float, position: Tensor | None) -> Tensor:
+    def level(self, x: Tensor, matrix: Coded, limit: float, position: Tensor | None) -> Tensor:
         """Return [..., n] long, the level of each column, counted from 0.
 
         Args:

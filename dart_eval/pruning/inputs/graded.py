@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,9 @@ from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.pruning.choices.serving import Decoded
+from dart_eval.pruning.inputs.entries import Coded, Graded
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.weights.rounding import parameter_of, rounded
-
-if TYPE_CHECKING:
-    from dart_eval.pruning.inputs.entries import Graded
 
 _CACHE: WeightCache[list[GradedMatrix]] = WeightCache()
 
@@ -72,16 +70,11 @@ class GradedInputs:
                 add(module.register_forward_hook(_graded(ffn, matrices, forward)))
 
 
-class GradedMatrix:
+class GradedMatrix(Coded):
     """A matrix of which tokens read first bits.
 
     Args:
         part: the rule. weight: [out, n]. bias: [out]; None. share: of the bytes of 16-bit weights, which a token reads.
-
-    Attributes:
-        room: bits of a weight that are for codes, and `scale` those that are for scales.
-        values: of the codes' first bits, by level; None for 0 bits.
-        fitted: what the part needs beside them; None.
     """
 
     def __init__(self, part: Graded, weight: Tensor, bias: Tensor | None, share: float) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dart_eval.pruning.inputs.entries import Graded
+from dart_eval.pruning.inputs.entries import Coded, Graded
 from dart_eval.pruning.part import option
 from dart_eval.util.bits import LEAST, MOST
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.layers.shape import ModelShape
-    from dart_eval.pruning.inputs.graded import GradedMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ class GradedLayers(Graded):
         low = min(int(room + 1e-9), MOST - 1)
         return dataclasses.replace(self, levels=f"{low}-{low + 1}") if self.levels == "near" else self  # type: ignore[arg-type]
 
-    def limit(self, matrix: GradedMatrix, sizes: Tensor | None) -> float:
+    def limit(self, matrix: Coded, sizes: Tensor | None) -> float:
         low, high = self.bits
         tokens = self.length if sizes is None else len(sizes)
         first = int(min(1.0, (matrix.room - low) / (high - low)) * tokens + 1e-9)
@@ -78,13 +77,13 @@ class GradedLayers(Graded):
             return first
         return float(sizes.sort(descending=True).values[first]) if first < tokens else -1.0
 
-    def size(self, x: Tensor, matrix: GradedMatrix) -> Tensor:
+    def size(self, x: Tensor, matrix: Coded) -> Tensor:
         if self.by == "norm":
             return x.float().norm(dim=-1)
         low, high = (values().float() for values in matrix.values if values is not None)
         return (x.float() @ (high - low).T).norm(dim=-1)
 
-    def level(self, x: Tensor, matrix: GradedMatrix, limit: float, position: Tensor | None) -> Tensor:
+    def level(self, x: Tensor, matrix: Coded, limit: float, position: Tensor | None) -> Tensor:
         high = self.size(x, matrix) > limit if position is None else position.to(x.device) < limit
         return high.long()[..., None].expand(x.shape)
 
