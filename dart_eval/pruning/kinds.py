@@ -115,19 +115,13 @@ class InputSparsity(Pruner, of=Entries):
         sizes = [f.size for f in ffns]
         return Counts(sizes, sizes, sizes, 0)
 
-    def _input_counts(self, ffns: Sequence[FFN], sparsity: float) -> list[tuple[int, int]]:
-        """Return per layer the number of inputs read: of x, and of h."""
-        from dart_eval.pruning.inputs import attached
-
-        densities = self.allocation.densities(sparsity, len(ffns), None, slice(None))
-        return attached.counts(ffns, densities, sparsity)
-
     def cost_terms(self, ffns: Sequence[FFN], sparsity: float, unit: float, full_matrices: float) -> list[CostTerms]:
         from dart_eval.pruning.inputs import attached
 
         if self.sized and not sparsity:
             return super().cost_terms(ffns, sparsity, unit, full_matrices)
-        share_read = attached.share_read(self.entries, ffns, self._input_counts(ffns, sparsity))
+        densities = self.allocation.densities(sparsity, len(ffns), None, slice(None))
+        share_read = attached.share_read(self.entries, ffns, densities, sparsity)
         return [(ffns[0].matrices * share_read, 0.0, 0.0, 0.0)] * len(ffns)
 
     def multiplied(self, read: float) -> float:

@@ -170,7 +170,7 @@ BUILT_IN: tuple[Pruner, ...] = (
     InputSparsity(
         name="grinqh", paper="2606.23419",
         summary="reads 0 to 8 bits of columns, more where inputs are larger (from the abstract)",
-        entries=GradedColumns(levels="0-2-4-6-8", rank="size"),
+        entries=GradedColumns(rank="size"),
     ),
     InputSparsity(
         name="decdec", paper="2412.20185",

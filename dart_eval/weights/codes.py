@@ -77,7 +77,7 @@ class Packed:
         return self.decoded(torch.float32)
 
     @torch.no_grad()
-    def decoded(self, dtype: torch.dtype, first: int | None = None) -> Tensor:
+    def decoded(self, dtype: torch.dtype, first: int | None = None, whole: bool = False) -> Tensor:
         """Return [out, in], the values of the codes or of their first bits.
 
         Four first bits and more stand for a line (`line`), fewer for the mean of the matrix's codes that begin so. In a
@@ -86,15 +86,16 @@ class Packed:
 
         Args:
             first: bits of each code that are read; None: all.
+            whole: means are rounded to whole codes, which a kernel multiplies.
         """
         low = 0 if first is None else max(0, self.rounding.bits - first)
-        means = self._means(low) if low else None
-        whole, (rows, width) = self.codes, self.shape
-        out = whole.new_empty(whole.shape, dtype=dtype)
+        means = self.means(low, whole) if low else None
+        every, (rows, width) = self.codes, self.shape
+        out = every.new_empty(every.shape, dtype=dtype)
         group = self._together
         for start in range(0, rows, some := max(1, PART // width)):
             part = slice(start, start + some)
-            codes = whole[part]
+            codes = every[part]
             values = (
                 codes.float() if means is None else means.index_select(0, self._begin(codes, low)).view(codes.shape)
             )
@@ -113,11 +114,12 @@ class Packed:
     def _mean_codes(self) -> dict[int, Tensor]:
         return {}
 
-    def _means(self, low: int) -> Tensor:
+    def means(self, low: int, whole: bool = False) -> Tensor:
         """Return fp32 what each value of first bits stands for (`decoded`), cached. low: as of `_begin`."""
         if low not in self._mean_codes:
             self._mean_codes[low] = self._mean_code(low)
-        return self._mean_codes[low]
+        found = self._mean_codes[low]
+        return found.round() if whole and self.rounding.bits - low < LINE else found
 
     def _mean_code(self, low: int) -> Tensor:
         if self.rounding.bits - low >= LINE:

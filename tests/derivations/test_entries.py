@@ -14,6 +14,8 @@ rounding of every weight what `--ffn-bits` would round it to is read: prompts ru
 Read is what is kept of the three matrices, all alike in size; 2:4 has 2 bits more for each weight that is kept.
 """
 
+import contextlib
+
 import pytest
 import torch
 
@@ -54,13 +56,15 @@ def ffns_of(model):
     return found
 
 
-def thinned(model, prompt, decoded, kept_of):
+def thinned(model, prompt, decoded, kept_of, of_prompt=contextlib.nullcontext()):
     """Log-probabilities of what follows, and the share of inputs kept by each token.
 
     kept_of: layer, matrix, its weight, its input [n] -> factors of 0 and 1 on its weights, [out, n] or [n].
+    of_prompt: context in which the prompt runs.
     """
     plain, parts, shares, found = Plain(model), ffns_of(model), [], []
-    rows = [plain.run(prompt)]
+    with of_prompt:
+        rows = [plain.run(prompt)]
 
     def product(i, k, value):
         weight, bias = parts[i][1][k]

@@ -161,7 +161,7 @@ def test_the_built_in_methods_are_these_compositions():
         "oracle-token": Pruner(choice=ByHidden()),
         "teal": Pruner(entries=Above()),
         "wina": Pruner(entries=ByNorms(weigh="gate")),
-        "graded-columns": Pruner(entries=GradedColumns(levels="0-2-3-4-5-6-8", group=128, rank="error")),
+        "graded-columns": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="error")),
         "grinqh": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="size")),
         "decdec": Pruner(entries=GradedColumns(levels="3-7", group=128, rank="size")),
         "graded-layers": Pruner(entries=GradedLayers(levels="near", group=128, by="norm", length=256)),

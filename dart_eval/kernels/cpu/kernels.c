@@ -53,6 +53,26 @@ typedef struct {  // coded weights; fields as in library.Coded
     int32_t *chosen;                       // [2][padded], filled: neurons taken exactly, and as they are seen
 } Coded;
 
+enum { ROOM = 160, MOST_GROUP = 128 };  // places of a group's columns: four lists, each filled up to fours
+typedef struct {  // a matrix, of whose columns a token reads some planes; fields as in library.Matrix
+    int32_t rows, width, group, groups, steps;  // to a multiple of 128; ...; planes that a token reads of a row
+    float slope[5], start[5];  // by planes: what 1 in a byte of their bits adds, and where it begins
+    uint8_t table[16];         // what the bits of one plane stand for
+    const uint8_t *planes;
+    const uint16_t *scales;    // fp16: [blocks][groups][256]
+    const float *gains;        // [4][width]
+    float *scratch, *unit, *offset;  // [4][width]; [groups]; [groups]
+    int32_t *list, *ends;      // [groups][ROOM]; [groups][4]
+    int8_t *high, *low;        // [groups][ROOM]
+    uint8_t *level;            // [width], filled: planes that a token reads of each column
+} Matrix;
+typedef struct {  // an FFN of such matrices
+    Matrix *matrices;          // gate, up, down
+    const float *x;
+    float *out, *scratch;      // [D]; [F]
+    int32_t act, width;
+} Columns;
+
 typedef struct { int8_t *high, *low; float *scale, *sum, norm; int broken; } Numbers;  // x as whole numbers, by chunks
 
 #include "threads.h"
@@ -108,6 +128,7 @@ EXPORT int cpu_level(void) {
 // level: as of cpu_level. threads: those that share the work
 EXPORT void rows_product(const Rows *job, int level, int threads) { run(level == 2 ? rows_512 : rows_256, job, threads); }
 EXPORT void rows_sum(const Sums *job, int level, int threads) { run(level == 2 ? sums_512 : sums_256, job, threads); }
+EXPORT void columns_ffn(const Columns *job, int level, int threads) { run(level == 2 ? columns_512 : columns_256, job, threads); }
 EXPORT void coded_ffn(const Coded *job, int level, int threads) { run(level == 2 ? coded_512 : coded_256, job, threads); }
 
 #else  // -- the kernels, once for each WIDE --------------------------------------------------------------------------
@@ -248,18 +269,23 @@ DEF(void, scores)(const Coded *L, int act, float norm, int from, int to, const f
 
 // The k largest scores, ties to the lower index: the bits of numbers >= 0 are ordered as they are, and what may not be
 // taken is negative. Those taken may not be taken of `beside`. Returns how many there are: k, where there are so many
-HAS static int FN(choose)(const float *scores, int n, int k, int32_t *chosen, float *beside) {
-    const int32_t *v = (const int32_t *)scores;
+HAS static int32_t FN(least)(const int32_t *v, int n, int k, int *ties) {
     int32_t low = 0, high = 0x7f800001;  // at least k are >= low, fewer are >= high
-    int count = 0, c = 0;
+    int c = -1;
     while (high - low > 1 && c != k) {
         int32_t middle = low + (high - low) / 2;
         c = 0;
         for (int i = 0; i < n; i++) c += v[i] >= middle;
         if (c >= k) low = middle; else high = middle;
     }
-    int ties = k;
-    for (int i = 0; i < n; i++) ties -= v[i] > low;
+    *ties = k;
+    for (int i = 0; i < n; i++) *ties -= v[i] > low;
+    return low;
+}
+HAS static int FN(choose)(const float *scores, int n, int k, int32_t *chosen, float *beside) {
+    const int32_t *v = (const int32_t *)scores;
+    int ties, count = 0;
+    int32_t low = FN(least)(v, n, k, &ties);
     for (int i = 0; i < n && k > 0; i++) {
         int tie = (v[i] == low) & (ties > 0), take = (v[i] > low) | tie;
         chosen[count] = i;
@@ -416,5 +442,6 @@ HAS static void FN(coded)(const void *of, int me, int all) {
     else if (rest == 1) FN(job)(of, me, all, 1);
     else FN(job)(of, me, all, 0);
 }
+#include "columns.h"
 #include "vectors.h"  // which takes its names back
 #endif

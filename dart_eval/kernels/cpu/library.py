@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_uint8, c_void_p
 from typing import Any
 
 import torch
@@ -50,6 +50,27 @@ class Coded(ctypes.Structure):
     )  # fmt: skip
 
 
+class Matrix(ctypes.Structure):
+    """A matrix, of whose columns a token reads some planes."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("rows", "width", "group", "groups", "steps")),
+        ("slope", c_float * 5), ("start", c_float * 5), ("table", c_uint8 * 16),
+        *((name, c_void_p) for name in (
+            "planes", "scales", "gains", "scratch", "unit", "offset", "list", "ends", "high", "low", "level",
+        )),
+    )  # fmt: skip
+
+
+class Columns(ctypes.Structure):
+    """An FFN of such matrices."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("matrices", "x", "out", "scratch")),
+        *((name, c_int32) for name in ("act", "width")),
+    )
+
+
 def call(name: str, job: ctypes.Structure, x: Tensor, scratch: int, each: int, level: int) -> Tensor:
     """Run one token through a kernel.
 
@@ -88,7 +109,7 @@ def functions() -> dict[str, Any]:
     """The kernels by name: each takes what it is handed, `build.level`, and the number of threads."""
     found = build.library()
     made = {}
-    for name, kind in (("rows_product", Rows), ("rows_sum", Sums), ("coded_ffn", Coded)):
+    for name, kind in (("rows_product", Rows), ("rows_sum", Sums), ("coded_ffn", Coded), ("columns_ffn", Columns)):
         function = getattr(found, name)
         function.argtypes, function.restype = [POINTER(kind), c_int, c_int], None
         made[name] = function

@@ -62,13 +62,14 @@ class Decoded:
         dtype: of the values.
         first: bits of each code that are read; None: all.
         shape: turns the matrix into the form in which a parameter holds it.
+        whole: as of `Packed.decoded`.
     """
 
     def __init__(
         self, packed: Packed, dtype: torch.dtype, first: int | None = None,
-        shape: Callable[[Tensor], Tensor] | None = None,
+        shape: Callable[[Tensor], Tensor] | None = None, whole: bool = False,
     ) -> None:  # fmt: skip
-        self.packed, self.dtype, self.first, self._shape = packed, dtype, first, shape
+        self.packed, self.dtype, self.first, self._shape, self.whole = packed, dtype, first, shape, whole
         self._values: Tensor | None = None
         _DECODED.setdefault(packed, weakref.WeakSet()).add(self)
 
@@ -76,7 +77,7 @@ class Decoded:
         """Return the values."""
         if self._values is not None:
             return self._values
-        values = self.packed.decoded(self.dtype, self.first)
+        values = self.packed.decoded(self.dtype, self.first, self.whole)
         if self._shape is not None:
             values = self._shape(values)
         if not self.packed.moved and _ROOM.reserve(self, values.nbytes):

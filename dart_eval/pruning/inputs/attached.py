@@ -27,13 +27,14 @@ def counts(ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> 
     return [*zip(of_x, keep_counts(densities, [f.size for f in ffns], sparsity), strict=True)]
 
 
-def share_read(part: Entries, ffns: Sequence[FFN], input_counts: Sequence[tuple[int, int]]) -> float:
-    """Return the share of the FFN weight bytes that a token reads, on average. input_counts: see `counts`."""
+def share_read(part: Entries, ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> float:
+    """Return the share of the FFN weight bytes that a token reads, on average. densities: see `attach`."""
     read = everything = 0.0
-    for ffn, (of_x, of_h) in zip(ffns, input_counts, strict=True):
-        densities = [of_x / ffn.width] * (ffn.matrices - 1) + [of_h / ffn.size]
+    for ffn, wanted, (of_x, of_h) in zip(ffns, densities, counts(ffns, densities, sparsity), strict=True):
+        by_bits, inputs = isinstance(part, Graded), ffn.matrices - 1
+        shares = [wanted] * (inputs + 1) if by_bits else [of_x / ffn.width] * inputs + [of_h / ffn.size]
         weights = [*ffn.input_weights(), ffn.output_weight()]
-        for bits, density, weight in zip(_bits(ffn), densities, weights, strict=True):
+        for bits, density, weight in zip(_bits(ffn), shares, weights, strict=True):
             read += ffn.size * bits.total * part.bytes_read(density, bits, weight)
             everything += ffn.size * bits.total
     return read / everything

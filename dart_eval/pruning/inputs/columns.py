@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dart_eval.pruning.inputs.entries import Coded, Graded
 from dart_eval.pruning.part import option
+from dart_eval.util.bits import OWN_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.layers.shape import ModelShape
+    from dart_eval.util.bits import Stored
     from dart_eval.weights.codes import Packed
 
 
@@ -31,12 +34,15 @@ class GradedColumns(Graded):
     GRINQH (arXiv 2606.23419, its abstract) reads 0 to 8 bits of nested codes by thresholds on |x_i|. DecDEC
     (2412.20185; SNU-ARC/DecDEC at 7a3323f) reads 3-bit weights, and 4-bit residuals of the columns with the largest
     |x_i|: its levels are 3-7, where its base is rounded by itself. Both rank by size: `rank=size` has one error for
-    all columns. TEAL's levels are 0 and all bits.
+    all columns. TEAL's levels are 0 and all bits. Prompts read all bits of the codes, so that these
+    can replace the weights. With the levels 0-2-4-6-8 a kernel for CPUs reads the chosen bits alone
+    (`kernels.cpu.columns`).
     """
 
     name = "columns"
     summary = "reads more bits of the columns whose inputs matter more, equally many for every token"
     granularity = "bits of input channels"
+    replaces = True
     levels: Literal[
         "0-2-3-4-5-6-8",
         "0-1-2-3-4-5-6-7-8",
@@ -49,7 +55,7 @@ class GradedColumns(Graded):
         "3-7",
         "4-8",
         "8",
-    ] = option("0-2-3-4-5-6-8", "bits in which a column may be read; the last number is a code's bits")
+    ] = option("0-2-4-6-8", "bits in which a column may be read; the last number is a code's bits")
     group: int = option(128, "number of weights that share a scale; 0: a whole row", least=0)
     rank: Literal["error", "size"] = option(
         "error", "rank columns by the error that more bits of them save, or by |x_i| alone"
@@ -59,17 +65,35 @@ class GradedColumns(Graded):
         return self.gains(self.errors(weight, packed))
 
     def limit(self, matrix: Coded, sizes: Tensor | None) -> int:
-        return int(matrix.width * matrix.room + 1e-9)
+        return self._row_bits(matrix.width, matrix.room)
 
     def level(self, x: Tensor, matrix: Coded, limit: float, position: Tensor | None) -> Tensor:
         assert matrix.fitted is not None
         return self.chosen(x, matrix.fitted.to(x.device), int(limit))
 
+    @property
+    def step(self) -> int | None:
+        """Bits between neighbouring levels; None if they differ."""
+        steps = {b - a for a, b in itertools.pairwise(self.bits)}
+        return steps.pop() if len(steps) == 1 else None
+
+    def _row_bits(self, width: int, room: float) -> int:
+        """Return the bits of codes that a token may read of a row. room: bits of a weight, without its scale."""
+        return min(int(width * room + 1e-9), self.bits[-1] * width)
+
+    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+        width = weight.shape[1]
+        scale = self.scale(width)
+        read = self._row_bits(width, OWN_BITS * densities - scale)
+        if self.step:  # of other levels a token may find no step that fits the last bits
+            read -= (read - self.bits[0] * width) % self.step
+        return (read / width + scale) / OWN_BITS
+
     def errors(self, weight: Tensor, packed: Packed) -> Tensor:
         """Return [levels, n] fp32, E_i(b). weight: [out, n]. packed: its codes."""
         import torch
 
-        read = (packed.decoded(torch.float32, bits) if bits else 0.0 for bits in self.bits)
+        read = (packed.decoded(torch.float32, bits, whole=self.replaces) if bits else 0.0 for bits in self.bits)
         found = torch.stack([(weight.float() - values).square().sum(0) for values in read])
         return found if self.rank == "error" else found.mean(1, keepdim=True).expand(found.shape)
 
@@ -97,7 +121,12 @@ class GradedColumns(Graded):
         """
         import torch
 
+        from dart_eval.kernels.top import top_k_mask
+
         saved = (x.float().square()[..., None, :] * gains).flatten(-2)
+        if (step := self.step) and len(gains):  # the largest ones, which need no sorting
+            keep = torch.tensor(min((bits - self.bits[0] * x.shape[-1]) // step, saved.shape[-1]))
+            return top_k_mask(saved, keep).unflatten(-1, gains.shape).sum(-2)
         order = saved.argsort(dim=-1, descending=True, stable=True)  # of equal steps the lower level's first
         cost = torch.tensor(self.bits, device=x.device).diff()[:, None].expand(gains.shape).flatten()
         fits = cost[order].cumsum(-1) <= bits - self.bits[0] * x.shape[-1]

@@ -127,12 +127,15 @@ class Coded:
 
 @dataclass(frozen=True, kw_only=True)
 class Graded(Entries):
-    """Base of the parts that read codes of 16-bit weights in several levels of bits.
+    """Base of the parts that read codes of 16-bit weights in several levels of bits. Attention is dense.
 
-    Prompts read the weights as they are, and attention is dense.
+    Attributes:
+        replaces: whether codes replace the weights: prompts read all their bits, and what first bits stand for is what
+            a kernel multiplies. If not, prompts read the weights as they are.
     """
 
     by_token = True
+    replaces: ClassVar[bool] = False
     levels: str
     group: int
 

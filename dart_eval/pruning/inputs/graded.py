@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dart_eval.kernels.cpu import blocks, columns
+from dart_eval.kernels.forward import Forward
+from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import plain_matrix
 from dart_eval.layers.quantised import bias_of
@@ -21,6 +24,7 @@ from dart_eval.util.bits import OWN_BITS
 from dart_eval.weights.rounding import parameter_of, rounded
 
 _CACHE: WeightCache[list[GradedMatrix]] = WeightCache()
+_KERNELS: WeightCache[columns.ColumnsFFN] = WeightCache()
 
 
 class GradedInputs:
@@ -58,6 +62,18 @@ class GradedInputs:
         every = [one for layer in self.layers for _, matrices in layer for one, _ in matrices]
         return sum(4 * self.part.calibrates if one.fitted is None else one.fitted.nbytes for one in every)
 
+    def kernel(self, ffn: FFN) -> columns.ColumnsFFN:
+        """Return the kernel of an FFN, cached for the next session."""
+        held = {id(module): matrices[0] for module, matrices in self.layers[ffn.layer]}
+        gate, up, down = (held[id(m)] for m in (ffn.gate, ffn.up, ffn.down))
+
+        def make() -> columns.ColumnsFFN:
+            made = [columns.ColumnsMatrix(m.packed, m.fitted, int(bits)) for m, bits in (gate, up, down)]
+            return columns.ColumnsFFN(made, blocks.act_of(ffn) or "")
+
+        own = [parameter_of(m) for m in ffn.projections]
+        return _KERNELS.get(ffn.up, own, (self.part, gate[1], down[1]), make)
+
     def watch(self, add: Callable[[RemovableHandle], None], forward: object) -> None:
         """Install the hooks that replace the products of decoded tokens.
 
@@ -83,9 +99,17 @@ class GradedMatrix(Coded):
         self.scale = part.scale(self.width)
         self.room = OWN_BITS * share - self.scale
         self.part = part.at(self.room)
-        packed = rounded(weight, self.part.rounding)
-        self.values = [Decoded(packed, weight.dtype, bits) if bits else None for bits in self.part.bits]
-        self.fitted = self.part.fitted(weight, packed)
+        self.packed = rounded(weight, self.part.rounding)
+        self.values = [
+            Decoded(self.packed, weight.dtype, bits, whole=part.replaces) if bits else None for bits in self.part.bits
+        ]
+        self.fitted = self.part.fitted(weight, self.packed)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return the product with all bits of the codes, [..., out]. x: [..., n]."""
+        values = self.values[-1]
+        assert values is not None
+        return nn.functional.linear(x, values(), self.bias)
 
     def __call__(self, x: Tensor, limit: float, position: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the product, [..., out], and the bits that a row takes, [...] fp64. For the rest: `Graded.level`."""
@@ -97,6 +121,42 @@ class GradedMatrix(Coded):
                 product = nn.functional.linear(x * (chosen == level), values())
                 out = out + product.to(torch.promote_types(product.dtype, torch.float32))
         return (out if self.bias is None else out + self.bias), bits + self.width * self.scale
+
+
+def columns_lacking(part: Graded, ffn: FFN) -> str | None:
+    """Return why no kernel reads columns of an FFN in these bits, or None."""
+    if part.bits != [*columns.LEVELS] or part.group not in (0, columns.GROUP):
+        return "the kernel reads columns in 0, 2, 4, 6 or 8 bits, with scales of 128 weights or of a row"
+    return blocks.lacking(ffn)
+
+
+class ColumnRows(MaskRows):
+    """One FFN of whose columns a single token reads the bits that it chooses."""
+
+    chooses = True
+
+    def __init__(self, ffn: FFN, beside: GradedInputs) -> None:
+        super().__init__(ffn)
+        self._slots = []
+        self.kernel = beside.kernel(ffn)
+        self._block, self._run = Forward(ffn.block), blocks.single(ffn, self.kernel)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self.kernel.matrices)
+
+    @property
+    def rows_read(self) -> tuple[float, ...]:
+        return tuple(one.bytes_read / (2 * self.ffn.width) for one in self.kernel.matrices)  # as rows of 16 bits
+
+    def select(self, mask: Tensor) -> int:
+        return 0
+
+    def begin(self) -> None:
+        self._block.replace(self._run)
+
+    def end(self) -> None:
+        self._block.put_back()
 
 
 def _matrices(part: Graded, module: nn.Module, parts: int, share: float) -> list[GradedMatrix]:
@@ -130,7 +190,8 @@ def _graded(ffn: FFN, matrices: Sequence[tuple[GradedMatrix, float]], forward: A
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         state = forward.state
         if forward.phase != "decode" or state is None:
-            return None
+            replaced = matrices[0][0].part.replaces
+            return torch.cat([matrix.whole(args[0]) for matrix, _ in matrices], -1) if replaced else None
         x, position = forward.in_batch(args[0]), state.positions(forward.valid)
         made = [(matrix, *matrix(x, limit, position)) for matrix, limit in matrices]
         bits = sum(matrix.rows * of_row.cpu() for matrix, _, of_row in made)

@@ -7,10 +7,11 @@ Outside of decoding forwards the projections have their own weights.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +19,15 @@ from torch import Tensor
 from dart_eval.kernels.mask_rows import MaskRows, multiplied, unlike_plain
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.inputs.attached import SwappedWeights
+from dart_eval.pruning.inputs.graded import ColumnRows, GradedInputs
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session import kernels
 from dart_eval.pruning.session.log import Step
 from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.method import Beside
 
 Wanted = Literal["auto", "masked", "copied"]
 Served = Literal["weights", "codes"]
@@ -50,7 +55,7 @@ class Execution:
             raise UserError(f"unknown execution {wanted!r}", nearest(wanted, EXECUTIONS))
         self.ffns, self.method, self.shared_mask = ffns, method, shared_mask
         self.copies: list[MaskRows] | None = None
-        self.swapped: SwappedWeights | None = None  # set by the session
+        self.swapped: SwappedWeights | None = None
         self.sliced: list[Tensor | None] | None = None
         self._runs = False  # whether projections accept the number of neurons in the mask
         self._gatherer: kernels.Gatherer | None = None  # makes what reads only a token's choice
@@ -76,6 +81,12 @@ class Execution:
         """Bytes of the copies."""
         return sum(rows.nbytes for rows in self.copies or ())
 
+    def attach(self, beside: Beside | None) -> None:
+        """Take the part that leaves out inputs, weights or experts, once it is on the model."""
+        self.swapped = None if beside is None else beside.swapped
+        if isinstance(beside, GradedInputs) and self._gatherer is not None:
+            self._gatherer = functools.partial(ColumnRows, beside=beside)
+
     def _possible(self, wanted: Wanted) -> Wanted:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
         if wanted == "masked" or not self.method.prunes:
@@ -98,10 +109,12 @@ class Execution:
                 resumed with another mask.
         """
         choice = self.method.choice
-        one = batch == 1 or (not choice.previews and (self.shared_mask or self.method.mask.fixed))
-        if self.wanted == "copied" and not one and choice.previews:
+        by_token = choice.previews or self.method.other is not None
+        one = batch == 1 or (not by_token and (self.shared_mask or self.method.mask.fixed))
+        if self.wanted == "copied" and not one and by_token:
             raise UserError(
-                f"copied execution runs {choice.title} for one sequence, and this batch has {batch}",
+                f"copied execution runs {(self.method.other or choice).title} for one sequence, "
+                f"and this batch has {batch}",
                 "use execution='masked', or one sequence",
             )
         if self.wanted == "copied" and not one:

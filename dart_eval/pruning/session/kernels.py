@@ -14,12 +14,14 @@ from dart_eval.pruning.choices import graded, previewed
 from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.preview import Previewing
 from dart_eval.pruning.choices.serving import Serving
+from dart_eval.pruning.inputs.columns import GradedColumns
+from dart_eval.pruning.inputs.graded import ColumnRows, columns_lacking
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.machine import release
 
-Gatherer = Callable[[FFN], MaskRows]
+Gatherer = Callable[..., MaskRows]
 
 
 def without_kernel(method: Pruner, gather: Gatherer | None) -> Part | None:
@@ -31,7 +33,7 @@ def without_kernel(method: Pruner, gather: Gatherer | None) -> Part | None:
     if method.compensation.fills:  # neurons that a token leaves out are still multiplied
         return method.compensation
     if method.other is not None:
-        return method.other
+        return method.other if gather is None else None
     return method.choice if method.choice.previews and gather is None else None
 
 
@@ -41,6 +43,8 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Gatherer | None:
     With a preview, every token must choose the same number among all neurons.
     """
     choice = method.choice
+    if isinstance(method.other, GradedColumns):
+        return None if unlike_plain(ffns) or uncolumned(method.other, ffns) else ColumnRows
     if isinstance(choice, DartPlus):
         possible = not unlike_plain(ffns) and not ungraded(method, ffns)
         return functools.partial(graded.rows_of, choice=choice) if possible else None
@@ -66,6 +70,11 @@ def ungraded(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     return next(filter(None, (graded.lacking(method.choice, f) for f in ffns)), None)
 
 
+def uncolumned(part: GradedColumns, ffns: Sequence[FFN]) -> str | None:
+    """Return why the kernel of graded columns does not run a part, or None."""
+    return next(filter(None, (columns_lacking(part, f) for f in ffns)), None)
+
+
 def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     """Return why one sequence decodes no faster under a pruning method; None if it can be faster."""
     if reason := unlike_plain(ffns):
@@ -73,6 +82,8 @@ def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     gather = gatherer(method, ffns)
     if part := without_kernel(method, gather):
         if isinstance(part, DartPlus) and (why := ungraded(method, ffns)):
+            return why
+        if isinstance(part, GradedColumns) and (why := uncolumned(part, ffns)):
             return why
         how = f" with {part.image.title}" if isinstance(part, Previewing) else ""
         return f"{part.title}{how} has no kernel"

@@ -68,7 +68,7 @@ class Session(SessionStats):
         except BaseException:
             self._unserve()
             raise
-        self.executing.swapped = self.prepared.beside.swapped if self.prepared.beside else None
+        self.executing.attach(self.prepared.beside)
         self.log, self.forward = Log(), Forward()
         self._step: Step | None = None  # weights of decoding forwards, until something changes them
         self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0  # tokens need h, sliced or not

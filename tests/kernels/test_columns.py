@@ -1,0 +1,163 @@
+"""The kernel of graded columns beside its twin in torch, and in a session."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dart_eval.kernels.cpu import build
+from dart_eval.kernels.cpu.columns import ColumnsFFN, ColumnsMatrix
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.inputs.columns import GradedColumns
+from dart_eval.pruning.prune import prune
+from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.session.kernels import lacking
+from dart_eval.util.bits import Rounding
+from tests.helpers.models import random_tokens, tiny
+from tests.helpers.twins import ACTS, SHAPES, apart, coded, matrices, token
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
+PART = GradedColumns(levels="0-2-4-6-8")
+PROMPT = torch.tensor([random_tokens(20, seed=4)])
+
+
+@pytest.fixture(scope="module", params=["avx2", "avx512"])
+def level(request):
+    try:
+        build.level(request.param)
+    except build.Missing as reason:
+        pytest.skip(str(reason))
+    return request.param
+
+
+def product(packed, at, x):
+    """What columns of these levels give, and the size of the sums, in double precision."""
+    weight = sum(packed.decoded(torch.float64, b, whole=True) * (at == i) for i, b in enumerate(PART.bits) if b)
+    return linear(x.double(), weight), (weight.norm(dim=1) * (x.double() * (at > 0)).norm())
+
+
+def check_choice(matrix, x, gains):
+    """As many planes as there are to read, and none that saves less than one that is not read."""
+    at, saved = matrix.level.long(), x.float().square() * gains
+    taken = torch.arange(4)[:, None] < at
+    assert int(at.sum()) == min(matrix.job.steps, saved.numel())
+    if taken.any() and not taken.all():
+        assert saved[taken].min() >= saved[~taken].max() * (1 - 1e-6)
+    return at
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    **SHAPES, share=st.floats(0.02, 0.52), group=st.sampled_from([128, 0]), threads=st.integers(1, 3),
+)  # fmt: skip
+def test_columns_are_chosen_and_multiplied_as_by_their_twin(
+    level, width, neurons, seed, kind, act, share, group, threads
+):
+    packed, x = coded(*matrices(width, neurons, seed, kind), Rounding(8, group)), token(width, seed, kind)
+    own = matrices(width, neurons, seed, kind)
+    gains = [PART.gains(PART.errors(w, p)) for w, p in zip(own, packed, strict=True)]
+    made = [ColumnsMatrix(p, g, int(16 * share * p.shape[1])) for p, g in zip(packed, gains, strict=True)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = ColumnsFFN(made, act, level)(x)
+    finally:
+        torch.set_num_threads(before)
+    (gate, by_gate), (up, by_up) = (
+        product(p, check_choice(m, x[0], g), x[0]) for p, m, g in zip(packed[:2], made[:2], gains[:2], strict=True)
+    )
+    h = ACTS[act](gate) * up
+    out, beside = product(packed[2], made[2].level.long(), h)
+    assert int(made[2].level.sum()) == min(made[2].job.steps, 4 * neurons)
+    assert apart(found[0], out, beside.norm() + (by_gate * by_up).norm() * packed[2].values.double().norm()) < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 64, 127, 129, 256, 385, 640])
+def test_every_bit_of_every_code_counts(level, rows):
+    """Single inputs, with all codes there are, each level alone."""
+    width = 140
+    codes = (torch.arange(rows * width) * 7 % 256 - 128).to(torch.int8).view(rows, width)
+    for planes in range(1, 5):
+        packed = coded(*matrices(width, rows), Rounding(8, 128))
+        packed[0].codes.copy_(codes)
+        gains = [torch.tensor([1.0] * n + [0.0] * (4 - n))[:, None].expand(4, p.shape[1]) for n, p in
+                 zip((planes, 4, 4), packed, strict=True)]  # fmt: skip
+        bits = 2 * planes, 8 * width, 8 * rows
+        made = [ColumnsMatrix(p, g, b) for p, g, b in zip(packed, gains, bits, strict=True)]
+        for place in (0, 1, 31, 63, 64, 127, 128, width - 1):
+            x = torch.zeros(1, width)
+            x[0, place] = 1.0
+            found = ColumnsFFN(made, "relu", level)(x)
+            gate = packed[0].decoded(torch.float32, 2 * planes, whole=True)[:, place]
+            h = gate.double().relu() * packed[1].values.double()[:, place]
+            assert made[0].level[place] == planes and made[0].level.sum() == planes
+            assert apart(found[0], packed[2].values.double() @ h, 1e-3) < 1e-3
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_gives_none(level, bad):
+    packed = coded(*matrices(150, 90), Rounding(8, 128))
+    made = [ColumnsMatrix(p, torch.ones(4, p.shape[1]), 4 * p.shape[1]) for p in packed]
+    x = token(150)
+    x[0, 77] = bad
+    assert not ColumnsFFN(made, "silu", level)(x).isfinite().any()
+
+
+# -- in a session ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5,
+        head_dim=26, vocab_size=tiny("llama").config.vocab_size,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).bfloat16().eval()
+
+
+def written(model, sparsity, execution="auto", batch=1):
+    with prune(model, "graded-columns", sparsity, execution=execution) as run:
+        made = model.generate(
+            PROMPT.repeat(batch, 1), max_new_tokens=10, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, min_length=30,
+        )  # fmt: skip
+        return torch.cat(made.logits).float(), made.sequences, run.weights_read, run.execution
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
+def test_the_kernel_writes_what_masks_write(model, sparsity):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    logits, tokens, read, ran = written(model, sparsity)
+    wanted, expected, of_masks, _ = written(model, sparsity, "masked")
+    assert ran == "copied" and read == pytest.approx(of_masks, abs=1e-12)
+    assert torch.equal(tokens, expected) and (logits - wanted).norm() < 4e-2 * wanted.norm()  # near-ties
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert all("forward" not in f.block.__dict__ for f in find_ffns(model))
+
+
+def test_a_batch_runs_by_masks(model):
+    one, two = written(model, 0.7, "masked"), written(model, 0.7, batch=2)
+    assert two[3] == "masked" and torch.equal(one[1][0], two[1][1])
+
+
+def test_what_a_token_reads_is_the_label(model):
+    with prune(model, "graded-columns", 0.7) as run:
+        model.generate(PROMPT, max_new_tokens=3, do_sample=False)
+        read = sum(sum(rows.rows_read) * 2 * rows.ffn.width for rows in run.copies)
+        gains = sum(one.gains.nbytes for rows in run.copies for one in rows.kernel.matrices)
+    everything = sum(2 * p.weight.numel() for f in run.ffns for p in f.projections)
+    # Rows are filled up to whole groups of 128 in memory: of 301 and 130 to 384 and 256.
+    assert (read - gains) / everything == pytest.approx(0.3 * (2 * 384 / 301 + 256 / 130) / 3, rel=0.05)
+
+
+@pytest.mark.parametrize(("spec", "reason"), [
+    ("graded-columns:entries.levels=0-2-3-4-5-6-8", "in 0, 2, 4, 6 or 8 bits"), ("decdec", "in 0, 2, 4, 6 or 8 bits"),
+    ("graded-columns:entries.group=32", "scales of 128 weights"), ("graded-columns", None), ("grinqh", None),
+    ("graded-columns:entries.group=0", None),
+])  # fmt: skip
+def test_what_settings_have_a_kernel(model, spec, reason):
+    found = lacking(make(*parse(spec)), find_ffns(model))
+    assert found is None if reason is None else reason in found
