@@ -141,6 +141,8 @@ def _faster(method: Pruner) -> str:
         return f"nowhere yet: {reason}"
     if method.name in ON_SOME:
         return f"one sequence on a CPU, on some models ({TIMES})"
+    if method.other is not None:
+        return f"one sequence on a CPU ({TIMES})"
     which = "any batch size" if method.mask.fixed and not method.choice.chooses else "one sequence"
     return f"{which} on a CPU ({TIMES}); the GPU kernel is not timed yet"
 

@@ -34,9 +34,8 @@ class GradedColumns(Graded):
     GRINQH (arXiv 2606.23419, its abstract) reads 0 to 8 bits of nested codes by thresholds on |x_i|. DecDEC
     (2412.20185; SNU-ARC/DecDEC at 7a3323f) reads 3-bit weights, and 4-bit residuals of the columns with the largest
     |x_i|: its levels are 3-7, where its base is rounded by itself. Both rank by size: `rank=size` has one error for
-    all columns. TEAL's levels are 0 and all bits. Prompts read all bits of the codes, so that these
-    can replace the weights. With the levels 0-2-4-6-8 a kernel for CPUs reads the chosen bits alone
-    (`kernels.cpu.columns`).
+    all columns. TEAL's levels are 0 and all bits. Prompts read all bits of the codes, so that codes can replace the
+    weights. With the levels 0-2-4-6-8 a kernel for CPUs reads the chosen bits alone (`kernels.cpu.columns`).
     """
 
     name = "columns"
