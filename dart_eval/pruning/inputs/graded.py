@@ -68,7 +68,8 @@ class GradedInputs:
         gate, up, down = (held[id(m)] for m in (ffn.gate, ffn.up, ffn.down))
 
         def make() -> columns.ColumnsFFN:
-            made = [columns.ColumnsMatrix(m.packed, m.fitted, int(bits)) for m, bits in (gate, up, down)]
+            every = [(m.packed, m.fitted, int(bits)) for m, bits in (gate, up, down)]
+            made = [columns.ColumnsMatrix(packed, gains, bits) for packed, gains, bits in every if gains is not None]
             return columns.ColumnsFFN(made, blocks.act_of(ffn) or "")
 
         own = [parameter_of(m) for m in ffn.projections]
