@@ -206,6 +206,7 @@ WITHOUT_NUMBERS = {
     "kernels/chosen.py": "is not run",
     "kernels/cpu/blocks.py": "is not run",
     "kernels/cpu/build.py": "is not run",
+    "kernels/cpu/columns.py": "is not run",
     "kernels/cpu/ffns.py": "is not run",
     "kernels/cpu/library.py": "is not run",
     "kernels/cpu/packing.py": "is not run",
