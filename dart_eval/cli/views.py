@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dart_eval.cli.options import ALL, BOARD, FRONTIER, TIME
+from dart_eval.cli.options import ALL, BATCH, BOARD, FRONTIER, TIME
 from dart_eval.cli.view import say, show
 from dart_eval.results import board_text, detector, frame, frontier, generated, speeds, tables, writers
 from dart_eval.results.blocks import Board
 from dart_eval.results.board import boards
 from dart_eval.results.record import Record
+from dart_eval.results.report import unions
 from dart_eval.results.report.reader import Reader
 from dart_eval.results.writers import Table
 from dart_eval.util.errors import UserError, nearest
@@ -66,6 +67,8 @@ class Shown:
             found += frontier.tables(self.boards)
         if view in (TIME, ALL):
             found += frontier.by_time(self.boards)
+        if view in (BATCH, ALL):
+            found += unions.tables(self.records)
         return found
 
 
@@ -97,7 +100,7 @@ def as_data(shown: Shown, form: str) -> str:
 
 
 def draw(shown: Shown, path: Path) -> None:
-    """Draw quality against bytes read, or against the time of a step, into a file.
+    """Draw quality against bytes read or the time of a step, or bytes read against sequences, into a file.
 
     Raises:
         UserError: the folder has several models, or nothing that could be drawn.
@@ -106,12 +109,14 @@ def draw(shown: Shown, path: Path) -> None:
     if len(made) > 1:
         problem = f"{shown.store.folder} has the results of several models"
         raise UserError(problem, "give each model an --output of its own to draw it")
+    from dart_eval.results.report import charts  # matplotlib is loaded only where it draws
+
     cost = frontier.step_time if shown.view == TIME else frontier.bytes_read
-    if not any(frontier.curves(block, cost) for block in made[0].blocks):
+    if shown.view != BATCH and not any(frontier.curves(block, cost) for block in made[0].blocks):
         remedy = "run dense and a pruned method on the same tasks"
         remedy += f", then `bench decode --output {shown.store.folder}`" if shown.view == TIME else ""
         raise UserError(f"{shown.store.folder} has nothing to draw", remedy)
-    from dart_eval.results.report import charts  # matplotlib is loaded only where it draws
-
-    write(path, charts.picture(made[0], path.suffix[1:], cost))
+    form, model = path.suffix[1:], made[0].model
+    batch = unions.charts(shown.records, {}) if shown.view == BATCH else []
+    write(path, charts.drawn(batch[0], model, form) if batch else charts.picture(made[0], form, cost))
     say(f"wrote {path}")

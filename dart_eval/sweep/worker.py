@@ -78,6 +78,7 @@ class Worker:
             self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, on_progress=advanced,
             share_prefix=config.share_prefix, enable_thinking=config.enable_thinking,
             think_end_token=config.think_end_token, add_bos_token=config.add_bos_token, distances=config.kl,
+            read_at_batch=config.read_at_batch,
         )  # fmt: skip
 
     def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[TaskResult, Record]:
@@ -218,6 +219,7 @@ class Worker:
             environment={**environment(), **hardware({p.device for p in self.model.parameters()})},
             measured=measured,
             cut=sum(p["cut"] for p in outcome.prompts.values()),
+            read_at_batch=None if outcome.unions is None else outcome.unions.result(share),
             samples=[{**s, "effective_sparsity": unread(s["effective_sparsity"], share)} for s in outcome.samples],
         )
 

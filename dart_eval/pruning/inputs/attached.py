@@ -14,7 +14,7 @@ from dart_eval.layers.projection import is_conv1d, plain_matrix, weight_matrix
 from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.inputs import Distribution, all_squares
-from dart_eval.pruning.inputs.entries import Entries, Graded, Inputs
+from dart_eval.pruning.inputs.entries import Entries, Graded, Inputs, Share
 from dart_eval.pruning.inputs.graded import GradedInputs
 from dart_eval.pruning.masks.counts import keep_counts
 from dart_eval.util.bits import Stored
@@ -126,9 +126,14 @@ class AttachedInputs:
         columns = self.part.columns_read(x, self.inputs[ffn.layer][matrix])
         share = columns.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
         bits = self.bits[ffn.layer][matrix]
-        read = self.part.share(share, bits) * bits.total / self.mean * ffn.size / ffn.matrices
-        state.layers[ffn.layer].add_read(read)
+        layer = state.layers[ffn.layer]
+        layer.add_read(self._cost(ffn, bits, share))
+        layer.fitted.note(columns, [self._cost(ffn, bits, share) / x.shape[-1] for share in (0.0, 1.0)], matrix)
         return x * columns
+
+    def _cost(self, ffn: FFN, bits: Stored, share: Share) -> Share:
+        """Return the bytes of a share of a matrix's columns, counted in neurons. bits: of a served weight."""
+        return self.part.share(share, bits) * bits.total / self.mean * ffn.size / ffn.matrices
 
     def _thin(self, ffn: FFN, matrix: int, forward: Any) -> Callable[..., object]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -113,15 +113,19 @@ class GradedMatrix(Coded):
         return nn.functional.linear(x, values(), self.bias)
 
     def __call__(self, x: Tensor, limit: float, position: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the product, [..., out], and the bits that a row takes, [...] fp64. For the rest: `Graded.level`."""
+        """Return the product, [..., out], and the level of each column, [..., n] long. For the rest: `Graded.level`."""
         chosen = self.part.level(x, self, limit, position)
-        bits = torch.tensor(self.part.bits, device=x.device)[chosen].sum(-1, dtype=torch.float64)
         out: Any = 0.0
         for level, values in enumerate(self.values):
             if values is not None:
                 product = nn.functional.linear(x * (chosen == level), values())
                 out = out + product.to(torch.promote_types(product.dtype, torch.float32))
-        return (out if self.bias is None else out + self.bias), bits + self.width * self.scale
+        return (out if self.bias is None else out + self.bias), chosen
+
+    def row_bits(self, chosen: Tensor) -> Tensor:
+        """Return the bits that a row takes, [...] fp64. chosen: [..., n], the level of each column."""
+        bits = torch.tensor(self.part.bits, device=chosen.device)[chosen].sum(-1, dtype=torch.float64)
+        return bits + self.width * self.scale
 
 
 def columns_lacking(part: Graded, ffn: FFN) -> str | None:
@@ -195,8 +199,11 @@ def _graded(ffn: FFN, matrices: Sequence[tuple[GradedMatrix, float]], forward: A
             return torch.cat([matrix.whole(args[0]) for matrix, _ in matrices], -1) if replaced else None
         x, position = forward.in_batch(args[0]), state.positions(forward.valid)
         made = [(matrix, *matrix(x, limit, position)) for matrix, limit in matrices]
-        bits = sum(matrix.rows * of_row.cpu() for matrix, _, of_row in made)
-        state.layers[ffn.layer].add_read(bits / (OWN_BITS * ffn.matrices * ffn.width))
+        layer, neuron = state.layers[ffn.layer], OWN_BITS * ffn.matrices * ffn.width
+        layer.add_read(sum(matrix.rows * matrix.row_bits(chosen).cpu() for matrix, _, chosen in made) / neuron)
+        for matrix, _, chosen in made:
+            costs = [matrix.rows * (bits + matrix.scale) / neuron for bits in matrix.part.bits]
+            layer.fitted.note(chosen, costs, matrix)
         return torch.cat([product for _, product, _ in made], -1).to(output.dtype).view(output.shape)
 
     return torch.compiler.disable(hook)

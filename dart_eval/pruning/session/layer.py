@@ -12,71 +12,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dart_eval.layers.expert_pool import present, under, write_all
-from dart_eval.layers.ffn import FFN, device_of
-from dart_eval.pruning.choices.choice import ChoiceLayer, Token, of_rows
+from dart_eval.layers.expert_pool import present, under
+from dart_eval.layers.ffn import device_of
+from dart_eval.pruning.choices.choice import WHOLE, ChoiceLayer, Token, of_rows
 from dart_eval.pruning.masks.scores import FIRST_TOKEN, alone
-from dart_eval.pruning.method import CostTerms, Pruner
 from dart_eval.pruning.part import Part
-from dart_eval.pruning.session.sequence import PerSequence, nbytes
+from dart_eval.pruning.session.fitted import Fitted
+from dart_eval.pruning.session.sequence import PerSequence
 
 CHUNK_BYTES = 64 << 20  # of fp32 activations observed at a time
-
-
-@dataclass
-class Fitted:
-    """A method on one FFN before any prompt: the state that all sequences share.
-
-    Attributes:
-        cost_terms: read cost of a neuron, see `Pruner.cost_terms`.
-        factor: [F] fp32 (or several such rows), the score's factor that no token changes; None.
-        mask: [1, pool] bool, the mask of all sequences, unless it holds every neuron; else None.
-        mean: [pool] fp32, each neuron's mean on the calibration text, if it replaces the neuron; else None.
-        constant: [1, D] fp32, the compensation of the neurons outside a fixed mask; None.
-        chooser: the choice at work; None if tokens compute the whole mask.
-    """
-
-    method: Pruner
-    ffn: FFN
-    cost_terms: CostTerms
-    factor: Tensor | None = None
-    mask: Tensor | None = None
-    mean: Tensor | None = None
-    constant: Tensor | None = None
-    chooser: ChoiceLayer | None = None
-
-    @property
-    def masked(self) -> Tensor:
-        """[1, pool] bool, the mask of sequences without one of their own."""
-        if self.mask is not None:
-            return self.mask
-        return torch.ones(1, self.ffn.pool, dtype=torch.bool, device=device_of(self.ffn))
-
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return nbytes([self.factor, self.mask, self.mean, self.constant])
-
-    def neurons_read(self, taken: Tensor) -> Tensor:
-        """Return the bytes that tokens read if they take and write this many neurons, counted in neurons."""
-        always, in_mask, take, write = self.cost_terms
-        return ((always + in_mask) * self.ffn.size + (take + write) * taken) / self.ffn.matrices
-
-    def stand_in(self, mean: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the output per token of the neurons outside masks, each at its mean: [b, D] fp32.
-
-        Args:
-            mean: [b or 1, pool] fp32.
-            mask: [b or 1, pool] bool.
-            dtype: of the model's activations.
-        """
-        left_out = torch.where(mask, 0.0, mean.to(mask.device)).to(dtype)
-        routed = self.ffn.routed
-        return write_all(routed, left_out).float() if routed else self.ffn.write(left_out)
 
 
 class Layer(PerSequence):
@@ -249,7 +197,9 @@ class Layer(PerSequence):
         else:
             mask = self.ffn.of_token(self.mask.to(h.device), len(h))
         if self.fitted.chooser is not None:
-            mask = self._chosen(self.fitted.chooser, h, gate, up, x, rows, mask)
+            mask = self._chosen(self.fitted.chooser, h, gate, up, x, rows, mask, dense)
+        else:
+            self.fitted.note_neurons(lambda: WHOLE * mask.expand(h.shape).to(torch.uint8), dense)
         if dense is not None:
             mask = mask | dense.to(h.device)[:, None, None]
         mean = self._means() if self.method.compensation.fills else None
@@ -259,7 +209,7 @@ class Layer(PerSequence):
 
     def _chosen(
         self, chooser: ChoiceLayer, h: Tensor, gate: Tensor | None, up: Tensor | None, x: Tensor | None,
-        rows: Tensor | None, allowed: Tensor,
+        rows: Tensor | None, allowed: Tensor, dense: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Return the neurons of the mask that each token computes: [B, T, F] bool."""
         score = self.method.mask.score
@@ -273,6 +223,7 @@ class Layer(PerSequence):
             factor = None if factor is None else of_rows(factor.to(h.device), rows)
             token.alone = functools.partial(alone, score, h * allowed, factor)
         chosen = chooser.choose(token)
+        self.fitted.note_neurons(lambda: self.method.choice.levels(token, chosen), dense)
         if not self.method.choice.exact:
             self.neurons_read = self.fitted.neurons_read(chosen.sum(-1, dtype=torch.float64).cpu())
         return chosen

@@ -16,7 +16,7 @@ from dart_eval.pruning.calibration.calibration import Calibration, means
 from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.counts import Counts, mean_cost
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.session.layer import Fitted
+from dart_eval.pruning.session.fitted import Fitted
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
 from dart_eval.weights import rounding

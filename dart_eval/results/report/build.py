@@ -11,7 +11,8 @@ from dart_eval.results.blocks import CONTROL, GUESSING, Block, Board
 from dart_eval.results.board import boards
 from dart_eval.results.format import percent
 from dart_eval.results.progress import progress
-from dart_eval.results.report import charts, head, page, quality
+from dart_eval.results.record import Record
+from dart_eval.results.report import charts, head, page, quality, unions
 from dart_eval.results.report.cells import ReportCell, cells_of, looks
 from dart_eval.results.report.drift import drift_of
 from dart_eval.results.report.explorer import Texts, documents
@@ -64,12 +65,14 @@ def build(store: Store, title: str | None = None, wanted: int = 50, follow: bool
         "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}", "run": run,
         "follow": follow and run is not None and run.running, "levels": sorted(levels.items(), key=lambda v: -v[1]),
         "facts": head.facts(cells), "warnings": head.warnings(cells, list(found.unread), untold, failed),
-        "models": [_model(board, known, chance) for board in made],
+        "models": [_model(board, known, chance, records) for board in made],
         "methods": [(label, charts.COLOURS[i % len(charts.COLOURS)], charts.sign(i)) for label, i in known.items()],
         "chance": bool(chance), "drift": drift_of(cells, samples_of, known),
         "detectors": detector.tables(reader, records), "tasks": shown, "kept": reader.most,
         "left_out": len(set[Any]().union(*(seen.left_out for seen in samples_of.values()))),
-        "numbers": [*tables.tables(records), *generated.table(records, texts_of), *_commands(cells)],
+        "numbers": [
+            *tables.tables(records), *unions.tables(records), *generated.table(records, texts_of), *_commands(cells),
+        ],
         "cells": len(found.records), "explained": board_text.EXPLAINED,
     }  # fmt: skip
     return Report(page.render(context), len(found.records), samples)
@@ -99,12 +102,16 @@ def _read(
     return samples_of, texts, untold
 
 
-def _model(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) -> dict[str, Any]:
-    """Return the page's data of one model."""
+def _model(
+    board: Board, looks: Mapping[str, int], chance: Mapping[str, float], records: Sequence[Record]
+) -> dict[str, Any]:
+    """Return the page's data of one model. records: of all."""
+    keys = {key for row in board.rows for key in row.keys}
+    made = quality.charts(board, looks, chance) + unions.charts([r for r in records if r.key in keys], looks)
     return {
         "name": board.model, "blocks": [_block(board, block) for block in board.blocks],
         "answer": head.answer(board.blocks[0]) if board.blocks else None, "notes": board_text.notes(board),
-        "charts": quality.charts(board, looks, chance), "reach": frontier.tables([board]) + frontier.by_time([board]),
+        "charts": made, "reach": frontier.tables([board]) + frontier.by_time([board]),
         "speeds": quality.speeds(board),
     }  # fmt: skip
 

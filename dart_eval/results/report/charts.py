@@ -137,7 +137,7 @@ class Chart:
             "upright": [(kind, x(v)) for kind, v in self.upright],
             "lines": [
                 {
-                    "label": line.label, "name": line.name, "at": names.get(line.label),
+                    "label": line.label, "name": line.name, "at": names.get((line.label, line.name)),
                     "colour": COLOURS[line.number % len(COLOURS)], "sign": sign(line.number),
                     "points": [placed(p) for p in line.points if math.isfinite(p.value)],
                 }
@@ -151,15 +151,15 @@ def sign(number: int) -> str:
     return [*SIGNS.values()][number % len(SIGNS)]
 
 
-def _apart_names(ends: Sequence[tuple[float, Line]], bottom: float) -> dict[str, float]:
+def _apart_names(ends: Sequence[tuple[float, Line]], bottom: float) -> dict[tuple[str, str], float]:
     """Return the heights of the names of lines, as near to the lines' ends as they fit without overlap."""
-    found = sorted(((height, line.label) for height, line in ends))
+    found = sorted((height, (line.label, line.name)) for height, line in ends)
     down = list(itertools.accumulate((h for h, _ in found), lambda above, own: max(own, above + LINE)))
     up = list(itertools.accumulate((h for h, _ in reversed(found)), lambda below, own: min(own, below - LINE)))[::-1]
     first, last = TOP, bottom - LINE * (len(found) - 1)  # of the first name
     return {
-        label: round(min(max((a + b) / 2, first + LINE * i), last + LINE * i), 1)
-        for i, (a, b, (_, label)) in enumerate(zip(down, up, found, strict=True))
+        which: round(min(max((a + b) / 2, first + LINE * i), last + LINE * i), 1)
+        for i, (a, b, (_, which)) in enumerate(zip(down, up, found, strict=True))
     }
 
 
