@@ -165,9 +165,12 @@ def test_one_sequence_reads_what_the_record_says_and_more_read_no_less(method, p
     reads = {kind: [of[str(n)][0] for n in (1, 2, 4)] for kind, of in found.items()}
     for kind, values in reads.items():
         assert values[0] == pytest.approx(read, rel=1e-9), kind
-        assert values == sorted(values)
+        assert min(np.diff(values)) > -1e-9
         assert values[-1] <= max(1.0, read) + 1e-9
-    flat = method in (None, "flap", "rounding", "wanda", "magnitude", "wanda-sp") and "choice" not in params
+    flat = (
+        method in (None, "flap", "rounding", "wanda", "magnitude", "wanda-sp", "bits-by-position")
+        and "choice" not in params
+    )
     assert (reads["sequences"][0] == pytest.approx(reads["sequences"][-1])) == flat
 
 
