@@ -70,6 +70,8 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "rounding": ("W rounded, for decoded tokens", "", ()),
     "fewer-experts": ("the k experts e with the largest router weight g_e", "routings", ("with_count",)),
     "drop-experts": ("s_e = mean_t g_e(x_t) ||f_e(x_t)||, t in a calibration text", "routings", ("saliency_by_hand",)),
+    "graded-experts": ("expert e in its first b_e bits, with least sum_e g_e^2 E(b_e), E = 1 - (1 - ||W - W(b)||^2 / "
+                       "||W||^2)^3", "graded_experts", ("by_hand", "lost")),
     "oracle": ("griffin's s_j, t in the scored tokens", "griffin", ("griffin",)),
 }  # fmt: skip
 
@@ -118,7 +120,7 @@ def _lowest_read(method: Pruner) -> str:
     if not method.sized:
         return "set by its fields, not by a sparsity"
     if method.leaves_out == "experts":
-        return "one expert a layer"
+        return "any" if method.granularity else "one expert a layer"
     shape = shape_of(model := shapes.without_weights(SHAPE), describe(model))
     least = 0.01
     while least < 1:

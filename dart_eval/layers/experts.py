@@ -23,6 +23,7 @@ from dart_eval.util.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+Multiply = Callable[[Tensor, str, int, Tensor, Tensor], Tensor]  # see `Routed.product`
 NAME = "dart_eval"  # of the function, in `config._experts_implementation`
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
 
@@ -38,6 +39,7 @@ class Routed:
         width: D.
         silent: leave out biases of down.
         settle: replaces the experts that the router chose, or None.
+        multiply: replaces `times`, or None.
         index: [N, count], experts of N tokens; -1: none.
         weights: [N, count], the router's weight of each.
         inward: [N, count], factor on x for each expert (Llama 4, in place of the weights), or None.
@@ -57,6 +59,7 @@ class Routed:
         self.projected: Tensor | None = None
         self.silent = False
         self.settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self.multiply: Multiply | None = None
 
     @property
     def experts(self) -> Any:
@@ -181,6 +184,10 @@ class Routed:
                 tokens, places = (index == expert).nonzero(as_tuple=True)
                 yield expert, tokens, places
 
+    def product(self, x: Tensor, name: str, expert: int, tokens: Tensor, places: Tensor) -> Tensor:
+        """Return the product of some tokens with one of an expert's matrices, which is at `places` among theirs."""
+        return self.times(x, name, expert) if self.multiply is None else self.multiply(x, name, expert, tokens, places)
+
     def times(self, x: Tensor, name: str, expert: int) -> Tensor:
         """Return the product with one of an expert's matrices."""
         weight = getattr(self.experts, name)[expert]
@@ -194,7 +201,7 @@ class Routed:
         """
         index, weights = self.index[-len(h) :], self.weights[-len(h) :]
         for expert, tokens, places in self.each(index):
-            written = self.times(h[tokens, places], "down_proj", expert)
+            written = self.product(h[tokens, places], "down_proj", expert, tokens, places)
             bias = self.bias("down_proj", expert)
             if bias is not None and not self.silent:
                 written = written + bias * weights[tokens, places, None].to(bias.dtype)
@@ -244,7 +251,7 @@ class _Up(_Step):
         name = "gate_up_proj" if routed.experts.has_gate else "up_proj"
         projected = x.new_zeros(len(x), routed.count, routed.inner * (2 if routed.experts.has_gate else 1))
         for expert, tokens, places in routed.each(routed.index[-len(x) :]):
-            out = routed.times(x[tokens], name, expert)
+            out = routed.product(x[tokens], name, expert, tokens, places)
             bias = routed.bias(name, expert)
             projected[tokens, places] = out if bias is None else out + bias
         if routed.inward is not None:

@@ -6,7 +6,7 @@
 | `StaticMask` | one mask for all (score) x an allocation that needs no prompt x compensation x choice |
 | `TokenChoice` | a choice among all neurons x an allocation that needs no scores x compensation |
 | `InputSparsity` | inputs or single weights that are skipped x an allocation that needs no prompt |
-| `ExpertChoice` | routed experts that are skipped |
+| `ExpertChoice` | routed experts, or bits of them, that are skipped |
 """
 
 from __future__ import annotations
@@ -102,9 +102,6 @@ class InputSparsity(Pruner, of=Entries):
             if not self.entries.by_token:  # the weights themselves are swapped
                 parameter_of(module)
 
-    def check_bits(self, bits: Stored) -> None:
-        self.entries.check_bits(bits)
-
     def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
         for n in {width, *sizes} if sparsity else ():
             self.entries.check_read(1 - sparsity, n)
@@ -124,9 +121,6 @@ class InputSparsity(Pruner, of=Entries):
         share_read = attached.share_read(self.entries, ffns, densities, sparsity)
         return [(ffns[0].matrices * share_read, 0.0, 0.0, 0.0)] * len(ffns)
 
-    def multiplied(self, read: float) -> float:
-        return self.entries.multiplied(read)
-
     def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
         from dart_eval.pruning.inputs.attached import attach
 
@@ -138,7 +132,7 @@ class InputSparsity(Pruner, of=Entries):
 
 @dataclass(frozen=True)
 class ExpertChoice(Pruner, of=Routing):
-    """Tokens skip some of their routed experts."""
+    """Tokens skip some of their routed experts, or some of their bits."""
 
     leaves_out = "experts"
     prunes = True
@@ -159,6 +153,12 @@ class ExpertChoice(Pruner, of=Routing):
     def check_ffns(self, ffns: Sequence[FFN], sparsity: float) -> None:
         self.routing.check_experts(sparsity, ffns)
 
+    def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
+        from dart_eval.weights.rounding import stored_of
+
+        for module in (m for f in ffns if f.routed for m in f.projections):
+            self.routing.check_bits(stored_of(module))
+
     def counts(
         self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, read_cost: ReadCost | None
     ) -> Counts:
@@ -167,13 +167,15 @@ class ExpertChoice(Pruner, of=Routing):
         return Counts(some, some, some, 0)
 
     def cost_terms(self, ffns: Sequence[FFN], sparsity: float, unit: float, full_matrices: float) -> list[CostTerms]:
+        if (shares := self.routing.shares(sparsity, ffns)) is not None:
+            return [(f.matrices * share, 0.0, 0.0, 0.0) for f, share in zip(ffns, shares, strict=True)]
         costs = super().cost_terms(ffns, sparsity, unit, full_matrices)
         return [(0.0, mask, taken, written + scales) for scales, mask, taken, written in costs]  # scales per expert
 
     def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
-        from dart_eval.pruning.experts.rerouted import Rerouted
+        from dart_eval.pruning.experts.graded import attach
 
-        return Rerouted(self.routing, ffns, self.routing.counts(sparsity, ffns), calibration)
+        return attach(self.routing, sparsity, ffns, calibration)
 
 
 def kind_with(method: Pruner, parts: Sequence[type[Part]]) -> type[Pruner]:

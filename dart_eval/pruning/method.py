@@ -21,11 +21,12 @@ from dart_eval.util.errors import UserError
 if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.calibration.calibration import Calibration
+    from dart_eval.pruning.experts.graded import GradedExperts
     from dart_eval.pruning.experts.rerouted import Rerouted
     from dart_eval.pruning.inputs.attached import AttachedInputs
     from dart_eval.pruning.inputs.graded import GradedInputs
 
-    Beside = AttachedInputs | GradedInputs | Rerouted
+    Beside = AttachedInputs | GradedInputs | GradedExperts | Rerouted
 
 CostTerms = tuple[float, float, float, float]  # read per neuron: always, if in the mask, if taken, if written
 
@@ -221,10 +222,12 @@ class Pruner:
 
     def check_bits(self, bits: Stored) -> None:
         """Refuse weights of these bits, before a model is loaded."""
+        if self.other is not None:
+            self.other.check_bits(bits)
 
     def multiplied(self, read: float) -> float:
         """Return the share of the FFN weights that a token multiplies. read: share of their bytes that it reads."""
-        return read
+        return read if self.other is None else self.other.multiplied(read)
 
     def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
         """Attach the part that leaves out inputs, weights or experts to a model; None for other methods."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.layers.shape import ModelShape
+    from dart_eval.util.bits import Stored
 
 WORDS = {
     "true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False,
@@ -83,6 +84,17 @@ class Part:
     def title(self) -> str:
         """The part in messages: `remask=drift`."""
         return f"{self.slot}={self.name}"
+
+    def check_bits(self, bits: Stored) -> None:
+        """Refuse weights that it does not support. bits: bits of a served weight.
+
+        Raises:
+            UserError: with the reason.
+        """
+
+    def multiplied(self, read: float) -> float:
+        """Return the share of the weights that a token multiplies. read: share of the bytes that it reads."""
+        return read
 
     def contents(self) -> list[bytes]:
         """Return the contents of the files that it reads, which can change its numbers."""

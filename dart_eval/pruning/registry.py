@@ -21,7 +21,8 @@ from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
-from dart_eval.pruning.experts.routings import ROUTINGS, Fewer, Without
+from dart_eval.pruning.experts.by_weight import ByWeight
+from dart_eval.pruning.experts.routings import Fewer, Without
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.layers import GradedLayers
 from dart_eval.pruning.inputs.rounded import RoundedEntries
@@ -210,6 +211,11 @@ BUILT_IN: tuple[Pruner, ...] = (
         summary="removes half of the experts, as REAP does: it saves memory, and no reads",
         routing=Without(),
     ),
+    ExpertChoice(
+        name="graded-experts", paper="2504.15299",
+        summary="reads more bits of a token's experts with larger router weights (after the abstract)",
+        routing=ByWeight(),
+    ),
     NeuronMask(
         name="oracle", summary="makes the mask from the same tokens that then run under it (upper bound)",
         mask=Ahead(score=GRIFFIN),
@@ -218,6 +224,7 @@ BUILT_IN: tuple[Pruner, ...] = (
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, DartPlus, Prox, Candidates)
 ALLOCATIONS = (Uniform, DepthAware, Ends, Global, FromTable)
 ENTRIES = (GradedColumns, GradedLayers, Above, ByNorms, WandaEntries, RoundedEntries)
+ROUTINGS = (Fewer, Without, ByWeight)
 PARTS: tuple[type[Part], ...] = (
     *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS,
     *COMPENSATIONS, *ENTRIES, *ROUTINGS,

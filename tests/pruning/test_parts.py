@@ -16,6 +16,7 @@ from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
+from dart_eval.pruning.experts.by_weight import ByWeight
 from dart_eval.pruning.experts.routings import Fewer, Without
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.layers import GradedLayers
@@ -171,6 +172,7 @@ def test_the_built_in_methods_are_these_compositions():
         "rounding": Pruner(entries=RoundedEntries(bits="q4_k")),
         "fewer-experts": Pruner(routing=Fewer(weights="own")),
         "drop-experts": Pruner(routing=Without(share=0.5)),
+        "graded-experts": Pruner(routing=ByWeight(levels="0-1-2-3-4-5-6-7-8", group=128, rank="weight")),
         "oracle": Pruner(Ahead(score=l2)),
     }
     assert [*methods()][: len(METHODS)] == METHODS and set(METHODS) == set(wanted)
@@ -379,4 +381,4 @@ def test_every_combination_of_the_parts_that_the_kinds_take_can_be_made(tmp_path
             method = Pruner(**dict(zip(slots_of_it, parts_of_it, strict=True)))
             assert type(method) is kind
             made += 1
-    assert made == 536
+    assert made == 537

@@ -8,8 +8,8 @@ stay the type's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,14 @@ class Choosing(TorchFunctionMode):
                     kwargs["k"] = self.count
             args = (first, *rest)
         return func(*args, **kwargs)
+
+
+class Ordering(Protocol):
+    """A change to the experts of one layer, between `begin` and `end`."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> None: ...
 
 
 class Order:
@@ -140,21 +148,27 @@ class Rerouted:
         return sum(order.available.numel() for order in self.orders.values() if order.available is not None)
 
     def watch(self, add: Callable[[Any], None], forward: object) -> None:
-        """Install the hooks that change routers while tokens are decoded.
-
-        Args:
-            add: called with the handle of each hook.
-            forward: the current forward (`hooks.Forward`).
-        """
-        for ffn in self.ffns:
-            order = self.orders.get(ffn.layer)
-            if order is not None:
-                add(ffn.holder.register_forward_pre_hook(_beginning(order, forward)))
-                add(ffn.holder.register_forward_hook(_ending(order), always_call=True))
-                add(_Ending(order))
+        """See `watch`."""
+        watch(self.ffns, self.orders, add, forward)
 
 
-def _beginning(order: Order, forward: Any) -> Callable[..., None]:
+def watch(ffns: Sequence[FFN], orders: Mapping[int, Ordering], add: Callable[[Any], None], forward: Any) -> None:
+    """Install the hooks that change layers' experts while tokens are decoded.
+
+    Args:
+        orders: layer -> the change to its experts.
+        add: called with the handle of each hook.
+        forward: the current forward (`hooks.Forward`).
+    """
+    for ffn in ffns:
+        order = orders.get(ffn.layer)
+        if order is not None:
+            add(ffn.holder.register_forward_pre_hook(_beginning(order, forward)))
+            add(ffn.holder.register_forward_hook(_ending(order), always_call=True))
+            add(_Ending(order))
+
+
+def _beginning(order: Ordering, forward: Any) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: object) -> None:
         if forward.phase == "decode" and forward.state is not None:
             order.begin()
@@ -162,7 +176,7 @@ def _beginning(order: Order, forward: Any) -> Callable[..., None]:
     return torch.compiler.disable(hook)
 
 
-def _ending(order: Order) -> Callable[..., None]:
+def _ending(order: Ordering) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: object, _output: object) -> None:
         order.end()
 
@@ -172,7 +186,7 @@ def _ending(order: Order) -> Callable[..., None]:
 class _Ending:
     """Ends an order when the hooks are removed, since an interrupt may have left a layer half run."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: Ordering) -> None:
         self.order = order
 
     def remove(self) -> None:

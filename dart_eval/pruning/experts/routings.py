@@ -1,6 +1,7 @@
-"""Routings: whole experts are left out, in mixtures of experts alone.
+"""Routings: experts are left out, in mixtures of experts alone.
 
-Two controls for methods that leave out neurons of experts: fewer experts for each token, and fewer experts for all.
+Two controls for methods that leave out neurons of experts: fewer experts for each token, and fewer experts for all. A
+third part leaves out bits of experts (`by_weight`).
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class Routing(Part):
             sparsity: share of the bytes of all FFNs that a token does not read.
         """
         return [r.count if (r := chosen(f)) else 0 for f in ffns]
+
+    def shares(self, sparsity: float, ffns: Sequence[FFN]) -> list[float] | None:
+        """Return [L], the share of its bytes that a token reads of each layer; None if `counts` decides it."""
+        return None
 
     def experts_left(self, experts: int) -> int:
         """Return the number of a layer's experts that the router may choose among."""
@@ -148,6 +153,3 @@ class Without(Routing):
 
     def experts_left(self, experts: int) -> int:
         return experts - math.floor(self.share * experts + 1e-9)
-
-
-ROUTINGS = (Fewer, Without)

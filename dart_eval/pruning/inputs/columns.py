@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -70,12 +69,6 @@ class GradedColumns(Graded):
         assert matrix.fitted is not None
         return self.chosen(x, matrix.fitted.to(x.device), int(limit))
 
-    @property
-    def step(self) -> int | None:
-        """Bits between neighbouring levels; None if they differ."""
-        steps = {b - a for a, b in itertools.pairwise(self.bits)}
-        return steps.pop() if len(steps) == 1 else None
-
     def _row_bits(self, width: int, room: float) -> int:
         """Return the bits of codes that a token may read of a row. room: bits of a weight, without its scale."""
         return min(int(width * room + 1e-9), self.bits[-1] * width)
@@ -95,41 +88,6 @@ class GradedColumns(Graded):
         read = (packed.decoded(torch.float32, bits, whole=self.replaces) if bits else 0.0 for bits in self.bits)
         found = torch.stack([(weight.float() - values).square().sum(0) for values in read])
         return found if self.rank == "error" else found.mean(1, keepdim=True).expand(found.shape)
-
-    def gains(self, errors: Tensor) -> Tensor:
-        """Return [levels - 1, n] fp32, the error that each step to the next level saves for a bit; never rising.
-
-        These are the slopes of the convex hull of E_i over bits: steps that save more together than the first of them
-        alone are one step. (Two bits of a small column among large ones may be worse than none.)
-        """
-        import torch
-
-        bits, steps = self.bits, range(len(self.bits) - 1)
-        slopes = {(a, b): (errors[a] - errors[b]) / (bits[b] - bits[a]) for b in range(len(bits)) for a in range(b)}
-        found = []
-        for step in steps:
-            best = [torch.stack([slopes[a, b + 1] for b in steps[step:]]).amax(0) for a in steps[: step + 1]]
-            found.append(torch.stack(best).amin(0).clamp(min=0))
-        return torch.stack(found) if found else errors[:0]
-
-    def chosen(self, x: Tensor, gains: Tensor, bits: int) -> Tensor:
-        """Return [..., n] long, the level of each column, counted from 0.
-
-        Args:
-            x: [..., n], the inputs. gains: [levels - 1, n]. bits: of codes, that a token reads of a row.
-        """
-        import torch
-
-        from dart_eval.kernels.top import top_k_mask
-
-        saved = (x.float().square()[..., None, :] * gains).flatten(-2)
-        if (step := self.step) and len(gains):  # the largest ones, which need no sorting
-            keep = torch.tensor(min((bits - self.bits[0] * x.shape[-1]) // step, saved.shape[-1]))
-            return top_k_mask(saved, keep).unflatten(-1, gains.shape).sum(-2)
-        order = saved.argsort(dim=-1, descending=True, stable=True)  # of equal steps the lower level's first
-        cost = torch.tensor(self.bits, device=x.device).diff()[:, None].expand(gains.shape).flatten()
-        fits = cost[order].cumsum(-1) <= bits - self.bits[0] * x.shape[-1]
-        return torch.zeros_like(fits).scatter(-1, order, fits).unflatten(-1, gains.shape).sum(-2)
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
         steps = len(self.bits) - 1  # a product for each step, and its place among the others

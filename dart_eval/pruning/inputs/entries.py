@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from dart_eval.pruning.inputs.levels import TOLERANCE, Levels
 from dart_eval.pruning.part import Part
-from dart_eval.util.bits import OWN_BITS, Rounding
+from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from dart_eval.util.bits import Stored
     from dart_eval.weights.codes import Packed
 
-TOLERANCE = 0.5 / OWN_BITS  # half a bit beyond the last level: scales of rows of other widths take other bytes
 Share = TypeVar("Share", float, "Tensor")
 
 
@@ -60,23 +60,12 @@ class Entries(Part):
     by_token: ClassVar[bool] = False
     sized: ClassVar[bool] = True
 
-    def check_bits(self, bits: Stored) -> None:
-        """Refuse weights that it does not support. bits: bits of a served weight.
-
-        Raises:
-            UserError: with the reason.
-        """
-
     def check_read(self, share: float, width: int) -> None:
         """Refuse a read that it cannot meet. share: of the bytes of rows of `width` weights.
 
         Raises:
             UserError: with what it can meet.
         """
-
-    def multiplied(self, read: float) -> float:
-        """Return the share of the weights that a token multiplies. read: share of the bytes that it reads."""
-        return read
 
     def weighs(self, matrix: int) -> bool:
         """Whether it needs the norms of a matrix's columns. matrix: 0 is gate (or the up of a plain FFN)."""
@@ -126,7 +115,7 @@ class Coded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Graded(Entries):
+class Graded(Levels, Entries):
     """Base of the parts that read codes of 16-bit weights in several levels of bits. Attention is dense.
 
     Attributes:
@@ -136,29 +125,10 @@ class Graded(Entries):
 
     by_token = True
     replaces: ClassVar[bool] = False
-    levels: str
-    group: int
-
-    @property
-    def bits(self) -> list[int]:
-        """The levels."""
-        return [int(word) for word in self.levels.split("-")]
-
-    @property
-    def rounding(self) -> Rounding:
-        """Of the codes."""
-        return Rounding(self.bits[-1], self.group)
 
     def at(self, room: float) -> Graded:
         """Return the part with the levels that depend on the read. room: bits of a weight, without its scale."""
         return self
-
-    def check_bits(self, bits: Stored) -> None:
-        if bits.code != OWN_BITS:
-            raise UserError(
-                f"{self.title} makes codes of 16-bit weights, and these have {bits.total:.3g} bits",
-                "leave --ffn-bits out, or load the model unquantised",
-            )
 
     def check_read(self, share: float, width: int) -> None:
         least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.bits[0], self.bits[-1]))
@@ -168,15 +138,8 @@ class Graded(Entries):
                 f"use a sparsity from {1 - most:.3f} to {1 - least:.3f}, or other entries.levels",
             )
 
-    def scale(self, width: int) -> float:
-        """Return the bits of a scale per weight, in rows of `width` weights. They are always read."""
-        return self.rounding.weight_bits(width) - self.rounding.bits
-
     def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
         return densities
-
-    def multiplied(self, read: float) -> float:
-        return 1.0
 
     def fitted(self, weight: Tensor, packed: Packed) -> Tensor | None:
         """Return what tokens need of a matrix beside its codes. weight: [out, n]. packed: its codes."""
