@@ -21,12 +21,11 @@ from dart_eval.util.errors import UserError
 if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.calibration.calibration import Calibration
-    from dart_eval.pruning.experts.graded import GradedExperts
-    from dart_eval.pruning.experts.rerouted import Rerouted
+    from dart_eval.pruning.experts.rerouted import Ordered
     from dart_eval.pruning.inputs.attached import AttachedInputs
     from dart_eval.pruning.inputs.graded import GradedInputs
 
-    Beside = AttachedInputs | GradedInputs | GradedExperts | Rerouted
+    Beside = AttachedInputs | GradedInputs | Ordered
 
 CostTerms = tuple[float, float, float, float]  # read per neuron: always, if in the mask, if taken, if written
 

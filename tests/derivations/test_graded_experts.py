@@ -130,7 +130,7 @@ def test_without_a_rank_all_experts_have_the_same_bits():
     for rank, same_bits in (("none", True), ("weight", False)):
         with open_session(model, "graded-experts", SPARSITY, **{"routing.rank": rank}) as session:
             generate(model, prompt, 3)
-            found = [layer.read for layer in session.prepared.beside.layers.values()]
+            found = [layer.read for layer in session.prepared.beside.orders.values()]
         spread = [int(read.max() - read.min()) for read in found]
         assert (max(spread) <= 1) == same_bits
         assert [read.sum(1).tolist() for read in found] == [[n, n] for n in (16, 17, 16, 17)]

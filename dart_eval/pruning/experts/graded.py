@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.pruning.choices.serving import Decoded
 from dart_eval.pruning.experts.by_weight import ByWeight
-from dart_eval.pruning.experts.rerouted import Rerouted, watch
+from dart_eval.pruning.experts.rerouted import Ordered, Rerouted
 from dart_eval.pruning.experts.routings import Routing, chosen
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded
@@ -23,53 +22,34 @@ Values = dict[tuple[str, int, int], Decoded]  # of a matrix, an expert and a num
 _CACHE: WeightCache[tuple[Values, Tensor]] = WeightCache()
 
 
-def attach(
-    part: Routing, sparsity: float, ffns: Sequence[FFN], calibration: Calibration | None
-) -> Rerouted | GradedExperts | None:
+def attach(part: Routing, sparsity: float, ffns: Sequence[FFN], calibration: Calibration | None) -> Ordered | None:
     """Return a part attached to a model; None if nothing is left out."""
     if not isinstance(part, ByWeight):
         return Rerouted(part, ffns, part.counts(sparsity, ffns), calibration)
-    return GradedExperts(part, ffns, part.token_bits(sparsity, ffns)) if sparsity else None
-
-
-class GradedExperts:
-    """The part attached to a model, before any prompt.
-
-    Args:
-        bits: per layer, that a token reads of its experts together.
-
-    Attributes:
-        swapped: None, as no weights change (see `attached.AttachedInputs`).
-    """
-
-    swapped = None
-
-    @torch.no_grad()
-    def __init__(self, part: ByWeight, ffns: Sequence[FFN], bits: Sequence[int]) -> None:
-        self.ffns = ffns
-        self.layers = {f.layer: GradedLayer(part, r, b) for f, b in zip(ffns, bits, strict=True) if (r := chosen(f))}
-
-    def nbytes(self) -> int:
-        """Return the bytes beside the model: none. Codes stand in place of the weights."""
-        return 0
-
-    def watch(self, add: Callable[[Any], None], forward: object) -> None:
-        """See `rerouted.watch`."""
-        watch(self.ffns, self.layers, add, forward)
+    if not sparsity:
+        return None
+    bits = zip(ffns, part.token_bits(sparsity, ffns), strict=True)
+    return Ordered(ffns, {f.layer: GradedLayer(part, r, b) for f, b in bits if (r := chosen(f))})
 
 
 class GradedLayer:
-    """The experts of a layer, which tokens read in graded bits between `begin` and `end`.
+    """The experts of a layer, which tokens read in graded bits between `begin` and `end` (see `Ordered`).
 
     Args:
         bits: that a token reads of its experts together.
+
+    Attributes:
+        read: [N, count], bits of the experts of the current tokens.
     """
 
+    available = None  # nothing beside the model: codes stand in place of the weights
+
+    @torch.no_grad()
     def __init__(self, part: ByWeight, routed: Routed, bits: int) -> None:
         self.part, self.routed, self.bits = part, routed, bits
-        parameters = [*routed.experts.parameters()]
-        self.values, self.gains = _CACHE.get(routed.up, parameters, part, lambda: _codes(part, routed))
-        self.read: Tensor = torch.empty(0, routed.count, dtype=torch.long)  # [N, count] bits of each token's experts
+        held = [*routed.experts.parameters()]
+        self.values, self.gains = _CACHE.get(routed.up, held, part, lambda: _codes(part, routed))
+        self.read = torch.empty(0, routed.count, dtype=torch.long)
 
     def begin(self) -> None:
         """Let tokens read graded bits."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +54,6 @@ class Choosing(TorchFunctionMode):
                     kwargs["k"] = self.count
             args = (first, *rest)
         return func(*args, **kwargs)
-
-
-class Ordering(Protocol):
-    """A change to the experts of one layer, between `begin` and `end`."""
-
-    def begin(self) -> None: ...
-
-    def end(self) -> None: ...
 
 
 class Order:
@@ -116,18 +108,46 @@ class Order:
         return nn.functional.pad(index, missing, value=-1), nn.functional.pad(weights, missing)
 
 
-class Rerouted:
-    """A part attached to a model's routers, before any prompt.
+class Ordered:
+    """Changes to the experts of layers, before any prompt.
 
     Args:
-        counts: [L] experts of a token in each layer, 0 in layers without experts.
+        orders: layer -> the change to its experts while a token is decoded, between `begin` and `end`.
 
     Attributes:
-        orders: layer -> the change to its router.
         swapped: None, as no weights change (see `attached.AttachedInputs`).
     """
 
     swapped = None
+
+    def __init__(self, ffns: Sequence[FFN], orders: Mapping[int, Any]) -> None:
+        self.ffns, self.orders = ffns, orders
+
+    def nbytes(self) -> int:
+        """Return the bytes beside the model: a byte per expert, though a bit would do."""
+        return sum(order.available.numel() for order in self.orders.values() if order.available is not None)
+
+    def watch(self, add: Callable[[Any], None], forward: object) -> None:
+        """Install the hooks that change experts while tokens are decoded.
+
+        Args:
+            add: called with the handle of each hook.
+            forward: the current forward (`hooks.Forward`).
+        """
+        for ffn in self.ffns:
+            order = self.orders.get(ffn.layer)
+            if order is not None:
+                add(ffn.holder.register_forward_pre_hook(_beginning(order, forward)))
+                add(ffn.holder.register_forward_hook(_ending(order), always_call=True))
+                add(_Ending(order))
+
+
+class Rerouted(Ordered):
+    """A part attached to a model's routers.
+
+    Args:
+        counts: [L] experts of a token in each layer, 0 in layers without experts.
+    """
 
     def __init__(
         self, part: Routing, ffns: Sequence[FFN], counts: Sequence[int], calibration: Calibration | None
@@ -136,39 +156,15 @@ class Rerouted:
         available: list[Tensor | None] = [None] * len(ffns)
         if part.calibrates and calibration is not None:
             available = [_best(part, f, s) for f, s in zip(ffns, saliency(ffns, calibration), strict=True)]
-        self.ffns = ffns
-        self.orders = {
+        orders = {
             f.layer: Order(routed, count, own, some)
             for f, count, some in zip(ffns, counts, available, strict=True)
             if (routed := chosen(f))
         }
-
-    def nbytes(self) -> int:
-        """Return the bytes beside the model: a byte per expert, though a bit would do."""
-        return sum(order.available.numel() for order in self.orders.values() if order.available is not None)
-
-    def watch(self, add: Callable[[Any], None], forward: object) -> None:
-        """See `watch`."""
-        watch(self.ffns, self.orders, add, forward)
+        super().__init__(ffns, orders)
 
 
-def watch(ffns: Sequence[FFN], orders: Mapping[int, Ordering], add: Callable[[Any], None], forward: Any) -> None:
-    """Install the hooks that change layers' experts while tokens are decoded.
-
-    Args:
-        orders: layer -> the change to its experts.
-        add: called with the handle of each hook.
-        forward: the current forward (`hooks.Forward`).
-    """
-    for ffn in ffns:
-        order = orders.get(ffn.layer)
-        if order is not None:
-            add(ffn.holder.register_forward_pre_hook(_beginning(order, forward)))
-            add(ffn.holder.register_forward_hook(_ending(order), always_call=True))
-            add(_Ending(order))
-
-
-def _beginning(order: Ordering, forward: Any) -> Callable[..., None]:
+def _beginning(order: Any, forward: Any) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: object) -> None:
         if forward.phase == "decode" and forward.state is not None:
             order.begin()
@@ -176,7 +172,7 @@ def _beginning(order: Ordering, forward: Any) -> Callable[..., None]:
     return torch.compiler.disable(hook)
 
 
-def _ending(order: Ordering) -> Callable[..., None]:
+def _ending(order: Any) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: object, _output: object) -> None:
         order.end()
 
@@ -186,7 +182,7 @@ def _ending(order: Ordering) -> Callable[..., None]:
 class _Ending:
     """Ends an order when the hooks are removed, since an interrupt may have left a layer half run."""
 
-    def __init__(self, order: Ordering) -> None:
+    def __init__(self, order: Any) -> None:
         self.order = order
 
     def remove(self) -> None:
