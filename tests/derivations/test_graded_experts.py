@@ -142,9 +142,9 @@ def test_every_token_reads_the_same_bits(data):
     part = ByWeight(levels=data.draw(st.sampled_from(["0-1-2-3-4-5-6-7-8", "0-2-4-6-8", "2-8", "0-4-8"])))
     step, count = part.bits[1] - part.bits[0], data.draw(st.integers(1, 6))
     room = part.bits[0] * count + step * data.draw(st.integers(0, count * (len(part.bits) - 1)))
-    drops = [data.draw(st.floats(0, 1, width=32)) for _ in part.bits]
+    drops = [data.draw(st.floats(0.0078125, 1, width=32)) for _ in part.bits]
     errors = torch.tensor(drops).cumsum(0).flip(0)[:, None]
-    weights = torch.tensor([[data.draw(st.floats(0, 1, width=32)) for _ in range(count)] for _ in range(3)])
+    weights = torch.tensor([[data.draw(st.floats(0.0078125, 1, width=32)) for _ in range(count)] for _ in range(3)])
     levels = part.chosen(weights, part.gains(errors).expand(-1, count), room)
     read = torch.tensor(part.bits)[levels]
     assert read.sum(1).tolist() == [room] * 3
