@@ -85,7 +85,7 @@ class Watched:
         rows = {D: F, F: D}  # of a matrix with so many columns
         if self.method == "teal":
             return np.concatenate([16.0 * rows[len(read)] * read for _, read in calls])
-        levels = np.array([0, 2, 3, 4, 5, 6, 8])
+        levels = np.array([0, 2, 4, 6, 8])
         return np.concatenate([rows[len(at)] * (levels[at] + 16 / len(at)) for _, at in calls])
 
 
