@@ -51,9 +51,9 @@ DEF(void, quad)(const uint8_t *base, size_t step, const int32_t *column, int pla
         Bytes v[4];
         _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
             const uint8_t *p = base + (size_t)column[i] * (half ? 32 : 64);
-            v[i] = planes == 1 ? FN(stands)(FN(plane)(p, half), half ? 2 * q : q, table, from) : FN(none)();
+            v[i] = planes == 1 ? FN(stands)(FN(plane)(p, half), q, table, from) : FN(none)();
             if (planes > 1) _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++)
-                if (j >= from && j < planes && j < from + together) v[i] = FN(both)(v[i], FN(quarter)(FN(plane)(p + step * j, half), half ? 2 * q : q, WIDE ? 6 - 2 * j : 2 - 2 * (j % 2)));
+                if (j >= from && j < planes && j < from + together) v[i] = FN(both)(v[i], FN(quarter)(FN(plane)(p + step * j, half), q, WIDE ? 6 - 2 * j : 2 - 2 * (j % 2)));
         }
         Bytes a = UNPACK(lo_epi8, v[0], v[1]), b = UNPACK(lo_epi8, v[2], v[3]), u[4];
         u[0] = UNPACK(lo_epi16, a, b), u[1] = UNPACK(hi_epi16, a, b);
@@ -80,7 +80,12 @@ DEF(void, fetch)(const Matrix *M, int n, int g, int at) {
 }
 
 // out[256 or 128] of block n: the product with the columns that a token reads. next: the block that comes after it
-DEF(void, of_block)(const Matrix *M, int n, int half, int next, float *out) {
+#if WIDE
+IN  // twice, for whole blocks and halves
+#else
+static  // once: it is long, and takes a compiler long
+#endif
+HAS void FN(of_block)(const Matrix *M, int n, int half, int next, float *out) {
     const uint8_t *base = M->planes + (size_t)n * M->width * 256;
     const uint16_t *scale = M->scales + (size_t)n * M->groups * 256;
     memset(out, 0, half ? 512 : 1024);
@@ -100,7 +105,8 @@ DEF(void, of_block)(const Matrix *M, int n, int half, int next, float *out) {
                 if (ahead < fetched) FN(fetch)(M, block, group, ahead++); \
                 FN(quad)(base, step, list + at, planes, M->table, Q, half, hs, ls, sums, lows); }
 #define EACH(Q) QUADS(4, Q) QUADS(3, Q) QUADS(2, Q) QUADS(1, Q)
-            if (q == 0) { EACH(0) } else if (q == 1) { EACH(1) } else if (q == 2) { EACH(2) } else { EACH(3) }
+            int turn = half ? 2 * q : q;  // of half a block each second one
+            if (turn == 0) { EACH(0) } else if (turn == 1) { EACH(1) } else if (turn == 2) { EACH(2) } else { EACH(3) }
             for (int i = 0; i < 4; i++)
                 FN(flush)(out + 64 * q + 16 * i, scale + 64 * q + 16 * i, sums[i], lows[i], M->unit[g], M->offset[g]);
         }
@@ -110,7 +116,8 @@ DEF(void, of_block)(const Matrix *M, int n, int half, int next, float *out) {
 DEF(void, product)(const Matrix *M, int from, int to, float *out) {  // of blocks
     for (int n = from; n < to; n++, out += 256) {
         int next = n + 1 < to ? n + 1 : -1;
-        if (256 * (n + 1) <= M->rows) FN(of_block)(M, n, 0, next, out); else FN(of_block)(M, n, 1, next, out);
+        int half = 256 * (n + 1) > M->rows;
+        if (WIDE && !half) FN(of_block)(M, n, 0, next, out); else FN(of_block)(M, n, WIDE ? 1 : half, next, out);
     }
 }
 
