@@ -116,14 +116,14 @@ def scorer(
         scope: one of `sweep.options.SCOPES`; it does not matter where nothing is pruned.
         share_prefix: run a long prefix of several contexts once (not where `scopes` cuts them). Moves last digits only.
         distances: run dense at the scored positions too, and say how far from it the pruned model lies. It moves no
-            other number, and is of no use under a session that does not prune. Where a session serves weights as whole
-            numbers nothing is said: contexts run on these, and dense needs contexts of its own.
+            other number, and is of no use under a session that does not prune. Where contexts
+            run on codes nothing is said: dense needs contexts of its own.
     """
     forwards = Forwards(model, head)
     most = batch_size if isinstance(batch_size, Budget) else budget(batch_size, model)
     if not isinstance(session, Session) or not session.prunes:
         return Scorer(forwards, session, most, share_prefix)
-    distances = distances and not session.serving
+    distances = distances and not session.prompts_on_codes
     if scope in ("scored", "continuation"):
         return Scorer(forwards, session, most, share_prefix, scope == "continuation", distances)
     if scope == "decode":

@@ -179,7 +179,7 @@ def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, b
         dense = [dense_logits(model, r) for r in requests]  # on the same weights, without a session
         with open_session(model, method, 0.5, **params) as session:
             found = scored(model, session, requests, scope, batch_size=3, distances=True)
-            serves = bool(session.serving)
+            serves = session.prompts_on_codes
             hand = [by_hand(model, session, r, scope) for r in requests]
         for request, score, plain, (logits, not_read) in zip(requests, found, dense, hand, strict=True):
             if serves and scope == "decode":

@@ -60,14 +60,15 @@ def test_scores_equal_decoding_token_by_token(model, method, params):
     remasks = 0
     for request, score in list(zip(requests, blocks, strict=True))[::2]:  # short answers and long, of every context
         # By masks where a kernel rounds inputs to 15 bits.
-        with open_session(model, method, execution="masked" if method == "dart-plus" else "auto", **params) as session:
+        how = "masked" if method in ("dart-plus", "graded-columns") else "auto"
+        with open_session(model, method, execution=how, **params) as session:
             logits = _step_by_step(model, session, request)
             logprobs = logits.log_softmax(-1)[range(len(logits)), request.continuation]
             assert score.logprob == pytest.approx(float(logprobs.sum()), abs=2e-5)
             assert score.cost.remasks == sum(session.remasks)
-        if not session.serving:  # contexts of whole numbers are none of dense's: no distance is told
+        if not session.prompts_on_codes:  # contexts of whole numbers are none of dense's: no distance is told
             assert_apart(score.cost.distance, dense_logits(model, request), logits)
-        assert bool(score.cost.distance.positions) != bool(session.serving)
+        assert bool(score.cost.distance.positions) != session.prompts_on_codes
         remasks += score.cost.remasks
     assert bool(remasks) == any(path.startswith("remask") for path in params)
 
