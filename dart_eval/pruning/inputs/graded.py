@@ -43,7 +43,7 @@ class GradedInputs:
     def __init__(
         self, part: Graded, ffns: Sequence[FFN], densities: Sequence[float], calibration: Calibration | None
     ) -> None:
-        self.part, self.ffns = part, ffns
+        self.part, self.ffns, self.replaces = part, ffns, part.replaces
         made = [
             [(m, _matrices(part, m, 2 if f.fused and m is not f.down else 1, d)) for m in f.projections]
             for f, d in zip(ffns, densities, strict=True)

@@ -28,7 +28,6 @@ from transformers import Cache
 
 from dart_eval.layers.find import find_ffns, hold, let_go, unchanged
 from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.inputs.graded import GradedInputs
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.cache import CacheWatch, check_cache, real_tokens
 from dart_eval.pruning.session.calls import Calls
@@ -99,8 +98,7 @@ class Session(SessionStats):
     @property
     def prompts_on_codes(self) -> bool:
         """Whether prompts run on codes in place of the weights."""
-        beside = self.prepared.beside
-        return bool(self.serving) or (isinstance(beside, GradedInputs) and beside.part.replaces)
+        return bool(self.serving) or getattr(self.prepared.beside, "replaces", False)
 
     def shares(self, batch: int) -> Step:
         """Return the weights that a decoding forward would use now."""
