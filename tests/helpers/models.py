@@ -15,6 +15,7 @@ from transformers import (
     GPTNeoXConfig,
     HyperCLOVAXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MiniCPM3Config,
     OPTConfig,
     Phi3Config,
@@ -162,6 +163,16 @@ def save_tiny(path, tokenizer, family="llama"):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+def odd_llama():
+    """A Llama in bfloat16 of which no size is round."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5,
+        head_dim=26, vocab_size=VOCAB,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).bfloat16().eval()
 
 
 def random_tokens(count, seed=0):

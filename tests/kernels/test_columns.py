@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.cpu.columns import ColumnsFFN, ColumnsMatrix
@@ -15,21 +14,12 @@ from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session.kernels import lacking
 from dart_eval.util.bits import Rounding
-from tests.helpers.models import random_tokens, tiny
+from tests.helpers.models import odd_llama, random_tokens
 from tests.helpers.twins import ACTS, SHAPES, apart, coded, matrices, token
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
 PART = GradedColumns(levels="0-2-4-6-8")
 PROMPT = torch.tensor([random_tokens(20, seed=4)])
-
-
-@pytest.fixture(scope="module", params=["avx2", "avx512"])
-def level(request):
-    try:
-        build.level(request.param)
-    except build.Missing as reason:
-        pytest.skip(str(reason))
-    return request.param
 
 
 def product(packed, at, x):
@@ -110,12 +100,7 @@ def test_what_is_no_number_gives_none(level, bad):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5,
-        head_dim=26, vocab_size=tiny("llama").config.vocab_size,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).bfloat16().eval()
+    return odd_llama()
 
 
 def written(model, sparsity, execution="auto", batch=1):

@@ -27,15 +27,6 @@ OUTLIERS = 4e-3
 ROUNDINGS = [Rounding(bits, group) for bits in (4, 5, 6, 8) for group in (128, 0)]
 
 
-@pytest.fixture(scope="module", params=["avx2", "avx512"])
-def level(request):
-    try:
-        build.level(request.param)
-    except build.Missing as reason:
-        pytest.skip(str(reason))
-    return request.param
-
-
 def limit(kind):
     return OUTLIERS if kind == "outliers" else CLOSE
 

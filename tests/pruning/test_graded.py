@@ -12,7 +12,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session.kernels import lacking
 from dart_eval.util.errors import UserError
-from tests.helpers.models import random_tokens, tiny
+from tests.helpers.models import odd_llama, random_tokens, tiny
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
 PROMPT = torch.tensor([random_tokens(20, seed=4)])
@@ -20,12 +20,7 @@ PROMPT = torch.tensor([random_tokens(20, seed=4)])
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5,
-        head_dim=26, vocab_size=tiny("llama").config.vocab_size,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).bfloat16().eval()
+    return odd_llama()
 
 
 def written(model, sparsity, execution="auto"):
