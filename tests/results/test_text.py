@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from itertools import chain
@@ -157,6 +158,14 @@ def test_the_terminal_shows_every_text_and_obeys_none(text):
 
 
 EVIL = "evil\x1b[31m\x9b\u202e\n=1+1\0"
+
+
+def test_a_line_of_progress_never_has_less_than_no_time_left():
+    """A text that is longer than the model takes is scored in several requests, which no plan counts."""
+    count = view._Count(6, time.monotonic() - 60, done=3)
+    assert count.line(1, 2, "wikitext dense") == "cell 1 of 2, wikitext dense: 3 of 6 requests, about 60 s left in it"
+    count.done = 9
+    assert count.line(1, 2, "wikitext dense").endswith(": 9 requests, since long texts are several each")
 
 
 def test_no_name_in_a_record_reaches_a_table_raw():
