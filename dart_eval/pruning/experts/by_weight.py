@@ -11,7 +11,6 @@ from dart_eval.pruning.experts.routings import Routing, chosen
 from dart_eval.pruning.inputs.levels import TOLERANCE, Levels
 from dart_eval.pruning.part import option
 from dart_eval.util.bits import OWN_BITS
-from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
@@ -56,11 +55,7 @@ class ByWeight(Levels, Routing):
             sum(f.size * self._share(f, bits) for f in ffns) / everything for bits in (self.bits[0], self.bits[-1])
         )
         if sparsity and not least - 1e-9 <= 1 - sparsity <= most + TOLERANCE:
-            raise UserError(
-                f"{self.title} reads {100 * least:.1f} to {100 * most:.1f} % of the bytes, "
-                f"not {100 - 100 * sparsity:.4g} %",
-                f"use a sparsity from {1 - most:.3f} to {1 - least:.3f}, or other routing.levels",
-            )
+            raise self.out_of_reach(least, most, 1 - sparsity)
 
     def token_bits(self, sparsity: float, ffns: Sequence[FFN]) -> list[int]:
         """Return [L] bits b_e that a token reads of its experts together; 0 in layers without experts."""

@@ -119,6 +119,7 @@ class Ordered:
     """
 
     swapped = None
+    replaces = False
 
     def __init__(self, ffns: Sequence[FFN], orders: Mapping[int, Any]) -> None:
         self.ffns, self.orders = ffns, orders

@@ -67,6 +67,8 @@ class AttachedInputs:
         swapped: the weights of decoding forwards, if single weights are left out; else None.
     """
 
+    replaces = False  # see `GradedInputs`
+
     @torch.no_grad()
     def __init__(
         self,
@@ -128,7 +130,7 @@ class AttachedInputs:
         bits = self.bits[ffn.layer][matrix]
         layer = state.layers[ffn.layer]
         layer.add_read(self._cost(ffn, bits, share))
-        layer.fitted.note(columns, [self._cost(ffn, bits, share) / x.shape[-1] for share in (0.0, 1.0)], matrix)
+        layer.fitted.note(columns, lambda: [self._cost(ffn, bits, s) / x.shape[-1] for s in (0.0, 1.0)], matrix)
         return x * columns
 
     def _cost(self, ffn: FFN, bits: Stored, share: Share) -> Share:

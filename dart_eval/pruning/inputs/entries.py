@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from dart_eval.pruning.inputs.levels import TOLERANCE, Levels
 from dart_eval.pruning.part import Part
 from dart_eval.util.bits import OWN_BITS
-from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -133,10 +132,7 @@ class Graded(Levels, Entries):
     def check_read(self, share: float, width: int) -> None:
         least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.bits[0], self.bits[-1]))
         if share < least or share > most + TOLERANCE:
-            raise UserError(
-                f"{self.title} reads {100 * least:.1f} to {100 * most:.1f} % of the bytes, not {100 * share:.4g} %",
-                f"use a sparsity from {1 - most:.3f} to {1 - least:.3f}, or other entries.levels",
-            )
+            raise self.out_of_reach(least, most, share)
 
     def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
         return densities

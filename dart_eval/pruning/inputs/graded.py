@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,7 +44,7 @@ class GradedInputs:
     def __init__(
         self, part: Graded, ffns: Sequence[FFN], densities: Sequence[float], calibration: Calibration | None
     ) -> None:
-        self.part, self.ffns, self.replaces = part, ffns, part.replaces
+        self.part, self.ffns = part, ffns
         made = [
             [(m, _matrices(part, m, 2 if f.fused and m is not f.down else 1, d)) for m in f.projections]
             for f, d in zip(ffns, densities, strict=True)
@@ -56,6 +57,11 @@ class GradedInputs:
             [(m, [(one, one.part.limit(one, next(found))) for one in matrices]) for m, matrices in layer]
             for layer in made
         ]
+
+    @property
+    def replaces(self) -> bool:
+        """Whether codes replace the weights, so that prompts run on them, too."""
+        return self.part.replaces
 
     def nbytes(self) -> int:
         """Return the bytes beside the model: limits, or what steps save. Codes stand in place of the weights."""
@@ -126,6 +132,10 @@ class GradedMatrix(Coded):
         """Return the bits that a row takes, [...] fp64. chosen: [..., n], the level of each column."""
         bits = torch.tensor(self.part.bits, device=chosen.device)[chosen].sum(-1, dtype=torch.float64)
         return bits + self.width * self.scale
+
+    def costs(self, neuron: int) -> list[float]:
+        """Return the bits of a column at each level, in neurons. neuron: bits of one."""
+        return [self.rows * (bits + self.scale) / neuron for bits in self.part.bits]
 
 
 def columns_lacking(part: Graded, ffn: FFN) -> str | None:
@@ -202,8 +212,7 @@ def _graded(ffn: FFN, matrices: Sequence[tuple[GradedMatrix, float]], forward: A
         layer, neuron = state.layers[ffn.layer], OWN_BITS * ffn.matrices * ffn.width
         layer.add_read(sum(matrix.rows * matrix.row_bits(chosen).cpu() for matrix, _, chosen in made) / neuron)
         for matrix, _, chosen in made:
-            costs = [matrix.rows * (bits + matrix.scale) / neuron for bits in matrix.part.bits]
-            layer.fitted.note(chosen, costs, matrix)
+            layer.fitted.note(chosen, functools.partial(matrix.costs, neuron), matrix)
         return torch.cat([product for _, product, _ in made], -1).to(output.dtype).view(output.shape)
 
     return torch.compiler.disable(hook)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.errors import UserError
@@ -20,11 +20,12 @@ class Levels:
     """What parts share that read some of the first bits of codes.
 
     Attributes:
-        title: see `Part`.
+        slot, title: see `Part`.
         levels: bits that may be read, ascending; the last number is a code's bits.
         group: number of weights that share a scale; 0: a whole row.
     """
 
+    slot: ClassVar[str]
     title: str
     levels: str
     group: int
@@ -51,6 +52,13 @@ class Levels:
                 f"{self.title} makes codes of 16-bit weights, and these have {bits.total:.3g} bits",
                 "leave --ffn-bits out, or load the model unquantised",
             )
+
+    def out_of_reach(self, least: float, most: float, share: float) -> UserError:
+        """Return the refusal of a read beyond the levels. All three are shares of the bytes."""
+        return UserError(
+            f"{self.title} reads {100 * least:.1f} to {100 * most:.1f} % of the bytes, not {100 * share:.4g} %",
+            f"use a sparsity from {1 - most:.3f} to {1 - least:.3f}, or other {self.slot}.levels",
+        )
 
     def scale(self, width: int) -> float:
         """Return the bits of a scale per weight, in rows of `width` weights. They are always read."""

@@ -71,17 +71,18 @@ class Fitted:
         routed = self.ffn.routed
         return write_all(routed, left_out).float() if routed else self.ffn.write(left_out)
 
-    def note(self, levels: Tensor, costs: Sequence[float], matrix: object = None) -> None:
+    def note(self, levels: Tensor, costs: Callable[[], Sequence[float]], matrix: object = None) -> None:
         """Note how much tokens read of each neuron or column, if asked (`SessionStats.noting`).
 
         Args:
             levels: [B, T, n], from 0. A higher level reads what a lower one reads, and more.
-            costs: bytes of a neuron or column at each level, in neurons.
+            costs: returns the bytes of a neuron or column at each level, in neurons.
             matrix: of the columns.
         """
         if self.noted is not None:
-            known = self.noted.setdefault(matrix, (torch.tensor(costs, dtype=torch.float64), []))
-            known[1].append(levels.to("cpu", torch.uint8))
+            if matrix not in self.noted:
+                self.noted[matrix] = torch.tensor(costs(), dtype=torch.float64), []
+            self.noted[matrix][1].append(levels.to("cpu", torch.uint8))
 
     def note_neurons(self, levels: Callable[[], Tensor], dense: Tensor | None = None) -> None:
         """Note how much tokens read of each neuron, if asked.
@@ -96,4 +97,5 @@ class Fitted:
         more = (written, taken) if self.method.choice.adds else (taken, written)
         costs = [cost / self.ffn.matrices for cost in itertools.accumulate((always, in_mask, *more))]
         found = levels()
-        self.note(found if dense is None else found.masked_fill(dense.to(found.device)[:, None, None], WHOLE), costs)
+        whole = found if dense is None else found.masked_fill(dense.to(found.device)[:, None, None], WHOLE)
+        self.note(whole, lambda: costs)

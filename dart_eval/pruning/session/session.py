@@ -98,7 +98,8 @@ class Session(SessionStats):
     @property
     def prompts_on_codes(self) -> bool:
         """Whether prompts run on codes in place of the weights."""
-        return bool(self.serving) or getattr(self.prepared.beside, "replaces", False)
+        beside = self.prepared.beside
+        return bool(self.serving) or (beside is not None and beside.replaces)
 
     def shares(self, batch: int) -> Step:
         """Return the weights that a decoding forward would use now."""
