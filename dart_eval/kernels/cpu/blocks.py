@@ -12,6 +12,8 @@ from torch.nn.functional import gelu, relu, silu
 
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.cpu.library import ACTS
+from dart_eval.kernels.forward import Forward
+from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.layers.quantised import bias_of
 
@@ -47,6 +49,39 @@ def lacking(ffn: FFN, triton: bool = False) -> str | None:
         if ffn.block is not ffn.holder and torch.equal(ffn.block(x), ffn.down(ffn.intermediate(x))):
             return None
     return f"{type(ffn.block).__name__} does more than its projections"
+
+
+class BlockRows(MaskRows):
+    """One FFN that a kernel runs as a whole while a single token decodes. No rows are copied.
+
+    Args:
+        kernel: [1, D] -> [1, D]; it has `nbytes` and `bytes_read`.
+    """
+
+    chooses = True
+
+    def __init__(self, ffn: FFN, kernel: Any) -> None:
+        super().__init__(ffn)
+        self._slots = []
+        self.kernel = kernel
+        self._block, self._run = Forward(ffn.block), single(ffn, kernel)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.kernel.nbytes)
+
+    @property
+    def rows_read(self) -> tuple[float, ...]:
+        return (self.kernel.bytes_read / (6 * self.ffn.width),) * 3  # as rows of 16 bits
+
+    def select(self, mask: Tensor) -> int:
+        return 0
+
+    def begin(self) -> None:
+        self._block.replace(self._run)
+
+    def end(self) -> None:
+        self._block.put_back()
 
 
 def single(ffn: FFN, kernel: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

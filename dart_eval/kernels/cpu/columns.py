@@ -77,6 +77,16 @@ class ColumnsFFN:
         self._jobs = (Matrix * 3)(*(one.job for one in self.matrices))
         self._job = Columns(ctypes.addressof(self._jobs), None, None, None, ACTS.index(act), gate.width)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the model's own."""
+        return sum(one.nbytes for one in self.matrices)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that a token reads."""
+        return sum(one.bytes_read for one in self.matrices)
+
     def __call__(self, x: Tensor) -> Tensor:
         """[1, D] -> [1, D]."""
         return call("columns_ffn", self._job, x, self._scratch, 0, self._level)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dart_eval.kernels import gather, graded_triton
 from dart_eval.kernels.cpu import blocks, ffns, packing
-from dart_eval.kernels.forward import Forward
 from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning.calibration.weight_cache import WeightCache
@@ -63,41 +62,16 @@ def packed(choice: DartPlus, ffn: FFN) -> Kernel:
     return _CACHE.get(ffn.up, own, (choice.image, choice.known, kind), make)
 
 
-class GradedRows(MaskRows):
+class GradedRows(blocks.BlockRows):
     """One FFN whose single token reads first bits of all neurons, and the rest of those that it takes."""
-
-    chooses = True
-
-    def __init__(self, ffn: FFN, choice: DartPlus) -> None:
-        super().__init__(ffn)
-        self._slots = []
-        self.kernel = packed(choice, ffn)
-        self._block, self._run = Forward(ffn.block), blocks.single(ffn, self.kernel)
-
-    @property
-    def nbytes(self) -> int:
-        return self.kernel.nbytes
-
-    @property
-    def rows_read(self) -> tuple[float, ...]:
-        return (self.kernel.bytes_read / (6 * self.ffn.width),) * 3  # as rows of 16 bits
-
-    def select(self, mask: Tensor) -> int:
-        return 0
 
     def prepare(self, norm: Tensor, taken: int, written: int) -> None:
         self.kernel.grade(taken, written - taken)
 
-    def begin(self) -> None:
-        self._block.replace(self._run)
-
-    def end(self) -> None:
-        self._block.put_back()
-
 
 def rows_of(ffn: FFN, choice: DartPlus) -> MaskRows:
     """Return what runs a choice on an FFN; at sparsity 0 no weights are served as codes, and all are multiplied."""
-    return MaskRows(ffn) if any(coded(m) is None for m in ffn.projections) else GradedRows(ffn, choice)
+    return MaskRows(ffn) if any(coded(m) is None for m in ffn.projections) else GradedRows(ffn, packed(choice, ffn))
 
 
 def hold_codes_alone(ffn: FFN, choice: DartPlus) -> None:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dart_eval.kernels.cpu import blocks, columns
-from dart_eval.kernels.forward import Forward
-from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import plain_matrix
 from dart_eval.layers.quantised import bias_of
@@ -68,8 +66,8 @@ class GradedInputs:
         every = [one for layer in self.layers for _, matrices in layer for one, _ in matrices]
         return sum(4 * self.part.calibrates if one.fitted is None else one.fitted.nbytes for one in every)
 
-    def kernel(self, ffn: FFN) -> columns.ColumnsFFN:
-        """Return the kernel of an FFN, cached for the next session."""
+    def rows_of(self, ffn: FFN) -> blocks.BlockRows:
+        """Return an FFN of whose columns a single token reads the chosen bits alone; cached for the next session."""
         held = {id(module): matrices[0] for module, matrices in self.layers[ffn.layer]}
         gate, up, down = (held[id(m)] for m in (ffn.gate, ffn.up, ffn.down))
 
@@ -79,7 +77,7 @@ class GradedInputs:
             return columns.ColumnsFFN(made, blocks.act_of(ffn) or "")
 
         own = [parameter_of(m) for m in ffn.projections]
-        return _KERNELS.get(ffn.up, own, (self.part, gate[1], down[1]), make)
+        return blocks.BlockRows(ffn, _KERNELS.get(ffn.up, own, (self.part, gate[1], down[1]), make))
 
     def watch(self, add: Callable[[RemovableHandle], None], forward: object) -> None:
         """Install the hooks that replace the products of decoded tokens.
@@ -143,35 +141,6 @@ def columns_lacking(part: Graded, ffn: FFN) -> str | None:
     if part.bits != [*columns.LEVELS] or part.group not in (0, columns.GROUP):
         return "the kernel reads columns in 0, 2, 4, 6 or 8 bits, with scales of 128 weights or of a row"
     return blocks.lacking(ffn)
-
-
-class ColumnRows(MaskRows):
-    """One FFN of whose columns a single token reads the bits that it chooses."""
-
-    chooses = True
-
-    def __init__(self, ffn: FFN, beside: GradedInputs) -> None:
-        super().__init__(ffn)
-        self._slots = []
-        self.kernel = beside.kernel(ffn)
-        self._block, self._run = Forward(ffn.block), blocks.single(ffn, self.kernel)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(one.nbytes for one in self.kernel.matrices)
-
-    @property
-    def rows_read(self) -> tuple[float, ...]:
-        return tuple(one.bytes_read / (2 * self.ffn.width) for one in self.kernel.matrices)  # as rows of 16 bits
-
-    def select(self, mask: Tensor) -> int:
-        return 0
-
-    def begin(self) -> None:
-        self._block.replace(self._run)
-
-    def end(self) -> None:
-        self._block.put_back()
 
 
 def _matrices(part: Graded, module: nn.Module, parts: int, share: float) -> list[GradedMatrix]:

@@ -7,7 +7,6 @@ Outside of decoding forwards the projections have their own weights.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +18,7 @@ from torch import Tensor
 from dart_eval.kernels.mask_rows import MaskRows, multiplied, unlike_plain
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.inputs.attached import SwappedWeights
-from dart_eval.pruning.inputs.graded import ColumnRows, GradedInputs
+from dart_eval.pruning.inputs.graded import GradedInputs
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session import kernels
 from dart_eval.pruning.session.log import Step
@@ -85,7 +84,7 @@ class Execution:
         """Take the part that leaves out inputs, weights or experts, once it is on the model."""
         self.swapped = None if beside is None else beside.swapped
         if isinstance(beside, GradedInputs) and self._gatherer is not None:
-            self._gatherer = functools.partial(ColumnRows, beside=beside)
+            self._gatherer = beside.rows_of
 
     def _possible(self, wanted: Wanted) -> Wanted:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""

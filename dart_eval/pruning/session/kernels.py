@@ -15,13 +15,13 @@ from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.preview import Previewing
 from dart_eval.pruning.choices.serving import Serving
 from dart_eval.pruning.inputs.columns import GradedColumns
-from dart_eval.pruning.inputs.graded import ColumnRows, columns_lacking
+from dart_eval.pruning.inputs.graded import columns_lacking
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.machine import release
 
-Gatherer = Callable[..., MaskRows]
+Gatherer = Callable[[FFN], MaskRows]
 
 
 def without_kernel(method: Pruner, gather: Gatherer | None) -> Part | None:
@@ -44,7 +44,7 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Gatherer | None:
     """
     choice = method.choice
     if isinstance(method.other, GradedColumns):
-        return None if unlike_plain(ffns) or uncolumned(method.other, ffns) else ColumnRows
+        return None if unlike_plain(ffns) or uncolumned(method.other, ffns) else MaskRows  # until `Execution.attach`
     if isinstance(choice, DartPlus):
         possible = not unlike_plain(ffns) and not ungraded(method, ffns)
         return functools.partial(graded.rows_of, choice=choice) if possible else None
