@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dart_eval.pruning.choices.images import Columns
 from dart_eval.pruning.choices.preview import Previewing
+from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.session.dense import AnySession
 from dart_eval.pruning.session.fitted import Noted
 from dart_eval.pruning.session.session import Session
@@ -103,7 +104,7 @@ def _read(levels: Levels) -> float:
 
 
 def unites(session: AnySession) -> bool:
-    """Whether the unions of what tokens read are known: not of experts, repeated layers and previews of some columns.
+    """Whether the unions of what tokens read are known: not of experts, repeated layers, and rows and columns at once.
 
     A preview that skips columns reads more of them in a union, and less of the rows that it leaves for later.
     """
@@ -111,4 +112,5 @@ def unites(session: AnySession) -> bool:
         return True
     choice, ffns = session.method.choice, session.ffns
     skips = isinstance(choice, Previewing) and any(choice.columns(ffn.width) != Columns() for ffn in ffns)
+    skips |= isinstance(session.method.other, GradedBoth)
     return not skips and not any(ffn.routed or ffn.runs > 1 for ffn in ffns)

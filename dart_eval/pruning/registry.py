@@ -23,6 +23,7 @@ from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.experts.by_weight import ByWeight
 from dart_eval.pruning.experts.routings import Fewer, Without
+from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.layers import GradedLayers
 from dart_eval.pruning.inputs.rounded import RoundedEntries
@@ -169,6 +170,11 @@ BUILT_IN: tuple[Pruner, ...] = (
         entries=GradedColumns(),
     ),
     InputSparsity(
+        name="graded-both",
+        summary="reads more bits of the columns that matter, and of the neurons that these leave most open",
+        entries=GradedBoth(),
+    ),
+    InputSparsity(
         name="grinqh", paper="2606.23419",
         summary="reads 0 to 8 bits of columns, more where inputs are larger (from the abstract)",
         entries=GradedColumns(rank="size"),
@@ -223,7 +229,7 @@ BUILT_IN: tuple[Pruner, ...] = (
 )  # fmt: skip
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, DartPlus, Prox, Candidates)
 ALLOCATIONS = (Uniform, DepthAware, Ends, Global, FromTable)
-ENTRIES = (GradedColumns, GradedLayers, Above, ByNorms, WandaEntries, RoundedEntries)
+ENTRIES = (GradedColumns, GradedBoth, GradedLayers, Above, ByNorms, WandaEntries, RoundedEntries)
 ROUTINGS = (Fewer, Without, ByWeight)
 PARTS: tuple[type[Part], ...] = (
     *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS,

@@ -43,6 +43,7 @@ CHOOSING = [
 # What leaves out something else than neurons.
 FINER = [
     ("teal", {}), ("wina", {"entries.weigh": "all"}), ("wanda", {"entries.pattern": "2:4"}), ("graded-columns", {}),
+    ("graded-both", {"entries.neurons": 0.4}),
     ("bits-by-position", {"entries.length": 8}),
 ]  # fmt: skip
 # All of these: masks or choices that change while a sequence is decoded.
@@ -61,8 +62,8 @@ def fitting(method, family, sparsity):
     if method == "decdec":
         return min(max(sparsity, 0.56), 0.7)
     if method in (
-        "preview", "dart-plus", "graded-columns", "grinqh", "graded-layers", "oracle-layers", "bits-by-position",
-        "graded-experts",
+        "preview", "dart-plus", "graded-columns", "graded-both", "grinqh", "graded-layers", "oracle-layers",
+        "bits-by-position", "graded-experts",
     ):  # fmt: skip
         return max(sparsity, 0.5)
     return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity

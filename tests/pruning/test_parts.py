@@ -18,6 +18,7 @@ from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.experts.by_weight import ByWeight
 from dart_eval.pruning.experts.routings import Fewer, Without
+from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.layers import GradedLayers
 from dart_eval.pruning.inputs.rounded import RoundedEntries
@@ -163,6 +164,9 @@ def test_the_built_in_methods_are_these_compositions():
         "teal": Pruner(entries=Above()),
         "wina": Pruner(entries=ByNorms(weigh="gate")),
         "graded-columns": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="error")),
+        "graded-both": Pruner(
+            entries=GradedBoth(levels="0-2-4-6-8", group=128, rank="error", neurons=0.25, more=2.0, known=0.2)
+        ),
         "grinqh": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="size")),
         "decdec": Pruner(entries=GradedColumns(levels="3-7", group=128, rank="size")),
         "graded-layers": Pruner(entries=GradedLayers(levels="near", group=128, by="norm", length=256)),
@@ -381,4 +385,4 @@ def test_every_combination_of_the_parts_that_the_kinds_take_can_be_made(tmp_path
             method = Pruner(**dict(zip(slots_of_it, parts_of_it, strict=True)))
             assert type(method) is kind
             made += 1
-    assert made == 537
+    assert made == 540

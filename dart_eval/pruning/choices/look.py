@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +50,10 @@ class Preview:
         """
         seen, off = self._project_parts(x, rough)
         first = seen[0].float()
-        expected = (self.act(first + off[0]).square() + self.act(first - off[0]).square()) / 2
         if len(seen) == 1:
-            return self.act(seen[0]), expected
+            return self.act(seen[0]), expected_square(self.act, [first], off)
         up = seen[1] if self.lift is None else self.lift(seen[1])
-        return self.act(seen[0]) * up, expected * (up.float().square() + off[1].square())
+        return self.act(seen[0]) * up, expected_square(self.act, [first, up.float()], off)
 
     def _project_parts(self, x: Tensor, rough: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """Return the images' products with both parts of x, and their errors. Arguments as of `look`."""
@@ -78,3 +77,15 @@ class Preview:
         """Multiply h with the image of down: [..., F] -> [..., D]."""
         assert self.down is not None
         return nn.functional.linear(h, self.down())
+
+
+def expected_square(act: Callable[[Tensor], Tensor], seen: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
+    """Return the expected square of h, if each product is off by its error, up or down: [..., F] fp32.
+
+    Args:
+        act: the activation.
+        seen: gate x and (lifted) up x, or a plain FFN's up x, as a preview has them; [..., F] fp32 each.
+        errors: of these, of any shape that spreads to theirs.
+    """
+    expected = (act(seen[0] + errors[0]).square() + act(seen[0] - errors[0]).square()) / 2
+    return expected if len(seen) == 1 else expected * (seen[1].square() + errors[1].square())

@@ -129,6 +129,10 @@ class Graded(Levels, Entries):
         """Return the part with the levels that depend on the read. room: bits of a weight, without its scale."""
         return self
 
+    def first_look(self, room: float) -> float:
+        """Return the bits of a weight that a token reads of all rows of gate and up. room: that the read leaves."""
+        return room
+
     def check_read(self, share: float, width: int) -> None:
         least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.bits[0], self.bits[-1]))
         if share < least or share > most + TOLERANCE:

@@ -18,6 +18,7 @@ from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.pruning.choices.serving import Decoded
+from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.entries import Coded, Graded
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.weights.rounding import parameter_of, rounded
@@ -43,10 +44,7 @@ class GradedInputs:
         self, part: Graded, ffns: Sequence[FFN], densities: Sequence[float], calibration: Calibration | None
     ) -> None:
         self.part, self.ffns = part, ffns
-        made = [
-            [(m, _matrices(part, m, 2 if f.fused and m is not f.down else 1, d)) for m in f.projections]
-            for f, d in zip(ffns, densities, strict=True)
-        ]
+        made = [[(m, _matrices(part, f, m, d)) for m in f.projections] for f, d in zip(ffns, densities, strict=True)]
         found: Any = itertools.repeat(None)
         if part.calibrates and calibration is not None:
             name = f"sizes of inputs by {part!r}, {[*densities]} read"
@@ -87,8 +85,12 @@ class GradedInputs:
             forward: the current forward (`hooks.Forward`).
         """
         for ffn, layer in zip(self.ffns, self.layers, strict=True):
+            look = SecondLook(ffn, self.part, forward) if isinstance(self.part, GradedBoth) else None
             for module, matrices in layer:
-                add(module.register_forward_hook(_graded(ffn, matrices, forward)))
+                of_inputs = look if module is not ffn.down else None
+                add(module.register_forward_hook(_graded(ffn, matrices, forward, of_inputs)))
+            if look is not None:
+                add(ffn.into.register_forward_pre_hook(torch.compiler.disable(look.refine)))
 
 
 class GradedMatrix(Coded):
@@ -96,13 +98,15 @@ class GradedMatrix(Coded):
 
     Args:
         part: the rule. weight: [out, n]. bias: [out]; None. share: of the bytes of 16-bit weights, which a token reads.
+        down: whether its inputs are neurons.
     """
 
-    def __init__(self, part: Graded, weight: Tensor, bias: Tensor | None, share: float) -> None:
+    def __init__(self, part: Graded, weight: Tensor, bias: Tensor | None, share: float, down: bool) -> None:
         self.bias, (self.rows, self.width) = bias, weight.shape
         part.check_read(share, self.width)
         self.scale = part.scale(self.width)
-        self.room = OWN_BITS * share - self.scale
+        room = OWN_BITS * share - self.scale
+        self.room = room if down else part.first_look(room)
         self.part = part.at(self.room)
         self.packed = rounded(weight, self.part.rounding)
         self.values = [
@@ -138,19 +142,61 @@ class GradedMatrix(Coded):
 
 def columns_lacking(part: Graded, ffn: FFN) -> str | None:
     """Return why no kernel reads columns of an FFN in these bits, or None."""
+    if isinstance(part, GradedBoth):
+        return f"{part.title} has no kernel"
     if part.bits != [*columns.LEVELS] or part.group not in (0, columns.GROUP):
         return "the kernel reads columns in 0, 2, 4, 6 or 8 bits, with scales of 128 weights or of a row"
     return blocks.lacking(ffn)
 
 
-def _matrices(part: Graded, module: nn.Module, parts: int, share: float) -> list[GradedMatrix]:
-    """Return the matrices of a projection, cached for the next session. parts: that are stacked in it."""
+class SecondLook:
+    """The second look of decoded tokens at gate and up of one FFN, before their h enters what follows."""
+
+    def __init__(self, ffn: FFN, part: GradedBoth, forward: Any) -> None:
+        self.ffn, self.part, self.forward = ffn, part, forward
+        self.first: dict[GradedMatrix, tuple[float, Tensor, Tensor]] = {}  # limit, product, levels
+        self.x: Tensor | None = None
+
+    def see(self, x: Tensor, made: Sequence[tuple[GradedMatrix, float, Tensor, Tensor]]) -> None:
+        """Take the first look's products. x: [B, T, D]."""
+        self.x = x
+        self.first |= {matrix: (limit, product, levels) for matrix, limit, product, levels in made}
+
+    def refine(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Replace the h of neurons that have a second look: a hook."""
+        first, x, self.first, self.x = self.first, self.x, {}, None
+        if x is None:
+            return None
+        part, ffn = self.part, self.ffn
+        errors = [part.unread(x, levels, _gains(matrix, x), matrix.rows) for matrix, (_, _, levels) in first.items()]
+        chosen = part.least_known([product for _, product, _ in first.values()], errors, ffn.act, ffn.lifted)
+        products, more, layer = [], 0.0, self.forward.state.layers[ffn.layer]
+        for matrix, (limit, _, levels) in first.items():
+            product, further = matrix(x, part.second_look(limit, matrix.width), None)
+            products.append(product.to(x.dtype))
+            more = more + (matrix.row_bits(further) - matrix.row_bits(levels)).cpu()
+        layer.add_read(more * part.count(ffn.size) / (OWN_BITS * ffn.matrices * ffn.width))
+        a = ffn.act(products[0])
+        again = a if len(products) == 1 else a * ffn.lifted(products[1])
+        h = torch.where(chosen, again, self.forward.in_batch(args[0]))
+        return (h.view(args[0].shape), *args[1:])
+
+
+def _gains(matrix: GradedMatrix, x: Tensor) -> Tensor:
+    assert matrix.fitted is not None
+    return matrix.fitted.to(x.device)
+
+
+def _matrices(part: Graded, ffn: FFN, module: nn.Module, share: float) -> list[GradedMatrix]:
+    """Return the matrices of a projection, cached for the next session."""
+    down = module is ffn.down
+    parts = 2 if ffn.fused and not down else 1
 
     def make() -> list[GradedMatrix]:
         bias = bias_of(module)
         biases = [None] * parts if bias is None else bias.chunk(parts)
         weights = plain_matrix(module).chunk(parts)
-        return [GradedMatrix(part, w, b, share) for w, b in zip(weights, biases, strict=True)]
+        return [GradedMatrix(part, w, b, share, down) for w, b in zip(weights, biases, strict=True)]
 
     return _CACHE.get(module, [parameter_of(module)], (part, share), make)
 
@@ -170,18 +216,24 @@ def _sizes(
     return [torch.cat(sizes) for sizes in found.values()]
 
 
-def _graded(ffn: FFN, matrices: Sequence[tuple[GradedMatrix, float]], forward: Any) -> Callable[..., object]:
+def _graded(
+    ffn: FFN, matrices: Sequence[tuple[GradedMatrix, float]], forward: Any, look: SecondLook | None
+) -> Callable[..., object]:
+    """Return the hook of a projection. look: told of its products; None."""
+
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         state = forward.state
         if forward.phase != "decode" or state is None:
             replaced = matrices[0][0].part.replaces
             return torch.cat([matrix.whole(args[0]) for matrix, _ in matrices], -1) if replaced else None
         x, position = forward.in_batch(args[0]), state.positions(forward.valid)
-        made = [(matrix, *matrix(x, limit, position)) for matrix, limit in matrices]
+        made = [(matrix, limit, *matrix(x, limit, position)) for matrix, limit in matrices]
+        if look is not None:
+            look.see(x, made)
         layer, neuron = state.layers[ffn.layer], OWN_BITS * ffn.matrices * ffn.width
-        layer.add_read(sum(matrix.rows * matrix.row_bits(chosen).cpu() for matrix, _, chosen in made) / neuron)
-        for matrix, _, chosen in made:
+        layer.add_read(sum(matrix.rows * matrix.row_bits(chosen).cpu() for matrix, _, _, chosen in made) / neuron)
+        for matrix, _, _, chosen in made:
             layer.fitted.note(chosen, functools.partial(matrix.costs, neuron), matrix)
-        return torch.cat([product for _, product, _ in made], -1).to(output.dtype).view(output.shape)
+        return torch.cat([product for _, _, product, _ in made], -1).to(output.dtype).view(output.shape)
 
     return torch.compiler.disable(hook)

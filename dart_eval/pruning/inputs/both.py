@@ -1,0 +1,101 @@
+"""graded-both: more bits of the columns that matter to a token, and then of the neurons that these leave most open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dart_eval.pruning.inputs.columns import GradedColumns
+from dart_eval.pruning.part import option
+from dart_eval.util.bits import OWN_BITS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from dart_eval.layers.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedBoth(GradedColumns):
+    """A token reads gate and up by graded columns, and then more bits of the neurons that it knows least of.
+
+    With b bits of a weight in all, it looks twice at gate and up, and once at down:
+
+        first look    all rows, b - neurons * more bits of a weight, columns as `columns` ranks them
+        open          E[h^2] - (1 - known) h~^2 of each neuron: h~ by the first look, E[h^2] over its errors +-e,
+                      e^2 = the mean over rows of sum_i x_i^2 E_i(b_i)
+        second look   of the share `neurons` with the largest: `more` bits of a weight more, columns by the same ranking
+        down          b bits of a weight, columns by |h|
+
+    So bits follow rows and columns at once. The choice of neurons is dart-plus's, with one error for all rows. This
+    project's own. Its bits lie apart in both directions: no layout of memory lets a kernel read them alone.
+    """
+
+    name = "both"
+    summary = "reads more bits of the columns that matter, and of the neurons that these leave most open"
+    granularity = "bits of input channels and neurons"
+    neurons: float = option(0.25, "share of the neurons of which a token reads more bits", above=0, most=0.9)
+    more: float = option(2.0, "bits of a weight that it reads more of theirs, on average", above=0, most=8)
+    known: float = option(
+        0.2, "weight of the previewed h^2 beside its uncertainty, in the choice of neurons", least=0, most=1
+    )
+
+    def check_read(self, share: float, width: int) -> None:
+        super().check_read(share, width)
+        least = (self.bits[0] + self.neurons * self.more + self.scale(width)) / OWN_BITS
+        if share < least:
+            raise self.out_of_reach(least, (self.bits[-1] + self.scale(width)) / OWN_BITS, share)
+
+    def first_look(self, room: float) -> float:
+        few, most = self.neurons, self.bits[-1]
+        return max(room - few * self.more, (room - few * most) / (1 - few))  # a second look ends at all bits
+
+    def second_look(self, limit: float, width: int) -> int:
+        """Return the bits of a row that a token has read after both looks. limit: after the first."""
+        return min(int(limit + self.more * width), self.bits[-1] * width)
+
+    def count(self, neurons: int) -> int:
+        """Return the neurons of a second look."""
+        return int(self.neurons * neurons)
+
+    def unread(self, x: Tensor, level: Tensor, gains: Tensor, rows: int) -> Tensor:
+        """Return [..., 1] fp32, the error of a product with a row after a look: the root of its mean square over rows.
+
+        Args:
+            x: [..., n], the inputs. level: [..., n], of the columns.
+            gains: [levels - 1, n], the error that each step saves for a bit (`Levels.gains`).
+            rows: of the matrix.
+        """
+        import torch
+
+        left = gains * torch.tensor(self.bits, device=gains.device).diff()[:, None]
+        left = torch.cat([left.flip(0).cumsum(0).flip(0), left.new_zeros(1, left.shape[1])])
+        squares = left.T.expand(*level.shape, -1).gather(-1, level[..., None]).squeeze(-1)
+        return (x.float().square() * squares).sum(-1, keepdim=True).div(rows).sqrt()
+
+    def least_known(
+        self, products: Sequence[Tensor], errors: Sequence[Tensor], act: Callable[[Tensor], Tensor],
+        lift: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Return [..., F] bool, the neurons of the second look.
+
+        Args:
+            products: of gate and up, or of a plain FFN's up, by the first look: [..., F] fp32 each.
+            errors: of these, [..., 1] each.
+            act: the activation. lift: applied to up x before its product with the gate.
+        """
+        import torch
+
+        from dart_eval.kernels.top import top_k_mask
+        from dart_eval.pruning.choices.look import expected_square
+
+        seen = [products[0], *map(lift, products[1:])]
+        known = act(seen[0]).square() if len(seen) == 1 else (act(seen[0]) * seen[1]).square()
+        open_ = (expected_square(act, seen, errors) - (1 - self.known) * known).clamp(min=0)
+        return top_k_mask(open_, torch.tensor(self.count(open_.shape[-1])))
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        errors = 3 * shape.layers * shape.width * (shape.ffn_matrices - 1)
+        return super().flops_per_step(shape, mask) + errors + 14 * mask  # the columns' places are known by then

@@ -1,0 +1,123 @@
+"""graded-both: a token reads more bits of columns and of neurons, of codes of 8 bits as `graded-columns` has them.
+
+The read leaves b = 16 (1 - s) bits of a weight, less the scales'. Of gate and up (a plain FFN's up) a token first reads
+b - .25 * 2 bits of a weight, columns raised as in `graded-columns`. With h~ and the products g, u by these bits,
+
+    e^2    = mean over rows of sum_i x_i^2 (E_i(b_i) - E_i(8)) of a matrix, E_i on its convex hull over bits
+    E[h^2] = mean of act(g +- e_g)^2 * (u^2 + e_u^2)
+
+the quarter of the neurons with the largest E[h^2] - .8 h~^2 is read again, at 2 bits of a weight more and 8 at most. If
+all 8 bits are read then, the first look has what the read leaves. Down is read with b bits, columns raised by h.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from dart_eval.pruning.inputs.both import GradedBoth
+from dart_eval.pruning.registry import make
+from dart_eval.util.bits import parse
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import rounded
+from tests.derivations import ours
+from tests.derivations.test_columns import on_codes, raised, read_at
+from tests.derivations.test_entries import D, F, ffns_of, thinned
+from tests.helpers.models import biased, random_tokens, tiny
+from tests.helpers.sessions import bits, open_session, same
+
+LEVELS = [0, 2, 4, 6, 8]
+
+
+class Matrix:
+    """One matrix, an input of it, and what is read at some bits of a row."""
+
+    def __init__(self, weight, bias, x):
+        codes = rounded(weight, parse("8:128"))
+        self.weight, self.bias, self.x = weight, bias, x
+        self.read = {b: read_at(codes, b) for b in LEVELS}
+        errors = {b: (weight.float() - read.float()).square().sum(0).double() for b, read in self.read.items()}
+        self.saved = {b: (x.double() ** 2 * e).tolist() for b, e in errors.items()}
+        self.scale = 16 / min(128, len(x))
+
+    def at(self, room):
+        """The level of each column, and the rows so read. room: bits of a row."""
+        at = raised(self.saved, LEVELS, room)
+        return at, torch.stack([self.read[LEVELS[j]][:, c] for c, j in enumerate(at)], 1)
+
+    def product(self, rows):
+        out = rows.to(self.x.dtype) @ self.x
+        return out if self.bias is None else out + self.bias
+
+    def error(self, at):
+        """The root of the mean over rows of what the bits that are not read would save."""
+
+        def hull(i, level):
+            ends = [(a, c) for a in LEVELS for c in LEVELS if a <= level <= c]
+            value = lambda b: self.saved[b][i]  # noqa: E731
+            return min(
+                value(a) if a == c else value(a) + (value(c) - value(a)) * (level - a) / (c - a) for a, c in ends
+            )
+
+        left = sum(max(0.0, hull(i, LEVELS[j]) - self.saved[8][i]) for i, j in enumerate(at))
+        return (left / len(self.weight)) ** 0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.84, 0.9])
+def test_columns_then_neurons_are_read_in_more_bits(family, sparsity):
+    model, used, chosen = biased(family), [], {}
+
+    def kept_of(i, k, weight, x):
+        act, parts = ffns_of(model)[i]
+        room = 16 * (1 - sparsity) - 16 / min(128, len(x))
+        if k == len(parts) - 1:
+            one = Matrix(weight, None, x)
+            at, made = one.at(int(len(x) * room + 1e-9))
+            used.append((sum(LEVELS[j] for j in at) + one.scale * len(x)) * len(weight) / 16)
+            return made / torch.where(weight == 0, 1.0, weight)
+        first = room - 0.5 if room - 0.5 + 2 <= 8 else (room - 2) / 0.75
+        rows = int(len(x) * first + 1e-9)
+        ins = [Matrix(w, b, x) for w, b in parts[:-1]]
+        looks = [one.at(rows) for one in ins]
+        if k == 0:
+            g, *u = (one.product(made) for one, (_, made) in zip(ins, looks, strict=True))
+            e, *eu = (one.error(at) for one, (at, _) in zip(ins, looks, strict=True))
+            expected, h = (act(g + e) ** 2 + act(g - e) ** 2) / 2, act(g)
+            if u:
+                expected, h = expected * (u[0] ** 2 + eu[0] ** 2), h * u[0]
+            wanted = (expected - 0.8 * h**2).clamp(min=0)
+            chosen[i] = wanted.argsort(descending=True, stable=True)[: F // 4]
+        (at, made), one = looks[k], ins[k]
+        further, again = one.at(min(8 * len(x), rows + 2 * len(x)))
+        made = made.clone()
+        made[chosen[i]] = again[chosen[i]]
+        spent = F * sum(LEVELS[j] for j in at) + F // 4 * sum(
+            LEVELS[b] - LEVELS[a] for a, b in zip(at, further, strict=True)
+        )
+        used.append((spent + F * one.scale * len(x)) / 16)
+        return made / torch.where(weight == 0, 1.0, weight)
+
+    prompt, decoded = random_tokens(12, 1), random_tokens(6, 2)
+    before = bits(model)
+    run = ours.run(model, "graded-both", prompt, decoded, sparsity, "masked")
+    assert same(model, before)
+    wanted, _ = thinned(model, prompt, decoded, kept_of, on_codes(model, parse("8:128")))
+    assert torch.allclose(run.logprobs, wanted, rtol=0, atol=4e-6)
+    weights = sum(m.numel() for _, parts in ffns_of(model) for m, _ in parts)
+    assert run.read == pytest.approx([sum(u) / weights for u in np.array_split(used, 6)])
+    assert max(run.read) <= 1 - sparsity + 1e-9 and min(run.read) > 1 - sparsity - 0.02
+
+
+def test_no_second_look_beyond_what_the_read_leaves():
+    model, method = tiny("llama"), make("graded-both", {"entries.neurons": 0.5, "entries.more": 4})
+    with (
+        pytest.raises(UserError, match=r"entries=both reads 15\.6 to 53\.1 % of the bytes, not 12 %; use a sparsity"),
+        open_session(model, method, 0.88),
+    ):
+        pass
+
+
+def test_a_second_look_ends_at_all_bits():
+    part = GradedBoth(neurons=0.5, more=4)
+    assert part.first_look(7.0) == 6.0 and part.second_look(6.0 * D, D) == 8 * D
+    assert part.first_look(5.0) == 3.0 and part.second_look(3.0 * D, D) == 7 * D
