@@ -170,12 +170,12 @@ class SecondLook:
         part, ffn = self.part, self.ffn
         errors = [part.unread(x, levels, _gains(matrix, x), matrix.rows) for matrix, (_, _, levels) in first.items()]
         chosen = part.least_known([product for _, product, _ in first.values()], errors, ffn.act, ffn.lifted)
-        products, more, layer = [], 0.0, self.forward.state.layers[ffn.layer]
+        products, more, layer = [], [], self.forward.state.layers[ffn.layer]
         for matrix, (limit, _, levels) in first.items():
             product, further = matrix(x, part.second_look(limit, matrix.width), None)
             products.append(product.to(x.dtype))
-            more = more + (matrix.row_bits(further) - matrix.row_bits(levels)).cpu()
-        layer.add_read(more * part.count(ffn.size) / (OWN_BITS * ffn.matrices * ffn.width))
+            more.append((matrix.row_bits(further) - matrix.row_bits(levels)).cpu())
+        layer.add_read(sum(more) * part.count(ffn.size) / (OWN_BITS * ffn.matrices * ffn.width))
         a = ffn.act(products[0])
         again = a if len(products) == 1 else a * ffn.lifted(products[1])
         h = torch.where(chosen, again, self.forward.in_batch(args[0]))
