@@ -8,6 +8,9 @@ b - .25 * 2 bits of a weight, columns raised as in `graded-columns`. With h~ and
 
 the quarter of the neurons with the largest E[h^2] - .8 h~^2 is read again, at 2 bits of a weight more and 8 at most. If
 all 8 bits are read then, the first look has what the read leaves. Down is read with b bits, columns raised by h.
+
+With `second=rows` a tenth of the neurons is read again in whole rows of 6 bits, which the read pays in full: a column
+has the more of the bits that the two looks read.
 """
 
 import numpy as np
@@ -26,6 +29,7 @@ from tests.helpers.models import biased, random_tokens, tiny
 from tests.helpers.sessions import bits, open_session, same
 
 LEVELS = [0, 2, 4, 6, 8]
+ROWS = {"entries.second": "rows", "entries.neurons": 0.1, "entries.more": 6}
 
 
 class Matrix:
@@ -63,9 +67,10 @@ class Matrix:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "opt"])
-@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.84, 0.9])
-def test_columns_then_neurons_are_read_in_more_bits(family, sparsity):
+@pytest.mark.parametrize(("sparsity", "rows"), [(0.5, {}), (0.7, {}), (0.84, {}), (0.9, {}), (0.84, ROWS)])
+def test_columns_then_neurons_are_read_in_more_bits(family, sparsity, rows):
     model, used, chosen = biased(family), [], {}
+    count = int((0.1 if rows else 0.25) * F)
 
     def kept_of(i, k, weight, x):
         act, parts = ffns_of(model)[i]
@@ -75,10 +80,10 @@ def test_columns_then_neurons_are_read_in_more_bits(family, sparsity):
             at, made = one.at(int(len(x) * room + 1e-9))
             used.append((sum(LEVELS[j] for j in at) + one.scale * len(x)) * len(weight) / 16)
             return made / torch.where(weight == 0, 1.0, weight)
-        first = room - 0.5 if room - 0.5 + 2 <= 8 else (room - 2) / 0.75
-        rows = int(len(x) * first + 1e-9)
+        first = room - 0.6 if rows else room - 0.5 if room - 0.5 + 2 <= 8 else (room - 2) / 0.75
+        limit = int(len(x) * first + 1e-9)
         ins = [Matrix(w, b, x) for w, b in parts[:-1]]
-        looks = [one.at(rows) for one in ins]
+        looks = [one.at(limit) for one in ins]
         if k == 0:
             g, *u = (one.product(made) for one, (_, made) in zip(ins, looks, strict=True))
             e, *eu = (one.error(at) for one, (at, _) in zip(ins, looks, strict=True))
@@ -86,20 +91,22 @@ def test_columns_then_neurons_are_read_in_more_bits(family, sparsity):
             if u:
                 expected, h = expected * (u[0] ** 2 + eu[0] ** 2), h * u[0]
             wanted = (expected - 0.8 * h**2).clamp(min=0)
-            chosen[i] = wanted.argsort(descending=True, stable=True)[: F // 4]
+            chosen[i] = wanted.argsort(descending=True, stable=True)[:count]
         (at, made), one = looks[k], ins[k]
-        further, again = one.at(min(8 * len(x), rows + 2 * len(x)))
+        further, again = one.at(min(8 * len(x), limit + 2 * len(x)))
+        if rows:
+            further = [max(a, LEVELS.index(6)) for a in at]
+            again = torch.stack([one.read[LEVELS[b]][:, c] for c, b in enumerate(further)], 1)
         made = made.clone()
         made[chosen[i]] = again[chosen[i]]
-        spent = F * sum(LEVELS[j] for j in at) + F // 4 * sum(
-            LEVELS[b] - LEVELS[a] for a, b in zip(at, further, strict=True)
-        )
+        more = 6 * len(x) if rows else sum(LEVELS[b] - LEVELS[a] for a, b in zip(at, further, strict=True))
+        spent = F * sum(LEVELS[j] for j in at) + count * more
         used.append((spent + F * one.scale * len(x)) / 16)
         return made / torch.where(weight == 0, 1.0, weight)
 
     prompt, decoded = random_tokens(12, 1), random_tokens(6, 2)
     before = bits(model)
-    run = ours.run(model, "graded-both", prompt, decoded, sparsity, "masked")
+    run = ours.run(model, "graded-both", prompt, decoded, sparsity, "masked", **rows)
     assert same(model, before)
     wanted, _ = thinned(model, prompt, decoded, kept_of, on_codes(model, parse("8:128")))
     assert torch.allclose(run.logprobs, wanted, rtol=0, atol=4e-6)
@@ -119,5 +126,16 @@ def test_no_second_look_beyond_what_the_read_leaves():
 
 def test_a_second_look_ends_at_all_bits():
     part = GradedBoth(neurons=0.5, more=4)
-    assert part.first_look(7.0) == 6.0 and part.second_look(6.0 * D, D) == 8 * D
-    assert part.first_look(5.0) == 3.0 and part.second_look(3.0 * D, D) == 7 * D
+    assert part.first_look(7.0) == 6.0 and part.first_look(5.0) == 3.0
+
+
+def test_rows_are_read_in_a_level_from_a_copy_of_their_own():
+    with pytest.raises(UserError, match=r"entries.more is 3, which is no level, .*; give one of the levels, 0-2-4-6-8"):
+        GradedBoth(second="rows", more=3)
+    model = tiny("llama")
+    sizes = []
+    for params in ({}, ROWS):
+        with open_session(model, make("graded-both", params), 0.84) as session:
+            sizes.append(session.state_bytes)
+    weights = 3 * 2 * F * D
+    assert sizes[1] - sizes[0] == weights * (6 + 16 / D) / 8

@@ -165,7 +165,9 @@ def test_the_built_in_methods_are_these_compositions():
         "wina": Pruner(entries=ByNorms(weigh="gate")),
         "graded-columns": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="error")),
         "graded-both": Pruner(
-            entries=GradedBoth(levels="0-2-4-6-8", group=128, rank="error", neurons=0.25, more=2.0, known=0.2)
+            entries=GradedBoth(
+                levels="0-2-4-6-8", group=128, rank="error", neurons=0.25, more=2.0, second="columns", known=0.2
+            )
         ),
         "grinqh": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="size")),
         "decdec": Pruner(entries=GradedColumns(levels="3-7", group=128, rank="size")),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.part import option
 from dart_eval.util.bits import OWN_BITS
+from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.layers.shape import ModelShape
+    from dart_eval.pruning.inputs.entries import Coded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +32,29 @@ class GradedBoth(GradedColumns):
         down          b bits of a weight, columns by |h|
 
     So bits follow rows and columns at once. The choice of neurons is dart-plus's, with one error for all rows. This
-    project's own. Its bits lie apart in both directions: no layout of memory lets a kernel read them alone.
+    project's own. The bits of a second look lie apart in both directions: no layout of memory lets a kernel read them
+    alone. With `second=rows` it reads whole rows once more, in their first `more` bits, from a copy that lies by rows.
     """
 
     name = "both"
     summary = "reads more bits of the columns that matter, and of the neurons that these leave most open"
     granularity = "bits of input channels and neurons"
     neurons: float = option(0.25, "share of the neurons of which a token reads more bits", above=0, most=0.9)
-    more: float = option(2.0, "bits of a weight that it reads more of theirs, on average", above=0, most=8)
+    more: float = option(2.0, "bits of a weight that a second look reads, on average", above=0, most=8)
+    second: Literal["columns", "rows"] = option(
+        "columns", "what a second look reads: the next bits of single columns, or whole rows (where more is a level)"
+    )
     known: float = option(
         0.2, "weight of the previewed h^2 beside its uncertainty, in the choice of neurons", least=0, most=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.second == "rows" and self.more not in self.bits:
+            raise UserError(
+                f"entries.more is {self.more:g}, which is no level, and rows are read in one",
+                f"give one of the levels, {self.levels}",
+            )
 
     def check_read(self, share: float, width: int) -> None:
         super().check_read(share, width)
@@ -50,11 +64,24 @@ class GradedBoth(GradedColumns):
 
     def first_look(self, room: float) -> float:
         few, most = self.neurons, self.bits[-1]
+        if self.second == "rows":
+            return room - few * self.more
         return max(room - few * self.more, (room - few * most) / (1 - few))  # a second look ends at all bits
 
-    def second_look(self, limit: float, width: int) -> int:
-        """Return the bits of a row that a token has read after both looks. limit: after the first."""
-        return min(int(limit + self.more * width), self.bits[-1] * width)
+    def second_look(self, x: Tensor, matrix: Coded, limit: float, level: Tensor) -> Tensor:
+        """Return [..., n] long, the level of each column of these neurons after both looks.
+
+        Args:
+            x: [..., n], the inputs. limit: bits of a row that the first look may read.
+            level: [..., n], after the first look.
+        """
+        if self.second == "rows":
+            return level.clamp(min=self.bits.index(int(self.more)))
+        return self.level(x, matrix, min(int(limit + self.more * matrix.width), self.bits[-1] * matrix.width), None)
+
+    def read_again(self, first: Tensor, both: Tensor, width: int) -> Tensor:
+        """Return the bits of a row that a second look reads, [...] fp64. first, both: of its levels after looks."""
+        return both - first if self.second == "columns" else both.new_full(both.shape, self.more * width)
 
     def count(self, neurons: int) -> int:
         """Return the neurons of a second look."""

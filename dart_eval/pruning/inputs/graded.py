@@ -62,7 +62,12 @@ class GradedInputs:
     def nbytes(self) -> int:
         """Return the bytes beside the model: limits, or what steps save. Codes stand in place of the weights."""
         every = [one for layer in self.layers for _, matrices in layer for one, _ in matrices]
-        return sum(4 * self.part.calibrates if one.fitted is None else one.fitted.nbytes for one in every)
+        copied = 0
+        if isinstance(self.part, GradedBoth) and self.part.second == "rows":  # of gate and up, in the bits of a level
+            inputs = [one for f, layer in zip(self.ffns, self.layers, strict=True) for m, ms in layer for one, _ in ms
+                      if m is not f.down]  # fmt: skip
+            copied = sum(int(one.rows * one.width * (self.part.more + one.scale) / 8) for one in inputs)
+        return copied + sum(4 * self.part.calibrates if one.fitted is None else one.fitted.nbytes for one in every)
 
     def rows_of(self, ffn: FFN) -> blocks.BlockRows:
         """Return an FFN of whose columns a single token reads the chosen bits alone; cached for the next session."""
@@ -123,12 +128,17 @@ class GradedMatrix(Coded):
     def __call__(self, x: Tensor, limit: float, position: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the product, [..., out], and the level of each column, [..., n] long. For the rest: `Graded.level`."""
         chosen = self.part.level(x, self, limit, position)
+        return self.product(x, chosen), chosen
+
+    def product(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Return the product, [..., out]. chosen: [..., n], the level of each column."""
         out: Any = 0.0
         for level, values in enumerate(self.values):
             if values is not None:
                 product = nn.functional.linear(x * (chosen == level), values())
                 out = out + product.to(torch.promote_types(product.dtype, torch.float32))
-        return (out if self.bias is None else out + self.bias), chosen
+        made: Tensor = out if self.bias is None else out + self.bias
+        return made
 
     def row_bits(self, chosen: Tensor) -> Tensor:
         """Return the bits that a row takes, [...] fp64. chosen: [..., n], the level of each column."""
@@ -172,9 +182,9 @@ class SecondLook:
         chosen = part.least_known([product for _, product, _ in first.values()], errors, ffn.act, ffn.lifted)
         products, more, layer = [], [], self.forward.state.layers[ffn.layer]
         for matrix, (limit, _, levels) in first.items():
-            product, further = matrix(x, part.second_look(limit, matrix.width), None)
-            products.append(product.to(x.dtype))
-            more.append((matrix.row_bits(further) - matrix.row_bits(levels)).cpu())
+            further = part.second_look(x, matrix, limit, levels)
+            products.append(matrix.product(x, further).to(x.dtype))
+            more.append(part.read_again(matrix.row_bits(levels), matrix.row_bits(further), matrix.width).cpu())
         layer.add_read(sum(more) * part.count(ffn.size) / (OWN_BITS * ffn.matrices * ffn.width))
         a = ffn.act(products[0])
         again = a if len(products) == 1 else a * ffn.lifted(products[1])
