@@ -60,7 +60,7 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
                        ("raised",)),
     "graded-both": ("graded-columns with fewer bits of gate and up, then 2 bits more of the neurons with the largest "
                     "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
-    "grinqh": ("graded-columns with one error for all columns: more bits where |x_i| is larger", "columns", ("raised",)),
+    "grinqh": ("graded-columns, one error for all columns: more bits where |x_i| is larger", "columns", ("raised",)),
     "decdec": ("3 bits of all columns, 7 of those with the largest |x_i|", "columns", ("raised",)),
     "graded-layers": ("b_high bits of a matrix where ||x|| > t, else b_low; t per matrix", "layers",
                       ("size", "threshold")),
