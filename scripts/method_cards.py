@@ -60,6 +60,8 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
                        ("raised",)),
     "graded-both": ("graded-columns with fewer bits of gate and up, then 2 bits more of the neurons with the largest "
                     "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
+    "graded-rows": ("graded-columns with fewer bits of gate and up, then 6 bits of the rows with the largest "
+                    "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
     "grinqh": ("graded-columns, one error for all columns: more bits where |x_i| is larger", "columns", ("raised",)),
     "decdec": ("3 bits of all columns, 7 of those with the largest |x_i|", "columns", ("raised",)),
     "graded-layers": ("b_high bits of a matrix where ||x|| > t, else b_low; t per matrix", "layers",

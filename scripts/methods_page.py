@@ -137,6 +137,10 @@ to a token. `wanda` leaves out single weights, the same for every text. Read cou
 `entries.pattern=2:4` the 2 bits of each weight's position. These methods prune no neurons, so the board shows them in
 levels of their own, and tests no method of neurons against them.
 
+`graded-both` reads gate and up twice: columns in graded bits for all neurons, then 2 bits more of the quarter of them
+that it knows least of. Its bits lie apart in rows and columns, and no layout of memory lets a kernel read them alone.
+The second look of `graded-rows` reads whole rows of a tenth of the neurons once more, as a kernel could.
+
 `graded-layers` reads every matrix whole, in 4 bits or 5, say: one more bit where the input of a token is large. How
 many tokens exceed a threshold varies with the text, so a record has the measured read. `bits-by-position` reads the
 high bits first: at sparsity 0.7 for 172 decoded tokens, then the low ones. Its read is 30 % at 256 tokens

@@ -175,6 +175,11 @@ BUILT_IN: tuple[Pruner, ...] = (
         entries=GradedBoth(),
     ),
     InputSparsity(
+        name="graded-rows",
+        summary="reads more bits of the columns that matter, then whole rows of the neurons that these leave most open",
+        entries=GradedBoth(second="rows", neurons=0.1, more=6),
+    ),
+    InputSparsity(
         name="grinqh", paper="2606.23419",
         summary="reads 0 to 8 bits of columns, more where inputs are larger (from the abstract)",
         entries=GradedColumns(rank="size"),

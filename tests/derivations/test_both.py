@@ -1,4 +1,4 @@
-"""graded-both: a token reads more bits of columns and of neurons, of codes of 8 bits as `graded-columns` has them.
+"""graded-both and graded-rows: more bits of columns and of neurons, of codes of 8 bits as `graded-columns` has them.
 
 The read leaves b = 16 (1 - s) bits of a weight, less the scales'. Of gate and up (a plain FFN's up) a token first reads
 b - .25 * 2 bits of a weight, columns raised as in `graded-columns`. With h~ and the products g, u by these bits,
@@ -9,8 +9,8 @@ b - .25 * 2 bits of a weight, columns raised as in `graded-columns`. With h~ and
 the quarter of the neurons with the largest E[h^2] - .8 h~^2 is read again, at 2 bits of a weight more and 8 at most. If
 all 8 bits are read then, the first look has what the read leaves. Down is read with b bits, columns raised by h.
 
-With `second=rows` a tenth of the neurons is read again in whole rows of 6 bits, which the read pays in full: a column
-has the more of the bits that the two looks read.
+graded-rows: a tenth of the neurons is read again in whole rows of 6 bits, which the read pays in full: a column has the
+more of the bits that the two looks read.
 """
 
 import numpy as np
@@ -29,7 +29,6 @@ from tests.helpers.models import biased, random_tokens, tiny
 from tests.helpers.sessions import bits, open_session, same
 
 LEVELS = [0, 2, 4, 6, 8]
-ROWS = {"entries.second": "rows", "entries.neurons": 0.1, "entries.more": 6}
 
 
 class Matrix:
@@ -67,7 +66,7 @@ class Matrix:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "opt"])
-@pytest.mark.parametrize(("sparsity", "rows"), [(0.5, {}), (0.7, {}), (0.84, {}), (0.9, {}), (0.84, ROWS)])
+@pytest.mark.parametrize(("sparsity", "rows"), [(0.5, False), (0.7, False), (0.84, False), (0.9, False), (0.84, True)])
 def test_columns_then_neurons_are_read_in_more_bits(family, sparsity, rows):
     model, used, chosen = biased(family), [], {}
     count = int((0.1 if rows else 0.25) * F)
@@ -106,7 +105,7 @@ def test_columns_then_neurons_are_read_in_more_bits(family, sparsity, rows):
 
     prompt, decoded = random_tokens(12, 1), random_tokens(6, 2)
     before = bits(model)
-    run = ours.run(model, "graded-both", prompt, decoded, sparsity, "masked", **rows)
+    run = ours.run(model, "graded-rows" if rows else "graded-both", prompt, decoded, sparsity, "masked")
     assert same(model, before)
     wanted, _ = thinned(model, prompt, decoded, kept_of, on_codes(model, parse("8:128")))
     assert torch.allclose(run.logprobs, wanted, rtol=0, atol=4e-6)
@@ -134,8 +133,8 @@ def test_rows_are_read_in_a_level_from_a_copy_of_their_own():
         GradedBoth(second="rows", more=3)
     model = tiny("llama")
     sizes = []
-    for params in ({}, ROWS):
-        with open_session(model, make("graded-both", params), 0.84) as session:
+    for method in ("graded-both", "graded-rows"):
+        with open_session(model, make(method), 0.84) as session:
             sizes.append(session.state_bytes)
     weights = 3 * 2 * F * D
     assert sizes[1] - sizes[0] == weights * (6 + 16 / D) / 8

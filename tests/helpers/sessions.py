@@ -62,8 +62,8 @@ def fitting(method, family, sparsity):
     if method == "decdec":
         return min(max(sparsity, 0.56), 0.7)
     if method in (
-        "preview", "dart-plus", "graded-columns", "graded-both", "grinqh", "graded-layers", "oracle-layers",
-        "bits-by-position", "graded-experts",
+        "preview", "dart-plus", "graded-columns", "graded-both", "graded-rows", "grinqh", "graded-layers",
+        "oracle-layers", "bits-by-position", "graded-experts",
     ):  # fmt: skip
         return max(sparsity, 0.5)
     return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity

@@ -169,6 +169,11 @@ def test_the_built_in_methods_are_these_compositions():
                 levels="0-2-4-6-8", group=128, rank="error", neurons=0.25, more=2.0, second="columns", known=0.2
             )
         ),
+        "graded-rows": Pruner(
+            entries=GradedBoth(
+                levels="0-2-4-6-8", group=128, rank="error", neurons=0.1, more=6.0, second="rows", known=0.2
+            )
+        ),
         "grinqh": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="size")),
         "decdec": Pruner(entries=GradedColumns(levels="3-7", group=128, rank="size")),
         "graded-layers": Pruner(entries=GradedLayers(levels="near", group=128, by="norm", length=256)),

@@ -1,4 +1,4 @@
-"""graded-both: more bits of the columns that matter to a token, and then of the neurons that these leave most open."""
+"""graded-both, graded-rows: more bits of columns that matter to a token, then of neurons that these leave most open."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GradedBoth(GradedColumns):
 
     So bits follow rows and columns at once. The choice of neurons is dart-plus's, with one error for all rows. This
     project's own. The bits of a second look lie apart in both directions: no layout of memory lets a kernel read them
-    alone. With `second=rows` it reads whole rows once more, in their first `more` bits, from a copy that lies by rows.
+    alone. `second=rows` (graded-rows) reads whole rows once more, in their first `more` bits, from a copy by rows.
     """
 
     name = "both"
