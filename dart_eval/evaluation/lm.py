@@ -36,6 +36,7 @@ from dart_eval.evaluation.unions import STEPS, Unions
 from dart_eval.evaluation.unusable import Unusable
 from dart_eval.pruning.session.dense import AnySession, DenseSession
 from dart_eval.results.journal import Journal
+from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
@@ -255,7 +256,10 @@ class PrunedLM(HFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Score the second half of each chunk of a document, given the first. Every chunk begins with the prefix token.
 
-        The result's `coverage` lets `tasks.rolling_results` weight the metric by the text that was scored.
+        The result's `coverage` lets `tasks.weigh_scored_text` weight the metric by the text that was scored.
+
+        Raises:
+            UserError: the scored tokens decode to nothing.
         """
         size = min(self.chunk, self.max_length)
         chunks: list[tuple[int, Request]] = []
@@ -271,6 +275,11 @@ class PrunedLM(HFLM):
                 if len(piece) > half:
                     chunks.append((i, Request(tuple(piece[:half]), tuple(piece[half:]))))
                     scored_bytes[i] += self._bytes(piece[half:])
+        if chunks and not any(scored_bytes):
+            raise UserError(
+                "the tokens of these texts stand for no text, so a perplexity has no words to count",
+                "use a tokenizer that knows the texts' words",
+            )
         sums = [0.0] * len(requests)
         for (i, _), score in zip(chunks, self._score([c for _, c in chunks], "loglikelihood_rolling"), strict=True):
             sums[i] += score.logprob

@@ -231,6 +231,15 @@ def test_a_text_that_begins_with_the_prefix_token_has_it_once(lm):
     assert plain.coverage == begun.coverage
 
 
+def test_texts_of_unknown_words_are_refused(lm):
+    """Their tokens decode to nothing, and a perplexity would divide by no words."""
+    lm.begin(DenseSession(), {})
+    request = TextRequest("Words that no tiny tokenizer knows, and more of them.", 0)
+    request.args = request.args[:1]
+    with pytest.raises(UserError, match="stand for no text, so a perplexity has no words to count; use a tokenizer"):
+        lm.loglikelihood_rolling([request])
+
+
 def test_re_masks_count_with_the_first_token_that_is_decoded_after_them(lm):
     """Windows of three: re-masks follow the decoding forwards 3 and 6, which make tokens 4 and 7."""
     log = None
