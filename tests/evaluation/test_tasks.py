@@ -155,7 +155,9 @@ def test_tasks_travel_in_the_wheel_with_the_types_and_the_version(tmp_path):
         if file.is_file() and "__pycache__" not in file.parts:
             assert f"dart_eval/tasks/{file.relative_to(tasks_dir())}" in packed
     assert {"dart_eval/data/calibration.txt", "dart_eval/data/keep-tables.json", "dart_eval/py.typed"} <= packed
-    assert {f"dart_eval/kernels/cpu/{name}" for name in ("kernels.c", "coded.h", "columns.h", "threads.h", "vectors.h")} <= packed
+    assert {
+        f"dart_eval/kernels/cpu/{name}" for name in ("kernels.c", "coded.h", "columns.h", "threads.h", "vectors.h")
+    } <= packed
     assert wheel.name.startswith(f"dart_eval-{dart_eval.__version__}-")
 
 
