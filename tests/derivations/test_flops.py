@@ -20,6 +20,7 @@ from dart_eval.evaluation.batching import CACHED_TOKENS, token_bytes
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.choices.prox import Prox
+from dart_eval.pruning.inputs.both import GradedBoth
 from tests.derivations.plain import cache_name
 from tests.helpers.models import CONFIGS, FAMILIES, STREAMS, random_model, random_tokens, tiny
 
@@ -89,6 +90,16 @@ def test_a_preview_by_copies_multiplies_the_columns_that_are_left(thin):
     model = tiny("llama", torch.float32)
     shape, neurons = shape_of(model, find_ffns(model)), 120
     assert Prox(thin=thin).flops_per_step(shape, neurons) == 2 * neurons * thin * shape.width * 2 + 3 * neurons
+
+
+def test_a_second_look_multiplies_rows_once_more():
+    """A tenth of gate and up. Beside it 4 levels a column are compared, and errors sum 3 operations for each of x."""
+    model = tiny("llama", torch.float32)
+    shape, neurons = shape_of(model, find_ffns(model)), 120
+    x = 2 * shape.layers * shape.width  # inputs of gate and up
+    choice = 2 * 4 * (x + neurons) + 3 * x + 14 * neurons
+    part = GradedBoth(second="rows", neurons=0.1, more=6)
+    assert part.flops_per_step(shape, neurons) == pytest.approx(0.1 * 2 * neurons * 2 * shape.width + choice)
 
 
 def test_latent_attention_compares_more_than_it_sums_up():

@@ -124,5 +124,6 @@ class GradedBoth(GradedColumns):
         return top_k_mask(open_, torch.tensor(self.count(open_.shape[-1])))
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        errors = 3 * shape.layers * shape.width * (shape.ffn_matrices - 1)
-        return super().flops_per_step(shape, mask) + errors + 14 * mask  # the columns' places are known by then
+        inputs = shape.width * (shape.ffn_matrices - 1)
+        again = 2 * self.neurons * mask * inputs  # the products of the second look; columns' places are known by then
+        return super().flops_per_step(shape, mask) + again + 3 * shape.layers * inputs + 14 * mask
