@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.part import option
-from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ class GradedBoth(GradedColumns):
 
         first look    all rows, b - neurons * more bits of a weight, columns as `columns` ranks them
         open          E[h^2] - (1 - known) h~^2 of each neuron: h~ by the first look, E[h^2] over its errors +-e,
-                      e^2 = the mean over rows of sum_i x_i^2 E_i(b_i)
+                      e^2 = the mean over rows of what the bits not read would save (`unread`)
         second look   of the share `neurons` with the largest: `more` bits of a weight more, columns by the same ranking
         down          b bits of a weight, columns by |h|
 
@@ -56,11 +55,13 @@ class GradedBoth(GradedColumns):
                 f"give one of the levels, {self.levels}",
             )
 
-    def check_read(self, share: float, width: int) -> None:
-        super().check_read(share, width)
-        least = (self.bits[0] + self.neurons * self.more + self.scale(width)) / OWN_BITS
-        if share < least:
-            raise self.out_of_reach(least, (self.bits[-1] + self.scale(width)) / OWN_BITS, share)
+    @property
+    def fewest(self) -> float:
+        return self.bits[0] + self.neurons * self.more
+
+    @property
+    def copied(self) -> float:
+        return self.more if self.second == "rows" else 0
 
     def first_look(self, room: float) -> float:
         few, most = self.neurons, self.bits[-1]
@@ -87,20 +88,22 @@ class GradedBoth(GradedColumns):
         """Return the neurons of a second look."""
         return int(self.neurons * neurons)
 
-    def unread(self, x: Tensor, level: Tensor, gains: Tensor, rows: int) -> Tensor:
+    def unread(self, x: Tensor, matrix: Coded, level: Tensor) -> Tensor:
         """Return [..., 1] fp32, the error of a product with a row after a look: the root of its mean square over rows.
+
+        The square is sum_i x_i^2 (E_i(b_i) - E_i(all bits)), E_i on its convex hull (`Levels.gains`).
 
         Args:
             x: [..., n], the inputs. level: [..., n], of the columns.
-            gains: [levels - 1, n], the error that each step saves for a bit (`Levels.gains`).
-            rows: of the matrix.
         """
         import torch
 
+        assert matrix.fitted is not None
+        gains = matrix.fitted.to(x.device)
         left = gains * torch.tensor(self.bits, device=gains.device).diff()[:, None]
         left = torch.cat([left.flip(0).cumsum(0).flip(0), left.new_zeros(1, left.shape[1])])
         squares = left.T.expand(*level.shape, -1).gather(-1, level[..., None]).squeeze(-1)
-        return (x.float().square() * squares).sum(-1, keepdim=True).div(rows).sqrt()
+        return (x.float().square() * squares).sum(-1, keepdim=True).div(matrix.rows).sqrt()
 
     def least_known(
         self, products: Sequence[Tensor], errors: Sequence[Tensor], act: Callable[[Tensor], Tensor],

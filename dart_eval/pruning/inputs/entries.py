@@ -101,12 +101,13 @@ class Coded:
     """A matrix that tokens read in several levels of bits.
 
     Attributes:
-        width: n, its inputs.
+        rows, width: its outputs, and n, its inputs.
         room: bits of a weight that the read leaves for codes, on average.
         values: of each level's first bits, [out, n]; None for 0 bits.
         fitted: what the part needs beside them; None.
     """
 
+    rows: int
     width: int
     room: float
     values: Sequence[Callable[[], Tensor] | None]
@@ -133,8 +134,18 @@ class Graded(Levels, Entries):
         """Return the bits of a weight that a token reads of all rows of gate and up. room: that the read leaves."""
         return room
 
+    @property
+    def fewest(self) -> float:
+        """Bits of a weight, of codes, that a token reads at least."""
+        return self.bits[0]
+
+    @property
+    def copied(self) -> float:
+        """Bits of a weight, of codes, in a copy of gate and up beside the codes; 0: there is none."""
+        return 0
+
     def check_read(self, share: float, width: int) -> None:
-        least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.bits[0], self.bits[-1]))
+        least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.fewest, self.bits[-1]))
         if share < least or share > most + TOLERANCE:
             raise self.out_of_reach(least, most, share)
 

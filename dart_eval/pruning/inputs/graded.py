@@ -60,14 +60,8 @@ class GradedInputs:
         return self.part.replaces
 
     def nbytes(self) -> int:
-        """Return the bytes beside the model: limits, or what steps save. Codes stand in place of the weights."""
-        every = [one for layer in self.layers for _, matrices in layer for one, _ in matrices]
-        copied = 0
-        if isinstance(self.part, GradedBoth) and self.part.second == "rows":  # of gate and up, in the bits of a level
-            inputs = [one for f, layer in zip(self.ffns, self.layers, strict=True) for m, ms in layer for one, _ in ms
-                      if m is not f.down]  # fmt: skip
-            copied = sum(int(one.rows * one.width * (self.part.more + one.scale) / 8) for one in inputs)
-        return copied + sum(4 * self.part.calibrates if one.fitted is None else one.fitted.nbytes for one in every)
+        """Return the bytes beside the model: limits, what steps save, copies. Codes stand in place of the weights."""
+        return sum(one.nbytes for layer in self.layers for _, matrices in layer for one, _ in matrices)
 
     def rows_of(self, ffn: FFN) -> blocks.BlockRows:
         """Return an FFN of whose columns a single token reads the chosen bits alone; cached for the next session."""
@@ -110,7 +104,7 @@ class GradedMatrix(Coded):
         self.bias, (self.rows, self.width) = bias, weight.shape
         part.check_read(share, self.width)
         self.scale = part.scale(self.width)
-        room = OWN_BITS * share - self.scale
+        room, copied = OWN_BITS * share - self.scale, 0 if down else part.copied
         self.room = room if down else part.first_look(room)
         self.part = part.at(self.room)
         self.packed = rounded(weight, self.part.rounding)
@@ -118,6 +112,8 @@ class GradedMatrix(Coded):
             Decoded(self.packed, weight.dtype, bits, whole=part.replaces) if bits else None for bits in self.part.bits
         ]
         self.fitted = self.part.fitted(weight, self.packed)
+        self.nbytes = 4 * part.calibrates if self.fitted is None else self.fitted.nbytes  # beside its codes
+        self.nbytes += int(weight.numel() * (copied + self.scale) / 8) if copied else 0
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the product with all bits of the codes, [..., out]. x: [..., n]."""
@@ -178,7 +174,7 @@ class SecondLook:
         if x is None:
             return None
         part, ffn = self.part, self.ffn
-        errors = [part.unread(x, levels, _gains(matrix, x), matrix.rows) for matrix, (_, _, levels) in first.items()]
+        errors = [part.unread(x, matrix, levels) for matrix, (_, _, levels) in first.items()]
         chosen = part.least_known([product for _, product, _ in first.values()], errors, ffn.act, ffn.lifted)
         products, more, layer = [], [], self.forward.state.layers[ffn.layer]
         for matrix, (limit, _, levels) in first.items():
@@ -190,11 +186,6 @@ class SecondLook:
         again = a if len(products) == 1 else a * ffn.lifted(products[1])
         h = torch.where(chosen, again, self.forward.in_batch(args[0]))
         return (h.view(args[0].shape), *args[1:])
-
-
-def _gains(matrix: GradedMatrix, x: Tensor) -> Tensor:
-    assert matrix.fitted is not None
-    return matrix.fitted.to(x.device)
 
 
 def _matrices(part: Graded, ffn: FFN, module: nn.Module, share: float) -> list[GradedMatrix]:
