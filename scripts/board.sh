@@ -24,39 +24,49 @@ choice="arc_easy,arc_challenge,boolq,winogrande,openbookqa,rte,hellaswag"
 graded="graded-both,graded-rows,graded-columns"
 
 # .30 and .16 of the bytes and rounding, then .50 and .10: what each method claims for itself.
-for tasks in "$drift 32" "$choice 200" "wikitext 8" "medmcqa 200" "mmlu 4" "xsum,cnn_dailymail 40"; do
-  # shellcheck disable=SC2086
-  set -- $tasks
+first() { # TASKS LIMIT
   cells "$1" "$2" --method dense,griffin,dart-plus --sparsity 0.7
   cells "$1" "$2" --method dense --ffn-bits q4_k,4,3
   cells "$1" "$2" --method dart-plus,$graded --sparsity 0.843
   cells "$1" "$2" --method $graded --sparsity 0.7
+}
+second() { # TASKS LIMIT
   cells "$1" "$2" --method griffin,dart-plus,graded-columns --sparsity 0.5
   cells "$1" "$2" --method dense --ffn-bits 5,6,2,8
   cells "$1" "$2" --method dart-plus,$graded --sparsity 0.9
   cells "$1" "$2" --method griffin --ffn-bits 4 --sparsity 0.442
+}
+# All rivals at .30 and .50, those first that choose for each token.
+rivals() { # TASKS LIMIT
+  cells "$1" "$2" --method prox,oracle-token --sparsity 0.7,0.5
+  cells "$1" "$2" --method cats,m-countdown,teal,wina --sparsity 0.5
+  cells "$1" "$2" --method grinqh,graded-layers,oracle-layers,bits-by-position --sparsity 0.7
+  cells "$1" "$2" --method decdec --sparsity 0.7
+  cells "$1" "$2" --method teal --ffn-bits 4 --sparsity 0.5
+  cells "$1" "$2" --method dart,dart-choice,pop,flap --sparsity 0.7,0.5
+  cells "$1" "$2" --method preview,preview:image=copy --sparsity 0.7
+  cells "$1" "$2" --method wanda-sp,static,glass,coreinfer,probe --sparsity 0.7,0.5
+  cells "$1" "$2" --method wanda,wanda:entries.pattern=2:4 --sparsity 0.5
+  cells "$1" "$2" --method rounding,rounding:entries.bits=5
+  cells "$1" "$2" --method griffin,dart-plus,cats,prox --sparsity 0.3
+  cells "$1" "$2" --method griffin:draw=sample,griffin:draw=sample:draw.best=0.5 --sparsity 0.5
+  cells "$1" "$2" --method magnitude,mag-sp --sparsity 0.7
+}
+
+first "$drift" 32
+second "$drift" 32
+first "$choice" 200
+rivals "$drift" 32
+second "$choice" 200
+for tasks in "wikitext 8" "medmcqa 200" "mmlu 4" "xsum,cnn_dailymail 40"; do
+  # shellcheck disable=SC2086
+  set -- $tasks
+  first "$1" "$2"
+  second "$1" "$2"
 done
 [ "${GENERATE:-0}" = 0 ] ||
   cells gsm8k 64 --chat-template --method dense,dart-plus,graded-columns,griffin --sparsity 0.7,0.5
-
-# All rivals at .30 and .50, those first that choose for each token.
-rivals() { # OPTIONS: on the tasks that tell methods apart
-  cells $drift 32 "$@"
-  cells $choice 200 "$@"
-}
-rivals --method prox,oracle-token --sparsity 0.7,0.5
-rivals --method cats,m-countdown,teal,wina --sparsity 0.5
-rivals --method grinqh,graded-layers,oracle-layers,bits-by-position --sparsity 0.7
-rivals --method decdec --sparsity 0.7
-rivals --method teal --ffn-bits 4 --sparsity 0.5
-rivals --method dart,dart-choice,pop,flap --sparsity 0.7,0.5
-rivals --method preview,preview:image=copy --sparsity 0.7
-rivals --method wanda-sp,static,glass,coreinfer,probe --sparsity 0.7,0.5
-rivals --method wanda,wanda:entries.pattern=2:4 --sparsity 0.5
-rivals --method rounding,rounding:entries.bits=5
-rivals --method griffin,dart-plus,cats,prox --sparsity 0.3
-rivals --method griffin:draw=sample,griffin:draw=sample:draw.best=0.5 --sparsity 0.5
-rivals --method magnitude,mag-sp --sparsity 0.7
+rivals "$choice" 200
 
 # Speed, where a kernel makes bytes into time; the machine should have nothing else to do.
 speeds() { # OPTIONS
