@@ -26,13 +26,13 @@ graded="graded-both,graded-rows,graded-columns"
 # .30 and .16 of the bytes and rounding, then .50 and .10: what each method claims for itself.
 first() { # TASKS LIMIT
   cells "$1" "$2" --method dense,griffin,dart-plus --sparsity 0.7
-  cells "$1" "$2" --method dense --ffn-bits q4_k,4,3
+  cells "$1" "$2" --method dense --ffn-bits q4_k,4,3,4:128,8:128
   cells "$1" "$2" --method dart-plus,$graded --sparsity 0.843
   cells "$1" "$2" --method $graded --sparsity 0.7
 }
 second() { # TASKS LIMIT
   cells "$1" "$2" --method griffin,dart-plus,graded-columns --sparsity 0.5
-  cells "$1" "$2" --method dense --ffn-bits 5,6,2,8
+  cells "$1" "$2" --method dense --ffn-bits 5,6,2,8,6:128,5:128
   cells "$1" "$2" --method dart-plus,$graded --sparsity 0.9
   cells "$1" "$2" --method griffin --ffn-bits 4 --sparsity 0.442
 }
