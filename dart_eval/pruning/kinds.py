@@ -103,8 +103,9 @@ class InputSparsity(Pruner, of=Entries):
                 parameter_of(module)
 
     def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
-        for n in {width, *sizes} if sparsity else ():
-            self.entries.check_read(1 - sparsity, n)
+        for size in {*sizes} if sparsity else ():
+            for rows, n in ((width, size), (size, width)):  # down, which has fewer rows, needs more beside its codes
+                self.entries.check_read(1 - sparsity, rows, n)
 
     def counts(
         self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, read_cost: ReadCost | None

@@ -4,8 +4,9 @@ A matrix [out, n] is codes of B bits with a scale for each 128 weights of a row 
 first b_i bits of the codes of column i, b_i of some levels; 0 bits are none of the column. With E_i(b) the squared
 error of column i at b bits (with `rank=size` the mean over the columns), its bits begin at the lowest level. Then the
 column is raised, level by level, that saves most of sum_i x_i^2 E_i(b_i) for a bit: where several levels together save
-more for a bit than the first of them alone, they are one raise, of which the lower level is taken first. It ends when
-the next level does not fit the bits of the read: 16 (1 - s) a weight, less the scales'. Four first bits
+more for a bit than the first of them alone, they are one raise, of which the lower level is taken first. What a raise
+of a column saves is a bfloat16, which a token reads, unless `rank=size`. It ends when the next level does not fit the
+bits of the read: 16 (1 - s) a weight, less the scales' and 16 for each raise of a column. Four first bits
 and more stand for the line that is nearest to the matrix's codes, fewer for the mean of the codes that begin so, as a
 whole number. Prompts run on all bits of the codes.
 """
@@ -62,40 +63,32 @@ def on_codes(model, rounding):
                 m.copy_(weight)
 
 
-def raised(saved, levels, room):
-    """The level of each column. saved: level -> [n] x_i^2 E_i; room: bits for a row."""
-    n = len(saved[levels[0]])
-    at, target = [0] * n, [0] * n
-    room -= n * levels[0]
-    slope = [0.0] * n
+def slopes(errors, levels):
+    """What each raise of a column saves for a bit, as bfloat16 has it. errors: its error at each level."""
+    found = []
+    while (now := len(found)) < len(levels) - 1:
+        ahead = range(now + 1, len(levels))
+        best, to = max(((errors[now] - errors[t]) / (levels[t] - levels[now]), t) for t in ahead)
+        found += [max(0.0, best)] * (to - now)
+    return torch.tensor(found).bfloat16().double().tolist()
 
-    def aim(i):
-        """The levels that are raised together, and what they save for a bit."""
-        now = at[i]
-        ahead = [
-            ((saved[levels[now]][i] - saved[levels[to]][i]) / (levels[to] - levels[now]), to)
-            for to in range(now + 1, len(levels))
-        ]
-        slope[i], target[i] = max(ahead, key=lambda pair: (pair[0], pair[1])) if ahead else (-1.0, now)
 
-    for i in range(n):
-        aim(i)
+def raised(squares, saved, levels, room):
+    """The level of each column. squares: [n] x_i^2; saved: [n] of `slopes`; room: bits for a row."""
+    at = [0] * len(squares)
+    room -= len(at) * levels[0]
     while True:
-        best = max(range(n), key=lambda i: slope[i])
-        if slope[best] < 0:
-            return at
-        cost = levels[at[best] + 1] - levels[at[best]]
-        if cost > room:
+        ahead = [-1.0 if j == len(levels) - 1 else x * s[j] for x, s, j in zip(squares, saved, at, strict=True)]
+        best = max(range(len(at)), key=ahead.__getitem__)
+        if ahead[best] < 0 or (cost := levels[at[best] + 1] - levels[at[best]]) > room:
             return at
         room -= cost
         at[best] += 1
-        if at[best] == target[best]:
-            aim(best)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "opt"])
 @pytest.mark.parametrize(("method", "sparsity", "params"), [
-    ("graded-columns", 0.7, {}), ("graded-columns", 0.9, FINER), ("grinqh", 0.8, {}), ("decdec", 0.7, {}),
+    ("graded-columns", 0.7, {}), ("graded-columns", 0.6, FINER), ("grinqh", 0.8, {}), ("decdec", 0.7, {}),
 ])  # fmt: skip
 def test_columns_are_read_in_the_bits_that_save_most(family, method, sparsity, params):
     levels, rank = METHODS[method]
@@ -111,10 +104,11 @@ def test_columns_are_read_in_the_bits_that_save_most(family, method, sparsity, p
         errors = {b: (weight.float() - read[b].float()).square().sum(0) for b in levels}
         if rank == "size":
             errors = {b: e.mean().expand(len(x)) for b, e in errors.items()}
-        saved = {b: (x.float().square() * e).double().tolist() for b, e in errors.items()}
-        scale = 16 / min(128, len(x))
-        at = raised(saved, levels, int(len(x) * (16 * (1 - sparsity) - scale) + 1e-9))
-        used.append((sum(levels[j] for j in at) + scale * len(x)) * len(weight) / 16)
+        saved = [slopes(column, levels) for column in torch.stack([errors[b] for b in levels], 1).tolist()]
+        beside = 16 / min(128, len(x)) + (0 if rank == "size" else 16 * (len(levels) - 1) / len(weight))
+        room = int(len(x) * (16 * (1 - sparsity) - beside) + 1e-9)
+        at = raised(x.float().square().tolist(), saved, levels, room)
+        used.append((sum(levels[j] for j in at) + beside * len(x)) * len(weight) / 16)
         made = torch.stack([read[levels[j]][:, c] for c, j in enumerate(at)], 1)
         return made / torch.where(weight == 0, 1.0, weight)
 
@@ -191,7 +185,7 @@ def test_one_level_is_rounding():
 def test_bytes_beyond_the_levels_are_refused():
     model, method = tiny("llama"), make("graded-columns", {"entries.levels": "4-8"})
     for sparsity, share in ((0.8, "20 %"), (0.3, "70 %")):
-        message = f"reads 28.1 to 53.1 % of the bytes, not {share}; use a sparsity from 0.469 to 0.719, or other"
+        message = f"reads 30.6 to 55.6 % of the bytes, not {share}; use a sparsity from 0.444 to 0.693, or other"
         with pytest.raises(UserError, match=message), open_session(model, method, sparsity):
             pass
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from dart_eval.layers.activations import Act, Lift, swish
 from dart_eval.layers.find import find_ffns, unchanged
+from dart_eval.pruning.choices.look import expected_square
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import generate, open_session
@@ -106,3 +107,12 @@ def test_what_counts_a_token_once_does_not_fit_layers_that_run_more_often(method
         open_session(model, method, 0.5, execution="masked", **params),
     ):
         pass
+
+
+@pytest.mark.parametrize("up", [0.5, 2.5])
+def test_what_a_preview_misses_of_up_is_bounded_with_it(up):
+    """By hand: an up of 0.5 or 2.5 that is off by 0.25 either way, doubled and bounded by 2; the gate is known."""
+    lift = Lift((2.0,), 2.0, 0.0)
+    seen, errors = [torch.tensor([3.0]), torch.tensor([up])], [torch.zeros(1), torch.tensor([0.25])]
+    expected = expected_square(torch.relu, seen, errors, lift)
+    assert expected.item() == pytest.approx(9 * (1.5**2 + 0.5**2) / 2 if up < 1 else 9 * 4)

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dart_eval
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.choices import serving
+from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.images import Copy, FirstBits, LowRank, Weights
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.registry import make, parse
@@ -202,3 +203,10 @@ def test_of_equal_layers_the_worst_cost_is_that_of_each(family, method):
             served.end()
     for name in ("in_mask", "taken", "written"):
         assert getattr(worst, name) == pytest.approx(getattr(each, name), rel=0.1), name
+
+
+@pytest.mark.parametrize(("width", "fine"), [(96, 2 / 3), (128, 1 / 2), (160, 2 / 5)])
+def test_a_short_tile_counts_as_a_whole_one(width, fine):
+    """Of two or three tiles of 64 columns one is fine, and it may be one of the whole ones."""
+    found = dart_eval.Pruner(choice=DartPlus(image=FirstBits(), fine=0.4, rough=0.9, tile=64)).choice.columns(width)
+    assert found.fine == pytest.approx(fine) and found.fine + found.rough == pytest.approx(1)

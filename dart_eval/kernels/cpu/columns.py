@@ -25,7 +25,7 @@ class ColumnsMatrix:
 
     Args:
         packed: [out, n], codes of 8 bits in groups of 128 or a row.
-        gains: [4, n] fp32, what each plane of a column saves, never rising (`GradedColumns.gains`).
+        gains: [4, n], what each plane of a column saves, never rising (`GradedColumns.gains`).
         bits: of codes, that a token reads of a row.
     """
 
@@ -34,7 +34,7 @@ class ColumnsMatrix:
         group = min(packed.rounding.group or GROUP, GROUP)
         groups = -(-self.width // group)
         self.planes, self.scales = _planes(packed.codes, group), _scales(packed, groups)
-        self.gains = gains.float().contiguous()
+        self.gains = gains.bfloat16().contiguous()
         ints, small = torch.int32, torch.int8
         self.work = {
             "scratch": torch.zeros(PLANES, self.width), "unit": torch.zeros(groups), "offset": torch.zeros(groups),

@@ -60,7 +60,7 @@ typedef struct {  // a matrix, of whose columns a token reads some planes; field
     uint8_t table[16];         // what the bits of one plane stand for
     const uint8_t *planes;
     const uint16_t *scales;    // fp16: [blocks][groups][256]
-    const float *gains;        // [4][width]
+    const uint16_t *gains;     // bfloat16: [4][width]
     float *scratch, *unit, *offset;  // [4][width]; [groups]; [groups]
     int32_t *list, *ends;      // [groups][ROOM]; [groups][4]
     int8_t *high, *low;        // [groups][ROOM]

@@ -155,7 +155,7 @@ class AnyChoice(Part):
         """Attach the choice to the FFNs of a model.
 
         Args:
-            orders: per layer, the order of the columns of gate and up, see `Preview`.
+            orders: per layer, the order of the columns of gate and up, see `Serving.orders`.
             taken: [L] neurons that a token takes.
         """
         return [ChoiceLayer(self, ffn) for ffn in ffns]

@@ -86,10 +86,9 @@ class DartPlus(Previewing):
         return tiles, fine, min(tiles - fine, round(self.rough * tiles))
 
     def columns(self, width: int) -> Columns:
-        tiles, fine, rough = self._tiles(width)
-        if fine + rough == tiles:
-            return Columns(1 - rough * self.tile / width, rough * self.tile / width)
-        return Columns(fine * self.tile / width, rough * self.tile / width)
+        _, fine, rough = self._tiles(width)
+        full = min(1.0, fine * self.tile / width)  # where the last tile is short, it may be a fine one or not
+        return Columns(full, min(1.0 - full, rough * self.tile / width))
 
     def parts_of(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
         import torch

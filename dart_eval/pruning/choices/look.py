@@ -22,7 +22,6 @@ class Preview:
         columns: [F] fp32, squared norms of down's own columns, if there is an image of down.
         lift: applied to up x before the product with the gate, or None.
         rougher: images with one bit fewer per weight and no biases, if tokens read some columns so; else None.
-        order: [D], the stored order of the columns; None: their own.
     """
 
     weights: tuple[Callable[[], Tensor], ...]
@@ -33,7 +32,6 @@ class Preview:
     columns: Tensor | None = None
     lift: Callable[[Tensor], Tensor] | None = None
     rougher: Preview | None = None
-    order: Tensor | None = None
 
     def look(self, x: Tensor, rough: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return h according to the images, and its expected square.
@@ -49,11 +47,10 @@ class Preview:
             [..., F] h by the images, and [..., F] fp32 the expected square of h.
         """
         seen, off = self._project_parts(x, rough)
-        first = seen[0].float()
-        if len(seen) == 1:
-            return self.act(seen[0]), expected_square(self.act, [first], off)
-        up = seen[1] if self.lift is None else self.lift(seen[1])
-        return self.act(seen[0]) * up, expected_square(self.act, [first, up.float()], off)
+        h = self.act(seen[0])
+        if len(seen) > 1:
+            h = h * (seen[1] if self.lift is None else self.lift(seen[1]))
+        return h, expected_square(self.act, [s.float() for s in seen], off, self.lift)
 
     def _project_parts(self, x: Tensor, rough: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """Return the images' products with both parts of x, and their errors. Arguments as of `look`."""
@@ -79,13 +76,23 @@ class Preview:
         return nn.functional.linear(h, self.down())
 
 
-def expected_square(act: Callable[[Tensor], Tensor], seen: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
+def expected_square(
+    act: Callable[[Tensor], Tensor], seen: Sequence[Tensor], errors: Sequence[Tensor],
+    lift: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Return the expected square of h, if each product is off by its error, up or down: [..., F] fp32.
 
     Args:
         act: the activation.
-        seen: gate x and (lifted) up x, or a plain FFN's up x, as a preview has them; [..., F] fp32 each.
+        seen: gate x and up x, or a plain FFN's up x, as a preview has them; [..., F] fp32 each.
         errors: of these, of any shape that spreads to theirs.
+        lift: applied to up x before the product with the gate, or None.
     """
-    expected = (act(seen[0] + errors[0]).square() + act(seen[0] - errors[0]).square()) / 2
-    return expected if len(seen) == 1 else expected * (seen[1].square() + errors[1].square())
+
+    def mean(function: Callable[[Tensor], Tensor], x: Tensor, error: Tensor) -> Tensor:
+        return (function(x + error).square() + function(x - error).square()) / 2
+
+    expected = mean(act, seen[0], errors[0])
+    if len(seen) == 1:
+        return expected
+    return expected * (seen[1].square() + errors[1].square() if lift is None else mean(lift, seen[1], errors[1]))

@@ -23,7 +23,7 @@ class PreviewLayer(ChoiceLayer):
 
     Args:
         image: the image of gate and up.
-        order: [D], the stored order of the columns, see `Preview`; None: their own.
+        order: [D], the stored order of the columns, see `Serving.orders`; None: their own.
         fewer: bits that a second, rougher image lacks; 0: there is none.
     """
 
@@ -40,7 +40,7 @@ class PreviewLayer(ChoiceLayer):
             rougher = images_of(self.image, self.ffn, False, self.fewer)
             rougher = dataclasses.replace(rougher, biases=(None,) * len(preview.biases))
             preview = dataclasses.replace(preview, rougher=rougher)
-        return preview if self.order is None else dataclasses.replace(preview, order=self.order)
+        return preview
 
     def look(self, token: Token) -> Token:
         assert token.x is not None

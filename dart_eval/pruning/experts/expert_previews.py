@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dart_eval.layers.expert_pool import input_biases
 from dart_eval.layers.experts import Routed
-from dart_eval.pruning.choices.look import Preview
+from dart_eval.pruning.choices.look import Preview, expected_square
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,8 @@ class ExpertPreview(Preview):
         x = x.reshape(-1, x.shape[-1])
         seen, off = self._project_parts(x, None if rough is None else rough.reshape(x.shape))
         weight = routed.weights[-len(x) :, :, None]
-        first = seen[0].float()
-        expected = (self.act(first + off[0]).square() + self.act(first - off[0]).square()) / 2
-        if len(seen) == 1:
-            h = self.act(seen[0])
-        else:
-            h, up = routed.gated(*seen), seen[1].float()
-            expected = expected * (routed.rest(up + off[1]).square() + routed.rest(up - off[1]).square()) / 2
+        h = self.act(seen[0]) if len(seen) == 1 else routed.gated(*seen)
+        expected = expected_square(self.act, [s.float() for s in seen], off, routed.rest)
         h, expected = h * weight.to(h.dtype), expected * weight.float().square()
         return h.reshape(shape), expected.reshape(shape)
 

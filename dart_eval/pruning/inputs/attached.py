@@ -31,11 +31,10 @@ def share_read(part: Entries, ffns: Sequence[FFN], densities: Sequence[float], s
     """Return the share of the FFN weight bytes that a token reads, on average. densities: see `attach`."""
     read = everything = 0.0
     for ffn, wanted, (of_x, of_h) in zip(ffns, densities, counts(ffns, densities, sparsity), strict=True):
-        by_bits, inputs = isinstance(part, Graded), ffn.matrices - 1
-        shares = [wanted] * (inputs + 1) if by_bits else [of_x / ffn.width] * inputs + [of_h / ffn.size]
-        weights = [*ffn.input_weights(), ffn.output_weight()]
-        for bits, density, weight in zip(_bits(ffn), shares, weights, strict=True):
-            read += ffn.size * bits.total * part.bytes_read(density, bits, weight)
+        sides = [(of_x, ffn.size, ffn.width)] * (ffn.matrices - 1) + [(of_h, ffn.width, ffn.size)]
+        for bits, (count, rows, width) in zip(_bits(ffn), sides, strict=True):
+            density = wanted if part.in_bits else count / width
+            read += ffn.size * bits.total * part.bytes_read(density, bits, rows, width)
             everything += ffn.size * bits.total
     return read / everything
 

@@ -24,11 +24,12 @@ class GradedBoth(GradedColumns):
 
     With b bits of a weight in all, it looks twice at gate and up, and once at down:
 
-        first look    all rows, b - neurons * more bits of a weight, columns as `columns` ranks them
+        first look    all rows, b - neurons * more bits of a weight (more, if a second look ends at all bits), columns
+                      as `columns` ranks them
         open          E[h^2] - (1 - known) h~^2 of each neuron: h~ by the first look, E[h^2] over its errors +-e,
                       e^2 = the mean over rows of what the bits not read would save (`unread`)
         second look   of the share `neurons` with the largest: `more` bits of a weight more, columns by the same ranking
-        down          b bits of a weight, columns by |h|
+        down          b bits of a weight, columns as `columns` ranks them
 
     So bits follow rows and columns at once. The choice of neurons is dart-plus's, with one error for all rows. This
     project's own. The bits of a second look lie apart in both directions: no layout of memory lets a kernel read them
@@ -49,15 +50,16 @@ class GradedBoth(GradedColumns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.second == "rows" and self.more not in self.bits:
+        if self.second == "rows" and self.more not in self.bits[1:]:
             raise UserError(
-                f"entries.more is {self.more:g}, which is no level, and rows are read in one",
-                f"give one of the levels, {self.levels}",
+                f"entries.more is {self.more:g}, which is no level above the first, and rows are read in one",
+                f"give one of the levels {self.levels} above {self.bits[0]}",
             )
 
     @property
     def fewest(self) -> float:
-        return self.bits[0] + self.neurons * self.more
+        more = self.more if self.second == "rows" else min(self.more, self.bits[-1] - self.bits[0])
+        return self.bits[0] + self.neurons * more
 
     @property
     def copied(self) -> float:
@@ -70,7 +72,7 @@ class GradedBoth(GradedColumns):
         return max(room - few * self.more, (room - few * most) / (1 - few))  # a second look ends at all bits
 
     def second_look(self, x: Tensor, matrix: Coded, limit: float, level: Tensor) -> Tensor:
-        """Return [..., n] long, the level of each column of these neurons after both looks.
+        """Return [..., n] long, the level of each column of the neurons of the second look, after both looks.
 
         Args:
             x: [..., n], the inputs. limit: bits of a row that the first look may read.
@@ -78,20 +80,23 @@ class GradedBoth(GradedColumns):
         """
         if self.second == "rows":
             return level.clamp(min=self.bits.index(int(self.more)))
-        return self.level(x, matrix, min(int(limit + self.more * matrix.width), self.bits[-1] * matrix.width), None)
+        return self.level(
+            x, matrix, min(int(limit + self.more * matrix.width + 1e-9), self.bits[-1] * matrix.width), None
+        )
 
     def read_again(self, first: Tensor, both: Tensor, width: int) -> Tensor:
-        """Return the bits of a row that a second look reads, [...] fp64. first, both: of its levels after looks."""
+        """Return the bits of a row that a second look reads, [...] fp64. first, both: its bits after the looks."""
         return both - first if self.second == "columns" else both.new_full(both.shape, self.more * width)
 
     def count(self, neurons: int) -> int:
         """Return the neurons of a second look."""
-        return int(self.neurons * neurons)
+        return int(self.neurons * neurons + 1e-9)
 
     def unread(self, x: Tensor, matrix: Coded, level: Tensor) -> Tensor:
         """Return [..., 1] fp32, the error of a product with a row after a look: the root of its mean square over rows.
 
-        The square is sum_i x_i^2 (E_i(b_i) - E_i(all bits)), E_i on its convex hull (`Levels.gains`).
+        The square is sum_i x_i^2 (E_i(b_i) - E_i(all bits)), E_i on its convex hull (`Levels.gains`); with `rank=size`
+        E_i is the mean over the columns.
 
         Args:
             x: [..., n], the inputs. level: [..., n], of the columns.
@@ -99,7 +104,7 @@ class GradedBoth(GradedColumns):
         import torch
 
         assert matrix.fitted is not None
-        gains = matrix.fitted.to(x.device)
+        gains = matrix.fitted.to(x.device).float()
         left = gains * torch.tensor(self.bits, device=gains.device).diff()[:, None]
         left = torch.cat([left.flip(0).cumsum(0).flip(0), left.new_zeros(1, left.shape[1])])
         squares = left.T.expand(*level.shape, -1).gather(-1, level[..., None]).squeeze(-1)
@@ -107,23 +112,24 @@ class GradedBoth(GradedColumns):
 
     def least_known(
         self, products: Sequence[Tensor], errors: Sequence[Tensor], act: Callable[[Tensor], Tensor],
-        lift: Callable[[Tensor], Tensor],
+        lift: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:  # fmt: skip
         """Return [..., F] bool, the neurons of the second look.
 
         Args:
             products: of gate and up, or of a plain FFN's up, by the first look: [..., F] fp32 each.
             errors: of these, [..., 1] each.
-            act: the activation. lift: applied to up x before its product with the gate.
+            act: the activation. lift: applied to up x before its product with the gate, or None.
         """
         import torch
 
         from dart_eval.kernels.top import top_k_mask
         from dart_eval.pruning.choices.look import expected_square
 
-        seen = [products[0], *map(lift, products[1:])]
-        known = act(seen[0]).square() if len(seen) == 1 else (act(seen[0]) * seen[1]).square()
-        open_ = (expected_square(act, seen, errors) - (1 - self.known) * known).clamp(min=0)
+        h = act(products[0])
+        if len(products) > 1:
+            h = h * (products[1] if lift is None else lift(products[1]))
+        open_ = (expected_square(act, products, errors, lift) - (1 - self.known) * h.square()).clamp(min=0)
         return top_k_mask(open_, torch.tensor(self.count(open_.shape[-1])))
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:

@@ -26,9 +26,10 @@ class GradedColumns(Graded):
 
         sum_i x_i^2 E_i(b_i),   E_i(b) = ||W_i - W_i(b)||^2,   sum_i b_i <= bits
 
-    Steps from level to level are taken in the order of the error that they save for a bit. That is the least error
-    where the next step no longer fits, by the convex hull of E_i. All tokens read the same number of bits; of down, the
-    inputs are the neurons' h.
+    Steps from level to level are taken in the order of the error that they save for a bit, by the convex hull of E_i,
+    until the next step no longer fits. No other choice of as many bits has less error where E_i is convex. All tokens
+    read the same number of bits, or one step less. Of down, the inputs are the neurons' h. What each step saves, a
+    number of 16 bits for each column, is read by every token and counts.
 
     GRINQH (arXiv 2606.23419, its abstract) reads 0 to 8 bits of nested codes by thresholds on |x_i|. DecDEC
     (2412.20185; SNU-ARC/DecDEC at 7a3323f) reads 3-bit weights, and 4-bit residuals of the columns with the largest
@@ -60,7 +61,10 @@ class GradedColumns(Graded):
     )
 
     def fitted(self, weight: Tensor, packed: Packed) -> Tensor:
-        return self.gains(self.errors(weight, packed))
+        return self.gains(self.errors(weight, packed)).bfloat16()
+
+    def beside(self, rows: int) -> float:
+        return OWN_BITS * (len(self.bits) - 1) / rows if self.rank == "error" else 0.0  # gains, in 16 bits
 
     def limit(self, matrix: Coded, sizes: Tensor | None) -> int:
         return self._row_bits(matrix.width, matrix.room)
@@ -73,13 +77,12 @@ class GradedColumns(Graded):
         """Return the bits of codes that a token may read of a row. room: bits of a weight, without its scale."""
         return min(int(width * room + 1e-9), self.bits[-1] * width)
 
-    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
-        width = weight.shape[1]
-        scale = self.scale(width)
-        read = self._row_bits(width, OWN_BITS * densities - scale)
+    def bytes_read(self, density: float, bits: Stored, rows: int, width: int) -> float:
+        beside = self.scale(width) + self.beside(rows)
+        read = self._row_bits(width, OWN_BITS * density - beside)
         if self.step:  # of other levels a token may find no step that fits the last bits
             read -= (read - self.bits[0] * width) % self.step
-        return (read / width + scale) / OWN_BITS
+        return (read / width + beside) / OWN_BITS
 
     def errors(self, weight: Tensor, packed: Packed) -> Tensor:
         """Return [levels, n] fp32, E_i(b). weight: [out, n]. packed: its codes."""

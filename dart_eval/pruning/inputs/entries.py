@@ -49,6 +49,7 @@ class Entries(Part):
         granularity: the unit that is left out.
         by_token: whether each token reads columns of its own; else single weights are 0 for all tokens.
         sized: whether the sparsity sets how much is left out.
+        in_bits: whether it sets bits of weights, and not a number of columns.
     """
 
     slot = "entries"
@@ -58,9 +59,10 @@ class Entries(Part):
     fits_repeats = False
     by_token: ClassVar[bool] = False
     sized: ClassVar[bool] = True
+    in_bits: ClassVar[bool] = False
 
-    def check_read(self, share: float, width: int) -> None:
-        """Refuse a read that it cannot meet. share: of the bytes of rows of `width` weights.
+    def check_read(self, share: float, rows: int, width: int) -> None:
+        """Refuse a read that it cannot meet. share: of the bytes of a matrix [rows, width].
 
         Raises:
             UserError: with what it can meet.
@@ -70,15 +72,16 @@ class Entries(Part):
         """Whether it needs the norms of a matrix's columns. matrix: 0 is gate (or the up of a plain FFN)."""
         return False
 
-    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+    def bytes_read(self, density: float, bits: Stored, rows: int, width: int) -> float:
         """Return the bytes that a token reads of a matrix / all its bytes.
 
         Args:
-            densities: share of its columns, or of the weights of its rows, that the sparsity leaves.
+            density: share that the sparsity leaves: of its columns, of the weights of its rows, or of its bits.
             bits: bits of a served weight.
-            weight: [out, n], the matrix.
+            rows: outputs of the matrix.
+            width: its inputs.
         """
-        return self.share(densities, bits)
+        return self.share(density, bits)
 
     def share(self, some: Share, bits: Stored) -> Share:
         """Return the bytes of a share of the weights / all. Scales are always read, as they span several columns."""
@@ -124,6 +127,7 @@ class Graded(Levels, Entries):
     """
 
     by_token = True
+    in_bits = True
     replaces: ClassVar[bool] = False
 
     def at(self, room: float) -> Graded:
@@ -144,13 +148,18 @@ class Graded(Levels, Entries):
         """Bits of a weight, of codes, in a copy of gate and up beside the codes; 0: there is none."""
         return 0
 
-    def check_read(self, share: float, width: int) -> None:
-        least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.fewest, self.bits[-1]))
+    def beside(self, rows: int) -> float:
+        """Return the bits of a weight that a token reads beside codes and scales. rows: of the matrix."""
+        return 0.0
+
+    def check_read(self, share: float, rows: int, width: int) -> None:
+        beside = self.scale(width) + self.beside(rows)
+        least, most = ((bits + beside) / OWN_BITS for bits in (self.fewest, self.bits[-1]))
         if share < least or share > most + TOLERANCE:
             raise self.out_of_reach(least, most, share)
 
-    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
-        return densities
+    def bytes_read(self, density: float, bits: Stored, rows: int, width: int) -> float:
+        return density
 
     def fitted(self, weight: Tensor, packed: Packed) -> Tensor | None:
         """Return what tokens need of a matrix beside its codes. weight: [out, n]. packed: its codes."""

@@ -60,7 +60,7 @@ class GradedInputs:
         return self.part.replaces
 
     def nbytes(self) -> int:
-        """Return the bytes beside the model: limits, what steps save, copies. Codes stand in place of the weights."""
+        """Return the bytes beside the model: limits, what steps save, copies. Serving would need codes alone."""
         return sum(one.nbytes for layer in self.layers for _, matrices in layer for one, _ in matrices)
 
     def rows_of(self, ffn: FFN) -> blocks.BlockRows:
@@ -84,7 +84,7 @@ class GradedInputs:
             forward: the current forward (`hooks.Forward`).
         """
         for ffn, layer in zip(self.ffns, self.layers, strict=True):
-            look = SecondLook(ffn, self.part, forward) if isinstance(self.part, GradedBoth) else None
+            look = SecondLook(ffn, self.part, forward, layer) if isinstance(self.part, GradedBoth) else None
             for module, matrices in layer:
                 of_inputs = look if module is not ffn.down else None
                 add(module.register_forward_hook(_graded(ffn, matrices, forward, of_inputs)))
@@ -102,9 +102,9 @@ class GradedMatrix(Coded):
 
     def __init__(self, part: Graded, weight: Tensor, bias: Tensor | None, share: float, down: bool) -> None:
         self.bias, (self.rows, self.width) = bias, weight.shape
-        part.check_read(share, self.width)
-        self.scale = part.scale(self.width)
-        room, copied = OWN_BITS * share - self.scale, 0 if down else part.copied
+        part.check_read(share, self.rows, self.width)
+        self.beside = part.scale(self.width) + part.beside(self.rows)
+        room, copied = OWN_BITS * share - self.beside, 0 if down else part.copied
         self.room = room if down else part.first_look(room)
         self.part = part.at(self.room)
         self.packed = rounded(weight, self.part.rounding)
@@ -113,7 +113,7 @@ class GradedMatrix(Coded):
         ]
         self.fitted = self.part.fitted(weight, self.packed)
         self.nbytes = 4 * part.calibrates if self.fitted is None else self.fitted.nbytes  # beside its codes
-        self.nbytes += int(weight.numel() * (copied + self.scale) / 8) if copied else 0
+        self.nbytes += int(weight.numel() * copied / 8)  # with the scales of the codes
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the product with all bits of the codes, [..., out]. x: [..., n]."""
@@ -139,11 +139,11 @@ class GradedMatrix(Coded):
     def row_bits(self, chosen: Tensor) -> Tensor:
         """Return the bits that a row takes, [...] fp64. chosen: [..., n], the level of each column."""
         bits = torch.tensor(self.part.bits, device=chosen.device)[chosen].sum(-1, dtype=torch.float64)
-        return bits + self.width * self.scale
+        return bits + self.width * self.beside
 
     def costs(self, neuron: int) -> list[float]:
         """Return the bits of a column at each level, in neurons. neuron: bits of one."""
-        return [self.rows * (bits + self.scale) / neuron for bits in self.part.bits]
+        return [self.rows * (bits + self.beside) / neuron for bits in self.part.bits]
 
 
 def columns_lacking(part: Graded, ffn: FFN) -> str | None:
@@ -155,11 +155,15 @@ def columns_lacking(part: Graded, ffn: FFN) -> str | None:
     return blocks.lacking(ffn)
 
 
+Limited = Sequence[tuple[GradedMatrix, float]]  # matrices of a projection, and what each may read (`Graded.limit`)
+
+
 class SecondLook:
     """The second look of decoded tokens at gate and up of one FFN, before their h enters what follows."""
 
-    def __init__(self, ffn: FFN, part: GradedBoth, forward: Any) -> None:
+    def __init__(self, ffn: FFN, part: GradedBoth, forward: Any, layer: Sequence[tuple[nn.Module, Limited]]) -> None:
         self.ffn, self.part, self.forward = ffn, part, forward
+        self.matrices = [one for module, matrices in layer if module is not ffn.down for one, _ in matrices]
         self.first: dict[GradedMatrix, tuple[float, Tensor, Tensor]] = {}  # limit, product, levels
         self.x: Tensor | None = None
 
@@ -171,13 +175,14 @@ class SecondLook:
     def refine(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Replace the h of neurons that have a second look: a hook."""
         first, x, self.first, self.x = self.first, self.x, {}, None
-        if x is None:
+        if x is None or self.forward.phase != "decode":  # a forward may have ended between gate and down
             return None
         part, ffn = self.part, self.ffn
-        errors = [part.unread(x, matrix, levels) for matrix, (_, _, levels) in first.items()]
-        chosen = part.least_known([product for _, product, _ in first.values()], errors, ffn.act, ffn.lifted)
+        looks = [(matrix, *first[matrix]) for matrix in self.matrices]  # a model may call up before gate
+        errors = [part.unread(x, matrix, levels) for matrix, _, _, levels in looks]
+        chosen = part.least_known([product for _, _, product, _ in looks], errors, ffn.act, ffn.lift)
         products, more, layer = [], [], self.forward.state.layers[ffn.layer]
-        for matrix, (limit, _, levels) in first.items():
+        for matrix, limit, _, levels in looks:
             further = part.second_look(x, matrix, limit, levels)
             products.append(matrix.product(x, further).to(x.dtype))
             more.append(part.read_again(matrix.row_bits(levels), matrix.row_bits(further), matrix.width).cpu())
@@ -199,7 +204,8 @@ def _matrices(part: Graded, ffn: FFN, module: nn.Module, share: float) -> list[G
         weights = plain_matrix(module).chunk(parts)
         return [GradedMatrix(part, w, b, share, down) for w, b in zip(weights, biases, strict=True)]
 
-    return _CACHE.get(module, [parameter_of(module)], (part, share), make)
+    held = [parameter_of(module), *([] if (bias := bias_of(module)) is None else [bias])]
+    return _CACHE.get(module, held, (part, share), make)
 
 
 def _sizes(
@@ -217,10 +223,8 @@ def _sizes(
     return [torch.cat(sizes) for sizes in found.values()]
 
 
-def _graded(
-    ffn: FFN, matrices: Sequence[tuple[GradedMatrix, float]], forward: Any, look: SecondLook | None
-) -> Callable[..., object]:
-    """Return the hook of a projection. look: told of its products; None."""
+def _graded(ffn: FFN, matrices: Limited, forward: Any, look: SecondLook | None) -> Callable[..., object]:
+    """Return the hook of a projection. look: receives its products, or None."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         state = forward.state

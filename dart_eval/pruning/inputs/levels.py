@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 from dart_eval.util.bits import OWN_BITS, Rounding
@@ -55,9 +56,10 @@ class Levels:
 
     def out_of_reach(self, least: float, most: float, share: float) -> UserError:
         """Return the refusal of a read beyond the levels. All three are shares of the bytes."""
+        highest = math.floor(1000 * (1 - least)) / 1000
         return UserError(
             f"{self.title} reads {100 * least:.1f} to {100 * most:.1f} % of the bytes, not {100 * share:.4g} %",
-            f"use a sparsity from {1 - most:.3f} to {1 - least:.3f}, or other {self.slot}.levels",
+            f"use a sparsity from {1 - most:.3f} to {highest:.3f}, or other {self.slot}.levels",
         )
 
     def scale(self, width: int) -> float:
@@ -94,7 +96,7 @@ class Levels:
         from dart_eval.kernels.top import top_k_mask
 
         saved = (x.float().square()[..., None, :] * gains).flatten(-2)
-        if (step := self.step) and len(gains):  # the largest ones, which need no sorting
+        if step := self.step:  # the largest ones, which need no sorting
             keep = torch.tensor(min((bits - self.bits[0] * x.shape[-1]) // step, saved.shape[-1]))
             return top_k_mask(saved, keep).unflatten(-1, gains.shape).sum(-2)
         order = saved.argsort(dim=-1, descending=True, stable=True)  # of equal steps the lower level's first

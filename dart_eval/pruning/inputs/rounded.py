@@ -47,9 +47,8 @@ class RoundedEntries(Entries):
                 "leave --ffn-bits out, or load the model unquantised",
             )
 
-    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
-        self.check_bits(bits)
-        return self._rounding.weight_bits(weight.shape[1]) / OWN_BITS
+    def bytes_read(self, density: float, bits: Stored, rows: int, width: int) -> float:
+        return self._rounding.weight_bits(width) / OWN_BITS
 
     def multiplied(self, read: float) -> float:
         return 1.0

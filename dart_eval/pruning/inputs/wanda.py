@@ -37,8 +37,8 @@ class WandaEntries(Entries):
     def sized(self) -> bool:  # type: ignore[override]
         return self.pattern == "none"
 
-    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
-        return self.share(densities, bits) if self.sized else self.share(0.5, bits) + 1 / bits.total
+    def bytes_read(self, density: float, bits: Stored, rows: int, width: int) -> float:
+        return self.share(density, bits) if self.sized else self.share(0.5, bits) + 1 / bits.total
 
     def weight_mask(self, weight: Tensor, inputs: Inputs) -> Tensor:
         import torch

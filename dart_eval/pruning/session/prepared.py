@@ -143,7 +143,7 @@ def prepare(
 
     Args:
         unit: mean bits of an FFN weight, of which the sparsity leaves out a share; None: those of the served weights.
-        orders: per layer, the stored order of the columns of gate and up, see `Preview`; None: their own.
+        orders: per layer, the stored order of the columns of gate and up, see `Serving.orders`; None: their own.
 
     Raises:
         UserError: a missing calibration, or a sparsity that the method cannot meet.
