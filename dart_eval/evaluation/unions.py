@@ -16,9 +16,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dart_eval.pruning.choices.images import Columns
-from dart_eval.pruning.choices.preview import Previewing
-from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.session.dense import AnySession
 from dart_eval.pruning.session.fitted import Noted
 from dart_eval.pruning.session.session import Session
@@ -84,7 +81,7 @@ class Unions:
         return self._flat
 
     def result(self, share: float) -> Json | None:
-        """Return by kind and size of group the mean read, its standard error or None, and the groups; None for none.
+        """Return by kind and size the mean read, its standard error or None, and how many groups (of tokens: sequences).
 
         Args:
             share: FFN weight bytes as they are served / those of the model's own dtype.
@@ -104,13 +101,8 @@ def _read(levels: Levels) -> float:
 
 
 def unites(session: AnySession) -> bool:
-    """Whether the unions of what tokens read are known: not of experts, repeated layers, and rows and columns at once.
-
-    A preview that skips columns reads more of them in a union, and less of the rows that it leaves for later.
-    """
+    """Whether the unions of what tokens read are known: not of experts, of repeated layers, and as parts say."""
     if not isinstance(session, Session):
         return True
-    choice, ffns = session.method.choice, session.ffns
-    skips = isinstance(choice, Previewing) and any(choice.columns(ffn.width) != Columns() for ffn in ffns)
-    skips |= isinstance(session.method.other, GradedBoth)
-    return not skips and not any(ffn.routed or ffn.runs > 1 for ffn in ffns)
+    parts = session.method.parts()
+    return not any(f.routed or f.runs > 1 or any(not part.unites(f) for part in parts) for f in session.ffns)

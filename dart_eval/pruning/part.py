@@ -19,6 +19,7 @@ from dart_eval.util.errors import UserError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dart_eval.layers.ffn import FFN
     from dart_eval.layers.shape import ModelShape
     from dart_eval.util.bits import Stored
 
@@ -91,6 +92,14 @@ class Part:
         Raises:
             UserError: with the reason.
         """
+
+    def lacking(self, ffn: FFN) -> str | None:
+        """Return why no kernel runs it on an FFN, or None."""
+        return f"{self.title} has no kernel"
+
+    def unites(self, ffn: FFN) -> bool:
+        """Whether what several tokens read of an FFN together follows from what each of them reads."""
+        return True
 
     def multiplied(self, read: float) -> float:
         """Return the share of the weights that a token multiplies. read: share of the bytes that it reads."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.projection import is_conv1d, plain_matrix, weight_matrix
+from dart_eval.layers.projection import plain_matrix, weight_matrix
 from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.inputs import Distribution, all_squares
@@ -18,7 +18,7 @@ from dart_eval.pruning.inputs.entries import Entries, Graded, Inputs, Share
 from dart_eval.pruning.inputs.graded import GradedInputs
 from dart_eval.pruning.masks.counts import keep_counts
 from dart_eval.util.bits import Stored
-from dart_eval.weights.rounding import served_bits, stored_inputs, stored_of
+from dart_eval.weights.rounding import as_held, parameter_of, served_bits, stored_inputs, stored_of
 
 
 def counts(ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> list[tuple[int, int]]:
@@ -82,23 +82,18 @@ class AttachedInputs:
         self.mean = served_bits(ffns)
         self.bits = [_bits(f) for f in ffns]
         for ffn, least, size, (of_x, of_h) in zip(ffns, thresholds, sizes, input_counts, strict=True):
-            weights = [*ffn.input_weights(), ffn.output_weight()]
-            inputs = []
-            for i, weight in enumerate(weights):
-                norms = weight.float().norm(dim=0) if part.weighs(i) else None
-                side = i == len(weights) - 1
-                inputs.append(Inputs(of_h if side else of_x, least[side], norms, size[side]))
-            self.inputs.append(inputs)
+            last, norms = ffn.matrices - 1, [None] * ffn.matrices
+            if any(map(part.weighs, range(ffn.matrices))):
+                weights = [*ffn.input_weights(), ffn.output_weight()]
+                norms = [w.float().norm(dim=0) if part.weighs(i) else None for i, w in enumerate(weights)]
+            sides = [(of_x, least[0], size[0])] * last + [(of_h, least[1], size[1])]
+            self.inputs.append([Inputs(n, t, norm, s) for (n, t, s), norm in zip(sides, norms, strict=True)])
         self.swapped = None if part.by_token else SwappedWeights([held for f in ffns for held in self._held(f)])
 
     def _held(self, ffn: FFN) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
-        modules: list[Any] = ffn.projections
-        held = []
-        for module in modules:
-            matrix = plain_matrix(module)
-            read = self.part.as_read(matrix, self.inputs[ffn.layer][-1 if module is ffn.down else 0])
-            held.append((module.weight, module.weight.data, read.T.contiguous() if is_conv1d(module) else read))
-        return held
+        inputs = self.inputs[ffn.layer]
+        made = [(m, self.part.as_read(plain_matrix(m), inputs[-1 if m is ffn.down else 0])) for m in ffn.projections]
+        return [(parameter_of(m), parameter_of(m).data, as_held(m, read)) for m, read in made]
 
     def nbytes(self) -> int:
         """Return the bytes beside the model: norms and thresholds. Serving would need one copy of the weights."""
@@ -192,15 +187,14 @@ def _statistics(
     part: Entries, ffns: Sequence[FFN], input_counts: Sequence[tuple[int, int]], calibration: Calibration | None
 ) -> tuple[list[list[float | None]], list[list[Tensor | None]]]:
     """Return per layer, for x and h: the threshold on the text, and each input's root of the sum of squares."""
+    nothing: list[list[Any]] = [[None, None] for _ in ffns]
     if not part.calibrates or calibration is None:
-        return [[None, None] for _ in ffns], [[None, None] for _ in ffns]
+        return nothing, nothing
     if part.by_token:
-        least = calibration.once(
-            f"quantiles of inputs, {[*input_counts]} read", lambda: [_quantiles(ffns, input_counts, calibration)]
-        )
-        return [[float(of_x), float(of_h)] for of_x, of_h in least[0]], [[None, None] for _ in ffns]
+        name = f"quantiles of inputs, {[*input_counts]} read"
+        return calibration.once(name, lambda: [_quantiles(ffns, input_counts, calibration)])[0].tolist(), nothing
     squares = all_squares(ffns, calibration)
-    return [[None, None] for _ in ffns], [[s.sqrt() for s in squares[i : i + 2]] for i in range(0, len(squares), 2)]
+    return nothing, [[s.sqrt() for s in squares[i : i + 2]] for i in range(0, len(squares), 2)]
 
 
 def _quantiles(ffns: Sequence[FFN], input_counts: Sequence[tuple[int, int]], calibration: Calibration) -> Tensor:

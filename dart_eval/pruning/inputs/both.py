@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from dart_eval.layers.ffn import FFN
     from dart_eval.layers.shape import ModelShape
     from dart_eval.pruning.inputs.entries import Coded
 
@@ -55,6 +56,12 @@ class GradedBoth(GradedColumns):
                 f"entries.more is {self.more:g}, which is no level above the first, and rows are read in one",
                 f"give one of the levels {self.levels} above {self.bits[0]}",
             )
+
+    def lacking(self, ffn: FFN) -> str | None:
+        return f"{self.title} has no kernel"
+
+    def unites(self, ffn: FFN) -> bool:
+        return False  # bits follow rows and columns at once
 
     @property
     def fewest(self) -> float:
@@ -103,8 +110,7 @@ class GradedBoth(GradedColumns):
         """
         import torch
 
-        assert matrix.fitted is not None
-        gains = matrix.fitted.to(x.device).float()
+        gains = matrix.gains.to(x.device).float()
         left = gains * torch.tensor(self.bits, device=gains.device).diff()[:, None]
         left = torch.cat([left.flip(0).cumsum(0).flip(0), left.new_zeros(1, left.shape[1])])
         squares = left.T.expand(*level.shape, -1).gather(-1, level[..., None]).squeeze(-1)

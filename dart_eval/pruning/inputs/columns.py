@@ -12,6 +12,7 @@ from dart_eval.util.bits import OWN_BITS
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dart_eval.layers.ffn import FFN
     from dart_eval.layers.shape import ModelShape
     from dart_eval.util.bits import Stored
     from dart_eval.weights.codes import Packed
@@ -60,6 +61,13 @@ class GradedColumns(Graded):
         "error", "rank columns by the error that more bits of them save, or by |x_i| alone"
     )
 
+    def lacking(self, ffn: FFN) -> str | None:
+        from dart_eval.kernels.cpu import blocks, columns
+
+        if self.bits != [*columns.LEVELS] or self.group not in (0, columns.GROUP):
+            return "the kernel reads columns in 0, 2, 4, 6 or 8 bits, with scales of 128 weights or of a row"
+        return blocks.lacking(ffn)
+
     def fitted(self, weight: Tensor, packed: Packed) -> Tensor:
         return self.gains(self.errors(weight, packed)).bfloat16()
 
@@ -70,8 +78,7 @@ class GradedColumns(Graded):
         return self._row_bits(matrix.width, matrix.room)
 
     def level(self, x: Tensor, matrix: Coded, limit: float, position: Tensor | None) -> Tensor:
-        assert matrix.fitted is not None
-        return self.chosen(x, matrix.fitted.to(x.device), int(limit))
+        return self.chosen(x, matrix.gains.to(x.device), int(limit))
 
     def _row_bits(self, width: int, room: float) -> int:
         """Return the bits of codes that a token may read of a row. room: bits of a weight, without its scale."""

@@ -116,6 +116,12 @@ class Coded:
     values: Sequence[Callable[[], Tensor] | None]
     fitted: Tensor | None
 
+    @property
+    def gains(self) -> Tensor:
+        """[levels - 1, n] bfloat16, what each step of a column saves, of parts that fit it."""
+        assert self.fitted is not None
+        return self.fitted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Graded(Levels, Entries):

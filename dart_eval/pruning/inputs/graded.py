@@ -69,8 +69,7 @@ class GradedInputs:
         gate, up, down = (held[id(m)] for m in (ffn.gate, ffn.up, ffn.down))
 
         def make() -> columns.ColumnsFFN:
-            every = [(m.packed, m.fitted, int(bits)) for m, bits in (gate, up, down)]
-            made = [columns.ColumnsMatrix(packed, gains, bits) for packed, gains, bits in every if gains is not None]
+            made = [columns.ColumnsMatrix(m.packed, m.gains, int(bits)) for m, bits in (gate, up, down)]
             return columns.ColumnsFFN(made, blocks.act_of(ffn) or "")
 
         own = [parameter_of(m) for m in ffn.projections]
@@ -144,15 +143,6 @@ class GradedMatrix(Coded):
     def costs(self, neuron: int) -> list[float]:
         """Return the bits of a column at each level, in neurons. neuron: bits of one."""
         return [self.rows * (bits + self.beside) / neuron for bits in self.part.bits]
-
-
-def columns_lacking(part: Graded, ffn: FFN) -> str | None:
-    """Return why no kernel reads columns of an FFN in these bits, or None."""
-    if isinstance(part, GradedBoth):
-        return f"{part.title} has no kernel"
-    if part.bits != [*columns.LEVELS] or part.group not in (0, columns.GROUP):
-        return "the kernel reads columns in 0, 2, 4, 6 or 8 bits, with scales of 128 weights or of a row"
-    return blocks.lacking(ffn)
 
 
 Limited = Sequence[tuple[GradedMatrix, float]]  # matrices of a projection, and what each may read (`Graded.limit`)

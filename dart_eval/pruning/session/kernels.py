@@ -14,8 +14,6 @@ from dart_eval.pruning.choices import graded, previewed
 from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.preview import Previewing
 from dart_eval.pruning.choices.serving import Serving
-from dart_eval.pruning.inputs.columns import GradedColumns
-from dart_eval.pruning.inputs.graded import columns_lacking
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.util.errors import UserError, nearest
@@ -43,8 +41,8 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Gatherer | None:
     With a preview, every token must choose the same number among all neurons.
     """
     choice = method.choice
-    if isinstance(method.other, GradedColumns):
-        return None if unlike_plain(ffns) or uncolumned(method.other, ffns) else MaskRows  # until `Execution.attach`
+    if method.other is not None:
+        return None if unlike_plain(ffns) or _lacking(method.other, ffns) else MaskRows  # until `Execution.attach`
     if isinstance(choice, DartPlus):
         possible = not unlike_plain(ffns) and not ungraded(method, ffns)
         return functools.partial(graded.rows_of, choice=choice) if possible else None
@@ -70,9 +68,9 @@ def ungraded(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     return next(filter(None, (graded.lacking(method.choice, f) for f in ffns)), None)
 
 
-def uncolumned(part: GradedColumns, ffns: Sequence[FFN]) -> str | None:
-    """Return why the kernel of graded columns does not run a part, or None."""
-    return next(filter(None, (columns_lacking(part, f) for f in ffns)), None)
+def _lacking(part: Part, ffns: Sequence[FFN]) -> str | None:
+    """Return why no kernel runs a part on all FFNs, or None."""
+    return next(filter(None, map(part.lacking, ffns)), None)
 
 
 def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
@@ -81,12 +79,7 @@ def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
         return reason
     gather = gatherer(method, ffns)
     if part := without_kernel(method, gather):
-        if isinstance(part, DartPlus) and (why := ungraded(method, ffns)):
-            return why
-        if isinstance(part, GradedColumns) and (why := uncolumned(part, ffns)):
-            return why
-        how = f" with {part.image.title}" if isinstance(part, Previewing) else ""
-        return f"{part.title}{how} has no kernel"
+        return ungraded(method, ffns) if isinstance(part, DartPlus) else _lacking(part, ffns)
     if method.mask.holds_all and gather is None:
         return f"no kernel reads only the rows that {method.choice.title} chooses"
     return None
