@@ -81,7 +81,7 @@ class Unions:
         return self._flat
 
     def result(self, share: float) -> Json | None:
-        """Return by kind and size the mean read, its standard error or None, and how many groups (of tokens: sequences).
+        """Return by kind and size the mean read, its standard error or None, and how many were averaged; None for none.
 
         Args:
             share: FFN weight bytes as they are served / those of the model's own dtype.
