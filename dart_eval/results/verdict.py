@@ -64,7 +64,7 @@ def judged(rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str) ->
         more = place(control, first) < place(leader, first) and stand.word == BEHIND
         quality.append(
             f"The best rounding here ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}"
-            + ("; what it has more may be noise." if more else ".")
+            + (f"; its lead in {metrics.title_of(first)} may be noise." if more else ".")
         )
     words = {stand.word for stand in stands}
     named = BEHIND in words and not words & {AHEAD, SPLIT}
@@ -153,7 +153,8 @@ def _quality(leader: BoardRow, stands: Sequence[Stand], first: BoardRow) -> str:
     text += f" (paired, Holm p < {bound:g})"
     text += f", not told apart from {_names(level)}" if level else ""
     text += f", not tested against {_names(untested)}" if untested else ""
-    return f"{text}. What {first.name} has more may be noise." if first is not leader else f"{text}."
+    lead = f" The lead of {first.name} in {metrics.title_of(next(iter(leader.quality)))} may be noise."
+    return f"{text}.{lead if first is not leader else ''}"
 
 
 def _beside(*stands: Stand) -> str:
