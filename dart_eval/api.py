@@ -47,7 +47,8 @@ def evaluate(
         RuntimeError: cells failed, or files of finished ones were deleted meanwhile; all others are in `output`.
     """
     from dart_eval.cluster import run
-    from dart_eval.results.rows import rows
+    from dart_eval.results.frame import lines
+    from dart_eval.results.store import Store
     from dart_eval.sweep.config import configs_from
     from dart_eval.sweep.tracking import tracked
     from dart_eval.util.quiet import without_remarks
@@ -76,7 +77,7 @@ def evaluate(
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
     if result.lost:
         raise RuntimeError(f"files of finished cells have been deleted: {result.lost[0][1][0]}")
-    return rows(result.records)
+    return lines(Store(first.output), result.records)
 
 
 _OWN = [p for p in signature(evaluate).parameters.values() if p.kind is not p.VAR_KEYWORD]

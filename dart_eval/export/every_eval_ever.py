@@ -210,17 +210,15 @@ def _rows(cell: Facts) -> Iterator[Json]:
 def _score(name: str, value: object) -> float | None:
     """Return a document's part in a metric, or None if it has no own number (BLEU counts over all documents)."""
     kind = kind_of(name).kind
-    if (
-        kind in ("log-perplexity", "bits")
-        and isinstance(value, list)
-        and len(value) == 2
-        and all(map(finite, value))
-        and value[1]
-    ):
-        ratio = -value[0] / value[1]
-        value = ratio / math.log(2) if kind == "bits" else math.exp(min(ratio, LARGEST))
-    elif kind == "ratio" and isinstance(value, list) and len(value) == 2 and all(map(finite, value)) and value[1]:
-        value = value[0] / value[1]
+    if isinstance(value, bool):
+        return float(value)
+    if name == "perplexity" and finite(value):  # of lm-eval's LAMBADA: the log-likelihood of one document
+        value = [value, 1]
+    if kind in ("log-perplexity", "bits", "ratio"):
+        if not (isinstance(value, list) and len(value) == 2 and all(map(finite, value)) and value[1]):
+            return None
+        ratio = value[0] / value[1]
+        value = ratio if kind == "ratio" else -ratio / math.log(2) if kind == "bits" else math.exp(min(-ratio, LARGEST))
     return float(value) if finite(value) else None
 
 

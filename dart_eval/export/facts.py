@@ -13,6 +13,7 @@ from dart_eval.results.inputs import ASKED, HOW, PRUNING, names
 from dart_eval.results.labels import specs
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
+from dart_eval.util.bits import bits_text
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
@@ -59,12 +60,20 @@ class Facts:
 
     @property
     def title(self) -> str:
-        """The pruner with its sparsity, in words for a person."""
-        return f"{self.pruner} at {percent(self.sparsity)}" if self.sparsity else self.pruner
+        """The pruner with its sparsity and its rounding of weights, in words for a person."""
+        name = f"{self.pruner}{self.bits}"
+        return f"{name} at {percent(self.sparsity)}" if self.sparsity else name
+
+    @property
+    def bits(self) -> str:
+        """The rounding of the weights, in words: ` on 4 bits`; empty without one."""
+        bits = self.inputs.get("ffn_bits")
+        return f" on {bits_text(bits)}" if bits else ""
 
     def named(self, between: str) -> str:
-        """The pruner with its sparsity, for the name of a file or a model."""
-        return f"{self.pruner}{between}{self.sparsity:g}" if self.sparsity else self.pruner
+        """The same for the name of a file or a model."""
+        name = self.pruner + self.bits.replace(" ", "-")
+        return f"{name}{between}{self.sparsity:g}" if self.sparsity else name
 
     @property
     def moment(self) -> datetime | None:
@@ -84,6 +93,7 @@ class Facts:
         record = self.record
         return {
             "pruner": self.pruner, "parameters": self.inputs["params"], "sparsity": self.sparsity,
+            "ffn_bits": self.inputs.get("ffn_bits"),
             "read": record.weights_read, "effective_sparsity": record.effective_sparsity,
             "mask_sparsity": record.mask_sparsity, "extra_memory": record.memory.get("state"),
             **{name: record.settings[name] for name in ("upper_bound", "granularity") if record.settings.get(name)},

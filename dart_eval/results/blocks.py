@@ -94,7 +94,7 @@ class Level:
 
     Attributes:
         sentences: on quality, and on cost; none if there is nothing to compare.
-        rounding_wins: whether rounding beats every pruned row by more than noise.
+        rounding_wins: whether rounding beats the best pruned row by more than noise.
         take: the first pruned row that no test puts behind another, or the rounding that wins; None without either.
     """
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from dart_eval.results import frame, inputs, metrics, outcomes, seeds, verdict
+from dart_eval.results import distance, frame, inputs, metrics, outcomes, seeds, stats, verdict
 from dart_eval.results.blocks import (
     CONTROL,
     DEFAULT_SCOPE,
@@ -83,7 +83,7 @@ def _board(
     groups: dict[tuple[str, float], list[Record]] = {}
     for r in sorted(merged, key=lambda r: str(r.inputs["task"])):
         groups.setdefault((names[r.key], float(r.inputs["sparsity"])), []).append(r)
-    beside, problems = frame.beside_dense([outcomes.cell_of(store, r) for r in records])
+    beside, problems = frame.beside_dense(distance.beside_dense([outcomes.cell_of(store, r) for r in records]))
     beside = {some[0].key: seeds.mean_compared([beside.get(r.key, ()) for r in some]) for some in together}
     drafts = [_row(label, group, speeds, metric) for (label, _), group in groups.items()]
     rows_of = {row.keys: [one for key in row.keys for one in beside.get(key, ())] for row in drafts}
@@ -176,7 +176,8 @@ def _block(
     ours = {(one.measure.task, one.measure.name): one for some in beside.values() for one in some}
     choice = {m: [ours[t, m] for t in tasks[m] if (t, m) in ours] for m in tasks if metrics.kind_of(m).chance}
     at_chance = [one.measure.task for some in choice.values() for one in some
-                 if one.chance and not above_zero(one.sides[1])]  # fmt: skip
+                 if one.chance and len(one.sides[1].units) >= stats.MIN_CLUSTERS
+                 and not above_zero(one.sides[1])]  # fmt: skip
     levels = _levels(rows, first)
     if levels and levels[0][0].kind == CONTROL:
         levels[0] += _guessing(choice)

@@ -93,7 +93,7 @@ def _of_metric(metric: str, first: bool, block: Block) -> list[BoardColumn]:
     value = BoardColumn(
         "value" if perplexity else metrics.title_of(metric), (metrics.title_of(metric), "(mean)" if many else ""),
         lambda r: _text(r, metric, lambda q: short(metric, q.value, q.stderr)),
-        lambda r: _key(r, metric, lambda q: -(q.better.value if q.better else q.value)),
+        lambda r: _key(r, metric, lambda q: -(q.better.value if perplexity and q.better else q.value)),
     )  # fmt: skip
     if perplexity:
         times = BoardColumn(
@@ -166,11 +166,10 @@ def lines(
     """
     text: list[str] = []
     for i, block in enumerate(board.blocks):
-        other = block.scope != board.blocks[0].scope
-        head = f"Scope {block.scope}:" if other else "On these tasks alone:" if i else f"{board.model}, {board.about}"
+        head = heading(board, block) or f"{board.model}, {board.about}"
         text += [*([""] if i else []), *_head(head, sizes(board, block), width), *_wrapped(wins(block, level), width)]
         if block.at_chance:
-            text += _wrapped(f"! dense is no better than guessing on {', '.join(block.at_chance)}", width)
+            text += _wrapped(f"! {at_chance(block)}", width)
         text += _table(block, width, sort, level)
         for one in shown_levels(block, level):
             for said in one.sentences:
@@ -227,8 +226,10 @@ def ordered(rows: Sequence[BoardRow], columns: Sequence[BoardColumn], sort: str 
 def _table(block: Block, width: int, sort: str | None, level: float | None) -> list[str]:
     levels = shown_levels(block, level)
     rows = [row for one in levels for row in one.rows]
+    if level is not None and not rows:
+        return [f" no row reads about {percent(level)} of the FFN bytes"]
     columns = columns_of(block)
-    first = {metric for metric in list(block.tasks)[1:] if metrics.kind_of(metric).group != metrics.PERPLEXITY}
+    first = [metric for metric in list(block.tasks)[1:] if metrics.kind_of(metric).group != metrics.PERPLEXITY]
     texts = {c.name: [c.text(r) for r in rows] for c in columns}
     name = min(WIDEST, max(len(name_of(r)) for r in rows))
 
@@ -276,10 +277,21 @@ def read_of(row: BoardRow) -> str:
 
 
 def wins(block: Block, level: float | None = None) -> str:
-    """Return a sentence if rounding beats every pruned row of a level."""
+    """Return a sentence if rounding beats the best pruned row of a level."""
     won = [one for one in shown_levels(block, level) if one.rounding_wins]
     reads = [percent(row.read) for one in won for row in [r for r in one.rows if r.kind == PRUNED][:1]]
-    return f"Rounding is better than every pruned row at {', '.join(reads)}." if reads else ""
+    return f"Rounding is better than the best pruned row at {', '.join(reads)}." if reads else ""
+
+
+def at_chance(block: Block) -> str:
+    """Say on which tasks dense is not above guessing by more than noise."""
+    return f"dense is not significantly better than guessing on {', '.join(block.at_chance)}"
+
+
+def heading(board: Board, block: Block) -> str:
+    """Return what sets a block apart from the first one; empty for that one."""
+    first = board.blocks[0]
+    return "" if block is first else f"Scope {block.scope}:" if block.scope != first.scope else "On these tasks alone:"
 
 
 def notes(board: Board) -> list[str]:
@@ -304,7 +316,7 @@ def notes(board: Board) -> list[str]:
 def table(board: Board, sort: str | None = None, level: float | None = None) -> list[Table]:
     """Return the board as tables with all columns, one per block."""
     made = []
-    for i, block in enumerate(board.blocks):
+    for block in board.blocks:
         columns = columns_of(block)
         body: list[list[str]] = []
         rules: set[int] = set()
@@ -316,9 +328,9 @@ def table(board: Board, sort: str | None = None, level: float | None = None) -> 
                 mark = row.mark or ("" if row.kind == "pruned" else row.kind)
                 body.append([read_of(row), name_of(row, row.label), asked, *(c.text(row) for c in columns), mark])
             said += one.sentences
-        chance = [f"Dense is no better than guessing on {', '.join(block.at_chance)}."] if block.at_chance else []
+        chance = [f"D{at_chance(block)[1:]}."] if block.at_chance else []
         last = [*notes(board), *EXPLAINED] if block is board.blocks[-1] else []
-        title = f"Board of {board.model}: {sizes(board, block)}" if i == 0 else sizes(board, block)
+        title = f"{heading(board, block) or f'Board of {board.model}:'} {sizes(board, block)}"
         heads = ["FFN bytes read", "method", "sparsity", *(c.title for c in columns), ""]
         note = " ".join([*filter(None, [wins(block, level)]), *chance, *said, *last])
         made.append(Table(title, heads, body, note, rules=frozenset(rules)))

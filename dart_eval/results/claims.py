@@ -22,7 +22,7 @@ HOLDS, FAILS, OPEN = "holds", "fails", "open"
 HEADS = ["claim", "verdict", "measured", "n"]
 SHAPED = {"state MB": 1e6, "overhead %": 0.01}  # what a shape's cost is counted in
 NOTE = (
-    "measured: the first row less the second (of perplexities, in nats), or its ratio to the second, with the paired "
+    "measured: the first row minus the second (of perplexities, in nats), or its ratio to the second, with the paired "
     "95 % interval. holds: the interval lies on the claim's side. fails: it lies on the other side. open: it reaches "
     "over both, or there are too few documents. For a claim on at least one column the best one is shown, and "
     "its test is Holm's over all. n: documents. A verdict is of the models and documents measured here, not of the "
@@ -93,7 +93,8 @@ class Sides:
         if claim.times is not None:
             ratio = share(self.a, self.b)
             ends = ratio.interval if ratio else None
-            value = f"{ratio.value:.2f} times" if ratio else "no ratio, of 0"
+            nothing = "no ratio: the second row is not above 0 by more than noise"
+            value = f"{ratio.value:.2f} times" if ratio else nothing
             return value + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
         gap, kind = self.a - self.b, metrics.kind_of(self.metric)
         scale, unit, digits = (100.0, " points", 1) if kind.percent else (1.0, "", 3)
@@ -163,10 +164,12 @@ def judged(claim: Claim, sides: Sequence[Sides]) -> Finding:
     if not sides:
         return Finding("not measured", 0, OPEN)
     gaps = [(one, one.beyond(claim)) for one in sides]
-    best = max(gaps, key=lambda pair: pair[1].value)[0]
     tests = [g.p for _, g in gaps]
     adjusted = stats.holm([1.0 if p is None else p for p in tests])
-    holds = any(g.value > 0 and p is not None and p < stats.ALPHA for (_, g), p in zip(gaps, adjusted, strict=True))
+    proven = [
+        one for one, p in zip(gaps, adjusted, strict=True) if one[1].value > 0 and p is not None and p < stats.ALPHA
+    ]
+    best = max(proven or gaps, key=lambda pair: pair[1].value)[0]
     fails = all(g.value < 0 and p is not None and p < stats.ALPHA for (_, g), p in zip(gaps, tests, strict=True))
     where = f" ({best.head})" if len(sides) > 1 or best.partial else ""
-    return Finding(best.text(claim) + where, best.n, HOLDS if holds else FAILS if fails else OPEN)
+    return Finding(best.text(claim) + where, best.n, HOLDS if proven else FAILS if fails else OPEN)

@@ -257,7 +257,8 @@ def _compare(a: str, b: str, named: Sequence[NamedPair], metrics: Sequence[str],
     notes += older_note(cell for _, *sides in named for cell in sides)
     notes += differing(made, "A and B differ in {} ({}).", "{} in A, {} in B")
     if left_out:
-        notes.append(f"Not a function of documents' values, so not compared: {', '.join(sorted(left_out))}.")
+        why = "one side lacks it, or it does not follow from documents' values"
+        notes.append(f"Not compared, since {why}: {', '.join(sorted(left_out))}.")
     rows.sort(key=lambda r: (r.contrast, r.metric, r.task))
     return Comparison(a, b, rows, notes)
 

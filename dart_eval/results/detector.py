@@ -56,11 +56,11 @@ class Rate(NamedTuple):
         return 1000 * self.false_alarms / self.watched if self.watched else 0.0
 
 
-def first_alarm(signal: Sequence[float], threshold: float, patience: int) -> int | None:
+def first_alarm(signal: Sequence[float | None], threshold: float, patience: int) -> int | None:
     """Return the windows until the counter (up below the threshold, else down) reaches `patience`; None: never."""
     pressure = 0
     for i, value in enumerate(signal):
-        pressure = pressure + 1 if value < threshold else max(0, pressure - 1)
+        pressure = pressure + 1 if value is not None and value < threshold else max(0, pressure - 1)
         if pressure >= patience:
             return i + 1
     return None

@@ -46,9 +46,9 @@ def short(metric: str, value: float, stderr: float | None) -> str:
 
 
 def _power(value: float) -> str:
-    """`8.4e9`."""
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    """`8.4e9`; `inf`."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def chance(p: float | None) -> str:

@@ -5,6 +5,7 @@ Board, `compare`, `check`, the tables of a paper and `tables --format csv` are v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +75,8 @@ class Compared:
     def lost(self) -> Estimate:
         """By how much A is worse than B; negative if it is better. For perplexities in nats per word."""
         a, b = (self.estimate(values, above_chance=False) for values in (self.pairs.a, self.pairs.b))
-        return b - a if self.measure.higher_is_better else a - b
+        lost = b - a if self.measure.higher_is_better else a - b
+        return lost.times(math.log(2)) if self.measure.kind == "bits" else lost  # bits into nats
 
     @property
     def step(self) -> float:
@@ -105,18 +107,12 @@ def compared(pair: pairing.Pair, wanted: Iterable[Measure]) -> list[Compared]:
     return [Compared(pair.a, pair.b, pairs) for pairs in measured if pairs is not None]
 
 
-def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, list[Compared]], list[str]]:
+def beside_dense(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list[str]]:
     """Compare every metric of cells with their dense one, by key; return also why some are missing.
 
     Args:
-        cells: of a folder, dense ones among them. Distances from dense are added to them.
-        texts: whether to add distances of generated texts.
+        cells: of a folder, dense ones among them, with their distances from dense (`distance.beside_dense`).
     """
-    return _beside(distance.beside_dense(cells, texts))
-
-
-def _beside(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list[str]]:
-    """Return `beside_dense` of cells that have their distances from dense."""
     dense = pairing.dense_cells(cells)
     rows: dict[str, list[Compared]] = {}
     problems: dict[str, None] = {}
@@ -155,7 +151,7 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> li
 
 def lines_of(cells: Sequence[Cell], records: Sequence[Record], subtasks: bool = False) -> list[dict[str, object]]:
     """Return `lines` of cells that have their distances from dense. records: of the same cells."""
-    found, _ = _beside(cells)
+    found, _ = beside_dense(cells)
     made = rows_of(records, subtasks)
     tests = {(key, row.measure.task, row.measure.metric): row for key, some in found.items() for row in some}
     made += _distances(made, tests)

@@ -78,10 +78,10 @@ def tables(boards: Sequence[Board]) -> list[Table]:
                 body.append([label, ", ".join(measured), *cells])
             if body:
                 heads = [f"{multiple(k)} or less" for k in TIMES] if down else [f"{percent(k)} or more" for k in SHARES]
-                what = "perplexity x dense" if down else "share of what dense has above guessing"
+                what = SAID.get(of := _what(block), of)
                 note = (
                     f"{what} at each measured read, on {_tasks(block)}. Columns: the FFN bytes read at which the "
-                    "method still has that; between two measured points it is not known where. These are point "
+                    "method still has that; between two measured points the exact read is unknown. These are point "
                     "estimates: the board shows their intervals."
                 )
                 made.append(Table(f"Frontier of {board.model}", ["method", "measured", *heads], body, note))
@@ -108,14 +108,23 @@ def _by_time(model: str, block: Block) -> Table:
         if ahead:
             best, better = found, f"{row.name} ({text})"
     rest = [row.name for row in block.rows if step_time(row) is None and quality(block, row) is not None]
-    what = "perplexity x dense" if down else "above guessing"
+    what = _what(block)
     note = (
         f"step time: of a decoded token, of dense's; speed: its inverse [quartiles]. {what}: on {_tasks(block)}. "
-        "faster and better: the best of the faster rows where it is as good; no row with an empty place there is "
-        "beaten, but for noise." + (f" Without a speed: {', '.join(rest)}." if rest else "")
+        "faster and better: the best of the faster rows where it is as good; a row with an empty cell is beaten by no "
+        "faster row, apart from noise." + (f" Without a speed: {', '.join(rest)}." if rest else "")
     )
     heads = ["method", "read", "step time", "speed", what, "KL", "faster and better"]
     return Table(f"Quality at equal time, {model}", heads, body, note)
+
+
+SAID = {"above guessing": "share of what dense has above guessing", "of dense": "share of dense's quality"}
+
+
+def _what(block: Block) -> str:
+    """The head of a row's quality beside dense's."""
+    guessing = metrics.kind_of(next(iter(block.tasks), "")).chance
+    return "perplexity x dense" if by_times(block) else "above guessing" if guessing else "of dense"
 
 
 def _tasks(block: Block) -> str:

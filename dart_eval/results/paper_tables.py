@@ -57,7 +57,9 @@ class Paper:
         self.missing, self.command = missing, command
         self.models = list(dict.fromkeys(model_of(r.inputs["model"]) for r in everything))
         self._records = {r.key: r for r in everything}
-        self._common = {name: some[0].inputs for name, some in records.items() if some}  # inputs that cells share
+        # Inputs that cells share. What a column without these two settings has is not that of the first cell.
+        own = {"gen_kwargs": None, "ffn_bits": None}
+        self._common = {name: {**some[0].inputs, **own} for name, some in records.items() if some}
         cells = distance.beside_dense([outcomes.cell_of(store, r) for r in everything], texts)
         self._metrics = metrics_frame(frame.lines_of(cells, everything))
         self._cells = cells_frame(everything).set_index("key")

@@ -29,7 +29,8 @@ def place(row: BoardRow, first: str | None) -> tuple[bool, float]:
     quality = row.quality.get(first or "")
     value = math.nan
     if quality is not None:
-        value = quality.better.value if quality.better else quality.value * _sign(row, first)
+        logs = quality.better if metrics.kind_of(first or "").group == metrics.PERPLEXITY else None
+        value = logs.value if logs else quality.value * _sign(row, first)  # of perplexities the geometric mean
     return (True, 0.0) if math.isnan(value) else (False, -value)
 
 
@@ -59,7 +60,7 @@ def judged(rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str) ->
     if fitting:
         control, _ = leader_of(fitting)
         (stand,) = stand_of(leader, [control], float(len(fitting) * len(rivals)))
-        wins = stand.word == AHEAD
+        wins = stand.word == AHEAD and all(s.word not in (AHEAD, SPLIT) for s in stands)
         take = control if wins else leader
         more = place(control, first) < place(leader, first) and stand.word == BEHIND
         quality.append(
@@ -138,18 +139,20 @@ def _differences(a: BoardRow, b: BoardRow) -> Iterator[tuple[str, Estimate]]:
 
 
 def _quality(leader: BoardRow, stands: Sequence[Stand], first: BoardRow) -> str:
-    """`At 30 % dart-plus is best: 100 % of what dense has above guessing [83, 117]; better than every other row ...`"""
+    """`At 30 % dart-plus is the best pruned row: 100 % of what dense has above guessing [83, 117]; better than ...`"""
     behind, level, untested = ([s for s in stands if s.word == word] for word in (BEHIND, LEVEL, UNTESTED))
     against = [s for s in stands if s.word in (AHEAD, SPLIT)]
     at, amount = f"At {percent(leader.read)}", _amounts(leader, ends=True)
     if against:
-        return f"{at} no row is best: {leader.name} is first, and {_names(against)} {_beside(*against)}."
+        alike = ([s for s in against if s.word == word] for word in (AHEAD, SPLIT))
+        said = ", and ".join(f"{_names(some)} {_beside(*some)}" for some in alike if some)
+        return f"{at} no row is best: {leader.name} is first, and {said}."
     if not behind:
         said = f"no row is told apart from another; {leader.name}" if stands else leader.name
         return f"{at} {said} has {amount}."
-    than = "every other row" if len(behind) == len(stands) > 1 else _names(behind)
+    than = "every other pruned row" if len(behind) == len(stands) > 1 else _names(behind)
     bound = next(limit for limit in (1e-3, 0.01, stats.ALPHA) if max(min(s.better.values()) for s in behind) < limit)
-    text = f"{at} {leader.name} is best: {amount}; better than {than}{_by(s.better for s in behind)}"
+    text = f"{at} {leader.name} is the best pruned row: {amount}; better than {than}{_by(s.better for s in behind)}"
     text += f" (paired, Holm p < {bound:g})"
     text += f", not told apart from {_names(level)}" if level else ""
     text += f", not tested against {_names(untested)}" if untested else ""
@@ -207,7 +210,7 @@ def _cost(leader: BoardRow, others: Sequence[BoardRow]) -> list[str]:
     own = [] if leader.speed is None else [f"No kernel here makes {leader.name} faster than dense yet."]
     if ratio:
         own = [f"{leader.name} decodes {ratio.median:.2f}x as fast as dense."]
-    also = "Also faster than dense" if ratio else "Faster today"
+    also = "Faster today" if not ratio else "Also faster than dense" if ratio.low > 1 else "Faster than dense"
     said = [*own, *([f"{also}: {_listed(faster)}."] if faster else [])]
     return [" ".join(said)] if said else []
 

@@ -51,6 +51,10 @@ def _claim(one: dict[str, Any], tables: dict[str, TableLayout]) -> Claim:
     if numbers["sparsity"] not in layout.sparsity:
         remedy = f"give one of {', '.join(map('{:g}'.format, layout.sparsity))}"
         raise UserError(f"claim {text!r}: table {layout.name!r} has no sparsity {numbers['sparsity']:g}", remedy)
+    costs = [c.head for c in layout.columns if c.field]
+    if ("at_most" in numbers) != (column in costs):
+        remedy = nearest(column, costs) if "at_most" in numbers else "give at_most"
+        raise UserError(f"claim {text!r}: at_most is for costs, and {column!r} does not fit", remedy)
     kinds = {metrics.kind_of(c.metric).kind for c in layout.parts.get(column, layout.columns)}
     if "times" in numbers and kinds & {"log-perplexity", "bits"}:
         raise UserError(f"claim {text!r}: `times` is not for perplexities", "give `by`, in nats")

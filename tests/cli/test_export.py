@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from dart_eval.evaluation import task_names
-from dart_eval.export import datasets, writing
+from dart_eval.export import datasets, every_eval_ever, writing
+from dart_eval.export.facts import facts
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
@@ -359,3 +360,22 @@ def test_data_sets_are_those_of_the_tasks_yaml(monkeypatch):
         "mmlu", [], datasets.datasets_of([], {"mmlu": datasets.Dataset("a/b")})
     ) == datasets.Dataset("a/b")
     assert datasets.of_task("both", ["mmlu_anatomy", "xsum"], found) is None
+
+
+def test_rounded_weights_stand_in_every_name(tmp_path):
+    """dense on 4 bits cannot pass for dense, nor griffin on 4 bits for griffin."""
+    records = [answered("arc", [{"acc": 1.0}], m, s, ffn_bits=b)
+               for m, s, b in (("dense", 0.0, None), ("dense", 0.0, "4"), ("griffin", 0.5, "4"))]  # fmt: skip
+    found = [(f.title, f.named("-"), f.details()["ffn_bits"]) for f in facts(Store(tmp_path), records)]
+    assert found[0] == ("dense", "dense", None) and found[1] == ("dense on 4 bits", "dense-on-4-bits", "4")
+    assert found[2][0].endswith(" on 4 bits at 50 %") and found[2][1].endswith("-on-4-bits-0.5")
+
+
+@pytest.mark.parametrize(("metric", "value", "wanted"), [
+    ("prompt_level_strict_acc", True, 1.0), ("perplexity", -3.2, math.exp(3.2)),
+    ("word_perplexity", [-6.0, 3], math.exp(2)),
+    ("bits_per_byte", [-2 * math.log(2), 4], 0.5), ("word_perplexity", [-6.0, 0], None), ("acc", 0.5, 0.5),
+])  # fmt: skip
+def test_a_document_has_a_number_of_its_own(metric, value, wanted):
+    found = every_eval_ever._score(metric, value)
+    assert found is wanted or found == pytest.approx(wanted)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from dart_eval.cli.run import show_results
-from dart_eval.results import board_text, frontier, speeds, verdict
+from dart_eval.results import board_text, frame, frontier, speeds, verdict
 from dart_eval.results.blocks import GUESSING
 from dart_eval.results.board import boards
+from dart_eval.results.format import multiple
 from dart_eval.results.labels import exact
 from dart_eval.results.ratio import Ratio
+from dart_eval.results.record import Metric
 from dart_eval.results.report import charts
 from dart_eval.results.store import Store
 from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST
@@ -71,7 +73,10 @@ def test_rows_stand_by_read_and_by_what_they_have_above_guessing(tmp_path):
     guess = made.blocks[0].levels[0].rows[-1]
     assert (guess.label, guess.quality["acc"].value, above(guess)) == (GUESSING, 0.25, 0.0)
     (*_, last) = made.blocks[0].levels
-    assert last.sentences[0].startswith("At 30 % dart is best: ") and "above guessing [" in last.sentences[0]
+    assert (
+        last.sentences[0].startswith("At 30 % dart is the best pruned row: ")
+        and "above guessing [" in last.sentences[0]
+    )
     assert "; better than random by accuracy (paired, Holm p <" in last.sentences[0]
     assert last.sentences[0].endswith(", not told apart from griffin.")
     assert made.blocks[0].levels[1].sentences == ()  # nothing to compare a single row with
@@ -87,7 +92,7 @@ def test_over_tasks_it_is_one_ratio_of_sums(tmp_path):
     (row,) = made.blocks[0].levels[1].rows
     assert above(row) == pytest.approx((up[0.5] + up[0.3]) / (up[0.8] + up[0.25]))
     assert made.blocks[0].at_chance == ("rte",)
-    assert "! dense is no better than guessing on rte " in text_of(made)
+    assert "! dense is not significantly better than guessing on rte " in text_of(made)
 
 
 def test_a_share_has_no_value_where_dense_only_guesses(tmp_path):
@@ -196,7 +201,7 @@ def test_however_many_rows_a_clear_lead_is_told(tmp_path):
     """No resample gives less than 1 / 10001, which hundreds of tests would make .05 and more."""
     rows = [choices(0.75, method="dart"), *(choices(0.3, params={"draw": str(i)}) for i in range(30))]
     made = board_of(tmp_path, choices(0.8, method="dense"), *rows)
-    assert "dart is best: " in text_of(made) and "better than every other row" in text_of(made)
+    assert "dart is the best pruned row: " in text_of(made) and "better than every other pruned row" in text_of(made)
 
 
 def likely(falls, right_of=20, n=30):
@@ -219,7 +224,7 @@ def test_the_row_with_more_right_answers_is_not_best_where_log_likelihoods_say_o
     """griffin has one answer more, which is noise, and is a nat worse in every answer."""
     made = board_of(tmp_path, *likely({"dense": 0.0, "griffin": 2.0, "dart": 1.0}))
     assert places(made)[1] == [("griffin", ""), ("dart", BEST)]
-    assert "At 50 % dart is best: " in text_of(made)
+    assert "At 50 % dart is the best pruned row: " in text_of(made)
 
 
 def test_no_row_is_best_where_tests_favour_each_of_two(tmp_path):
@@ -247,7 +252,7 @@ def test_rounding_stands_in_its_level_and_is_tested_against_the_best(tmp_path, s
     assert kinds == {"griffin": "pruned", "dense on 4 bits": "rounding", "rounding": "rounding"}
     assert last.rounding_wins == wins and "The best rounding here (dense on 4 bits, 28 %: " in last.sentences[0]
     assert last.sentences[0].endswith(said)
-    assert ("Rounding is better than every pruned row at 30 %." in text_of(made)) == wins
+    assert ("Rounding is better than the best pruned row at 30 %." in text_of(made)) == wins
 
 
 def test_the_best_rounding_that_reads_no_more_counts_and_none_that_reads_more(tmp_path):
@@ -256,7 +261,7 @@ def test_the_best_rounding_that_reads_no_more_counts_and_none_that_reads_more(tm
     worse = choices(0.3, method="dense", read=0.28, ffn_bits="4")
     text = text_of(board_of(tmp_path / "a", dense, at_half, better, worse, more))
     assert "The best rounding here (dense on 6 bits, 41 %: " in text and "(dense on 8 bits" not in text
-    assert "Rounding is better than every pruned row at 50 %." in text
+    assert "Rounding is better than the best pruned row at 50 %." in text
     assert "The best rounding" not in text_of(board_of(tmp_path / "b", dense, at_half, more))
 
 
@@ -351,7 +356,7 @@ def test_a_board_of_some_tasks_holds_rows_against_each_other_that_ran_on_these(t
     folder = save(tmp_path, *records)
     shown = command("tables", folder, "--tasks", "arc")  # stands for arc_easy and arc_challenge
     assert "boolq" not in shown.out
-    assert "At 30 % dart is best" in " ".join(shown.out.split())
+    assert "At 30 % dart is the best pruned row" in " ".join(shown.out.split())
     assert "boolq" in command("tables", folder, "--tasks", "arc_easy,boolq").out
     wrong = command("tables", folder, "--tasks", "bolq")
     assert (wrong.code, wrong.err) == (2, "error: the folder has no cell of task 'bolq'; did you mean boolq?\n")
@@ -468,7 +473,7 @@ def test_rows_are_held_against_faster_ones(tmp_path):
 def test_tables_shows_the_board_and_long_tables_on_request(tmp_path):
     folder = save(tmp_path, choices(0.8, method="dense"), choices(0.5), choices(0.4, method="random"))
     done = command("tables", folder)
-    assert done.code == 0 and "* griffin" in done.out and "At 30 % griffin is best" in done.out
+    assert done.code == 0 and "* griffin" in done.out and "At 30 % griffin is the best pruned row" in done.out
     long = command("tables", folder, "--view", "long")
     assert "### Accuracy" in long.out and "In all rows: n 200" in long.out and "FLOPs" not in long.out
     assert "| dense" in command("tables", folder, "--format", "md").out
@@ -501,3 +506,66 @@ def test_several_seeds_are_one_row_with_their_mean(tmp_path):
     assert row.quality["acc"].value == pytest.approx(shares[0])
     assert above(row) == pytest.approx((shares[0] - 0.25) / (shares[1] - 0.25))
     assert "Rows are means over the seeds 0, 1." in made.notes
+
+
+def test_rows_that_are_paired_with_dense_and_others_have_one_scale(tmp_path):
+    """Griffin's questions are others than dense's, so that it has an accuracy and no difference from dense's."""
+    made = board_of(tmp_path, choices(0.8, method="dense"), choices(0.78, method="dart"), unpaired := choices(0.3))
+    assert [r for r, _ in places(made)[1]] == ["dart", "griffin"]
+    others = [{**s, "doc_hash": "another"} for s in unpaired.samples]
+    unpaired = dataclasses.replace(unpaired, samples=others)
+    made = board_of(tmp_path / "b", choices(0.8, method="dense"), choices(0.78, method="dart"), unpaired)
+    assert [r for r, _ in places(made)[1]] == ["dart", "griffin"] and made.blocks[0].levels[1].take.label == "dart"
+    sorted_ = board_text.lines(made, 100, sort="accuracy")
+    starts = [line.split()[:1] for line in sorted_]
+    assert starts.index(["100"]) < starts.index(["guessing"])
+
+
+def test_too_few_questions_say_nothing_of_guessing(tmp_path):
+    values = [{"acc": 1.0}] * 5
+    made = board_of(
+        tmp_path, choosing(answered("arc", values, "dense", 0.0)), choosing(answered("arc", values, "dart"))
+    )
+    assert made.blocks[0].at_chance == () and "guessing on" not in text_of(made)
+
+
+def test_a_level_without_rows_is_said(tmp_path):
+    made = board_of(tmp_path, choices(0.5, sparsity=0.5))
+    assert "no row reads about 30 % of the FFN bytes" in text_of(made, level=0.3)
+
+
+def test_bits_are_compared_as_nats(tmp_path):
+    """One bit a byte more is twice the perplexity of a byte."""
+
+    def cell(bits, method, sparsity):
+        values = [{"bits_per_byte": (-bits * (9 + i % 2) * np.log(2), 9 + i % 2)} for i in range(20)]
+        metric = Metric("pile", "bits_per_byte", bits, 0.01, 20, False, None)
+        return answered("pile", values, method, sparsity, False, metrics=[metric])
+
+    store = Store(save(tmp_path, cell(1.0, "dense", 0.0), cell(2.0, "griffin", 0.5)))
+    (row,) = (r for r in frame.lines(store, store.load()) if r["method"] == "griffin")
+    assert row["recovery"] == pytest.approx(0.5)
+
+
+def test_an_interval_may_have_no_end():
+    assert multiple(4e7, 0.0, float("inf")) == "4.0e7x [0, inf]"
+
+
+def test_summaries_have_no_guessing_to_be_above(tmp_path):
+    values = [{"rougeL": 0.2 + 0.01 * (i % 7)} for i in range(30)]
+    dense, griffin = answered("xsum", values, "dense", 0.0), answered("xsum", values, "griffin", 0.5)
+    (found,) = frontier.tables([board_of(tmp_path, dense, griffin)])
+    assert found.note.startswith("share of dense's quality at each measured read")
+
+
+def test_faster_rows_are_no_also_where_the_first_is_slower(tmp_path):
+    dense, griffin = choices(0.8, method="dense"), choices(0.3, params={"mask": "griffin"})
+    dart = choices(0.78, method="dart")
+    for ratio, said in ((0.8, "Faster than dense: griffin"), (1.3, "Also faster than dense: griffin")):
+        timed = [
+            speeds.Speed(r.inputs["method"], r.inputs["params"], 0.7, r.inputs["model"], "float32", "cpu", "1 thread",
+                         None, 8, 0.3, Ratio(x, x - 0.05, x + 0.05, 9), None, 2.0, "2026-01-01")
+            for r, x in ((dart, ratio), (griffin, 1.4))
+        ]  # fmt: skip
+        text = text_of(board_of(tmp_path / str(ratio), dense, dart, griffin, speeds=timed))
+        assert said in text

@@ -75,6 +75,16 @@ def test_a_claim_on_at_least_one_column_pays_for_each_look():
     assert judged(_claim(), [*worse, others[0]]).verdict == OPEN  # one of them may yet
 
 
+def test_of_several_columns_the_one_that_proves_the_claim_is_shown():
+    """A noisy column is 8 points better, a clear one 3."""
+    draw = np.random.default_rng(6)
+    noisy, clear = draw.normal(0.08, 1, N), draw.normal(0.03, 0.05, N)
+    found = judged(
+        _claim(), [_sides(noisy - noisy.mean() + 0.08, 0 * noisy, "noisy"), _sides(clear, 0 * clear, "clear")]
+    )
+    assert found.verdict == HOLDS and found.text.endswith("(clear)")
+
+
 def test_few_or_equal_documents_decide_nothing():
     assert judged(_claim(), [_sides([1, 1, 1, 0], [0, 0, 0, 0])]).verdict == OPEN
     assert judged(_claim(), [_sides([1] * N, [1] * N)]).verdict == OPEN
@@ -130,6 +140,8 @@ GOOD = {"claim": "c", "table": "one", "rows": ["Ours", "G"], "column": "Q", "spa
         ({**GOOD, "shape": "llama-3.1-8b"}, "either a table or a shape"),
         ({"claim": "c", "shape": "llama-3.1-8b", "method": "dart", "column": "state MB"}, "a sparsity and at_most"),
         ({**GOOD, "sparsity": 0.6}, "has no sparsity 0.6"),
+        ({**GOOD, "rows": ["Ours"], "at_most": 3}, "at_most is for costs, and 'Q' does not fit"),
+        ({**GOOD, "rows": ["Ours"], "at_most": 3, "column": ANY}, "at_most is for costs"),
     ],
 )  # fmt: skip
 def test_a_claim_that_cannot_be_tested_is_refused(tmp_path, claim, message):

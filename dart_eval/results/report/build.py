@@ -8,7 +8,7 @@ from typing import Any
 
 from dart_eval.results import board_text, detector, frontier, generated, speeds, tables
 from dart_eval.results.blocks import CONTROL, GUESSING, Block, Board
-from dart_eval.results.board import boards
+from dart_eval.results.board import boards, newest
 from dart_eval.results.format import percent
 from dart_eval.results.progress import progress
 from dart_eval.results.record import Record
@@ -52,6 +52,7 @@ def build(store: Store, title: str | None = None, wanted: int = 50, follow: bool
     made = boards(reader, found.records, speeds.load_speeds(store.folder))
     cells = cells_of(made, found.records)
     records, known = [c.record for c in cells], looks(cells)
+    every, _ = newest(found.records)  # with those of other seeds, of which a row is the mean
     samples_of, texts, untold = _read(reader, cells)
     chance = {str(c.record.inputs["task"]): p for c in cells
               if (seen := samples_of.get(c.record.key)) is not None and (p := seen.chance) is not None}  # fmt: skip
@@ -64,14 +65,14 @@ def build(store: Store, title: str | None = None, wanted: int = 50, follow: bool
     context = {
         "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}", "run": run,
         "follow": follow and run is not None and run.running, "levels": sorted(levels.items(), key=lambda v: -v[1]),
-        "facts": head.facts(cells), "warnings": head.warnings(cells, list(found.unread), untold, failed),
+        "facts": head.facts(cells, every), "warnings": head.warnings(cells, list(found.unread), untold, failed),
         "models": [_model(board, known, chance, records) for board in made],
         "methods": [(label, charts.COLOURS[i % len(charts.COLOURS)], charts.sign(i)) for label, i in known.items()],
         "chance": bool(chance), "drift": drift_of(cells, samples_of, known),
         "detectors": detector.tables(reader, records), "tasks": shown, "kept": reader.most,
         "left_out": len(set[Any]().union(*(seen.left_out for seen in samples_of.values()))),
         "numbers": [
-            *tables.tables(records), *unions.tables(records), *generated.table(records, texts_of), *_commands(cells),
+            *tables.tables(every), *unions.tables(every), *generated.table(records, texts_of), *_commands(cells),
         ],
         "cells": len(found.records), "explained": board_text.EXPLAINED,
     }  # fmt: skip
@@ -123,9 +124,10 @@ def _block(board: Board, block: Block) -> dict[str, Any]:
             for row in block.rows]  # fmt: skip
     said = [*filter(None, [board_text.wins(block)]), *(text for level in block.levels for text in level.sentences)]
     if block.at_chance:
-        said.append(f"Dense is no better than guessing on {', '.join(block.at_chance)}.")
+        said.append(f"D{board_text.at_chance(block)[1:]}.")
     heads = ["FFN bytes read", *(c.title for c in columns)]
-    return {"about": board_text.sizes(board, block), "heads": heads, "rows": rows, "said": said}
+    about = f"{board_text.heading(board, block)} {board_text.sizes(board, block)}".strip()
+    return {"about": about, "heads": heads, "rows": rows, "said": said}
 
 
 def _commands(cells: Sequence[ReportCell]) -> list[Table]:

@@ -120,6 +120,7 @@ def _score(value: float) -> str:
 
 def _metric(value: Any) -> str:
     """Return a number, or a log-likelihood with its unit, as text; other lists mean nothing to a reader."""
+    value = int(value) if isinstance(value, bool) else value
     if isinstance(value, list):
         return f"{number(value[0])} over {value[1]}" if len(value) == 2 and all(map(finite, value)) else ""
     return "" if not finite(value) else f"{value:g}" if value == int(value) else number(value)

@@ -11,6 +11,7 @@ from dart_eval.results.blocks import Block, BoardRow
 from dart_eval.results.board_text import columns_of, name_of, read_of
 from dart_eval.results.format import finite, sparsity
 from dart_eval.results.inputs import HASH_DIGITS, matters, model_of
+from dart_eval.results.record import Record
 from dart_eval.results.report.cells import ReportCell
 from dart_eval.results.tables import cut_prompts
 from dart_eval.results.verdict import BEST
@@ -35,16 +36,17 @@ def answer(block: Block) -> tuple[str, list[str], list[tuple[BoardRow, str, list
         remark = "best" if row.mark == BEST or level.rounding_wins else "no winner" if level.sentences else "only one"
         best.setdefault(name_of(row, row.label), []).extend([read_of(row)] * (remark == "best"))
         unsure += [read_of(row)] * (remark == "no winner")
-        cost = ", ".join(COSTS[c.name].format(c.text(row)) for c in costs).replace("none yet as fast", "not faster yet")
+        cost = ", ".join(COSTS[c.name].format(text) for c in costs if (text := c.text(row)) != "-")
+        cost = cost.replace("none yet as fast", "not faster yet")
         rows.append((row, remark, [read_of(row), *(c.text(row) for c in shown), cost]))
     said = [f"{name} at {listed(reads)}" for name, reads in best.items() if reads]
     sentence = f"Best for the FFN bytes it reads: {'; '.join(said)}." if said else ""
-    sentence += f" By the tests no method wins at {listed(unsure)}: the first is shown." if unsure else ""
+    sentence += f" At {listed(unsure)} the tests find no winner; the table shows the first row." if unsure else ""
     return sentence.strip(), ["FFN bytes read", *(c.title for c in shown), "costs"], rows
 
 
-def facts(cells: Sequence[ReportCell]) -> list[tuple[str, str]]:
-    """Return (term, description) pairs: the model, the settings of its run, versions, dates."""
+def facts(cells: Sequence[ReportCell], records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Return (term, description) pairs: the model, the settings of its run, versions, dates. records: of all seeds."""
     environments = [c.record.environment for c in cells]
     days = unique(c.record.created[:10] for c in cells)
     versions = [(p, unique(e[p] for e in environments if e.get(p))) for p in PACKAGES]
@@ -54,7 +56,7 @@ def facts(cells: Sequence[ReportCell]) -> list[tuple[str, str]]:
         ("Documents", f"{listed(unique(limits))} of each task"),
         ("Precision, device", f"{listed(_of(cells, 'dtype'))}, {listed(_of(cells, 'device'))}"),
         ("Scope, execution", f"{listed(_of(cells, 'scope'))}, {listed(_of(cells, 'execution'))}"),
-        ("Seed", listed(_of(cells, "seed"))),
+        ("Seed", listed(unique(r.inputs["seed"] for r in records))),
         ("Versions", ", ".join(f"{p} {listed(v)}" for p, v in versions if v)),
         ("Machine", listed(unique(_machine(e) for e in environments if "machine" in e))),
         ("Run", " to ".join(dict.fromkeys((days[0], days[-1])))),
