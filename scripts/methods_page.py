@@ -148,12 +148,12 @@ high bits first: at sparsity 0.7 for 172 decoded tokens, then the low ones. Its 
 
 **Experts.** `fewer-experts` gives a token only the best of its routed experts. It is the control for pruning the
 experts' neurons, at equal bytes. It meets a sparsity in whole experts, and never reads more than the label. A sparsity
-that leaves a layer without an expert is skipped with a note. `drop-experts` removes half of the experts for all tokens,
-after REAP. A token still uses the same number of experts, so it saves memory and no reads. Its read is 1.00, and the
-board shows it in a level of its own. `graded-experts` reads all experts of a token, in more bits where the router's
-weight is larger. Every token reads the same number of bits. With `routing.rank=none` all experts have the same bits,
-which is the control for the router's weight. Shared experts are read whole by all three, and all three are refused for
-models without experts.
+that leaves a layer without an expert is skipped with a note. `drop-experts` removes half of the experts for all decoded
+tokens, after REAP. A token still uses the same number of experts, so it saves memory and no reads. Its read is 1.00,
+and the board shows it in a level of its own. `graded-experts` reads all experts of a token, in more bits where the
+router's weight is larger. Every token reads the same number of bits. With `routing.rank=none` all experts have the same
+bits, which is the control for the router's weight. Shared experts are read whole by all three, and all three are
+refused for models without experts.
 
 An **upper bound** uses information that is available only afterwards: the activations of the token for which it
 chooses, or later tokens. It bounds methods that read neurons whole. A method that reads fewer bits of more neurons,

@@ -273,12 +273,10 @@ class Bench:
         Raises:
             UserError: rows of the model's weights cannot be copied.
         """
-        for _ in range(1 + rounds):
-            self._round(run, times, prompt, steps)
+        for i in range(1 + rounds):
+            self._round(run, times if i else Times(), prompt, steps)
             if run is not None and run.copies is None:
                 raise UserError("rows of this model's weights cannot be copied: no time to save", "load it unquantised")
-        for values in (*times.steps.values(), *times.prompts.values()):
-            del values[: len(values) // (1 + rounds)]
 
     def _round(self, run: Session | None, times: Times, prompt: int, steps: int) -> None:
         ids, lacking = self.tokens(prompt), {"kernel": not self.full, "bare": run is None}

@@ -28,6 +28,7 @@ from dart_eval.evaluation.unions import Unions
 from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.pruning.session.dense import AnySession
 from dart_eval.results.journal import Journal
+from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import Metric
 from dart_eval.util.text import Json
 
@@ -202,7 +203,9 @@ def _perplexity_stderr(metric: str, pairs: list[Any]) -> float | None:
 
     pairs: (log-likelihood, weight) per document.
     """
-    if len(pairs) < 2 or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
+    if kind_of(metric).kind not in ("log-perplexity", "bits") or len(pairs) < 2:  # pairs may be anything else
+        return None
+    if not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
         return None
     if sum(w for _, w in pairs) <= 0:
         return None

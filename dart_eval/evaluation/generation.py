@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -127,7 +128,13 @@ class Generator:
     def _units(self, group: dict[int, tuple[str, Instance]]) -> Iterator[Prompts]:
         """Yield the batches of requests with the same settings, by index."""
         settings = next(iter(group.values()))[1].args[1]
-        kwargs = dict(normalize_gen_kwargs(settings, self.lm.max_gen_toks))
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.lm.max_gen_toks))
+        odd = [name for name in ("max_length", "num_return_sequences") if kwargs.pop(name, None) not in (None, 1)]
+        if odd:
+            remedy = "use max_gen_toks" if odd[0] == "max_length" else "leave it out"
+            raise UserError(f"{odd[0]} is no setting of a task's generation", remedy)
+        if kwargs.get("do_sample"):
+            kwargs["temperature"] = float(kwargs.get("temperature", 1.0))  # not 0, as `HFLM` would have it
         eos = self.lm.tok_decode([self.lm.eot_token_id], skip_special_tokens=False)
         stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
         new: int = kwargs.pop("max_gen_toks")
@@ -162,12 +169,12 @@ class Generator:
                 max_length=ids.shape[1] + unit.new_tokens, logits_processor=LogitsProcessorList([watch]), **unit.kwargs,
             )[:, ids.shape[1] :]  # fmt: skip
         self.state_bytes = max(self.state_bytes, self.session.state_bytes_each(len(prompts)))
-        texts = []
+        texts, beams = [], int(str(unit.kwargs.get("num_beams") or 1))
         for row, prompt in enumerate(prompts):
             tokens = output[row].tolist()
             counted = self.counted(tokens, unit.stop)  # a row that has ended may go on until its whole batch has
             text = self._answer(tokens[:counted], unit.stop)
-            cost = log.cost(row, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
+            cost = log.cost(row * beams, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
             usable = watch.usable(row, counted)
             texts.append((prompt.request, Text(text, cost, prompt.cut, usable, tokens[:counted])))
         return texts

@@ -237,14 +237,18 @@ class PrunedLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[object, list[int], list[int]]], *args: object, **kwargs: object
     ) -> list[tuple[float, bool]]:
-        fitting = [truncated(context, continuation, self.max_length) for _, context, continuation in requests]
+        fitting = [
+            truncated(context or [self.prefix_token_id], continuation, self.max_length)
+            for _, context, continuation in requests
+        ]
         cut = [len(r.context) < len(whole) for r, (_, whole, _) in zip(fitting, requests, strict=True)]
         self._scored = list(zip(self._score(fitting), cut, strict=True))
         return [(s.logprob, s.greedy) for s, _ in self._scored]
 
     def _score(self, requests: list[Request], kind: str = "loglikelihood") -> list[Score]:
         """Return the scores of the requests, in order."""
-        names = [_name(r.context, r.continuation) for r in requests]
+        mark = () if self.distances else ("no kl",)  # an answer without KL is no answer with it
+        names = [_name(r.context, r.continuation, *mark) for r in requests]
         self._ask(kind, dict(zip(names, requests, strict=True)), self._scorer, Score)
         return [self._answer(name, NO_SCORE) for name in names]
 
@@ -261,7 +265,7 @@ class PrunedLM(HFLM):
         Raises:
             UserError: the scored tokens decode to nothing.
         """
-        size = min(self.chunk, self.max_length)
+        size = max(2, min(self.chunk, self.max_length))  # the last token is only predicted
         chunks: list[tuple[int, Request]] = []
         total_bytes, scored_bytes = [0] * len(requests), [0] * len(requests)
         for i, request in enumerate(requests):
@@ -275,7 +279,7 @@ class PrunedLM(HFLM):
                 if len(piece) > half:
                     chunks.append((i, Request(tuple(piece[:half]), tuple(piece[half:]))))
                     scored_bytes[i] += self._bytes(piece[half:])
-        if chunks and not any(scored_bytes):
+        if not any(scored_bytes):
             raise UserError(
                 "the tokens of these texts stand for no text, so a perplexity has no words to count",
                 "use a tokenizer that knows the texts' words",

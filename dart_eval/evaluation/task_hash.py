@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import lm_eval
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
 from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.settings import EvalSettings
+from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.evaluation.tasks import leaves
 from dart_eval.util.source import source_hash
+from dart_eval.util.text import Json
 
 
 def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
     """Return the sha256 of a task's configuration and of the documents in use (few-shot pool included)."""
     digest = hashlib.sha256()
     for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
-        config = task.dump_config() if hasattr(task, "dump_config") else {}
+        config = _config(task)
         config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below
         (config.get("metadata") or {}).pop("config_source", None)
         digest.update(json.dumps(_sourced(config), sort_keys=True, default=str).encode())
@@ -36,15 +41,41 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
     return digest.hexdigest()
 
 
+def _config(task: Task) -> Json:
+    """Return a task's configuration, its functions as source."""
+    if not hasattr(task, "dump_config"):
+        return {}
+    raw = task.config.to_dict(keep_callable=True)
+    more = {name: found for name, value in raw.items() if callable(value) and (found := _beyond(value)) is not None}
+    return {**task.dump_config(), **more}
+
+
+def _beyond(function: Callable[..., object]) -> object:
+    """Return what decides a function beside its own text, or None: a partial's arguments, the file of a user's."""
+    inner = inspect.unwrap(function)
+    if isinstance(inner, functools.partial):
+        return _sourced(inner)
+    try:
+        file = Path(inspect.getsourcefile(inner) or "")
+    except TypeError:  # it is not written in Python
+        return None
+    ours = any(file.is_relative_to(folder) for folder in (Path(lm_eval.__file__).parent, tasks_dir()))
+    return None if ours else source_hash(file.read_bytes().decode())
+
+
 def _sourced(value: object) -> object:
     """Replace functions by hashes of their source, since addresses differ between processes."""
     if isinstance(value, dict):
         return {str(k): _sourced(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_sourced(v) for v in value]
+    if isinstance(value, functools.partial):
+        return _sourced([value.func, value.args, value.keywords])
     if callable(value):
+        if isinstance(inner := inspect.unwrap(value), functools.partial):
+            return _sourced(inner)
         try:
-            return source_hash(inspect.getsource(inspect.unwrap(value)))
+            return source_hash(inspect.getsource(inner))
         except (OSError, TypeError):
             return getattr(value, "__qualname__", type(value).__qualname__)
     return value

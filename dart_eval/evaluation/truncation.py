@@ -52,8 +52,10 @@ def truncated(context: list[int], continuation: list[int], max_length: int) -> R
     """Cut from the left as `HFLM` does: at most max_length + 1 tokens, the last of which is only predicted.
 
     Raises:
-        UserError: the continuation alone is too long.
+        UserError: the continuation alone is too long, or empty.
     """
+    if not continuation:
+        raise UserError("an answer has no token of its own after its context", "check the task's target_delimiter")
     if len(continuation) > max_length:
         raise UserError(
             f"a continuation of {len(continuation)} tokens does not fit in {max_length}", "use a larger --max-length"

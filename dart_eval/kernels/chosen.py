@@ -63,7 +63,7 @@ def _kernels(ffn: FFN) -> ModuleType | None:
     """Return the module whose `read_rows` and `write_rows` run an FFN's chosen rows, or None."""
     weights = [plain_matrix(m) for m in ffn.projections]
     if gather.missing(weights[-1].device) is None:
-        return gather
+        return gather if all(w.stride(1) == 1 for w in weights[:-1]) else None
     return None if any(cpu_rows.lacking(w, None) for w in weights) else cpu_rows
 
 

@@ -130,15 +130,16 @@ class MaskRows:
     def select(self, mask: Tensor) -> int:
         """Copy the neurons of `mask` ([F] bool); return the number of rows copied."""
         mask = mask.to(next(self.ffn.down.parameters()).device)
+        held, self.neurons = self.neurons, None  # until all is copied: what breaks here leaves rows of no mask
         wanted = mask.nonzero().flatten()
-        if self.neurons is None or len(wanted) != len(self.neurons):
-            self.neurons = wanted
+        if held is None or len(wanted) != len(held):
             self._copy(wanted)
+            self.neurons = wanted
             return len(wanted)
-        rows = (~mask[self.neurons]).nonzero().flatten()
-        new = mask.index_fill(0, self.neurons, False).nonzero().flatten()
-        self.neurons = self.neurons.index_copy(0, rows, new)
+        rows = (~mask[held]).nonzero().flatten()
+        new = mask.index_fill(0, held, False).nonzero().flatten()
         self._change(rows, new)
+        self.neurons = held.index_copy(0, rows, new)
         return len(new)
 
     def prepare(self, norm: Tensor, taken: int, written: int) -> None:

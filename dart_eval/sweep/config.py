@@ -85,6 +85,9 @@ class RunConfig(Options):
             raise UserError(f"{option_of(given[0])} needs --executor ray", "give both, or neither")
         if self.workers > 1 and self.executor == "ray":
             raise UserError(f"--workers {self.workers} does not work with --executor ray", "leave one of them out")
+        if self.workers > 1 and self.device.startswith("cuda:"):
+            remedy = "name the GPUs in CUDA_VISIBLE_DEVICES, and give --device cuda"
+            raise UserError(f"--device {self.device} does not work with --workers", remedy)
         if self.workers > 1 and self.device_map is not None:
             raise UserError("--device-map does not work with --workers", "leave one of them out")
         if self.gpus_per_cell is not None and self.gpus_per_cell > 1 and self.gpus_per_cell % 1:

@@ -67,7 +67,7 @@ class DartLM(PrunedLM):
             device = "auto"
         loading = {name: value for name, value in others.items() if name in LOADING}
         model, tokenizer = resolve(ModelSpec(pretrained, device=device, **loading)).load()
-        size = int(batch_size) if str(batch_size).isdigit() else batch_size
+        size = int(batch_size) if str(batch_size).isdigit() else str(batch_size).partition(":")[0]  # auto:4
         more = {name: value for name, value in others.items() if name in OF_LM}
         super().__init__(model, tokenizer, size, max_length, **more)
         weigh_scored_text()

@@ -140,27 +140,15 @@ def command(config: RunConfig, cell: Cell) -> str:
 
     For a model that was handed over in Python it is a line of Python.
     """
-    words = ["dart-eval", "run", "--tasks", cell.task, "--method", cell.method.spec]
-    if cell.method.sized:
-        words += ["--sparsity", f"{cell.sparsity:g}"]
-    if cell.rounding is not None:
-        words += ["--ffn-bits", cell.rounding.text]
-    options = {k: getattr(config, k) for k in of_role(KEY, GIVEN, DECIDES)}
-    told = {k: v for k, v in options.items() if v != DEFAULTS[k]}
-    if cell.inputs["model"].get("loaded"):
-        return _call(cell, told)
-    return command_line(words, told)
-
-
-def _call(cell: Cell, options: Json) -> str:
-    """Return the line of Python for a cell of a loaded model, which no command can name."""
     said: Json = {"tasks": cell.task, "method": cell.method.spec}
     if cell.method.sized:
         said["sparsity"] = cell.sparsity
     if cell.rounding is not None:
         said["ffn_bits"] = cell.rounding.text
-    words = ", ".join(f"{name}={value!r}" for name, value in {**said, **options}.items())
-    return f"dart_eval.evaluate(model, tokenizer, {words})"
+    said |= {k: v for k in of_role(KEY, GIVEN, DECIDES) if (v := getattr(config, k)) != DEFAULTS[k]}
+    if cell.inputs["model"].get("loaded"):  # no command can name it
+        return f"dart_eval.evaluate(model, tokenizer, {', '.join(f'{k}={v!r}' for k, v in said.items())})"
+    return command_line(["dart-eval", "run"], said)
 
 
 @functools.cache  # many cells ask the same

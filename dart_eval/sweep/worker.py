@@ -72,7 +72,7 @@ class Worker:
         self.halved = 0  # how often memory ran out in the last cell
         self.shape = shape_of(self.model, find_ffns(self.model))
         self._config, self._identity = config, resolved.identity.to_json()
-        self.calibration = self._calibrated(None)
+        self._calibrations: dict[Rounding | None, TextCalibration] = {}  # by the rounding of the weights
         self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
         self.lm = PrunedLM(
             self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, on_progress=advanced,
@@ -114,12 +114,16 @@ class Worker:
             self._smaller(lambda: answer_part(self.lm, session, job.tasks, cell.task, settings, journal, part), shrink)
 
     def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> AnySession:
+        self.lm.begin(DenseSession(), {})  # the copies of the last method go before the next ones come
+        gc.collect()
         if cell.rounding is not None:
             stack.enter_context(self._round(cell.rounding))
         session: AnySession = DenseSession()
         if cell.method.prunes:
             self._status(_made_for(cell.method))
-            pruned = prune(self.model, cell.method, cell.sparsity, calibration=self.calibration, execution="masked")
+            if (calibration := self._calibrations.get(cell.rounding)) is None:
+                calibration = self._calibrations[cell.rounding] = self._calibrated(cell.rounding)
+            pruned = prune(self.model, cell.method, cell.sparsity, calibration=calibration, execution="masked")
             session = stack.enter_context(pruned)
         self._status(f"running {cell.title}")
         return session
@@ -130,7 +134,6 @@ class Worker:
             self._status(f"rounding the FFN weights to {bits_text(wanted.text)}")
             self._rounded = None  # before the next: there need not be room for both
             self._rounded = wanted, Rounded(self.model, wanted)
-            self.calibration = self._calibrated(wanted)
         return self._rounded[1].in_place()
 
     def _calibrated(self, rounding: Rounding | None) -> TextCalibration:

@@ -81,6 +81,19 @@ class _Workers:
                 self._ended(worker)
             else:
                 self._take(worker, *message)
+        self._elsewhere()
+
+    def _elsewhere(self) -> None:
+        """Take over what other runs have ended meanwhile: no worker has reported it."""
+        (configs, _, begun), store = self.asked, self.sweep.store
+        for cell in [job.cell for job in self.sweep.todo]:
+            fresh = not configs[0].force or store.written_since("cells", cell.name, cell.key, begun)
+            if fresh and (record := store.get(cell.name, cell.key)) is not None:
+                self.sweep.done[cell.key] = record
+                self.sweep.view.finished(cell, record)
+            elif store.written_since("failed", cell.name, cell.key, begun):
+                self.sweep.failed.append(cell)
+                self.sweep.view.note(f"{cell.title} has failed in another run")
 
     def _begin(self, place: int) -> None:
         """Start the worker of a place, which decides its GPU."""
@@ -197,7 +210,9 @@ class _Report:
     def __getattr__(self, what: str) -> Callable[..., None]:
         def report(*arguments: object) -> None:
             self._begun = self._begun or what == "started"
-            if what in ("planned", "status") or (what == "note" and not self._begun):  # of the plan, which stands
+            if what in ("about", "planned", "status") or (
+                what == "note" and not self._begun
+            ):  # of the plan, which stands
                 return
             sent = tuple(a for a in arguments if not isinstance(a, Record))  # the folder has it
             with self._lock:

@@ -145,8 +145,10 @@ def on_grid(linear: nn.Module) -> bool:
     """Whether a projection has codes or, without weights, whether its checkpoint may have them."""
     if linear in _PACKED:
         return True
-    held = linear.held if isinstance(linear, Step) else next(itertools.chain(linear.parameters(), linear.buffers()))
-    return expected(linear) if held.is_meta else coded(linear) is not None
+    held = (
+        linear.held if isinstance(linear, Step) else next(itertools.chain(linear.parameters(), linear.buffers()), None)
+    )
+    return expected(linear) if held is not None and held.is_meta else coded(linear) is not None
 
 
 def served_inputs(ffn: FFN) -> list[Served]:

@@ -8,12 +8,14 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dart_eval.bench import decode
+from dart_eval.bench.decode import Bench, Times
 from dart_eval.bench.dense_copy import twin
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.mask_rows import MaskRows
@@ -272,3 +274,14 @@ def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
     identity = resolve(ModelSpec(saved_llama)).identity.to_json()
     inputs = {"model": identity, "dtype": "float32", "params": make(*parse(spec)).params(), "sparsity": 0.7}
     assert pruned.is_of(inputs) and not top.is_of(inputs)
+
+
+def test_only_the_first_round_warms_up_whatever_its_length():
+    """Steps with a re-mask are left out, so rounds differ in length."""
+    kept, lengths = Times(), iter([30, 27, 27])
+
+    def round_(_run, times, _prompt, _steps):
+        times.steps["dense"] += [float(n := next(lengths))] * n
+
+    Bench.rounds(SimpleNamespace(_round=round_), None, kept, 8, 30, 2)
+    assert kept.steps["dense"] == [27.0] * 54

@@ -63,14 +63,14 @@ def on_codes(model, rounding):
                 m.copy_(weight)
 
 
-def slopes(errors, levels):
-    """What each raise of a column saves for a bit, as bfloat16 has it. errors: its error at each level."""
+def slopes(errors, levels, dtype=torch.bfloat16):
+    """What each raise of a column saves for a bit, in the dtype that is read. errors: its error at each level."""
     found = []
     while (now := len(found)) < len(levels) - 1:
         ahead = range(now + 1, len(levels))
         best, to = max(((errors[now] - errors[t]) / (levels[t] - levels[now]), t) for t in ahead)
         found += [max(0.0, best)] * (to - now)
-    return torch.tensor(found).bfloat16().double().tolist()
+    return torch.tensor(found).to(dtype).double().tolist()
 
 
 def raised(squares, saved, levels, room):

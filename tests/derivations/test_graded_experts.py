@@ -19,7 +19,7 @@ from dart_eval.pruning.registry import make
 from dart_eval.util.bits import parse
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded
-from tests.derivations.test_columns import raised
+from tests.derivations.test_columns import raised, slopes
 from tests.derivations.test_routings import wider, written
 from tests.helpers.sessions import bits, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny
@@ -58,9 +58,8 @@ def by_hand(experts, x, index, weights, levels, room):
     """[D] and the level of each expert: what a token's experts write, in as many bits together as there is room for."""
     at = [AtBits(experts, levels, b) for b in levels]
     errors = [lost(experts, one) for one in at]
-    chosen = raised(
-        {b: [w * w * e for w in weights.tolist()] for b, e in zip(levels, errors, strict=True)}, levels, room
-    )
+    saved = slopes(errors, levels, torch.float32)
+    chosen = raised([w * w for w in weights.tolist()], [saved] * len(weights), levels, room)
     out = torch.zeros_like(x)
     for expert, weight, level in zip(index.tolist(), weights, chosen, strict=True):
         out += weight * written(at[level], x, expert)

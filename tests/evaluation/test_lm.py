@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from dart_eval.evaluation.costs import Cost
+from dart_eval.evaluation.evaluate import _perplexity_stderr
 from dart_eval.evaluation.generation import GenerationLog, Generator
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
@@ -353,3 +354,49 @@ def test_no_line_of_a_journal_fails_a_call_or_gives_what_is_no_answer(lm, earlie
         assert type(answer) is str or (math.isfinite(answer.logprob) and type(answer.greedy) is bool)
     if type(forged) is not type(was) and {type(forged), type(was)} != {int, float}:
         assert now == found
+
+
+def test_answers_without_kl_are_not_taken_for_answers_with_it(lm, monkeypatch):
+    asked = []
+    monkeypatch.setattr(lm, "_ask", lambda kind, named, *more: asked.append([*named]))
+    monkeypatch.setattr(lm, "_answer", lambda name, nothing: nothing)
+    for distances in (True, False):
+        monkeypatch.setattr(lm, "distances", distances)
+        lm._score([Request((1, 2), (3,))])
+    assert asked[0] != asked[1]
+
+
+def test_an_answer_without_a_token_is_refused_and_a_context_without_one_begins_the_text(lm):
+    lm.begin(DenseSession(), {})
+    with pytest.raises(UserError, match="an answer has no token of its own after its context; check the task's"):
+        truncated([1, 2], [], 8)
+    scores = lm._loglikelihood_tokens([(None, [], [5, 6]), (None, [lm.prefix_token_id], [5, 6])])
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"max_length": 512}, "max_length is no setting of a task's generation; use max_gen_toks"),
+    ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences is no setting"),
+])  # fmt: skip
+def test_settings_that_would_give_texts_to_other_prompts_are_refused(lm, settings, message):
+    lm.begin(DenseSession(), {})
+    request = TextRequest(words(random_tokens(6)), 0, tokens=3)
+    request.args = (request.args[0], {**request.args[1], **settings})
+    with pytest.raises(UserError, match=message):
+        lm.generate_until([request])
+
+
+def test_samples_are_drawn_where_no_temperature_is_given(lm):
+    lm.begin(DenseSession(), {})
+    request = TextRequest(words(random_tokens(6)), 0, tokens=3)
+    request.args = (request.args[0], {**request.args[1], "do_sample": True, "num_return_sequences": 1})
+    assert len(lm.generate_until([request])) == 1
+
+
+@pytest.mark.parametrize(("metric", "pairs"), [
+    ("exact", [({"a": 1}, {"b": 2})] * 3), ("f1", [(0, 1), (1, 1), (2, 2), (1, 0)]),
+    ("brier_score", [(1, [0.2, 0.8])] * 3),
+])  # fmt: skip
+def test_pairs_of_other_metrics_have_no_error_of_a_perplexity(metric, pairs):
+    assert _perplexity_stderr(metric, pairs) is None
+    assert _perplexity_stderr("word_perplexity", [(-1.0, 2), (-3.0, 2)]) > 0

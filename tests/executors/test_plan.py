@@ -1,14 +1,19 @@
 """From defaults, file and command line to cells and their keys; the registry of methods."""
 
 import dataclasses
+import functools
+import importlib.util
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import lm_eval.api.metrics
 import pytest
 from transformers import LlamaConfig
 
+from dart_eval.evaluation import task_hash as task_hash_module
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
@@ -417,3 +422,44 @@ def test_the_command_of_a_cell_can_be_given_again():
 
     done = CliRunner().invoke(application(), [*words[1:], "--data-dir", "no/such/folder", "--limit", "0"])
     assert "--limit 0 must be at least 1" in str(done.exception) + done.output  # all others were understood
+
+
+def test_a_cells_command_has_all_digits_of_its_sparsity():
+    (cell,) = cells(method=("griffin",), tasks=("arc",), sparsity=(0.7071068,))
+    assert "--sparsity 0.7071068 " in f"{command(RunConfig(), cell)} "
+
+
+def score(text, how):
+    return f"{how}: {text}"
+
+
+@pytest.mark.parametrize("how", ["short", "long"])
+def test_functions_with_arguments_are_hashed_by_these_and_not_by_their_address(how):
+    """MMLU-Pro's: the address of a partial differs between processes, and its arguments between tasks."""
+
+    def wrapped():
+        inner = functools.partial(score, how=how)
+
+        @functools.wraps(score)
+        def outer(*args):
+            return inner(*args)
+
+        outer.__wrapped__ = inner
+        return outer
+
+    found = [task_hash_module._beyond(make()) for make in (lambda: functools.partial(score, how=how), wrapped)]
+    assert found[0] == found[1] and " at 0x" not in json.dumps(found, default=str)
+    assert found[0] != task_hash_module._beyond(functools.partial(score, how="else"))
+
+
+def test_a_helper_of_a_users_task_is_part_of_its_hash(tmp_path):
+    found = []
+    for sign in ("+", "-"):
+        file = tmp_path / "utils.py"
+        file.write_text(f"def helper(x):\n    return {sign}x\n\n\ndef score(x):\n    return helper(x)\n")
+        spec = importlib.util.spec_from_file_location(f"utils_{len(found)}", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found.append(task_hash_module._beyond(module.score))
+    assert None not in found and found[0] != found[1]
+    assert task_hash_module._beyond(lm_eval.api.metrics.mean) is None  # the version covers lm-eval's own

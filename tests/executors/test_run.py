@@ -283,3 +283,14 @@ def test_methods_run_on_rounded_weights_and_read_counts_their_bits(saved_llama, 
     }), Watch())  # fmt: skip
     answers = {b: [s["responses"] for s in found["dense", b].samples] for b in bits}
     assert answers[None] == [s["responses"] for s in alone.records[0].samples] and answers["4"] != answers[None]
+
+
+def test_a_calibration_is_that_of_the_weights_as_they_are_rounded(saved_llama, tmp_path):
+    """Whatever the order of cells, each number is the one that its cell has alone."""
+    asked = {"method": "flap,wanda-sp", "sparsity": "0.5", "tasks": "smoke_questions"}
+    alone = [run_local(_config(saved_llama, tmp_path / b.replace(":", "-"), ffn_bits=b, **asked), Watch()).records
+             for b in ("16", "2")]  # fmt: skip
+    for order in ("2,16", "16,2"):
+        both = run_local(_config(saved_llama, tmp_path / order, ffn_bits=order, **asked), Watch()).records
+        wanted = {r.key: [m.value for m in r.metrics] for some in alone for r in some}
+        assert {r.key: [m.value for m in r.metrics] for r in both} == wanted

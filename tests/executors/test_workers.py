@@ -1,6 +1,7 @@
 """`--workers N`: processes on one machine share the cells of a run, whatever becomes of them."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -118,7 +119,31 @@ def test_an_interrupted_run_leaves_no_worker(saved_llama, tmp_path):
     ({"workers": 0}, "--workers 0 must be at least 1"),
     ({"workers": 2, "executor": "ray"}, "--workers 2 does not work with --executor ray"),
     ({"workers": 2, "device_map": "auto"}, "--device-map does not work with --workers"),
+    ({"workers": 2, "device": "cuda:1"}, "--device cuda:1 does not work with --workers"),
 ])  # fmt: skip
 def test_what_contradicts_it_is_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         config("tiny", tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("ended", ["finished", "failed"])
+def test_cells_that_another_run_ends_meanwhile_are_taken_over(saved_llama, tmp_path, monkeypatch, ended):
+    """No worker reports them, as each finds them done: the run must not start workers without end."""
+    view, starts, begin = Watch(), [], workers._Workers._begin
+    if ended == "finished":
+        run_local(config(saved_llama, tmp_path / "other"), Watch())
+
+    def slowly(self, place):
+        starts.append(place)
+        assert len(starts) < 5
+        store, cells = self.sweep.store, [job.cell for job in self.sweep.todo]
+        for cell in cells[:1]:
+            if ended == "failed":
+                store.failed(cell.name, cell.key, "in another run")
+            else:
+                shutil.copytree(tmp_path / "other", store.folder, dirs_exist_ok=True)
+        begin(self, place)
+
+    monkeypatch.setattr(workers._Workers, "_begin", slowly)
+    found = run_all([config(saved_llama, tmp_path / "two", workers=2)], view)
+    assert len(found.records) == (3 if ended == "finished" else 2) and len(found.failed) == (ended == "failed")

@@ -230,3 +230,31 @@ def test_weights_in_one_memory_keep_neurons_of_their_own():
             found.append(decoded(model, session, [random_tokens(20)])[0])
             assert session.execution == execution
     assert torch.allclose(*found, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_that_break_off_while_they_are_copied_are_copied_anew(monkeypatch, first):
+    """Memory may run out between gate and up: the next mask must not be written into the model's own weights."""
+    model = biased("llama")
+    before, (ffn, *_) = bits(model), find_ffns(model)
+    masks = [torch.randperm(ffn.size, generator=torch.Generator().manual_seed(i)) < 12 for i in range(3)]
+    rows = MaskRows(ffn)
+    if not first:
+        rows.select(masks[0])
+    done, slot = [], type(rows._slots[0])
+    for name in ("copy", "change"):
+        own = getattr(slot, name)
+
+        def broken(self, *args, own=own):
+            done.append(own(self, *args))
+            if len(done) == 1:
+                raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(slot, name, broken)
+    with pytest.raises(torch.OutOfMemoryError):
+        rows.select(masks[1])
+    monkeypatch.undo()
+    rows.select(masks[2])
+    up = next(s for s in rows._slots if s.module is ffn.up)
+    assert torch.equal(up.part, ffn.up.weight[masks[2]]) and torch.equal(rows.neurons, masks[2].nonzero().flatten())
+    assert same(model, before)

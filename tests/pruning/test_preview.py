@@ -15,6 +15,7 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.choices import serving
 from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.images import Copy, FirstBits, LowRank, Weights
+from dart_eval.pruning.choices.look import Preview
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.registry import make, parse
 from dart_eval.util.bits import Rounding
@@ -210,3 +211,22 @@ def test_a_short_tile_counts_as_a_whole_one(width, fine):
     """Of two or three tiles of 64 columns one is fine, and it may be one of the whole ones."""
     found = dart_eval.Pruner(choice=DartPlus(image=FirstBits(), fine=0.4, rough=0.9, tile=64)).choice.columns(width)
     assert found.fine == pytest.approx(fine) and found.fine + found.rough == pytest.approx(1)
+
+
+def test_a_preview_that_overflows_is_the_largest_number():
+    """In float16 a preview of 69000 where the exact h may be 65000."""
+    gate, up = (lambda: torch.full((4, 1), 300.0).half()), (lambda: torch.full((4, 1), 230.0).half())
+    preview = Preview((gate, up), (None, None),
+                      (torch.ones(4), torch.ones(4)), torch.relu)  # fmt: skip
+    seen, expected = preview.look(torch.ones(1, 1, 1, dtype=torch.float16))
+    assert seen.unique().tolist() == [65504.0] and expected.isfinite().all()
+
+
+def test_what_a_preview_writes_has_no_mean_on_top():
+    """All neurons write, some by their preview: nothing is left out that a mean could stand in for."""
+    model, prompt, found = tiny("llama"), torch.tensor([random_tokens(12)]), []
+    for spelled in ("dart-plus", "dart-plus:compensation=mean-token"):
+        with open_session(model, make(*parse(spelled)), 0.45, execution="masked") as run:
+            found.append(generate(model, prompt, 4).logits[-1])
+            assert all((layer.written == layer.mask_counts).all() for layer in run.state.layers)
+    assert torch.allclose(*found, rtol=0, atol=1e-5)

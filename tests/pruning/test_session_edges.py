@@ -8,13 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, OpenAIGPTConfig
 
+from dart_eval.kernels.cpu import build
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.choices import serving
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
+from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import on_grid, rounded
 from tests.helpers.matrices import in_turn
-from tests.helpers.models import random_tokens, tiny
+from tests.helpers.models import odd_llama, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, open_session
 
 
@@ -396,3 +400,48 @@ def test_the_methods_of_a_model_are_its_own_again(llama):
     with prune(llama, make("dart", RESTLESS), 0.5):
         generate(llama, prompt(), 8)
     assert not any(name in m.__dict__ for m in llama.modules() for name in ("generate", "_apply", "load_state_dict"))
+
+
+@pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
+def test_a_batch_that_grows_while_decoding_leaves_the_kernel_of_one_sequence():
+    model, prompt = odd_llama(), torch.tensor([random_tokens(20, seed=4)])
+    with torch.no_grad(), prune(model, "dart-plus", 0.5) as run:
+        found = []
+        for batch in (1, 2):
+            cache = model(prompt, use_cache=True).past_key_values
+            cache.batch_repeat_interleave(batch)
+            found.append(model(torch.full((batch, 1), 7), past_key_values=cache).logits[:1].float())
+            assert run.execution == ("copied" if batch == 1 else "masked")
+    assert (found[0] - found[1]).norm() < 2e-2 * found[1].norm()
+
+
+def test_a_fixed_mask_by_depth_needs_no_scores_of_a_prompt():
+    model, prompt = tiny("llama"), torch.tensor([random_tokens(12)])
+    with open_session(model, make("flap", {"compensation.over": "context"}), 0.5, execution="masked"):
+        assert model.generate(prompt, max_new_tokens=3, min_new_tokens=3).shape == (1, 15)
+
+
+def test_weights_that_are_edited_through_data_are_coded_anew():
+    model, prompt = tiny("llama").bfloat16(), torch.tensor([random_tokens(12)])
+    found = []
+    for factor in (1.0, 3.0):
+        model.model.layers[0].mlp.up_proj.weight.data.mul_(factor)
+        fresh = copy.deepcopy(model)
+        for one in (model, fresh):
+            with open_session(one, "dart-plus", 0.5, execution="masked"):
+                logits = one.generate(prompt, max_new_tokens=3, output_logits=True, return_dict_in_generate=True).logits
+                found.append(logits[1])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_values_decoded_in_inference_mode_serve_gradients_later():
+    weight = torch.randn(8, 32)
+    values = serving.Decoded(rounded(weight, Rounding(4, 32)), torch.float32)
+    with torch.inference_mode():
+        assert not values().is_inference()
+    assert not values().is_inference()
+
+
+def test_a_layer_without_parameters_has_no_codes():
+    assert on_grid(torch.nn.Identity()) is False

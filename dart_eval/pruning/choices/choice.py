@@ -77,7 +77,10 @@ class ChoiceLayer:
 
     Attributes:
         threshold: the number that a neuron's importance must exceed; None if the choice takes a count.
+        shown: [B, T, F] bool, the neurons of the tokens that chose last that write what a preview shows; None.
     """
+
+    shown: Tensor | None = None
 
     def __init__(self, choice: AnyChoice, ffn: FFN) -> None:
         self.choice, self.ffn = choice, ffn

@@ -50,7 +50,8 @@ class Preview:
         h = self.act(seen[0])
         if len(seen) > 1:
             h = h * (seen[1] if self.lift is None else self.lift(seen[1]))
-        return h, expected_square(self.act, [s.float() for s in seen], off, self.lift)
+        most = torch.finfo(h.dtype).max  # a preview may overflow where the exact h does not
+        return h.clamp(-most, most), expected_square(self.act, [s.float() for s in seen], off, self.lift)
 
     def _project_parts(self, x: Tensor, rough: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """Return the images' products with both parts of x, and their errors. Arguments as of `look`."""

@@ -54,8 +54,8 @@ class PreviewLayer(ChoiceLayer):
         chosen = super().choose(token)
         if self.choice.adds:
             assert token.preview is not None
-            approximated = self.choice.approximated(token, chosen)
-            self._extra = self.preview.write(token.preview * approximated.view(torch.uint8))
+            self.shown = self.choice.approximated(token, chosen)
+            self._extra = self.preview.write(token.preview * self.shown.view(torch.uint8))
         return chosen
 
     def extra(self) -> Tensor | None:

@@ -77,9 +77,10 @@ class Decoded:
         """Return the values."""
         if self._values is not None:
             return self._values
-        values = self.packed.decoded(self.dtype, self.first, self.whole)
-        if self._shape is not None:
-            values = self._shape(values)
+        with torch.inference_mode(False):  # the values outlive this forward
+            values = self.packed.decoded(self.dtype, self.first, self.whole)
+            if self._shape is not None:
+                values = self._shape(values)
         if not self.packed.moved and _ROOM.reserve(self, values.nbytes):
             self._values = values
         return values

@@ -47,7 +47,8 @@ class ExpertPreview(Preview):
         weight = routed.weights[-len(x) :, :, None]
         h = self.act(seen[0]) if len(seen) == 1 else routed.gated(*seen)
         expected = expected_square(self.act, [s.float() for s in seen], off, routed.rest)
-        h, expected = h * weight.to(h.dtype), expected * weight.float().square()
+        most = torch.finfo(h.dtype).max
+        h, expected = (h * weight.to(h.dtype)).clamp(-most, most), expected * weight.float().square()
         return h.reshape(shape), expected.reshape(shape)
 
     def _project(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:

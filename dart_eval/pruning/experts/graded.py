@@ -93,6 +93,7 @@ def _codes(part: ByWeight, routed: Routed) -> tuple[Values, Tensor]:
         for expert, (own, codes) in enumerate(zip(weight, packed, strict=True)):
             for level, bits in enumerate(part.bits):
                 values[name, expert, bits] = Decoded(codes, weight.dtype, bits)
-                lost[level] += (own.float() - (codes.decoded(torch.float32, bits) if bits else 0)).square().sum()
+                off = own.float() - (codes.decoded(torch.float32, bits) if bits else 0)
+                lost[level] += float(off.square().sum())
     errors = 1 - (1 - lost / everything) ** (3 if routed.experts.has_gate else 2)
     return values, part.gains(errors[:, None])[:, 0]

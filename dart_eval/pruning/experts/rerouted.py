@@ -44,7 +44,7 @@ class Choosing(TorchFunctionMode):
         if args and (func in CHOOSE or func in NORMALISE):
             first, rest = args[0], list(args[1:])
             over = tuple(first.shape[1:])  # of each token
-            if self.available is not None and over and math.prod(over) == self.routed.all:  # in groups, perhaps
+            if self.available is not None and 0 < len(over) <= 2 and math.prod(over) == self.routed.all:  # in groups?
                 first = first.masked_fill(~self.available.to(first.device).view(over), -torch.inf)
             if func in CHOOSE and over == (self.routed.all,):
                 self.asked = True

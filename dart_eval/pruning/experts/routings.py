@@ -130,8 +130,8 @@ class Without(Routing):
 
     The router's softmax and its choice go over the other experts alone. A token has as many experts as before, and
     reads as many bytes: the method saves memory and no reads. It has no sparsity: `share` is that of the routed
-    experts' memory, and the read is 1.00. The board shows it in a level of its own. Prompts run without these experts,
-    too.
+    experts' memory, and the read is 1.00. The board shows it in a level of its own. Here prompts
+    run dense, as everywhere, with all experts; in REAP they run without these experts, too.
     """
 
     name = "without"

@@ -131,6 +131,7 @@ class Execution:
         """Copy the weights of neurons that are new in the mask. state: of sequences with one mask."""
         if self.copies is None or not state.prunes:
             return
+        self._runs = False  # until every layer is copied: forwards then run by masks
         for layer, rows in zip(state.layers, self.copies, strict=True):
             rows.select(layer.mask[0])
             if rows.chooses:

@@ -204,7 +204,10 @@ class Layer(PerSequence):
             mask = mask | dense.to(h.device)[:, None, None]
         mean = self._means() if self.method.compensation.fills else None
         if mean is not None:
-            return torch.where(mask, h, mean[:, None].to(h.device, h.dtype))
+            mean, chooser = mean[:, None].to(h.device, h.dtype), self.fitted.chooser
+            if chooser is not None and chooser.shown is not None:  # they write what a preview shows
+                mean = torch.where(chooser.shown, 0.0, mean)
+            return torch.where(mask, h, mean)
         return h * mask.view(torch.uint8)  # four times as fast as booleans on a CPU
 
     def _chosen(
@@ -232,14 +235,15 @@ class Layer(PerSequence):
         """Return [B, T or 1, D] to add to down's output: constants, and outputs written through a preview.
 
         Args:
-            dense: [B] bool, sequences that run dense now and take no constant; None: none.
+            dense: [B] bool, sequences that run dense now, to which nothing is added; None: none.
         """
         rough = self.fitted.chooser.extra() if self.fitted.chooser is not None else None
         constant = self.fitted.constant if self.constant is None else self.constant
+        if dense is not None:
+            rough = None if rough is None else rough.masked_fill(dense.to(rough.device)[:, None, None], 0)
+            constant = None if constant is None else constant.masked_fill(dense.to(constant.device)[:, None], 0)
         if constant is None:
             return rough
-        if dense is not None:
-            constant = constant.masked_fill(dense.to(constant.device)[:, None], 0)
         return constant[:, None] if rough is None else rough + constant[:, None]
 
     def context_rms(self, rows: Tensor | None = None) -> Tensor | None:

@@ -227,10 +227,10 @@ class Session(SessionStats):
                 f"layers of {type(self.model).__name__} have changed inside prune()",
                 "inject adapters, drop layers or quantise before the block begins",
             )
-        if not past or not by_hand or self.state is None:
-            self.executing.choose(batch, by_hand)
         if self.state is not None and self.state.batch != batch and not self.method.keeps_state:
             self.state = None  # it holds nothing per sequence
+        if not past or not by_hand or self.state is None:
+            self.executing.choose(batch, by_hand)
         if self.state is not None and self.state.batch != batch:
             raise UserError(
                 f"the batch changed from {self.state.batch} to {batch} sequences while decoding under prune()",

@@ -102,7 +102,7 @@ class SequenceState(PerSequence):
 
     def _count(self) -> None:
         """Set the number of neurons of each layer that every sequence keeps, takes and writes."""
-        counts, by_scores = [], self.method.allocation.needs_scores and bool(self.layers[0].sums)
+        counts, by_scores = [], self.method.allocation.needs_scores and "score" in self.layers[0].sums
         for row in [slice(None)] * self.batch if self.shared else [slice(b, b + 1) for b in range(self.batch)]:
             scores = [layer.scores(row) for layer in self.layers] if by_scores else None
             counts.append(self.prepared.counts(self.change, row, bool(self.tokens[row].sum() > 0), scores))
