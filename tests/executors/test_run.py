@@ -188,10 +188,11 @@ def test_evaluate_returns_rows(saved_llama, tmp_path):
         output=str(tmp_path / "out"),
     )  # fmt: skip
     assert {(r["method"], r["metric"]) for r in rows} == {
-        ("dense", "acc"), ("dense", "acc_norm"),
-        *(("griffin", name) for name in ("acc", "acc_norm", "kl", "kl_p95", "kl_p99", "top1")),
+        *(("dense", name) for name in ("acc", "acc_norm", "flips")),
+        *(("griffin", name) for name in ("acc", "acc_norm", "flips", "kl", "kl_p95", "kl_p99", "top1")),
     }  # fmt: skip
     assert all(r["n"] == 2 and r["model"] == "tiny-llama" and r["scope"] == "scored" for r in rows)
+    assert {r["dense"] for r in rows if r["metric"] == "acc"} == {r["value"] for r in rows[:1]}  # beside dense's
 
 
 def test_two_settings_of_one_method_are_two_cells(saved_llama, tmp_path):
