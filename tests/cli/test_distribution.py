@@ -146,12 +146,12 @@ def test_the_board_of_the_site_sorts(site, browser, width):
     page.goto((site / "board" / "index.html").as_uri())
     assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
     table = page.locator("article table").first
-    assert table.locator("tbody td:nth-child(2)").all_inner_texts()[:2] == ["dense", "guessing"]
-    for i, order in (5, 1), (11, 1), (11, -1):  # above guessing, speed today
+    assert table.locator("tbody td:nth-child(2)").all_inner_texts()[0] == "dense"
+    for i, order in (5, 1), (9, 1), (9, -1):  # perplexity x dense, speed today
         table.locator(f"thead th:nth-child({i}) button").click()
         texts = table.locator(f"tbody tr td:nth-child({i})").all_inner_texts()
         numbers = [order * float(found[0]) for text in texts if (found := re.match(r"[\d.]+", text))]
-        assert len(numbers) >= 10 and numbers == sorted(numbers)
+        assert len(numbers) >= 8 and numbers == sorted(numbers)
         assert not re.match(r"\d", texts[-1]) or len(numbers) == len(texts)  # those without a number come last
     page.close()
     assert not problems
