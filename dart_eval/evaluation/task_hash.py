@@ -57,10 +57,14 @@ def _beyond(function: Callable[..., object]) -> object:
         return _sourced(inner)
     try:
         file = Path(inspect.getsourcefile(inner) or "")
-    except TypeError:  # it is not written in Python
+        known = (
+            Path(lm_eval.__file__).parent,
+            Path(__file__).parents[1],
+            tasks_dir(),
+        )  # versions and `code` cover them
+        return None if any(map(file.is_relative_to, known)) else source_hash(file.read_bytes().decode())
+    except (OSError, TypeError):  # it has no file, or is not written in Python
         return None
-    ours = any(file.is_relative_to(folder) for folder in (Path(lm_eval.__file__).parent, tasks_dir()))
-    return None if ours else source_hash(file.read_bytes().decode())
 
 
 def _sourced(value: object) -> object:

@@ -463,3 +463,9 @@ def test_a_helper_of_a_users_task_is_part_of_its_hash(tmp_path):
         found.append(task_hash_module._beyond(module.score))
     assert None not in found and found[0] != found[1]
     assert task_hash_module._beyond(lm_eval.api.metrics.mean) is None  # the version covers lm-eval's own
+
+
+def test_a_function_without_a_file_has_its_text_alone():
+    space = {}
+    exec("def score(x):\n    return x", space)
+    assert task_hash_module._beyond(space["score"]) is None and task_hash_module._beyond(len) is None
