@@ -323,14 +323,19 @@ def _about(jobs: Sequence[Job]) -> str:
     )
 
 
+def made_anew(store: Store, job: Job, since: float | None) -> bool:
+    """Whether a cell is made although it has a record: under `--force`, unless the record is newer than `since`."""
+    cell = job.cell
+    return job.config.force and (since is None or not store.written_since("cells", cell.name, cell.key, since))
+
+
 def open_cell(store: Store, job: Job, view: View, since: float | None = None) -> Record | Journal:
     """Return the record that another process has made of a claimed cell, or the journal to continue.
 
     Args:
         since: seconds since the epoch; a newer record counts under `--force`, too.
     """
-    cell = job.cell
-    force = job.config.force and (since is None or not store.written_since("cells", cell.name, cell.key, since))
+    cell, force = job.cell, made_anew(store, job, since)
     if not force:
         if (made := store.get(cell.name, cell.key)) is not None:
             return made

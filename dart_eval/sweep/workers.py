@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from dart_eval.results.record import Record
 from dart_eval.sweep.config import RunConfig
-from dart_eval.sweep.jobs import Job, RunResult, Sweep, View, begin_sweep
+from dart_eval.sweep.jobs import Job, RunResult, Sweep, View, begin_sweep, made_anew
 from dart_eval.sweep.plan import Cell
 from dart_eval.util.errors import UserError
 
@@ -85,10 +85,10 @@ class _Workers:
 
     def _elsewhere(self) -> None:
         """Take over what other runs have ended meanwhile: no worker has reported it."""
-        (configs, _, begun), store = self.asked, self.sweep.store
-        for cell in [job.cell for job in self.sweep.todo]:
-            fresh = not configs[0].force or store.written_since("cells", cell.name, cell.key, begun)
-            if fresh and (record := store.get(cell.name, cell.key)) is not None:
+        (_, _, begun), store = self.asked, self.sweep.store
+        for job in [*self.sweep.todo]:
+            cell = job.cell
+            if not made_anew(store, job, begun) and (record := store.get(cell.name, cell.key)) is not None:
                 self.sweep.done[cell.key] = record
                 self.sweep.view.finished(cell, record)
             elif store.written_since("failed", cell.name, cell.key, begun):
@@ -210,9 +210,8 @@ class _Report:
     def __getattr__(self, what: str) -> Callable[..., None]:
         def report(*arguments: object) -> None:
             self._begun = self._begun or what == "started"
-            if what in ("about", "planned", "status") or (
-                what == "note" and not self._begun
-            ):  # of the plan, which stands
+            of_plan = what in ("about", "planned", "status") or (what == "note" and not self._begun)
+            if of_plan:  # which stands
                 return
             sent = tuple(a for a in arguments if not isinstance(a, Record))  # the folder has it
             with self._lock:

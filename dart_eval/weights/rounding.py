@@ -145,9 +145,8 @@ def on_grid(linear: nn.Module) -> bool:
     """Whether a projection has codes or, without weights, whether its checkpoint may have them."""
     if linear in _PACKED:
         return True
-    held = (
-        linear.held if isinstance(linear, Step) else next(itertools.chain(linear.parameters(), linear.buffers()), None)
-    )
+    first = next(itertools.chain(linear.parameters(), linear.buffers()), None)
+    held = linear.held if isinstance(linear, Step) else first
     return expected(linear) if held is not None and held.is_meta else coded(linear) is not None
 
 
