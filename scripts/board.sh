@@ -21,7 +21,7 @@ cells() { # TASKS LIMIT OTHER-OPTIONS: one run; what is finished is kept and ski
 
 drift="drift_xsum,drift_cnn_dailymail"
 choice="arc_easy,arc_challenge,boolq,winogrande,openbookqa,rte,hellaswag"
-graded="graded-both,graded-rows,graded-columns"
+graded="grinqh,graded-both,graded-rows"
 
 # .30 and .16 of the bytes and rounding, then .50 and .10: what each method claims for itself.
 first() { # TASKS LIMIT
@@ -31,7 +31,7 @@ first() { # TASKS LIMIT
   cells "$1" "$2" --method $graded --sparsity 0.7
 }
 second() { # TASKS LIMIT
-  cells "$1" "$2" --method griffin,dart-plus,graded-columns --sparsity 0.5
+  cells "$1" "$2" --method griffin,dart-plus,grinqh --sparsity 0.5
   cells "$1" "$2" --method dense --ffn-bits 5,6,2,8,6:128,5:128
   cells "$1" "$2" --method dart-plus,$graded --sparsity 0.9
   cells "$1" "$2" --method griffin --ffn-bits 4 --sparsity 0.442
@@ -40,7 +40,7 @@ second() { # TASKS LIMIT
 rivals() { # TASKS LIMIT
   cells "$1" "$2" --method prox,oracle-token --sparsity 0.7,0.5
   cells "$1" "$2" --method cats,m-countdown,teal,wina --sparsity 0.5
-  cells "$1" "$2" --method grinqh,graded-layers,oracle-layers,bits-by-position --sparsity 0.7
+  cells "$1" "$2" --method graded-layers,oracle-layers,bits-by-position --sparsity 0.7
   cells "$1" "$2" --method decdec --sparsity 0.7
   cells "$1" "$2" --method teal --ffn-bits 4 --sparsity 0.5
   cells "$1" "$2" --method dart,dart-choice,pop,flap --sparsity 0.7,0.5
@@ -65,15 +65,15 @@ for tasks in "wikitext 8" "medmcqa 200" "mmlu 4" "xsum,cnn_dailymail 40"; do
   second "$1" "$2"
 done
 [ "${GENERATE:-0}" = 0 ] ||
-  cells gsm8k 64 --chat-template --method dense,dart-plus,graded-columns,griffin --sparsity 0.7,0.5
+  cells gsm8k 64 --chat-template --method dense,dart-plus,grinqh,griffin --sparsity 0.7,0.5
 rivals "$choice" 200
 
 # Speed, where a kernel makes bytes into time; the machine should have nothing else to do.
 speeds() { # OPTIONS
   one bench decode --model "$model" --dtype bfloat16 --output "$output" --steps 12 --rounds 3 "$@"
 }
-speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,graded-columns,dart,dart-choice,static,glass,oracle-token
-speeds --sparsity 0.5 --method griffin,dart-plus,graded-columns,prox,pop,cats,m-countdown,teal,wina,wanda --ffn-bits 8,4,3,2
-speeds --sparsity 0.843 --method dart-plus,graded-columns
-speeds --sparsity 0.9 --method dart-plus,graded-columns
+speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,grinqh,dart,dart-choice,static,glass,oracle-token
+speeds --sparsity 0.5 --method griffin,dart-plus,grinqh,prox,pop,cats,m-countdown,teal,wina,wanda --ffn-bits 8,4,3,2
+speeds --sparsity 0.843 --method dart-plus,grinqh
+speeds --sparsity 0.9 --method dart-plus,grinqh
 speeds --sparsity 0.442 --method griffin --ffn-bits 4

@@ -56,14 +56,13 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "oracle-token": ("largest |h_j|", "choices", ("chosen",)),
     "teal": ("columns i with |x_i| > t, t per layer", "entries", ("thinned",)),
     "wina": ("columns i with the largest |x_i| ||W_i||", "entries", ("thinned",)),
-    "graded-columns": ("column i in its first b_i bits, with least sum_i x_i^2 ||W_i - W_i(b_i)||^2", "columns",
-                       ("raised",)),
-    "graded-both": ("graded-columns with fewer bits of gate and up, then 2 bits more of the neurons with the largest "
-                    "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
-    "graded-rows": ("graded-columns with fewer bits of gate and up, then 6 bits of the rows with the largest "
-                    "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
-    "grinqh": ("graded-columns, one error for all columns: more bits where |x_i| is larger", "columns", ("raised",)),
+    "grinqh": ("column i in its first b_i bits, with least sum_i x_i^2 E(b_i), E one curve for all columns", "columns",
+               ("raised",)),
     "decdec": ("3 bits of all columns, 7 of those with the largest |x_i|", "columns", ("raised",)),
+    "graded-both": ("grinqh with fewer bits of gate and up, then 2 bits more of the neurons with the largest "
+                    "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
+    "graded-rows": ("grinqh with fewer bits of gate and up, then 6 bits of the rows with the largest "
+                    "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
     "graded-layers": ("b_high bits of a matrix where ||x|| > t, else b_low; t per matrix", "layers",
                       ("size", "threshold")),
     "oracle-layers": ("b_high bits of a matrix where ||(W_high - W_low) x|| > t, else b_low; t per matrix", "layers",

@@ -166,28 +166,24 @@ BUILT_IN: tuple[Pruner, ...] = (
         entries=ByNorms(),
     ),
     InputSparsity(
-        name="graded-columns", summary="reads more bits of the columns whose inputs matter more to the output",
-        entries=GradedColumns(),
-    ),
-    InputSparsity(
-        name="graded-both",
-        summary="reads more bits of the columns that matter, and of the neurons that these leave most open",
-        entries=GradedBoth(),
-    ),
-    InputSparsity(
-        name="graded-rows",
-        summary="reads more bits of the columns that matter, then whole rows of the neurons that these leave most open",
-        entries=GradedBoth(second="rows", neurons=0.1, more=6),
-    ),
-    InputSparsity(
         name="grinqh", paper="2606.23419",
         summary="reads 0 to 8 bits of columns, more where inputs are larger (from the abstract)",
-        entries=GradedColumns(rank="size"),
+        entries=GradedColumns(),
     ),
     InputSparsity(
         name="decdec", paper="2412.20185",
         summary="reads 3 bits of all columns, and 4 more of those with the largest inputs",
-        entries=GradedColumns(levels="3-7", rank="size"),
+        entries=GradedColumns(levels="3-7"),
+    ),
+    InputSparsity(
+        name="graded-both",
+        summary="reads more bits of the columns with larger inputs, and of the neurons that these leave most open",
+        entries=GradedBoth(),
+    ),
+    InputSparsity(
+        name="graded-rows",
+        summary="reads more bits of the columns with larger inputs, then whole rows of neurons that these leave open",
+        entries=GradedBoth(second="rows", neurons=0.1, more=6),
     ),
     InputSparsity(
         name="graded-layers", paper="2508.06041",

@@ -58,8 +58,7 @@ def by_hand(experts, x, index, weights, levels, room):
     """[D] and the level of each expert: what a token's experts write, in as many bits together as there is room for."""
     at = [AtBits(experts, levels, b) for b in levels]
     errors = [lost(experts, one) for one in at]
-    saved = slopes(errors, levels, torch.float32)
-    chosen = raised([w * w for w in weights.tolist()], [saved] * len(weights), levels, room)
+    chosen = raised([w * w for w in weights.tolist()], slopes(errors, levels), levels, room)
     out = torch.zeros_like(x)
     for expert, weight, level in zip(index.tolist(), weights, chosen, strict=True):
         out += weight * written(at[level], x, expert)
@@ -142,9 +141,9 @@ def test_every_token_reads_the_same_bits(data):
     step, count = part.bits[1] - part.bits[0], data.draw(st.integers(1, 6))
     room = part.bits[0] * count + step * data.draw(st.integers(0, count * (len(part.bits) - 1)))
     drops = [data.draw(st.floats(0.0078125, 1, width=32)) for _ in part.bits]
-    errors = torch.tensor(drops).cumsum(0).flip(0)[:, None]
+    errors = torch.tensor(drops).cumsum(0).flip(0)
     weights = torch.tensor([[data.draw(st.floats(0.0078125, 1, width=32)) for _ in range(count)] for _ in range(3)])
-    levels = part.chosen(weights, part.gains(errors).expand(-1, count), room)
+    levels = part.chosen(weights, part.gains(errors), room)
     read = torch.tensor(part.bits)[levels]
     assert read.sum(1).tolist() == [room] * 3
     for of_token, w in zip(read.tolist(), weights.tolist(), strict=True):

@@ -11,7 +11,7 @@ there. Groups of tokens are consecutive ones of the first 16 of a sequence.
 neurons   a matrix has D weights of 16 bits a neuron. `cats` reads gate of all; of a taken neuron all three are read.
 dart-plus 8-bit codes, of which every token reads 4 of gate and up; row errors, scales and norms; of an exact neuron the
           other 4 and 8 of down, of a previewed one 4 of down.
-columns   `teal` reads the columns that it keeps, `graded-columns` b bits of a column, the scales and its raises' gains.
+columns   `teal` reads the columns that it keeps, `grinqh` b bits of a column, and the scales.
 """
 
 import statistics
@@ -86,7 +86,7 @@ class Watched:
         if self.method == "teal":
             return np.concatenate([16.0 * rows[len(read)] * read for _, read in calls])
         levels = np.array([0, 2, 4, 6, 8])
-        return np.concatenate([rows[len(at)] * (levels[at] + 16 / len(at)) + 4 * 16 for _, at in calls])
+        return np.concatenate([rows[len(at)] * (levels[at] + 16 / len(at)) for _, at in calls])
 
 
 def together(tokens):
@@ -121,7 +121,7 @@ def measured(model, method, params, requests=TEXTS):
 
 
 EACH = [("griffin", {}), ("dart", RESTLESS), ("cats", {}), ("oracle-token", {}), ("dart-plus", {}), ("teal", {}),
-        ("graded-columns", {})]  # fmt: skip
+        ("grinqh", {})]  # fmt: skip
 
 
 @torch.no_grad()

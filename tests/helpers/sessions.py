@@ -42,7 +42,7 @@ CHOOSING = [
 ]  # fmt: skip
 # What leaves out something else than neurons.
 FINER = [
-    ("teal", {}), ("wina", {"entries.weigh": "all"}), ("wanda", {"entries.pattern": "2:4"}), ("graded-columns", {}),
+    ("teal", {}), ("wina", {"entries.weigh": "all"}), ("wanda", {"entries.pattern": "2:4"}), ("grinqh", {}),
     ("graded-both", {"entries.neurons": 0.4}),
     ("bits-by-position", {"entries.length": 8}),
 ]  # fmt: skip
@@ -62,7 +62,7 @@ def fitting(method, family, sparsity):
     if method == "decdec":
         return min(max(sparsity, 0.56), 0.7)
     if method in (
-        "preview", "dart-plus", "graded-columns", "graded-both", "graded-rows", "grinqh", "graded-layers",
+        "preview", "dart-plus", "graded-both", "graded-rows", "grinqh", "graded-layers",
         "oracle-layers", "bits-by-position", "graded-experts",
     ):  # fmt: skip
         return max(sparsity, 0.5)

@@ -30,7 +30,7 @@ def product(packed, at, x):
 
 def check_choice(matrix, x, gains):
     """As many planes as there are to read, and none that saves less than one that is not read."""
-    at, saved = matrix.level.long(), x.float().square() * gains
+    at, saved = matrix.level.long(), x.float().square() * gains[:, None]
     taken = torch.arange(4)[:, None] < at
     assert int(at.sum()) == min(matrix.job.steps, saved.numel())
     if taken.any() and not taken.all():
@@ -47,8 +47,8 @@ def test_columns_are_chosen_and_multiplied_as_by_their_twin(
 ):
     packed, x = coded(*matrices(width, neurons, seed, kind), Rounding(8, group)), token(width, seed, kind)
     own = matrices(width, neurons, seed, kind)
-    gains = [PART.fitted(w, p) for w, p in zip(own, packed, strict=True)]
-    made = [ColumnsMatrix(p, g, int(16 * share * p.shape[1])) for p, g in zip(packed, gains, strict=True)]
+    gains = [PART.fit(w, p) for w, p in zip(own, packed, strict=True)]
+    made = [ColumnsMatrix(p, g.tolist(), int(16 * share * p.shape[1])) for p, g in zip(packed, gains, strict=True)]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -72,8 +72,7 @@ def test_every_bit_of_every_code_counts(level, rows):
     for planes in range(1, 5):
         packed = coded(*matrices(width, rows), Rounding(8, 128))
         packed[0].codes.copy_(codes)
-        gains = [torch.tensor([1.0] * n + [0.0] * (4 - n))[:, None].expand(4, p.shape[1]) for n, p in
-                 zip((planes, 4, 4), packed, strict=True)]  # fmt: skip
+        gains = [[1.0] * n + [0.0] * (4 - n) for n in (planes, 4, 4)]
         bits = 2 * planes, 8 * width, 8 * rows
         made = [ColumnsMatrix(p, g, b) for p, g, b in zip(packed, gains, bits, strict=True)]
         for place in (0, 1, 31, 63, 64, 127, 128, width - 1):
@@ -89,7 +88,7 @@ def test_every_bit_of_every_code_counts(level, rows):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_no_number_gives_none(level, bad):
     packed = coded(*matrices(150, 90), Rounding(8, 128))
-    made = [ColumnsMatrix(p, torch.ones(4, p.shape[1]), 4 * p.shape[1]) for p in packed]
+    made = [ColumnsMatrix(p, [1.0] * 4, 4 * p.shape[1]) for p in packed]
     x = token(150)
     x[0, 77] = bad
     assert not ColumnsFFN(made, "silu", level)(x).isfinite().any()
@@ -104,7 +103,7 @@ def model():
 
 
 def written(model, sparsity, execution="auto", batch=1):
-    with prune(model, "graded-columns", sparsity, execution=execution) as run:
+    with prune(model, "grinqh", sparsity, execution=execution) as run:
         made = model.generate(
             PROMPT.repeat(batch, 1), max_new_tokens=10, do_sample=False, output_logits=True,
             return_dict_in_generate=True, min_length=30,
@@ -129,7 +128,7 @@ def test_a_batch_runs_by_masks(model):
 
 
 def test_what_a_token_reads_is_the_label(model):
-    with prune(model, "graded-columns", 0.7) as run:
+    with prune(model, "grinqh", 0.7) as run:
         model.generate(PROMPT, max_new_tokens=3, do_sample=False)
         read = sum(sum(rows.rows_read) * 2 * rows.ffn.width for rows in run.copies)
     everything = sum(2 * p.weight.numel() for f in run.ffns for p in f.projections)
@@ -138,9 +137,8 @@ def test_what_a_token_reads_is_the_label(model):
 
 
 @pytest.mark.parametrize(("spec", "reason"), [
-    ("graded-columns:entries.levels=0-2-3-4-5-6-8", "in 0, 2, 4, 6 or 8 bits"), ("decdec", "in 0, 2, 4, 6 or 8 bits"),
-    ("graded-columns:entries.group=32", "scales of 128 weights"), ("graded-columns", None), ("grinqh", None),
-    ("graded-columns:entries.group=0", None),
+    ("grinqh:entries.levels=0-2-3-4-5-6-8", "in 0, 2, 4, 6 or 8 bits"), ("decdec", "in 0, 2, 4, 6 or 8 bits"),
+    ("grinqh:entries.group=32", "scales of 128 weights"), ("grinqh", None), ("grinqh:entries.group=0", None),
 ])  # fmt: skip
 def test_what_settings_have_a_kernel(model, spec, reason):
     found = lacking(make(*parse(spec)), find_ffns(model))

@@ -163,19 +163,14 @@ def test_the_built_in_methods_are_these_compositions():
         "oracle-token": Pruner(choice=ByHidden()),
         "teal": Pruner(entries=Above()),
         "wina": Pruner(entries=ByNorms(weigh="gate")),
-        "graded-columns": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="error")),
         "graded-both": Pruner(
-            entries=GradedBoth(
-                levels="0-2-4-6-8", group=128, rank="error", neurons=0.25, more=2.0, second="columns", known=0.2
-            )
+            entries=GradedBoth(levels="0-2-4-6-8", group=128, neurons=0.25, more=2.0, second="columns", known=0.2)
         ),
         "graded-rows": Pruner(
-            entries=GradedBoth(
-                levels="0-2-4-6-8", group=128, rank="error", neurons=0.1, more=6.0, second="rows", known=0.2
-            )
+            entries=GradedBoth(levels="0-2-4-6-8", group=128, neurons=0.1, more=6.0, second="rows", known=0.2)
         ),
-        "grinqh": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128, rank="size")),
-        "decdec": Pruner(entries=GradedColumns(levels="3-7", group=128, rank="size")),
+        "grinqh": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128)),
+        "decdec": Pruner(entries=GradedColumns(levels="3-7", group=128)),
         "graded-layers": Pruner(entries=GradedLayers(levels="near", group=128, by="norm", length=256)),
         "oracle-layers": Pruner(entries=GradedLayers(levels="near", group=128, by="error", length=256)),
         "bits-by-position": Pruner(entries=GradedLayers(levels="near", group=128, by="position", length=256)),

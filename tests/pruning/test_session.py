@@ -92,7 +92,7 @@ def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
         together = generate(model, ids, tokens=9, attention_mask=attention)
         events = {(e["sequence"], e["step"]) for e in session.events}
     alone_events = set()
-    how = "masked" if method in ("dart-plus", "graded-columns") else "auto"  # kernels round inputs to 15 bits
+    how = "masked" if method in ("dart-plus", "grinqh") else "auto"  # kernels round inputs to 15 bits
     for row, prompt in enumerate(prompts):
         with open_session(model, method, 0.5, execution=how, **params) as session:
             alone = generate(model, torch.tensor([prompt]), tokens=9)

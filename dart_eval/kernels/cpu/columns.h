@@ -127,7 +127,7 @@ HAS static int FN(plan)(Matrix *M, const float *x) {
     float *score = M->scratch;
     for (int i = 0; i < n; i++) if (!(fabsf(x[i]) <= FLT_MAX)) return 0;
     for (int l = 0; l < 4; l++) for (int i = 0; i < n; i++) {
-        float s = x[i] * x[i] * from_bits((uint32_t)M->gains[l * n + i] << 16);
+        float s = x[i] * x[i] * M->gain[l];
         score[l * n + i] = s <= FLT_MAX ? s : INFINITY;
     }
     const int32_t *v = (const int32_t *)score;

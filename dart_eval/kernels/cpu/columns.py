@@ -25,16 +25,15 @@ class ColumnsMatrix:
 
     Args:
         packed: [out, n], codes of 8 bits in groups of 128 or a row.
-        gains: [4, n], what each plane of a column saves, never rising (`GradedColumns.gains`).
+        gains: what each plane of a column saves, never rising (`Levels.gains`).
         bits: of codes, that a token reads of a row.
     """
 
-    def __init__(self, packed: Packed, gains: Tensor, bits: int) -> None:
+    def __init__(self, packed: Packed, gains: Sequence[float], bits: int) -> None:
         self.rows, self.width = packed.shape
         group = min(packed.rounding.group or GROUP, GROUP)
         groups = -(-self.width // group)
         self.planes, self.scales = _planes(packed.codes, group), _scales(packed, groups)
-        self.gains = gains.bfloat16().contiguous()
         ints, small = torch.int32, torch.int8
         self.work = {
             "scratch": torch.zeros(PLANES, self.width), "unit": torch.zeros(groups), "offset": torch.zeros(groups),
@@ -47,8 +46,9 @@ class ColumnsMatrix:
         starts = [0.0, -128.0, *(start / slope for slope, start in lines), -128.0]
         self.job = Matrix(-(-self.rows // HALF) * HALF, self.width, group, groups, bits // 2)
         self.job.slope, self.job.start = type(self.job.slope)(*slopes), type(self.job.start)(*starts)
+        self.job.gain[:] = gains
         self.job.table[:4] = [int(mean) + 128 for mean in packed.means(BITS - 2, whole=True)]
-        for name, tensor in {"planes": self.planes, "scales": self.scales, "gains": self.gains, **self.work}.items():
+        for name, tensor in {"planes": self.planes, "scales": self.scales, **self.work}.items():
             setattr(self.job, name, tensor.data_ptr())
 
     @property
@@ -59,12 +59,12 @@ class ColumnsMatrix:
     @property
     def bytes_read(self) -> int:
         """Bytes that a token reads."""
-        return self.job.steps * self.job.rows // 4 + self.scales.nbytes + self.gains.nbytes
+        return self.job.steps * self.job.rows // 4 + self.scales.nbytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and gains."""
-        return self.planes.nbytes + self.scales.nbytes + self.gains.nbytes
+        """Bytes of codes and scales."""
+        return self.planes.nbytes + self.scales.nbytes
 
 
 class ColumnsFFN:

@@ -57,10 +57,10 @@ enum { ROOM = 160, MOST_GROUP = 128 };  // places of a group's columns: four lis
 typedef struct {  // a matrix, of whose columns a token reads some planes; fields as in library.Matrix
     int32_t rows, width, group, groups, steps;  // to a multiple of 128; ...; planes that a token reads of a row
     float slope[5], start[5];  // by planes: what 1 in a byte of their bits adds, and where it begins
+    float gain[4];             // what each plane of a column saves
     uint8_t table[16];         // what the bits of one plane stand for
     const uint8_t *planes;
     const uint16_t *scales;    // fp16: [blocks][groups][256]
-    const uint16_t *gains;     // bfloat16: [4][width]
     float *scratch, *unit, *offset;  // [4][width]; [groups]; [groups]
     int32_t *list, *ends;      // [groups][ROOM]; [groups][4]
     int8_t *high, *low;        // [groups][ROOM]

@@ -55,9 +55,9 @@ class Matrix(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int32) for name in ("rows", "width", "group", "groups", "steps")),
-        ("slope", c_float * 5), ("start", c_float * 5), ("table", c_uint8 * 16),
+        ("slope", c_float * 5), ("start", c_float * 5), ("gain", c_float * 4), ("table", c_uint8 * 16),
         *((name, c_void_p) for name in (
-            "planes", "scales", "gains", "scratch", "unit", "offset", "list", "ends", "high", "low", "level",
+            "planes", "scales", "scratch", "unit", "offset", "list", "ends", "high", "low", "level",
         )),
     )  # fmt: skip
 

@@ -68,8 +68,7 @@ class GradedLayer:
         if index.shape[1] != self.routed.count or bool((index < 0).any()):
             raise UserError(f"tokens of {self.routed.title} have fewer experts now and then", "take another method")
         ranked = weights if self.part.rank == "weight" else torch.ones_like(weights)
-        gains = self.gains.to(weights.device)[:, None].expand(-1, index.shape[1])
-        self.read = torch.tensor(self.part.bits, device=index.device)[self.part.chosen(ranked, gains, self.bits)]
+        self.read = torch.tensor(self.part.bits, device=index.device)[self.part.chosen(ranked, self.gains, self.bits)]
         return index, weights
 
     def multiply(self, x: Tensor, name: str, expert: int, tokens: Tensor, places: Tensor) -> Tensor:
@@ -96,4 +95,4 @@ def _codes(part: ByWeight, routed: Routed) -> tuple[Values, Tensor]:
                 off = own.float() - (codes.decoded(torch.float32, bits) if bits else 0)
                 lost[level] += float(off.square().sum())
     errors = 1 - (1 - lost / everything) ** (3 if routed.experts.has_gate else 2)
-    return values, part.gains(errors[:, None])[:, 0]
+    return values, part.gains(errors)

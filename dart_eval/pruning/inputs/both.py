@@ -1,4 +1,4 @@
-"""graded-both, graded-rows: more bits of columns that matter to a token, then of neurons that these leave most open."""
+"""graded-both, graded-rows: more bits of columns with larger inputs, then of neurons that these leave most open."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GradedBoth(GradedColumns):
     """
 
     name = "both"
-    summary = "reads more bits of the columns that matter, and of the neurons that these leave most open"
+    summary = "reads more bits of the columns with larger inputs, and of the neurons that these leave most open"
     granularity = "bits of input channels and neurons"
     neurons: float = option(0.25, "share of the neurons of which a token reads more bits", above=0, most=0.9)
     more: float = option(2.0, "bits of a weight that a second look reads, on average", above=0, most=8)
@@ -102,19 +102,16 @@ class GradedBoth(GradedColumns):
     def unread(self, x: Tensor, matrix: Coded, level: Tensor) -> Tensor:
         """Return [..., 1] fp32, the error of a product with a row after a look: the root of its mean square over rows.
 
-        The square is sum_i x_i^2 (E_i(b_i) - E_i(all bits)), E_i on its convex hull (`Levels.gains`); with `rank=size`
-        E_i is the mean over the columns.
+        The square is sum_i x_i^2 (E(b_i) - E(all bits)) / rows, E on its convex hull (`Levels.gains`).
 
         Args:
             x: [..., n], the inputs. level: [..., n], of the columns.
         """
         import torch
 
-        gains = matrix.gains.to(x.device).float()
-        left = gains * torch.tensor(self.bits, device=gains.device).diff()[:, None]
-        left = torch.cat([left.flip(0).cumsum(0).flip(0), left.new_zeros(1, left.shape[1])])
-        squares = left.T.expand(*level.shape, -1).gather(-1, level[..., None]).squeeze(-1)
-        return (x.float().square() * squares).sum(-1, keepdim=True).div(matrix.rows).sqrt()
+        saved = matrix.gains.to(x.device) * torch.tensor(self.bits, device=x.device).diff()
+        left = torch.cat([saved.flip(0).cumsum(0).flip(0), saved.new_zeros(1)])  # by levels
+        return (x.float().square() * left[level]).sum(-1, keepdim=True).div(matrix.rows).sqrt()
 
     def least_known(
         self, products: Sequence[Tensor], errors: Sequence[Tensor], act: Callable[[Tensor], Tensor],

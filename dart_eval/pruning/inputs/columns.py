@@ -1,4 +1,4 @@
-"""Columns in graded bits: a token reads more bits of the columns whose inputs matter more, after GRINQH and DecDEC."""
+"""Columns in graded bits: a token reads more bits of the columns whose inputs are larger, after GRINQH and DecDEC."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GradedColumns(Graded):
-    """A token reads the first b_i bits of column i of a matrix: more bits where the column matters more to it.
+    """A token reads the first b_i bits of column i of a matrix: more bits where |x_i| is larger.
 
     The bits b_i, each one of `levels`, make the expected squared error of the product small within the bits that the
     read allows:
 
-        sum_i x_i^2 E_i(b_i),   E_i(b) = ||W_i - W_i(b)||^2,   sum_i b_i <= bits
+        sum_i x_i^2 E(b_i),   E(b) = ||W - W(b)||^2 / n,   sum_i b_i <= bits
 
-    Steps from level to level are taken in the order of the error that they save for a bit, by the convex hull of E_i,
-    until the next step no longer fits. No other choice of as many bits has less error where E_i is convex. All tokens
-    read the same number of bits, or one step less. Of down, the inputs are the neurons' h. What each step saves, a
-    number of 16 bits for each column, is read by every token and counts.
+    Steps from level to level are taken in the order of the error that they save for a bit, by the convex hull of E,
+    until the next step no longer fits. No other choice of as many bits has less error where E is convex. All tokens
+    read the same number of bits, or one step less. Of down, the inputs are the neurons' h. An E of each column by
+    itself would have to be read by every token, and saves less than it costs (results/columns.md).
 
     GRINQH (arXiv 2606.23419, its abstract) reads 0 to 8 bits of nested codes by thresholds on |x_i|. DecDEC
     (2412.20185; SNU-ARC/DecDEC at 7a3323f) reads 3-bit weights, and 4-bit residuals of the columns with the largest
-    |x_i|: its levels are 3-7, where its base is rounded by itself. Both rank by size: `rank=size` has one error for
-    all columns. TEAL's levels are 0 and all bits. Prompts read all bits of the codes, so that codes can replace the
-    weights. With the levels 0-2-4-6-8 a kernel for CPUs reads the chosen bits alone (`kernels.cpu.columns`).
+    |x_i|: its levels are 3-7, where its base is rounded by itself. TEAL's levels are 0 and all bits. Prompts read all
+    bits of the codes, so that codes can replace the weights. With the levels 0-2-4-6-8 a kernel for CPUs reads the
+    chosen bits alone (`kernels.cpu.columns`).
     """
 
     name = "columns"
-    summary = "reads more bits of the columns whose inputs matter more, equally many for every token"
+    summary = "reads more bits of the columns whose inputs are larger, equally many for every token"
     granularity = "bits of input channels"
     replaces = True
     levels: Literal[
@@ -57,9 +57,6 @@ class GradedColumns(Graded):
         "8",
     ] = option("0-2-4-6-8", "bits in which a column may be read; the last number is a code's bits")
     group: int = option(128, "number of weights that share a scale; 0: a whole row", least=0)
-    rank: Literal["error", "size"] = option(
-        "error", "rank columns by the error that more bits of them save, or by |x_i| alone"
-    )
 
     def lacking(self, ffn: FFN) -> str | None:
         from dart_eval.kernels.cpu import blocks, columns
@@ -68,11 +65,12 @@ class GradedColumns(Graded):
             return "the kernel reads columns in 0, 2, 4, 6 or 8 bits, with scales of 128 weights or of a row"
         return blocks.lacking(ffn)
 
-    def fitted(self, weight: Tensor, packed: Packed) -> Tensor:
-        return self.gains(self.errors(weight, packed)).bfloat16()
+    def fit(self, weight: Tensor, packed: Packed) -> Tensor:
+        import torch
 
-    def beside(self, rows: int) -> float:
-        return OWN_BITS * (len(self.bits) - 1) / rows if self.rank == "error" else 0.0  # gains, in 16 bits
+        read = (packed.decoded(torch.float32, bits, whole=self.replaces) if bits else 0.0 for bits in self.bits)
+        errors = torch.stack([(weight.float() - values).square().sum(0).mean() for values in read])
+        return self.gains(errors)
 
     def limit(self, matrix: Coded, sizes: Tensor | None) -> int:
         return self._row_bits(matrix.width, matrix.room)
@@ -85,19 +83,10 @@ class GradedColumns(Graded):
         return min(int(width * room + 1e-9), self.bits[-1] * width)
 
     def bytes_read(self, density: float, bits: Stored, rows: int, width: int) -> float:
-        beside = self.scale(width) + self.beside(rows)
-        read = self._row_bits(width, OWN_BITS * density - beside)
+        read = self._row_bits(width, OWN_BITS * density - self.scale(width))
         if self.step:  # of other levels a token may find no step that fits the last bits
             read -= (read - self.bits[0] * width) % self.step
-        return (read / width + beside) / OWN_BITS
-
-    def errors(self, weight: Tensor, packed: Packed) -> Tensor:
-        """Return [levels, n] fp32, E_i(b). weight: [out, n]. packed: its codes."""
-        import torch
-
-        read = (packed.decoded(torch.float32, bits, whole=self.replaces) if bits else 0.0 for bits in self.bits)
-        found = torch.stack([(weight.float() - values).square().sum(0) for values in read])
-        return found if self.rank == "error" else found.mean(1, keepdim=True).expand(found.shape)
+        return (read / width + self.scale(width)) / OWN_BITS
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
         steps = len(self.bits) - 1  # a product for each step, and its place among the others

@@ -107,20 +107,14 @@ class Coded:
         rows, width: its outputs, and n, its inputs.
         room: bits of a weight that the read leaves for codes, on average.
         values: of each level's first bits, [out, n]; None for 0 bits.
-        fitted: what the part needs beside them; None.
+        gains: what each step to the next level saves for a bit (`Levels.gains`); none of a part that does not rank.
     """
 
     rows: int
     width: int
     room: float
     values: Sequence[Callable[[], Tensor] | None]
-    fitted: Tensor | None
-
-    @property
-    def gains(self) -> Tensor:
-        """[levels - 1, n] bfloat16, what each step of a column saves, of parts that fit it."""
-        assert self.fitted is not None
-        return self.fitted
+    gains: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,22 +148,17 @@ class Graded(Levels, Entries):
         """Bits of a weight, of codes, in a copy of gate and up beside the codes; 0: there is none."""
         return 0
 
-    def beside(self, rows: int) -> float:
-        """Return the bits of a weight that a token reads beside codes and scales. rows: of the matrix."""
-        return 0.0
-
     def check_read(self, share: float, rows: int, width: int) -> None:
-        beside = self.scale(width) + self.beside(rows)
-        least, most = ((bits + beside) / OWN_BITS for bits in (self.fewest, self.bits[-1]))
+        least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.fewest, self.bits[-1]))
         if share < least or share > most + TOLERANCE:
             raise self.out_of_reach(least, most, share)
 
     def bytes_read(self, density: float, bits: Stored, rows: int, width: int) -> float:
         return density
 
-    def fitted(self, weight: Tensor, packed: Packed) -> Tensor | None:
-        """Return what tokens need of a matrix beside its codes. weight: [out, n]. packed: its codes."""
-        return None
+    def fit(self, weight: Tensor, packed: Packed) -> Tensor:
+        """Return the gains of a matrix (see `Coded`). weight: [out, n]. packed: its codes."""
+        return weight.new_empty(0)
 
     def limit(self, matrix: Coded, sizes: Tensor | None) -> float:
         """Return what the read allows, in the unit of the part: bits, say. sizes: see `size`, of the text's tokens."""

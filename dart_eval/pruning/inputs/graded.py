@@ -60,7 +60,7 @@ class GradedInputs:
         return self.part.replaces
 
     def nbytes(self) -> int:
-        """Return the bytes beside the model: limits, what steps save, copies. Serving would need codes alone."""
+        """Return the bytes beside the model: limits, gains, copies. Serving would need codes alone."""
         return sum(one.nbytes for layer in self.layers for _, matrices in layer for one, _ in matrices)
 
     def rows_of(self, ffn: FFN) -> blocks.BlockRows:
@@ -69,7 +69,7 @@ class GradedInputs:
         gate, up, down = (held[id(m)] for m in (ffn.gate, ffn.up, ffn.down))
 
         def make() -> columns.ColumnsFFN:
-            made = [columns.ColumnsMatrix(m.packed, m.gains, int(bits)) for m, bits in (gate, up, down)]
+            made = [columns.ColumnsMatrix(m.packed, m.gains.tolist(), int(bits)) for m, bits in (gate, up, down)]
             return columns.ColumnsFFN(made, blocks.act_of(ffn) or "")
 
         own = [parameter_of(m) for m in ffn.projections]
@@ -102,17 +102,16 @@ class GradedMatrix(Coded):
     def __init__(self, part: Graded, weight: Tensor, bias: Tensor | None, share: float, down: bool) -> None:
         self.bias, (self.rows, self.width) = bias, weight.shape
         part.check_read(share, self.rows, self.width)
-        self.beside = part.scale(self.width) + part.beside(self.rows)
-        room, copied = OWN_BITS * share - self.beside, 0 if down else part.copied
+        self.scale = part.scale(self.width)
+        room, copied = OWN_BITS * share - self.scale, 0 if down else part.copied
         self.room = room if down else part.first_look(room)
         self.part = part.at(self.room)
         self.packed = rounded(weight, self.part.rounding)
         self.values = [
             Decoded(self.packed, weight.dtype, bits, whole=part.replaces) if bits else None for bits in self.part.bits
         ]
-        self.fitted = self.part.fitted(weight, self.packed)
-        self.nbytes = 4 * part.calibrates if self.fitted is None else self.fitted.nbytes  # beside its codes
-        self.nbytes += int(weight.numel() * copied / 8)  # with the scales of the codes
+        self.gains = self.part.fit(weight, self.packed)
+        self.nbytes = 4 * part.calibrates + self.gains.nbytes + int(weight.numel() * copied / 8)  # beside its codes
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the product with all bits of the codes, [..., out]. x: [..., n]."""
@@ -138,11 +137,11 @@ class GradedMatrix(Coded):
     def row_bits(self, chosen: Tensor) -> Tensor:
         """Return the bits that a row takes, [...] fp64. chosen: [..., n], the level of each column."""
         bits = torch.tensor(self.part.bits, device=chosen.device)[chosen].sum(-1, dtype=torch.float64)
-        return bits + self.width * self.beside
+        return bits + self.width * self.scale
 
     def costs(self, neuron: int) -> list[float]:
         """Return the bits of a column at each level, in neurons. neuron: bits of one."""
-        return [self.rows * (bits + self.beside) / neuron for bits in self.part.bits]
+        return [self.rows * (bits + self.scale) / neuron for bits in self.part.bits]
 
 
 Limited = Sequence[tuple[GradedMatrix, float]]  # matrices of a projection, and what each may read (`Graded.limit`)

@@ -67,13 +67,13 @@ class Levels:
         return self.rounding.weight_bits(width) - self.rounding.bits
 
     def gains(self, errors: Tensor) -> Tensor:
-        """Return [levels - 1, n] fp32, the error that each step to the next level saves for a bit; never rising.
+        """Return [levels - 1] fp32, the error that each step to the next level saves for a bit; never rising.
 
         These are the slopes of the convex hull of the errors over bits: steps that save more together than the first of
-        them alone are one step. (Two bits of a small column among large ones may be worse than none.)
+        them alone are one step. (Two bits of weights among much larger ones may be worse than none.)
 
         Args:
-            errors: [levels, n], the squared error of each column (or expert) at each level.
+            errors: [levels], the squared error of a column (or expert) at each level.
         """
         import torch
 
@@ -89,20 +89,21 @@ class Levels:
         """Return [..., n] long, the level of each column (or expert), counted from 0.
 
         Args:
-            x: [..., n], the inputs (or the router's weights). gains: [levels - 1, n]. bits: that a token reads of all.
+            x: [..., n], the inputs (or the router's weights). gains: see `gains`. bits: that a token reads of all.
         """
         import torch
 
         from dart_eval.kernels.top import top_k_mask
 
-        saved = (x.float().square()[..., None, :] * gains).flatten(-2)
+        saved, shape = x.float().square()[..., None, :] * gains[:, None].to(x.device), (len(gains), x.shape[-1])
+        saved = saved.flatten(-2)
         if step := self.step:  # the largest ones, which need no sorting
             keep = torch.tensor(min((bits - self.bits[0] * x.shape[-1]) // step, saved.shape[-1]))
-            return top_k_mask(saved, keep).unflatten(-1, gains.shape).sum(-2)
+            return top_k_mask(saved, keep).unflatten(-1, shape).sum(-2)
         order = saved.argsort(dim=-1, descending=True, stable=True)  # of equal steps the lower level's first
-        cost = torch.tensor(self.bits, device=x.device).diff()[:, None].expand(gains.shape).flatten()
+        cost = torch.tensor(self.bits, device=x.device).diff()[:, None].expand(shape).flatten()
         fits = cost[order].cumsum(-1) <= bits - self.bits[0] * x.shape[-1]
-        return torch.zeros_like(fits).scatter(-1, order, fits).unflatten(-1, gains.shape).sum(-2)
+        return torch.zeros_like(fits).scatter(-1, order, fits).unflatten(-1, shape).sum(-2)
 
     def multiplied(self, read: float) -> float:
         """See `Part.multiplied`: fewer bits are no fewer products."""
