@@ -1,8 +1,9 @@
 """Claims of a paper and what was measured: a verdict for each, with its interval and the number of documents.
 
-A claim says that a row is better than another by so much (`by`) or so many times as good (`times`), or that a cost is
-at most so large. It holds if the paired 95 % interval lies on its side, fails if it lies on the other, and is open in
-between. The costs of a claim about a `shape` are counted on a model of that shape without weights.
+A claim says that a row is better than another by so much (`by`) or so many times as good (`times`; an accuracy counts
+from guessing), or that a cost is at most so large. It holds if the paired 95 % interval lies on its side, fails if it
+lies on the other, and is open in between. The costs of a claim about a `shape` are counted on a model of that shape
+without weights.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ HOLDS, FAILS, OPEN = "holds", "fails", "open"
 HEADS = ["claim", "verdict", "measured", "n"]
 SHAPED = {"state MB": 1e6, "overhead %": 0.01}  # what a shape's cost is counted in
 NOTE = (
-    "measured: the first row minus the second (of perplexities, in nats), or its ratio to the second, with the paired "
-    "95 % interval. holds: the interval lies on the claim's side. fails: it lies on the other side. open: it reaches "
-    "over both, or there are too few documents. For a claim on at least one column the best one is shown, and "
-    "its test is Holm's over all. n: documents. A verdict is of the models and documents measured here, not of the "
-    "paper's."
+    "measured: by how much the first row is better than the second (perplexities in nats), or its ratio to the second "
+    "(accuracies above guessing), with the paired 95 % interval. holds: the interval lies on the claim's side. fails: "
+    "it lies on the other side. open: it reaches over both, or a task has too few documents. For a claim on at least "
+    "one column the best one is shown, and its test is Holm's over all; it fails only if all were measured. n: "
+    "documents. A verdict is of the models and documents measured here, not of the paper's."
 )
 
 
@@ -42,6 +43,7 @@ class Claim:
         rows: labels: the row, and the one it is held against.
         by: least difference. times: least ratio, in place of a difference. at_most: the largest cost.
         shape, method, prompt: of a claim about costs: the model's shape, and the tokens of the prompt.
+        metric: of the columns that `any` means; empty: all have the same.
     """
 
     text: str
@@ -56,6 +58,7 @@ class Claim:
     shape: str = ""
     method: str = ""
     prompt: int = 0
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,6 @@ class Sides:
 
     Attributes:
         head: of the column. a, b: the row and its rival. n: documents. metric: of the column.
-        partial: whether they are a mean without some of its columns.
     """
 
     head: str
@@ -81,27 +83,41 @@ class Sides:
     b: Estimate
     n: int
     metric: str
-    partial: bool = False
 
     def beyond(self, claim: Claim) -> Estimate:
         """By how much the row exceeds what is claimed of it."""
         gap = self.a - (self.b if claim.times is None else self.b.times(claim.times))
-        return Estimate(gap.value - (claim.by if claim.times is None else 0.0), gap.units)
+        return Estimate(gap.value - (claim.by if claim.times is None else 0.0), gap.units, gap.fewest)
+
+    def p(self, claim: Claim) -> float | None:
+        """Two-sided p of `beyond`; None if it cannot be tested. It agrees with the interval of `text`."""
+        if claim.times is None:
+            return self.beyond(claim).p
+        return self.beyond(claim).student if share(self.a, self.b) else None  # Fieller's interval is Student's
 
     def text(self, claim: Claim) -> str:
         """What was measured, in words."""
         if claim.times is not None:
             ratio = share(self.a, self.b)
-            ends = ratio.interval if ratio else None
-            nothing = "no ratio: the second row is not above 0 by more than noise"
-            value = f"{ratio.value:.2f} times" if ratio else nothing
-            return value + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
-        gap, kind = self.a - self.b, metrics.kind_of(self.metric)
-        scale, unit, digits = (100.0, " points", 1) if kind.percent else (1.0, "", 3)
-        ends = gap.interval
-        return f"{scale * gap.value:+.{digits}f}{unit}" + (
-            f" [{scale * ends[0]:+.{digits}f}, {scale * ends[1]:+.{digits}f}]" if ends else ""
-        )
+            if ratio is None:
+                return "no ratio: the second row is not above 0 by more than noise"
+            value, *ends = _written([ratio.value, *(ratio.interval or ())], claim.times, ".", 2)
+            unit = " times"
+        else:
+            gap, kind = self.a - self.b, metrics.kind_of(self.metric)
+            scale, unit, digits = (100.0, " points", 1) if kind.percent else (1.0, "", 3)
+            numbers = [scale * v for v in (gap.value, *(gap.interval or ()))]
+            value, *ends = _written(numbers, scale * claim.by, "+.", digits)
+        return f"{value}{unit}" + (f" [{', '.join(ends)}]" if ends else "")
+
+
+def _written(numbers: Sequence[float], limit: float, sign: str, digits: int) -> list[str]:
+    """Return numbers as text, with as many digits as it takes to tell them from the limit (up to 4 more)."""
+    for more in range(5):
+        texts = [f"{n:{sign}{digits + more}f}" for n in numbers]
+        if all(n == limit or float(t) != round(limit, digits + more) for t, n in zip(texts, numbers, strict=True)):
+            break
+    return texts
 
 
 def table(
@@ -123,53 +139,58 @@ def table(
 
 def _of_shape(claim: Claim, cost: float) -> Finding:
     assert claim.at_most is not None
-    return Finding(f"{cost:.2g} {claim.column.split()[-1]}, counted", 0, HOLDS if cost <= claim.at_most else FAILS)
+    texts = (f"{float(f'{cost:.{digits}g}'):g}" for digits in range(2, 7))
+    text = next((t for t in texts if float(t) != claim.at_most or cost == claim.at_most), f"{cost!r}")
+    return Finding(f"{text} {claim.column.split()[-1]}, counted", 0, HOLDS if cost <= claim.at_most else FAILS)
 
 
 def _of_table(claim: Claim, paper: Paper, layout: TableLayout) -> Finding:
     if claim.at_most is not None:
         column = next(c for c in layout.columns if c.head == claim.column)
         return _cost(claim, column, paper.cost(layout, claim.rows[0], claim.sparsity, claim.column))
-    heads = list(layout.parts) if claim.column == ANY else [claim.column]
-    sides = [Sides(*one) for h in heads if (one := paper.sides(layout, claim.rows, claim.sparsity, h)) is not None]
-    if claim.column == MEAN and not sides:
-        sides = _mean(claim, paper, layout)
-    return judged(claim, sides)
+    columns = [c for c in layout.columns if c.metric and c.metric == (claim.metric or c.metric)]
+    several = claim.column in (ANY, MEAN)
+    heads = [c.head for c in columns] if several else [claim.column]
+    found = (paper.sides(layout, claim.rows, claim.sparsity, h, claim.times is not None) for h in heads)
+    sides = [Sides(*one) for one in found if one is not None]
+    part = f"{len(sides)} of {len(heads)} columns" if several and len(sides) < len(heads) else ""
+    return judged(claim, _mean(sides) if claim.column == MEAN else sides, part)
 
 
-def _mean(claim: Claim, paper: Paper, layout: TableLayout) -> list[Sides]:
-    """Return the mean over the columns that were measured, where not all were; nothing without any."""
-    each = [paper.sides(layout, claim.rows, claim.sparsity, column.head) for column in layout.columns]
-    found = [Sides(*one) for one in each if one is not None]
-    if not found:
+def _mean(sides: Sequence[Sides]) -> list[Sides]:
+    """Return the mean over columns; nothing without any."""
+    a, b = mean(one.a for one in sides), mean(one.b for one in sides)
+    if a is None or b is None:
         return []
-    a, b = (mean([getattr(one, side) for one in found]) for side in ("a", "b"))
-    assert a is not None and b is not None
-    head = f"{len(found)} of {len(each)} columns"
-    return [Sides(head, a, b, sum(one.n for one in found), found[0].metric, partial=True)]
+    return [Sides(MEAN, a, b, sum(one.n for one in sides), sides[0].metric)]
 
 
 def _cost(claim: Claim, column: PaperColumn, cost: float | None) -> Finding:
-    if cost is None or claim.at_most is None:
+    if cost is None or cost != cost or claim.at_most is None:
         return Finding("not measured", 0, OPEN)
-    return Finding(number(cost, FIELDS[column.field][1]), 0, HOLDS if cost <= claim.at_most else FAILS)
+    digits = FIELDS[column.field][1]
+    text = number(cost, digits) if round(cost, digits) != claim.at_most else f"{cost:g}"
+    return Finding(text, 0, HOLDS if cost <= claim.at_most else FAILS)
 
 
-def judged(claim: Claim, sides: Sequence[Sides]) -> Finding:
+def judged(claim: Claim, sides: Sequence[Sides], part: str = "") -> Finding:
     """Return the verdict on a claim about two rows.
 
     Args:
         sides: the two rows in the claim's column, or in all columns of which one must bear it out.
+        part: `3 of 4 columns`, if not all of the claim's were measured.
     """
     if not sides:
         return Finding("not measured", 0, OPEN)
     gaps = [(one, one.beyond(claim)) for one in sides]
-    tests = [g.p for _, g in gaps]
+    tests = [one.p(claim) for one in sides]
     adjusted = stats.holm([1.0 if p is None else p for p in tests])
     proven = [
         one for one, p in zip(gaps, adjusted, strict=True) if one[1].value > 0 and p is not None and p < stats.ALPHA
     ]
     best = max(proven or gaps, key=lambda pair: pair[1].value)[0]
     fails = all(g.value < 0 and p is not None and p < stats.ALPHA for (_, g), p in zip(gaps, tests, strict=True))
-    where = f" ({best.head})" if len(sides) > 1 or best.partial else ""
+    fails = fails and not (part and claim.column == ANY)  # another column may bear it out
+    named = [best.head] * (claim.column == ANY) + [part] * bool(part)
+    where = f" ({'; '.join(named)})" if named else ""
     return Finding(best.text(claim) + where, best.n, HOLDS if proven else FAILS if fails else OPEN)

@@ -237,7 +237,7 @@ def _compare(a: str, b: str, named: Sequence[NamedPair], metrics: Sequence[str],
         left_out |= {f"{m.task} {m.metric}" for m in set(asked) - {one.measure for one in ours}}
         for one in ours:
             m = one.measure
-            family = (identity(left.inputs, ("task",)), identity(right.inputs, ("task",)), m.metric)
+            family = (name, m.metric)  # tasks may have limits of their own
             families.setdefault(family, []).append(len(rows))
             rows.append(CompareRow(name, m.task, m.metric, m.higher_is_better, one.test, left.key, right.key))
     known = {m.name for one in made for m in one.x.measures}

@@ -56,7 +56,7 @@ def with_distances(outcome: Outcome, dense: Outcome, texts: bool = True) -> Outc
 
     columns = {"flips": each("chosen", lambda a, b: float(a != b))}
     if texts:
-        columns["dense_rougeL"] = each("text", lambda a, b: float(_scorer().score(b, a)["rougeL"].fmeasure))
+        columns["dense_rougeL"] = each("text", _similarity)
         columns["dense_tokens"] = each("token_ids", _common)
     columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
     firsts = {m.task: m for m in reversed(outcome.measures)}.values()
@@ -77,6 +77,11 @@ def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # slow to import, and most folders have no texts
 
     return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _similarity(ours: str, theirs: str) -> float:
+    """Return ROUGE-L against dense's text; 1 for the same text, also where it has no word that ROUGE knows."""
+    return 1.0 if ours == theirs else float(_scorer().score(theirs, ours)["rougeL"].fmeasure)
 
 
 def _common(ours: Sequence[int], theirs: Sequence[int]) -> float:

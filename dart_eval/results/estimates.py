@@ -25,20 +25,31 @@ class Estimate:
     Attributes:
         value: the estimate.
         units: unit of documents -> its influence value; they sum to 0.
+        fewest: units of the smallest part, such as a task of a mean; by default there is one part.
     """
 
     value: float
     units: Mapping[str, float]
+    fewest: int = -1
+
+    def __post_init__(self) -> None:
+        if self.fewest < 0:
+            object.__setattr__(self, "fewest", len(self.units))
 
     def __add__(self, other: Estimate) -> Estimate:
-        return Estimate(self.value + other.value, _sums(self.units, other.units, 1.0))
+        return self._with(other, 1.0)
 
     def __sub__(self, other: Estimate) -> Estimate:
-        return Estimate(self.value - other.value, _sums(self.units, other.units, -1.0))
+        return self._with(other, -1.0)
+
+    def _with(self, other: Estimate, sign: float) -> Estimate:
+        value, units = self.value + sign * other.value, _sums(self.units, other.units, sign)
+        return Estimate(value, units, min(self.fewest, other.fewest))
 
     def times(self, factor: float) -> Estimate:
         """Return the estimate multiplied by an exact number."""
-        return Estimate(factor * self.value, {unit: factor * slope for unit, slope in self.units.items()})
+        units = {unit: factor * slope for unit, slope in self.units.items()}
+        return Estimate(factor * self.value, units, self.fewest)
 
     @property
     def stderr(self) -> float | None:
@@ -52,7 +63,7 @@ class Estimate:
         slopes = np.array([self.units[unit] for unit in sorted(self.units)])
         if not np.isfinite([self.value, *slopes]).all():
             return None
-        return stats.bootstrap_t(slopes, self.value) if len(slopes) >= stats.MIN_CLUSTERS and slopes.any() else None
+        return stats.bootstrap_t(slopes, self.value) if self.fewest >= stats.MIN_CLUSTERS and slopes.any() else None
 
     @property
     def interval(self) -> Interval | None:
@@ -67,12 +78,19 @@ class Estimate:
         Resamples cannot give less than 1 / (1 + their number), which many rows together would never pass. At that limit
         p is Student's t's.
         """
-        test = self.tested
-        if test is None or test.p is None or test.p > 1 / (1 + stats.RESAMPLES) or not self.stderr:
+        test, student = self.tested, self.student
+        if test is None or test.p is None or test.p > 1 / (1 + stats.RESAMPLES) or student is None:
             return None if test is None else test.p
+        return min(test.p, student)
+
+    @property
+    def student(self) -> float | None:
+        """Two-sided p of the value 0 by Student's t over the units; None if it cannot be tested."""
         from scipy.special import stdtr  # slow to import
 
-        return min(test.p, 2 * float(stdtr(len(self.units) - 1, -abs(self.value) / self.stderr)))
+        if self.fewest < stats.MIN_CLUSTERS or not self.stderr or not math.isfinite(self.value):
+            return None
+        return 2 * float(stdtr(len(self.units) - 1, -abs(self.value) / self.stderr))
 
 
 @dataclass(frozen=True)
@@ -121,9 +139,8 @@ def share(part: Estimate, denominator: Estimate, step: float = 0.0) -> Share | N
 
 def above_zero(estimate: Estimate) -> bool:
     """Whether an estimate lies above 0 by more than noise, by Student's t."""
-    slopes = np.array(list(estimate.units.values()))
-    enough = len(slopes) >= stats.MIN_CLUSTERS and estimate.value > 0
-    return bool(enough and estimate.value**2 > _squares(len(slopes)) * (slopes @ slopes))
+    certain = estimate.fewest >= stats.MIN_CLUSTERS and not any(estimate.units.values())
+    return estimate.value > 0 and (certain or ((p := estimate.student) is not None and p < stats.ALPHA))
 
 
 def _squares(count: int) -> float:

@@ -21,6 +21,7 @@ FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int]] = {
     "remasks_per_1000": (lambda cells: 1000 * cells["remasks"] / cells["tokens"].clip(lower=1), 2),
 }
 MEAN = "mean"
+COLUMNS = ("method", "sparsity", "effective", "read")  # of every table, beside its own
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class TableLayout:
     Attributes:
         mean: whether a last column has the mean over the columns, which must then all be means of one direction.
         picture: whether the first column (the mean, if there is one) is drawn over the sparsities.
+        absent: labels of rows that are of another model.
     """
 
     name: str
@@ -89,6 +91,7 @@ class TableLayout:
     reported: tuple[Reported, ...] = ()
     note: str = ""
     picture: bool = False
+    absent: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[tuple[int, float, PaperRow | Reported]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dart_eval.results import metrics
 from dart_eval.results.paper_layout import MEAN, TableLayout
 
@@ -22,7 +24,7 @@ def picture(layout: TableLayout, numbers: pd.DataFrame) -> bytes | None:
     from dart_eval.results.report import charts
 
     head = MEAN if layout.mean else layout.columns[0].head
-    shown = numbers[numbers["column"] == head]
+    shown = numbers[(numbers["column"] == head) & np.isfinite(numbers["value"])]
     if shown.empty:
         return None
     scale = 100.0 if metrics.kind_of(str(shown["metric"].iloc[0])).percent else 1.0

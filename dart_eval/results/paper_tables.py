@@ -48,7 +48,7 @@ class Paper:
         self, store: Store, records: Mapping[str | None, Sequence[Record]], missing: Mapping[str, str], command: str,
         texts: bool = False,
     ) -> None:  # fmt: skip
-        everything = [r for some in records.values() for r in some]
+        everything = list({r.key: r for some in records.values() for r in some}.values())  # a model has many spellings
         for some in records.values():
             if len(models := {json.dumps(r.inputs["model"], sort_keys=True): r.inputs["model"] for r in some}) > 1:
                 named = ", ".join(sorted(map(model_of, models.values())))
@@ -169,23 +169,27 @@ class Paper:
         return None if found is None else float(found["value"])
 
     def sides(
-        self, layout: TableLayout, rows: Sequence[str], sparsity: float, head: str
+        self, layout: TableLayout, rows: Sequence[str], sparsity: float, head: str, above_chance: bool = False
     ) -> tuple[str, Estimate, Estimate, int, str] | None:
-        """Return a column's two rows, the better direction up; None if one was not measured.
+        """Return a column's two rows, the better direction up; None if one was not measured, or has no direction.
+
+        Args:
+            above_chance: whether metrics with a chance level count from it.
 
         Returns:
             The head, both rows, the number of documents, and the metric.
         """
         a, b = (self._number(layout, label, sparsity, head) for label in rows)
         found = None if a is None or b is None else self._compared(a, b)
-        if a is None or found is None:
+        if a is None or found is None or any(one.measure.higher_is_better is None for one in found):
             return None
-        sides = [Estimate(0.0, {}), Estimate(0.0, {})]
+        sides: list[list[Estimate]] = [[], []]
         for one, part in zip(found, a["share"], strict=True):
             weight = part if one.measure.higher_is_better else -part
-            for i, values in enumerate((one.pairs.a, one.pairs.b)):
-                sides[i] += one.estimate(values, above_chance=False).times(weight)
-        return head, sides[0], sides[1], int(a["n"]), str(a["metric"])
+            for side, values in zip(sides, (one.pairs.a, one.pairs.b), strict=True):
+                side.append(one.estimate(values, above_chance and one.chance is not None).times(weight))
+        ours, theirs = (sum(side[1:], side[0]) for side in sides)
+        return head, ours, theirs, int(a["n"]), str(a["metric"])
 
     def _number(self, layout: TableLayout, label: str, sparsity: float, head: str) -> pd.Series | None:
         """Return a number of a row in the block of a sparsity, or in the first one; None if it was not measured."""
@@ -249,6 +253,10 @@ class Paper:
             parts.append(layout.note)
         tasks = {task for column in layout.columns for task in column.tasks}
         parts += [f"{task}: not measured ({reason})." for task, reason in self.missing.items() if task in tasks]
+        for column in layout.columns:
+            known = self._metrics["metric"][self._metrics["task"].isin(column.tasks)]
+            if column.metric and len(known) and column.metric not in set(known):
+                parts.append(f"{column.head}: its cells have no metric {column.metric}.")
         records = [self._records[key] for key in dict.fromkeys(key for keys in numbers["key"] for key in keys)]
         parts += cut_prompts(records)
         parts += [f"[{i + 1}] reported, not ours: {source}." for i, source in enumerate(layout.sources)]

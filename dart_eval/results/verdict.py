@@ -148,10 +148,14 @@ def _quality(leader: BoardRow, stands: Sequence[Stand], first: BoardRow) -> str:
         said = ", and ".join(f"{_names(some)} {_beside(*some)}" for some in alike if some)
         return f"{at} no row is best: {leader.name} is first, and {said}."
     if not behind:
-        said = f"no row is told apart from another; {leader.name}" if stands else leader.name
+        if first is not leader:
+            return f"{at} {leader.name} is the first row that no test puts behind another; it has {amount}."
+        said = f"no row is told apart from {leader.name}, which" if stands else leader.name
         return f"{at} {said} has {amount}."
     than = "every other pruned row" if len(behind) == len(stands) > 1 else _names(behind)
-    bound = next(limit for limit in (1e-3, 0.01, stats.ALPHA) if max(min(s.better.values()) for s in behind) < limit)
+    shared = _shared([s.better for s in behind])
+    largest = max(p for s in behind for p in ([s.better[name] for name in shared] or [min(s.better.values())]))
+    bound = next(limit for limit in (1e-3, 0.01, stats.ALPHA) if largest < limit)
     text = f"{at} {leader.name} is the best pruned row: {amount}; better than {than}{_by(s.better for s in behind)}"
     text += f" (paired, Holm p < {bound:g})"
     text += f", not told apart from {_names(level)}" if level else ""
@@ -170,9 +174,13 @@ def _beside(*stands: Stand) -> str:
 
 def _by(tests: Iterable[dict[str, float]]) -> str:
     """Return the metrics that all tests share: ` by perplexity and log-likelihood`; empty without any."""
-    sets = list(tests)
-    common = [name for name in sets[0] if all(name in other for other in sets)] if sets else []
+    common = _shared(list(tests))
     return f" by {_listed(common)}" if common else ""
+
+
+def _shared(tests: Sequence[dict[str, float]]) -> list[str]:
+    """Return the metrics that all tests share."""
+    return [name for name in tests[0] if all(name in other for other in tests)] if tests else []
 
 
 def _names(stands: Sequence[Stand]) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_eval.results.claims import Claim
-from dart_eval.results.paper_layout import FIELDS, PaperColumn, PaperRow, Reported, TableLayout
+from dart_eval.results.claims import ANY, Claim
+from dart_eval.results.metrics import kind_of
+from dart_eval.results.paper_layout import COLUMNS, FIELDS, MEAN, PaperColumn, PaperRow, Reported, TableLayout
 from dart_eval.sweep import values
 from dart_eval.sweep.config import RunConfig, checked
 from dart_eval.sweep.habits import SYNONYMS
@@ -155,13 +156,18 @@ def _layout(table: Json, base: RunConfig) -> tuple[TableLayout, list[RunConfig]]
     rows = [row for row in made if row is not None]
     settings = {key: table[key] for key in SETTINGS if key in table}
     columns = {str(head): _column(str(head), column, settings, base) for head, column in heads.items()}
-    mean = bool(table.get("mean", False))
-    if mean and len({c.metric for c, _ in columns.values()}) > 1:
-        raise UserError("a mean needs columns with the same metric", "leave `mean` out")
+    for head in columns.keys() & {MEAN, ANY, *COLUMNS}:
+        raise UserError(f"a column cannot be named {head!r}", "the table has or means one of this name: rename it")
+    if not rows:
+        raise UserError("no row of the table is for this model", "see the rows' key `only`, or leave out the table")
+    mean, measured = bool(table.get("mean", False)), {c.metric for c, _ in columns.values()}
+    if mean and (len(measured) > 1 or kind_of(next(iter(measured))).kind != "mean" or "" in measured):
+        raise UserError("a mean needs columns with the same metric, no cost or perplexity", "leave `mean` out")
     reported = tuple(_reported(entry, list(columns)) for entry in table.get("reported") or [])
     layout = TableLayout(
         name, str(table["title"]), tuple(r.row for r in rows), sparsity, tuple(c for c, _ in columns.values()), mean,
         reported, str(table.get("note") or ""), bool(table.get("picture", False)),
+        tuple(str(label) for label, row in zip(methods, made, strict=True) if row is None),
     )  # fmt: skip
     if layout.picture and len({c.metric for c in layout.columns}) > 1:
         raise UserError("a picture needs columns with the same metric", "leave `picture` out")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from dart_eval.pruning.registry import make, parse
 from dart_eval.results import metrics
-from dart_eval.results.claims import ANY, Claim
+from dart_eval.results.claims import ANY, SHAPED, Claim
 from dart_eval.results.paper_layout import TableLayout
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.text import Json
 from dart_eval.util.yamls import known
 
 SEE = "see docs/paper.md"
-KEYS = ("claim", "source", "table", "column", "sparsity", "rows", "by", "times", "at_most", "shape", "method", "prompt")
+KEYS = (
+    "claim", "source", "table", "column", "metric", "sparsity", "rows", "by", "times", "at_most", "shape", "method",
+    "prompt",
+)  # fmt: skip
 
 
 def claims_of(given: Sequence[Any], layouts: Sequence[TableLayout]) -> tuple[Claim, ...]:
@@ -26,23 +31,36 @@ def claims_of(given: Sequence[Any], layouts: Sequence[TableLayout]) -> tuple[Cla
     Raises:
         UserError: something in it is not understood, or names no row or column.
     """
-    return tuple(_claim(known(one, KEYS, "a claim", SEE), {layout.name: layout for layout in layouts}) for one in given)
+    tables = {layout.name: layout for layout in layouts}
+    found = (_claim(known(one, KEYS, "a claim", SEE), tables) for one in given)
+    return tuple(claim for claim in found if claim is not None)
 
 
-def _claim(one: dict[str, Any], tables: dict[str, TableLayout]) -> Claim:
+def _claim(one: dict[str, Any], tables: dict[str, TableLayout]) -> Claim | None:
+    """Return a claim; None if it is about a row of another model."""
     text = str(one.get("claim") or "")
     numbers: Json = {key: float(one[key]) for key in ("by", "times", "at_most", "sparsity") if key in one}
+    if not all(map(math.isfinite, numbers.values())) or {"by", "times"} <= numbers.keys():
+        raise UserError(f"claim {text!r} needs finite numbers, and only one of `by` and `times`", SEE)
     if not text or (one.get("shape") is None) == (one.get("table") is None):
         raise UserError(f"claim {text!r} needs a text, and either a table or a shape", SEE)
     if one.get("shape") is not None:
         named: Json = {key: str(one[key]) for key in ("shape", "method", "column")}
         if not {"at_most", "sparsity"} <= numbers.keys():
             raise UserError(f"claim {text!r} needs a sparsity and at_most", SEE)
+        from dart_eval.models.shapes import SHAPES  # slow to import
+
+        for name, known_ones in ((named["shape"], [*SHAPES]), (named["column"], [*SHAPED])):
+            if name not in known_ones:
+                raise UserError(f"claim {text!r}: unknown shape or cost {name!r}", nearest(name, known_ones))
+        make(*parse(named["method"]))
         return Claim(text, str(one.get("source", "")), prompt=int(one.get("prompt", 1024)), **named, **numbers)
     layout = tables.get(str(one["table"]))
     if layout is None:
         raise UserError(f"claim {text!r}: unknown table {one['table']!r}", nearest(str(one["table"]), tables))
     rows, column = [str(r) for r in one.get("rows") or ()], str(one.get("column"))
+    if set(rows) & set(layout.absent):
+        return None
     for name, among in (*((row, [r.label for r in layout.rows]) for row in rows), (column, [*layout.parts, ANY])):
         if name not in among:
             raise UserError(f"claim {text!r}: table {layout.name!r} has no {name!r}", nearest(name, among))
@@ -58,4 +76,9 @@ def _claim(one: dict[str, Any], tables: dict[str, TableLayout]) -> Claim:
     kinds = {metrics.kind_of(c.metric).kind for c in layout.parts.get(column, layout.columns)}
     if "times" in numbers and kinds & {"log-perplexity", "bits"}:
         raise UserError(f"claim {text!r}: `times` is not for perplexities", "give `by`, in nats")
-    return Claim(text, str(one.get("source", "")), table=layout.name, column=column, rows=tuple(rows), **numbers)
+    metric, several = str(one.get("metric", "")), {c.metric for c in layout.columns if c.metric}
+    if column == ANY and (metric not in several if metric else len(several) > 1):
+        raise UserError(f"claim {text!r}: `any` needs columns of one metric", f"give metric: {' or '.join(several)}")
+    return Claim(
+        text, str(one.get("source", "")), table=layout.name, column=column, metric=metric, rows=tuple(rows), **numbers
+    )

@@ -17,7 +17,7 @@ from dart_eval.results.ratio import Ratio
 from dart_eval.results.record import Metric
 from dart_eval.results.report import charts
 from dart_eval.results.store import Store
-from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST
+from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST, Stand
 from dart_eval.sweep.jobs import RunResult
 from tests.helpers.commands import command
 from tests.helpers.records import answered, choosing, perplexities, right, save
@@ -179,7 +179,7 @@ def test_the_best_pays_for_having_been_chosen_among_many(tmp_path):
     made = board_of(tmp_path, answered("arc", right(0.5, n=80, seed=99), "dense", 0.0), *drawn)
     (level,) = [level for level in made.blocks[0].levels if len(level.rows) > 2]
     assert {row.mark for row in level.rows} == {""}
-    assert level.sentences[0].startswith("At 50 % no row is told apart from another; ")
+    assert level.sentences[0].startswith(f"At 50 % no row is told apart from {level.rows[0].label}, which has ")
 
 
 @pytest.mark.parametrize(("p", "mark"), [(0.02, LEVEL_WITH_BEST), (0.01, "")])
@@ -194,6 +194,17 @@ def test_each_p_counts_for_all_pairs_that_could_have_been_chosen(tmp_path, monke
     pruned = [choices(s, method=m) for m, s in (("griffin", 0.6), ("dart", 0.5), ("random", 0.4))]
     made = board_of(tmp_path, choices(0.8, method="dense"), *pruned)
     assert [row.mark for row in made.blocks[0].levels[1].rows] == [BEST if not mark else "", *(["", ""])]
+
+
+def test_a_bound_on_p_is_that_of_all_metrics_it_names():
+    row = SimpleNamespace(read=0.5, name="griffin", quality={"acc": None}, keys=("a",))
+    stands = [Stand(SimpleNamespace(name="dart", keys=("b",)), {"accuracy": 1e-80, "log-likelihood": 0.02}, {}, True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdict, "_amounts", lambda row, ends=False: "x")
+        assert "by accuracy and log-likelihood (paired, Holm p < 0.05)" in verdict._quality(row, stands, row)
+        level = [Stand(stands[0].row, {}, {}, True)]
+        assert verdict._quality(row, level, row) == "At 50 % no row is told apart from griffin, which has x."
+        assert verdict._quality(row, level, level[0].row).startswith("At 50 % griffin is the first row that no test")
 
 
 @pytest.mark.slow

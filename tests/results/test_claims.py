@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as theirs
 
 from dart_eval.results.claims import ANY, FAILS, HOLDS, OPEN, Claim, Sides, judged, table
-from dart_eval.results.estimates import Estimate
+from dart_eval.results.estimates import Estimate, mean
 from dart_eval.results.paper_layout import PaperColumn
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.paper import load
@@ -18,18 +18,18 @@ from tests.results.test_paper import ACC, A, B, _file, _layout, _paper
 N = 200
 
 
-def _estimate(values):
+def _estimate(values, task="easy"):
     values = np.asarray(values, float)
     slopes = (values - values.mean()) / len(values)
-    return Estimate(float(values.mean()), {f"easy {i}": v for i, v in enumerate(slopes)})
+    return Estimate(float(values.mean()), {f"{task} {i}": v for i, v in enumerate(slopes)})
 
 
 def _sides(a, b, head="Easy", metric="acc"):
     return Sides(head, _estimate(a), _estimate(b), len(a), metric)
 
 
-def _claim(**more):
-    return Claim("it is better", "abstract", "t", "Easy", 0.5, ("A", "B"), **more)
+def _claim(column="Easy", **more):
+    return Claim("it is better", "abstract", "t", column, 0.5, ("A", "B"), **more)
 
 
 @pytest.mark.parametrize(("by", "times"), [(0.0, None), (0.1, None), (0.3, None), (0.0, 0.9), (0.0, 1.5), (0.0, 3.0)])
@@ -68,11 +68,13 @@ def test_a_claim_on_at_least_one_column_pays_for_each_look():
     alone = [_sides(lucky, base, "one")]
     assert judged(_claim(), alone).verdict == HOLDS
     others = [_sides(base + np.roll(noise, i + 1), base, f"column {i}") for i in range(9)]
-    found = judged(_claim(), alone + others)
+    found = judged(_claim(ANY), alone + others)
     assert found.verdict == OPEN and found.text.endswith("(one)")
     worse = [_sides(base - 1 + 0.1 * noise, base, f"column {i}") for i in range(3)]
-    assert judged(_claim(), worse).verdict == FAILS
-    assert judged(_claim(), [*worse, others[0]]).verdict == OPEN  # one of them may yet
+    assert judged(_claim(ANY), worse).verdict == FAILS
+    assert judged(_claim(ANY), [*worse, others[0]]).verdict == OPEN  # one of them may yet
+    found = judged(_claim(ANY), worse, "3 of 4 columns")  # and so may one that was not measured
+    assert found.verdict == OPEN and found.text.endswith("; 3 of 4 columns)")
 
 
 def test_of_several_columns_the_one_that_proves_the_claim_is_shown():
@@ -80,9 +82,50 @@ def test_of_several_columns_the_one_that_proves_the_claim_is_shown():
     draw = np.random.default_rng(6)
     noisy, clear = draw.normal(0.08, 1, N), draw.normal(0.03, 0.05, N)
     found = judged(
-        _claim(), [_sides(noisy - noisy.mean() + 0.08, 0 * noisy, "noisy"), _sides(clear, 0 * clear, "clear")]
+        _claim(ANY), [_sides(noisy - noisy.mean() + 0.08, 0 * noisy, "noisy"), _sides(clear, 0 * clear, "clear")]
     )
     assert found.verdict == HOLDS and found.text.endswith("(clear)")
+
+
+def test_no_ratio_decides_nothing():
+    """A rival near 0, and numbers of which the smaller one is better."""
+    draw = np.random.default_rng(7)
+    high, none = 0.3 + 0.1 * draw.standard_normal(N), 1e-4 + 0.1 * draw.standard_normal(N)
+    found = judged(_claim(times=3), [_sides(high, none)])
+    assert found.verdict == OPEN and found.text.startswith("no ratio")
+    worse, better = -0.29 + 0.1 * draw.standard_normal(N), -0.21 + 0.1 * draw.standard_normal(N)  # of flips
+    assert judged(_claim(times=2), [_sides(worse, better, metric="flips")]).verdict == OPEN
+
+
+@pytest.mark.parametrize("gap", [0.92, 0.955, 0.99])
+def test_the_verdict_on_a_ratio_is_that_of_its_interval(gap):
+    draw = np.random.default_rng(8)
+    base = 0.5 + 0.2 * draw.standard_normal(N)
+    found = judged(_claim(times=0.95), [_sides(gap * base + 0.2 * draw.standard_normal(N), base)])
+    low, high = map(float, re.search(r"\[([\d.]+), ([\d.]+)\]", found.text).groups())
+    assert found.verdict == (HOLDS if low > 0.95 else FAILS if high < 0.95 else OPEN)
+
+
+def test_numbers_are_told_from_the_limit(tmp_path):
+    draw = np.random.default_rng(9)
+    base = 0.5 + 0.2 * draw.standard_normal(N)
+    found = judged(_claim(times=0.9), [_sides((0.9012 + 1e-4 * draw.standard_normal(N)) * base, base)])
+    assert found.verdict == HOLDS and found.text.startswith("0.901 times [0.901, 0.901")
+    found = judged(_claim(), [_sides(base + 4e-4 + 1e-4 * draw.standard_normal(N), base)])
+    assert found.verdict == HOLDS and found.text.startswith("+0.04 points [+0.04, +0.04]")
+    paper = _paper(tmp_path, ("a", 30, {}))
+    for cost, text in ((10.4, "10.4 MB"), (9.96, "9.96 MB"), (250.3, "250 MB"), (3.14, "3.1 MB"), (10.0, "10 MB")):
+        at_8b = Claim("at 8B", "s", column="state MB", shape="x", at_most=10.0)
+        (row,) = table([at_8b], paper, {}, lambda claim, cost=cost: cost).body
+        assert row[1:3] == [HOLDS if cost <= 10 else FAILS, f"{text}, counted"]
+
+
+def test_a_mean_over_tasks_with_a_handful_of_documents_each_is_not_tested():
+    """Ten tasks of two documents are twenty units, and their spread within tasks is hardly known."""
+    draw = np.random.default_rng(10)
+    tasks = [_estimate(draw.random(2), f"task {i}") for i in range(10)]
+    assert len(mean(tasks).units) == 20 and mean(tasks).interval is None and mean(tasks).p is None
+    assert mean([_estimate(draw.random(8), f"task {i}") for i in range(10)]).interval is not None
 
 
 def test_few_or_equal_documents_decide_nothing():
@@ -124,6 +167,34 @@ def test_a_mean_without_some_columns_is_over_the_others_and_says_so(tmp_path):
     assert row[1:] == [OPEN, "not measured", ""]
 
 
+def test_a_claim_on_a_row_of_another_model_is_left_out(tmp_path):
+    methods = {"Ours": "dart", "G": "griffin", "Table": {"method": "dart", "only": "llama"}}
+    claims = [GOOD, {**GOOD, "rows": ["Table", "G"]}]
+    base = config_from(None, {"method": "dense", "sparsity": "0"})
+    assert [c.rows for c in load(_file(tmp_path, claims=claims, methods=methods), base).claims] == [("Ours", "G")]
+
+
+def test_at_least_one_column_means_those_of_one_metric(tmp_path):
+    """Two columns of accuracy and one of perplexity: the mean is none of them, and one was not measured."""
+    columns = (ACC, PaperColumn("Hard", ("hard",), "acc"), PaperColumn("PPL", ("easy",), "word_perplexity"))
+    paper = _paper(tmp_path, ("a", 10, {"loss": 2.0}), ("b", 30, {"loss": 3.0, "params": {"x": 1}}))
+    layout = dataclasses.replace(_layout(columns, (A, B)), mean=True)
+    (row,) = table([_claim(ANY, metric="acc")], paper, {"t": layout}, lambda claim: 0).body
+    assert row[1] == OPEN and row[2].endswith("(Easy; 1 of 2 columns)")
+    (row,) = table([_claim(ANY, metric="word_perplexity")], paper, {"t": layout}, lambda claim: 0).body
+    assert row[1] == HOLDS and row[2].endswith("(PPL)")
+
+
+def test_a_ratio_of_accuracies_counts_from_guessing(tmp_path):
+    """Of two choices: 30 and 24 of 40 are .75 and .6, above guessing .25 and .1."""
+    paper = _paper(tmp_path, ("a", 24, {"choices": 2}), ("b", 30, {"params": {"x": 1}, "choices": 2}))
+    (row,) = table([_claim(times=0.9)], paper, {"t": _layout((ACC,), (A, B))}, lambda claim: 0).body
+    assert row[2].startswith("0.40 times [")
+    (row,) = table([_claim()], paper, {"t": _layout((ACC,), (A, B))}, lambda claim: 0).body
+    assert row[2].startswith("-15.0 points [")
+
+
+SHAPE = {"claim": "c", "shape": "llama-3.1-8b", "method": "dart", "column": "state MB", "sparsity": 0.7, "at_most": 9}
 GOOD = {"claim": "c", "table": "one", "rows": ["Ours", "G"], "column": "Q", "sparsity": 0.5}
 
 
@@ -142,6 +213,11 @@ GOOD = {"claim": "c", "table": "one", "rows": ["Ours", "G"], "column": "Q", "spa
         ({**GOOD, "sparsity": 0.6}, "has no sparsity 0.6"),
         ({**GOOD, "rows": ["Ours"], "at_most": 3}, "at_most is for costs, and 'Q' does not fit"),
         ({**GOOD, "rows": ["Ours"], "at_most": 3, "column": ANY}, "at_most is for costs"),
+        ({**GOOD, "by": 0.1, "times": 2}, "only one of `by` and `times`"), ({**GOOD, "by": float("nan")}, "finite"),
+        ({**GOOD, "column": ANY, "metric": "bleu"}, "`any` needs columns of one metric; give metric: "),
+        ({**SHAPE, "shape": "llama-9"}, "unknown shape or cost 'llama-9'"),
+        ({**SHAPE, "method": "drat"}, "did you mean"),
+        ({**SHAPE, "column": "state MiB"}, "unknown shape or cost 'state MiB'; did you mean state MB"),
     ],
 )  # fmt: skip
 def test_a_claim_that_cannot_be_tested_is_refused(tmp_path, claim, message):

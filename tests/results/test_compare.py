@@ -250,6 +250,16 @@ def test_p_is_corrected_over_the_tasks_of_one_contrast_and_metric(sweep):
         assert p[0][1] == pytest.approx(min(1, 2 * p[0][0]))
 
 
+def test_tasks_with_limits_of_their_own_are_one_family(tmp_path):
+    records = [
+        answered(task, right(share), method, s, limit=limit)
+        for task, limit in (("arc", 40), ("piqa", 41))
+        for method, s, share in (("dense", 0.0, 0.9), ("griffin", 0.5, 0.5))
+    ]
+    rows = compare_within("method", "dense", "griffin", [save(tmp_path, *records)]).rows
+    assert [row.p_holm for row in rows] == pytest.approx([2 * row.result.p for row in rows])
+
+
 def test_the_model_of_lm_eval_perplexity_weighs_documents_equally(tmp_path):
     values = [{"perplexity": -float(i % 5)} for i in range(N)]
     metrics = [Metric("lambada", "perplexity", math.exp(2), None, N, False)]

@@ -62,6 +62,13 @@ def test_texts_are_held_against_denses_own(tmp_path):
     assert found["griffin", "dense_tokens"]["value"] == pytest.approx((4 + 1 + 0) / 3)
 
 
+@pytest.mark.parametrize("text", ["", "\u5317\u4eac\u662f", "\u041f\u0440\u0438\u0432\u0435\u0442"])
+def test_the_same_text_is_like_denses_whatever_its_letters(tmp_path, text):
+    """ROUGE knows the letters a to z and digits."""
+    texts = [(text, [1, 2])] * 3
+    assert lines_of(tmp_path, wrote("dense", texts), wrote("griffin", texts))["griffin", "dense_rougeL"]["value"] == 1
+
+
 def diverging(method, far, n=40):
     """A perplexity whose positions are so far from dense, with the likeliest token the same at two of three."""
     generator = np.random.default_rng(3)

@@ -30,7 +30,7 @@ DENSE, A, B = PaperRow("Dense", "dense", {}, False), PaperRow("A", "a", {}, True
 ACC = PaperColumn("Easy", ("easy",), "acc")
 
 
-def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=None, gpu=None):
+def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=None, gpu=None, choices=0):
     """A record with one 0/1 value per document: `right` of them 1; and a perplexity where `loss` is given."""
     values = [1.0] * right + [0.0] * (N - right)
     metrics = [Metric(task, "acc", right / N, 0.05, N, True)]
@@ -39,7 +39,7 @@ def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=Non
     samples = [
         {
             "task": task, "doc_id": i, "filter": "none", "doc_hash": f"{i:08}", "prompt_hash": "p", "cluster": None,
-            "target_hash": "t", "responses": ["a text"],
+            "target_hash": "t", "responses": [[-float(c), False] for c in range(choices)] or ["a text"],
             # losses vary over documents in a way of each method's own, and average to `loss`
             "metrics": {"acc": v, "word_perplexity": [-10 * (loss or 0) - (-1) ** (i // (1 + (method == "b"))), 10]},
         }
@@ -290,6 +290,19 @@ def test_limit_overrides_the_file(tmp_path):
             "a mean needs columns with the same metric",
         ),
         (
+            {"tables": [{"name": "x", "title": "X", "mean": True, "columns": {
+                "Q": {"task": "t", "metric": "word_perplexity"}, "R": {"task": "u", "metric": "word_perplexity"}}}]},
+            "a mean needs columns with the same metric, no cost or perplexity",
+        ),
+        (
+            {"tables": [{"name": "x", "title": "X", "mean": True, "columns": {
+                "Q": {"task": "t", "field": "state_mib"}}}]},
+            "no cost or perplexity",
+        ),
+        ({"tables": [{"name": "x", "title": "X", "columns": {"read": {"task": "t", "metric": "acc"}}}]},
+         "a column cannot be named 'read'"),
+        ({"methods": {"A": {"method": "dart", "only": "llama"}}}, "no row of the table is for this model"),
+        (
             {"tables": [{**SMALL["tables"][0], "reported": [
                 {"label": "l", "sparsity": 0.5, "values": {"Z": 1}, "source": "s"}]}]},
             "unknown reported column 'Z'",
@@ -428,6 +441,20 @@ def test_a_rows_scope_goes_before_its_columns_and_has_a_best_of_its_own(tmp_path
     assert [row[2] for row in table.body] == ["75.0 ±5.0", "25.0 ±5.0"] and table.bold == frozenset()
 
 
+def test_a_model_of_two_spellings_counts_once(tmp_path):
+    store = Store(tmp_path)
+    cell = _cell(store, "a", 20)
+    columns = (ACC, dataclasses.replace(ACC, head="Again", model="./tiny"))
+    table, _ = Paper(store, {None: [cell], "./tiny": [cell]}, {}, "x").table(_layout(columns, (A,)))
+    assert table.body[0][2:4] == ["50.0 ±5.0", "50.0 ±5.0"] and table.columns[2] == "Easy (n=40)"
+
+
+def test_a_metric_that_no_cell_has_is_named(tmp_path):
+    columns = (ACC, PaperColumn("Hard", ("easy",), "acc_nrom"), PaperColumn("None", ("hard",), "acc"))
+    table, _ = _paper(tmp_path, ("a", 20, {})).table(_layout(columns, (A,)))
+    assert "Hard: its cells have no metric acc_nrom." in table.note and "None: " not in table.note
+
+
 def test_guessing_has_a_line_below_the_unpruned_rows(tmp_path):
     cells = [("dense", 30, {"sparsity": 0.0}), ("a", 35, {}), ("b", 10, {"params": {"x": 1}})]
     paper = _paper(tmp_path, *cells)
@@ -484,4 +511,5 @@ def test_the_picture_has_a_line_for_each_pruned_row(tmp_path):
     drawn = picture(layout, numbers)
     text = drawn.decode()
     assert text.count("<!-- A -->") == 1 and text.count("<!-- B -->") == 1 and "<!-- Title: Easy" in text
+    assert picture(layout, numbers.assign(value=float("nan"))) is None
     assert picture(layout, numbers[~numbers["prunes"]]) is None and picture(layout, numbers[:0]) is None

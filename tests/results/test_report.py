@@ -92,7 +92,7 @@ def test_the_board_says_what_the_tests_say(page):
         ("", 'dense <span class="tag">control</span>'), ("", "guessing"), (reads[0], "dart"), (reads[1], "griffin"),
         (reads[2], "dart"), (reads[3], "griffin"),
     ]  # fmt: skip
-    assert "<li>At 50 % no row is told apart from another; dart has " in html
+    assert "<li>At 50 % no row is told apart from dart, which has " in html
     assert html.count("~ no significant difference from it") == 1
     assert html.index('id="board"') < html.index('id="quality"')
 
