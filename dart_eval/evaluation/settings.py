@@ -32,13 +32,14 @@ class EvalSettings:
 
 
 def check_released(method: Pruner, scope: str) -> None:
-    """Refuse a method that runs dense after its first decoded tokens, where inputs run pruned at once.
+    """Refuse a method that counts decoded tokens, where inputs run pruned at once.
 
     Raises:
         UserError: the remedy.
     """
-    if method.mask.remask.release and scope in SHARES:
+    release = bool(method.mask.remask.release)
+    if (release and scope in SHARES) or (method.counts_tokens and scope in SHARES and scope != "all"):
         raise UserError(
             f"{method.spec} counts decoded tokens, and under --scope {scope} whole inputs run pruned",
-            "use --scope scored, or leave remask.release out",
+            "use --scope scored" + ", or leave remask.release out" * release,
         )

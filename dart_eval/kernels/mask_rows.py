@@ -126,6 +126,7 @@ class MaskRows:
         """Neurons that are read of each matrix."""
         return (self.count,) * self.ffn.matrices
 
+    @torch.inference_mode(False)  # or a later forward outside of it could not change the copies
     @torch.no_grad()
     def select(self, mask: Tensor) -> int:
         """Copy the neurons of `mask` ([F] bool); return the number of rows copied."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dart_eval.layers import quantised
+from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
 
 
@@ -53,7 +54,7 @@ def plain_matrix(linear: nn.Module) -> Tensor:
     if reason := encoded(linear):
         raise UserError(
             f"the weights of {type(linear).__name__} {reason}: others cannot stand in their place",
-            "load the model unquantised, or use a method that leaves weights as they are",
+            "load the model unquantised and merge adapters, or use a method that leaves weights as they are",
         )
     if isinstance(linear, Step):
         return linear.matrix()
@@ -67,6 +68,8 @@ PLAIN = (Tensor, nn.Parameter)  # types of plain numbers
 
 def encoded(linear: nn.Module) -> str | None:
     """Return why a projection's weight is not a matrix of plain numbers (`are ...`), or None."""
+    if hasattr(linear, "base_layer"):  # of PEFT, whose `weight` is that without the adapter
+        return "carry an adapter"
     if (form := quantised.form(linear)) is not None:
         return form
     step = isinstance(linear, Step)
@@ -81,9 +84,11 @@ def encoded(linear: nn.Module) -> str | None:
 
 
 def stored_bits(linear: nn.Module) -> float:
-    """Return the bits of a weight of a quantised projection, or of experts, as it is in memory."""
+    """Return the bits of a weight of a quantised projection, or of experts, as it is in memory, without adapters."""
     if isinstance(linear, Step):
         return quantised.bits([linear.held], math.prod(linear.held.shape))
+    if isinstance(own := getattr(linear, "base_layer", None), nn.Module):
+        return stored_bits(own) if encoded(own) else OWN_BITS
     return quantised.bits(quantised.held(linear), math.prod(features(linear)))
 
 

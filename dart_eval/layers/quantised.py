@@ -7,6 +7,7 @@ weights that it has reordered for a CPU, and leaves wrong scales.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -175,15 +176,26 @@ def values(linear: Any, width: int) -> Tensor:
         width: of its inputs.
     """
     device, dtype = next(t.device for t in held(linear)), _computes_in(linear)
-    bias = bias_of(linear)
     columns = []
     for start in range(0, width, CHUNK):
         count = min(CHUNK, width - start)
         units = torch.zeros(count, width, device=device, dtype=dtype)
         units[torch.arange(count), torch.arange(start, start + count)] = 1
-        out = linear.forward(units)  # without the hooks that prune it
-        columns.append(out if bias is None else out - bias)
+        with _without_bias(linear):  # what is added is rounded
+            columns.append(linear.forward(units))  # without the hooks that prune it
     return torch.cat(columns).T.contiguous()
+
+
+@contextlib.contextmanager
+def _without_bias(linear: Any) -> Iterator[None]:
+    """Let a projection add nothing inside the block."""
+    own = getattr(linear, "base_layer", linear)
+    kept = own._parameters if "bias" in own._parameters else own._buffers
+    bias, kept["bias"] = kept.get("bias"), None
+    try:
+        yield
+    finally:
+        kept["bias"] = bias
 
 
 def _computes_in(linear: Any) -> torch.dtype:

@@ -21,9 +21,11 @@ import torch
 
 import dart_eval
 from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.inputs.entries import Inputs
+from dart_eval.pruning.inputs.wanda import WandaEntries
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session.prepared import prepare
-from dart_eval.util.bits import parse
+from dart_eval.util.bits import Stored, parse
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.derivations.test_thresholds import TEXT, quantile, text
@@ -214,3 +216,11 @@ def test_without_a_text_there_are_no_thresholds():
     for name, params in (("teal", {}), ("wanda", {}), ("cats", {"choice.threshold": "calibrated"})):
         with pytest.raises(dart_eval.UserError, match="needs a calibration"):
             prepare(make(name, params), find_ffns(biased("llama")), 0.5, None)
+
+
+@pytest.mark.parametrize(("width", "kept"), [(5, 3), (33, 17), (34, 18), (35, 18), (36, 18)])
+def test_of_a_short_last_four_two_are_kept(width, kept):
+    part = WandaEntries(pattern="2:4")
+    sizes = Inputs(width, sizes=torch.ones(width))
+    assert part.weight_mask(torch.randn(7, width), sizes).sum(1).tolist() == [kept] * 7
+    assert part.bytes_read(0.5, Stored.of(16), 7, width) == pytest.approx(kept * (16 + 2) / (16 * width))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from dart_eval.layers.find import find_ffns
 from dart_eval.models import adapters
 from dart_eval.models.loading import ModelSpec, resolve
+from dart_eval.pruning.prune import prune
 from dart_eval.sweep.config import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, command, run_local
@@ -137,3 +138,24 @@ def test_adapters_that_do_not_fit_are_refused(folder, lora, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="model model is quantised, and --peft merges only into plain weights"):
         resolve(_spec(folder, peft=str(lora)))
+
+
+def test_an_adapter_that_is_injected_counts_or_is_refused(lora, saved_llama):
+    """PEFT's `weight` is that without the adapter: nothing may multiply it in the adapter's place."""
+    peft = pytest.importorskip("peft")
+    found = []
+    for merge in (False, True):
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved_llama).eval(), lora)
+        model = model.merge_and_unload() if merge else model.base_model.model
+        for method in ("wina", "griffin", "prox"):
+            with prune(model, method, 0.5, execution="masked") as run:
+                made = model.generate(IDS, max_new_tokens=4, do_sample=False, output_logits=True,
+                                      return_dict_in_generate=True, min_length=13)  # fmt: skip
+                found.append((method, torch.cat(made.logits), run.weights_read))
+        if not merge:
+            for method in ("grinqh", "graded-layers", "dart-plus"):
+                with pytest.raises(UserError, match=r"carry an adapter.*merge adapters"), prune(model, method, 0.5):
+                    pass
+    for (method, logits, read), (_, merged, expected) in zip(found[:3], found[3:], strict=True):
+        assert torch.allclose(logits, merged, atol=1e-4), method
+        assert read == pytest.approx(expected), method

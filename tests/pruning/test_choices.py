@@ -307,3 +307,22 @@ def test_a_choice_of_ones_own_says_what_it_reads_and_what_matters(llama):
         assert torch.allclose(found, decoded(llama, session, prompts_of(1, 12), steps=4)[0])
     with pytest.raises(UserError, match="reads 2 of the FFN's 3 matrices whole"):
         open_session(llama, Pruner(choice=Both()), 0.4).__enter__()
+
+
+def test_a_threshold_is_not_rounded_to_the_models_dtype():
+    """1.0078125 is a bfloat16, and 1.005 is none: it would be rounded up to it."""
+    choice = make("m-countdown").choice
+    up = torch.tensor([[[1.0078125, 1.0]]], dtype=torch.bfloat16)
+    token = Token(h=up, gate=None, up=up, allowed=torch.ones_like(up, dtype=torch.bool), threshold=1.005,
+                  taken=torch.tensor([1]), written=torch.tensor([1]))  # fmt: skip
+    assert choice.choose(token).tolist() == [[[True, False]]]
+
+
+def test_rough_columns_cost_nothing_where_none_is_fine():
+    """All columns are read in all bits of the preview then."""
+    model = tiny("llama")
+    states = []
+    for params in ({}, {"choice.rough": 0.5}):
+        with open_session(model, "dart-plus", 0.5, **{"image.code": 8, **params}) as session:
+            states.append(session.state_bytes)
+    assert states[0] == states[1]

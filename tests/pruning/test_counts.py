@@ -5,8 +5,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dart_eval.pruning.choices.choice import All
+from dart_eval.pruning.choices.dart_plus import graded_counts
 from dart_eval.pruning.choices.oracle import ByHidden, TopP
-from dart_eval.pruning.masks.counts import Budget, Counts, chosen_counts, in_steps, keep_counts
+from dart_eval.pruning.masks.counts import Budget, Counts, ReadCost, chosen_counts, in_steps, keep_counts
 from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
 from dart_eval.pruning.registry import CHOICES, make
 from dart_eval.util.errors import UserError
@@ -150,3 +151,17 @@ def test_a_sparsity_that_what_is_read_whole_does_not_leave_is_refused(method, fa
         assert session.weights_read == round((1 - most) * 120) / 120
     with open_session(model, "griffin", 0.9, choice=make(method).choice.name):  # inside a mask any may be met
         pass
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("sparsity", [0.5, 0.55, 0.6])
+@pytest.mark.parametrize("size", [40, 301])
+def test_what_a_layer_cannot_take_goes_to_the_others(size, sparsity, ratio):
+    """Graded choices: a dense layer reads all of its codes, and they are about half of its bytes."""
+    layers, cost = 8, ReadCost(0.0, 0.5, 0.5, 0.25, always=0.55)  # rows of three matrices; all codes are 1.55
+    densities = [1.0, *[1 - sparsity * layers / (layers - 2)] * (layers - 2), 1.0]  # allocation=ends
+    found = graded_counts(Budget(densities, [size] * layers, sparsity, 3, read_cost=cost), ratio)
+    taken, coarse = sum(found.taken), sum(found.written) - sum(found.taken)
+    room = 3 * round((1 - sparsity) * size * layers) - cost.always * size * layers
+    assert 0 <= room - taken - 0.25 * coarse < 1.0
+    assert found.taken[0] == found.taken[-1] == size

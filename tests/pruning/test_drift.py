@@ -102,3 +102,17 @@ def test_windows_of_a_sequence_that_runs_dense_are_none_of_the_cool_down():
     detector.set_reference()
     alarms = [bool(detector.update(torch.randn(1, 2, D), two, torch.tensor([bool(hold)]))) for hold in (0, 1, 1, 0, 0)]
     assert alarms == [True, False, False, False, True]
+
+
+def test_a_reference_moves_to_windows_of_its_own_turn():
+    """The ring holds four windows of the turn before: an early alarm does not look back at them."""
+    config, axes = OnDrift(window=2, ring=8, patience=1, floor=0.01, min_windows=1), torch.eye(D)
+    detector = DriftDetector(config, 1, D, CPU)
+    for turn in range(2):
+        detector.observe(axes[0].expand(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
+        detector.set_reference()
+        for _ in range(3 if turn == 0 else 0):
+            detector.update(axes[0].expand(1, 2, D), torch.ones(1, 2, dtype=torch.bool))
+    alarm = detector.update(axes[1].expand(1, 2, D), torch.ones(1, 2, dtype=torch.bool))
+    detector.rebase(alarm)
+    assert bool(alarm) and torch.equal(detector.reference[0] / detector.reference.norm(), axes[1])

@@ -5,12 +5,14 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch import nn
 from torch.nn.functional import linear
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from dart_eval.kernels.mask_rows import unlike_plain
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.layers.projection import stored_bits
+from dart_eval.layers.projection import stored_bits, weight_matrix
 from dart_eval.layers.quantised import nbytes, values
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded_ffns, rows, served_bits, served_bits_of, share
@@ -216,3 +218,17 @@ def test_a_model_that_accelerate_spreads_is_still_reordered():
         _round_inputs(module)
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     assert "forward of its own" in unlike_plain(find_ffns(wrapped))
+
+
+@pytest.mark.parametrize("bias", [None, 0.1, 0.5])
+def test_values_are_exact_beside_a_bias(bias):
+    """What a bias is added to is rounded to bfloat16, and the sum less the bias is another number."""
+    layer = nn.Sequential(nn.Linear(64, 48, bias=bias is not None)).bfloat16()
+    with torch.no_grad():
+        layer[0].weight.normal_(0, 0.02)
+        if bias is not None:
+            layer[0].bias.normal_(0, 1).mul_(bias)
+    own = layer[0].bias
+    quantize_(layer, Int8WeightOnlyConfig())
+    assert torch.equal(weight_matrix(layer[0]).float(), layer[0].weight.dequantize().float())
+    assert layer[0].bias is own

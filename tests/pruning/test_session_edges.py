@@ -445,3 +445,41 @@ def test_values_decoded_in_inference_mode_serve_gradients_later():
 
 def test_a_layer_without_parameters_has_no_codes():
     assert on_grid(torch.nn.Identity()) is False
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_padding_after_an_end_moves_no_mask(shared):
+    """Of two sequences the first ends early: what is fed in its place is no text, and makes no re-masks."""
+    model = tiny("llama", dtype=torch.float64)
+    ids = torch.cat([prompt(12, 1), prompt(12, 2)])
+
+    def written(end):
+        with open_session(model, "dart", 0.5, shared_mask=shared, execution="masked", **RESTLESS) as run:
+            out = generate(model, ids, 24, eos_token_id=end)
+            return out.sequences[:, 12:], [e for e in run.events if e["sequence"] in (0, None)]
+
+    free, _ = written(None)
+    end, at = next((t, i) for i, t in enumerate(free[0].tolist()) if t not in free[1].tolist())
+    ended, events = written(end)
+    if not shared:
+        assert torch.equal(ended[1], free[1])
+        assert all(event["token"] <= at + 1 for event in events)
+    else:  # from there on the second sequence decides alone, whatever pads the first
+        texts = []
+        for pad in (0, 5):
+            with open_session(model, "dart", 0.5, shared_mask=True, execution="masked", **RESTLESS):
+                texts.append(generate(model, ids, 24, eos_token_id=[end, pad], pad_token_id=pad).sequences[1])
+        assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("method", ["griffin", "dart-choice"])
+def test_a_session_outlives_inference_mode(method):
+    """Copies that are made inside are changed outside."""
+    model, found = tiny("llama"), []
+    with open_session(model, method, 0.5, execution="copied"):
+        with torch.inference_mode():
+            generate(model, prompt(12), 4)
+        found.append(generate(model, prompt(12, 3), 6).sequences)
+    with open_session(model, method, 0.5, execution="copied"):
+        found.append(generate(model, prompt(12, 3), 6).sequences)
+    assert torch.equal(*found)

@@ -230,7 +230,7 @@ class AnyChoice(Part):
 
         assert token.allowed is not None and token.taken is not None and token.written is not None
         if token.threshold is not None:
-            return (self.importance(token) > token.threshold) & token.allowed
+            return (self.importance(token).float() > token.threshold) & token.allowed  # it is finer than bfloat16
         chosen = largest(self.importance(token), token.allowed, token.taken)
         if bool((token.written < token.taken).any()):
             chosen = largest(token.h.abs(), chosen, token.written)

@@ -47,7 +47,9 @@ class DartPlus(Previewing):
     fine: float = option(
         0.0, "share of the columns that a preview reads in all of its bits; 0: set by the read", least=0, most=1
     )
-    rough: float = option(0.0, "share of the next columns that a preview reads in one bit fewer", least=0, most=1)
+    rough: float = option(
+        0.0, "share of the columns beside the fine ones that a preview reads in one bit fewer", least=0, most=1
+    )
     tile: int = option(64, "columns that are read or skipped together", least=1)
     known: float = option(
         0.2,
@@ -70,7 +72,7 @@ class DartPlus(Previewing):
 
     @property
     def fewer(self) -> int:  # type: ignore[override]
-        return int(self.rough > 0)
+        return int(self.rough > 0 and 0 < self.fine < 1)
 
     def at(self, read: float) -> DartPlus:
         image, level = self.image, level_of(read)
@@ -105,7 +107,7 @@ class DartPlus(Previewing):
         both = largest(sizes, every, torch.full((len(x),), fine + rough))
         place = torch.arange(x.shape[-1], device=x.device) // self.tile
         if order is not None:
-            place = torch.empty_like(place).index_copy_(0, order, place)
+            place = torch.empty_like(place).index_copy_(0, order.to(x.device), place)
         return x * first[..., place], (x * (both & ~first)[..., place]) if rough else None
 
     def counts(self, budget: Budget) -> Counts:
@@ -144,7 +146,8 @@ def graded_counts(budget: Budget, ratio: float, title: str = "the choice") -> Co
     """Return the neurons per layer that are taken exactly, and that write exactly or by their previewed value.
 
     matrices * read = before * all + (taken + written) * taken neurons + approximated * other neurons that write. The
-    budget is never exceeded, and missed by less than a neuron.
+    budget is never exceeded, and missed by less than a neuron. What a layer cannot take, as it reads all of its codes,
+    goes to the others.
 
     Args:
         ratio: neurons that write their previewed value, as a multiple of the taken ones.
@@ -169,12 +172,16 @@ def graded_counts(budget: Budget, ratio: float, title: str = "the choice") -> Co
         raise too_much(title, before / matrices, sparsity)
     check_most(read_cost, matrices, sparsity, title)
     exact = read_cost.taken + read_cost.written
-    wanted = []
-    for density, n in zip(densities, sizes, strict=True):
-        room = max(0.0, (matrices * density - before) * n)
+
+    def takes(room: float, n: int) -> float:
+        """Return the neurons of n that can be taken. room: what they and the coarse ones may read."""
         few = room / (exact + ratio * rough)
-        wanted.append(few if few * (1 + ratio) <= n else min(float(n), (room - rough * n) / (exact - rough)))
-    taken = exact_counts(wanted, sizes, min(everything, math.floor(sum(wanted) + 1e-9), math.floor(most / exact)))
+        return few if few * (1 + ratio) <= n else min(float(n), (room - rough * n) / (exact - rough))
+
+    wanted = [takes(max(0.0, (matrices * d - before) * n), n) for d, n in zip(densities, sizes, strict=True)]
+    clipped = any(w >= n for w, n in zip(wanted, sizes, strict=True))
+    total = math.floor((takes(most, everything) if clipped else sum(wanted)) + 1e-9)
+    taken = exact_counts(wanted, sizes, min(everything, total, math.floor(most / exact)))
     rest = most - exact * sum(taken)
     writing = [min(float(n), t + ratio * w) for n, t, w in zip(sizes, taken, wanted, strict=True)]
     more = [n - t for n, t in zip(sizes, taken, strict=True)]

@@ -21,6 +21,7 @@ from dart_eval.pruning.choices.serving import Decoded
 from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.entries import Coded, Graded
 from dart_eval.util.bits import OWN_BITS
+from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import parameter_of, rounded
 
 _CACHE: WeightCache[list[GradedMatrix]] = WeightCache()
@@ -44,7 +45,14 @@ class GradedInputs:
         self, part: Graded, ffns: Sequence[FFN], densities: Sequence[float], calibration: Calibration | None
     ) -> None:
         self.part, self.ffns = part, ffns
-        made = [[(m, _matrices(part, f, m, d)) for m in f.projections] for f, d in zip(ffns, densities, strict=True)]
+        try:
+            made = [
+                [(m, _matrices(part, f, m, d)) for m in f.projections] for f, d in zip(ffns, densities, strict=True)
+            ]
+        except UserError as error:
+            if max(densities) - min(densities) < 1e-9:
+                raise
+            raise UserError(f"in one of the layers {error.problem}", "use allocation=uniform") from None
         found: Any = itertools.repeat(None)
         if part.calibrates and calibration is not None:
             name = f"sizes of inputs by {part!r}, {[*densities]} read"

@@ -38,7 +38,10 @@ class WandaEntries(Entries):
         return self.pattern == "none"
 
     def bytes_read(self, density: float, bits: Stored, rows: int, width: int) -> float:
-        return self.share(density, bits) if self.sized else self.share(0.5, bits) + 1 / bits.total
+        if self.sized:
+            return self.share(density, bits)
+        kept = (width // 4 * 2 + min(2, width % 4)) / width
+        return self.share(kept, bits) + 2 * kept / bits.total
 
     def weight_mask(self, weight: Tensor, inputs: Inputs) -> Tensor:
         import torch

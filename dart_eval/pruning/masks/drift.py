@@ -106,7 +106,7 @@ class DriftDetector(PerSequence):
                 margin = max(config.sigma * float(self.deviation[row]), config.floor)
             self.threshold[row] = self.mean[row] - margin
         self.position = 0
-        for tensor in (self.window_sum, self.fill, self.pressure, self.cooling):
+        for tensor in (self.window_sum, self.fill, self.pressure, self.cooling, self.recent):
             tensor.zero_()
 
     def room(self) -> int:

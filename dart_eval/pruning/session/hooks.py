@@ -39,6 +39,7 @@ class Forward:
         turn: the call of `generate` that it belongs to.
         state: of its sequences; None if they run dense.
         valid: [B, T] bool, False for padding.
+        going: likewise, and False for sequences that ended before.
         has_cache: whether it was called with a KV cache.
         sliced: per layer, the only neurons that it multiplies, [K]; None: all.
         frozen: whether nothing is observed.
@@ -53,6 +54,7 @@ class Forward:
     turn: int = 0
     state: SequenceState | None = None
     valid: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
+    going: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
     has_cache: bool = True
     sliced: list[Tensor | None] | None = None
     frozen: bool = False
@@ -214,7 +216,7 @@ class Hooks:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             state = forward.state
             if forward.phase != "off" and state is not None and state.remasking is not None and not forward.frozen:
-                state.remasking.observe_input(layer, forward.in_batch(args[0]), forward.valid)
+                state.remasking.observe_input(layer, forward.in_batch(args[0]), forward.going)
 
         return hook
 

@@ -198,6 +198,7 @@ class Session(SessionStats):
         self._set_phase(cache, past, length)
         mask, valid = named.get("attention_mask"), self._given_valid
         forward.valid = real_tokens(mask, cache, past, batch, length, tokens.device) if valid is None else valid
+        forward.going = forward.valid
         chunk = bool(past) and forward.last == "context" and forward.turn == self._calls.turn
         forward.turn = self._calls.turn
         if not past:
@@ -287,6 +288,7 @@ class Session(SessionStats):
         self._ended = None
         if self._forced is None and batch > 1 and self._calls.ends and not tokens.is_floating_point():
             self._ended = torch.isin(tokens[:, -1], torch.tensor(sorted(self._calls.ends), device=tokens.device))
+            self.forward.going = self.forward.valid & ~self._ended[:, None]
         self.executing.slice(self._step)
 
     def _follow_beams(self, beams: Tensor) -> None:
@@ -328,7 +330,7 @@ class Session(SessionStats):
         """Run the detector, and make the new masks that are due."""
         detector = state.remasking.detector if state.remasking is not None else None
         watching = detector is not None and attention is not None
-        changes = state.finish_decode(attention if watching else None, self.forward.valid)
+        changes = state.finish_decode(attention if watching else None, self.forward.going)
         if watching and detector is not None and state.remasking is not None and not state.released:
             self.log.watched(detector, state.remasking.alarms)
         if changes or self.method.mask.remask.dense_tokens or state.released:
