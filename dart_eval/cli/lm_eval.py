@@ -27,7 +27,7 @@ def lm_eval(context: typer.Context) -> None:
 
     register()
     words, named = context.args, {word.partition("=")[0] for word in context.args}
-    if "--tasks" in named and SHIPPED not in named:
+    if named & {"--tasks", "-t"} and SHIPPED not in named:
         words = [*words, SHIPPED, str(tasks_dir())]
     sys.argv = ["lm-eval", *words]
     cli_evaluate()

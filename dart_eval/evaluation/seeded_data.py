@@ -76,6 +76,26 @@ def _fewer(module: dict[str, object], most: int) -> dict[str, object]:
 
 
 @contextlib.contextmanager
+def prepared_alike(stock: Make) -> Iterator[None]:
+    """Let a function that draws from the global generators prepare the same documents in every process inside.
+
+    Without this they would be those of whichever process has filled Hugging Face's cache.
+    """
+    modules = (v.__name__ for v in getattr(stock, "__globals__", {}).values() if isinstance(v, types.ModuleType))
+    if not {"random", "numpy", "numpy.random"} & {*modules}:
+        yield
+        return
+    cached = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        with _from_the_seed():
+            yield
+    finally:
+        if cached:
+            datasets.enable_caching()
+
+
+@contextlib.contextmanager
 def _from_the_seed() -> Iterator[None]:
     """Seed the global generators with `SEED` inside, and restore them afterwards."""
     before, numpys = random.getstate(), np.random.get_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -24,6 +25,11 @@ from dart_eval.util.text import Json
 def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
     """Return the sha256 of a task's configuration and of the documents in use (few-shot pool included)."""
     digest = hashlib.sha256()
+    groups = [item for item in items if isinstance(item, Group)]
+    for group in groups:
+        rules = [_sourced(dataclasses.asdict(rule)) for rule in group.aggregate_metric_list or ()]
+        digest.update(json.dumps([group.name, rules], sort_keys=True, default=str).encode() if rules else b"")
+        groups += [item for item in group if isinstance(item, Group)]
     for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
         config = _config(task)
         config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below

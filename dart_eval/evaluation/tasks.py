@@ -28,7 +28,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from dart_eval.evaluation import task_needs
 from dart_eval.evaluation.local_data import asked_at, check_documents, check_shots, first_fault, number_asked, place_of
-from dart_eval.evaluation.seeded_data import seeded, without_other_lengths
+from dart_eval.evaluation.seeded_data import prepared_alike, seeded, without_other_lengths
 from dart_eval.evaluation.task_index import Index
 from dart_eval.evaluation.task_names import ALIASES, is_pattern, none_given, own, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import (
@@ -363,7 +363,8 @@ def _process_once(task: Task) -> None:
     @functools.wraps(stock)
     def process_docs(dataset: Dataset) -> Dataset:
         if id(dataset) not in done:
-            done[id(dataset)] = dataset, stock(dataset)  # the dataset is kept, so that its id stays its own
+            with prepared_alike(stock):
+                done[id(dataset)] = dataset, stock(dataset)  # the dataset is kept, so that its id stays its own
         return done[id(dataset)][1]
 
     for owner in (config, getattr(task, "fewshot_cfg", None)):

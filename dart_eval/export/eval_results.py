@@ -14,9 +14,10 @@ import yaml
 
 from dart_eval.export.datasets import Dataset, of_task
 from dart_eval.export.facts import Facts
-from dart_eval.export.writing import NO_PLACE, LeftOut, Piece, safe
+from dart_eval.export.writing import NO_PLACE, LeftOut, Piece
 from dart_eval.results.metrics import main
 from dart_eval.results.record import Metric
+from dart_eval.util.files import safe
 from dart_eval.util.text import Json
 
 LAST = "parameters"  # the longest: what a reader wants first stands before it

@@ -17,11 +17,12 @@ from functools import partial
 from dart_eval.export.datasets import Dataset, of_task
 from dart_eval.export.facts import Facts
 from dart_eval.export.teller import Teller
-from dart_eval.export.writing import NO_PLACE, LeftOut, Piece, safe
+from dart_eval.export.writing import NO_PLACE, LeftOut, Piece
 from dart_eval.results.format import finite
 from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import remark
+from dart_eval.util.files import safe
 from dart_eval.util.text import Json
 
 SCHEMA = "0.3.0"

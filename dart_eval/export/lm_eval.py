@@ -15,8 +15,9 @@ from functools import partial
 
 from dart_eval.export.datasets import DEFAULT, Dataset
 from dart_eval.export.facts import Facts
-from dart_eval.export.writing import Piece, safe
+from dart_eval.export.writing import Piece
 from dart_eval.results.record import Metric
+from dart_eval.util.files import safe
 from dart_eval.util.text import Json
 
 BOOTSTRAPS = 1000  # the resamples that `evaluation.evaluate` asks lm-eval for

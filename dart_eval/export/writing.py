@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +12,6 @@ from pathlib import Path
 from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import check_name, write
 
-LONGEST = 100  # bytes of a part of a path: file systems take 255, and endings are added
-# Names that Windows keeps for its devices, whatever their ending.
-DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
 NO_PLACE = "`--to lm-eval` has a place for every number"
 
 
@@ -35,17 +30,6 @@ class Piece:
 
     paths: tuple[str, ...]
     make: Callable[[], dict[str, str]]
-
-
-def safe(text: str) -> str:
-    """Return a text as one part of a path, valid on every system; a long one is cut and ends in a hash."""
-    kept = re.sub(r"[^\w.@=+-]+", "_", text.replace("/", "__")).strip(".")
-    if kept.partition(".")[0].upper() in DEVICES:
-        kept = f"_{kept}"
-    if len(kept.encode()) > LONGEST:
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        kept = f"{kept.encode()[: LONGEST - 9].decode(errors='ignore')}-{digest}"
-    return kept or "_"
 
 
 def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Path]:

@@ -83,8 +83,9 @@ class Identity:
     Attributes:
         name: the user's name for it (an alias, or the last part of a folder or file), then + and the adapter or bits.
         revision: commit on the hub, or None for a folder.
-        weights: sha256 of a folder's weights, configuration, tokenizer and code, and of an adapter's files or of the
-            bits that it is loaded in; None for a hub model without either, which its commit identifies.
+        weights: sha256 of a folder's weights, configuration, tokenizer and code, and of an adapter's files, of the
+            bits that it is loaded in, or of another tokenizer; None for a hub model without these, which its commit
+            identifies.
         remote_code: the model's own code runs in place of the library's.
         loaded: the model was passed in memory, and `weights` is a hash of its state.
     """
@@ -309,6 +310,8 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
         name, weights = f"{name}+{spec.load_in}", whole.hexdigest()
     if adapter is not None:
         name, weights = _adapted(adapter, name, source, config, weights or commit)
+    if spec.tokenizer is not None and (own := Path(os.path.expanduser(spec.tokenizer))).is_dir():
+        weights = hashlib.sha256(f"{weights or commit} {digest.of_folder(own)}".encode()).hexdigest()
     identity = Identity(name, commit, weights, spec.trust_remote_code and code is not None)
     return Resolved(spec, source, identity, _dtype(spec, config, source, commit), config=config, adapter=adapter)
 

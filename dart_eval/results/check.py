@@ -103,6 +103,8 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
     made: list[Pair] = []
     for old in then:
         measures = old.read().measures
+        if not measures:
+            notes.append(f"Not checked: {labels[old.key]} on {old.inputs['task']}, whose metrics need all documents.")
         found = _pair(old, partners.get(old.key), now)
         if isinstance(found, str):
             rows += [CheckRow(labels[old.key], m.task, m.metric, why=found) for m in measures]
@@ -116,6 +118,8 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
             )
         beside = {one.measure: one for one in _beside(found.a, reference)}
         rows += [_row(labels[old.key], m, found, beside.get(m)) for m in measures]
+    if not rows:
+        raise UserError(f"{baseline} has no metric that can be checked", "add a task with a value for each document")
     unknown = sorted(set(thresholds.tasks) - {r.task for r in rows})
     if unknown:
         raise UserError(f"thresholds name task {unknown[0]!r}", nearest(unknown[0], {r.task for r in rows}))

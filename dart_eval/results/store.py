@@ -33,7 +33,7 @@ from dart_eval.results.format import sparsity
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
 from dart_eval.util.errors import StoreError, UserError, remark
-from dart_eval.util.files import check_name, read_regular, reason, write_atomically
+from dart_eval.util.files import check_name, read_regular, reason, safe, write_atomically
 from dart_eval.util.text import Json
 
 SAMPLE, DOCUMENT = TypeAdapter(layout.Sample), TypeAdapter(layout.Document)
@@ -92,7 +92,7 @@ class Store:
             return False
 
     def _file(self, kind: str, name: str, key: str, ending: str) -> Path:
-        return self.folder / kind / f"{name}-{key[:16]}.{ending}"
+        return self.folder / kind / f"{safe(name)}-{key[:16]}.{ending}"
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -180,7 +180,7 @@ class Store:
             files = {"samples": _write_lines(path, record.samples, path.stem)}
             if texts:
                 digest = hashlib.sha256(_lines(texts).encode()).hexdigest()
-                shared = self.folder / "texts" / f"{record.inputs['task']}-{digest[:16]}.jsonl"
+                shared = self.folder / "texts" / f"{safe(record.inputs['task'])}-{digest[:16]}.jsonl"
                 files["texts"] = _write_lines(shared, texts, path.stem)
             record = dataclasses.replace(record, files=files)
             text = json.dumps(record.to_json(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"

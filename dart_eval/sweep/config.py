@@ -155,12 +155,12 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
                 raise UserError(f"{name} is given twice in {file}", "leave one of them out")
             if value is not None:
                 merged[name] = value
-    of_file = {*merged} if file is not None else set()
-    for name, value in given.items():
-        if value is not None:
-            merged[name] = value
-            of_file.discard(name)
-    translate(merged)
+        with naming(f"{file}: "):
+            translate(merged)
+    typed = {name: value for name, value in given.items() if value is not None}
+    translate(typed)
+    of_file = merged.keys() - typed.keys()
+    merged |= typed
     places = dict.fromkeys(of_file, f"{file}: ")
     with naming(places.get("seed", "")):
         seeds = values.seeds(merged.pop("seed", DEFAULTS["seed"]))

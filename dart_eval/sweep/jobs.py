@@ -21,23 +21,21 @@ from dart_eval.evaluation.sampling import task_draws
 from dart_eval.evaluation.settings import check_released
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks, leaves
-from dart_eval.layers.find import describe
 from dart_eval.models import demo_model
 from dart_eval.models.loading import Resolved, choose_device, resolve
-from dart_eval.pruning import compatibility
 from dart_eval.pruning.method import Pruner
 from dart_eval.results.journal import Journal
 from dart_eval.results.progress import at_work
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.feasible import drop_infeasible
 from dart_eval.sweep.plan import Cell, methods_of, plan
 from dart_eval.sweep.values import pairs
-from dart_eval.util.bits import OWN_BITS, Stored, bits_text
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import counted
-from dart_eval.weights.rounding import refuse_fixed
 
+TRIES = 3  # rounds in which nothing is done and nobody is at work
 POLL = 2.0  # seconds between looks at cells that another process is at work on
 
 
@@ -107,6 +105,7 @@ def plan_all(
     shelves: dict[tuple[object, ...], Tasks] = {}
     jobs: dict[str, Job] = {}
     missing: dict[str, str] = {}
+    refused: list[UserError] = []
     for config in configs:
         view.status("looking up tasks")
         shelf = (config.data_dir, config.cue, config.num_fewshot, config.limit, config.gen_kwargs)
@@ -135,8 +134,17 @@ def plan_all(
         kind = device or choose_device("auto" if config.device_map else config.device).type
         _warn_shared_data(config, tasks, list(hashes), view)
         cells = plan(config, model, list(hashes), hashes, kind, drawn)
-        for cell in drop_infeasible(cells, model, Store(config.output), view):
+        try:
+            kept = drop_infeasible(cells, model, Store(config.output), view.status, view.note)
+        except UserError as error:
+            refused.append(error)
+            continue
+        for cell in kept:
             jobs.setdefault(cell.key, Job(cell, config, tasks))
+    if refused and not jobs:
+        raise refused[0]
+    for reason in refused:
+        view.note(f"left out: {reason}")
     if not jobs and not skip_missing:
         raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
     return jobs, missing
@@ -200,53 +208,6 @@ def _warn_shared_data(config: RunConfig, tasks: Tasks, names: Sequence[str], vie
         )
 
 
-def drop_infeasible(cells: Sequence[Cell], model: Resolved, store: Store, view: View) -> list[Cell]:
-    """Return the cells whose method fits this model and its weights, and whose sparsity it can meet; note the others.
-
-    Only the model's modules count. What shows when it runs (a layer that runs several times for a token, or does more
-    than add its FFN's output) fails a cell.
-
-    Raises:
-        UserError: there are cells, and none of them can run.
-    """
-
-    def fits(cell: Cell) -> bool:  # so does what has run before
-        known = store.path(cell.name, cell.key).is_file()
-        return known or (compatibility.anywhere(cell.method) and cell.rounding is None)
-
-    if all(map(fits, cells)):
-        return list(cells)
-    view.status("looking at the model's layers")
-    ffns = describe(model.outline())
-    fixed: UserError | None = None  # why no weights can be rounded
-    try:
-        if any(cell.rounding for cell in cells):
-            refuse_fixed(ffns)
-    except UserError as error:
-        fixed = error
-    kept: list[Cell] = []
-    reasons: dict[str, UserError] = {}
-    for cell in cells:
-        if cell.rounding is not None and fixed is not None:
-            reasons[f"--ffn-bits {cell.rounding.text}"] = fixed
-            continue
-        try:
-            if cell.rounding is None:
-                cell.method.check_weights(ffns, cell.sparsity)
-            bits = Stored(OWN_BITS) if cell.rounding is None else cell.rounding.stored(ffns[0].width)
-            compatibility.check_fit(cell.method, ffns, cell.sparsity, bits)
-            kept.append(cell)
-        except UserError as error:
-            on = "" if cell.rounding is None else f" on {bits_text(cell.rounding.text)}"
-            reasons[f"{cell.method.spec}{on} at sparsity {cell.sparsity:g}"] = error
-    if not kept:
-        title, reason = next(iter(reasons.items()))
-        raise UserError(f"{title}: {reason.problem}", reason.remedy)
-    for title, reason in reasons.items():
-        view.note(f"{title} is left out: {reason}")
-    return kept
-
-
 @dataclass
 class Sweep:
     """Planned cells and their outcomes.
@@ -269,6 +230,11 @@ class Sweep:
         over = {cell.key for cell in self.failed}
         return [job for key, job in self.jobs.items() if key not in self.done and key not in over]
 
+    def _claimed(self, job: Job) -> bool:
+        """Whether another process is at work on a cell."""
+        with self.store.claim(job.cell.name, job.cell.key) as free:
+            return not free
+
     def work_through(self, work: Callable[[list[Job]], None]) -> RunResult:
         """Call `work` until each job has a record or has failed.
 
@@ -276,9 +242,16 @@ class Sweep:
         """
         records = [self.store.path(job.cell.name, key) for key, job in self.jobs.items()]
         with at_work(self.store.folder, records) if self.todo else contextlib.nullcontext():
+            idle = 0
             while todo := self.todo:
                 work(todo)
                 if len(self.todo) == len(todo):
+                    idle += not any(map(self._claimed, todo))
+                    if idle >= TRIES:
+                        raise UserError(
+                            f"nobody runs {todo[0].cell.name}, which was planned",
+                            "the task's documents or the code have changed meanwhile; run it without --workers",
+                        )
                     names = ", ".join(job.cell.name for job in todo)
                     self.view.status(f"waiting for another process at work on {names}")
                     time.sleep(POLL)

@@ -129,7 +129,7 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
         seconds = base.beside + sum(_extrapolated(c) * factors.get((method, c.kind), 1.0) for c in base.calls)
         tokens, requests = sum(c.tokens for c in base.calls), sum(c.requests for c in base.calls)
         flops = tokens * per_token + requests * 2 * worker.shape.head_weights
-        finished = store.get(cell.name, cell.key) is not None
+        finished = store.get(cell.name, cell.key) is not None and not job.config.force
         memory, cached = base.memory + more.get(method, 0), round(kept * max((c.cached for c in base.calls), default=0))
         sized = CellSize(
             cell.key, cell.name, cell.title, requests, tokens, flops, memory, seconds, finished, cached

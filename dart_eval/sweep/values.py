@@ -227,6 +227,8 @@ def _text(name: str, value: object, wanted: str = "text") -> str:
         raise no_text(name, value, wanted)
     if "\0" in str(value):
         raise UserError(f"{name} contains a NUL character", "remove it")
+    if any("\ud800" <= c <= "\udfff" for c in str(value)):
+        raise UserError(f"{name} is not UTF-8: {str(value)!a}", "rename the file")
     return str(value)
 
 

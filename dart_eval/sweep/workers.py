@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dart_eval.results.record import Record
+from dart_eval.results.store import StoreError
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.jobs import Job, RunResult, Sweep, View, begin_sweep, made_anew
 from dart_eval.sweep.plan import Cell
@@ -101,8 +102,12 @@ class _Workers:
         threads = max(1, len(os.sched_getaffinity(0)) // self.count) if hasattr(os, "sched_getaffinity") else 1
         card = {"CUDA_VISIBLE_DEVICES": self.cards[place % len(self.cards)]} if self.cards else {}
         settings = {} if self.cards else {"OMP_NUM_THREADS": str(threads)}
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            opened = log.open("ab")
+        except OSError as error:
+            raise StoreError(self.sweep.store.folder, error) from None
+        with opened as file:
             process = subprocess.Popen(
                 [sys.executable, "-c", BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
                 env={**os.environ, **card, **settings},
@@ -125,7 +130,9 @@ class _Workers:
         while True:
             try:
                 self.heard.put((worker, pickle.load(worker.process.stdout)))
-            except (EOFError, pickle.UnpicklingError):  # killed, perhaps within a message
+            except Exception as error:
+                if not isinstance(error, EOFError):  # broken: it would write on, and nobody would read
+                    worker.process.kill()
                 self.heard.put((worker, None))
                 return
 
@@ -138,6 +145,11 @@ class _Workers:
             worker.at = arguments[0]
         elif what == "finished":
             cell, worker.at = arguments[0], None
+            if cell.key not in sweep.jobs:
+                raise UserError(
+                    f"a worker has run another cell of {cell.task} than was planned",
+                    "its documents or the code have changed meanwhile; run it without --workers",
+                )
             record = sweep.store.get(cell.name, cell.key)
             if record is None or cell.key in sweep.done:
                 return
@@ -191,7 +203,8 @@ def serve() -> None:
     from dart_eval.sweep import local
     from dart_eval.util.quiet import silence
 
-    out, sys.stdout = sys.stdout.buffer, sys.stderr  # what libraries print goes into the log
+    out, sys.stdout = os.fdopen(os.dup(1), "wb"), sys.stderr  # what libraries print goes into the log
+    os.dup2(2, 1)  # and so does what those in C print
     silence()
     configs, skip_missing, begun = pickle.load(sys.stdin.buffer)
     report = _Report(out)
@@ -209,8 +222,8 @@ class _Report:
 
     def __getattr__(self, what: str) -> Callable[..., None]:
         def report(*arguments: object) -> None:
-            self._begun = self._begun or what == "started"
             of_plan = what in ("about", "planned", "status") or (what == "note" and not self._begun)
+            self._begun = self._begun or what == "planned"
             if of_plan:  # which stands
                 return
             sent = tuple(a for a in arguments if not isinstance(a, Record))  # the folder has it

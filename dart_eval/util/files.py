@@ -23,6 +23,9 @@ from dart_eval.util.errors import UserError
 LINKS = 40  # as many as Linux follows
 HEAD = 4096  # bytes that identify a file of ours
 WRITER_COMES = 2.0  # most seconds to wait for a writer of a pipe
+LONGEST = 100  # bytes of a part of a path: file systems take 255, and endings are added
+# Names that Windows keeps for its devices, whatever their ending.
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
 
 
 def cache_dir() -> Path:
@@ -129,6 +132,17 @@ def check_name(path: str | Path, what: str) -> None:
     except (OSError, ValueError) as error:
         short = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}..."
         raise UserError(f"{what} {short} cannot be a path ({reason(error)})", "give another path") from None
+
+
+def safe(text: str) -> str:
+    """Return a text as one part of a path, valid on every system; a long one is cut and ends in a hash."""
+    kept = re.sub(r"[^\w.@=+-]+", "_", text.replace("/", "__")).strip(".")
+    if kept.partition(".")[0].upper() in DEVICES:
+        kept = f"_{kept}"
+    if len(kept.encode()) > LONGEST:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        kept = f"{kept.encode()[: LONGEST - 9].decode(errors='ignore')}-{digest}"
+    return kept or "_"
 
 
 def read_text(path: str | Path, what: str, remedy: str) -> str:

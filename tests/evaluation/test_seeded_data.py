@@ -5,12 +5,13 @@ import random
 import types
 from pathlib import Path
 
+import datasets
 import lm_eval.tasks
 import numpy as np
 import pytest
 import yaml
 
-from dart_eval.evaluation.seeded_data import seeded, without_other_lengths
+from dart_eval.evaluation.seeded_data import prepared_alike, seeded, without_other_lengths
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.util.errors import UserError
@@ -143,3 +144,22 @@ def test_rulers_documents_fit_into_the_length_that_is_asked(tmp_path, data):
     for texts, room in zip(found[0], (128, 120), strict=True):
         counts = [len(tokenizer(text).input_ids) + room for text in texts]
         assert min(counts) > 300 and max(counts) <= 600
+
+
+def test_documents_that_a_task_shuffles_are_the_same_in_every_process():
+    """Hugging Face's cache would hide the shuffle from a second look, and show another one elsewhere."""
+    before = random.getstate()
+
+    def shuffled(rows):
+        return rows.map(lambda row: {"order": random.sample(range(9), 9)})
+
+    found = []
+    for seed in (1, 2):
+        random.seed(seed)
+        with prepared_alike(shuffled):
+            assert not datasets.is_caching_enabled()
+            found.append(shuffled(datasets.Dataset.from_dict({"q": [*"abcd"]}))["order"])
+    random.setstate(before)
+    assert list(found[0]) == list(found[1]) and len({*map(tuple, found[0])}) > 1
+    with prepared_alike(str.upper):  # draws nothing
+        assert datasets.is_caching_enabled()

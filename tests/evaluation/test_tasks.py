@@ -11,6 +11,8 @@ import pytest
 
 import dart_eval
 from dart_eval.evaluation import tasks as tasks_module
+from dart_eval.evaluation.settings import EvalSettings
+from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.task_names import ALIASES, COMMON, config_of, tasks_dir
 from dart_eval.evaluation.tasks import Tasks, documents, leaves
 
@@ -232,3 +234,23 @@ def test_members_of_a_mere_list_are_shown_and_those_of_a_group_hidden():
     assert [(m.task, m.part_of) for m in _metrics(result({"alias": "g"}))] == [("a", None)]
     found = _metrics(result({"acc,none": 0.5, "acc_stderr,none": 0.1}))
     assert [(m.task, m.part_of, m.n) for m in found] == [("g", None, 4), ("a", "g", 4)]
+
+
+def test_a_groups_rule_is_part_of_its_hash(tmp_path):
+    for name in ("a", "b"):
+        data = tmp_path / "data" / f"mine__{name}" / "default"
+        data.mkdir(parents=True)
+        (data / "test.jsonl").write_text('{"q": "one", "c": ["two", "three"], "g": 1}\n')
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: mine_{name}\ndataset_path: mine/{name}\ntest_split: test\noutput_type: multiple_choice\n"
+            'doc_to_text: "{{q}}"\ndoc_to_choice: "{{c}}"\ndoc_to_target: g\nmetric_list: [{metric: acc}]\n'
+        )
+    found = []
+    for weighted in ("true", "false", "false"):
+        (tmp_path / "g.yaml").write_text(
+            "group: mine_group\ntask: [mine_a, mine_b]\n"
+            f"aggregate_metric_list: [{{metric: acc, aggregation: mean, weight_by_size: {weighted}}}]\n"
+        )
+        tasks = Tasks(tmp_path / "data", include_path=[tmp_path])
+        found.append(task_hash(tasks.load("mine_group"), EvalSettings()))
+    assert found[0] != found[1] == found[2]

@@ -235,6 +235,7 @@ WITHOUT_NUMBERS = {
     "results/record.py": "holds what it was given",
     "results/store.py": "keeps records",
     "sweep/config.py": "reads options, which are part of a key",
+    "sweep/feasible.py": "says what is to be run",
     "sweep/hashes.py": "hashes",
     "sweep/jobs.py": "says what is to be run",
     "sweep/habits.py": "reads options, which are part of a key",

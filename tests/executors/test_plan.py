@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ from dart_eval.pruning.masks.scores import Activation
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import option
 from dart_eval.pruning.registry import make
+from dart_eval.sweep import jobs
 from dart_eval.sweep import plan as plan_module
 from dart_eval.sweep.config import RunConfig, config_from
 from dart_eval.sweep.plan import command, methods_of, plan
 from dart_eval.util.errors import UserError
+from tests.helpers.commands import Watch
 
 MODEL = Identity("tiny", None, "f00d")
 
@@ -469,3 +472,24 @@ def test_a_function_without_a_file_has_its_text_alone():
     space = {}
     exec("def score(x):\n    return x", space)
     assert task_hash_module._beyond(space["score"]) is None and task_hash_module._beyond(len) is None
+
+
+def test_one_row_that_no_model_can_meet_leaves_out_itself_alone(saved_llama, tmp_path):
+    """A paper's row with a scope of its own is a configuration of its own."""
+    common = {"model": saved_llama, "tasks": "smoke_questions", "limit": 2, "output": str(tmp_path / "out")}
+    good = config_from(None, {**common, "method": "griffin", "sparsity": "0.9"})
+    bad = config_from(None, {**common, "method": "cats", "sparsity": "0.9", "scope": "all"})
+    view = Watch()
+    found, _ = jobs.plan_all([good, bad], view, True)
+    assert [job.cell.method.name for job in found.values()] == ["griffin"]
+    assert any(note.startswith("left out: cats at sparsity 0.9") for note in view.notes)
+    with pytest.raises(UserError, match=r"cats at sparsity 0\.9"):
+        jobs.plan_all([bad], view, True)
+
+
+def test_another_tokenizer_makes_another_model(saved_llama, tmp_path):
+    own = Path(shutil.copytree(saved_llama, tmp_path / "tok"))
+    found = [resolve(ModelSpec(saved_llama, device="cpu", tokenizer=t)).identity.weights for t in (None, str(own))]
+    (own / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    found.append(resolve(ModelSpec(saved_llama, device="cpu", tokenizer=str(own))).identity.weights)
+    assert len({*found}) == 3

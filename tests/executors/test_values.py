@@ -4,6 +4,7 @@ import json
 
 import pytest
 import typer
+import yaml
 from transformers import LlamaConfig
 
 from dart_eval.cli import application, run
@@ -289,3 +290,20 @@ def test_a_template_reaches_nothing_but_its_document(mine, monkeypatch):
 
 def test_shipped_tasks_need_no_word(tmp_path):
     assert Tasks(include_path=[tmp_path]).load("smoke_drift")
+
+
+@pytest.mark.parametrize(("of_file", "typed", "name", "value"), [
+    ({"methods": ["dense"]}, {"method": "griffin"}, "method", ("griffin",)),
+    ({"output_path": "a"}, {"output": "b"}, "output", "b"),
+    ({"model_args": "pretrained=a"}, {"model": "b"}, "model", "b"),
+    ({"apply_chat_template": True}, {"chat_template": False}, "chat_template", False),
+])  # fmt: skip
+def test_the_command_line_goes_before_the_file_under_lm_evals_names_too(tmp_path, of_file, typed, name, value):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(of_file))
+    assert getattr(config_from(file, typed), name) == value
+
+
+def test_a_name_that_is_not_utf8_is_refused():
+    with pytest.raises(UserError, match=r"calibration is not UTF-8: 'caf\\udce9.txt'; rename the file"):
+        config_from(None, {"calibration": "caf\udce9.txt"})

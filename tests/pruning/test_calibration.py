@@ -193,3 +193,14 @@ def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr("dart_eval.pruning.calibration.stats_cache.folder", lambda: tmp_path / "file" / "folder")
     calibration, _ = counted(tiny("llama"), StatsCache({"model": "unkept"}))
     assert len(calibration.sums(Wanda().observe)) == 3
+
+
+def test_another_tokenizer_has_statistics_of_its_own():
+    model, about, found = tiny("llama"), {"model": "of two tokenizers"}, []
+    for shift in (0, 1, 0):
+        calibration, lengths = counted(model, StatsCache(about))
+        ids = calibration.tokenizer("")["input_ids"]
+        calibration.tokenizer = lambda text, s=shift, ids=ids, **_: {"input_ids": [(t + s) % 64 for t in ids]}
+        found.append((calibration.sums(Wanda().observe)[0], sum(lengths)))
+    assert not torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][0], found[2][0])
+    assert found[1][1] and not found[2][1]

@@ -8,11 +8,12 @@ from scipy import stats as scipy_stats
 
 from dart_eval.results import outcomes
 from dart_eval.results.check import FELL, check, recovery, workflow_commands
-from dart_eval.results.outcomes import Cell, Measure
+from dart_eval.results.outcomes import Cell, Measure, cells
 from dart_eval.results.pairing import differences
+from dart_eval.results.record import Metric
 from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
 from dart_eval.util.errors import UserError
-from tests.helpers.records import N, answered, choosing, perplexities, right, samples
+from tests.helpers.records import N, answered, choosing, perplexities, right, samples, save
 
 
 def cell(record):
@@ -233,3 +234,14 @@ def test_code_of_a_method_differs_only_between_equal_methods():
     assert "method_code" in differences(one, other)
     rival = cell(answered("arc", [{"acc": 1}], method="griffin", method_code="2"))
     assert "method_code" not in differences(one, rival)
+
+
+def test_a_baseline_that_checks_nothing_is_no_gate(tmp_path):
+    """Matthews' correlation needs all documents: no test can be made of it, and -1 is no 1."""
+    whole = [{"mcc": [i % 2, i % 2]} for i in range(40)]
+    save(tmp_path / "then", answered("cola", whole, metrics=[Metric("cola", "mcc", 1.0, None, 40, True)]))
+    with pytest.raises(UserError, match="has no metric that can be checked; add a task"):
+        check(cells(tmp_path / "then"), cells(tmp_path / "then"), Thresholds(), "b.json")
+    save(tmp_path / "then", answered("arc", right(0.5)))
+    report = check(cells(tmp_path / "then"), cells(tmp_path / "then"), Thresholds(), "b.json")
+    assert not report.bad and any(note.startswith("Not checked: dart") and "cola" in note for note in report.notes)

@@ -17,7 +17,7 @@ from dart_eval.results.record import SCHEMA
 from dart_eval.results.store import Store, write_atomically
 from dart_eval.util.errors import StoreError, UserError
 from tests.helpers.commands import start
-from tests.helpers.records import record
+from tests.helpers.records import answered, record
 
 TEXTS = [{"task": "arc_easy", "doc_id": 0, "prompt": "Why?", "choices": ["a", "b"], "target": 1}]
 
@@ -316,3 +316,12 @@ def test_without_a_path_nothing_is_written():
     journal = Journal()
     journal.add({"a": [1]}, 5, 0.0)
     assert (journal["a"], journal.state_bytes, len(journal)) == ([1], 5, 1)
+
+
+def test_a_task_may_have_a_slash_in_its_name(tmp_path):
+    store = Store(tmp_path)
+    for task in ("mine/slash", "../../up", "long" * 60):
+        made = answered(task, [{"acc": 1.0}] * 3)
+        store.save(f"{task}-dart", made, [{"task": task, "doc_id": 0}])
+        assert store.get(f"{task}-dart", made.key).inputs["task"] == task
+    assert len(store.load()) == 3 and not list(tmp_path.parent.glob("up*"))

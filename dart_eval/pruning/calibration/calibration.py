@@ -5,6 +5,7 @@ They are computed when a method asks, and with a `StatsCache` only once for a mo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable
@@ -141,8 +142,8 @@ class TextCalibration:
         if name is None:
             return measure()
         if name not in self._statistics:
-            text = hashlib.sha256(self._text().encode()).hexdigest()
-            of = {"statistic": name, "text": text, "tokens": self.passages.tokens, "seed": self.passages.seed}
+            ids = hashlib.sha256(self._ids.numpy().tobytes()).hexdigest()
+            of = {"statistic": name, "ids": ids, "tokens": self.passages.tokens, "seed": self.passages.seed}
             tensors = None if self.cache is None else self.cache.get(of)
             if tensors is None:
                 tensors = [tensor.cpu() for tensor in measure()]
@@ -150,6 +151,12 @@ class TextCalibration:
                     self.cache.put(of, tensors)
             self._statistics[name] = tensors
         return self._statistics[name]
+
+    @functools.cached_property
+    def _ids(self) -> Tensor:
+        """The text's tokens."""
+        text = self._text()  # without a tokenizer this ends here
+        return torch.tensor(self.tokenizer(text, verbose=False)["input_ids"])
 
     def _text(self) -> str:
         if self.tokenizer is None:
@@ -191,7 +198,7 @@ class TextCalibration:
 
     def _run(self, take: Callable[[int, Tensor], None]) -> None:
         """Run the text, passage by passage. take: called with each layer's index and its h, [T, F] fp32."""
-        ids = torch.tensor(self.tokenizer(self._text(), verbose=False)["input_ids"])
+        ids = self._ids
         bos = getattr(self.tokenizer, "bos_token_id", None)
         skip = int(bos is not None and len(ids) > 0 and int(ids[0]) == bos)  # segments begin as prompts do, uncounted
         ids = ids[skip:]
