@@ -1,15 +1,19 @@
 """`--workers N`: processes on one machine share the cells of a run, whatever becomes of them."""
 
+import dataclasses
+import io
 import os
+import pickle
 import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from dart_eval.cluster.run import run_all
-from dart_eval.sweep import workers
+from dart_eval.sweep import jobs, workers
 from dart_eval.sweep.config import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, results, run_local
@@ -147,3 +151,61 @@ def test_cells_that_another_run_ends_meanwhile_are_taken_over(saved_llama, tmp_p
     monkeypatch.setattr(workers._Workers, "_begin", slowly)
     found = run_all([config(saved_llama, tmp_path / "two", workers=2)], view)
     assert len(found.records) == (3 if ended == "finished" else 2) and len(found.failed) == (ended == "failed")
+
+
+def planned(saved_llama, tmp_path, **changes):
+    """A sweep of two processes, nothing done yet."""
+    asked = config(saved_llama, tmp_path / "out", workers=2, **changes)
+    return asked, jobs.begin_sweep([asked], Watch(), False)
+
+
+def test_a_cell_that_nobody_runs_ends_the_wait(saved_llama, tmp_path, monkeypatch):
+    """Workers that plan other cells find nothing to do, and end well."""
+    monkeypatch.setattr(jobs, "POLL", 0.0)
+    _, sweep = planned(saved_llama, tmp_path)
+    with pytest.raises(UserError, match=r"nobody runs smoke_questions-dense.*run it without --workers"):
+        sweep.work_through(lambda todo: None)
+    job, looks = sweep.todo[0], []
+
+    def work(todo):  # another process is at work on it, and ends
+        looks.append(len(todo))
+        if len(looks) == 6:
+            sweep.failed += [job.cell for job in todo]
+
+    with sweep.store.claim(job.cell.name, job.cell.key):
+        sweep.work_through(work)
+    assert len(looks) == 6
+
+
+def test_another_cell_than_was_planned_ends_the_run(saved_llama, tmp_path):
+    asked, sweep = planned(saved_llama, tmp_path)
+    cell = sweep.todo[0].cell
+    cell = dataclasses.replace(cell, inputs={**cell.inputs, "task_hash": "of other documents"})
+    worker = workers._Worker(0, None)
+    with pytest.raises(UserError, match="a worker has run another cell of smoke_questions than was planned"):
+        workers._Workers(sweep, [asked], False)._take(worker, "finished", (cell,))
+
+
+def test_what_is_no_report_ends_the_worker(saved_llama, tmp_path):
+    """A library in C writes into the reports: the worker would wait for ever for someone to read on."""
+    asked, sweep = planned(saved_llama, tmp_path)
+    killed = []
+    process = SimpleNamespace(stdout=io.BytesIO(b"MKL_VERBOSE oneMKL\n" * 9), kill=lambda: killed.append(True))
+    worker, both = workers._Worker(0, process), workers._Workers(sweep, [asked], False)
+    both._listen(worker)
+    assert killed and both.heard.get_nowait() == (worker, None)
+
+
+def test_notes_after_the_plan_are_reported():
+    out = io.BytesIO()
+    report = workers._Report(out)
+    for what, *arguments in (("note", "of the plan"), ("planned", 3, 0), ("note", "a remark on the checkpoint")):
+        getattr(report, what)(*arguments)
+    assert pickle.loads(out.getvalue()) == ("note", ("a remark on the checkpoint",))
+
+
+def test_a_folder_of_logs_that_cannot_be_written_is_a_line(saved_llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "logs").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        run_all([config(saved_llama, tmp_path / "out", workers=2)], Watch())
