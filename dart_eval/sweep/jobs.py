@@ -104,7 +104,7 @@ def plan_all(
     # lm-eval writes shots and settings of generation into a task, and some make as many documents as are asked.
     shelves: dict[tuple[object, ...], Tasks] = {}
     jobs: dict[str, Job] = {}
-    missing: dict[str, str] = {}
+    missing: dict[str, UserError] = {}
     refused: list[UserError] = []
     for config in configs:
         view.status("looking up tasks")
@@ -113,24 +113,12 @@ def plan_all(
             shelves[shelf] = _tasks(config, tokenizer, next(iter(shelves.values()), None))
         tasks = shelves[shelf]
         names = tasks.expand(list(config.tasks))
-        if model is None:
-            new = config.model in (None, demo_model.ALIAS) and not demo_model.expanded()
-            view.status("expanding the demo model's weights, once: about a minute" if new else "finding the model")
-            spec = config.model_spec
-            model = resolve(spec if device is None else dataclasses.replace(spec, device="cpu"))
-        hashes, drawn = {}, set()
-        for name in names:
-            view.status(f"loading task {name}")
-            try:
-                tasks.check_task(name, config.limit, config.num_fewshot)
-                hashes[name] = task_hash(tasks.load(name), config.eval_settings)
-            except UserError as error:
-                if not skip_missing:
-                    raise
-                missing[name] = error.problem
-                continue
-            if _draws(tasks.load(name), config):
-                drawn.add(name)
+        model = model or _found(config, device, view)
+        hashes, found = _hashes(tasks, names, config, view)
+        missing |= found
+        if found and not skip_missing:
+            raise next(iter(found.values()))
+        drawn = {name for name in hashes if _draws(tasks.load(name), config)}
         kind = device or choose_device("auto" if config.device_map else config.device).type
         _warn_shared_data(config, tasks, list(hashes), view)
         cells = plan(config, model, list(hashes), hashes, kind, drawn)
@@ -145,9 +133,33 @@ def plan_all(
         raise refused[0]
     for reason in refused:
         view.note(f"left out: {reason}")
+    reasons = {name: error.problem for name, error in missing.items()}
     if not jobs and not skip_missing:
-        raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
-    return jobs, missing
+        raise UserError(f"none of the tasks could be loaded: {'; '.join(reasons.values())[:300]}", "see --data-dir")
+    return jobs, reasons
+
+
+def _found(config: RunConfig, device: str | None, view: View) -> Resolved:
+    """Find the model. device: see `plan_all`."""
+    new = config.model in (None, demo_model.ALIAS) and not demo_model.expanded()
+    view.status("expanding the demo model's weights, once: about a minute" if new else "finding the model")
+    spec = config.model_spec
+    return resolve(spec if device is None else dataclasses.replace(spec, device="cpu"))
+
+
+def _hashes(
+    tasks: Tasks, names: Sequence[str], config: RunConfig, view: View
+) -> tuple[dict[str, str], dict[str, UserError]]:
+    """Return the hashes of tasks, and why others could not be loaded."""
+    hashes, missing = {}, {}
+    for name in names:
+        view.status(f"loading task {name}")
+        try:
+            tasks.check_task(name, config.limit, config.num_fewshot)
+            hashes[name] = task_hash(tasks.load(name), config.eval_settings)
+        except UserError as error:
+            missing[name] = error
+    return hashes, missing
 
 
 def _tasks(config: RunConfig, tokenizer: Callable[[], object], like: Tasks | None) -> Tasks:

@@ -43,7 +43,7 @@ class Calls:
 
     Attributes:
         prompt: tokens of the prompt of the running `generate`, cached ones included; 0 outside of it.
-        ends: ids of the tokens that end its sequences, and of their padding.
+        ends: ids of the tokens that end its sequences, and of their padding; none if no token does.
         turn: calls of `generate` so far.
         alone: held by the thread that generates.
     """
@@ -126,8 +126,8 @@ class Calls:
         self.prompt = max((int(t.shape[1]) for t in values if t is not None), default=0)
         config = kwargs.get("generation_config") or next((a for a in args[1:2] if a is not None), None)
         config = config or getattr(self.model, "generation_config", None)
-        named = [kwargs.get(n, getattr(config, n, None)) for n in ("eos_token_id", "pad_token_id")]
-        self.ends = frozenset(i for ids in named for i in _ids(ids))
+        ends, pads = (_ids(kwargs.get(n, getattr(config, n, None))) for n in ("eos_token_id", "pad_token_id"))
+        self.ends = frozenset([*ends, *pads] if ends else [])  # where no token ends a sequence, none is padded
         try:
             return generate(*args, **kwargs)
         finally:

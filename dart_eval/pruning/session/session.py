@@ -73,10 +73,8 @@ class Session(SessionStats):
         self._step: Step | None = None  # weights of decoding forwards, until something changes them
         self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0  # tokens need h, sliced or not
         self._forced: Phase | None = None
-        self._prompting = False
         self._given_valid: Tensor | None = None
-        self._ended: Tensor | None = None  # [B] bool: fed an end or padding by the current forward
-        self._tally = Tally()
+        self._tally, self._prompting = Tally(), False
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls, self._left = Calls(model), False
         self.block: object = None
@@ -285,10 +283,9 @@ class Session(SessionStats):
             self._step = self.state.step()
         self.log.steps.append(self._step)
         self.log.decoded += length
-        self._ended = None
         if self._forced is None and batch > 1 and self._calls.ends and not tokens.is_floating_point():
-            self._ended = torch.isin(tokens[:, -1], torch.tensor(sorted(self._calls.ends), device=tokens.device))
-            self.forward.going = self.forward.valid & ~self._ended[:, None]
+            ended = torch.isin(tokens[:, -1:], torch.tensor(sorted(self._calls.ends), device=tokens.device))
+            self.forward.going = self.forward.valid & ~ended
         self.executing.slice(self._step)
 
     def _follow_beams(self, beams: Tensor) -> None:
@@ -322,7 +319,8 @@ class Session(SessionStats):
         measured = state.measured(forward.valid)
         if measured is not None:
             self.log.steps[-1] = measured
-        self._tally.decode(self.log.steps[-1].read, forward.valid.shape[1], self._ended)
+        ended = None if forward.going is forward.valid else ~forward.going[:, -1]
+        self._tally.decode(self.log.steps[-1].read, forward.valid.shape[1], ended)
         if state.masked and not forward.frozen:
             self._finish_decode(state, attention)
 
