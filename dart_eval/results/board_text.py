@@ -299,7 +299,7 @@ def notes(board: Board) -> list[str]:
     rows = board.rows
     found = [*board.notes]
     if any(name_of(row) != row.name for row in rows):
-        found.append("† reproduced from the abstract of its paper: no code was found.")
+        found.append("† rebuilt from the abstract of its paper: no code was found.")
     bounds = [row.label for row in rows if row.kind == UPPER_BOUND]
     if bounds:
         found.append(f"Upper bounds, which look ahead: {', '.join(dict.fromkeys(bounds))}.")
