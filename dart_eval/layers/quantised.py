@@ -177,23 +177,27 @@ def values(linear: Any, width: int) -> Tensor:
     """
     device, dtype = next(t.device for t in held(linear)), _computes_in(linear)
     columns = []
-    for start in range(0, width, CHUNK):
-        count = min(CHUNK, width - start)
-        units = torch.zeros(count, width, device=device, dtype=dtype)
-        units[torch.arange(count), torch.arange(start, start + count)] = 1
-        with _without_bias(linear):  # what is added is rounded
-            columns.append(linear.forward(units))  # without the hooks that prune it
+    with _without_bias(linear) as bias:
+        for start in range(0, width, CHUNK):
+            count = min(CHUNK, width - start)
+            units = torch.zeros(count, width, device=device, dtype=dtype)
+            units[torch.arange(count), torch.arange(start, start + count)] = 1
+            out = linear.forward(units)  # without the hooks that prune it
+            columns.append(out if bias is None else out - bias)
     return torch.cat(columns).T.contiguous()
 
 
 @contextlib.contextmanager
-def _without_bias(linear: Any) -> Iterator[None]:
-    """Let a projection add nothing inside the block."""
+def _without_bias(linear: Any) -> Iterator[Tensor | None]:
+    """Let a projection add no bias inside the block, since the sum is rounded; yield one that it must add (packed)."""
     own = getattr(linear, "base_layer", linear)
-    kept = own._parameters if "bias" in own._parameters else own._buffers
-    bias, kept["bias"] = kept.get("bias"), None
+    kept = next((part for part in (own._parameters, own._buffers) if part.get("bias") is not None), None)
+    if kept is None:
+        yield bias_of(linear)
+        return
+    bias, kept["bias"] = kept["bias"], None
     try:
-        yield
+        yield None
     finally:
         kept["bias"] = bias
 

@@ -232,3 +232,12 @@ def test_values_are_exact_beside_a_bias(bias):
     quantize_(layer, Int8WeightOnlyConfig())
     assert torch.equal(weight_matrix(layer[0]).float(), layer[0].weight.dequantize().float())
     assert layer[0].bias is own
+
+
+def test_a_packed_projection_keeps_its_bias_apart():
+    """Its kernel adds the bias, which lies in no parameter or buffer."""
+    layer = nn.Sequential(nn.Linear(64, 48))
+    layer[0].bias.data.normal_()
+    packed = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear})[0]
+    assert torch.allclose(weight_matrix(packed), packed.weight().dequantize(), atol=1e-2)
+    assert not packed._buffers
