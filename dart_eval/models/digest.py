@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 from dart_eval.models import demo_model
 from dart_eval.util.files import feed
 
-HASHED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py")  # weights, configuration, tokenizer
+WEIGHTS = (".safetensors", ".bin")
+HASHED = (".json", ".jinja", ".model", ".txt", *WEIGHTS, ".py")  # weights, configuration, tokenizer
 _BEGUN: dict[Path, Future[str]] = {}
 
 
@@ -40,9 +42,14 @@ def of_folder(path: Path) -> str:
     return _hashed(path) if begun is None else begun.result()
 
 
-def _hashed(path: Path) -> str:
+def of_tokenizer(path: Path) -> str:
+    """Return the sha256 of a folder without its weights."""
+    return _hashed(path, tuple(set(HASHED) - set(WEIGHTS)))
+
+
+def _hashed(path: Path, endings: Sequence[str] = HASHED) -> str:
     digest = hashlib.sha256()
-    files = {f for f in path.iterdir() if f.suffix in HASHED} | set(path.rglob("*.py"))
+    files = {f for f in path.iterdir() if f.suffix in endings} | set(path.rglob("*.py"))
     for file in sorted(f for f in files if f.is_file()):
         digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
         feed(digest, file)

@@ -311,7 +311,7 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
     if adapter is not None:
         name, weights = _adapted(adapter, name, source, config, weights or commit)
     if spec.tokenizer is not None and (own := Path(os.path.expanduser(spec.tokenizer))).is_dir():
-        weights = hashlib.sha256(f"{weights or commit} {digest.of_folder(own)}".encode()).hexdigest()
+        weights = hashlib.sha256(f"{weights or commit} {digest.of_tokenizer(own)}".encode()).hexdigest()
     identity = Identity(name, commit, weights, spec.trust_remote_code and code is not None)
     return Resolved(spec, source, identity, _dtype(spec, config, source, commit), config=config, adapter=adapter)
 

@@ -104,7 +104,7 @@ def plan_all(
     # lm-eval writes shots and settings of generation into a task, and some make as many documents as are asked.
     shelves: dict[tuple[object, ...], Tasks] = {}
     jobs: dict[str, Job] = {}
-    missing: dict[str, UserError] = {}
+    missing: dict[str, str] = {}
     refused: list[UserError] = []
     for config in configs:
         view.status("looking up tasks")
@@ -114,10 +114,8 @@ def plan_all(
         tasks = shelves[shelf]
         names = tasks.expand(list(config.tasks))
         model = model or _found(config, device, view)
-        hashes, found = _hashes(tasks, names, config, view)
+        hashes, found = _hashes(tasks, names, config, view, skip_missing)
         missing |= found
-        if found and not skip_missing:
-            raise next(iter(found.values()))
         drawn = {name for name in hashes if _draws(tasks.load(name), config)}
         kind = device or choose_device("auto" if config.device_map else config.device).type
         _warn_shared_data(config, tasks, list(hashes), view)
@@ -133,10 +131,9 @@ def plan_all(
         raise refused[0]
     for reason in refused:
         view.note(f"left out: {reason}")
-    reasons = {name: error.problem for name, error in missing.items()}
     if not jobs and not skip_missing:
-        raise UserError(f"none of the tasks could be loaded: {'; '.join(reasons.values())[:300]}", "see --data-dir")
-    return jobs, reasons
+        raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
+    return jobs, missing
 
 
 def _found(config: RunConfig, device: str | None, view: View) -> Resolved:
@@ -148,9 +145,13 @@ def _found(config: RunConfig, device: str | None, view: View) -> Resolved:
 
 
 def _hashes(
-    tasks: Tasks, names: Sequence[str], config: RunConfig, view: View
-) -> tuple[dict[str, str], dict[str, UserError]]:
-    """Return the hashes of tasks, and why others could not be loaded."""
+    tasks: Tasks, names: Sequence[str], config: RunConfig, view: View, skip_missing: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the hashes of tasks, and why others could not be loaded.
+
+    Raises:
+        UserError: the first that could not, unless such tasks are skipped.
+    """
     hashes, missing = {}, {}
     for name in names:
         view.status(f"loading task {name}")
@@ -158,7 +159,9 @@ def _hashes(
             tasks.check_task(name, config.limit, config.num_fewshot)
             hashes[name] = task_hash(tasks.load(name), config.eval_settings)
         except UserError as error:
-            missing[name] = error
+            if not skip_missing:
+                raise
+            missing[name] = error.problem
     return hashes, missing
 
 
