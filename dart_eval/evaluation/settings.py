@@ -38,7 +38,7 @@ def check_released(method: Pruner, scope: str) -> None:
         UserError: the remedy.
     """
     release = bool(method.mask.remask.release)
-    if (release and scope in SHARES) or (method.counts_tokens and scope in SHARES and scope != "all"):
+    if scope in SHARES and (release or (method.counts_tokens and scope != "all")):
         raise UserError(
             f"{method.spec} counts decoded tokens, and under --scope {scope} whole inputs run pruned",
             "use --scope scored" + ", or leave remask.release out" * release,

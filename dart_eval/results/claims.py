@@ -9,7 +9,7 @@ without weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dart_eval.results import metrics, stats
 from dart_eval.results.estimates import Estimate, mean, share
@@ -87,7 +87,7 @@ class Sides:
     def beyond(self, claim: Claim) -> Estimate:
         """By how much the row exceeds what is claimed of it."""
         gap = self.a - (self.b if claim.times is None else self.b.times(claim.times))
-        return Estimate(gap.value - (claim.by if claim.times is None else 0.0), gap.units, gap.fewest)
+        return gap if claim.times is not None else replace(gap, value=gap.value - claim.by)
 
     def p(self, claim: Claim) -> float | None:
         """Two-sided p of `beyond`; None if it cannot be tested. It agrees with the interval of `text`."""
@@ -139,9 +139,13 @@ def table(
 
 def _of_shape(claim: Claim, cost: float) -> Finding:
     assert claim.at_most is not None
-    texts = (f"{float(f'{cost:.{digits}g}'):g}" for digits in range(2, 7))
-    text = next((t for t in texts if float(t) != claim.at_most or cost == claim.at_most), f"{cost!r}")
-    return Finding(f"{text} {claim.column.split()[-1]}, counted", 0, HOLDS if cost <= claim.at_most else FAILS)
+    return _within(claim.at_most, cost, f"{float(f'{cost:.2g}'):g}", f" {claim.column.split()[-1]}, counted")
+
+
+def _within(limit: float, cost: float, short: str, unit: str = "") -> Finding:
+    """Return the verdict on a cost. short: it as text, which more digits replace where it reads as the limit."""
+    text = short if float(short) != limit else f"{cost:g}"
+    return Finding(text + unit, 0, HOLDS if cost <= limit else FAILS)
 
 
 def _of_table(claim: Claim, paper: Paper, layout: TableLayout) -> Finding:
@@ -168,9 +172,7 @@ def _mean(sides: Sequence[Sides]) -> list[Sides]:
 def _cost(claim: Claim, column: PaperColumn, cost: float | None) -> Finding:
     if cost is None or cost != cost or claim.at_most is None:
         return Finding("not measured", 0, OPEN)
-    digits = FIELDS[column.field][1]
-    text = number(cost, digits) if round(cost, digits) != claim.at_most else f"{cost:g}"
-    return Finding(text, 0, HOLDS if cost <= claim.at_most else FAILS)
+    return _within(claim.at_most, cost, number(cost, FIELDS[column.field][1]))
 
 
 def judged(claim: Claim, sides: Sequence[Sides], part: str = "") -> Finding:

@@ -95,8 +95,8 @@ class Levels:
 
         from dart_eval.kernels.top import top_k_mask
 
-        saved, shape = x.float().square()[..., None, :] * gains[:, None].to(x.device), (len(gains), x.shape[-1])
-        saved = saved.flatten(-2)
+        each = x.float().square()[..., None, :] * gains[:, None].to(x.device)
+        shape, saved = each.shape[-2:], each.flatten(-2)
         if step := self.step:  # the largest ones, which need no sorting
             keep = torch.tensor(min((bits - self.bits[0] * x.shape[-1]) // step, saved.shape[-1]))
             return top_k_mask(saved, keep).unflatten(-1, shape).sum(-2)
