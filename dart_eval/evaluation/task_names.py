@@ -25,7 +25,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "longbench_qasper", "longbench_hotpotqa", "longbench_gov_report", "longbench_trec",
         "longbench_passage_retrieval_en", "longbench_lcc",
     ),
-    "gpqa": ("gpqa_main_n_shot", "gpqa_diamond_n_shot", "gpqa_extended_n_shot"),
+    "gpqa": ("gpqa_extended_n_shot",),  # has all questions of the other two sets
     "smoke": ("smoke_questions", "smoke_stories", "smoke_summary", "smoke_highlights", "smoke_drift"),
     "summaries": ("cnn_dailymail", "xsum", "multi_news", "gov_report"),
 }  # fmt: skip
