@@ -200,7 +200,8 @@ TraceFile = Annotated[Path | None, own("Read the prompt from this file.", PROMPT
 TraceThen = Annotated[
     Path | None, own("Feed the text of this file after the prompt. Without it the model generates.", PROMPT, "FILE")
 ]
-TraceSmoke = Annotated[int, own("Use the shipped two-topic document with this number.", PROMPT, "N")]
+SMOKE_DOCUMENT = r"Use the shipped two-topic document with this number.  \[default: 0, without a prompt]"
+TraceSmoke = Annotated[int | None, own(SMOKE_DOCUMENT, PROMPT, "N")]
 TraceTokens = Annotated[int, count("Stop this many tokens after the prompt.", PROMPT)]
 RUN = "Run this method: a name, or a name with other parts, such as griffin:remask=drift."
 TraceMethod = Annotated[str, own(RUN, PRUNING, "NAME", offers=complete.words(complete.methods))]

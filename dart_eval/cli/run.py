@@ -8,6 +8,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
@@ -17,7 +18,7 @@ from dart_eval.cli.view import TerminalView, put, say, show
 from dart_eval.models import digest
 from dart_eval.results.writers import Table
 from dart_eval.sweep.options import DEFAULTS
-from dart_eval.util.text import Json
+from dart_eval.util.text import Json, json_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +52,7 @@ def run(
     hush(verbose)
     configs = understood(config, {"model_args": model_args, **given})
     if plan:
-        show_plan(configs, verbose)
+        show_plan(configs, verbose, format)
     else:
         run_cells(configs, verbose, format)
 
@@ -77,8 +78,8 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
     finish(result, first.output)
 
 
-def show_plan(configs: list[RunConfig], verbose: bool) -> None:
-    """Time a few batches of every task, and print what the sweep will take.
+def show_plan(configs: list[RunConfig], verbose: bool, format: str = "table") -> None:
+    """Time a few batches of every task, and print what the sweep will take, or each cell's numbers as JSON.
 
     Raises:
         UserError: the input is wrong.
@@ -89,7 +90,10 @@ def show_plan(configs: list[RunConfig], verbose: bool) -> None:
         from dart_eval.sweep.sizing import keep
 
         sizes, workers = estimate_all(configs, view)
-    show(plan_table(sizes, workers))
+    if format == "json":
+        put(json_text([asdict(size) for size in sizes]) + "\n")
+    else:
+        show(plan_table(sizes, workers))
     keep(configs[0].output, sizes, workers)
 
 

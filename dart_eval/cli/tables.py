@@ -11,6 +11,7 @@ import typer
 from dart_eval.cli.options import ALL, BATCH, BOARD, FORMATS, FRONTIER, TIME, one_of, own
 from dart_eval.cli.view import put
 from dart_eval.evaluation.task_names import ALIASES
+from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
 
 DRAWN = (FRONTIER, TIME, BATCH)
@@ -74,6 +75,7 @@ def tables(
     from dart_eval.results.report.reader import Reader
     from dart_eval.results.rows import of_tasks
 
+    _check_looks(view, metric=metric, level=level, sort=sort, explain=explain or None)
     store = Reader(folder)
     picture = view in DRAWN and save is not None and save.suffix in PICTURES
     if save is not None:
@@ -91,3 +93,15 @@ def tables(
         return
     form = format if format not in (None, "table") else "md"
     put(as_data(shown, form) if form in ("csv", "json") else render(shown, form), save)
+
+
+def _check_looks(view: str, **looks: object) -> None:
+    """Refuse an option of the board that another view would ignore.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, given in looks.items():
+        views = (BOARD, ALL, FRONTIER, TIME) if name == "metric" else (BOARD, ALL)
+        if given is not None and view not in views:
+            raise UserError(f"--{name} is an option of the board, and --view {view} has none", "leave one of them out")

@@ -20,7 +20,7 @@ def trace(
     text: options.TraceText = None,
     file: options.TraceFile = None,
     then: options.TraceThen = None,
-    smoke: options.TraceSmoke = 0,
+    smoke: options.TraceSmoke = None,
     method: options.TraceMethod = "dart",
     sparsity: options.OneSparsity = 0.5,
     tokens: options.TraceTokens = 200,
@@ -47,12 +47,12 @@ def trace(
         )
     aside = is_stream(output)  # a program may read the JSON from this stream
     picture = _picture(output, plot, save_allocation)
-    prompt, following = _prompt(text, file, then)
+    prompt, following = _prompt(text, file, then, smoke)
     quieten(False)  # it imports torch, and all before it does not
     from dart_eval.bench import tracing
     from dart_eval.models.loading import resolve
 
-    passage = tracing.smoke_passage(smoke) if prompt is None else tracing.Passage(prompt, following)
+    passage = tracing.smoke_passage(smoke or 0) if prompt is None else tracing.Passage(prompt, following)
     loaded, tokenizer = resolve(chosen.model_spec).load(print_note)
     found = tracing.trace(loaded, tokenizer, made, sparsity, passage, tokens)
     say(tracing.summary(found), err=aside)
@@ -86,10 +86,11 @@ def _picture(output: Path, plot: Path | None, allocation: Path | None) -> Path |
     return picture
 
 
-def _prompt(text: str | None, file: Path | None, then: Path | None) -> tuple[str | None, str | None]:
+def _prompt(text: str | None, file: Path | None, then: Path | None, smoke: int | None) -> tuple[str | None, str | None]:
     """Return the prompt and the text after it; None for what was not given."""
-    if text is not None and file is not None:
-        raise UserError("both a prompt and --file are given", "leave one of them out")
+    given = [name for name, what in (("a prompt", text), ("--file", file), ("--smoke", smoke)) if what is not None]
+    if len(given) > 1:
+        raise UserError(f"both {given[0]} and {given[1]} are given", "leave one of them out")
     following = read_text(then, "text", "give a text file") if then is not None else None
     prompt = read_text(file, "text", "give a text file") if file is not None else text
     if prompt is None and following is not None:

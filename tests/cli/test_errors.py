@@ -272,6 +272,16 @@ def test_an_unknown_table_format_is_answered_with_the_nearest(refused):
     assert refused("tables", "out", "--format", "jsn") == "unknown format 'jsn'; did you mean json?"
 
 
+@pytest.mark.parametrize(
+    ("look", "view"), [("--level=0.3", "long"), ("--sort=flips", "time"), ("--metric=acc", "flops")]
+)
+def test_a_look_of_the_board_is_refused_where_another_view_would_ignore_it(refused, look, view):
+    name = look.partition("=")[0]
+    assert f"{name} is an option of the board, and --view {view} has none" in refused(
+        "tables", "out", look, "--view", view
+    )
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_tables_of_a_folder_without_results_tell_what_to_run(refused, tmp_path, exists):
     folder = tmp_path / "empty"
@@ -353,3 +363,12 @@ def test_a_record_that_is_no_object_is_named(refused, tmp_path):
     (tmp_path / "r" / "cells").mkdir(parents=True)
     (tmp_path / "r" / "cells" / "x.json").write_text("[]")
     assert "x.json cannot be read (not a record)" in refused("tables", tmp_path / "r", indexed=False)
+
+
+@pytest.mark.parametrize(
+    "words", [("a text", "--file", "a.txt"), ("a text", "--smoke", 0), ("--file", "a.txt", "--smoke", 1)]
+)
+def test_two_prompts_of_a_trace_are_refused(refused, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a text\n")
+    assert "are given; leave one of them out" in refused("trace", *words)

@@ -1,5 +1,6 @@
 """What a sweep will take: counted as the run counts it, and held against it afterwards."""
 
+import json
 import re
 
 import pytest
@@ -142,6 +143,11 @@ def test_a_plan_at_the_command_line_and_the_run_that_follows_it(saved_llama, tmp
     assert planned.code == 0
     assert "smoke_questions dart 50 %" in planned.out and "2 to run" in planned.out
     assert not (tmp_path / "out" / "cells").exists()
+    cells = json.loads(command(*words, "--output", "out", "--plan", "--format", "json").out)
+    assert [(c["title"], c["requests"]) for c in cells] == [
+        ("smoke_questions dense", 5),
+        ("smoke_questions dart 50 %", 5),
+    ]
     done = command(*words, "--output", "out")
     assert done.code == 0
     assert re.search(r"planned .* of work for 2 cells, took", done.err)
