@@ -172,7 +172,8 @@ def _mean(sides: Sequence[Sides]) -> list[Sides]:
 def _cost(claim: Claim, column: PaperColumn, cost: float | None) -> Finding:
     if cost is None or cost != cost or claim.at_most is None:
         return Finding("not measured", 0, OPEN)
-    return _within(claim.at_most, cost, number(cost, FIELDS[column.field][1]))
+    _, digits, unit = FIELDS[column.field]
+    return _within(claim.at_most, cost, number(cost, digits), unit)
 
 
 def judged(claim: Claim, sides: Sequence[Sides], part: str = "") -> Finding:

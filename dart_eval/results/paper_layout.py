@@ -12,13 +12,13 @@ import pandas as pd
 from dart_eval.results.tables import flops_ratio
 from dart_eval.util.text import Json
 
-# Costs that a column can show -> their values in the frame of cells, and the number of digits.
-FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int]] = {
-    "state_mib": (lambda cells: cells["memory_state"] / 2**20, 3),
-    "peak_mib": (lambda cells: cells["memory_peak"] / 2**20, 0),
-    "overhead_percent": (lambda cells: 100 * cells["flops_overhead_share"], 4),
-    "flops_per_token": (flops_ratio, 3),
-    "remasks_per_1000": (lambda cells: 1000 * cells["remasks"] / cells["tokens"].clip(lower=1), 2),
+# Costs that a column can show -> their values in the frame of cells, the number of digits, and the unit.
+FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int, str]] = {
+    "state_mib": (lambda cells: cells["memory_state"] / 2**20, 3, " MiB"),
+    "peak_mib": (lambda cells: cells["memory_peak"] / 2**20, 0, " MiB"),
+    "overhead_percent": (lambda cells: 100 * cells["flops_overhead_share"], 4, " %"),
+    "flops_per_token": (flops_ratio, 3, ""),
+    "remasks_per_1000": (lambda cells: 1000 * cells["remasks"] / cells["tokens"].clip(lower=1), 2, " per 1,000 tokens"),
 }
 MEAN = "mean"
 COLUMNS = ("method", "sparsity", "effective", "read")  # of every table, beside its own

@@ -151,6 +151,7 @@ def test_verdicts_come_from_the_documents_of_a_folder(tmp_path):
     assert [row[1] for row in made.body] == [HOLDS, FAILS, FAILS, HOLDS, HOLDS, FAILS, OPEN, HOLDS, FAILS]
     assert made.body[0] == ["it is better (abstract)", HOLDS, made.body[0][2], "40"]
     assert made.body[0][2].startswith("+50.0 points [") and made.body[7][2] == "9.7 MB, counted"
+    assert made.body[4][2].endswith(" MiB")
     assert made.body[2][2].startswith("-1.000 [")  # a is worse by a nat a word
     assert "tiny@f00d" in made.note
 
