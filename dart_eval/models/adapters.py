@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import huggingface_hub
 
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import feed
@@ -36,16 +39,19 @@ def refuse_alone(source: str, revision: str | None = None) -> None:
         )
 
 
-def digest_of(adapter: str) -> str:
+def digest_of(adapter: str, revision: str | None) -> str:
     """Return the sha256 of an adapter's files.
 
     Raises:
         UserError: it has no files, or the package peft is missing.
     """
-    config = model_file(adapter, CONFIG, None)
-    weights = next((file for name in WEIGHTS if (file := model_file(adapter, name, None)) is not None), None)
+    config = model_file(adapter, CONFIG, revision)
+    weights = next((file for name in WEIGHTS if (file := model_file(adapter, name, revision)) is not None), None)
     if config is None or weights is None:
         lacking = CONFIG if config is None else WEIGHTS[0]
+        if huggingface_hub.constants.HF_HUB_OFFLINE and not Path(adapter).is_dir():
+            problem = f"adapter {adapter} is not a local folder, and the hub cannot be reached"
+            raise UserError(problem, "check its name and the network")
         raise UserError(f"adapter {adapter} has no {lacking}", "give a folder or a hub id that PEFT wrote")
     if find_spec("peft") is None:
         raise UserError(
@@ -58,7 +64,7 @@ def digest_of(adapter: str) -> str:
     return digest.hexdigest()
 
 
-def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+def merged(model: PreTrainedModel, adapter: str, revision: str | None) -> PreTrainedModel:
     """Return the model with an adapter merged into its weights.
 
     Raises:
@@ -66,11 +72,16 @@ def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """
     from peft import PeftConfig, PeftModel
 
-    config = PeftConfig.from_pretrained(adapter)
+    config = PeftConfig.from_pretrained(adapter, revision=revision)
     if config.is_prompt_learning:
         raise UserError(f"adapter {adapter} is a prompt adapter and changes no weights", "give another (LoRA)")
+    if getattr(config, "layer_replication", None):
+        raise UserError(
+            f"adapter {adapter} repeats layers (layer_replication), which share the weights it would change",
+            "merge it with PEFT and give the merged model",
+        )
     tuned = PeftModel(model, config)
-    keys = tuned.load_adapter(adapter, "default", torch_device="cpu")
+    keys = tuned.load_adapter(adapter, "default", torch_device="cpu", revision=revision)
     if strange := [*keys.missing_keys, *keys.unexpected_keys]:
         raise UserError(
             f"adapter {adapter} does not fit the model: {len(strange)} weights have no counterpart ({min(strange)})",

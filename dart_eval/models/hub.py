@@ -1,14 +1,17 @@
-"""Reachability of the Hugging Face hub, checked once, so that a machine without a network responds in seconds."""
+"""The Hugging Face hub: whether it answers, checked once, and the commit of what lies there."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 from functools import lru_cache
 from urllib.parse import urlparse
 
 import datasets
 import huggingface_hub
+
+from dart_eval.weights.checkpoint import model_file
 
 TIMEOUT = 5.0  # seconds
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
@@ -36,3 +39,18 @@ def work_offline_if_unreachable() -> bool:
         datasets.config.HF_HUB_OFFLINE = True
         return True
     return False
+
+
+def commit_of(source: str, name: str, revision: str) -> str:
+    """Return the commit that a branch or a tag of a repository names now; the revision itself where none is known.
+
+    Transformers gives it in `config._commit_hash` in some versions only. In the hub's cache files lie in a folder of
+    their commit.
+
+    Args:
+        source: the id of the repository.
+        name: a file that it has.
+    """
+    file = model_file(source, name, revision)
+    folders = [] if file is None else [part for part in file.parts if re.fullmatch("[0-9a-f]{40}", part)]
+    return folders[-1] if folders else revision

@@ -24,7 +24,8 @@ from transformers import (
 
 from dart_eval.layers import experts
 from dart_eval.models import adapters, demo_model, digest
-from dart_eval.models.hub import work_offline_if_unreachable
+from dart_eval.models.device import choose_device
+from dart_eval.models.hub import commit_of, work_offline_if_unreachable
 from dart_eval.util.errors import UserError, nearest, out_of_memory
 from dart_eval.util.files import check_name
 from dart_eval.util.quiet import muted
@@ -138,7 +139,7 @@ class Resolved:
                 )  # fmt: skip
                 stored.expand(model)
                 if self.adapter is not None:
-                    model = adapters.merged(model, self.adapter)
+                    model = adapters.merged(model, self.adapter, self._adapter_revision)
                     notes.append(f"model {name}: the adapter of {self.adapter} is merged into its weights")
         except UserError:
             raise
@@ -163,6 +164,11 @@ class Resolved:
             return AutoTokenizer.from_pretrained(self.spec.tokenizer or self.source, **kwargs)
         except Exception as error:  # as in `load`
             raise _explain(self.spec.tokenizer or self.identity.name, error) from error
+
+    @property
+    def _adapter_revision(self) -> str | None:
+        """The commit of an adapter beside the weights; another's is the newest."""
+        return self.identity.revision if self.adapter == self.source else None
 
     def _kwargs(self) -> dict[str, object]:
         """Return the arguments of transformers' loaders beside the source."""
@@ -216,26 +222,6 @@ def _loader(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelFo
     return AutoModelForImageTextToText
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is cuda, else mps, else cpu.
-
-    Raises:
-        UserError: no such device.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device {name!r}", "auto, cpu, cuda, cuda:1, mps") from None
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count or (device.type == "mps" and not torch.backends.mps.is_available()):
-        raise UserError(f"device {name} is not there ({count} CUDA devices)", "choose another --device")
-    return device
-
-
 def resolve(spec: ModelSpec) -> Resolved:
     """Find the model without loading it.
 
@@ -246,7 +232,10 @@ def resolve(spec: ModelSpec) -> Resolved:
     if spec.dtype not in DTYPES:
         raise UserError(f"unknown dtype {spec.dtype!r}", nearest(spec.dtype, DTYPES))
     choose_device(spec.device)
-    name = spec.name
+    tokenizer, peft = (value and os.path.expanduser(value) for value in (spec.tokenizer, spec.peft))
+    spec, name = dataclasses.replace(spec, tokenizer=tokenizer, peft=peft), spec.name
+    if any(value and not Path(value).exists() for value in (tokenizer, peft)):
+        work_offline_if_unreachable()
     if name is None:
         if not demo_model.installed():
             raise UserError(
@@ -294,7 +283,7 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
             f"config.json of model {name} says quant_method {method!r}, which transformers does not know",
             "correct quantization_config, or remove it if the weights are not quantised",
         )
-    commit = None if weights else getattr(config, "_commit_hash", None) or revision
+    commit = None if weights else commit_of(source, "config.json", revision)
     code = own_code(source, config, commit)
     if code is not None and "/" in code and not spec.trust_remote_code:
         raise _untrusted(name, code)
@@ -309,21 +298,24 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
         whole = hashlib.sha256(f"{weights or commit} {spec.load_in}".encode())
         name, weights = f"{name}+{spec.load_in}", whole.hexdigest()
     if adapter is not None:
-        name, weights = _adapted(adapter, name, source, config, weights or commit)
-    if spec.tokenizer is not None and (own := Path(os.path.expanduser(spec.tokenizer))).is_dir():
-        weights = hashlib.sha256(f"{weights or commit} {digest.of_tokenizer(own)}".encode()).hexdigest()
+        name, weights = _adapted(adapter, name, source, config, weights, commit)
+    if (own := spec.tokenizer) is not None:
+        its = digest.of_tokenizer(Path(own)) if Path(own).is_dir() else commit_of(own, "tokenizer_config.json", "main")
+        weights = hashlib.sha256(f"{weights or commit} {its}".encode()).hexdigest()
     identity = Identity(name, commit, weights, spec.trust_remote_code and code is not None)
     return Resolved(spec, source, identity, _dtype(spec, config, source, commit), config=config, adapter=adapter)
 
 
-def _adapted(adapter: str, name: str, source: str, config: PretrainedConfig, weights: str | None) -> tuple[str, str]:
-    """Return the name and hash of a model with an adapter. weights: identity of the model's own weights."""
-    merged = adapters.digest_of(adapter)
+def _adapted(
+    adapter: str, name: str, source: str, config: PretrainedConfig, weights: str | None, commit: str | None
+) -> tuple[str, str]:
+    """Return the name and hash of a model with an adapter. weights, commit: of the model's own weights."""
+    merged = adapters.digest_of(adapter, commit if adapter == source else None)
     if _is_quantised(source, config):
         raise UserError(
             f"model {name} is quantised, and --peft merges only into plain weights", "give the unquantised model"
         )
-    whole = hashlib.sha256(f"{weights} {merged}".encode()).hexdigest()
+    whole = hashlib.sha256(f"{weights or commit} {merged}".encode()).hexdigest()
     return (name if adapter == source else f"{name}+{Path(adapter).name}"), whole
 
 

@@ -188,7 +188,7 @@ class _Workers:
 
 def _cards(config: RunConfig) -> list[str]:
     """Return the GPUs that workers may use, as `CUDA_VISIBLE_DEVICES` names them; none on a CPU."""
-    from dart_eval.models.loading import choose_device
+    from dart_eval.models.device import choose_device
 
     if choose_device("auto" if config.device_map else config.device).type != "cuda":
         return []

@@ -53,6 +53,21 @@ def _theirs(base, adapter):
     return _logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base).eval(), adapter))
 
 
+def test_a_home_folder_is_found_under_its_short_name(saved_llama, lora, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(saved_llama, tmp_path / "tokens")
+    model, _ = resolve(_spec(saved_llama, peft="~/lora", tokenizer="~/tokens")).load()
+    torch.testing.assert_close(_logits(model), _theirs(saved_llama, lora))
+
+
+def test_an_adapter_that_repeats_layers_is_refused(saved_llama, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(saved_llama), config).save_pretrained(tmp_path / "lora")
+    with pytest.raises(UserError, match="repeats layers"):
+        resolve(_spec(saved_llama, peft=str(tmp_path / "lora"))).load()
+
+
 def test_an_adapter_alone_is_no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lora").mkdir()
@@ -75,8 +90,9 @@ def test_without_peft_an_adapter_is_refused_wherever_it_lies(folder, monkeypatch
             UserError, match=r"model has an adapter \(adapter_config\.json\), which needs the package peft"
         ):
             resolve(spec)
-    with pytest.raises(UserError, match=r"adapter nowhere has no adapter_config\.json; give a folder or a hub id"):
-        resolve(_spec(folder, peft="nowhere"))
+    with pytest.raises(UserError, match=r"empty has no adapter_config\.json; give a folder or a hub id"):
+        (folder / "empty").mkdir()
+        resolve(_spec(folder, peft=str(folder / "empty")))
 
 
 def test_an_adapter_is_merged_told_and_another_model(folder, lora):
