@@ -10,7 +10,10 @@ step=0
 one() { # COMMAND OPTIONS: the next step
   step=$((step + 1))
   [ "$step" -lt "$first" ] && return
-  $tool "$@" || echo "step $step ended with status $?: $*" >&2
+  $tool "$@" && return
+  local status=$?
+  [ "$status" -ge 128 ] && exit "$status" # Ctrl-C
+  echo "step $step ended with status $status: $*" >&2
 }
 cells() { # TASKS LIMIT OTHER-OPTIONS: one run; what is finished is kept and skipped
   local tasks=$1 limit=$2

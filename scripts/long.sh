@@ -10,8 +10,10 @@ ask="Summarise the article above in a long and detailed report of at least 300 w
 
 cells() { # OPTIONS: one run; what is finished is kept and skipped
   $tool run --model "$model" --data-dir "$data" --dtype bfloat16 --output "$output" --batch-size 16 --chat-template \
-    --sparsity 0.5 "$@" ||
-    echo "ended with status $?: $*" >&2
+    --sparsity 0.5 "$@" && return
+  local status=$?
+  [ "$status" -ge 128 ] && exit "$status" # Ctrl-C
+  echo "ended with status $status: $*" >&2
 }
 
 both() { # METHODS

@@ -7,7 +7,10 @@ tool=${DART_EVAL:-dart-eval}
 
 cells() { # TASKS SCOPE METHODS
   $tool run --model "$model" --data-dir "$data" --dtype bfloat16 --output "$output" --tasks "$1" --limit 100 --sparsity 0.5 \
-    --scope "$2" --method "$3" || echo "ended with status $?: $*" >&2
+    --scope "$2" --method "$3" && return
+  local status=$?
+  [ "$status" -ge 128 ] && exit "$status" # Ctrl-C
+  echo "ended with status $status: $*" >&2
 }
 
 for tasks in arc_easy,winogrande,openbookqa,piqa,arc_challenge boolq hellaswag; do

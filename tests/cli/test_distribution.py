@@ -69,7 +69,7 @@ def test_the_action_installs_itself(step, tmp_path, monkeypatch):
 
 
 def test_the_action_passes_and_fails_with_the_check(step, config, tmp_path):
-    ran = step("Run", config=config, args="--limit 3 --sparsity 0.4")
+    ran = step("Run", config=config, args="--limit 3\n--sparsity 0.4\n")
     assert ran.returncode == 0, ran.stderr
     results = tmp_path / ACTION["inputs"]["output"]["default"]
     assert command("check", results, "--baseline", tmp_path / "base line.json", "--update").code == 0
@@ -85,6 +85,20 @@ def test_the_action_passes_and_fails_with_the_check(step, config, tmp_path):
     failed = step("Check", config=config, baseline="base line.json", thresholds="limits.yaml")
     assert failed.returncode == 1 and "::error" in failed.stdout
     assert not (tmp_path / "pasted").exists()
+
+
+@pytest.mark.parametrize("script", ["board", "long", "scopes"])
+def test_ctrl_c_ends_a_script_and_an_error_does_not(script, tmp_path):
+    """The tool ends with 130 then, as `dart-eval` does."""
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\necho >> calls\n[ $(wc -l < calls) -eq 2 ] && exit 130\nexit 2\n")
+    tool.chmod(0o755)
+    words = ["bash", ROOT / "scripts" / f"{script}.sh", "model", "data", "out"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ | {"DART_EVAL": str(tool)}, capture_output=True, text=True
+    )
+    assert done.returncode == 130 and done.stderr.count("ended with status 2") == 1
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
 
 
 def test_no_script_has_a_value_pasted_into_it():
