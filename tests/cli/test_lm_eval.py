@@ -1,16 +1,15 @@
 """lm-eval's own command line with `--model dart`: the numbers of `dart-eval run`, and refusals in a line."""
 
-import importlib
+import importlib.metadata
 import json
 
 import pytest
-import tomllib
 from lm_eval.models.huggingface import HFLM
 
 from dart_eval.evaluation.tasks import weigh_scored_text
 from dart_eval.results.store import Store
 from dart_eval.sweep.dart_lm import DartLM
-from tests.helpers.commands import ROOT, command
+from tests.helpers.commands import command
 from tests.helpers.models import save_tiny
 
 ROLLING = """
@@ -112,6 +111,5 @@ def test_other_scopes_are_for_answers(tmp_path, model, tasks, task):
 
 
 def test_the_entry_point_names_the_model():
-    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]
-    module, _, name = entry["dart"].partition(":")
-    assert getattr(importlib.import_module(module), name) is DartLM and issubclass(DartLM, HFLM)
+    (entry,) = (e for e in importlib.metadata.entry_points(group="lm_eval.models") if e.name == "dart")
+    assert entry.load() is DartLM and issubclass(DartLM, HFLM)
