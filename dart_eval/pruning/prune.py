@@ -11,7 +11,7 @@ from typing import ParamSpec
 
 from torch import nn
 
-from dart_eval.models.guard import refuse_second
+from dart_eval.layers.guard import refuse_second
 from dart_eval.pruning.calibration.calibration import Calibration, TextCalibration
 from dart_eval.pruning.choices.choice import AnyChoice
 from dart_eval.pruning.experts.routings import Routing

@@ -134,6 +134,9 @@ def test_codes_alone_write_what_codes_beside_weights_write(sparsity):
             kept = sum("codes" in vars(c) for c in codes)
             batch = model.generate(PROMPT.expand(2, -1), max_new_tokens=6, do_sample=False)
             assert torch.equal(batch[0], batch[1])
+            if serve == "codes":  # zeros would be saved
+                with pytest.raises(UserError, match="save the model after the block"):
+                    model.state_dict()
         assert (max(held) <= 2 and kept == 0) if serve == "codes" else min(held) > 2
     assert torch.equal(*found)
     after = [m.weight for f in find_ffns(model) for m in f.projections]

@@ -24,6 +24,7 @@ from dart_eval.pruning.calibration.inputs import squares_of_inputs
 from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.util.bits import Rounding
+from dart_eval.util.errors import UserError
 from dart_eval.weights import k_quants, rounding
 from dart_eval.weights.codes import Packed
 from dart_eval.weights.rounding import as_held, parameter_of, rounded
@@ -97,10 +98,12 @@ def move(packed: Packed, made: Callable[[], Tensor]) -> None:
 class _Held:
     """A projection that is served: its parameter, the weights of this between forwards, codes, and their values.
 
+    block: its decoder layer.
     dropped: its own weights are gone (`Serving.drop`).
     """
 
     module: nn.Module
+    block: nn.Module
     parameter: nn.Parameter
     own: Tensor
     packed: Packed
@@ -126,7 +129,7 @@ class Serving:
                 if id(m) not in held and not rounding.on_grid(m) and not encoded(m):
                     parameter = parameter_of(m)
                     codes = _served(m, wanted, None if m is ffn.down else order)
-                    self._held.append(_Held(m, parameter, parameter.data, *codes))
+                    self._held.append(_Held(m, ffn.holder, parameter, parameter.data, *codes))
 
     def __bool__(self) -> bool:
         """Whether any weights are served as codes."""
@@ -143,6 +146,7 @@ class Serving:
         for held in self._held:
             yield held.module.register_forward_pre_hook(_putting(held.parameter, held.values))
             yield held.module.register_forward_hook(_putting(held.parameter, functools.partial(_own, held)))
+            yield held.block.register_state_dict_pre_hook(functools.partial(_refuse_to_save, held))
 
     def drop(self) -> None:
         """Free the model's own weights: parameters are empty between forwards, and have the codes' values after."""
@@ -170,6 +174,12 @@ def serving(wanted: Rounding, ordered: bool, ffns: Sequence[FFN], calibration: C
     if ordered and calibration is not None:
         orders = [s.argsort(descending=True, stable=True) for s in squares_of_inputs(ffns, calibration)]
     return Serving(ffns, wanted, orders)
+
+
+def _refuse_to_save(held: _Held, *_: object) -> None:
+    """Refuse a state dict in which weights that are gone would be zeros."""
+    if held.dropped:
+        raise UserError("serve='codes' keeps no FFN weights that could be saved", "save the model after the block")
 
 
 def _own(held: _Held) -> Tensor:

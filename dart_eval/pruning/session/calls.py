@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dart_eval.models.guard import GUARD, refuse_second
+from dart_eval.layers.guard import GUARD, refuse_second
 from dart_eval.util.errors import UserError
 
 ABSENT = object()
