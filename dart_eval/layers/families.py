@@ -194,6 +194,9 @@ def decoder(model: nn.Module) -> nn.Module:
             return get(base, owner) if owner else base
     if all(get(base, path) is not None for path in STACKS):
         return base
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        remedy = "give model.get_base_model(), or the merged model"
+        raise UserError(f"{type(model).__name__} wraps the model whose layers are to be pruned", remedy)
     raise UserError(
         f"the decoder layers of {type(model).__name__} were not found",
         "add the family to dart_eval/layers/families.py (docs/architecture.md, 'a model family')",

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dart_eval.layers import quantised
-from dart_eval.models.guard import refuse_second
+from dart_eval.layers.guard import refuse_second
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.util.errors import UserError
 from dart_eval.util.source import source_hash
@@ -106,20 +106,26 @@ def _hash(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         "tokenizer": _tokens(tokenizer),
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    seen = set()
-    for name, weight in _weights(model):
-        if not isinstance(weight, torch.Tensor):
-            digest.update(f"{name}\0{weight!r}\0".encode())
-            continue
-        digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
-        if (place := (weight.data_ptr(), weight.shape, weight.stride())) not in seen:  # tied weights count once
-            seen.add(place)
-            digest.update(_bytes(weight))
+    for name, part in _weights(model):
+        what = (part.dtype, tuple(part.shape)) if isinstance(part, torch.Tensor) else part
+        digest.update(f"{name}\0{what!r}\0".encode())
+        if isinstance(part, torch.Tensor):
+            digest.update(_bytes(part))
     return digest.hexdigest()
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
-    """Yield the state of a model; other buffers follow from the configuration."""
+    """Yield the state of a model, each plain tensor once; other buffers follow from the configuration."""
+    seen = set()
+    for name, weight in _state(model):
+        if isinstance(weight, torch.Tensor) and not weight.is_quantized and not hasattr(weight, "__tensor_flatten__"):
+            if (place := (weight.data_ptr(), weight.shape, weight.stride())) in seen:  # tied
+                continue
+            seen.add(place)
+        yield from _parts(name, weight)
+
+
+def _state(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
     quantised_modules = [(n, m) for n, m in model.named_modules() if hasattr(getattr(m, "weight", None), "quant_state")]
     if not quantised_modules:
         yield from model.state_dict().items()
@@ -127,6 +133,25 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
     yield from model.named_parameters()  # a state dict would change such weights: see `quantised`
     for name, module in quantised_modules:
         yield from ((f"{name}.{i}", tensor) for i, tensor in enumerate(quantised.held(module)))
+
+
+def _parts(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield what an entry of a state consists of: plain tensors, and other values with their names."""
+    parts: dict[str, object] = {}
+    if isinstance(value, (tuple, list)):
+        parts = {str(i): part for i, part in enumerate(value)}
+    elif hasattr(value, "__tensor_flatten__"):  # torchao
+        names, context = value.__tensor_flatten__()
+        parts = {"context": f"{type(value).__qualname__} {context!r}"} | {n: getattr(value, n) for n in names}
+    elif isinstance(value, torch.Tensor) and value.is_quantized:  # torch's own
+        channels = "channel" in str(value.qscheme())
+        scales = value.q_per_channel_scales() if channels else value.q_scale()
+        points = value.q_per_channel_zero_points() if channels else value.q_zero_point()
+        parts = {"codes": value.int_repr(), "scales": scales, "points": points}
+    else:
+        yield name, value
+    for inner, part in parts.items():
+        yield from _parts(f"{name}.{inner}", part)
 
 
 @torch.no_grad()

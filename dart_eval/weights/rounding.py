@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dart_eval.layers import quantised
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
+from dart_eval.layers.guard import refuse_second
 from dart_eval.layers.projection import Step, encoded, is_conv1d, plain_matrix, stored_bits
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored, parse
 from dart_eval.util.errors import UserError
@@ -270,7 +271,7 @@ class Rounded:
         finally:
             for module, parameter, own, _, _ in self._held:
                 serve(module, None)
-                parameter.data = own
+                parameter.data = own.to(parameter.device, parameter.dtype)  # the user may have moved the model
 
 
 def parameter_of(module: nn.Module) -> nn.Parameter:
@@ -309,8 +310,10 @@ def rounded_ffns(model: nn.Module, bits: int | str) -> Iterator[None]:
         bits: of a weight, 2 to 8; as text also with the weights that share a scale, `"4:64"` (default 32), `"4:row"`.
 
     Raises:
-        UserError: other bits, an FFN that is not understood, or weights that are quantised already.
+        UserError: other bits, an FFN that is not understood, weights that are quantised already, or a model under a
+            method, which may hold copies of its weights.
     """
+    refuse_second(model)
     rounding = parse(str(bits))
     if rounding is None:
         yield

@@ -174,6 +174,30 @@ def test_what_answers_depend_on_is_in_a_loaded_models_identity(opened):
         assert len(found) == number, change
 
 
+def _torchs_own(model):
+    names = {n for n, _ in model.named_modules() if n.endswith("up_proj")}
+    return torch.ao.quantization.quantize_dynamic(model, names, dtype=torch.qint8)
+
+
+def _torchaos(model):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig(version=2))
+    return model
+
+
+@pytest.mark.parametrize("quantise", [_torchs_own, _torchaos])
+def test_the_codes_of_a_quantised_model_are_in_its_identity(opened, quantise):
+    """Codes within a large matrix: text abbreviates it."""
+    model, tokenizer = opened
+    found = []
+    for sign in (1, 1, -1):
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            changed.model.layers[1].mlp.up_proj.weight[5:9, 8:24] *= sign
+        found.append(loaded(quantise(changed), tokenizer).identity.weights)
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_model_under_prune_is_not_evaluated(opened, tmp_path):
     """Its dense cells would be pruned ones."""
     model, tokenizer = opened

@@ -90,8 +90,8 @@ def test_without_peft_an_adapter_is_refused_wherever_it_lies(folder, monkeypatch
             UserError, match=r"model has an adapter \(adapter_config\.json\), which needs the package peft"
         ):
             resolve(spec)
+    (folder / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no adapter_config\.json; give a folder or a hub id"):
-        (folder / "empty").mkdir()
         resolve(_spec(folder, peft=str(folder / "empty")))
 
 

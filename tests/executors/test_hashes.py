@@ -222,7 +222,6 @@ WITHOUT_NUMBERS = {
     "models/demo_model.py": "makes a model, whose files are hashed",
     "models/device.py": "names a device, which is part of a key",
     "models/digest.py": "hashes a model's files",
-    "models/guard.py": "refuses",
     "models/hub.py": "asks whether the hub is there, and for commits",
     "pruning/choices/graded.py": "is not run",
     "pruning/choices/previewed.py": "is not run",

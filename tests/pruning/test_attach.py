@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, pipeline
 import dart_eval
 from dart_eval import UserError, attach, prune
 from dart_eval.layers.find import HELD
-from dart_eval.models.guard import GUARD
+from dart_eval.layers.guard import GUARD
 from dart_eval.weights.rounding import coded
 from tests.helpers.models import biased, tiny, word_tokenizer
 from tests.helpers.sessions import RESTLESS, bits, generate, hooked, prompts_of, same

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dart_eval.kernels import mask_rows
-from dart_eval.models.guard import GUARD
+from dart_eval.layers.guard import GUARD
 from dart_eval.pruning.session import cache, calls, execution, hooks, session
 from tests.helpers.models import biased, random_tokens, shallow
 from tests.helpers.sessions import RESTLESS, bits, decoded, hooked, open_session, same

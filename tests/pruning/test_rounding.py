@@ -159,6 +159,22 @@ def test_a_model_gets_its_weights_back_after_an_error():
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
 
 
+def test_a_model_under_a_method_is_not_rounded():
+    """The method may hold copies of its weights."""
+    model = tiny("llama")
+    block = dart_eval.rounded_ffns(model, 4)
+    with dart_eval.prune(model, "griffin"), pytest.raises(UserError, match="already under"), block:
+        pass
+
+
+def test_a_model_that_moves_while_it_is_rounded_is_whole_afterwards():
+    model = tiny("llama", dtype=torch.float32)
+    with dart_eval.rounded_ffns(model, 4):
+        model.bfloat16()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model(torch.tensor([[3, 4, 5]]))
+
+
 def test_only_ffns_are_rounded():
     model = tiny("llama", dtype=torch.float32)
     own = {name: value.clone() for name, value in model.state_dict().items()}

@@ -166,6 +166,13 @@ def test_a_loss_under_prune_is_refused(llama, method):
     assert torch.isfinite(llama(ids, labels=ids).loss)
 
 
+def test_the_wrapper_of_an_adapter_says_what_to_give():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"give model\.get_base_model\(\)"), prune(wrapped, "griffin"):
+        pass
+
+
 def test_the_name_of_a_model_is_none():
     refused = pytest.raises(UserError, match=r"and 'path' is a str; load it first, with transformers\.Auto")
     with refused, prune("path", "griffin"):
