@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lm_eval.api.instance import Instance
@@ -127,7 +128,8 @@ class Generator:
 
     def _units(self, group: dict[int, tuple[str, Instance]]) -> Iterator[Prompts]:
         """Yield the batches of requests with the same settings, by index."""
-        settings = next(iter(group.values()))[1].args[1]
+        given = next(iter(group.values()))[1].args[1]
+        settings = {name: value for name, value in given.items() if value is not None}
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.lm.max_gen_toks))
         odd = [name for name in ("max_length", "num_return_sequences") if kwargs.pop(name, None) not in (None, 1)]
         if odd:
@@ -135,9 +137,13 @@ class Generator:
             raise UserError(f"{odd[0]} is no setting of a task's generation", remedy)
         if kwargs.get("do_sample"):
             kwargs["temperature"] = float(kwargs.get("temperature", 1.0))  # not 0, as `HFLM` would have it
+            if kwargs["temperature"] <= 0:
+                raise UserError("do_sample draws tokens, and temperature 0 draws none", "leave one of them out")
         eos = self.lm.tok_decode([self.lm.eot_token_id], skip_special_tokens=False)
         stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
         new: int = kwargs.pop("max_gen_toks")
+        if new < 1:
+            raise UserError(f"a text of {new} new tokens is none", "give max_gen_toks=1 or more")
         longest = self.lm.max_length - new
         if longest <= 0:
             raise UserError(f"{new} new tokens do not fit in a context of {self.lm.max_length}")
@@ -163,7 +169,8 @@ class Generator:
         ids, attention = lm.tok_batch_encode([p.text for p in prompts], left_truncate_len=unit.longest)
         watch, log = LogitsWatch(len(ids)), GenerationLog(self.session)
         self.angles.reset()
-        with log.watching(lm.model):
+        # A checkpoint's own `max_new_tokens` would stand before the task's.
+        with log.watching(lm.model), patch.object(lm.model.generation_config, "max_new_tokens", None):
             output = lm._model_generate(
                 context=ids.to(lm.device), attention_mask=attention.to(lm.device), stop=unit.stop,
                 max_length=ids.shape[1] + unit.new_tokens, logits_processor=LogitsProcessorList([watch]), **unit.kwargs,

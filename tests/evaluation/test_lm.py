@@ -377,6 +377,8 @@ def test_an_answer_without_a_token_is_refused_and_a_context_without_one_begins_t
 @pytest.mark.parametrize(("settings", "message"), [
     ({"max_length": 512}, "max_length is no setting of a task's generation; use max_gen_toks"),
     ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences is no setting"),
+    ({"do_sample": True, "temperature": 0.0}, "temperature 0 draws none"),
+    ({"max_gen_toks": 0}, "a text of 0 new tokens is none"),
 ])  # fmt: skip
 def test_settings_that_would_give_texts_to_other_prompts_are_refused(lm, settings, message):
     lm.begin(DenseSession(), {})
@@ -384,6 +386,15 @@ def test_settings_that_would_give_texts_to_other_prompts_are_refused(lm, setting
     request.args = (request.args[0], {**request.args[1], **settings})
     with pytest.raises(UserError, match=message):
         lm.generate_until([request])
+
+
+def test_a_text_has_the_tasks_length_whatever_the_checkpoint_says(lm, monkeypatch):
+    lm.begin(DenseSession(), {})
+    monkeypatch.setattr(lm.model.generation_config, "max_new_tokens", 2)
+    request = TextRequest(words(random_tokens(6)), 0, tokens=5)
+    request.args = (request.args[0], {**request.args[1], "until": None})
+    (text,) = lm.generate_until([request])
+    assert len(text.split()) == 5
 
 
 def test_samples_are_drawn_where_no_temperature_is_given(lm):
