@@ -140,7 +140,7 @@ def _metrics(results: Json) -> list[Metric]:
     sizes = {task: counts["effective"] for task, counts in results["n-samples"].items()}
     found = []
     for task, values in results["results"].items():
-        better = results["higher_is_better"].get(task) or {}
+        better = _directions(task, groups, results["higher_is_better"])
         n = sizes[task] if task in sizes else _group_size(task, groups, sizes)
         for name, value in values.items():
             metric, _, filter_ = name.partition(",")
@@ -158,6 +158,18 @@ def _metrics(results: Json) -> list[Metric]:
             direction = direction if direction is None else bool(direction)
             found.append(Metric(task, label, float(value), stderr, n, direction, parents.get(task)))
     return found
+
+
+def _directions(task: str, groups: dict[str, list[str]], of_tasks: Json) -> Json:
+    """Return whether higher is better, metric by metric; None where a group's members differ.
+
+    lm-eval leaves it out for a group of groups.
+    """
+    found: dict[str, set[bool | None]] = {}
+    for member in _members(task, groups):
+        for metric, better in (of_tasks.get(member) or {}).items():
+            found.setdefault(metric, set()).add(better)
+    return {metric: values.pop() if len(values) == 1 else None for metric, values in found.items()}
 
 
 def _group_size(group: str, groups: dict[str, list[str]], sizes: dict[str, int]) -> int:
