@@ -7,14 +7,17 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import datasets
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator_utils import get_sample_size
 
 from dart_eval.util.errors import UserError, summary
 from dart_eval.util.files import read_regular, reason
+from dart_eval.util.text import Json
 
 WORDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}
 
@@ -22,6 +25,40 @@ WORDS = {dict: "an object", list: "a list", str: "text", int: "a number", float:
 # Functions of lm-eval that make texts of a document, and their name for it. A new task tries its first document.
 ASKING = {**dict.fromkeys(("doc_to_text", "doc_to_target", "doc_to_choice"), "doc"), "__init__": "test_doc"}
 PRINTED = re.compile(r"\{\{-?\s*(\w+)\s*-?\}\}")  # a field of a document in a template, as it is
+
+
+def redirect(config: Json, data_dir: Path) -> list[str]:
+    """Point a task's configuration at `<data_dir>/<hub name with __>/<configuration or default>/<split>.jsonl`.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: a file or a split is missing.
+    """
+    name = config.get("task", "?")
+    folder = data_dir / str(config["dataset_path"]).replace("/", "__") / str(config.get("dataset_name") or "default")
+    files = {f.stem: str(f.resolve()) for f in sorted(folder.glob("*.jsonl"))}
+    if not files:
+        raise UserError(
+            f"task {name} has no data in {data_dir} (looked for {folder.relative_to(data_dir)}/*.jsonl)",
+            "add the files, or leave --data-dir out to load from the hub",
+        )
+    wanted = [config.get(k) for k in ("training_split", "fewshot_split", "test_split")]
+    if not config.get("test_split"):  # lm-eval evaluates the test split, else the validation split
+        wanted.append(config.get("validation_split"))
+    for file in files.values():
+        if not Path(file).is_file():  # a pipe would be waited for
+            raise UserError(f"task {name}: {file} is not a regular file", "give the files of the data set themselves")
+    missing = sorted({w for w in wanted if isinstance(w, str)} - set(files))
+    if missing:
+        raise UserError(
+            f"task {name} needs the split {', '.join(missing)}, and {folder} has only {', '.join(files)}",
+            "add the missing .jsonl file, or leave --data-dir out to load from the hub",
+        )
+    config["dataset_path"] = "json"
+    config["dataset_kwargs"] = {"data_files": files}
+    return list(files.values())
 
 
 def first_fault(
@@ -205,7 +242,9 @@ def check_shots(task: Task, num_fewshot: int | None) -> None:
     shots = own if num_fewshot is None or own == 0 else num_fewshot  # lm-eval leaves a task's 0 as it is
     if not shots or sampler is None or not isinstance(task, ConfigurableTask):
         return
-    itself = task.fewshot_cfg.split is not None and task.fewshot_cfg.split == task.config.test_split
+    # lm-eval draws one more where the splits are named alike, both unnamed included, and drops the document itself.
+    split = task.fewshot_cfg.split
+    itself = split == task.config.test_split and (split is not None or not isinstance(sampler, FirstNSampler))
     most = len(sampler.fewshot_indices or sampler.df) - itself
     if shots > most:
         raise UserError(

@@ -75,8 +75,26 @@ def _fewer(module: dict[str, object], most: int) -> dict[str, object]:
     return limited
 
 
+def prepared_once(stock: Make) -> Make:
+    """Return a task's function that prepares documents, which prepares each data set once.
+
+    lm-eval prepares them anew at each look, and some tasks (gpqa) shuffle answers while doing so: dense and pruned
+    cells would see different orders, and a document would not be found among the examples to be left out of them.
+    """
+    done: dict[int, tuple[object, object]] = {}
+
+    @functools.wraps(stock)
+    def process_docs(dataset: object) -> object:
+        if id(dataset) not in done:
+            with _prepared_alike(stock):
+                done[id(dataset)] = dataset, stock(dataset)  # the dataset is kept, so that its id stays its own
+        return done[id(dataset)][1]
+
+    return process_docs
+
+
 @contextlib.contextmanager
-def prepared_alike(stock: Make) -> Iterator[None]:
+def _prepared_alike(stock: Make) -> Iterator[None]:
     """Let a function that draws from the global generators prepare the same documents in every process inside.
 
     Without this they would be those of whichever process has filled Hugging Face's cache.

@@ -10,6 +10,7 @@ import copy
 import fnmatch
 import functools
 import hashlib
+import math
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -27,8 +28,16 @@ from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from dart_eval.evaluation import task_needs
-from dart_eval.evaluation.local_data import asked_at, check_documents, check_shots, first_fault, number_asked, place_of
-from dart_eval.evaluation.seeded_data import prepared_alike, seeded, without_other_lengths
+from dart_eval.evaluation.local_data import (
+    asked_at,
+    check_documents,
+    check_shots,
+    first_fault,
+    number_asked,
+    place_of,
+    redirect,
+)
+from dart_eval.evaluation.seeded_data import prepared_once, seeded, without_other_lengths
 from dart_eval.evaluation.task_index import Index
 from dart_eval.evaluation.task_names import ALIASES, is_pattern, none_given, own, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import (
@@ -80,58 +89,49 @@ class _Factory(TaskFactory):
 
     def _load_full_config(self, entry: Entry, overrides: Json | None = None) -> Json:
         if not self.unsafe_code:  # asked before its functions are resolved: that runs the module they stand in
-            if entry.yaml_path and any(entry.yaml_path.resolve().is_relative_to(f) for f in self.folders):
+            if entry.yaml_path and self.folders:  # wherever a link of such a folder leads
                 check_yaml(entry.name, entry.yaml_path, (Path(lm_eval.tasks.__file__).parent, tasks_dir()))
             raw = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
             check_task(entry.name, bool({**raw, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
         if entry.yaml_path:
             task_needs.check_needs(entry.name, str(entry.yaml_path))
-        config = super()._load_full_config(entry, overrides)
+        return self._prepared(entry.name, super()._load_full_config(entry, overrides))
+
+    def _build_group_members(
+        self, member_list: list[str | Json], group_name: str, overrides: Json | None, registry: dict[str, Entry]
+    ) -> list[Task | Group]:
+        """Prepare tasks that a group's file writes out, as those of a file of their own."""
+
+        def prepared(item: str | Json) -> str | Json:
+            if isinstance(item, str) or "group" in item or (name := item.get("task")) is None or name in registry:
+                return item
+            return self._prepared(name, {**(overrides or {}), **item})
+
+        return super()._build_group_members([prepared(m) for m in member_list], group_name, overrides, registry)
+
+    def _prepared(self, name: str, config: Json) -> Json:
+        """Return a task's configuration with its documents, their source and its cue as they are to be here."""
         metadata = config.get("metadata") or {}
         if self.cue is not None and "cue" in metadata:
             prompt, old = config["doc_to_text"], metadata["cue"]
             config["doc_to_text"] = prompt.removesuffix(old) + self.cue
             config["metadata"] = {**metadata, "cue": self.cue}
         if callable(make := config.get("custom_dataset")):
-            config["custom_dataset"] = seeded(make, entry.name, self.tokenizer, self.data_dir, self.limit)
+            config["custom_dataset"] = seeded(make, name, self.tokenizer, self.data_dir, self.limit)
         elif config.get("dataset_path") and "custom_dataset" not in config:
             if self.data_dir is not None:
-                files = _redirect(config, self.data_dir)
+                files = redirect(config, self.data_dir)
                 self.local.append((files, config.get("process_docs")))
             else:
                 work_offline_if_unreachable()
+        elif "class" in config and self.data_dir is not None:
+            raise UserError(
+                f"task {name} is a Python class of lm-eval that loads data itself, whatever --data-dir says",
+                "run it without --data-dir",
+            )
+        if callable(prepare := config.get("process_docs")):  # lm-eval's constructor prepares examples already
+            config["process_docs"] = prepared_once(prepare)
         return config
-
-
-def _redirect(config: Json, data_dir: Path) -> list[str]:
-    """Point a task's configuration at `<data_dir>/<hub name with __>/<configuration or default>/<split>.jsonl`.
-
-    Returns:
-        The files.
-    """
-    name = config.get("task", "?")
-    folder = data_dir / str(config["dataset_path"]).replace("/", "__") / str(config.get("dataset_name") or "default")
-    files = {f.stem: str(f.resolve()) for f in sorted(folder.glob("*.jsonl"))}
-    if not files:
-        raise UserError(
-            f"task {name} has no data in {data_dir} (looked for {folder.relative_to(data_dir)}/*.jsonl)",
-            "add the files, or leave --data-dir out to load from the hub",
-        )
-    wanted = [config.get(k) for k in ("training_split", "fewshot_split", "test_split")]
-    if not config.get("test_split"):  # lm-eval evaluates the test split, else the validation split
-        wanted.append(config.get("validation_split"))
-    for file in files.values():
-        if not Path(file).is_file():  # a pipe would be waited for
-            raise UserError(f"task {name}: {file} is not a regular file", "give the files of the data set themselves")
-    missing = sorted({w for w in wanted if isinstance(w, str)} - set(files))
-    if missing:
-        raise UserError(
-            f"task {name} needs the split {', '.join(missing)}, and {folder} has only {', '.join(files)}",
-            "add the missing .jsonl file, or leave --data-dir out to load from the hub",
-        )
-    config["dataset_path"] = "json"
-    config["dataset_kwargs"] = {"data_files": files}
-    return list(files.values())
 
 
 class Tasks:
@@ -189,7 +189,7 @@ class Tasks:
         """
         expanded: dict[str, None] = {}
         for name in names:
-            matching = fnmatch.filter(sorted(self.manager.all_tasks), name) if is_pattern(name) else ()
+            matching = fnmatch.filter(sorted(self.names()), name) if is_pattern(name) else ()
             for task in matching or ALIASES.get(name, (name,)):
                 if task not in self.manager.all_tasks and task not in self.names():
                     raise unknown(name, {*self.names(), *ALIASES})
@@ -224,11 +224,11 @@ class Tasks:
                     task.set_config("generation_kwargs", dict(self.gen_kwargs), update=True)
                 if self.unsafe_code:
                     setattr(task, "own_metrics", own_metrics())  # noqa: B010 - lm-eval knows no such field
-                _process_once(task)
                 if getattr(task.config, "custom_dataset", None) is not None:
                     without_other_lengths(task)
                 if task.OUTPUT_TYPE == "loglikelihood_rolling":
                     weigh_scored_text(type(task))
+                    without_overflow(task)
             self._loaded[name] = items
             self._local[name] = self._factory.local
         return self._loaded[name]
@@ -348,30 +348,6 @@ def _forget_modules() -> None:
             del sys.modules[name]
 
 
-def _process_once(task: Task) -> None:
-    """Prepare a task's documents once per run.
-
-    lm-eval prepares them anew at each look, and some tasks (gpqa) shuffle answers while doing so: without this,
-    dense and pruned cells would see different orders.
-    """
-    config = task.config
-    stock = getattr(config, "process_docs", None)
-    if stock is None:
-        return
-    done: dict[int, tuple[Dataset, Dataset]] = {}
-
-    @functools.wraps(stock)
-    def process_docs(dataset: Dataset) -> Dataset:
-        if id(dataset) not in done:
-            with prepared_alike(stock):
-                done[id(dataset)] = dataset, stock(dataset)  # the dataset is kept, so that its id stays its own
-        return done[id(dataset)][1]
-
-    for owner in (config, getattr(task, "fewshot_cfg", None)):
-        if owner is not None and getattr(owner, "process_docs", None) is stock:
-            owner.process_docs = process_docs
-
-
 def weigh_scored_text(kind: type[Task] = ConfigurableTask) -> None:
     """Have a kind of task count only the text that was scored: perplexities are (log-likelihood, words or bytes)."""
     stock = kind.process_results
@@ -388,3 +364,20 @@ def weigh_scored_text(kind: type[Task] = ConfigurableTask) -> None:
 
     setattr(process_results, "weighs", True)  # noqa: B010 - a function has no such field
     setattr(kind, "process_results", process_results)  # noqa: B010 - for mypy, methods are fixed
+
+
+def without_overflow(task: Task) -> None:
+    """Give a perplexity that no float holds as infinite: lm-eval's would end the cell, with its other metrics."""
+    stock = task.aggregation
+
+    def finite_or_infinite(combine: Callable[[Any], float]) -> Callable[[Any], float]:
+        @functools.wraps(combine)
+        def combined(items: Any) -> float:
+            try:
+                return combine(items)
+            except OverflowError:
+                return math.inf
+
+        return combined
+
+    setattr(task, "aggregation", lambda: {name: finite_or_infinite(f) for name, f in stock().items()})  # noqa: B010

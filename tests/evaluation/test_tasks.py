@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from lm_eval.api.metrics import weighted_perplexity
 
 import dart_eval
 from dart_eval.evaluation import tasks as tasks_module
@@ -15,6 +17,7 @@ from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.task_names import ALIASES, COMMON, config_of, tasks_dir
 from dart_eval.evaluation.tasks import Tasks, documents, leaves
+from dart_eval.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,27 +166,92 @@ def test_tasks_travel_in_the_wheel_with_the_types_and_the_version(tmp_path):
     assert wheel.name.startswith(f"dart_eval-{dart_eval.__version__}-")
 
 
-def test_documents_are_prepared_once():
-    """gpqa shuffles its answers whenever documents are prepared; two looks must see the same."""
-    # A task that shuffles needs its data from the hub; this is what is put around its function.
-    from dart_eval.evaluation.tasks import _process_once
+QUESTIONS = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{{splits}: {rows}}}}}
+{splits}_split: {splits}
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{c}}}}"
+doc_to_target: 0
+{more}
+"""
+SHUFFLE = """import random
+def process_docs(dataset):
+    return dataset.map(lambda doc: {"c": random.sample(doc["c"], 6)})
+"""
 
-    class Config:
-        calls = 0
 
-        def process_docs(self, dataset):
-            self.calls += 1
-            return [self.calls, *dataset]
+@pytest.fixture
+def ours(tmp_path):
+    """Writes a task of nine questions into a folder, and returns the folder's tasks."""
+    rows = "".join(json.dumps({"q": f"{i}?", "c": list("abcdef")}) + "\n" for i in range(9))
+    (tmp_path / "rows.jsonl").write_text(rows)
 
-    class Shuffled:
-        config = Config()
+    def made(more="", name="ours", splits="test", **how):
+        text = QUESTIONS.format(name=name, splits=splits, rows=tmp_path / "rows.jsonl", more=more)
+        (tmp_path / f"{name}.yaml").write_text(text)
+        return Tasks(include_path=[tmp_path], **how)
 
-    config = Shuffled.config
-    config.process_docs = config.process_docs  # an attribute, as in lm-eval's configuration
-    _process_once(Shuffled())
-    dataset, other = [1, 2], [3]
-    assert config.process_docs(dataset) is config.process_docs(dataset)
-    assert config.process_docs(other) == [2, 3]
+    return made
+
+
+def test_shuffled_documents_are_those_of_every_process_and_of_the_examples(ours, tmp_path):
+    """lm-eval prepares examples before documents; a document that differs from itself would be its own example."""
+    (tmp_path / "code.py").write_text(SHUFFLE)
+    found = []
+    for seed in (1, 2):  # the second finds what Hugging Face's cache would keep
+        random.seed(seed)
+        (task,) = ours("process_docs: !function code.process_docs", unsafe_code=True).load("ours")
+        assert list(task.eval_docs) == list(task.eval_docs) == list(task.sampler.df)
+        found.append([doc["c"] for doc in task.eval_docs])
+    assert found[0] == found[1] and len(set(map(tuple, found[0]))) > 3
+
+
+@pytest.mark.parametrize(("splits", "sampler", "most"), [
+    ("test", "default", 8), ("validation", "default", 8), ("validation", "first_n", 9),
+])  # fmt: skip
+def test_a_document_is_no_example_of_itself(ours, splits, sampler, most):
+    """lm-eval leaves it out where the splits have the same name, or none both."""
+    named = "fewshot_split: test\n" if splits == "test" else ""
+    tasks = ours(f"{named}fewshot_config: {{sampler: {sampler}}}", splits=splits)
+    tasks.check_task("ours", None, most)
+    with pytest.raises(UserError, match=f"needs {most + 1} few-shot examples, and has {most};"):
+        tasks.check_task("ours", None, most + 1)
+
+
+def test_a_perplexity_beyond_floats_is_infinite(ours):
+    (task,) = ours().load("ours")
+    task.OUTPUT_TYPE = "loglikelihood_rolling"
+    combined = {"byte_perplexity": weighted_perplexity, "word_perplexity": weighted_perplexity}
+    task.aggregation = lambda: combined
+    tasks_module.without_overflow(task)
+    assert task.aggregation()["word_perplexity"]([(-1500.0, 1)]) == float("inf")
+    assert task.aggregation()["byte_perplexity"]([(-1500.0, 1500)]) == pytest.approx(2.71828, abs=1e-4)
+
+
+@pytest.mark.slow  # the index of all tasks
+def test_a_pattern_finds_lm_evals_tasks():
+    assert {"hellaswag", "hellaswag_vi"} <= set(Tasks().expand(["hellaswag*"]))
+
+
+def test_a_groups_own_tasks_read_local_data(tmp_path):
+    """Tasks that the group's file writes out."""
+    folder = tmp_path / "data" / "org__set" / "default"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text('{"text": "It rained."}\n')
+    (tmp_path / "group.yaml").write_text(
+        "group: pages\ntask:\n  - {task: inner, dataset_path: org/set, test_split: test, doc_to_text: '', "
+        "doc_to_target: '{{text}}', output_type: loglikelihood_rolling}\n"
+    )
+    (task,) = leaves(Tasks(tmp_path / "data", include_path=[tmp_path]).load("pages"))
+    assert task.eval_docs[0]["text"] == "It rained."
+
+
+@pytest.mark.slow  # the index of all tasks
+def test_a_class_that_loads_its_own_data_is_refused_beside_local_data(tmp_path):
+    with pytest.raises(UserError, match="squadv2 is a Python class of lm-eval that loads data itself"):
+        Tasks(tmp_path).load("squadv2")
 
 
 def test_documents_do_not_depend_on_the_tasks_loaded_before(tmp_path, monkeypatch):
@@ -233,6 +301,11 @@ def test_members_of_a_mere_list_are_shown_and_those_of_a_group_hidden():
 
     assert [(m.task, m.part_of) for m in _metrics(result({"alias": "g"}))] == [("a", None)]
     found = _metrics(result({"acc,none": 0.5, "acc_stderr,none": 0.1}))
+    outer = result({"acc,none": 0.5}) | {"higher_is_better": {"a": {"acc": False}, "b": {"acc": False}}}
+    outer |= {"group_subtasks": {"g": ["inner"], "inner": ["a", "b"]}, "n-samples": {n: {"effective": 4} for n in "ab"}}
+    assert next(m for m in _metrics(outer) if m.task == "g").higher_is_better is False
+    outer["higher_is_better"]["b"] = {"acc": True}
+    assert next(m for m in _metrics(outer) if m.task == "g").higher_is_better is None
     assert [(m.task, m.part_of, m.n) for m in found] == [("g", None, 4), ("a", "g", 4)]
 
 

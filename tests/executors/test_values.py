@@ -279,6 +279,15 @@ def test_code_of_another_folder_does_not_run_unless_told(mine, tmp_path, more, w
         assert (tmp_path / "ran").exists()
 
 
+def test_a_link_in_a_folder_of_tasks_runs_no_code(mine, tmp_path):
+    folder = mine("process_docs: !function code.same")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "mine.yaml").symlink_to(folder / "mine.yaml")
+    with pytest.raises(UserError, match="task mine would run the function code"):
+        Tasks(include_path=[tmp_path / "linked"]).load("mine")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_template_reaches_nothing_but_its_document(mine, monkeypatch):
     import lm_eval.utils
 
