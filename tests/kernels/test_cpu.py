@@ -178,6 +178,12 @@ def every(level, width=150, neurons=90):
     yield graded(packed, 30, 30, "silu", level)[0]
 
 
+def product_of(level):
+    weight = torch.randn(90, 150, generator=torch.Generator().manual_seed(3)).bfloat16()
+    product = RowsProduct(weight, None, level)
+    return lambda x: product(x.bfloat16())
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [0, 77, 149])
 def test_what_is_no_number_stays_none(level, bad, place):
@@ -224,7 +230,7 @@ def test_threads_share_the_work_and_change_last_digits_at_most(level):
 def test_calls_at_the_same_time_have_their_own_answers(level):
     tokens = [token(150, seed) for seed in range(40)]
     with ThreadPoolExecutor(4) as pool:
-        for ffn in every(level):
+        for ffn in (*every(level), product_of(level)):
             expected = [ffn(x) for x in tokens]
             for _ in range(5):
                 assert all(map(torch.equal, pool.map(ffn, tokens), expected))

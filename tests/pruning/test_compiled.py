@@ -6,7 +6,8 @@ from torch import _dynamo as dynamo
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
-from tests.helpers.models import biased, random_tokens, shallow
+from dart_eval.kernels.cpu import build
+from tests.helpers.models import biased, odd_llama, random_tokens, shallow
 from tests.helpers.sessions import RESTLESS, open_session
 
 pytestmark = pytest.mark.slow
@@ -33,6 +34,25 @@ def test_a_compiled_model_stays_compiled(method, params):
         found.append(torch.stack(logits))
     assert torch.allclose(*found, rtol=1e-10)
     assert 0 < counts[16] == counts[-1] < 4
+
+
+@torch.no_grad()
+@pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
+@pytest.mark.parametrize("method", ["dart-plus", "grinqh", "dart-choice"])
+def test_a_compiled_model_hands_kernels_tensors_that_live(method):
+    """A kernel is handed a pointer; the compiler would free the tensor, and another takes its place."""
+    dynamo.reset()
+    model, found = odd_llama(), []
+    ids = torch.tensor([random_tokens(20)])
+    for forward in (model, torch.compile(model, backend="eager")):
+        with open_session(model, method, 0.5, execution="auto") as session:
+            cache = StaticCache(config=model.config, max_cache_len=64)
+            logits = [model(ids, use_cache=True, past_key_values=cache).logits[:, -1]]
+            for token in range(5, 11):
+                logits.append(forward(torch.tensor([[token]]), use_cache=True, past_key_values=cache).logits[:, -1])
+            assert session.execution == "copied"
+        found.append(torch.stack(logits))
+    assert torch.equal(*found)
 
 
 @torch.no_grad()

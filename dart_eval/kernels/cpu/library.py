@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int, c_int32, c_uint8, c_void_p
 from typing import Any
 
@@ -71,6 +72,18 @@ class Columns(ctypes.Structure):
     )
 
 
+def untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a function run outside of a graph of `torch.compile`, which frees tensors that only a pointer names."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Tensor:
+        # Not a decorator of torch's own: it would load the compiler wherever kernels are.
+        return torch.compiler.disable(function)(*args) if torch.compiler.is_compiling() else function(*args)
+
+    return run
+
+
+@untraced
 def call(name: str, job: ctypes.Structure, x: Tensor, scratch: int, each: int, level: int) -> Tensor:
     """Run one token through a kernel.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dart_eval.kernels.cpu import build
-from dart_eval.kernels.cpu.library import Rows, Sums, functions, room
+from dart_eval.kernels.cpu.library import Rows, Sums, functions, room, untraced
 
 
 class RowsProduct:
@@ -28,7 +28,7 @@ class RowsProduct:
         self.weight, self.bias = weight, bias
         pointers = weight.data_ptr(), bias.data_ptr() if bias is not None else None
         self._job = Rows(*pointers, None, None, None, *weight.shape)
-        self._call, self._level, self._at = functions()["rows_product"], build.level(level), ctypes.byref(self._job)
+        self._call, self._level = functions()["rows_product"], build.level(level)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., rows]."""
@@ -37,8 +37,9 @@ class RowsProduct:
         if not one or torch.compiler.is_compiling():
             return linear(x, self.weight, self.bias)
         x, out = x.contiguous(), x.new_empty(*x.shape[:-1], rows)
-        self._job.x, self._job.out = x.data_ptr(), out.data_ptr()
-        self._call(self._at, self._level, torch.get_num_threads())
+        job = Rows.from_buffer_copy(self._job)  # of this call alone: others may run at the same time
+        job.x, job.out = x.data_ptr(), out.data_ptr()
+        self._call(ctypes.byref(job), self._level, torch.get_num_threads())
         return out
 
 
@@ -51,6 +52,7 @@ def lacking(weight: Tensor, bias: Tensor | None) -> str | None:
     return build.missing()
 
 
+@untraced
 def read_rows(weight: Tensor, rows: Tensor, x: Tensor, level: str | None = None) -> Tensor:
     """Return [K], weight[rows] x. weight: [F, D] bfloat16, rows: [K] long, x: [D]."""
     rows, x = rows.contiguous(), x.to(torch.bfloat16).contiguous()
@@ -60,6 +62,7 @@ def read_rows(weight: Tensor, rows: Tensor, x: Tensor, level: str | None = None)
     return out
 
 
+@untraced
 def write_rows(weight: Tensor, rows: Tensor, values: Tensor, level: str | None = None) -> Tensor:
     """Return [D], the sum over k of values[k] * weight[rows[k]]. weight: [F, D] bfloat16; rows, values: [K]."""
     width, values, rows = weight.shape[1], values.to(torch.bfloat16).contiguous(), rows.contiguous()
