@@ -45,13 +45,13 @@ def weighted_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Return [count] indices of the largest `scores`, ascending on a CPU; ties go to the lower index, as in `top`.
+    """Return [count] indices of the largest `scores`, ascending; ties go to the lower index, as in `top`.
 
     scores: [F]. A CPU compares with the least score taken, which is much faster than sorting, and rows in ascending
     order are read faster.
     """
     if scores.device.type != "cpu":  # without a wait for the device
-        return scores.sort(descending=True, stable=True).indices[:count]
+        return scores.sort(descending=True, stable=True).indices[:count].sort().values
     least = scores.topk(count, sorted=False).values.amin() if count else torch.inf
     rows = (scores >= least).nonzero().flatten()
     if len(rows) != count:  # ties at the least score, or NaN
@@ -89,7 +89,8 @@ class ChosenRows(MaskRows):
         self.norm = torch.empty(0)
         self._down_rows = plain_matrix(ffn.down).detach().t()
         self.rows = self._down_rows
-        self._taken = torch.empty(0)  # rows that the current token took
+        self._taken = torch.empty(0)  # rows that the current token took, in the order of their neurons
+        self._order: Tensor | None = None  # rows by their neurons; None: they are in that order
         self._chosen = False  # whether it has chosen and up has not run
         self._gated: Tensor | None = None  # gate's output, if up ran first (Falcon-H1)
         self._modules: tuple[Any, ...] = (ffn.gate, ffn.up, ffn.down)
@@ -113,6 +114,7 @@ class ChosenRows(MaskRows):
 
     def prepare(self, norm: Tensor, taken: int, written: int) -> None:
         self.norm, self.taken, self.written = norm, taken, written
+        self._order = None if self.neurons is None else self.neurons.argsort()  # after changes rows are in no order
 
     def begin(self) -> None:
         super().begin()
@@ -139,7 +141,11 @@ class ChosenRows(MaskRows):
         """Return gate's output, after the token has chosen by it."""
         out = self._product(self._modules[0], x)
         act: Any = self.ffn.act
-        self._taken = (act(out).flatten().float().abs() * self.norm).topk(self.taken, sorted=False).indices
+        scores = act(out).flatten().float().abs() * self.norm
+        if self._order is None:
+            self._taken = best(scores, self.taken)
+        else:  # in the order of neurons, which settles ties as masks do
+            self._taken = self._order[best(scores[self._order], self.taken)]
         return out
 
     def _rest(self, x: Tensor) -> Tensor:
