@@ -74,9 +74,11 @@ def product(held: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[
             return multiply_4(x, codes, group, scales)[..., :rows]
 
     else:
+        beside = -held.codes.shape[1] % ROWS  # in bfloat16 a CPU's product reads on to a multiple of this
+        eight = pad(held.codes, (0, beside))
 
         def multiply(x: Tensor) -> Tensor:
-            return ops._weight_int8pack_mm(x, held.codes, scales[:, 0])
+            return ops._weight_int8pack_mm(pad(x, (0, beside)), eight, scales[:, 0])
 
     def forward(x: Tensor) -> Tensor:
         out = multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)

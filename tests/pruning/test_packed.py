@@ -30,6 +30,17 @@ def wide():
     return made(lambda: LlamaConfig(**WIDE), scale=1, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("width", [8, 24, 100, 300, 344])
+def test_a_packed_product_of_8_bits_takes_any_width(width):
+    """Torch's own reads on to a multiple of 16, into whatever follows x and the codes."""
+    held = rounded(torch.randn(48, width, generator=torch.Generator().manual_seed(0)), parse("8:row"))
+    longer = torch.cat([torch.randn(width), torch.full((16,), 1000.0)]).bfloat16()
+    x = longer[:width]
+    found = products.product(held, None, torch.bfloat16)(x[None])[0]
+    expected = held.values @ x.float()
+    assert (found.float() - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", ["4", "4:64", "8:row"])
 def test_a_packed_product_is_that_of_the_rounded_weights(bits, dtype):
