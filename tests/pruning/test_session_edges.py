@@ -429,10 +429,10 @@ def test_a_fixed_mask_by_depth_needs_no_scores_of_a_prompt():
 
 
 def test_weights_that_are_edited_through_data_are_coded_anew():
-    model, prompt = tiny("llama").bfloat16(), torch.tensor([random_tokens(12)])
+    model, prompt = odd_llama(), torch.tensor([random_tokens(12)])
     found = []
-    for factor in (1.0, 3.0):
-        model.model.layers[0].mlp.up_proj.weight.data.mul_(factor)
+    for edited in ((), (slice(None), 7)):  # a neuron
+        model.model.layers[0].mlp.down_proj.weight.data[edited] *= 9.0
         fresh = copy.deepcopy(model)
         for one in (model, fresh):
             with open_session(one, "dart-plus", 0.5, execution="masked"):

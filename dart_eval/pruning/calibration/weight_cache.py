@@ -32,9 +32,16 @@ class WeightCache(Generic[T]):
 
 
 def _sample(weight: Tensor) -> bytes:
-    """Return some of a weight's bytes, evenly spread: an edit through `.data` makes no new version."""
+    """Return some of a weight's bytes: an edit through `.data` makes no new version.
+
+    They are evenly spread, and one at least of each row and column, since single neurons are edited so.
+    """
     if weight.is_meta or type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
         return b""
     some = weight.detach()[:: max(1, len(weight) // ROWS)] if weight.dim() else weight.detach()
-    some = some[..., :: max(1, some.shape[-1] // ROWS)] if weight.dim() > 1 else some
+    some = some[..., :: max(1, some.shape[-1] // ROWS)].flatten() if weight.dim() > 1 else some
+    if weight.dim() > 1 and weight.numel():
+        diagonal = torch.arange(max(weight.shape[-2:]), device=weight.device)
+        crossed = weight.detach()[..., diagonal % weight.shape[-2], diagonal % weight.shape[-1]]
+        some = torch.cat([some, crossed.flatten()])
     return some.contiguous().view(torch.uint8).cpu().numpy().tobytes() if some.numel() else b""
