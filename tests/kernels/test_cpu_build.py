@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from dart_eval.kernels.cpu import build
+from dart_eval.kernels.cpu import build, rows
 
 SMALL = '__attribute__((visibility("default"))) int cpu_level(void) { return 1; }\n'  # a library that is made quickly
 
@@ -159,6 +160,16 @@ def test_instructions_are_as_told_or_the_best(monkeypatch):
     for wrong in ("sse2", "avx1024"):
         with pytest.raises(build.Missing, match=wrong):
             build.level(wrong)
+
+
+@has_compiler
+def test_instructions_that_there_are_none_of_leave_the_work_to_torch(monkeypatch):
+    monkeypatch.setenv("DART_EVAL_CPU_LEVEL", "")
+    assert build.missing() is None and build.level() == build.library().cpu_level()
+    monkeypatch.setenv("DART_EVAL_CPU_LEVEL", "AVX2")
+    assert build.missing() == "$DART_EVAL_CPU_LEVEL is AVX2, which is none of avx2, avx512"
+    weight = torch.zeros(4, 8, dtype=torch.bfloat16)
+    assert rows.lacking(weight, None) == build.missing()
 
 
 @has_compiler

@@ -146,6 +146,13 @@ def test_codes_alone_write_what_codes_beside_weights_write(sparsity):
         assert torch.equal(model.generate(PROMPT, max_new_tokens=12, do_sample=False), made.sequences)
 
 
+def test_copies_that_a_machine_cannot_have_say_why(model, monkeypatch):
+    monkeypatch.setattr(build, "missing", lambda: "no C compiler is on the PATH")
+    expected = pytest.raises(UserError, match="no C compiler is on the PATH; use execution='masked'")
+    with expected, prune(model, "dart-plus", 0.5, execution="copied"):
+        pass
+
+
 @pytest.mark.parametrize("method", ["griffin", "dart-plus:image=copy"])
 def test_codes_alone_need_the_kernel(model, method):
     before = {name: p.clone() for name, p in model.named_parameters()}

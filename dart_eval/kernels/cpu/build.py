@@ -17,6 +17,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from dart_eval.util.files import cache_dir, write_atomically
@@ -29,6 +30,7 @@ FLAGS = (
 )  # fmt: skip
 SECONDS = 120  # that a compiler may take
 LEVELS = {"avx2": 1, "avx512": 2}  # as `cpu_level` in the source counts them
+WANTED = "DART_EVAL_CPU_LEVEL"
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -51,9 +53,19 @@ def library() -> ctypes.CDLL:
     return found
 
 
-@functools.cache
 def missing() -> str | None:
     """Why there are no kernels for this machine's CPU; None where there are."""
+    if (reason := _unbuilt()) is None and os.environ.get(WANTED):
+        try:
+            level()
+        except Missing as unknown:
+            return str(unknown)
+    return reason
+
+
+@functools.cache
+def _unbuilt() -> str | None:
+    """Why there is no library here; None where there is."""
     try:
         library()
     except Missing as reason:
@@ -71,10 +83,11 @@ def level(wanted: str | None = None) -> int:
         Missing: the processor has not got them.
     """
     best = int(library().cpu_level())
-    name = wanted or os.environ.get("DART_EVAL_CPU_LEVEL")
-    if name is None:
+    if not (name := wanted or os.environ.get(WANTED)):
         return best
-    if name not in LEVELS or LEVELS[name] > best:
+    if name not in LEVELS:
+        raise Missing(f"${WANTED} is {name}, which is none of {', '.join(LEVELS)}")
+    if LEVELS[name] > best:
         raise Missing(f"the processor has no {name}")
     return LEVELS[name]
 
@@ -86,18 +99,31 @@ def _load(folder: Path | None) -> ctypes.CDLL:
     of = b"\0".join([*sources, version, " ".join(FLAGS).encode()])
     with tempfile.TemporaryDirectory(prefix="dart-eval-") as place:
         file = (folder or Path(place)) / f"kernels-{hashlib.sha256(of).hexdigest()[:32]}.so"
-        if folder is None or not _whole(file):
-            content = _built(compiler, Path(place))
-            try:
-                write_atomically(file, content + hashlib.sha256(content).digest())
-            except OSError:
-                return _load(None)
+        with _alone(folder):  # workers that begin together do not all compile
+            if folder is None or not _whole(file):
+                content = _built(compiler, Path(place))
+                try:
+                    write_atomically(file, content + hashlib.sha256(content).digest())
+                except OSError:
+                    return _load(None)
         try:
             return ctypes.CDLL(str(file))
         except OSError as error:  # e.g. a folder from which nothing may be run
             if folder is not None:
                 return _load(None)
             raise Missing(f"the kernels cannot be loaded ({error})") from None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path | None) -> Iterator[None]:
+    """Wait until no other process builds in a folder. Without a lock, where none can be had, all build."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl  # not on Windows
+
+            if folder is not None:
+                fcntl.flock(stack.enter_context(folder.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def _whole(file: Path) -> bool:

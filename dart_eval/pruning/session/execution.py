@@ -93,7 +93,10 @@ class Execution:
         self._gatherer = kernels.gatherer(self.method, self.ffns)
         if part := kernels.without_kernel(self.method, self._gatherer):
             if wanted == "copied":
-                raise UserError(f"{part.title} has no kernels yet", "use execution='masked'")
+                raise UserError(
+                    kernels.lacking(self.method, self.ffns) or f"{part.title} has no kernels yet",
+                    "use execution='masked'",
+                )
             return "masked"
         if reason := unlike_plain(self.ffns):
             warnings.warn(f"{reason}: pruning by masks, which saves no time", stacklevel=5)
