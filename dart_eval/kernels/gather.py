@@ -51,7 +51,7 @@ if triton is not None:
     def _write_rows(
         weight, rows, h, out, count, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr
     ):
-        """out += sum over n of h[n] * weight[rows[n]]"""
+        """out[split] = sum over n of h[n] * weight[rows[n]]: programs that added to one sum would do so in any order"""
         d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         total = tl.zeros((COLUMNS,), dtype=tl.float32)
         for start in range(tl.program_id(1) * ROWS, count, SPLITS * ROWS):
@@ -60,7 +60,7 @@ if triton is not None:
             inside = (n < count)[:, None] & (d < width)[None, :]
             w = tl.load(weight + row[:, None] * stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
             total += tl.sum(w * tl.load(h + n, mask=n < count, other=0.0).to(tl.float32)[:, None], axis=0)
-        tl.atomic_add(out + d, total, mask=d < width)
+        tl.store(out + tl.program_id(1) * width + d, total, mask=d < width)
 
 
 def read_rows(weight: Tensor, rows: Tensor, x: Tensor) -> Tensor:
@@ -79,7 +79,8 @@ def read_rows(weight: Tensor, rows: Tensor, x: Tensor) -> Tensor:
     if not count:
         return out
     grid = (-(-count // ROWS),)
-    _read_rows[grid](weight, rows, x.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS)
+    with torch.cuda.device_of(weight):
+        _read_rows[grid](weight, rows, x.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS)
     return out
 
 
@@ -95,9 +96,11 @@ def write_rows(weight: Tensor, rows: Tensor, h: Tensor) -> Tensor:
         [D] fp32.
     """
     count, width = len(rows), weight.shape[1]
-    out = torch.zeros(width, dtype=torch.float32, device=h.device)
-    if not count:
-        return out
-    grid = (-(-width // COLUMNS), SPLITS)
-    _write_rows[grid](weight, rows, h.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS, SPLITS)
-    return out
+    parts = torch.zeros(SPLITS, width, dtype=torch.float32, device=h.device)
+    if count:
+        grid = (-(-width // COLUMNS), SPLITS)
+        with torch.cuda.device_of(weight):
+            _write_rows[grid](
+                weight, rows, h.contiguous(), parts, count, width, weight.stride(0), ROWS, COLUMNS, SPLITS
+            )
+    return parts.sum(0)

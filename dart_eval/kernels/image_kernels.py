@@ -74,8 +74,9 @@ class CopyCodes:
         """Return [F] fp32, the product with the copy. x: [D]."""
         count, pairs = self.codes.shape
         out = torch.empty(count, dtype=torch.float32, device=x.device)
-        _multiply_copy[(-(-count // ROWS),)](
-            self.codes, self.scales, x.contiguous(), out, count, self.width, self.group, self.scales.shape[1], pairs,
-            ROWS, COLUMNS,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _multiply_copy[(-(-count // ROWS),)](
+                self.codes, self.scales, x.contiguous(), out, count, self.width, self.group, self.scales.shape[1],
+                pairs, ROWS, COLUMNS,
+            )  # fmt: skip
         return out

@@ -149,6 +149,12 @@ def test_a_fifth_of_the_kept_neurons_changes(monkeypatch):
     assert copied[-27:] == [(4, 20)] * 18 + [(20, 20)] * 9  # three times three layers, there and back; then all anew
 
 
+def test_steps_that_all_make_masks_leave_none_to_time():
+    method = make(*parse("griffin:remask=every:remask.tokens=1"))
+    with pytest.raises(UserError, match="every timed step makes new masks"):
+        decode.measure(tiny("llama", torch.float32), method, 0.5, prompt_tokens=16, steps=3, rounds=1)
+
+
 def test_what_cannot_be_timed_is_refused():
     model = tiny("llama", torch.float32)
     for name in ("dense", "oracle"):

@@ -23,7 +23,7 @@ CLOSE = 1e-6  # to a twin, of an activation whatever its name; GELU by tanh and 
 
 def act_of(ffn: FFN) -> str | None:
     """Return the name among `ACTS` of an FFN's activation, told by its values; None: it is none of them."""
-    x = torch.linspace(-8, 8, 257)
+    x = torch.cat([torch.linspace(-8, 8, 257), torch.tensor([-1e3, -20, -10.5, 10.5, 20, 1e3])])  # clipped ones, too
     act: Any = ffn.act
     with torch.no_grad():
         own = (act.forward if isinstance(act, nn.Module) else act)(x)  # without hooks, which belong to the model
