@@ -47,9 +47,9 @@ gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu_check.py $(ARGS)
 
 paper-tables: $(VENV)/.demo
-	$(BIN)/dart-eval paper $(PAPER) --output $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data-dir $(DATA)) \
+	$(BIN)/dart-eval paper $(PAPER) --output "$(OUT)" $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data-dir "$(DATA)") \
 		$(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
-	$(BIN)/dart-eval report $(OUT)
+	$(BIN)/dart-eval report "$(OUT)"
 
 # Bytecode is kept, whatever the environment says: compiling the tests anew takes longer than many of them.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)

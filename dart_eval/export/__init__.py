@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dart_eval.export.teller import Teller
+from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from dart_eval.results.store import Store
@@ -50,7 +51,12 @@ def export(
     if model is not None:
         check_model(model, records)
     cells = facts(store, records, model)
-    found = datasets_of([task for cell in cells for task in cell.leaves()], named)
+    tasks = [task for cell in cells for task in cell.leaves()]
+    if strange := named.keys() - {*tasks, *(cell.task for cell in cells)}:
+        raise UserError(
+            f"--dataset names {min(strange)}, a task without results", f"there are {', '.join(dict.fromkeys(tasks))}"
+        )
+    found = datasets_of(tasks, named)
     if to == "every-eval-ever":
         pieces = every_eval_ever.pieces(cells, found, publisher)
     elif to == "eval-results":

@@ -63,11 +63,15 @@ class DartLM(PrunedLM):
             raise UserError(f"--model dart has no argument {odd[0]!r}", nearest(odd[0], sorted(LOADING | OF_LM)))
         if scope not in get_args(Scope):
             raise UserError(f"unknown scope {scope!r}", nearest(scope, get_args(Scope)))
+        if (wanted := others.get("load_in")) not in (None, "4bit", "8bit"):
+            raise UserError(f"unknown load_in {wanted!r}", "4bit or 8bit")
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"
         loading = {name: value for name, value in others.items() if name in LOADING}
         model, tokenizer = resolve(ModelSpec(pretrained, device=device, **loading)).load()
         size = int(batch_size) if str(batch_size).isdigit() else str(batch_size).partition(":")[0]  # auto:4
+        if size != "auto" and not isinstance(size, int):
+            raise UserError(f"batch_size {batch_size!r} is no number of contexts", "give a number or auto")
         more = {name: value for name, value in others.items() if name in OF_LM}
         super().__init__(model, tokenizer, size, max_length, **more)
         weigh_scored_text()

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dart_eval.util.errors import UserError, summary
-from dart_eval.util.files import cache_dir, feed
+from dart_eval.util.files import cache_dir, feed, reason
 from dart_eval.weights import gguf_codes
 from dart_eval.weights.checkpoint import load_whole
 
@@ -65,7 +65,12 @@ def converted(target: Path, make: Callable[[Path], None]) -> Path:
     """
     if (target / "model.safetensors").exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{target.parent} cannot be made for converted models ({reason(error)})", "set DART_EVAL_CACHE to a folder"
+        ) from None
     with FileLock(f"{target}.lock"):
         if not (target / "model.safetensors").exists():  # another process may have made it meanwhile
             work = target.with_name(target.name + ".partial")

@@ -313,6 +313,7 @@ WRONG = {
                                     "--page needs --to every-eval-ever or eval-results; leave it out"),
     "an unknown relationship": (("--to", "every-eval-ever", "--relationship", "self"), "unknown relationship 'self'"),
     "a data set that is none": (("--to", "lm-eval", "--dataset", "arc_easy"), "--dataset 'arc_easy' names no data set"),
+    "a data set of no task": (("--to", "lm-eval", "--dataset", "arc_esy=a/b"), "names arc_esy, a task without"),
     "a model that is a path": (("--to", "lm-eval", "--model-id", "../x"), "--model-id '../x' is no name on the hub"),
     "a file for a folder": (("--to", "lm-eval", "--output", "file"), "--output file is no folder; name a folder"),
     "no data set at all": (("--to", "eval-results"), "error: arc_easy, xsum: no data set on the hub is known"),

@@ -54,6 +54,13 @@ def test_a_file_is_converted_once(file, monkeypatch):
     assert resolve(ModelSpec(str(file))).identity == first.identity
 
 
+def test_a_cache_that_cannot_be_made_is_one_line(file, tmp_path, monkeypatch):
+    (tmp_path / "taken").touch()
+    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "taken" / "inside"))
+    with pytest.raises(UserError, match="inside cannot be made for converted models"):
+        resolve(ModelSpec(str(file)))
+
+
 def test_another_file_of_that_name_is_another_model(file):
     first = resolve(ModelSpec(str(file)))
     write(file, seed=1)
