@@ -121,10 +121,12 @@ copy (`image=copy`). It counts with its bits. If the preview uses only the large
 `--seed`) decides what is drawn.
 
 **Rounding is the control.** `--ffn-bits 4` first rounds the FFN weights to 4 bits, with a scale of 16 bits for every 32
-weights. Read is relative to the bytes of the model's own 16 bits: rounding alone reads 4.5 / 16 = 28 %. Every method
-runs on rounded weights, too, and its sparsity then refers to them. `griffin` at sparsity 0.5 on 4 bits reads half of
-the codes, and half of the scales of gate and up. It reads all scales of down, since each belongs to 32 neurons. The sum
-is 14.6 % of the 16-bit bytes. Methods with previews (`dart-plus`) subtract these scales first and read 14.1 %.
+weights. Read is relative to the bytes of the model's own 16 bits: rounding alone reads 4.5 / 16 = 28 %. Most methods
+run on rounded weights, too, and their sparsity then refers to them. `rounding`, `grinqh`, `decdec` and all methods that
+read graded bits (`graded-*`, `oracle-layers`, `bits-by-position`) need 16-bit weights. `griffin` at sparsity 0.5 on 4
+bits reads half of the codes, and half of the scales of gate and up. It reads all scales of down, since each belongs to
+32 neurons. The sum is 14.6 % of the 16-bit bytes. Methods with previews (`dart-plus`) subtract these scales first and
+read 14.1 %.
 
 These codes are symmetric. `--ffn-bits q4_k` rounds as llama.cpp's Q4_K does. There 32 weights share a scale and a
 minimum of 6 bits each, as multiples of two 16-bit factors that 256 weights share. That is also 4.5 bits a weight, with
@@ -178,12 +180,12 @@ def page() -> str:
         lines.append(f"| `{method.name}` | {_cell(method.summary)} | {_cell(named)} |")
     lines.append(
         "\nThe defaults are `mask=everything`, `choice=none`, `allocation=uniform` and `compensation=none`. A method "
-        "with `entries` or a `routing` has no other part but an allocation.\n"
+        "with `entries` has no other part but an allocation, and one with a `routing` has no other part.\n"
     )
     lines.append("## One by one\n")
     lines.append(
         "The lowest read is in per cent of the FFN weight bytes, on the shape of Llama 3.1 8B: every token reads this\n"
-        "share before it chooses. A second program derives each method from its paper alone; a test compares both. In\n"
+        "share before it chooses. For most methods a second program follows the paper alone; a test compares both. In\n"
         "formulas and programs a = act(gate x), u = up x and h = a u; `Plain` is a model that is run by hand.\n"
     )
     for method in BUILT_IN:

@@ -17,7 +17,7 @@ from dart_eval.results.record import SCHEMA, Metric, Record, Settings
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "records.md"
 BEGIN, END = "<!-- made by scripts/records_page.py: begin -->", "<!-- end -->"
 OWN = {
-    "schema": f"version of this layout, {SCHEMA}. Records of schema 1 are read; a newer one is refused with a message",
+    "schema": f"version of this layout, {SCHEMA}. Records of any other version are named and left out",
     "digest": "sha256 over the rest: a record that was edited is refused",
 }
 

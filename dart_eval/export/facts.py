@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from dart_eval.results.format import sparsity as percent
-from dart_eval.results.inputs import ASKED, HOW, PRUNING, names
+from dart_eval.results.inputs import ASKED, DENSE, HOW, PRUNING, names
 from dart_eval.results.labels import specs
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
@@ -55,8 +55,8 @@ class Facts:
 
     @property
     def prunes(self) -> bool:
-        """Whether a token reads less than the dense model's weights."""
-        return self.record.weights_read < 1
+        """Whether the model is not the dense one: `drop-experts` reads as much as that."""
+        return self.record.weights_read < 1 or self.inputs["method"] != DENSE
 
     @property
     def title(self) -> str:

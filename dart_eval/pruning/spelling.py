@@ -140,6 +140,8 @@ def _part(current: Part, slot: str, tree: Tree, catalog: Catalog, path: str) -> 
 def _unknown(cls: type[Any], name: str, path: str, where: str, catalog: Catalog) -> UserError:
     """Return the error for an unknown field, with suggestions."""
     fields, slot = [*_fields(cls)], getattr(cls, "slot", None)
+    if slot is None and name in catalog:
+        return UserError(f"this method has no {name}", "see its parts with `dart-eval ls methods`")
     if slot is None:
         return UserError(f"there is no {where!r}", nearest(name, catalog))
     owners = [f"{path}={other}" for other, part in catalog[slot].items() if name in _fields(part)]
