@@ -64,7 +64,14 @@ def trace(
         say(f"wrote {output} and {picture}", err=aside)
     if save_allocation is not None:
         ratios = [k / n for k, n in zip(found["layers"]["kept"], found["layers"]["sizes"], strict=True)]
-        write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=chosen.model or "gemma-3-270m")
+        write_table(
+            save_allocation,
+            ratios,
+            sizes=found["layers"]["sizes"],
+            method=method,
+            sparsity=sparsity,
+            model=chosen.model or "gemma-3-270m",
+        )
         say(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)
 
 

@@ -42,7 +42,7 @@ def check_fit(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored
             "use allocation=uniform",
         )
     if any(f.runs > 1 for f in ffns):
-        _refuse(_counts_runs(method, len(ffns), sparsity), "layers that run several times for a token")
+        _refuse(_counts_runs(method, [f.size for f in ffns], sparsity), "layers that run several times for a token")
     if bits is not None:
         method.check_bits(bits)
         method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
@@ -68,11 +68,11 @@ def _needs_own_part(method: Pruner) -> str | None:
     return next((part.title for part in _inner_first(method) if not part.fits_norms), None)
 
 
-def _counts_runs(method: Pruner, layers: int, sparsity: float) -> str | None:
+def _counts_runs(method: Pruner, sizes: Sequence[int], sparsity: float) -> str | None:
     """Return the part that would count a token once per run of a layer, or that weighs all layers alike."""
     allocation = method.allocation
     varies = allocation.needs_change or allocation.needs_scores
     if part := next((part for part in _inner_first(method) if not part.fits_repeats), None):
         return part.title
-    uneven = varies or len(set(allocation.densities(sparsity, layers, None, slice(None)))) > 1
+    uneven = varies or len(set(allocation.densities(sparsity, sizes, None, slice(None)))) > 1
     return allocation.title if uneven else None

@@ -141,7 +141,7 @@ def test_its_constant_is_nothing_where_nothing_is_pruned_and_lowers_the_error_on
 def test_the_ranking_keeps_exactly_k_and_one_neuron_of_every_layer():
     heavy, flat = torch.tensor([100.0] + [0.0] * 19), torch.arange(20.0)
     for sparsity in (0.0, 0.3, 0.85, 0.9, 0.95, 0.97):
-        shares = Global().densities(sparsity, 3, None, slice(None), [heavy, flat, torch.ones(20)])
+        shares = Global().densities(sparsity, [20] * 3, None, slice(None), [heavy, flat, torch.ones(20)])
         counts = [round(20 * s) for s in shares]
         assert sum(counts) == round((1 - sparsity) * 60)
         assert min(counts) >= (1 if sum(counts) >= 3 else 0)

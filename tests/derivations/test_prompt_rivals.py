@@ -137,7 +137,7 @@ def test_layers_at_both_ends_stay_dense(first, last, density):
     masks = masks_of([votes(x, 0.2) for x in h], 0.3, densities)
     ends = {"allocation": "ends", "allocation.first": first, "allocation.last": last}
     check(model, "coreinfer", masks, prompt, 0.3, **ends)
-    assert Ends(first=first, last=last).densities(0.3, 3, None, slice(None)) == pytest.approx(densities)
+    assert Ends(first=first, last=last).densities(0.3, [20] * 3, None, slice(None)) == pytest.approx(densities)
     with pytest.raises(
         UserError, match=r"allocation=ends leaves 1 of 3 layers to be pruned.*use a sparsity up to 0.33"
     ):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dart_eval.pruning.masks.allocations import SHIPPED, FromTable, read_table, shipped_tables
+from dart_eval.pruning.masks.allocations import SHIPPED, Ends, FromTable, read_table, shipped_tables, write_table
 from dart_eval.pruning.masks.counts import in_steps, keep_counts
 from dart_eval.pruning.masks.depth import EPS, depth_aware, normalise_sensitivity
 from dart_eval.pruning.registry import make
@@ -61,7 +61,7 @@ def test_shipped_tables_fit_their_models_and_their_labels():
         assert table["sparsity"] == int(label) / 100
         mean = sum(table["keep"]) / len(table["keep"])
         assert mean == pytest.approx(ODD.get(name, 1 - table["sparsity"]), abs=1e-3)
-        FromTable(file=name).check_sparsity(1 - mean, LAYERS[model])
+        FromTable(file=name).check_sparsity(1 - mean, [8] * LAYERS[model])
     assert models.keys() == LAYERS.keys()
     assert len(set(models.values())) == len(models)
 
@@ -72,9 +72,9 @@ def test_a_shipped_table_goes_by_its_name_and_says_what_it_keeps(tmp_path, monke
     assert method.spec == "dart:allocation=table:allocation.file=llama-3.2-3b-50"
     table = method.allocation
     with pytest.raises(UserError, match=r"keeps 0\.575 of the neurons, .* keeps 0\.500; run it at --sparsity 0\.425"):
-        table.check_sparsity(0.5, 28)
+        table.check_sparsity(0.5, [8] * 28)
     with pytest.raises(UserError, match="the allocation table has 28 layers, the model 32"):
-        table.check_sparsity(0.425, 32)
+        table.check_sparsity(0.425, [8] * 32)
     with pytest.raises(UserError, match=r"llama-3\.2-3b-55 is not a file; did you mean llama-3\.2-3b-50"):
         FromTable(file="llama-3.2-3b-55")
 
@@ -175,3 +175,26 @@ def test_a_table_of_no_ratios_is_refused(tmp_path, ratios):
     path.write_text(json.dumps({"keep": ratios}))
     with pytest.raises(UserError, match=r"is no allocation table: it needs `keep`, a list of ratios in \[0, 1\]"):
         read_table(path)
+
+
+def test_dense_ends_stay_dense_and_meet_the_label_on_layers_of_many_sizes():
+    sizes = [301, 97, 150, 301]
+    densities = Ends(first=1, last=1).densities(0.2, sizes, None, slice(None))
+    assert densities[0] == densities[3] == 1
+    assert sum(d * n for d, n in zip(densities, sizes, strict=True)) == pytest.approx(0.8 * sum(sizes))
+    with pytest.raises(UserError, match=r"use a sparsity up to 0\.29"):  # 247 of 849 neurons
+        Ends(first=1, last=1).check_sparsity(0.3, sizes)
+
+
+def test_a_saved_table_of_layers_of_many_sizes_has_their_mean(tmp_path):
+    sizes, keep = [301, 97, 150, 301], [271, 9, 15, 129]
+    write_table(tmp_path / "table.json", [k / n for k, n in zip(keep, sizes, strict=True)], sizes=sizes)
+    sparsity = 1 - sum(keep) / sum(sizes)
+    table = FromTable(file=str(tmp_path / "table.json"))
+    table.check_sparsity(sparsity)
+    table.check_sparsity(sparsity, sizes)
+    with pytest.raises(UserError, match="keeps"):
+        table.check_sparsity(sparsity, [100] * 4)
+    (tmp_path / "table.json").write_text('{"keep": [0.5, 0.5], "sizes": [3]}')
+    with pytest.raises(UserError, match="`sizes` are not the neurons of its layers"):
+        read_table(tmp_path / "table.json")

@@ -38,12 +38,13 @@ class Allocation(Part):
     needs_scores: ClassVar[bool] = False
 
     def densities(
-        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        self, sparsity: float, sizes: Sequence[int], change: ChangeState | None, rows: slice,
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
-        """Return [L] the share of each layer's weights that is read, with mean 1 - sparsity.
+        """Return [L] the share of each layer's weights that is read, with mean 1 - sparsity over all neurons.
 
         Args:
+            sizes: [L] neurons of each layer.
             change: the context's changes, if `needs_change`.
             rows: the sequences that decide, together.
             scores: per layer [F], of these sequences, if `needs_scores`.
@@ -54,8 +55,8 @@ class Allocation(Part):
         """Return the state of new sequences; None if it needs none."""
         return None
 
-    def check_sparsity(self, sparsity: float, layers: int | None = None) -> None:
-        """Refuse a sparsity or a number of layers that it does not support."""
+    def check_sparsity(self, sparsity: float, sizes: Sequence[int] | None = None) -> None:
+        """Refuse a sparsity or layers that it does not support. sizes: [L] their neurons; None: not known yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +72,10 @@ class Uniform(ByShares):
     summary = "gives every layer the same density"
 
     def densities(
-        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        self, sparsity: float, sizes: Sequence[int], change: ChangeState | None, rows: slice,
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
-        return [1 - sparsity] * layers
+        return [1 - sparsity] * len(sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +94,26 @@ class Ends(ByShares):
     last: int = option(1, "last layers that stay dense", least=0)
 
     def densities(
-        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        self, sparsity: float, sizes: Sequence[int], change: ChangeState | None, rows: slice,
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
-        self.check_sparsity(sparsity, layers)
-        pruned = layers - self.first - self.last
-        density = 1 - sparsity * layers / pruned if pruned > 0 else 1.0
-        return [1.0] * min(self.first, layers) + [density] * pruned + [1.0] * min(self.last, layers - self.first)
+        self.check_sparsity(sparsity, sizes)
+        layers, pruned = len(sizes), self._pruned(sizes)
+        density = 1 - sparsity * sum(sizes) / sum(pruned) if pruned else 1.0
+        return [1.0] * min(self.first, layers) + [density] * len(pruned) + [1.0] * min(self.last, layers - self.first)
 
-    def check_sparsity(self, sparsity: float, layers: int | None = None) -> None:
-        if layers is None or not sparsity:
+    def _pruned(self, sizes: Sequence[int]) -> Sequence[int]:
+        """Return the neurons of the layers that are pruned."""
+        return sizes[self.first : max(self.first, len(sizes) - self.last)]
+
+    def check_sparsity(self, sparsity: float, sizes: Sequence[int] | None = None) -> None:
+        if sizes is None or not sparsity:
             return
-        most = max(0, layers - self.first - self.last) / layers
+        pruned = self._pruned(sizes)
+        most = sum(pruned) / sum(sizes)
         if sparsity > most + 1e-9:
             raise UserError(
-                f"{self.title} leaves {max(0, layers - self.first - self.last)} of {layers} layers to be pruned, "
+                f"{self.title} leaves {len(pruned)} of {len(sizes)} layers to be pruned, "
                 f"which sparsity {sparsity:g} is too much for",
                 f"use a sparsity up to {math.floor(100 * most) / 100:g}, or a smaller allocation.first or .last",
             )
@@ -128,7 +134,7 @@ class Global(Allocation):
     needs_scores = True
 
     def densities(
-        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        self, sparsity: float, sizes: Sequence[int], change: ChangeState | None, rows: slice,
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
         import torch
@@ -186,21 +192,26 @@ class FromTable(ByShares):
     @functools.cached_property
     def table(self) -> list[float]:
         """[L] densities."""
-        return shipped_tables().get(self.file) or read_table(self.file)
+        return self._read[0]
+
+    @functools.cached_property
+    def _read(self) -> tuple[list[float], list[int] | None]:
+        shipped = shipped_tables().get(self.file)
+        return (shipped, None) if shipped else read_table(self.file)
 
     def contents(self) -> list[bytes]:
         shipped = shipped_tables().get(self.file)
         return [json.dumps(shipped).encode() if shipped else Path(self.file).read_bytes()]
 
     def densities(
-        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        self, sparsity: float, sizes: Sequence[int], change: ChangeState | None, rows: slice,
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
-        self.check_sparsity(sparsity, layers)
+        self.check_sparsity(sparsity, sizes)
         return self.table
 
-    def check_sparsity(self, sparsity: float, layers: int | None = None) -> None:
-        check_table(self.table, sparsity, layers)
+    def check_sparsity(self, sparsity: float, sizes: Sequence[int] | None = None) -> None:
+        check_table(self.table, sparsity, sizes, self._read[1])
 
 
 @functools.cache
@@ -210,8 +221,8 @@ def shipped_tables() -> dict[str, list[float]]:
     return {name: table["keep"] for name, table in tables.items()}
 
 
-def read_table(path: str | Path) -> list[float]:
-    """Read the densities of a saved allocation (`write_table`), [L].
+def read_table(path: str | Path) -> tuple[list[float], list[int] | None]:
+    """Read the densities of a saved allocation (`write_table`), [L], and the neurons of its layers if it has them.
 
     Raises:
         UserError: the file cannot be read or holds no ratios.
@@ -228,24 +239,40 @@ def read_table(path: str | Path) -> list[float]:
         or not all(isinstance(r, (int, float)) and 0 <= r <= 1 for r in ratios)
     ):
         raise UserError(f"{path} is no allocation table: it needs `keep`, a list of ratios in [0, 1]", remedy)
-    return [float(r) for r in ratios]
+    sizes = data.get("sizes")
+    if sizes is not None and not (
+        isinstance(sizes, list) and len(sizes) == len(ratios) and all(isinstance(n, int) and n > 0 for n in sizes)
+    ):
+        raise UserError(f"{path} is no allocation table: its `sizes` are not the neurons of its layers", remedy)
+    return [float(r) for r in ratios], sizes
 
 
 def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> None:
-    """Save densities and their origin, for `allocation=table:allocation.file=FILE`."""
+    """Save densities and their origin, for `allocation=table:allocation.file=FILE`.
+
+    Layers of different sizes need `sizes=`, their neurons: the densities' mean is over neurons.
+    """
     text = json.dumps({**about, "keep": [round(float(r), 6) for r in ratios]}, indent=1) + "\n"
     write(path, text)
 
 
-def check_table(ratios: Sequence[float], sparsity: float, layers: int | None = None) -> None:
-    """Refuse a table for another sparsity or, if `layers` is known, for another model.
+def check_table(
+    ratios: Sequence[float], sparsity: float, sizes: Sequence[int] | None = None, own: Sequence[int] | None = None
+) -> None:
+    """Refuse a table for another sparsity or, if the neurons of the model's layers are known, for another model.
+
+    Args:
+        sizes: neurons of the model's layers. own: of the layers that the table was made for; None: all alike.
 
     Raises:
         UserError: it has another number of layers or another mean.
     """
-    if layers is not None and len(ratios) != layers:
-        raise UserError(f"the allocation table has {len(ratios)} layers, the model {layers}", "make one for this model")
-    mean = sum(ratios) / len(ratios)
+    if sizes is not None and len(ratios) != len(sizes):
+        raise UserError(
+            f"the allocation table has {len(ratios)} layers, the model {len(sizes)}", "make one for this model"
+        )
+    weights = sizes or own or [1] * len(ratios)
+    mean = sum(r * n for r, n in zip(ratios, weights, strict=True)) / sum(weights)
     if abs(mean - (1 - sparsity)) > TABLE_TOLERANCE:
         raise UserError(
             f"the allocation table keeps {mean:.3f} of the neurons, sparsity {sparsity:g} keeps {1 - sparsity:.3f}",

@@ -42,16 +42,16 @@ class DepthAware(Allocation):
     magnitude: bool = option(True, "multiply 1 - cosine by the relative size of the change (off: the paper's ablation)")
 
     def densities(
-        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        self, sparsity: float, sizes: Sequence[int], change: ChangeState | None, rows: slice,
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
         assert change is not None
         sensitivity = dict(zip(change.numbers, change.sensitivity(rows, self.magnitude), strict=True))
-        sizes = dict.fromkeys(sensitivity, 0)  # FFNs of one layer change the stream together, and have one density
+        together = dict.fromkeys(sensitivity, 0)  # FFNs of one layer change the stream together, and have one density
         for number, size in zip(change.numbers, change.sizes, strict=True):
-            sizes[number] += size
+            together[number] += size
         normalised = normalise_sensitivity([*sensitivity.values()])
-        densities = depth_aware(normalised, sparsity, self.protect, [*sizes.values()])
+        densities = depth_aware(normalised, sparsity, self.protect, [*together.values()])
         of_layer = dict(zip(sensitivity, densities, strict=True))
         return [of_layer[number] for number in change.numbers]
 

@@ -13,9 +13,10 @@ from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import compatibility
 from dart_eval.pruning.calibration.calibration import Calibration, means
+from dart_eval.pruning.kinds import InputSparsity
 from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.counts import Counts, mean_cost
-from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.method import CostTerms, Pruner
 from dart_eval.pruning.session.fitted import Fitted
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
@@ -47,7 +48,7 @@ class Prepared:
     def __post_init__(self) -> None:
         method, sizes = self.method, [f.size for f in self.ffns]
         allocation, choice = method.allocation, method.choice
-        allocation.check_sparsity(self.sparsity, len(self.ffns))
+        allocation.check_sparsity(self.sparsity, sizes)
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = self.unit / OWN_BITS
         costs = choice.read_costs(self.ffns, method.mask.holds_all, self.unit)
@@ -62,7 +63,7 @@ class Prepared:
         else:
             terms = method.cost_terms(self.ffns, self.sparsity, self.unit, uniform.full_matrices)
         self.layers = [Fitted(method, ffn, of_layer) for ffn, of_layer in zip(self.ffns, terms, strict=True)]
-        self._computed = self._products(uniform)
+        self._products, self._fixed, self._moving = self._shares(uniform, terms)
 
     def counts(
         self, change: ChangeState | None, rows: slice, has_context: bool, scores: Sequence[Tensor] | None = None
@@ -80,15 +81,27 @@ class Prepared:
         return self._counts(change, rows, scores) if self._fixed_counts is None else self._fixed_counts
 
     def _counts(self, change: ChangeState | None, rows: slice, scores: Sequence[Tensor] | None = None) -> Counts:
-        return self._counts_at(self.method.allocation.densities(self.sparsity, len(self.ffns), change, rows, scores))
+        return self._counts_at(self.method.allocation.densities(self.sparsity, self._dense.mask, change, rows, scores))
 
     def _counts_at(self, densities: Sequence[float]) -> Counts:
         return self.method.counts(densities, self.ffns, self.sparsity, self.read_cost)
 
-    def _products(self, counts: Counts) -> float:
-        matrices = self.ffns[0].matrices
-        rows = sum((matrices - 1) * t + w for t, w in zip(counts.taken, counts.written, strict=True))
-        return rows / (matrices * sum(f.size for f in self.ffns))
+    def _shares(self, counts: Counts, terms: Sequence[CostTerms]) -> tuple[float, float, float]:
+        """Return the products of a token under these counts, what it reads beside them, and what it reads for them.
+
+        All three are shares of the FFN weights. Beside them it reads scales and images.
+        """
+        matrices, images = self.ffns[0].matrices, self.read_cost is not None
+        full = counts.full_matrices if self.sparsity and not images else 0.0
+        products = fixed = moving = 0.0
+        for ffn, mask, taken, written, (always, seen, chosen, last) in zip(
+            self.ffns, counts.mask, counts.taken, counts.written, terms, strict=True
+        ):
+            products += full * mask + (matrices - 1 - full) * taken + written
+            fixed += always * ffn.size + seen * mask * images
+            moving += seen * mask * (not images) + chosen * taken + last * written
+        everything = matrices * sum(f.size for f in self.ffns)
+        return products / everything, fixed / everything, moving / everything
 
     def computed(self, read: float) -> float:
         """Return the share of the FFN weights that a pruned token multiplies; images count as overhead.
@@ -96,7 +109,19 @@ class Prepared:
         Args:
             read: share of the FFN weights that it reads.
         """
-        return self.method.multiplied(read) if self.read_cost is None else self._computed
+        if self.method.other is not None:
+            return self.method.multiplied((read - self._scales) / (1 - self._scales))
+        if (self.read_cost is not None and self.method.choice.exact) or not self._moving:
+            return self._products
+        return self._products * (read - self._fixed) / self._moving
+
+    @property
+    def _scales(self) -> float:
+        """Share of the bytes that scales take where every column is read with them (`Entries.share`)."""
+        if not isinstance(self.method, InputSparsity):
+            return 0.0
+        bits = [(f.size, b) for f in self.ffns for b in (*rounding.stored_inputs(f), rounding.stored_of(f.down))]
+        return sum(n * b.scale for n, b in bits) / sum(n * b.total for n, b in bits)
 
     def nbytes(self) -> int:
         """Return the bytes that all sequences share; previews count as they would be stored."""
