@@ -165,3 +165,13 @@ def test_what_a_layer_cannot_take_goes_to_the_others(size, sparsity, ratio):
     room = 3 * round((1 - sparsity) * size * layers) - cost.always * size * layers
     assert 0 <= room - taken - 0.25 * coarse < 1.0
     assert found.taken[0] == found.taken[-1] == size
+
+
+@pytest.mark.parametrize("sparsity", [0.7, 0.8, 0.9])
+def test_a_choice_by_a_preview_inside_a_mask_spends_its_label(sparsity):
+    """A neuron that is read whole costs less than the matrices: 6.15 of 16 bits at 70 %."""
+    cost = ReadCost(in_mask=2 * 2.15 / 16, taken=2 * 4 / 16, written=6.15 / 16)
+    found = chosen_counts(Budget([1 - sparsity] * 3, [301, 97, 301], sparsity, 3, read_cost=cost), 1, 1.6, 1.0)
+    neurons = [sum(n) for n in (found.mask, found.taken, found.written)]
+    read = sum(c * n for c, n in zip((cost.in_mask, cost.taken, cost.written), neurons, strict=True)) / (3 * 699)
+    assert 1 - sparsity - 0.003 < read < 1 - sparsity + 1e-3

@@ -252,6 +252,9 @@ def _mask_counts(
     """
     in_mask = read_cost.in_mask
     most = matrices / in_mask if in_mask else math.inf
+    each = in_mask + read_cost.taken + read_cost.written  # with a preview less than the matrices
+    least = math.ceil((matrices * n_kept - read_cost.always * sum(sizes)) / each - 1e-9)
+    ratio = max(ratio, min(least, sum(sizes)) / n_kept) if n_kept else ratio
     wanted = [min(ratio * r, 1.0, most * r) * n for r, n in zip(densities, sizes, strict=True)]
     clipped = sum(ratio * r * n - w for r, n, w in zip(densities, sizes, wanted, strict=True))
     budget = matrices * n_kept - read_cost.always * sum(sizes)
