@@ -454,6 +454,39 @@ def test_a_layer_without_parameters_has_no_codes():
     assert on_grid(torch.nn.Identity()) is False
 
 
+@pytest.mark.parametrize(("method", "shared"), [("probe", False), ("griffin", True)])
+def test_densities_by_scores_do_not_depend_on_the_chunks_of_a_prompt(method, shared):
+    model, found = tiny("llama", dtype=torch.float64), []
+    ids, mask = torch.cat([prompt(24, 1), prompt(24, 2)]), torch.ones(2, 24, dtype=torch.long)
+    mask[0, :9] = 0
+    for first in (24, 10):
+        with open_session(model, method, 0.5, allocation="global", shared_mask=shared, execution="masked") as run:
+            out = model(ids[:, :first], attention_mask=mask[:, :first], use_cache=True)
+            if first < 24:
+                with run.prompt():
+                    model(ids[:, first:], attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+            found.append(run.state.mask_counts)
+    assert torch.equal(*found)
+
+
+def test_padding_after_an_end_is_no_score_of_a_shared_mask():
+    """DART's code gathers scores of dense tokens after an alarm."""
+    model = tiny("llama", dtype=torch.float64)
+    ids = torch.cat([prompt(12, 1), prompt(12, 2)])
+    params = RESTLESS | {"remask.dense_tokens": 4}
+
+    def written(ends, pad):
+        with open_session(model, "dart-code", 0.5, shared_mask=True, execution="masked", **params) as run:
+            out = generate(model, ids, 24, eos_token_id=ends, pad_token_id=pad).sequences[:, 12:]
+            assert run.remasks[1] > 0
+            return out
+
+    free = written(None, 0)
+    end = next(t for t in free[0].tolist() if t not in free[1].tolist())
+    texts = [written([end, pad], pad)[1] for pad in (0, 9, 11) if pad not in free[1].tolist()]
+    assert len(texts) > 1 and all(torch.equal(texts[0], t) for t in texts)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_padding_after_an_end_moves_no_mask(shared):
     """Of two sequences the first ends early: what is fed in its place is no text, and makes no re-masks."""

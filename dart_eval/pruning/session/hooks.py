@@ -192,7 +192,7 @@ class Hooks:
                 return None
             x, forward.input = forward.input, None
             rows = None if forward.sliced is None else forward.sliced[layer]
-            masked = state.prune(layer, h, forward.valid, gate, up, x, rows)
+            masked = state.prune(layer, h, forward.going, gate, up, x, rows)
             return None if masked is h else (masked.view(args[0].shape), *args[1:])
 
         return hook

@@ -96,6 +96,8 @@ class SequenceState(PerSequence):
             self.change.finish(valid)
         if self.remasking is not None:
             self.remasking.finish(valid)
+        for layer in self.layers:
+            layer.weight = self.weight  # the counts may depend on scores per token
         self._count()
         for layer in self.layers:
             layer.finish(self.weight)
@@ -202,16 +204,16 @@ class SequenceState(PerSequence):
         return None if self.decoded is None else self.decoded[:, None] + valid.cumsum(1) - valid.long()
 
     def prune(
-        self, layer: int, h: Tensor, valid: Tensor, gate: Tensor | None = None, up: Tensor | None = None,
+        self, layer: int, h: Tensor, going: Tensor, gate: Tensor | None = None, up: Tensor | None = None,
         x: Tensor | None = None, rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return h of a layer without its pruned neurons: see `Layer.prune`. valid: [B, T] bool."""
+        """Return h of a layer without its pruned neurons: see `Layer.prune`. going: [B, T] bool, not yet ended."""
         one, dense = self.layers[layer], self.dense_now
         if not self.prunes or (rows is not None and not self.method.choice.chooses and dense is None):
             one.fitted.note_neurons(lambda: torch.full(h.shape, WHOLE))
             return h
         if dense is not None and bool(dense.any()):
-            one.gather(h, (valid & dense[:, None]).float())
+            one.gather(h, (going & dense[:, None]).float())
             if bool(dense.all()):
                 one.fitted.note_neurons(lambda: torch.full(h.shape, WHOLE))
                 return h
