@@ -86,7 +86,7 @@ def prepared_once(stock: Make) -> Make:
     @functools.wraps(stock)
     def process_docs(dataset: object) -> object:
         if id(dataset) not in done:
-            with _prepared_alike(stock):
+            with prepared_alike(stock):
                 done[id(dataset)] = dataset, stock(dataset)  # the dataset is kept, so that its id stays its own
         return done[id(dataset)][1]
 
@@ -94,7 +94,7 @@ def prepared_once(stock: Make) -> Make:
 
 
 @contextlib.contextmanager
-def _prepared_alike(stock: Make) -> Iterator[None]:
+def prepared_alike(stock: Make) -> Iterator[None]:
     """Let a function that draws from the global generators prepare the same documents in every process inside.
 
     Without this they would be those of whichever process has filled Hugging Face's cache.

@@ -30,15 +30,20 @@ class Overhead:
     remask_read: float
 
 
-def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float) -> Overhead:
+def overhead(
+    method: Pruner, shape: ModelShape, tokens: int, weights_read: float, in_mask: float | None = None
+) -> Overhead:
     """Return the work that a method adds: the sum over its parts, one FLOP per element and operation.
 
     Args:
         tokens: length of the prompt.
         weights_read: share of the FFN weights that a pruned token multiplies.
+        in_mask: share of the neurons in the mask, if it was measured; None: what follows from `weights_read`.
     """
     neurons, remask = sum(shape.ffn_sizes), method.mask.remask
-    mask = 1.0 if method.mask.holds_all else method.choice.mask_share(weights_read, shape.ffn_matrices)
+    if in_mask is None:
+        in_mask = method.choice.mask_share(weights_read, shape.ffn_matrices)
+    mask = 1.0 if method.mask.holds_all else in_mask
     observing = neurons * sum(part.flops_per_neuron() for part in method.observers)
     # Down's columns of the pruned neurons, once.
     at_once = method.compensation.adds and not (method.mask.fixed and method.compensation.calibrates)
@@ -59,7 +64,10 @@ def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float
     return Overhead(round(prefill), step, flops, read)
 
 
-def describe(method: Pruner, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float) -> Json:
+def describe(
+    method: Pruner, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float,
+    in_mask: float | None = None,
+) -> Json:  # fmt: skip
     """Return the costs that a record holds, in FLOPs.
 
     `overhead_decode_step` includes the observed re-masks, spread over the tokens. `remask_reads` is the share of
@@ -69,9 +77,10 @@ def describe(method: Pruner, shape: ModelShape, context: float, weights_read: fl
         context: mean length of the contexts.
         weights_read: share of the FFN weights that a pruned token multiplied.
         remasks_per_token: observed re-masks per decoded token.
+        in_mask: see `overhead`.
     """
     tokens = max(1, round(context))
-    added = overhead(method, shape, tokens, weights_read)
+    added = overhead(method, shape, tokens, weights_read, in_mask)
     dense = shape.decode(tokens + 1)
     per_token = added.decode_step + added.remask * remasks_per_token
     return {

@@ -99,12 +99,13 @@ class Worker:
             )
             state = max(outcome.state_bytes, session.state_bytes if session.state is None else 0)
             computed = session.computed(outcome.cost.read)
+            method = getattr(session, "method", job.cell.method)  # with the settings of this read (`Pruner.at`)
         measured = {
             "seconds": earlier + time.monotonic() - start,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "peak": peak(),
         }
-        return outcome, self._record(job, outcome, state, measured, share, inputs, computed)
+        return outcome, self._record(job, method, outcome, state, measured, share, inputs, computed)
 
     def answer(self, job: Job, journal: Journal, part: Shard | Pilot, shrink: int = 0) -> None:
         """Answer a part of one cell into the journal; `shrink` as in `run`."""
@@ -174,8 +175,8 @@ class Worker:
             self.lm.budget = whole
 
     def _record(
-        self, job: Job, outcome: TaskResult, state: int, measured: Json, share: float, inputs: float,
-        computed: float,
+        self, job: Job, method: Pruner, outcome: TaskResult, state: int, measured: Json, share: float,
+        inputs: float, computed: float,
     ) -> Record:  # fmt: skip
         """Return the record of a cell.
 
@@ -187,7 +188,7 @@ class Worker:
         cell, config = job.cell, job.config
         used = outcome.cost
         per_token = used.remasks / used.tokens if used.tokens else 0.0
-        flops = cost.describe(cell.method, self.shape, used.mean_context, computed, per_token)
+        flops = cost.describe(method, self.shape, used.mean_context, computed, per_token, 1 - used.mask_sparsity)
         return Record(
             key=cell.key,
             inputs=cell.inputs,

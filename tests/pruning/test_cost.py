@@ -4,12 +4,18 @@ FLOPs: tests/derivations/test_flops.py.
 """
 
 import pytest
+import torch
 from torch import nn
+from transformers import LlamaConfig
 
+import dart_eval
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.cost import describe, overhead
 from dart_eval.pruning.registry import make
+from dart_eval.results.store import Store
+from tests.helpers.models import made, random_tokens, tiny, word_tokenizer
+from tests.helpers.sessions import generate, open_session
 from tests.matrix.types import tiny as typed
 
 
@@ -73,3 +79,42 @@ def test_what_remask_reads_is_counted(llama):
     assert code["remask_reads"] == pytest.approx(0.01 * 30 * 0.7)
     assert code["remask"] == scoring + 30 * (shape.decode(101) - shape.decode(101, 0.3))
     assert describe(make("griffin"), shape, 100, 0.5, 0.0)["remask_reads"] == 0
+
+
+@pytest.mark.parametrize("bits", ["4", "2", "q4_k"])
+@pytest.mark.parametrize(("method", "sparsity"), [("griffin", 0.5), ("cats", 0.55), ("teal", 0.9), ("wina", 0.9)])
+def test_scales_that_every_token_reads_are_no_products(bits, method, sparsity):
+    model = tiny("llama")
+    with dart_eval.rounded_ffns(model, bits), open_session(model, method, sparsity, execution="masked") as run:
+        generate(model, torch.tensor([random_tokens(9)]), 2)
+        read = float(run.shares(1).read[0])
+        counts = run.prepared._counts_at([1 - sparsity] * 3)
+        chosen = sum(counts.mask) + sum(counts.taken) + sum(counts.written)
+        expected = chosen / (3 * 120) if method in ("griffin", "cats") else 1 - sparsity
+        assert run.computed(read) == pytest.approx(expected, abs=0.01)
+
+
+def test_products_of_a_choice_that_varies_follow_its_read(llama):
+    """Its copies are read whatever it takes."""
+    with open_session(llama, "prox", 0.5, execution="masked", **{"choice.threshold": "calibrated"}) as run:
+        label = float(run.shares(1).read[0])
+        assert run.computed(label) < run.computed(label + 0.1) < 1
+
+
+def test_a_mask_that_was_measured_stands_before_its_estimate(llama):
+    shape = shape_of(llama, find_ffns(llama))
+    half, most = (
+        overhead(make("griffin", {"choice": "shown"}), shape, 10, 0.3, in_mask=m).decode_step for m in (0.5, 1.0)
+    )
+    assert most == pytest.approx(2 * half)
+
+
+def test_the_record_of_dart_plus_has_the_work_of_its_read(tmp_path):
+    """It skips columns below 19 % of the bytes."""
+    asked = {"tasks": "smoke_questions", "limit": 2, "output": tmp_path, "progress": False}
+    config = LlamaConfig(vocab_size=96, hidden_size=264, intermediate_size=301, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = made(lambda: config, scale=1, dtype=torch.bfloat16)
+    dart_eval.evaluate(model, word_tokenizer(), method="dart-plus", sparsity="0.7,0.9", **asked)
+    work = {r.inputs["sparsity"]: r.flops["overhead_decode_step"] for r in Store(tmp_path).load()}
+    assert work[0.9] < 0.9 * work[0.7]
