@@ -12,8 +12,10 @@ from pathlib import Path
 from dart_eval.cli.options import ALL, BATCH, BOARD, FRONTIER, TIME
 from dart_eval.cli.view import say, show
 from dart_eval.results import board_text, detector, frame, frontier, generated, speeds, tables, writers
-from dart_eval.results.blocks import Board
+from dart_eval.results.blocks import WIDTH_OF_LEVEL, Board
 from dart_eval.results.board import boards
+from dart_eval.results.board_text import LEVEL_SHOWN
+from dart_eval.results.inputs import DENSE
 from dart_eval.results.record import Record
 from dart_eval.results.report import unions
 from dart_eval.results.report.reader import Reader
@@ -48,7 +50,13 @@ class Shown:
             known = {m.metric.partition(",")[0] for r in self.records for m in r.metrics}
             if self.metric not in known:
                 raise UserError(f"no cell has metric {self.metric!r}", nearest(self.metric, known))
-        return boards(self.store, self.records, speeds.load_speeds(self.store.folder), self.metric)
+        near = [r for r in self.records if self._near(r)]
+        return boards(self.store, near, speeds.load_speeds(self.store.folder), self.metric)
+
+    def _near(self, record: Record) -> bool:
+        """Whether a cell is dense, or reads about what is to be shown: tasks that others lack are no reason."""
+        apart = 0.0 if self.level is None else abs(record.weights_read - self.level)
+        return record.inputs["method"] == DENSE or apart <= LEVEL_SHOWN + WIDTH_OF_LEVEL
 
     @property
     def long(self) -> list[Table]:

@@ -24,6 +24,7 @@ from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST
 from dart_eval.results.writers import Table
 from dart_eval.util.text import folded, printable
 
+LEVEL_SHOWN = 0.025  # reads that differ by as much from the wanted one are shown
 MARKS = {BEST: "*", LEVEL_WITH_BEST: "~"}
 ABSTRACTS = frozenset({"glass", "grinqh", "pop", "prox"})  # methods that are built from their papers' abstracts alone
 NARROWEST, WIDEST = 16, 30  # characters of a method's name, before it goes over several lines
@@ -211,7 +212,9 @@ def shown_levels(block: Block, level: float | None) -> list[Level]:
     """Return the levels of a block, or those near a read, and dense."""
     if level is None:
         return list(block.levels)
-    return [one for one in block.levels if any(r.kind == CONTROL or abs(r.read - level) <= 0.025 for r in one.rows)]
+    return [
+        one for one in block.levels if any(r.kind == CONTROL or abs(r.read - level) <= LEVEL_SHOWN for r in one.rows)
+    ]
 
 
 def ordered(rows: Sequence[BoardRow], columns: Sequence[BoardColumn], sort: str | None) -> list[BoardRow]:

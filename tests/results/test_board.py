@@ -580,3 +580,13 @@ def test_faster_rows_are_no_also_where_the_first_is_slower(tmp_path):
         ]  # fmt: skip
         text = text_of(board_of(tmp_path / str(ratio), dense, dart, griffin, speeds=timed))
         assert said in text
+
+
+def test_rows_of_another_level_take_no_task_from_the_level_that_is_shown(tmp_path):
+    """One level ran on seven tasks, the other on six of them."""
+    tasks = ["arc_easy", "arc_challenge", "boolq", "winogrande", "openbookqa", "rte", "hellaswag"]
+    cells = [choices(share, t, method) for t in tasks for method, share in (("dense", 0.8), ("griffin", 0.6))]
+    folder = save(tmp_path / "out", *cells, *[choices(0.5, t, sparsity=0.9) for t in tasks[:-1]])
+    assert "Tasks left out of means" in command("tables", folder).out
+    shown = command("tables", folder, "--level", "0.3").out
+    assert "7 choice tasks" in shown and "left out" not in shown and " 10 %" not in shown
