@@ -328,24 +328,6 @@ def own_distance(measure: Measure, pruned: Outcome, dense: Outcome) -> Outcome:
     return dataclasses.replace(dense, measures=(*dense.measures, measure), documents=documents)
 
 
-def mean_of(tasks: Sequence[Pairs], shares: Sequence[float]) -> Pairs | None:
-    """Return the values of a weighted mean over several tasks; None if a task's value is not a mean over documents.
-
-    Args:
-        tasks: the values of one metric on each of them.
-        shares: the weight of each task.
-    """
-    if len(tasks) == 1:
-        return tasks[0]
-    if any(task.measure.kind != "mean" for task in tasks):
-        return None
-    own = [np.ones(len(task.a)) if task.weights is None else task.weights for task in tasks]
-    weights = np.concatenate([share * w / w.sum() for share, w in zip(shares, own, strict=True)])
-    x, y = np.concatenate([task.a for task in tasks]), np.concatenate([task.b for task in tasks])
-    chance = np.concatenate([task.chance for task in tasks])
-    return Pairs(tasks[0].measure, x, y, [unit for task in tasks for unit in task.units], weights, chance)
-
-
 class Unpaired(UserError):
     """Two cells have other documents or prompts."""
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dart_eval.cli import compare as command
 from dart_eval.cli import view
-from dart_eval.results import documents, outcomes
+from dart_eval.results import outcomes
 from dart_eval.results.compare import compare_folders, compare_within, render
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import UserError
@@ -298,17 +298,6 @@ def test_a_groups_value_is_that_of_the_record_and_its_members_are_the_clusters(t
     assert (row.result.value_a, row.result.value_b) == pytest.approx((value_a, value_b), rel=1e-12)
     assert row.result.difference == pytest.approx(value_a - value_b)
     assert row.result.test == ("exact sign flip of clusters" if by_size else "bootstrap-t")
-
-
-def test_a_mean_over_tasks_weighs_them_by_their_shares_whatever_their_size():
-    def both_sides(task, *sides):
-        made = [outcomes.Outcome((), documents.documents(samples(task, [{"acc": v} for v in side]))) for side in sides]
-        return outcomes.pairs(outcomes.Measure(task, "acc", True, (task,)), *made)
-
-    short = both_sides("a", [1.0] * 6 + [0.0] * 4, [0.0] * 10)
-    long = both_sides("b", [1.0] * 30, [1.0] * 27 + [0.0] * 3)
-    found = outcomes.mean_of([short, long], [0.25, 0.75]).test()
-    assert found.difference == pytest.approx(0.25 * 0.6 + 0.75 * 0.1)
 
 
 def test_documents_of_one_cluster_are_one_unit(tmp_path):

@@ -6,12 +6,15 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dart_eval.results import stats
+from dart_eval.results.claims import HOLDS, OPEN, Claim, Sides, judged
+from dart_eval.results.estimates import mean
 from dart_eval.results.paper_layout import PaperColumn, PaperRow, Reported, TableLayout
 from dart_eval.results.paper_picture import picture
 from dart_eval.results.paper_tables import Paper, to_csv
@@ -128,6 +131,28 @@ def test_the_mean_weighs_columns_alike_and_is_tested(tmp_path):
     assert by_place["B", "mean"].value == pytest.approx((0.1 + 0.5) / 2)
     assert by_place["A", "mean"].bold and by_place["A", "Easy"].bold and not by_place["A", "Hard"].bold
     assert table.columns[-3:] == ["mean", "effective", "read"]
+
+
+@pytest.mark.parametrize(("documents", "bold"), [(5, False), (6, True)])
+def test_a_mean_is_tested_as_a_claim_is(tmp_path, monkeypatch, documents, bold):
+    """Tasks of fewer than six documents test nothing, however many there are."""
+    monkeypatch.setattr(sys.modules[__name__], "N", documents)
+    tasks = ("easy", "hard", "harder")
+    columns = tuple(PaperColumn(task.title(), (task,), "acc") for task in tasks)
+    cells = [("a", documents, {"task": t}) for t in tasks] + [("b", 1, {"task": t, "params": {"x": 1}}) for t in tasks]
+    paper = _paper(tmp_path, *cells)
+    layout = _layout(columns, (A, B), mean=True)
+    _, numbers = paper.table(layout)
+    best = next(v for v in numbers.itertuples() if (v.row, v.column) == ("A", "mean"))
+    assert bool(best.bold) is bold
+    found = judged(Claim("c", "", "t", "mean", 0.5, ("A", "B")), _sides_of_mean(paper, layout, tasks))
+    assert found.verdict == (HOLDS if bold else OPEN)
+
+
+def _sides_of_mean(paper, layout, tasks):
+    sides = [Sides(*paper.sides(layout, ("A", "B"), 0.5, task.title())) for task in tasks]
+    a, b = mean(one.a for one in sides), mean(one.b for one in sides)
+    return [Sides("mean", a, b, sum(one.n for one in sides), "acc")]
 
 
 def test_a_cell_that_is_not_there_is_a_dash_and_is_explained(tmp_path):
