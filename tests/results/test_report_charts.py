@@ -5,6 +5,9 @@ import itertools
 import pytest
 
 from dart_eval.results.report.charts import COLOURS, LINE, SIGNS, Chart, Line, Point, Scale, against_read, sign
+from dart_eval.results.report.reader import Reader
+from dart_eval.results.store import Store
+from tests.helpers.records import answered, choosing
 
 LINES = {
     "a": [Point(0.5, 1.0, 0.9, 1.1), Point(0.3, 2.0, 2.0, 2.0)], "b": [Point(0.51, 0.5, -4.5, 5.5)],
@@ -80,3 +83,13 @@ def test_points_say_in_words_what_they_show(page):
 
 def test_perplexity_is_drawn_logarithmic(page):
     assert "word_perplexity, lower is better, logarithmic, n 50" in page.read_text()
+
+
+@pytest.mark.parametrize(("values", "chance"), [((1.0, 0.0), 0.25), ((0.7, 0.2), None)])
+def test_a_share_of_the_probability_has_no_chance(tmp_path, values, chance):
+    """As of TruthfulQA's mc2: its answers are neither right nor wrong."""
+    made = choosing(answered("truthfulqa_mc2", [{"acc": v} for v in values], "dense", 0.0))
+    Store(tmp_path).save("cell", made, [{"task": "truthfulqa_mc2", "doc_id": i, "target": "a"} for i in range(2)])
+    reader = Reader(tmp_path)
+    (found,) = reader.load()
+    assert reader.look(found).chance == chance

@@ -49,7 +49,9 @@ class Reader(Store):
         for s in found:
             ids.setdefault(s["task"], set()).add(s["doc_id"])
         first = {(task, i) for task, numbers in ids.items() for i in sorted(numbers)[: self.most]}
-        guesses = [1 / len(s["responses"]) for s in found if len(s["responses"]) > 1 and "acc" in s["metrics"]]
+        choices = [s for s in found if len(s["responses"]) > 1 and "acc" in s["metrics"]]
+        whole = all(s["metrics"]["acc"] in (0, 1) for s in choices)  # a share of the probability has no known chance
+        guesses = [1 / len(s["responses"]) for s in choices if whole]
         self._looked[record.key] = CellSamples(
             len(found), [s for s in found if traced(s)], [s for s in found if (s["task"], s["doc_id"]) in first],
             {(task, i) for task, numbers in ids.items() for i in numbers} - first,
