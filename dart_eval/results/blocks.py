@@ -57,6 +57,7 @@ class BoardRow:
             or `guessing`.
         scope: which positions ran pruned; None for dense, rounded or not, which is the same in all scopes.
         values: task -> its main metric.
+        asked: task -> what was asked: equal text, equal documents and prompts.
         quality: metric -> the mean over the block's tasks.
         nats: log-likelihood of the right answers minus that under dense, mean over tasks.
         flips: share of items whose chosen answer is not dense's, mean over tasks.
@@ -76,6 +77,7 @@ class BoardRow:
     kind: str
     scope: str | None = None
     values: Mapping[str, Metric] = field(default_factory=dict)
+    asked: Mapping[str, str] = field(default_factory=dict)
     quality: Mapping[str, Quality] = field(default_factory=dict)
     nats: Estimate | None = None
     flips: Estimate | None = None
@@ -151,8 +153,9 @@ class Board:
 def split(rows: Sequence[BoardRow], wanted: str | None = None) -> list[tuple[Tasks, list[BoardRow]]]:
     """Split rows into blocks with common tasks: metric -> tasks, and the rows of each block.
 
-    A block has the tasks of one metric that most rows have, counted in rows x tasks; a row that lacks one of them goes
-    to a later block. For every further metric it has the tasks that all of its rows with that metric share.
+    A task that was asked otherwise (other documents, examples or lengths) is another one. A block has the tasks of
+    one metric that most rows have, counted in rows x tasks; a row that lacks one of them goes to a later block. For
+    every further metric it has the tasks that all of its rows with that metric share.
     """
     rest = list(rows)
     blocks: list[tuple[Tasks, list[BoardRow]]] = []
@@ -163,21 +166,21 @@ def split(rows: Sequence[BoardRow], wanted: str | None = None) -> list[tuple[Tas
         covering = {c: sum(c <= own.get(first, frozenset()) for own in sets) for c in candidates}
         chosen = max(candidates, key=lambda c: (covering[c] * len(c), sorted(c)), default=frozenset())
         inside = [i for i, own in enumerate(sets) if chosen <= own.get(first, frozenset())]
-        tasks = {first: tuple(sorted(chosen))} if first else {}
+        tasks = {first: tuple(sorted(task for task, _ in chosen))} if first else {}
         for metric in sorted({m for i in inside for m in sets[i]} - {first}, key=metrics.order):
             owned = [sets[i][metric] for i in inside if metric in sets[i]]
             common = frozenset.intersection(*owned) or Counter(owned).most_common(1)[0][0]
-            tasks[metric] = tuple(sorted(common))
+            tasks[metric] = tuple(sorted(task for task, _ in common))
         blocks.append((tasks, [rest[i] for i in inside]))
         rest = [row for i, row in enumerate(rest) if i not in inside]
     return blocks
 
 
-def _tasks_of(row: BoardRow) -> dict[str, frozenset[str]]:
-    """Return metric, without its filter -> the tasks whose main metric it is in the row."""
-    found: dict[str, set[str]] = {}
+def _tasks_of(row: BoardRow) -> dict[str, frozenset[tuple[str, str]]]:
+    """Return metric, without its filter -> the tasks whose main metric it is in the row, and how they were asked."""
+    found: dict[str, set[tuple[str, str]]] = {}
     for task, m in row.values.items():
-        found.setdefault(m.metric.partition(",")[0], set()).add(task)
+        found.setdefault(m.metric.partition(",")[0], set()).add((task, row.asked.get(task, "")))
     return {metric: frozenset(tasks) for metric, tasks in found.items()}
 
 

@@ -140,6 +140,8 @@ def _row(label: str, records: Sequence[Record], speeds: Sequence[Speed], metric:
         read=sum(r.weights_read for r in records) / len(records),
         scope=str(first.inputs["scope"]) if inputs.matters("scope", first.inputs) else None,
         values={m.task: m for r in records for m in main_metrics(r, metric)},
+        asked={m.task: inputs.question(r.inputs, [*inputs.UNLIKE_DENSE, "seed"])
+               for r in records for m in main_metrics(r, metric)},
         memory=max(r.memory.get("state", 0) for r in records),
         overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
         calibrated=first.inputs.get("calibration") is not None, speed=of_cell(speeds, first.inputs),
@@ -161,11 +163,12 @@ def _block(
     """
     tasks, own = block
     first = next(iter(tasks), "")
-    needed = set(tasks.get(first, ()))
+    needed = {(task, own[0].asked.get(task, "")) for task in tasks.get(first, ())}
     reads = [row.read for row in own]
     others = [
         row for row in drafts
-        if row not in own and needed and needed <= row.values.keys() and row.scope in (None, scope)
+        if row not in own and needed and needed <= {(t, row.asked.get(t, "")) for t in row.values}
+        and row.scope in (None, scope)
         and (row.kind in (CONTROL, ROUNDING) or any(abs(row.read - read) <= WIDTH_OF_LEVEL for read in reads))
     ]  # fmt: skip
     found = {row.keys: beside.get(row.keys, ()) for row in [*own, *others]}
@@ -173,7 +176,7 @@ def _block(
     means = [_means(found, name, tasks if name == "kl" else {first: tasks.get(first, ())})
              for name in (metrics.GOLD, "flips", "kl")]  # fmt: skip
     rows = [replace(row, nats=means[0][row.keys], flips=means[1][row.keys], kl=means[2][row.keys]) for row in rows]
-    ours = {(one.measure.task, one.measure.name): one for some in beside.values() for one in some}
+    ours = {(one.measure.task, one.measure.name): one for some in found.values() for one in some}
     choice = {m: [ours[t, m] for t in tasks[m] if (t, m) in ours] for m in tasks if metrics.kind_of(m).chance}
     at_chance = [one.measure.task for some in choice.values() for one in some
                  if one.chance and len(one.sides[1].units) >= stats.MIN_CLUSTERS

@@ -150,8 +150,8 @@ def _quality(leader: BoardRow, stands: Sequence[Stand], first: BoardRow) -> str:
     if not behind:
         if first is not leader:
             return f"{at} {leader.name} is the first row that no test puts behind another; it has {amount}."
-        said = f"no row is told apart from {leader.name}, which" if stands else leader.name
-        return f"{at} {said} has {amount}."
+        said = f"no row is told apart from {leader.name}, which" if level else leader.name
+        return f"{at} {said} has {amount}{f'; not tested against {_names(untested)}' if untested else ''}."
     than = "every other pruned row" if len(behind) == len(stands) > 1 else _names(behind)
     shared = _shared([s.better for s in behind])
     largest = max(p for s in behind for p in ([s.better[name] for name in shared] or [min(s.better.values())]))

@@ -590,3 +590,22 @@ def test_rows_of_another_level_take_no_task_from_the_level_that_is_shown(tmp_pat
     assert "Tasks left out of means" in command("tables", folder).out
     shown = command("tables", folder, "--level", "0.3").out
     assert "7 choice tasks" in shown and "left out" not in shown and " 10 %" not in shown
+
+
+def test_rows_of_other_documents_are_no_rivals(tmp_path):
+    """As far as their values go the one with fewer documents would lead."""
+    few = [choices(s, method=m, limit=100) for m, s in (("dense", 0.9), ("dart", 0.85))]
+    many = [choices(s, method=m, limit=200) for m, s in (("dense", 0.8), ("griffin", 0.5))]
+    made = board_of(tmp_path, *few, *many)
+    assert len(made.blocks) == 2
+    assert [len([r for r in block.rows if r.kind == "pruned"]) for block in made.blocks] == [1, 1]
+    assert "best pruned row" not in text_of(made)
+
+
+def test_rows_that_were_not_tested_are_not_called_equal(tmp_path):
+    """A group of four members has too few units."""
+    values = [{"acc": float(i % 3 > 0)} for i in range(8)]
+    cells = [choosing(answered("arc", [{"acc": v["acc"] * keep} for v in values[:5]], m, s))
+             for m, s, keep in (("dense", 0.0, 1), ("dart", 0.7, 1), ("griffin", 0.7, 0))]  # fmt: skip
+    text = text_of(board_of(tmp_path, *cells))
+    assert "not tested against griffin" in " ".join(text.split()) and "no row is told apart" not in text
