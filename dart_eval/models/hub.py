@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from functools import lru_cache
 from urllib.parse import urlparse
 
 import datasets
 import huggingface_hub
+from transformers.utils.hub import extract_commit_hash
 
 from dart_eval.weights.checkpoint import model_file
 
@@ -52,5 +52,4 @@ def commit_of(source: str, name: str, revision: str) -> str:
         name: a file that it has.
     """
     file = model_file(source, name, revision)
-    folders = [] if file is None else [part for part in file.parts if re.fullmatch("[0-9a-f]{40}", part)]
-    return folders[-1] if folders else revision
+    return extract_commit_hash(None if file is None else str(file), None) or revision
