@@ -231,6 +231,8 @@ def resolve(spec: ModelSpec) -> Resolved:
     """
     if spec.dtype not in DTYPES:
         raise UserError(f"unknown dtype {spec.dtype!r}", nearest(spec.dtype, DTYPES))
+    if spec.load_in not in (None, "4bit", "8bit"):
+        raise UserError(f"unknown load_in {spec.load_in!r}", "4bit or 8bit")
     choose_device(spec.device)
     tokenizer, peft = (value and os.path.expanduser(value) for value in (spec.tokenizer, spec.peft))
     spec, name = dataclasses.replace(spec, tokenizer=tokenizer, peft=peft), spec.name

@@ -63,8 +63,6 @@ class DartLM(PrunedLM):
             raise UserError(f"--model dart has no argument {odd[0]!r}", nearest(odd[0], sorted(LOADING | OF_LM)))
         if scope not in get_args(Scope):
             raise UserError(f"unknown scope {scope!r}", nearest(scope, get_args(Scope)))
-        if (wanted := others.get("load_in")) not in (None, "4bit", "8bit"):
-            raise UserError(f"unknown load_in {wanted!r}", "4bit or 8bit")
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"
         loading = {name: value for name, value in others.items() if name in LOADING}
