@@ -122,6 +122,11 @@ class InputSparsity(Pruner, of=Entries):
         share_read = attached.share_read(self.entries, ffns, densities, sparsity)
         return [(ffns[0].matrices * share_read, 0.0, 0.0, 0.0)] * len(ffns)
 
+    def scales_read(self, ffns: Sequence[FFN]) -> float:
+        from dart_eval.pruning.inputs.attached import scales_read
+
+        return scales_read(ffns)
+
     def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
         from dart_eval.pruning.inputs.attached import attach
 

@@ -228,6 +228,10 @@ class Pruner:
         """Return the share of the FFN weights that a token multiplies. read: share of their bytes that it reads."""
         return read if self.other is None else self.other.multiplied(read)
 
+    def scales_read(self, ffns: Sequence[FFN]) -> float:
+        """Return the share of the weight bytes that every token of `other` reads beside its weights: their scales."""
+        return 0.0
+
     def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
         """Attach the part that leaves out inputs, weights or experts to a model; None for other methods."""
         return None

@@ -39,6 +39,12 @@ def share_read(part: Entries, ffns: Sequence[FFN], densities: Sequence[float], s
     return read / everything
 
 
+def scales_read(ffns: Sequence[FFN]) -> float:
+    """Return the share of the FFN weight bytes that scales take; every token reads them (`Entries.share`)."""
+    bits = [(ffn.size, one) for ffn in ffns for one in _bits(ffn)]
+    return sum(size * one.scale for size, one in bits) / sum(size * one.total for size, one in bits)
+
+
 def _bits(ffn: FFN) -> list[Stored]:
     """Return the bits of a served weight of each matrix, down last."""
     return [*stored_inputs(ffn), stored_of(ffn.down)]

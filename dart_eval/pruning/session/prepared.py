@@ -13,7 +13,6 @@ from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import compatibility
 from dart_eval.pruning.calibration.calibration import Calibration, means
-from dart_eval.pruning.kinds import InputSparsity
 from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.counts import Counts, mean_cost
 from dart_eval.pruning.method import CostTerms, Pruner
@@ -110,18 +109,11 @@ class Prepared:
             read: share of the FFN weights that it reads.
         """
         if self.method.other is not None:
-            return self.method.multiplied((read - self._scales) / (1 - self._scales))
+            scales = self.method.scales_read(self.ffns)
+            return self.method.multiplied((read - scales) / (1 - scales))
         if (self.read_cost is not None and self.method.choice.exact) or not self._moving:
             return self._products
         return self._products * (read - self._fixed) / self._moving
-
-    @property
-    def _scales(self) -> float:
-        """Share of the bytes that scales take where every column is read with them (`Entries.share`)."""
-        if not isinstance(self.method, InputSparsity):
-            return 0.0
-        bits = [(f.size, b) for f in self.ffns for b in (*rounding.stored_inputs(f), rounding.stored_of(f.down))]
-        return sum(n * b.scale for n, b in bits) / sum(n * b.total for n, b in bits)
 
     def nbytes(self) -> int:
         """Return the bytes that all sequences share; previews count as they would be stored."""
