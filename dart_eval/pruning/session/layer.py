@@ -115,13 +115,8 @@ class Layer(PerSequence):
         self.sums = {}
 
     @torch.no_grad()
-    def finish(self, weight: Tensor) -> None:
-        """Make the mask and the compensation at the end of the context, once the counts are set.
-
-        Args:
-            weight: [B], total weight of the tokens seen.
-        """
-        self.weight = weight
+    def finish(self) -> None:
+        """Make the mask and the compensation at the end of the context, once the counts and the weight are set."""
         everyone = torch.arange(len(self.mask_counts))
         if not self.method.mask.fixed:
             self.own = self._best(self.per_token(), everyone)

@@ -100,7 +100,7 @@ class SequenceState(PerSequence):
             layer.weight = self.weight  # the counts may depend on scores per token
         self._count()
         for layer in self.layers:
-            layer.finish(self.weight)
+            layer.finish()
 
     def _count(self) -> None:
         """Set the number of neurons of each layer that every sequence keeps, takes and writes."""
