@@ -89,6 +89,11 @@ class BoardRow:
     mark: str = ""
     keys: tuple[str, ...] = ()
 
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        """Its tasks, and how each was asked."""
+        return [(task, self.asked.get(task, "")) for task in self.values]
+
 
 @dataclass(frozen=True)
 class Level:
@@ -179,8 +184,8 @@ def split(rows: Sequence[BoardRow], wanted: str | None = None) -> list[tuple[Tas
 def _tasks_of(row: BoardRow) -> dict[str, frozenset[tuple[str, str]]]:
     """Return metric, without its filter -> the tasks whose main metric it is in the row, and how they were asked."""
     found: dict[str, set[tuple[str, str]]] = {}
-    for task, m in row.values.items():
-        found.setdefault(m.metric.partition(",")[0], set()).add((task, row.asked.get(task, "")))
+    for (task, asked), m in zip(row.questions, row.values.values(), strict=True):
+        found.setdefault(m.metric.partition(",")[0], set()).add((task, asked))
     return {metric: frozenset(tasks) for metric, tasks in found.items()}
 
 

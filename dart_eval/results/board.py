@@ -163,11 +163,11 @@ def _block(
     """
     tasks, own = block
     first = next(iter(tasks), "")
-    needed = {(task, own[0].asked.get(task, "")) for task in tasks.get(first, ())}
+    needed = {question for question in own[0].questions if question[0] in tasks.get(first, ())}
     reads = [row.read for row in own]
     others = [
         row for row in drafts
-        if row not in own and needed and needed <= {(t, row.asked.get(t, "")) for t in row.values}
+        if row not in own and needed and needed <= {*row.questions}
         and row.scope in (None, scope)
         and (row.kind in (CONTROL, ROUNDING) or any(abs(row.read - read) <= WIDTH_OF_LEVEL for read in reads))
     ]  # fmt: skip
