@@ -178,7 +178,7 @@ def test_a_mean_for_each_neuron_that_a_token_leaves_out_runs_by_masks_alone():
         for execution in ("masked", "auto")
     )
     assert torch.equal(masked, auto)
-    with pytest.raises(UserError, match="compensation=mean-token has no kernel"):
+    with pytest.raises(UserError, match="compensation=mean-token has no kernel; use execution='masked'"):
         ours.run(model, "griffin", PROMPT, DECODED, execution="copied", compensation="mean-token")
 
 

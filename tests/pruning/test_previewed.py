@@ -209,7 +209,7 @@ def test_which_previews_have_kernels(spelled, dtype, why):
     found = lacking(method, find_ffns(model))
     assert found is None if why is None else found == f"{why} has no kernel"
     if why is not None:
-        with pytest.raises(UserError, match="has no kernel"):
+        with pytest.raises(UserError, match=f"{why} has no kernel; use execution='masked'"):
             open_session(model, method, 0.5, execution="copied").__enter__()
 
 
