@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.results.claims import ANY, Claim
-from dart_eval.results.metrics import kind_of
+from dart_eval.results.metrics import BY_SECOND_FORWARD, kind_of
 from dart_eval.results.paper_layout import COLUMNS, FIELDS, MEAN, PaperColumn, PaperRow, Reported, TableLayout
 from dart_eval.sweep import values
 from dart_eval.sweep.config import RunConfig, checked
@@ -126,6 +126,9 @@ def load(name: str, base: RunConfig) -> PaperSpec:
         sizes = {
             str(t): known(size, SIZE_KEYS, f"the size of {t}", SEE) for t, size in (data.get("sizes") or {}).items()
         }
+    shown = {column.metric.partition(",")[0] for layout in layouts for column in layout.columns}
+    if not shown & BY_SECOND_FORWARD:  # no table needs it, and scoring takes less time without
+        sweeps = {name: [dataclasses.replace(config, kl=False) for config in some] for name, some in sweeps.items()}
     return PaperSpec(str(data.get("about", "")), sweeps, tuple(layouts), claims, sizes)
 
 

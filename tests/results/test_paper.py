@@ -292,6 +292,14 @@ def test_the_file_gives_sweeps_and_layouts(tmp_path):
     assert two.columns[1].field == "state_mib"
 
 
+@pytest.mark.parametrize(("metric", "measured"), [("acc", False), ("flips", False), ("kl", True), ("top1,none", True)])
+def test_dense_runs_beside_a_method_only_for_tables_that_show_how_far_it_is(tmp_path, metric, measured):
+    column = {"Q": {"task": "smoke_questions", "metric": metric, "limit": 3}}
+    spec = load(_file(tmp_path, tables=[*SMALL["tables"], {"name": "t", "title": "T", "columns": column}]),
+                config_from(None, BASE))  # fmt: skip
+    assert {c.kl for c in spec.configs} == {measured}
+
+
 def test_limit_overrides_the_file(tmp_path):
     spec = load(_file(tmp_path), config_from(None, {**BASE, "limit": 5}))
     assert [c.asked["limit"] for c in spec.layouts[0].columns] == [5, 2]  # half of it for the second, rounded
