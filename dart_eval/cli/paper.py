@@ -78,6 +78,8 @@ def paper(
     folder = Path(output) / "tables"
     for table in _write(spec, filled, folder):
         show(table)
+    if unmeasured := filled.unmeasured(spec.layouts):
+        say(f"{unmeasured}{' Data of your own: --data-dir.' if result.missing else ''}")
     say(f"wrote {folder} (all.md, and each table as md, csv and tex)")
     finish(result, output)
 
@@ -103,14 +105,15 @@ def _run(spec: PaperSpec, verbose: bool) -> tuple[RunResult, dict[str | None, li
 
 
 def _write(spec: PaperSpec, filled: Paper, folder: Path) -> list[Table]:
-    """Write the tables, each in three forms and all in one file; returns them, the verdicts last."""
+    """Write the tables with numbers, each in three forms and all in one file; returns them, the verdicts last."""
     from dart_eval.results.claims import table as verdicts
     from dart_eval.results.paper_picture import picture
     from dart_eval.results.paper_tables import to_csv
     from dart_eval.results.writers import csv_text, latex, markdown
     from dart_eval.util.files import write
 
-    made = [(layout.name, *filled.table(layout)) for layout in spec.layouts]
+    layouts = [layout for layout in spec.layouts if filled.measured(layout)]
+    made = [(layout.name, *filled.table(layout)) for layout in layouts]
     files: dict[str, str | bytes] = {f"{name}.csv": to_csv(numbers) for name, _, numbers in made}
     tables = {name: table for name, table, _ in made}
     if spec.claims:
@@ -118,10 +121,11 @@ def _write(spec: PaperSpec, filled: Paper, folder: Path) -> list[Table]:
         files["claims.csv"] = csv_text([tables["claims"].columns, *tables["claims"].body])
     for name, table in tables.items():
         files |= {f"{name}.md": markdown(table), f"{name}.tex": latex(table)}
-    for layout, (_, _, numbers) in zip(spec.layouts, made, strict=True):
+    for layout, (_, _, numbers) in zip(layouts, made, strict=True):
         if layout.picture and (drawn := picture(layout, numbers)) is not None:
             files[f"{layout.name}.svg"] = drawn
-    files["all.md"] = "\n".join([*([spec.about.strip() + "\n"] if spec.about else []), *map(markdown, tables.values())])
+    before, after = ([f"{text.strip()}\n"] if text else [] for text in (spec.about, filled.unmeasured(spec.layouts)))
+    files["all.md"] = "\n".join([*before, *map(markdown, tables.values()), *after])
     for file, text in files.items():
         write(folder / file, text, REMEDY)
     return [*tables.values()]

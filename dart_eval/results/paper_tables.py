@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,9 +68,13 @@ class Paper:
         self._known: list[tuple[TableLayout, pd.DataFrame]] = []  # the numbers of tables
 
     def table(self, layout: TableLayout) -> tuple[Table, pd.DataFrame]:
-        """Return the table for people, and its numbers: one a row, with the columns of `CSV`."""
+        """Return the table for people, and its numbers: one a row, with the columns of `CSV`.
+
+        A column without a number is left out.
+        """
         numbers = self._with_best(self._numbers(layout))
-        lines, heads = layout.lines, list(layout.parts)
+        lines, found = layout.lines, {*numbers["column"]}
+        heads = [head for head in layout.parts if head in found]
         texts = numbers.pivot(index="line", columns="column", values="text").join(self._costs(numbers))
         texts = texts.reindex(range(len(lines)), columns=[*heads, "effective", "read"]).fillna("-")
         body = []
@@ -89,16 +93,42 @@ class Paper:
         rules = {i for i in range(1, len(lines)) if lines[i][0] != lines[i - 1][0]}
         columns = ["method", "sparsity", *counted, "effective", "read"]
         made = Table(layout.title, columns, body, self._note(layout, numbers), frozenset(bold), frozenset(rules))
-        return self._with_guessing(made, layout, numbers), numbers
+        return self._with_guessing(made, layout, heads, numbers), numbers
 
-    def _with_guessing(self, table: Table, layout: TableLayout, numbers: pd.DataFrame) -> Table:
-        """Return the table with a line of the quality of guessing, below the unpruned rows, if a column has one."""
+    def measured(self, layout: TableLayout) -> bool:
+        """Return whether a table has a number."""
+        return not self._numbers(layout).empty
+
+    def unmeasured(self, layouts: Sequence[TableLayout]) -> str:
+        """Return the sentences on tables that have no number, and why; empty if each has one."""
+        empty = [layout for layout in layouts if not self.measured(layout)]
+        if not empty:
+            return ""
+        names = ", ".join(layout.name for layout in empty)
+        tasks = {task for layout in empty for column in layout.columns for task in column.tasks}
+        return " ".join([f"Tables without a number: {names}.", *self._missing(tasks)])
+
+    def _missing(self, tasks: Collection[str]) -> list[str]:
+        """Return a sentence for each reason why some of these tasks could not run."""
+        because: dict[str, list[str]] = {}
+        for task, reason in self.missing.items():
+            if task in tasks:
+                because.setdefault(reason.replace(f" of task {task} ", " "), []).append(task)
+        return [f"{', '.join(some)}: not measured ({reason})." for reason, some in because.items()]
+
+    def _with_guessing(
+        self, table: Table, layout: TableLayout, heads: Sequence[str], numbers: pd.DataFrame
+    ) -> Table:  # fmt: skip
+        """Return the table with a line of the quality of guessing, below the unpruned rows, if a column has one.
+
+        heads: of the table's columns of numbers.
+        """
         chance = numbers[numbers["chance"] > 0].groupby("column")["chance"].first()
         if chance.empty:
             return table
         at = sum(block == 0 for block, *_ in layout.lines)
-        names = [layout.parts[h][0].metric if h in chance else "" for h in layout.parts]
-        cells = [short(m, chance[h], None) if m else "" for h, m in zip(layout.parts, names, strict=True)]
+        names = [layout.parts[h][0].metric if h in chance else "" for h in heads]
+        cells = [short(m, chance[h], None) if m else "" for h, m in zip(heads, names, strict=True)]
         body = [*table.body[:at], ["guessing", "", *cells, "", ""], *table.body[at:]]
         return replace(
             table, body=body, bold=frozenset((i + (i >= at), j) for i, j in table.bold),
@@ -256,7 +286,10 @@ class Paper:
         if layout.note:
             parts.append(layout.note)
         tasks = {task for column in layout.columns for task in column.tasks}
-        parts += [f"{task}: not measured ({reason})." for task, reason in self.missing.items() if task in tasks]
+        found = {*numbers["column"]}
+        if without := [head for head in layout.parts if head not in found]:
+            parts.append(f"Columns without a number are left out: {', '.join(without)}.")
+        parts += self._missing(tasks)
         for column in layout.columns:
             known = self._metrics["metric"][self._metrics["task"].isin(column.tasks)]
             if column.metric and len(known) and column.metric not in set(known):
@@ -268,8 +301,6 @@ class Paper:
 
     def _provenance(self, records: Sequence[Record]) -> str:
         """Return a line with model, versions, code, dates and command."""
-        if not records:
-            return "Nothing was measured."
         records = sorted(records, key=lambda r: r.created)
         last = records[-1]
         env = last.environment

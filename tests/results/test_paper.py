@@ -155,13 +155,21 @@ def _sides_of_mean(paper, layout, tasks):
     return [Sides("mean", a, b, sum(one.n for one in sides), "acc")]
 
 
-def test_a_cell_that_is_not_there_is_a_dash_and_is_explained(tmp_path):
-    paper = _paper(tmp_path, ("a", 20, {}), missing={"hard": "no data in D", "another": "not asked for"})
-    table, numbers = paper.table(_layout((ACC, PaperColumn("Hard", ("hard",), "acc")), (A, B), mean=True))
-    assert [row[2:5] for row in table.body] == [["50.0 ±5.0", "-", "-"], ["-", "-", "-"]]
+def test_a_cell_that_is_not_there_is_a_dash_and_a_column_without_cells_is_explained(tmp_path):
+    missing = {task: f"the data of task {task} is not in D" for task in ("hard", "harder")}
+    paper = _paper(tmp_path, ("a", 20, {}), missing={**missing, "another": "not asked for"})
+    hard = PaperColumn("Hard", ("hard", "harder"), "acc")
+    table, numbers = paper.table(_layout((ACC, hard), (A, B), mean=True))
+    assert table.columns == ["method", "sparsity", "Easy (n=40)", "effective", "read"]
+    assert [row[2] for row in table.body] == ["50.0 ±5.0", "-"]
     assert len(numbers) == 1
-    assert "hard: not measured (no data in D)." in table.note
+    said = "hard, harder: not measured (the data is not in D)."
+    assert f"Columns without a number are left out: Hard, mean. {said}" in table.note
     assert "another" not in table.note
+    without = dataclasses.replace(_layout((hard,), (A, B)), name="empty")
+    assert paper.measured(_layout((ACC, hard), (A, B))) and not paper.measured(without)
+    assert paper.unmeasured([_layout((ACC,), (A, B)), without]) == f"Tables without a number: empty. {said}"
+    assert paper.unmeasured([_layout((ACC,), (A, B))]) == ""
 
 
 def test_reported_numbers_stand_apart_with_their_source(tmp_path):
@@ -374,11 +382,13 @@ def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, indexed, mon
     assert done.code == 0, done.err
     assert done.err.count("done smoke_questions dart:remask.window=3 50 %") == 1  # in two tables, run once
     assert sorted(p.name for p in (tmp_path / "out" / "tables").iterdir()) == [
-        "all.md", *(f"{n}.{e}" for n in ("one", "three", "two") for e in ("csv", "md", "tex")),
+        "all.md", *(f"{n}.{e}" for n in ("one", "two") for e in ("csv", "md", "tex")),
     ]  # fmt: skip
+    without = "Tables without a number: three. arc_easy: not measured (task arc_easy has no data in data"
+    assert without in " ".join(done.out.split())
     text = (tmp_path / "out" / "tables" / "all.md").read_text()
     assert text.startswith("A small paper.")
-    assert "arc_easy: not measured (task arc_easy has no data in data" in text
+    assert without in text.splitlines()[-1]
     assert "Q (n=3)" in text
     again = command(*words).err
     assert "6 of 6 cells are finished already" in again
