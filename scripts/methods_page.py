@@ -54,8 +54,8 @@ with prune(model, "griffin", sparsity=0.7, remask=OnDrift(window=8)) as session:
     model.generate(**inputs)
 ```
 
-The parts identify a method, not its spelling. `dart:remask=never:allocation=uniform:score.norm=l2` has the parts of
-`griffin`, so it is not run beside `griffin`.
+A method is identified by its parts, not its spelling. `dart:remask=never:allocation=uniform:score.norm=l2` has the
+parts of `griffin`, so a run with both evaluates them only once.
 
 **Sparsity counts bytes.** At sparsity 0.7 a decoded token reads 30 % of the FFN weights, whatever the method. `griffin`
 reads all three matrices for 30 % of the neurons. `dart-choice` has 48 % of the neurons in its mask. A token reads gate
@@ -66,8 +66,8 @@ is (.48 + .26 + .16) / 3 = .30. In general, a token that reads gate (or up) for 
 
 of the weights of a gated FFN, and (mask + chosen) / 2 of a plain one. `mask` is the share of neurons in the mask,
 `chosen` the share that the token chooses, and `written` the share whose down columns it reads (`write_share` of the
-chosen ones). The count of each layer is rounded down, and the remainder goes to the largest fractions: all layers
-together meet the sparsity to the neuron.
+chosen ones). The count of each layer is rounded down, and the remainder goes to the layers with the largest fractions.
+So all layers together meet the sparsity exactly, to the neuron.
 
 - `cats` has all neurons in its mask. Gate alone is a third of the weights, so a lower read is refused.
 - `top-p` has no sparsity. Its read differs from token to token, and is measured.
@@ -96,37 +96,37 @@ all others      read
 | below .13 | 4 | 3 | a fifth in 3 bits, three tenths in 2 |
 
 The read sets the rest of the table ([setting](../results/setting.md) says how the table was chosen). In the last two
-rows the preview skips columns in tiles of 64: the tiles where x has the smallest norm. There the columns are sorted by
-their mean square on the calibration text. `image.code`, `image.group`, `image.bits`, `choice.fine`, `choice.rough` and
+rows the preview skips columns in tiles of 64: the tiles where x has the smallest norm. For this the columns are sorted
+by their mean x^2 on the calibration text. `image.code`, `image.group`, `image.bits`, `choice.fine`, `choice.rough` and
 `choice.tile` set the table's values by hand.
 
 - **Memory.** Prompts multiply the codes, too, so the model needs no other weights. The extra memory is the previews'
   uncertainties and norms, 16 bits a row each.
-- **KL.** KL from dense is not measured under `dart-plus`: dense would need contexts of its own.
+- **KL.** KL from dense is not measured under `dart-plus`: dense would have to run every context separately.
 - **Sparsities.** A token cannot read more than all codes, so sparsities between 0 and about .49 are refused.
 - **Rounded weights.** Weights that `--ffn-bits` rounds, or that a checkpoint stores as codes (GGUF, GPTQ, AWQ,
   torchao), do not change. The preview reads half of their bits.
 - **Ranking.** Uncertainty counts by its effect on the output: |h| times the norm of the neuron's down column.
-- **Bytes.** All scales, uncertainties and norms count. The label is met to less than a neuron.
+- **Bytes.** All scales, uncertainties and norms count. The sparsity is met to within less than a neuron.
 
-A **preview** (slot `image`) is the first bits of the weights (`image=first-bits`, nothing is stored twice) or a coarse
-copy (`image=copy`). It counts with its bits. If the preview uses only the largest entries of x (`choice.thin` of
-`prox`), it counts with the columns of these entries, and with the scales of all groups.
+A **preview** (slot `image`) is the first bits of the weights (`image=first-bits`, nothing is stored twice), a coarse
+copy (`image=copy`), or another image listed below. Its bits count as read. If it uses only the largest entries of x
+(`choice.thin` of `prox`), only the columns of these entries count, together with the scales of all groups.
 
 **Candidates are read to be ranked.** At sparsity 0.7 a token of `pop` reads gate and up for 32.5 % of the neurons:
 22.5 % core and 10 % candidates. It reads down for 25 %, so the sum is (2 * .325 + .25) / 3 = .30.
 
-**GRIFFIN can draw its mask.** `griffin:draw=sample` draws neurons in proportion to their scores, and
-`griffin:draw=sample:draw.best=0.5` draws half of the mask, beside the neurons with the highest scores. `draw.seed` (or
-`--seed`) decides what is drawn.
+**GRIFFIN can draw its mask.** `griffin:draw=sample` draws neurons in proportion to their scores.
+`griffin:draw=sample:draw.best=0.5` fills half of the mask with the highest scores, and draws the other half.
+`draw.seed` (or `--seed`) is the seed of the draw.
 
 **Rounding is the control.** `--ffn-bits 4` first rounds the FFN weights to 4 bits, with a scale of 16 bits for every 32
-weights. Read is relative to the bytes of the model's own 16 bits: rounding alone reads 4.5 / 16 = 28 %. Most methods
-run on rounded weights, too, and their sparsity then refers to them. `rounding`, `grinqh`, `decdec` and all methods that
-read graded bits (`graded-*`, `oracle-layers`, `bits-by-position`) need 16-bit weights. `griffin` at sparsity 0.5 on 4
-bits reads half of the codes, and half of the scales of gate and up. It reads all scales of down, since each belongs to
-32 neurons. The sum is 14.6 % of the 16-bit bytes. Methods with previews (`dart-plus`) subtract these scales first and
-read 14.1 %.
+weights. The read is relative to the bytes of the model's own 16-bit weights: rounding alone reads 4.5 / 16 = 28 %. Most
+methods also run on rounded weights; their sparsity then refers to the rounded bytes. `rounding`, `grinqh`, `decdec` and
+all methods that read graded bits (`graded-*`, `oracle-layers`, `bits-by-position`) need 16-bit weights. On 4 bits,
+`griffin` at sparsity 0.5 reads half of the codes, and half of the scales of gate and up. It reads all scales of down,
+since each belongs to 32 neurons. The sum is 14.6 % of the 16-bit bytes. Methods with previews (`dart-plus`) subtract
+these scales first and read 14.1 %.
 
 These codes are symmetric. `--ffn-bits q4_k` rounds as llama.cpp's Q4_K does. There 32 weights share a scale and a
 minimum of 6 bits each, as multiples of two 16-bit factors that 256 weights share. That is also 4.5 bits a weight, with
@@ -135,18 +135,18 @@ without a minimum), and `q5_k` 5.5. With `--ffn-bits` prompts run on rounded wei
 prompts run on the original weights, as under a pruner, and only decoded tokens read rounded ones.
 
 **Other granularities.** `teal` and `wina` leave out input channels: the columns of a matrix whose inputs matter least
-to a token. `wanda` leaves out single weights, the same for every text. Read counts the remaining weights, and with
-`entries.pattern=2:4` the 2 bits of each weight's position. These methods prune no neurons, so the board shows them in
-levels of their own, and tests no method of neurons against them.
+to a token. `wanda` leaves out single weights, the same for every text. The read counts the remaining weights
+and, with `entries.pattern=2:4`, 2 bits for the position of each. These methods prune no neurons, so the board shows
+them in separate levels, and does not test them against methods that prune neurons.
 
-`graded-both` reads gate and up twice: columns in graded bits for all neurons, then 2 bits more of the quarter of them
-that it knows least of. Its bits lie apart in rows and columns, and no layout of memory lets a kernel read them alone.
-The second look of `graded-rows` reads whole rows of a tenth of the neurons once more, as a kernel could.
+`graded-both` reads gate and up twice: columns in graded bits for all neurons, then 2 more bits for the quarter of them
+whose h is least certain. These bits are scattered over rows and columns: no memory layout lets a kernel read only them.
+The second read of `graded-rows` takes whole rows of a tenth of the neurons again, as a kernel could.
 
-`graded-layers` reads every matrix whole, in 4 bits or 5, say: one more bit where the input of a token is large. How
-many tokens exceed a threshold varies with the text, so a record has the measured read. `bits-by-position` reads the
-high bits first: at sparsity 0.7 for 172 decoded tokens, then the low ones. Its read is 30 % at 256 tokens
-(`entries.length`), more on shorter texts and less on longer ones.
+`graded-layers` reads every matrix in full, for example in 4 bits, or in 5 where a token's input is large. The number of
+tokens above the threshold varies with the text, so a record has the measured read. `bits-by-position` starts with the
+higher number of bits (at sparsity 0.7 for 172 decoded tokens), then reads the lower one. Its read is 30 % at 256 tokens
+(`entries.length`), higher on shorter texts and lower on longer ones.
 
 **Experts.** `fewer-experts` gives a token only the best of its routed experts. It is the control for pruning the
 experts' neurons, at equal bytes. It meets a sparsity in whole experts, and never reads more than the label. A sparsity
@@ -163,11 +163,11 @@ such as `dart-plus`, can exceed it.
 """
 
 TABLES = """`dart:allocation=table:llama-3.1-8b-70` takes a shipped table, at `--sparsity 0.7`. These are the tables of
-the public code of DART. A name says model, pruned per cent and ablation: `no-mag` is `allocation.magnitude=off` of
-`allocation=depth`, and `no-border` is `allocation.protect=off`. Three tables do not keep what their names say:
-`llama-3.2-3b-50` keeps .575, `llama-3.2-3b-50-no-mag-no-border` .514 and `llama-3.2-3b-72` .916 of the neurons. A
-message names the sparsity that fits. `llama-3.2-3b-50-commented-out`, a comment there, differs from the first of them
-in eight layers, and keeps .500. All names:
+the public code of DART. A name gives the model, the pruned percentage and the ablation: `no-mag` is
+`allocation.magnitude=off` of `allocation=depth`, and `no-border` is `allocation.protect=off`. Three tables do not match
+their names: `llama-3.2-3b-50` keeps .575, `llama-3.2-3b-50-no-mag-no-border` .514 and `llama-3.2-3b-72` .916 of the
+neurons. A message names the sparsity that fits. `llama-3.2-3b-50-commented-out` is a comment in that code. It differs
+from `llama-3.2-3b-50` in eight layers, and keeps .500. All names:
 {}."""
 
 
@@ -184,8 +184,8 @@ def page() -> str:
     )
     lines.append("## One by one\n")
     lines.append(
-        "The lowest read is in per cent of the FFN weight bytes, on the shape of Llama 3.1 8B: every token reads this\n"
-        "share before it chooses. For most methods a second program follows the paper alone; a test compares both. In\n"
+        "The lowest read is the smallest share of the FFN weight bytes that the method takes, in steps of 1 %, on the\n"
+        "shape of Llama 3.1 8B. For most methods a second program follows the paper alone; a test compares both. In\n"
         "formulas and programs a = act(gate x), u = up x and h = a u; `Plain` is a model that is run by hand.\n"
     )
     for method in BUILT_IN:

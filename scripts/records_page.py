@@ -43,7 +43,7 @@ def text() -> str:
     roles = {
         inputs.ASKED: "part of the question that the cell answers",
         inputs.HOW: "how it was computed, which may move digits",
-        inputs.PROVENANCE: "which code and versions the numbers are of",
+        inputs.PROVENANCE: "which code and versions produced the numbers",
     }
     fields = [(name, f"{field.help} ({field.role})") for name, field in inputs.FIELDS.items()]
     said = "; ".join(f"*{role}*: {words}" for role, words in roles.items())

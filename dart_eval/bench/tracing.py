@@ -70,7 +70,7 @@ def trace(
     """
     if method.mask.fixed or method.looks_ahead:
         raise UserError(
-            f"method {method.name} makes no mask from a prompt", "trace griffin, dart or another of its kind"
+            f"method {method.name} makes no mask from a prompt", "trace a method that does, such as griffin or dart"
         )
     device: Any = model.get_input_embeddings().weight.device
     prompt = torch.tensor([tokenizer(passage.prompt)["input_ids"]], device=device)

@@ -51,7 +51,7 @@ def check(
     """
     if update:
         if thresholds or every or github or junit or format:
-            raise UserError("--update only writes the baseline", "leave the options for checking out")
+            raise UserError("--update only writes the baseline", "leave out the options of a check")
         _update(baseline, results, force)
         return
     if force:

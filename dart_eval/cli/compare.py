@@ -51,7 +51,7 @@ def compare(
 ) -> None:
     """Compare two sets of cells, paired document by document, with tests and intervals.
 
-    Two folders: cells match if they were asked for the same; other
+    Two folders: cells match if they answer the same request; other
     differences (code, versions, weights) are listed. One folder: cells match
     if they differ only in method, sparsity or model, or in the two board rows.
 
@@ -103,7 +103,7 @@ def _trait(options: dict[str, list[str] | None], folders: Sequence[Path]) -> tup
     if len(folders) != 2:
         count = ("no folder is", "one folder is")[len(folders)] if len(folders) < 2 else f"{len(folders)} folders are"
         raise UserError(
-            f"{count} given, and nothing that says what to compare",
+            f"{count} given, and no option says what to compare",
             f"give two folders, or for example --method {EXAMPLES['method']}",
         )
     if not any(os.path.exists(folder) for folder in folders):

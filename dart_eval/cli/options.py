@@ -173,14 +173,14 @@ PaperName = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
-        help="Make these tables: smoke (shipped data), dart (all of the DART paper's claims), or those of a file.",
+        help="Make these tables: smoke (shipped data), dart (all of the DART paper's claims), or a YAML file's.",
         autocompletion=complete.words(("smoke", "dart")),
     ),
 ]
 PaperPlan = Annotated[
     bool,
     own(
-        "Show the GPU hours of each table on shapes of Llama 3, without data or a model, and stop.", TASKS, "", "--plan"
+        "Estimate each table's GPU hours for Llama 3 shapes, without data or model. No cell runs.", TASKS, "", "--plan"
     ),
 ]
 PaperTables = Annotated[

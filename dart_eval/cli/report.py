@@ -76,7 +76,7 @@ def _follow(folder: Path, path: Path, make: Callable[[bool], str]) -> bool:
             now = run, cells.stat().st_mtime_ns if cells.is_dir() else 0
             begun = time.monotonic()
             if now != seen:
-                say(f"following {folder}: {run.done} of {run.planned} cells; Ctrl-C ends it, not the run", err=True)
+                say(f"following {folder}: {run.done} of {run.planned} cells; Ctrl-C stops this, not the run", err=True)
                 if any(cells.glob("*.json")):
                     make(True)
                     opened = opened or webbrowser.open(path.absolute().as_uri()) or True

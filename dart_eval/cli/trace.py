@@ -42,7 +42,7 @@ def trace(
     made = make(*parse(method))
     if save_allocation is not None and made.choice.chooses:
         raise UserError(
-            f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
+            f"{made.name} makes masks with more neurons than a token reads: they give no table",
             "save the allocation of a method with choice=none",
         )
     aside = is_stream(output)  # a program may read the JSON from this stream

@@ -65,7 +65,7 @@ class _Count:
     def line(self, place: int, cells: int, title: str) -> str:
         """`cell 5 of 8, arc dense: 120 of 480 requests, about 6 min left in it`."""
         if self.done > self.requests:
-            return f"cell {place} of {cells}, {title}: {self.done} requests, since long texts are several each"
+            return f"cell {place} of {cells}, {title}: {self.done} requests, as a long text counts as several"
         left = (time.monotonic() - self.start) * (self.requests - self.done) / max(self.done, 1)
         about = f"about {left / 60:.0f} min left in it" if left > 90 else f"about {left:.0f} s left in it"
         return f"cell {place} of {cells}, {title}: {self.done} of {self.requests} requests, {about}"

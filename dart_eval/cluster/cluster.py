@@ -176,7 +176,7 @@ def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSiz
             raise
         except ray.exceptions.RayError as error:
             raise UserError(
-                f"the worker that tried a few batches was lost ({summary(error)})", "perhaps a smaller --batch-size"
+                f"the worker that tried a few batches was lost ({summary(error)})", "try a smaller --batch-size"
             ) from None
     store = Store(configs[0].output)  # here: the node may not see it
     return [dataclasses.replace(s, finished=store.get(s.name, s.key) is not None) for s in sizes], size

@@ -80,7 +80,7 @@ class Driver:
         for job in jobs:
             count = self._parts[job.cell.key] = self._count(job)
             for index in range(count):
-                name = job.cell.title + (f" part {index + 1} of {count}" if count > 1 else "")
+                name = job.cell.title + (f" shard {index + 1} of {count}" if count > 1 else "")
                 made.append(CellTask(name, job=job, part=Shard(index, count)))
         return made
 
@@ -170,7 +170,7 @@ class Driver:
         self.view.note(f"worker {number} was lost{at} ({problem}); see {self.logs / f'worker-{number}.log'}")
 
     def on_stopping(self) -> None:
-        self.view.note("stopping: workers finish the batch that they are at")
+        self.view.note("stopping: workers finish their current batch")
 
     def on_no_actors(self, seconds: float) -> None:
         self.view.note(

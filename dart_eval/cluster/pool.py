@@ -304,5 +304,5 @@ def _check_node() -> None:
     if not any(node["NodeID"] == ours and node["Alive"] for node in ray.nodes()):
         raise UserError(
             "the Ray node that this process belongs to is lost, and with it all workers",
-            "start Ray again if it was yours; the same command goes on from here",
+            "restart Ray if you started it; the same command resumes the run",
         )

@@ -153,8 +153,8 @@ class CellWorker:
             self._jobs[payload.config] = jobs
         if (job := self._jobs[payload.config].get(payload.key)) is None:
             raise Elsewhere(
-                "this node would not evaluate the cell that the driver planned: its code, versions, model or data are "
-                "others",
+                "this node would evaluate another cell than the driver planned: its code, versions, model or data "
+                "differ",
                 "install the same versions and give every node the same model and --data-dir",
             )
         journal = _SentJournal(payload, send)

@@ -143,7 +143,7 @@ class Generator:
         stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
         new: int = kwargs.pop("max_gen_toks")
         if new < 1:
-            raise UserError(f"a text of {new} new tokens is none", "give max_gen_toks=1 or more")
+            raise UserError(f"max_gen_toks={new} leaves no text to generate", "give max_gen_toks=1 or more")
         longest = self.lm.max_length - new
         if longest <= 0:
             raise UserError(f"{new} new tokens do not fit in a context of {self.lm.max_length}")

@@ -195,6 +195,6 @@ def kind_with(method: Pruner, parts: Sequence[type[Part]]) -> type[Pruner]:
         return kind
     part = next(p for p in parts if kind_of_parts([p], type(method)) is kind)
     raise UserError(
-        f"{method.leaves_out} are left out, and {part.slot}={part.name} leaves out {kind.leaves_out}",
+        f"the method leaves out {method.leaves_out}, but {part.slot}={part.name} leaves out {kind.leaves_out}",
         f"begin from a method that leaves out nothing: dense:{part.slot}={part.name}",
     )

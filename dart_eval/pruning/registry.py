@@ -177,12 +177,12 @@ BUILT_IN: tuple[Pruner, ...] = (
     ),
     InputSparsity(
         name="graded-both",
-        summary="reads more bits of the columns with larger inputs, and of the neurons that these leave most open",
+        summary="reads more bits of the columns with larger inputs, and of the neurons that these leave most uncertain",
         entries=GradedBoth(),
     ),
     InputSparsity(
         name="graded-rows",
-        summary="reads more bits of the columns with larger inputs, then whole rows of neurons that these leave open",
+        summary="reads more bits of the columns with larger inputs, then whole rows of neurons left uncertain",
         entries=GradedBoth(second="rows", neurons=0.1, more=6),
     ),
     InputSparsity(
@@ -220,7 +220,7 @@ BUILT_IN: tuple[Pruner, ...] = (
     ),
     ExpertChoice(
         name="graded-experts", paper="2504.15299",
-        summary="reads more bits of a token's experts with larger router weights (after the abstract)",
+        summary="reads more bits of a token's experts with larger router weights (idea of D2MoE)",
         routing=ByWeight(),
     ),
     NeuronMask(

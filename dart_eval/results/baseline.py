@@ -149,7 +149,7 @@ def load_baseline(path: Path) -> list[Cell]:
     for part in data["cells"]:
         cell = _cell(part, str(path))
         if cell.key in found:
-            remark(f"{describe(cell)} stands in {path} twice: the first counts")
+            remark(f"{path} has {describe(cell)} twice: the first counts")
         found.setdefault(cell.key, cell)
     if not found:
         raise UserError(f"baseline {path} holds no cells", remedy)

@@ -104,7 +104,7 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
     for old in then:
         measures = old.read().measures
         if not measures:
-            notes.append(f"Not checked: {labels[old.key]} on {old.inputs['task']}, whose metrics need all documents.")
+            notes.append(f"Not checked: {labels[old.key]} on {old.inputs['task']}, which has no per-document metric.")
         found = _pair(old, partners.get(old.key), now)
         if isinstance(found, str):
             rows += [CheckRow(labels[old.key], m.task, m.metric, why=found) for m in measures]
@@ -122,7 +122,7 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
         raise UserError(f"{baseline} has no metric that can be checked", "add a task with a value for each document")
     unknown = sorted(set(thresholds.tasks) - {r.task for r in rows})
     if unknown:
-        raise UserError(f"thresholds name task {unknown[0]!r}", nearest(unknown[0], {r.task for r in rows}))
+        raise UserError(f"thresholds name the unknown task {unknown[0]!r}", nearest(unknown[0], {r.task for r in rows}))
     adjusted = stats.holm([r.result.p_worse if r.result else None for r in rows])
     rows = [_judged(dataclasses.replace(r, p_holm=p), thresholds) for r, p in zip(rows, adjusted, strict=True)]
     notes += differing(made, "{}: {}.", "{1} then, {0} now")
@@ -251,7 +251,7 @@ def note(report: Report, every: bool = False) -> str:
     t = report.thresholds
     parts.append(
         f"FELL: recovery below {t.limits.recovery:g} (or the task's own) and one-sided p < {t.alpha:g} after Holm over "
-        f"all rows; where nothing can be tested, the recovery alone. Perplexities: now - then of their logarithms."
+        f"all rows; where nothing can be tested, recovery alone decides. Perplexities: now - then of logarithms."
     )
     return " ".join([*parts, *report.notes])
 

@@ -25,8 +25,8 @@ SHAPED = {"state MB": 1e6, "overhead %": 0.01}  # what a shape's cost is counted
 NOTE = (
     "measured: by how much the first row is better than the second (perplexities in nats), or its ratio to the second "
     "(accuracies above guessing), with the paired 95 % interval. holds: the interval lies on the claim's side. fails: "
-    "it lies on the other side. open: it reaches over both, or a task has too few documents. For a claim on at least "
-    "one column the best one is shown, and its test is Holm's over all; it fails only if all were measured. n: "
+    "it lies on the other side. open: it covers both, or a task has too few documents. For a claim on at least "
+    "one column the best one is shown, its p Holm-adjusted over all; it fails only if all were measured. n: "
     "documents. A verdict is of the models and documents measured here, not of the paper's."
 )
 

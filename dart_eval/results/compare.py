@@ -257,7 +257,7 @@ def _compare(a: str, b: str, named: Sequence[NamedPair], metrics: Sequence[str],
     notes += older_note(cell for _, *sides in named for cell in sides)
     notes += differing(made, "A and B differ in {} ({}).", "{} in A, {} in B")
     if left_out:
-        why = "one side lacks it, or it does not follow from documents' values"
+        why = "one side lacks them, or they have no value per document"
         notes.append(f"Not compared, since {why}: {', '.join(sorted(left_out))}.")
     rows.sort(key=lambda r: (r.contrast, r.metric, r.task))
     return Comparison(a, b, rows, notes)

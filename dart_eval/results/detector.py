@@ -137,6 +137,6 @@ def _note(task: str) -> str:
         f"detected: documents of {task} (a switch of topic where decoding begins) with an alarm; delay: median of the "
         f"tokens until it; false: alarms in {task}{CONTROL} (no switch) per 1000 tokens watched until an alarm or the "
         "end. Margin: how far below the mean of the prompt's windows a window must be; as run: with all settings of "
-        "the method. The others are judged from the recorded signals up to a document's first alarm, with the method's "
+        "the method. Other margins are judged from recorded signals up to a document's first alarm, with the method's "
         "patience, no floor."
     )

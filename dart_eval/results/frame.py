@@ -125,7 +125,7 @@ def beside_dense(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list
         try:
             found = pairing.pair(cell, reference)
         except UserError as error:
-            problems[f"Not held against dense: {error.problem}."] = None
+            problems[f"Not compared with dense: {error.problem}."] = None
             continue
         rows[cell.key] = compared(found, found.x.measures)
     if alone:

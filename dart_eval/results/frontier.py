@@ -80,8 +80,8 @@ def tables(boards: Sequence[Board]) -> list[Table]:
                 heads = [f"{multiple(k)} or less" for k in TIMES] if down else [f"{percent(k)} or more" for k in SHARES]
                 what = SAID.get(of := _what(block), of)
                 note = (
-                    f"{what} at each measured read, on {_tasks(block)}. Columns: the FFN bytes read at which the "
-                    "method still has that; between two measured points the exact read is unknown. These are point "
+                    f"{what} at each measured read, on {_tasks(block)}. Columns: the lowest read at which the "
+                    "method still has that quality; between measured points the exact read is unknown. These are point "
                     "estimates: the board shows their intervals."
                 )
                 made.append(Table(f"Frontier of {board.model}", ["method", "measured", *heads], body, note))
@@ -110,9 +110,9 @@ def _by_time(model: str, block: Block) -> Table:
     rest = [row.name for row in block.rows if step_time(row) is None and quality(block, row) is not None]
     what = _what(block)
     note = (
-        f"step time: of a decoded token, of dense's; speed: its inverse [quartiles]. {what}: on {_tasks(block)}. "
-        "faster and better: the best of the faster rows where it is as good; a row with an empty cell is beaten by no "
-        "faster row, apart from noise." + (f" Without a speed: {', '.join(rest)}." if rest else "")
+        f"step time: a decoded token's / dense's; speed: its inverse [quartiles]. {what}: on {_tasks(block)}. "
+        "faster and better: the best faster row, if it is at least as good; no faster row beats a row with an empty "
+        "cell, apart from noise." + (f" Without a speed: {', '.join(rest)}." if rest else "")
     )
     heads = ["method", "read", "step time", "speed", what, "KL", "faster and better"]
     return Table(f"Quality at equal time, {model}", heads, body, note)

@@ -20,9 +20,9 @@ COLUMNS = (
     Column("effective", "effective_sparsity", THREE), Column("with re-masks", "with_remasks", THREE),
 )  # fmt: skip
 NOTE = (
-    "new tokens: mean over the texts, thoughts included; longest: of them. alarms / 100: of the detector per 100 new "
-    "tokens. re-masks: mean of a text. effective: share of the FFN weights that the new tokens did not read, dense "
-    "ones included. with re-masks: what is left of it where the weights that re-masks read are counted, too."
+    "new tokens: mean per text, thoughts included; longest: most in a text. alarms / 100: detector alarms per 100 new "
+    "tokens. re-masks: mean per text. effective: share of the FFN weights that the new tokens did not read, dense "
+    "tokens included. with re-masks: the same, minus the share of the weights that re-masks read."
 )
 
 

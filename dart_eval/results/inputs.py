@@ -97,16 +97,14 @@ class CellInputs(TypedDict):
     fewshot_as_multiturn: NotRequired[
         Annotated[bool, _asked("examples were turns of the chat template, where that was said")]
     ]
-    enable_thinking: NotRequired[
-        Annotated[bool, _asked("the chat template was told to let the model think, or not to, where that was said")]
-    ]
-    think_end_token: NotRequired[Annotated[str, _asked("what an answer says after it was scored, where given")]]
-    tokenizer: NotRequired[Annotated[str, _asked("whose tokenizer it was, where not the model's")]]
+    enable_thinking: NotRequired[Annotated[bool, _asked("whether the chat template let the model think, where given")]]
+    think_end_token: NotRequired[Annotated[str, _asked("only the answer after this token was scored, where given")]]
+    tokenizer: NotRequired[Annotated[str, _asked("the tokenizer, where it was not the model's own")]]
     attn_implementation: NotRequired[
         Annotated[str, Role(HOW, "the code of attention, where it was given", named=True, any=True)]
     ]
-    add_bos_token: NotRequired[Annotated[bool, _asked("whether prompts began with the first token, where given")]]
-    gen_kwargs: NotRequired[Annotated[str, _asked("settings of generation before the task's own, where given")]]
+    add_bos_token: NotRequired[Annotated[bool, _asked("whether prompts began with the BOS token, where given")]]
+    gen_kwargs: NotRequired[Annotated[str, _asked("generation settings that override the task's own, where given")]]
     batch_size: NotRequired[
         Annotated[int | str | None, Role(HOW, "contexts per forward, where it can move a number", True, True, any=True)]
     ]

@@ -145,7 +145,7 @@ def newest(cells: Sequence[Cell]) -> list[Cell]:
         for name in fields_of(HOW):
             if len(several := values_of(name, group)) > 1:
                 raise UserError(
-                    f"{describe(group[0])} in {group[0].source} is there several times, with {name} "
+                    f"{group[0].source} has {describe(group[0])} several times, with {name} "
                     f"{' and '.join(several)}", "keep them in folders of their own",
                 )  # fmt: skip
         chosen.append(dataclasses.replace(last, older=len(group) - 1 + sum(c.older for c in group)))

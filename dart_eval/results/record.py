@@ -28,11 +28,11 @@ class Settings(TypedDict):
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
 
-    method: NotRequired[Annotated[str, "as typed: its name, and what is not as the method of that name has it"]]
+    method: NotRequired[Annotated[str, "as typed: its name, and the settings that differ from that method's own"]]
     command: NotRequired[Annotated[str, "the line that makes this one cell; of a loaded model a line of Python"]]
-    upper_bound: NotRequired[Annotated[bool, "the method knows what none can know in time"]]
+    upper_bound: NotRequired[Annotated[bool, "the method uses information that is available only afterwards"]]
     granularity: NotRequired[
-        Annotated[str, "what is left out where it is no neurons: input channels, single weights, experts"]
+        Annotated[str, "what is left out, if not neurons: input channels, single weights, experts"]
     ]
     halved: NotRequired[Annotated[int, "how often memory ran out and batches were halved, where it did"]]
     notes: NotRequired[Annotated[list[str], "on the model's checkpoint, where there are any"]]
@@ -104,7 +104,7 @@ class Record:
     ]  # fmt: skip
     memory: Annotated[
         dict[str, int], Holds(dict[str, Number]),
-        "bytes: `weights`, and `state`, which the method keeps for a sequence",
+        "bytes: `weights`, and `state`: what the method adds for one sequence, with all that sequences share",
     ]  # fmt: skip
     settings: Annotated[Json, Holds(Settings), "how the cell was run: below"]
     environment: Annotated[dict[str, str], "versions, the kind of machine, and its `gpu` or its `threads`"]
@@ -113,8 +113,8 @@ class Record:
     by_task: Annotated[
         dict[str, dict[str, float]], Holds(dict[str, TaskCost]),
         "of each lm-eval task of the cell: `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity`, "
-        "`documents`, how many of their prompts were `cut`, and the tokens (`length`) that prompt and answer had "
-        "to fit into",
+        "`documents`, how many of their prompts were `cut`, and the limit on prompt and answer together, in "
+        "tokens (`length`)",
     ] = field(default_factory=dict)  # fmt: skip
     files: Annotated[
         dict[str, Json], Holds(dict[str, File]),
@@ -122,8 +122,8 @@ class Record:
     ] = field(default_factory=dict)  # fmt: skip
     read_at_batch: Annotated[
         Json | None, Holds(dict[str, dict[str, tuple[Number, Number | None, int]]] | None),
-        "of `sequences` that decode together, and of consecutive `tokens` of one: by their number the share of the FFN "
-        "weights that they read together, its standard error, and the groups measured; null if not asked for",
+        "for `sequences` that decode together and for consecutive `tokens` of one, by number. Each has the share of "
+        "the FFN weights read together, its standard error, and the groups measured; null if not asked for",
     ] = None  # fmt: skip
     cut: Annotated[int | None, "documents whose prompt was cut to the context, over all tasks"] = None
     samples: list[dict[str, object]] = field(default_factory=list, repr=False)

@@ -291,7 +291,7 @@ class Store:
             raise UnreadSamples(
                 f"the {kind} of {inputs['task']} under {method} at {sparsity(inputs['sparsity'])} in "
                 f"{self.folder} cannot be read ({reason(error)})",
-                "give the `dart-eval run` that made them again: it redoes the cell",
+                "repeat the `dart-eval run` that made them: it redoes the cell",
             ) from None
 
     def _lines(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[Json]:

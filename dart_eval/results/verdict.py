@@ -149,7 +149,7 @@ def _quality(leader: BoardRow, stands: Sequence[Stand], first: BoardRow) -> str:
         return f"{at} no row is best: {leader.name} is first, and {said}."
     if not behind:
         if first is not leader:
-            return f"{at} {leader.name} is the first row that no test puts behind another; it has {amount}."
+            return f"{at} {leader.name} is the first row that no test finds worse than another; it has {amount}."
         said = f"no row is told apart from {leader.name}, which" if level else leader.name
         return f"{at} {said} has {amount}{f'; not tested against {_names(untested)}' if untested else ''}."
     than = "every other pruned row" if len(behind) == len(stands) > 1 else _names(behind)

@@ -37,7 +37,7 @@ ANSWERS = {
     "--samples": "give --limit N: the first N items",
     "--max-batch-size": "--batch-size auto takes what fits",
     "--hf-hub-log-args": "`dart-eval export` writes results for the hub",
-    "--metadata": "a task's YAML file in a folder of --include-path can say it",
+    "--metadata": "set it in a task's YAML file in a folder of --include-path",
     "--wandb-config-args": "write --log wandb --log-project NAME",
     "--trackio-args": "write --log wandb --log-project NAME",
     "--quiet": "progress goes to stderr: add 2>/dev/null",
@@ -142,7 +142,7 @@ def translate(given: Json) -> None:
     backend = given.get("model")
     if backend in OTHER_BACKENDS and not Path(str(backend)).exists():
         name = model_args.get("pretrained", "NAME")
-        raise UserError(f"{backend} runs no models here: transformers does", f"write --model {name}")
+        raise UserError(f"dart-eval runs models with transformers, not {backend}", f"write --model {name}")
     if backend in BACKENDS and not Path(str(backend)).exists():
         if not model_args:
             raise UserError(f"--model {backend} names no model", "give its hub id or folder")

@@ -188,7 +188,7 @@ def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
     for task in found:
         if config.enable_thinking and task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"):
             raise UserError(
-                f"task {task.task_name} scores given answers, which a thinking model does not write at once",
+                f"task {task.task_name} scores given answers, but a thinking model thinks before it answers",
                 "leave --enable-thinking or the task out",
             )
     for method in methods_of(config):

@@ -125,7 +125,7 @@ class Options:
         offers=("auto",))] = 8
     share_prefix: Annotated[Flag, option(TASKS, "", DECIDES,
         "Run a prefix that contexts share, such as few-shot examples, only once.",
-        off="Run a prefix that contexts share again for each context.")] = True
+        off="Run a shared prefix again for each context.")] = True
     kl: Annotated[Flag, option(TASKS, "", DECIDES,
         "Measure KL divergence and top-1 agreement of scored tokens with dense.",
         off="Do not measure KL divergence and top-1 agreement with dense: scoring takes less time.")] = True

@@ -75,7 +75,7 @@ def parse(text: str) -> Rounding | None:
     """
     if match := re.fullmatch(r"q([0-9])_k", text.strip().lower()):
         if (of := K_QUANTS.get(int(match[1]))) is None:
-            raise UserError(f"--ffn-bits is {text!r}", f"write {', '.join(f'q{b}_k' for b in K_QUANTS)}")
+            raise UserError(f"--ffn-bits {text!r} is not understood", f"write {', '.join(f'q{b}_k' for b in K_QUANTS)}")
         return Rounding(int(match[1]), of.group, k=True)
     if text.strip() == str(OWN_BITS):
         return None
@@ -84,9 +84,9 @@ def parse(text: str) -> Rounding | None:
     bits, group = match.groups() if match else ("", None)
     size = 0 if group == "row" else int(group or GROUP)
     if not match or (group != "row" and size < 2):
-        raise UserError(f"--ffn-bits is {text!r}", remedy)
+        raise UserError(f"--ffn-bits {text!r} is not understood", remedy)
     if not LEAST <= int(bits) <= MOST:
-        raise UserError(f"--ffn-bits is {text!r}: weights are rounded to {LEAST} to {MOST} bits", remedy)
+        raise UserError(f"--ffn-bits {text!r}: weights are rounded to {LEAST} to {MOST} bits", remedy)
     return Rounding(int(bits), size)
 
 

@@ -112,7 +112,7 @@ def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
     except (OSError, ValueError):  # nothing is there, or `check_target` has refused it
         return
     if head and not begins.search(head):
-        raise UserError(f"{path} is no {what}, and would be lost", "choose another file, or give --force")
+        raise UserError(f"{path} is not a {what}, and would be overwritten", "choose another file, or give --force")
 
 
 def check_name(path: str | Path, what: str) -> None:
@@ -211,7 +211,7 @@ def format_of(path: Path, format: str | None, formats: Sequence[str]) -> str | N
         return format
     if path.suffix[1:] not in formats:
         endings = ", ".join(f".{f}" for f in formats)
-        raise UserError(f"{path} has no ending that tells its format", f"one of {endings}, or give --format")
+        raise UserError(f"{path} has no ending of a known format", f"use {endings}, or give --format")
     return path.suffix[1:]
 
 

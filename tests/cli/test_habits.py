@@ -53,13 +53,13 @@ ANSWERED = [  # typed after `dart-eval`, and words of the answer
     ("run --tasks smoke --hf_hub_log_args x", "`dart-eval export` writes results for the hub"),
     ("run --tasks smoke --wandb_config_args x", "write --log wandb --log-project NAME"),
     ("run --tasks smoke --wandb_args name=x", "wandb_args name is not known here; write --log wandb"),
-    ("run --tasks smoke --metadata x", "a task's YAML file in a folder of --include-path can say it"),
+    ("run --tasks smoke --metadata x", "set it in a task's YAML file in a folder of --include-path"),
     ("run --tasks smoke --quiet", "progress goes to stderr: add 2>/dev/null"),
     ("run --tasks list", "unknown task 'list'; `dart-eval ls tasks` lists them"),
     ("run --tasks mmmmlu_*", "unknown task 'mmmmlu_*'"),
     ("run meta-llama/Llama-3.1-8B --tasks arc", "give the model with --model, and tasks with --tasks"),
-    ("run --tasks smoke --model vllm --model_args pretrained=gpt2", "vllm runs no models here: transformers does; "
-     "write --model gpt2"),
+    ("run --tasks smoke --model vllm --model_args pretrained=gpt2",
+     "dart-eval runs models with transformers, not vllm; write --model gpt2"),
     ("run --tasks smoke --model_args pretrained=x,autogptq=True", "stored in few bits, or write load_in_4bit=true"),
     ("run --tasks smoke --method all", "--method all does not exist; give names; `dart-eval ls methods` lists them"),
     ("run --tasks smoke --method griffin:remask=drift,window=8", "join a method's fields with colons, as in "

@@ -132,7 +132,7 @@ def test_the_command_writes_all_it_says_and_the_table_can_be_used(saved_llama, t
     (tmp_path / "layers.json").write_text("{")
     assert "cannot be read" in run("trace", *common, *again, status=2)
     wide = ("--method", "dart-choice", "--save-allocation", "wide.json", "--output", "wide-trace.json")
-    assert "wider than the weights" in run("trace", *common, *wide, status=2)
+    assert "makes masks with more neurons than a token reads" in run("trace", *common, *wide, status=2)
     assert not (tmp_path / "wide-trace.json").exists()
     assert "the same name" in run("trace", *common, "--output", "a.png", status=2)
     assert "is a folder" in run("trace", *common, "--output", "folder", status=2)

@@ -208,7 +208,7 @@ def test_bytes_beside_the_model(method):
 
 @pytest.mark.parametrize("spec", ["griffin", "cats", "dart"])
 def test_neurons_and_other_things_are_not_left_out_together(spec):
-    with pytest.raises(dart_eval.UserError, match="neurons are left out, and entries=norms leaves out inputs"):
+    with pytest.raises(dart_eval.UserError, match="the method leaves out neurons, but entries=norms leaves out inputs"):
         make(spec, {"entries": "norms"})
 
 

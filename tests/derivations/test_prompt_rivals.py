@@ -139,7 +139,7 @@ def test_layers_at_both_ends_stay_dense(first, last, density):
     check(model, "coreinfer", masks, prompt, 0.3, **ends)
     assert Ends(first=first, last=last).densities(0.3, [20] * 3, None, slice(None)) == pytest.approx(densities)
     with pytest.raises(
-        UserError, match=r"allocation=ends leaves 1 of 3 layers to be pruned.*use a sparsity up to 0.33"
+        UserError, match=r"allocation=ends prunes only 1 of 3 layers, too few.*use a sparsity up to 0.33"
     ):
         ours.run(model, "coreinfer", prompt, [], 0.5, allocation="ends")
 

@@ -205,7 +205,7 @@ def test_a_router_that_is_not_understood_is_refused():
 
 
 def test_experts_and_neurons_are_not_left_out_at_once():
-    with pytest.raises(UserError, match="neurons are left out, and routing=fewer leaves out experts"):
+    with pytest.raises(UserError, match="the method leaves out neurons, but routing=fewer leaves out experts"):
         make("griffin", {"routing": "fewer"})
 
 

@@ -378,7 +378,7 @@ def test_an_answer_without_a_token_is_refused_and_a_context_without_one_begins_t
     ({"max_length": 512}, "max_length is no setting of a task's generation; use max_gen_toks"),
     ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences is no setting"),
     ({"do_sample": True, "temperature": 0.0}, "temperature 0 draws none"),
-    ({"max_gen_toks": 0}, "a text of 0 new tokens is none"),
+    ({"max_gen_toks": 0}, "max_gen_toks=0 leaves no text to generate"),
 ])  # fmt: skip
 def test_settings_that_would_give_texts_to_other_prompts_are_refused(lm, settings, message):
     lm.begin(DenseSession(), {})

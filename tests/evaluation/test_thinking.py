@@ -119,7 +119,8 @@ def test_given_answers_are_no_task_for_a_model_that_thinks(kind, monkeypatch):
     if kind == "generate_until":
         assert jobs._draws([], thinks)
     else:
-        with pytest.raises(UserError, match="task arc scores given answers, which a thinking model does not"):
+        said = "task arc scores given answers, but a thinking model thinks before it answers"
+        with pytest.raises(UserError, match=said):
             jobs._draws([], thinks)
 
 

@@ -72,5 +72,5 @@ def test_an_actor_evaluates_cells_of_several_sweeps(make, tmp_path):
     told.clear()
     worker.run(_payload(key, configs[1], answers=answers), told.append)
     assert not told
-    with pytest.raises(UserError, match="would not evaluate the cell that the driver planned"):
+    with pytest.raises(UserError, match="would evaluate another cell than the driver planned"):
         worker.run(_payload("other", configs[0]), told.append)

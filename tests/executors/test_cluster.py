@@ -74,7 +74,7 @@ def test_shards_and_a_killed_worker_change_nothing(saved_llama, tmp_path, here):
     assert not result.failed
     assert results(tmp_path / "out") == here
     text = "".join(p.read_text() for p in (tmp_path / "out" / "logs").glob("*.log"))
-    assert "part 4 of 4 is done" in text and "the whole is done" in text
+    assert "shard 4 of 4 is done" in text and "the whole is done" in text
     assert (tmp_path / "out" / "logs" / "worker-3.log").exists()
 
 

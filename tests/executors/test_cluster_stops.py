@@ -57,7 +57,7 @@ def test_a_run_that_is_stopped_before_it_has_workers_says_so(saved_llama, tmp_pa
     until((tmp_path / "out" / "logs").exists, process)
     process.send_signal(number)
     assert process.wait() == status
-    assert process.stderr.splitlines()[-1] == f"{word}; the same command goes on from here"
+    assert process.stderr.splitlines()[-1] == f"{word}; the same command resumes the run"
 
 
 @STOPS
@@ -71,7 +71,7 @@ def test_a_stopped_run_keeps_what_is_answered_and_the_same_command_goes_on(saved
     else:
         process.send_signal(number)
     assert process.wait() == status
-    assert process.stderr.splitlines()[-1] == f"{word}; the same command goes on from here"
+    assert process.stderr.splitlines()[-1] == f"{word}; the same command resumes the run"
     (log,) = (tmp_path / "out" / "logs").glob("worker-*.log")
     worker = int(log.read_text().split("process ")[1].split()[0])
     until(lambda: not Path(f"/proc/{worker}").exists(), timeout=20)  # no worker outlives the run

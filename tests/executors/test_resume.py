@@ -251,7 +251,7 @@ def test_a_signal_is_said_in_one_line_and_the_same_command_goes_on(saved_llama, 
     _until_a_batch_is_kept(process, tmp_path)
     process.send_signal(number)
     assert process.wait() == status
-    assert process.stderr.splitlines()[-1] == f"{word}; the same command goes on from here"
+    assert process.stderr.splitlines()[-1] == f"{word}; the same command resumes the run"
     _goes_on(saved_llama, tmp_path)
 
 
@@ -300,7 +300,7 @@ def test_so_it_is_with_the_program_that_is_installed(saved_llama, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert errors.splitlines()[-1] == "interrupted; the same command resumes the run"
 
 
 @pytest.mark.process

@@ -8,23 +8,23 @@ HEAD = """# Models
 
 *Made by `scripts/models_page.py` with transformers {version}; a test makes every row anew.*
 
-Each type of causal language model in transformers, as a tiny random model: what this project does with it, and the
-line that a user sees where it is refused. A model is looked at before it is pruned: one whose FFN does something else
-than its family's is refused too.
+Each row is a type of causal language model in transformers, checked on a tiny random model. It says what works, and
+shows the line that a user sees where the type is refused. Every model is verified before it is pruned: one whose FFN
+computes something other than its family's FFN is refused, too.
 
-**masked**: a decoded token under a mask equals one of the model without those neurons. **generation**: without sparsity
-it generates what the model does, and at 50 % every decoded token reads half of the FFN. **scoring**: answers in batches
-with padding and a shared context score as each one alone does, and as plain forwards do. **choices**: tokens choose
-their neurons, by |h| exactly the largest. **previews**: they choose by the first bits of the weights. **dart**: the
-sparsity is spread by depth (of several FFNs in one layer by what they add together), and new masks come while it
-decodes. **copied**: copies of the kept neurons' weights are multiplied, and give the same numbers; so do kernels
-that read the rows alone which a token chooses.
+**masked**: a token decoded under a mask gives the same logits as in a model without the pruned neurons. **generation**:
+at sparsity 0 the text is the model's own, and at 50 % every decoded token reads half of the FFN. **scoring**: answers
+in batches, with padding and a shared context, score the same as each one alone and as in plain forwards. **choices**:
+tokens choose their neurons, and a choice by |h| takes exactly the largest. **previews**: tokens choose by the first
+bits of the weights. **dart**: sparsity is spread by depth (for several FFNs in one layer, by what they add together),
+and re-masks happen while decoding. **copied**: multiplying copies of the mask's weights gives the same numbers; so do
+kernels that read only the rows that a token chooses.
 
-Of mixtures of experts the sparsity is the share of the routed neurons, those of a token's experts, that it does not
-read; their activations count with the router's weight. A mask has equally many neurons of each expert of a layer; a
-layer with one more or less makes up for what is rounded, and no token reads more than the label. A mask ranks the
-neurons of an expert by the prompt's tokens that had it, be it a single one; those of an expert that none had by the
-norms of their columns of down. Experts that every token has are ordinary FFNs.
+In a mixture of experts, sparsity is the share of the routed neurons (those of a token's experts) that the token does
+not read. Activations count with the router's weight. A mask has equally many neurons of each expert of a layer. Layers
+with one more or one fewer make up for rounding, and no token reads more than the label. A mask ranks an expert's
+neurons by the prompt tokens that used it, even if only one did. If none did, it ranks them by the norms of their down
+columns. Experts that every token uses are ordinary FFNs.
 
 {right} of {all} types pass the first four checks, and {good} all seven.
 
@@ -40,14 +40,14 @@ REFUSED = """
 IMAGES = """
 ## Images beside text
 
-Of these the language model is pruned where they are given text alone. Tests hold masks, generation, scoring and choices
-of tiny ones to what the table above says of its columns: {kinds}.
+In these types the language model is pruned, if the input is text alone. On a tiny model of each, tests check what the
+table above calls masked, generation, scoring and choices: {kinds}.
 """
 OTHER_TYPES = """
-## No causal language models by themselves
+## Not causal language models by themselves
 
-transformers lists these among the causal ones, too. They are encoders with a head, translators, models of speech or
-images, and drafts for another model: {names}.
+transformers also lists these types as causal language models. They are encoders with a head, translation models, models
+of speech or images, and draft models for another model: {names}.
 """
 LEFT_OUT = """
 ## Not measured

@@ -69,7 +69,7 @@ def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bi
                     check_bytes(session, int(bits.partition(":")[0]), SCALES[bits], unit)
             except dart_eval.UserError as error:
                 refused.append(str(error))
-    assert all("an image that takes" in line or "reads FFN weights in few bits" in line for line in refused)
+    assert all("a preview that takes" in line or "reads FFN weights in few bits" in line for line in refused)
     assert len(refused) < 4 or bits not in ("16", "8")
 
 

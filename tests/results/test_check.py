@@ -225,7 +225,7 @@ def test_a_loss_on_few_choices_falls_by_the_threshold_alone():
 
 
 def test_thresholds_of_an_unknown_task_are_refused():
-    with pytest.raises(UserError, match=r"thresholds name task 'acr'; did you mean arc"):
+    with pytest.raises(UserError, match=r"thresholds name the unknown task 'acr'; did you mean arc"):
         checked([answered("arc", right(0.5))], [answered("arc", right(0.5))], Thresholds(tasks={"acr": Limits()}))
 
 

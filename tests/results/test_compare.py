@@ -67,7 +67,8 @@ def test_of_several_runs_of_one_cell_the_newest_counts(tmp_path):
 
 def test_two_precisions_in_one_folder_are_no_old_and_new(tmp_path):
     a = save(tmp_path / "a", answered("arc", right(0.2)), answered("arc", right(0.2), dtype="bfloat16"))
-    with pytest.raises(UserError, match=r'there several times, with dtype "bfloat16" and "float32"'):
+    said = r'has arc under dart at 50 % several times, with dtype "bfloat16" and "float32"'
+    with pytest.raises(UserError, match=said):
         compare_folders(a, a)
 
 
@@ -233,7 +234,7 @@ def test_a_metric_that_documents_do_not_give_is_left_out_and_said(tmp_path):
     a = save(tmp_path / "a", answered("cola", values, metrics=metrics))
     found = compare_folders(a, a, ["all"])
     assert [r.metric for r in found.rows] == ["acc"]
-    assert "Not compared, since one side lacks it" in " ".join(found.notes)
+    assert "Not compared, since one side lacks them, or they have no value per document" in " ".join(found.notes)
     b = save(tmp_path / "b", answered("cola", values, metrics=metrics[1:]))
     with pytest.raises(UserError, match=r"document by document \(cola mcc\)"):
         compare_folders(b, b)
@@ -366,7 +367,7 @@ def test_two_folders_at_the_command_line(cli, sweep):
 
 
 @pytest.mark.parametrize(("args", "words"), [
-    (("a",), "one folder is given, and nothing that says what to compare; give two folders, or for example"),
+    (("a",), "one folder is given, and no option says what to compare; give two folders, or for example"),
     ((), "no folder is given"),
     (("a", "--method", "dart"), "--method 'dart' must name two, A,B; for example --method dart,griffin"),
     (("a", "--method", "dart,dense", "--model", "x,y"), "--method and --model do not go together"),

@@ -87,7 +87,8 @@ def test_a_file_of_somebody_elses_is_replaced_only_by_force(folder, tmp_path, ru
         target.write_text(precious)
         code, out, err = run(*words)
         assert (code, out) == (2, "")
-        assert err == f"error: {target} is no {verb}, and would be lost; choose another file, or give --force\n"
+        said = f"{target} is not a {verb}, and would be overwritten; choose another file, or give --force"
+        assert err == f"error: {said}\n"
         assert target.read_text() == precious
     assert run(*words, "--force")[0] in (0, None)
     made = target.read_bytes()
@@ -142,7 +143,7 @@ def test_an_ending_that_tells_no_format_is_refused(folder, tmp_path, run, verb, 
     command = verbs(folder, tmp_path / name)[verb][:-2]
     code, out, err = run(*command)
     assert (code, out) == (2, "")
-    assert len(err.splitlines()) == 1 and f"{name} has no ending that tells its format; one of .md, .csv" in err
+    assert len(err.splitlines()) == 1 and f"{name} has no ending of a known format; use .md, .csv" in err
     assert not (tmp_path / name).exists()
 
 

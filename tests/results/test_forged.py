@@ -349,7 +349,7 @@ def test_a_cell_that_stands_twice_in_a_baseline_counts_once(results, shown, tmp_
     status, out, errors = shown("check", "out", "--baseline", "b.json")
     assert status == 0
     assert "all 3 rows of b.json hold" in out
-    assert errors == "note: arc under dart at 50 % stands in b.json twice: the first counts\n"
+    assert errors == "note: b.json has arc under dart at 50 % twice: the first counts\n"
 
 
 def test_a_record_that_stands_twice_counts_once(results, shown):

@@ -445,7 +445,7 @@ def test_the_nearest_setting_counts(tmp_path):
         ({"method": "griffin", "num_fewshot": 3}, "row 'X': unknown key 'num_fewshot'"),
         ({"scope": "all"}, "row 'X' needs a method"),
         ({"method": "griffin", "scope": "al"}, "unknown scope 'al'; did you mean all"),
-        ({"method": "griffin", "ffn_bits": "x"}, "ffn-bits is 'x'"),
+        ({"method": "griffin", "ffn_bits": "x"}, "ffn-bits 'x' is not understood"),
     ],
 )
 def test_a_row_with_wrong_settings_is_refused(tmp_path, row, message):

@@ -165,7 +165,7 @@ def test_a_line_of_progress_never_has_less_than_no_time_left():
     count = view._Count(6, time.monotonic() - 60, done=3)
     assert count.line(1, 2, "wikitext dense") == "cell 1 of 2, wikitext dense: 3 of 6 requests, about 60 s left in it"
     count.done = 9
-    assert count.line(1, 2, "wikitext dense").endswith(": 9 requests, since long texts are several each")
+    assert count.line(1, 2, "wikitext dense").endswith(": 9 requests, as a long text counts as several")
 
 
 def test_no_name_in_a_record_reaches_a_table_raw():

@@ -1,4 +1,4 @@
-"""graded-both, graded-rows: more bits of columns with larger inputs, then of neurons that these leave most open."""
+"""graded-both, graded-rows: more bits of columns with larger inputs, then of the neurons left most uncertain."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GradedBoth(GradedColumns):
     """
 
     name = "both"
-    summary = "reads more bits of the columns with larger inputs, and of the neurons that these leave most open"
+    summary = "reads more bits of the columns with larger inputs, and of the neurons that these leave most uncertain"
     granularity = "bits of input channels and neurons"
     neurons: float = option(0.25, "share of the neurons of which a token reads more bits", above=0, most=0.9)
     more: float = option(2.0, "bits of a weight that a second look reads, on average", above=0, most=8)

@@ -113,8 +113,7 @@ class Ends(ByShares):
         most = sum(pruned) / sum(sizes)
         if sparsity > most + 1e-9:
             raise UserError(
-                f"{self.title} leaves {len(pruned)} of {len(sizes)} layers to be pruned, "
-                f"which sparsity {sparsity:g} is too much for",
+                f"{self.title} prunes only {len(pruned)} of {len(sizes)} layers, too few for sparsity {sparsity:g}",
                 f"use a sparsity up to {math.floor(100 * most) / 100:g}, or a smaller allocation.first or .last",
             )
 

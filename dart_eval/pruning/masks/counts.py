@@ -233,7 +233,7 @@ def too_much(title: str, share: float, sparsity: float, reads: str | None = None
         reads: what it reads; None: an image.
         other: a remedy beside a lower sparsity.
     """
-    reads = reads or f"an image that takes {share:.3g} of the FFN's bytes"
+    reads = reads or f"a preview that takes {share:.3g} of the FFN's bytes"
     return UserError(
         f"{title} reads {reads}, which is more than sparsity {sparsity:g} leaves",
         f"use a sparsity up to {math.floor(100 * (1 - share)) / 100:g}{other}",

@@ -120,7 +120,7 @@ class OnDrift(Remask):
     reference: Literal["moved", "kept"] = option(
         "moved", "move the detector's reference to the new text after an alarm, or keep it"
     )
-    every: int = option(0, "also make a new mask every this many decoded tokens (0: only after alarms)", least=0)  # type: ignore[misc]
+    every: int = option(0, "decoded tokens between extra masks (0: only after alarms)", least=0)  # type: ignore[misc]
     every_blend: float = option(0.8, "weight of the old scores in these periodic masks", least=0, most=1)
 
     def __post_init__(self) -> None:

@@ -114,8 +114,8 @@ class CacheWatch:
         if past < self.tokens and last is cache:
             raise UserError(
                 f"the KV cache went back from {self.tokens} to {past} tokens under prune()",
-                "masks cannot be undone: do not use an assistant model or prompt lookup, and give a turn that "
-                "replaces another a new cache",
+                "masks cannot be undone: do not use an assistant model or prompt lookup, and use a new cache for a "
+                "turn that replaces another",
             )
         if past != self.tokens or (last is not None and last is not cache):
             raise UserError(

@@ -248,7 +248,7 @@ def of_block(block: Block, looks: Mapping[str, int], note: str = "", cost: Cost 
     return against_read(
         title, "; ".join(filter(None, (what, note))), lines, looks, [Point(1, whole, whole, whole)], None, times,
         (0.5, MOST_TIMES) if times else (-50.0, 150.0),
-        "time of a step, of dense's" if cost is step_time else Chart.axis,
+        "time of a step / dense's" if cost is step_time else Chart.axis,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ TRACES = 6  # documents drawn
 PER_CELL = 2  # at most of one cell
 HEADS = ["task", "method", "documents traced", "windows", "below threshold", "alarms", "re-masks", "per 1000 tokens"]
 NOTE = (
-    "A document has a trace where a window was full after its mask was made. Re-masks are those of all tokens of the "
+    "A document has a trace if a window filled up after its mask was made. Re-masks are counted over all tokens of the "
     "cell. After a re-mask a detector may compare with newer windows: a jump there is no sign of better answers."
 )
 

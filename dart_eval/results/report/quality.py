@@ -75,8 +75,8 @@ def speeds(board: Board) -> Table | None:
     ]  # fmt: skip
     note = (
         "speed: of decoding, over dense, as dart-eval bench decode measured it [quartiles]. control: dense over dense, "
-        "so what is as near to 1 as that is noise. ceiling: the most that the bytes of the model allow. none yet: no "
-        "kernel there makes the bytes into time."
+        "so speeds as near to 1 are noise. ceiling: the largest speed that the model's bytes allow. none yet: no "
+        "kernel there turns the saved bytes into time."
     )
     heads = ["method", "read", "speed", "control", "ceiling", "measured on"]
     return Table("Speed", heads, body, note) if body else None

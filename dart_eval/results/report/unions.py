@@ -71,8 +71,8 @@ def _table(kind: str, cells: Sequence[Cell], missing: int) -> Table:
     note = (
         f"Share of the FFN bytes that a step reads for {ABOUT[kind]}: each neuron or column once, in the most bits "
         f"that one of them wants. Mean over layers and steps; standard errors up to {share(error, 3)}. 8 bits at: the "
-        f"first number with more than {percent(EIGHT_BITS)}, which rounding to 8 bits reads at any batch. 90 % at: the "
-        "first with more than 90 %."
+        f"first number to read over {percent(EIGHT_BITS)}, which rounding to 8 bits reads at any batch. 90 % at: the "
+        "first to read over 90 %."
     )
     if missing:
         note += f" Cells without it: {missing} ({REMEDY}; experts and previews of some columns have none)."
