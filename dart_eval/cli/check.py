@@ -41,7 +41,8 @@ def check(
 ) -> None:
     """Check results against a baseline: exit status 0 if no row fell, 1 if a row fell or is missing.
 
-    A row falls if its recovery is below the threshold and a test paired by document rules out noise.
+    A row falls if its recovery is below the threshold and a test paired by document rules out noise, or if it is
+    below a threshold of `of_dense`, which no test guards.
 
     \b
     [bold]Examples[/bold]

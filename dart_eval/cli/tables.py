@@ -31,7 +31,7 @@ VIEW_HELP = (
 SORTS = ("accuracy", "above", "perplexity", "flips", "kl", "memory", "work", "speed")
 SORT_HELP = f"Order the rows of a level by this column: {', '.join(SORTS)}. By default the best row comes first."
 METRIC_HELP = "Show this metric for the tasks that have it, such as acc_norm."
-LEVEL_HELP = "Show the rows that read this share of the FFN bytes, such as 0.3."
+LEVEL_HELP = "Show dense and the levels that read about this share of the FFN bytes, such as 0.3."
 Subtasks = Annotated[
     bool, typer.Option("--subtasks", metavar="", help="Also show the members of groups, such as mmlu's subjects.")
 ]

@@ -115,7 +115,7 @@ class AnyChoice(Part):
         ranks: whether it uses the mask's score of the token alone, beside a core of the mask that is always taken.
         adds: whether neurons that are not taken add to the FFN's output (`ChoiceLayer.extra`).
         write_share: share of the taken neurons whose columns of down are read.
-        mask_ratio: neurons in the mask as a multiple of the weights read, unless the mask holds everything.
+        mask_ratio: neurons in the mask, as a multiple of those of a mask alone, unless it holds everything.
         gathers: whether `copied` execution can read the chosen rows alone (`kernels.chosen`, `previewed`).
     """
 
@@ -283,5 +283,5 @@ class Inside(Choice):
     """Base of choices by one number of each neuron, inside any mask."""
 
     mask_ratio: float = option(  # type: ignore[misc]
-        1.6, "neurons in the mask, as a multiple of the weights read (mask=everything ignores it)", least=1
+        1.6, "neurons in the mask, as a multiple of those of a mask alone (mask=everything ignores it)", least=1
     )

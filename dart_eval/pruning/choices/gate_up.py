@@ -26,7 +26,7 @@ class GateUp(Choice):
     needs_up = True
     reads_whole = ("gate",)
     gathers = True
-    mask_ratio: float = option(1.6, "neurons in the mask, as a multiple of the weights read", least=1, most=3)  # type: ignore[misc]
+    mask_ratio: float = option(1.6, "neurons in the mask, as a multiple of those of a mask alone", least=1, most=3)  # type: ignore[misc]
     write_share: float = option(1.0, "share of the chosen neurons whose columns of down are read", above=0, most=1)  # type: ignore[misc]
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor | None:

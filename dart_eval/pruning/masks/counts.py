@@ -168,7 +168,7 @@ def chosen_counts(
 
     Args:
         full_matrices: matrices that are read for the whole mask. A preview's read cost replaces it.
-        ratio: neurons of the mask as a multiple of the weights read (1 is a mask alone); None: all neurons.
+        ratio: neurons of the mask, as a multiple of those that a mask alone would have; None: all neurons.
         write_share: written / taken of a gated FFN, if the mask has enough neurons to take.
         title: the choice in an error message.
 
