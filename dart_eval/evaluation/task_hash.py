@@ -62,12 +62,9 @@ def _beyond(function: Callable[..., object]) -> object:
     if isinstance(inner, functools.partial):
         return _sourced(inner)
     try:
-        file = Path(inspect.getsourcefile(inner) or "")
-        known = (
-            Path(lm_eval.__file__).parent,
-            Path(__file__).parents[1],
-            tasks_dir(),
-        )  # versions and `code` cover them
+        file = Path(inspect.getsourcefile(inner) or "").resolve()
+        # versions and `code` cover these; an environment may be reached through links
+        known = [p.resolve() for p in (Path(lm_eval.__file__).parent, Path(__file__).parents[1], tasks_dir())]
         return None if any(map(file.is_relative_to, known)) else source_hash(file.read_bytes().decode())
     except (OSError, TypeError):  # it has no file, or is not written in Python
         return None

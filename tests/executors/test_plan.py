@@ -455,6 +455,13 @@ def test_functions_with_arguments_are_hashed_by_these_and_not_by_their_address(h
     assert found[0] != task_hash_module._beyond(functools.partial(score, how="else"))
 
 
+def test_an_environment_that_is_reached_through_a_link_gives_the_same_hash(tmp_path, monkeypatch):
+    """`.venv` as a link: the interpreter's own path has it, and a task's file has none."""
+    (tmp_path / "linked").symlink_to(Path(lm_eval.__file__).parent)
+    monkeypatch.setattr(lm_eval, "__file__", str(tmp_path / "linked" / "__init__.py"))
+    assert task_hash_module._beyond(lm_eval.api.metrics.mean) is None
+
+
 def test_a_helper_of_a_users_task_is_part_of_its_hash(tmp_path):
     found = []
     for sign in ("+", "-"):
