@@ -287,8 +287,9 @@ def drawn(chart: Chart, subject: str, form: str) -> bytes:
             axes.text(LEFT - 4, y, text, ha="right", va="center")
         for x, text in [*laid["xticks"], ((LEFT + RIGHT) / 2, f"\n{chart.axis}")]:
             axes.text(x, laid["bottom"] + 4, text, ha="center", va="top")
-        for _, y, *_ in laid["across"]:
+        for kind, y, *_ in laid["across"]:
             axes.plot([LEFT, RIGHT], [y, y], color="#000000", linewidth=0.8)
+            axes.text(LEFT + 3, y - 1, kind, va="bottom", fontsize=8)
         for line, marker in zip(laid["lines"], itertools.cycle(SIGNS), strict=False):
             xs, ys = [p.x for p in line["points"]], [p.value for p in line["points"]]
             axes.vlines(xs, [p.high for p in line["points"]], [p.low for p in line["points"]], line["colour"],
