@@ -112,16 +112,15 @@ def _write(spec: PaperSpec, filled: Paper, folder: Path) -> list[Table]:
     from dart_eval.results.writers import csv_text, latex, markdown
     from dart_eval.util.files import write
 
-    layouts = [layout for layout in spec.layouts if filled.measured(layout)]
-    made = [(layout.name, *filled.table(layout)) for layout in layouts]
-    files: dict[str, str | bytes] = {f"{name}.csv": to_csv(numbers) for name, _, numbers in made}
-    tables = {name: table for name, table, _ in made}
+    made = [(layout, *filled.table(layout)) for layout in spec.layouts if filled.measured(layout)]
+    files: dict[str, str | bytes] = {f"{layout.name}.csv": to_csv(numbers) for layout, _, numbers in made}
+    tables = {layout.name: table for layout, table, _ in made}
     if spec.claims:
         tables["claims"] = verdicts(spec.claims, filled, {layout.name: layout for layout in spec.layouts}, _of_shape)
         files["claims.csv"] = csv_text([tables["claims"].columns, *tables["claims"].body])
     for name, table in tables.items():
         files |= {f"{name}.md": markdown(table), f"{name}.tex": latex(table)}
-    for layout, (_, _, numbers) in zip(layouts, made, strict=True):
+    for layout, _, numbers in made:
         if layout.picture and (drawn := picture(layout, numbers)) is not None:
             files[f"{layout.name}.svg"] = drawn
     before, after = ([f"{text.strip()}\n"] if text else [] for text in (spec.about, filled.unmeasured(spec.layouts)))

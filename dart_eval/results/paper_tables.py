@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,11 +105,11 @@ class Paper:
         if not empty:
             return ""
         names = ", ".join(layout.name for layout in empty)
-        tasks = {task for layout in empty for column in layout.columns for task in column.tasks}
-        return " ".join([f"Tables without a number: {names}.", *self._missing(tasks)])
+        return " ".join([f"Tables without a number: {names}.", *self._missing(empty)])
 
-    def _missing(self, tasks: Collection[str]) -> list[str]:
-        """Return a sentence for each reason why some of these tasks could not run."""
+    def _missing(self, layouts: Sequence[TableLayout]) -> list[str]:
+        """Return a sentence for each reason why some tasks of these tables could not run."""
+        tasks = {task for layout in layouts for column in layout.columns for task in column.tasks}
         because: dict[str, list[str]] = {}
         for task, reason in self.missing.items():
             if task in tasks:
@@ -285,11 +285,10 @@ class Paper:
         )
         if layout.note:
             parts.append(layout.note)
-        tasks = {task for column in layout.columns for task in column.tasks}
         found = {*numbers["column"]}
         if without := [head for head in layout.parts if head not in found]:
             parts.append(f"Columns without a number are left out: {', '.join(without)}.")
-        parts += self._missing(tasks)
+        parts += self._missing([layout])
         for column in layout.columns:
             known = self._metrics["metric"][self._metrics["task"].isin(column.tasks)]
             if column.metric and len(known) and column.metric not in set(known):
