@@ -16,7 +16,6 @@ from dart_eval.layers.shape import shape_of
 from dart_eval.models import shapes
 from dart_eval.pruning.inputs.levels import Levels
 from dart_eval.pruning.inputs.rounded import RoundedEntries
-from dart_eval.pruning.kinds import InputSparsity
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.kernels import lacking
 from dart_eval.util.bits import OWN_BITS, Stored
@@ -114,8 +113,7 @@ def _needs(method: Pruner) -> str:
         found.append("a calibration text")
     if method.choice.previews and method.choice.adds:
         found.append("16-bit weights or codes")
-    inner = method.entries if isinstance(method, InputSparsity) else getattr(method, "routing", None)
-    if isinstance(inner, Levels | RoundedEntries):
+    if isinstance(method.other, Levels | RoundedEntries):
         found.append("16-bit weights")
     if method.leaves_out == "experts":
         found.append("routed experts")
