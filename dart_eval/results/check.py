@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -111,12 +110,13 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
             continue
         made.append(found)
         reference = dense_of(found.a, dense)
-        if reference is None and any(thresholds.limits_of(m.task).of_dense is not None for m in measures):
+        needed = any(thresholds.limits_of(m.task).of_dense is not None for m in measures)
+        if reference is None and needed:
             raise UserError(
                 f"thresholds set of_dense, and the results hold no dense cell for {old.inputs['task']}",
                 "run with --method dense too, or leave of_dense out",
             )
-        beside = {one.measure: one for one in _beside(found.a, reference)}
+        beside = {one.measure: one for one in _beside(found.a, reference, needed)}
         rows += [_row(labels[old.key], m, found, beside.get(m)) for m in measures]
     if not rows:
         raise UserError(f"{baseline} has no metric that can be checked", "add a task with a value for each document")
@@ -147,13 +147,19 @@ def _pair(old: Cell, cell: Cell | None, now: Sequence[Cell]) -> Pair | str:
         raise UserError(error.problem, "if the change is meant, write a new baseline with --update") from None
 
 
-def _beside(cell: Cell, dense: Cell | None) -> list[Compared]:
-    """Compare a cell with its dense one; empty if that is unreadable, as its own row says so."""
-    with contextlib.suppress(UnreadSamples, Unpaired):
-        if dense is not None:
-            found = pair(cell, dense)
-            return compared(found, found.x.measures)
-    return []
+def _beside(cell: Cell, dense: Cell | None, needed: bool) -> list[Compared]:
+    """Compare a cell with its dense one; empty if that cannot be read or paired.
+
+    Raises:
+        UserError: it cannot, and a threshold needs it.
+    """
+    try:
+        found = None if dense is None else pair(cell, dense)
+    except (UnreadSamples, Unpaired) as error:
+        if needed:
+            raise UserError(f"thresholds set of_dense, and {error.problem}", error.remedy) from None
+        return []
+    return [] if found is None else compared(found, found.x.measures)
 
 
 def _row(name: str, measure: Measure, both: Pair, dense: Compared | None) -> CheckRow:
@@ -181,6 +187,12 @@ def _recovery(one: Compared) -> float | None:
         return recovery(one.measure, now, then)
     known = one.recovery is not None or one.test.p is None
     return (now - one.chance) / (then - one.chance) if known and then > one.chance else None
+
+
+def _has_share(metric: str) -> bool:
+    """Whether a metric is held against dense's: sums of log-likelihoods and distances are not."""
+    name = metric.partition(",")[0]
+    return name != GOLD and metrics.kind_of(name).group != metrics.DISTANCE
 
 
 def recovery(measure: Measure, now: float, then: float) -> float | None:
@@ -218,6 +230,8 @@ def _judged(row: CheckRow, thresholds: Thresholds) -> CheckRow:
     if limits.of_dense is not None and row.of_dense is not None and not row.of_dense >= limits.of_dense:
         fell = True
         why.append(f"of dense {row.of_dense:.4f} below {limits.of_dense:g}")
+    elif limits.of_dense is not None and row.of_dense is None and _has_share(row.metric):
+        why.append("of_dense not checked: dense has 0, or is not above guessing")
     return dataclasses.replace(row, verdict=FELL if fell else OK, why="; ".join(why))
 
 

@@ -232,7 +232,8 @@ def _compare(a: str, b: str, named: Sequence[NamedPair], metrics: Sequence[str],
             continue
         made.append(found)
         left_out.update((*found.x.left_out, *found.y.left_out))
-        asked = wanted(found.x.measures, metrics)
+        measures = dict.fromkeys((*found.x.measures, *(found.y.measures if metrics else ())))
+        asked = wanted(list(measures), metrics)
         ours = compared(found, asked)
         left_out |= {f"{m.task} {m.metric}" for m in set(asked) - {one.measure for one in ours}}
         for one in ours:
@@ -240,7 +241,7 @@ def _compare(a: str, b: str, named: Sequence[NamedPair], metrics: Sequence[str],
             family = (name, m.metric)  # tasks may have limits of their own
             families.setdefault(family, []).append(len(rows))
             rows.append(CompareRow(name, m.task, m.metric, m.higher_is_better, one.test, left.key, right.key))
-    known = {m.name for one in made for m in one.x.measures}
+    known = {m.name for one in made for m in (*one.x.measures, *one.y.measures)}
     if unread is not None and not known:
         raise unread
     unknown = sorted(set(metrics) - known - {"all"})
@@ -248,7 +249,8 @@ def _compare(a: str, b: str, named: Sequence[NamedPair], metrics: Sequence[str],
         raise UserError(f"no metric {unknown[0]!r} in these results", nearest(unknown[0], known))
     if not rows:
         raise UserError(
-            f"none of the metrics can be compared document by document ({', '.join(sorted(left_out))})",
+            "none of the metrics can be compared document by document"
+            + (f" ({', '.join(sorted(left_out))})" if left_out else ": their direction is unknown"),
             "name others with --metric, or --metric all",
         )
     for members in families.values():

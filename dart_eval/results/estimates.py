@@ -37,14 +37,11 @@ class Estimate:
             object.__setattr__(self, "fewest", len(self.units))
 
     def __add__(self, other: Estimate) -> Estimate:
-        return self._with(other, 1.0)
+        units = {u: self.units.get(u, 0.0) + other.units.get(u, 0.0) for u in {**self.units, **other.units}}
+        return Estimate(self.value + other.value, units, min(self.fewest, other.fewest))
 
     def __sub__(self, other: Estimate) -> Estimate:
-        return self._with(other, -1.0)
-
-    def _with(self, other: Estimate, sign: float) -> Estimate:
-        value, units = self.value + sign * other.value, _sums(self.units, other.units, sign)
-        return Estimate(value, units, min(self.fewest, other.fewest))
+        return self + other.times(-1.0)
 
     def times(self, factor: float) -> Estimate:
         """Return the estimate multiplied by an exact number."""
@@ -57,8 +54,13 @@ class Estimate:
         count = len(self.units)
         return math.sqrt(count / (count - 1) * sum(u * u for u in self.units.values())) if count > 1 else None
 
+    @property
+    def none(self) -> bool:
+        """Whether a difference is 0 in every unit of enough: nothing to tell two rows apart by."""
+        return not self.value and not any(self.units.values()) and self.fewest >= stats.MIN_CLUSTERS
+
     @cached_property
-    def tested(self) -> stats.Studentised | None:
+    def tested(self) -> stats.Tested | None:
         """The studentised bootstrap over units; None if they are too few, all the same, or not finite."""
         slopes = np.array([self.units[unit] for unit in sorted(self.units)])
         if not np.isfinite([self.value, *slopes]).all():
@@ -148,10 +150,3 @@ def _squares(count: int) -> float:
     from scipy.special import stdtrit  # slow to import
 
     return float(stdtrit(count - 1, 1 - stats.ALPHA / 2)) ** 2 * count / (count - 1)
-
-
-def _sums(a: Mapping[str, float], b: Mapping[str, float], sign: float) -> dict[str, float]:
-    found = dict(a)
-    for unit, slope in b.items():
-        found[unit] = found.get(unit, 0.0) + sign * slope
-    return found

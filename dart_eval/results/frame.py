@@ -6,6 +6,7 @@ Board, `compare`, `check`, the tables of a paper and `tables --format csv` are v
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,6 +157,7 @@ def lines_of(cells: Sequence[Cell], records: Sequence[Record], subtasks: bool = 
     tests = {(key, row.measure.task, row.measure.metric): row for key, some in found.items() for row in some}
     made += _distances(made, tests)
     families: dict[tuple[object, ...], list[Json]] = {}
+    runs: Counter[object] = Counter()
     for line in made:
         line.update(dict.fromkeys(("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low",
                                    "high", "p", "p_holm")))  # fmt: skip
@@ -169,7 +171,8 @@ def lines_of(cells: Sequence[Cell], records: Sequence[Record], subtasks: bool = 
             high=row.test.high, p=row.test.p,
         )  # fmt: skip
         family = (line["model"], line["label"], line["sparsity"], line["scope"], line["metric"])
-        families.setdefault(family, []).append(line)
+        runs[family, line["task"]] += 1  # of one cell; each task counts once in a family
+        families.setdefault((*family, runs[family, line["task"]]), []).append(line)
     for family_lines in families.values():
         for line, p in zip(family_lines, stats.holm([line["p"] for line in family_lines]), strict=True):
             line["p_holm"] = p

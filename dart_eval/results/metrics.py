@@ -10,7 +10,6 @@ ACCURACY, SUMMARIES, PERPLEXITY, OTHER = "Accuracy", "Summaries", "Perplexity (l
 DISTANCE = "Distance to dense"
 GROUPS = (ACCURACY, SUMMARIES, PERPLEXITY, DISTANCE, OTHER)
 BY_SECOND_FORWARD = frozenset({"kl", "kl_p95", "kl_p99", "top1"})  # a run measures them with dense's logits beside
-BY_SECOND_FORWARD = frozenset({"kl", "kl_p95", "kl_p99", "top1"})  # a run measures them with dense's logits beside
 GOLD = "gold_ll"  # the log-likelihood of the right answer, which samples of choice tasks hold beside their metrics
 
 

@@ -35,14 +35,14 @@ class Measure:
 
     Attributes:
         members: the tasks whose documents it covers: itself, or those of a group.
-        equal: whether members weigh the same whatever their size; else documents do.
+        equal: whether members weigh the same whatever their size; else documents do. One side's value may fit both.
     """
 
     task: str
     metric: str
     higher_is_better: bool | None
     members: tuple[str, ...]
-    equal: bool = False
+    equal: bool = field(default=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -144,11 +144,12 @@ def newest(cells: Sequence[Cell]) -> list[Cell]:
         last = max(group, key=lambda c: (c.created, c.key))
         for name in fields_of(HOW):
             if len(several := values_of(name, group)) > 1:
+                places = sorted({c.source for c in group})
                 raise UserError(
-                    f"{group[0].source} has {describe(group[0])} several times, with {name} "
-                    f"{' and '.join(several)}", "keep them in folders of their own",
+                    f"{' and '.join(places)} {'has' if len(places) == 1 else 'have'} {describe(group[0])} several "
+                    f"times, with {name} {' and '.join(several)}", "compare the one with the other, folder by folder",
                 )  # fmt: skip
-        chosen.append(dataclasses.replace(last, older=len(group) - 1 + sum(c.older for c in group)))
+        chosen.append(dataclasses.replace(last, older=len({c.key for c in group}) - 1 + sum(c.older for c in group)))
     return chosen
 
 
@@ -201,7 +202,10 @@ def _without_responses(documents: Documents) -> Documents:
     return documents.assign(
         choices=[len(found) for found in scores],
         chosen=[max(range(len(found)), key=found.__getitem__) if found else None for found in scores],
-        text=[r[0] if isinstance(r, list) and len(r) == 1 and isinstance(r[0], str) else None for r in responses],
+        text=[  # what a filter extracts is no text
+            r[0] if f == "none" and isinstance(r, list) and len(r) == 1 and isinstance(r[0], str) else None
+            for (_, _, f), r in zip(documents.index, responses, strict=True)
+        ],
     )
 
 

@@ -6,6 +6,7 @@ checkpoint is paired with another of its name, with a remark, since a comparison
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,11 +35,15 @@ class Pair:
 
         A dense cell does not store its distance from itself.
         """
-        y = self.y
-        if measure not in y.measures and measure in self.x.measures and self.b.inputs["method"] == DENSE:
-            y = own_distance(measure, self.x, y)
-        known = measure in self.x.measures and measure in y.measures
-        return pairs(measure, self.x, y) if known else None
+        x, y = self.x, self.y
+        if measure not in y.measures and measure in x.measures and self.b.inputs["method"] == DENSE:
+            y = own_distance(measure, x, y)
+        if measure not in x.measures and measure in y.measures and self.a.inputs["method"] == DENSE:
+            x = own_distance(measure, y, x)
+        known = [m for m in (*x.measures, *y.measures) if m == measure]
+        if measure not in x.measures or measure not in y.measures:
+            return None
+        return pairs(dataclasses.replace(measure, equal=any(m.equal for m in known)), x, y)
 
 
 def pair(a: Cell, b: Cell) -> Pair:
@@ -151,8 +156,8 @@ def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
         else:
             found[name] = left, right
     expected = {"model.name"} if a.inputs["method"] == b.inputs["method"] else {"model.name", "method_code"}
-    short = {what: (str(x)[:12], str(y)[:12]) for what, (x, y) in found.items() if what not in expected}
-    return {what: (x, y) for what, (x, y) in short.items() if x != y}
+    long = {what: (str(x), str(y)) for what, (x, y) in found.items() if what not in expected}
+    return {what: (x, y) if x[:12] == y[:12] else (x[:12], y[:12]) for what, (x, y) in long.items() if x != y}
 
 
 def differing(pairs: Iterable[Pair], say: str, values: str) -> list[str]:

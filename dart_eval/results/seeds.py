@@ -62,5 +62,5 @@ def mean_compared(cells: Sequence[Sequence[Compared]]) -> list[Compared]:
 
 def remark(groups: Sequence[Sequence[Record]]) -> list[str]:
     """Return a sentence that names the seeds of means, if there are any."""
-    seeds = sorted({int(r.inputs["seed"]) for some in groups if len(some) > 1 for r in some})
+    seeds = sorted({int(r.inputs.get("seed") or 0) for some in groups if len(some) > 1 for r in some})
     return [f"Rows are means over the seeds {', '.join(map(str, seeds))}."] if seeds else []

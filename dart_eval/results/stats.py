@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -149,7 +149,7 @@ def paired(
     difference = 0.0 if np.array_equal(x, y) else value_a - value_b
     influence = influence_a - influence_b
     binary = kind == "mean" and weights is None and bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
-    effect, found = None, _Tested(reason="values that are not finite")
+    effect, found = None, Tested(reason="values that are not finite")
     if np.isfinite(x).all() and np.isfinite(y).all():
         spread = float(np.std(influence, ddof=1)) if n > 1 else 0.0
         if spread > 1e-12 * abs(difference):
@@ -168,8 +168,8 @@ def paired(
 
 
 @dataclass(frozen=True)
-class _Tested:
-    """What a test found; see `Paired`, and for one side's p `Studentised`."""
+class Tested:
+    """What a test found; see `Paired`. p_less, p_greater: one-sided p of a difference that is too small, too large."""
 
     p: float | None = None
     p_less: float | None = None
@@ -181,7 +181,7 @@ class _Tested:
     reason: str = ""
 
 
-def _test(x: Values, y: Values, labels: NDArray[np.int_], units: Values, difference: float, binary: bool) -> _Tested:
+def _test(x: Values, y: Values, labels: NDArray[np.int_], units: Values, difference: float, binary: bool) -> Tested:
     """The test that fits the values.
 
     Args:
@@ -194,16 +194,15 @@ def _test(x: Values, y: Values, labels: NDArray[np.int_], units: Values, differe
     """
     count = len(units)
     if count < MIN_CLUSTERS:
-        return _Tested(reason=f"{count} independent units, fewer than {MIN_CLUSTERS}")
+        return Tested(reason=f"{count} independent units, fewer than {MIN_CLUSTERS}")
     if binary:
         return _test_proportions(x - y, labels, units, difference)
     if np.array_equal(x, y):
-        return _Tested(1.0, 1.0, 1.0, 0.0, 0.0, "all values equal", "all values equal")
-    made = bootstrap_t(units, difference)
-    return _Tested(made.p, made.p_less, made.p_greater, made.low, made.high, BOOTSTRAP, BOOTSTRAP, made.reason)
+        return Tested(1.0, 1.0, 1.0, 0.0, 0.0, "all values equal", "all values equal")
+    return replace(bootstrap_t(units, difference), test=BOOTSTRAP, interval=BOOTSTRAP)
 
 
-def _test_proportions(differences: Values, labels: NDArray[np.int_], units: Values, estimate: float) -> _Tested:
+def _test_proportions(differences: Values, labels: NDArray[np.int_], units: Values, estimate: float) -> Tested:
     """An exact test of values that are 0 or 1, with an exact interval where there is one.
 
     Args:
@@ -216,11 +215,11 @@ def _test_proportions(differences: Values, labels: NDArray[np.int_], units: Valu
     sums = np.rint(np.bincount(labels, differences, count)).astype(int)
     test, chances = SIGN_FLIP[count < n], sign_flip(sums)
     if count == n:
-        return _Tested(*chances, *tango(int((sums > 0).sum()), int((sums < 0).sum()), n), test, "Tango")
+        return Tested(*chances, *tango(int((sums > 0).sum()), int((sums < 0).sum()), n), test, "Tango")
     if not sums.any():
-        return _Tested(*chances, *tango(0, 0, count), test, "Tango on clusters")
+        return Tested(*chances, *tango(0, 0, count), test, "Tango on clusters")
     made = bootstrap_t(units, estimate)
-    return _Tested(*chances, made.low, made.high, test, BOOTSTRAP, made.reason)
+    return Tested(*chances, made.low, made.high, test, BOOTSTRAP, made.reason)
 
 
 def exp(value: float) -> float:
@@ -279,21 +278,9 @@ def tango(b: int, c: int, n: int, alpha: float = ALPHA) -> tuple[float, float]:
     return solve(-1.0, z), solve(1.0, -z)
 
 
-@dataclass(frozen=True)
-class Studentised:
-    """What `bootstrap_t` found; see `Paired`."""
-
-    p: float | None
-    p_less: float | None
-    p_greater: float | None
-    low: float | None
-    high: float | None
-    reason: str
-
-
 def bootstrap_t(
     units: Values, estimate: float, alpha: float = ALPHA, resamples: int = RESAMPLES, seed: int = SEED
-) -> Studentised:
+) -> Tested:
     """Symmetric studentised bootstrap (Davison and Hinkley 1997, 2.4 and 5.2) of an estimate.
 
     units: [K] influence values of independent units, which sum to 0. p is (1 + resamples beyond) / (1 + resamples).
@@ -302,7 +289,7 @@ def bootstrap_t(
     k = len(units)
     error = math.sqrt(k / (k - 1) * float(units @ units))
     if error <= 1e-9 * abs(estimate):
-        return Studentised(None, None, None, None, None, "the same difference everywhere: no spread to test against")
+        return Tested(reason="the same difference everywhere: no spread to test against")
     t = estimate / error
     # Neither the order of the units nor which side is called A may matter, so both are settled before drawing.
     sign = -1.0 if t < 0 else 1.0
@@ -318,9 +305,9 @@ def bootstrap_t(
     p_less, p_greater = (p_below, p_above) if sign > 0 else (p_above, p_below)
     last = math.ceil((1 - alpha) * (1 + resamples)) - 1
     if last >= len(sizes):
-        return Studentised(p, p_less, p_greater, None, None, "too few units differ")
+        return Tested(p, p_less, p_greater, reason="too few units differ")
     margin = float(sizes[last]) * error
-    return Studentised(p, p_less, p_greater, estimate - margin, estimate + margin, "")
+    return Tested(p, p_less, p_greater, estimate - margin, estimate + margin)
 
 
 def _statistics(units: Values, resamples: int, seed: int) -> Values:

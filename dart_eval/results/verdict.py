@@ -117,7 +117,7 @@ def stand_of(leader: BoardRow, others: Sequence[BoardRow], chosen: float) -> lis
     """
     tests = [(row, metric, d) for row in others for metric, d in _differences(leader, row)]
     counted = [None if d.p is None else min(1.0, chosen * d.p) for _, _, d in tests]
-    able = {row.keys for row, _, d in tests if d.p is not None}
+    able = {row.keys for row, _, d in tests if d.p is not None or d.none}
     stands = {row.keys: Stand(row, {}, {}, row.keys in able) for row in others}
     for (row, metric, difference), p in zip(tests, stats.holm(counted), strict=True):
         if p is not None and p < stats.ALPHA:

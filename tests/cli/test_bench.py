@@ -41,6 +41,8 @@ def test_ratios_are_paired():
     found = paired([2.0, 20.0, 2.2, 4.0], [1.0, 10.0, 1.1, 2.0])
     assert (found.median, found.low, found.high, found.n) == (2.0, 2.0, 2.0, 4)
     assert paired([1.1], [1.0], 1.0).median == pytest.approx(0.1)
+    two = paired([0.2, 1.5], [1.0, 1.0])  # quartiles of two lie within both
+    assert (two.low, two.median, two.high) == (0.2, pytest.approx(0.85), 1.5)
 
 
 def test_what_is_counted():

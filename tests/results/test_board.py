@@ -503,6 +503,26 @@ def test_a_frontier_says_no_more_than_points_that_were_measured():
     assert frontier.reach([(0.3, 0.2)], [False]) == "above 30 %"
 
 
+def test_a_row_with_the_same_answers_is_not_told_apart(tmp_path):
+    """Re-masks that no alarm called for: no document differs, so there is nothing to test by."""
+    dense, best = choices(0.9, method="dense"), choices(0.8, method="dart", params={"remask": "drift"})
+    twin, other = choices(0.8, method="dart", params={"remask": "off"}), choices(0.4)
+    text = text_of(board_of(tmp_path, dense, best, twin, other))
+    assert "not told apart from dart:remask=off" in text and "not tested" not in text
+
+
+def test_a_run_that_is_repeated_does_not_make_a_family_larger(tmp_path):
+    """p_holm is over the tasks of a method and metric, each counted once."""
+    cells = [choices(s, task, method, created=created, versions={"torch": created})
+             for created in ("2026-01-01", "2026-01-02")
+             for task in ("arc", "piqa") for s, method in ((0.6, "dense"), (0.45, "griffin"))]  # fmt: skip
+    store = Store(save(tmp_path / "twice", *cells))
+    again = [
+        line for line in frame.lines(store, store.load()) if line["method"] == "griffin" and line["metric"] == "acc"
+    ]
+    assert len(again) == 4 and all(line["p_holm"] == pytest.approx(2 * line["p"]) for line in again)
+
+
 def test_several_seeds_are_one_row_with_their_mean(tmp_path):
     """Of the run, and of parts that took the run's seed; a part with a seed of its own is another row."""
 

@@ -171,6 +171,20 @@ def test_quality_against_dense():
         checked(then[1:], then[1:], Thresholds(Limits(of_dense=0.95)))
 
 
+def test_a_share_of_dense_that_cannot_be_had_is_no_pass():
+    """Dense in other results than the row's, and a dense that is at chance."""
+    griffin, dense = answered("arc", right(0.6)), answered("arc", right(0.8), "dense", 0.0)
+    other = answered("arc", right(0.8), "dense", 0.0, lines=samples("arc", right(0.8), data="v2"))
+    limits = Thresholds(Limits(of_dense=0.9))
+    with pytest.raises(UserError, match=r"thresholds set of_dense, and arc .* cannot be paired"):
+        checked([griffin, other], [griffin], limits)
+    assert not checked([griffin, other], [griffin]).bad
+    low, chance = (choosing(answered("arc", right(s), *how)) for s, how in ((0.05, ()), (0.25, ("dense", 0.0))))
+    (row,) = checked([low, chance], [low], limits).rows
+    assert row.of_dense is None and "of_dense not checked: dense has 0, or is not above guessing" in row.why
+    assert griffin.key != dense.key and not checked([griffin, dense], [griffin]).rows[0].why
+
+
 def test_other_documents_are_no_regression_but_wrong_input():
     lines = samples("arc", right(0.5), data="v2")
     with pytest.raises(UserError, match=r"documents differ.*write a new baseline with --update"):

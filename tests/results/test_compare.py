@@ -72,6 +72,22 @@ def test_two_precisions_in_one_folder_are_no_old_and_new(tmp_path):
         compare_folders(a, a)
 
 
+def test_one_run_in_two_folders_is_no_older_run(tmp_path):
+    """And two precisions in two folders are not said to lie in one."""
+    run = answered("arc", right(0.6), "griffin"), answered("arc", right(0.8), "dense", 0.0)
+    one, two = save(tmp_path / "one", *run), save(tmp_path / "two", *run)
+    assert not [n for n in compare_within("method", "dense", "griffin", [one, two]).notes if "Several runs" in n]
+    half = save(tmp_path / "half", answered("arc", right(0.6), "griffin", dtype="bfloat16"))
+    with pytest.raises(UserError, match=r"half and \S*one have arc under griffin .*bfloat16"):
+        compare_within("method", "dense", "griffin", [one, half])
+
+
+def test_versions_that_differ_behind_their_first_letters_differ(tmp_path):
+    sides = [answered("arc", right(0.6), versions={"torch": f"2.9.0.dev2025{day}+cpu"}) for day in ("0801", "0915")]
+    found = compare_folders(*(save(tmp_path / str(i), r) for i, r in enumerate(sides)))
+    assert "A and B differ in versions.torch (2.9.0.dev20250801+cpu in A, 2.9.0.dev20250915+cpu in B)." in found.notes
+
+
 def test_nothing_in_common_is_answered_with_what_differs(tmp_path):
     a = save(tmp_path / "a", answered("arc", right(0.5), limit=100))
     b = save(tmp_path / "b", answered("arc", right(0.5), limit=200), answered("piqa", right(0.5), limit=200))
@@ -299,6 +315,18 @@ def test_a_groups_value_is_that_of_the_record_and_its_members_are_the_clusters(t
     assert (row.result.value_a, row.result.value_b) == pytest.approx((value_a, value_b), rel=1e-12)
     assert row.result.difference == pytest.approx(value_a - value_b)
     assert row.result.test == ("exact sign flip of clusters" if by_size else "bootstrap-t")
+
+
+def test_a_group_all_of_whose_members_score_alike_is_compared_as_the_others_weigh_it(tmp_path):
+    """A row that is wrong everywhere fits both ways of weighing members."""
+    made, value = group(0.5, by_size=False)
+    zeros = [dataclasses.replace(m, value=0.0) for m in made.metrics]
+    lines = [{**s, "metrics": {"acc": 0.0}} for s in made.samples]
+    nothing = answered("mmlu", [], metrics=zeros, lines=lines)
+    for one, two in ((made, nothing), (nothing, made)):
+        (row,) = compare_folders(save(tmp_path / one.key / "a", one), save(tmp_path / one.key / "b", two)).rows
+        assert abs(row.result.difference) == pytest.approx(value)
+        assert row.result.test == "bootstrap-t"
 
 
 def test_documents_of_one_cluster_are_one_unit(tmp_path):

@@ -1,5 +1,7 @@
 """How far answers are from dense's: flips, texts and divergence, in the frame, on the board and in `compare`."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -69,6 +71,19 @@ def test_the_same_text_is_like_denses_whatever_its_letters(tmp_path, text):
     assert lines_of(tmp_path, wrote("dense", texts), wrote("griffin", texts))["griffin", "dense_rougeL"]["value"] == 1
 
 
+def test_what_a_filter_extracts_is_no_text(tmp_path):
+    """Two texts without a word in common, in neither of which the filter finds an answer."""
+    dense, pruned = ([(text, [i]) for i in range(3)] for text in ("[invalid]", "[invalid]"))
+    sides = [wrote(method, texts) for method, texts in (("dense", dense), ("griffin", pruned))]
+    for s in (s for side in sides for s in side.samples):
+        s["filter"] = "strict-match"
+    sides = [dataclasses.replace(s, metrics=[dataclasses.replace(m, metric="rougeL,strict-match") for m in s.metrics])
+             for s in sides]  # fmt: skip
+    found = lines_of(tmp_path, *sides)
+    assert ("griffin", "dense_tokens,strict-match") in found
+    assert ("griffin", "dense_rougeL,strict-match") not in found
+
+
 def diverging(method, far, n=40):
     """A perplexity whose positions are so far from dense, with the likeliest token the same at two of three."""
     generator = np.random.default_rng(3)
@@ -96,6 +111,8 @@ def test_the_board_shows_the_divergence_and_compare_tests_it(tmp_path):
     assert row.result.difference == pytest.approx(far["griffin"] - far["dart"]) and row.better == "A"
     (row,) = compare_within("method", "dart", "dense", [folder], ["top1"]).rows
     assert row.result.value_b == 1.0 and row.better == "B"
+    (row,) = compare_within("method", "dense", "dart", [folder], ["top1"]).rows
+    assert row.result.value_a == 1.0 and row.better == "A"
     done = command("tables", folder, "--sort", "kl")
     names = [line[11:].split()[0] for line in done.out.splitlines() if line[:5].strip() == "50 %"]
     assert names == ["dense", "griffin", "dart"]
