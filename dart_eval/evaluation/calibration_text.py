@@ -13,6 +13,7 @@ from lm_eval.api.task import Task
 
 from dart_eval.evaluation.local_data import rows_of
 from dart_eval.evaluation.tasks import leaves
+from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.models.hub import work_offline_if_unreachable
 from dart_eval.pruning.calibration.calibration import DEFAULT_TEXT
 from dart_eval.util.errors import UserError, summary
@@ -64,7 +65,7 @@ def _of_data_set(name: str, data_dir: str | None) -> CalibrationText:
         field = field or next((key for key, value in row.items() if isinstance(value, str)), "")
         if not field:
             raise UserError(f"calibration data set {name} has no text field", "give another data set, or a text file")
-        if (text := str(row[field])).strip():
+        if (text := str(row[field] or "")).strip():
             texts.append(text)
             length += len(text)
         if length > MOST:
@@ -94,7 +95,10 @@ def _of_hub(data_set: str, configuration: str) -> Iterable[dict[str, object]]:
 
     work_offline_if_unreachable()
     try:
-        return datasets.load_dataset(data_set, configuration or None, split="train")
+        with block_local_code(f"calibration {data_set}", False):
+            return datasets.load_dataset(data_set, configuration or None, split="train")
+    except UserError as error:
+        raise UserError(error.problem, "start dart-eval in another folder, or name the text file") from None
     except Exception as error:  # each library has errors of its own
         raise UserError(
             f"calibration {data_set} is neither a file nor a data set that can be loaded ({summary(error)[:200]})",

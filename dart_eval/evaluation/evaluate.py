@@ -102,7 +102,7 @@ def answer_part(
 def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Json:
     first = leaves(list(items))[0].task_name
     turns = settings.fewshot_as_multiturn
-    with _quiet(), block_local_code(first, tasks.unsafe_code):
+    with _quiet(), block_local_code(f"task {first}", tasks.unsafe_code):
         return lm_eval.simple_evaluate(
             model=lm,
             tasks=list(items),

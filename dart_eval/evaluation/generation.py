@@ -200,7 +200,9 @@ class Generator:
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
 
         def stopped(count: int) -> bool:
-            return any(s in self.lm.tok_decode(tokens[:count]) for s in stop if s)
+            # With special tokens, too: such a one may be a stop sequence (<|im_end|> of a base model).
+            texts = [self.lm.tok_decode(tokens[:count], skip_special_tokens=skip) for skip in (True, False)]
+            return any(s in text for text in texts for s in stop if s)
 
         # The shortest prefix with a stop sequence, if there is one.
         return 1 + bisect_left(range(1, end), True, key=stopped) if stopped(end) else end

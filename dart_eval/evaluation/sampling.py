@@ -15,10 +15,31 @@ import torch
 from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from dart_eval.util.errors import UserError
+
+LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # lm-eval prefers the first
+
 
 def draws(kwargs: Mapping[str, object]) -> bool:
     """Whether these settings of generation draw tokens."""
-    return bool(normalize_gen_kwargs(dict(kwargs)).get("do_sample"))
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    return bool(normalize_gen_kwargs(given).get("do_sample"))
+
+
+def overridden(own: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:
+    """Return a task's settings of generation with the user's before them, whatever name a length goes by.
+
+    Raises:
+        UserError: a temperature without effect, as the task draws no tokens.
+    """
+    settings = {name: value for name, value in own.items() if not (name in LENGTHS and LENGTHS & given.keys())}
+    settings.update(given)
+    if given.get("temperature") and settings.get("do_sample") is False:
+        raise UserError(
+            f"gen_kwargs temperature={given['temperature']} has no effect: the task has do_sample=false",
+            "add do_sample=true",
+        )
+    return settings
 
 
 def task_draws(members: Sequence[Task]) -> bool:

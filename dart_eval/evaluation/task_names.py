@@ -83,6 +83,12 @@ def names(folders: Sequence[str] = ()) -> set[str]:
     return {*own(), *lm_evals(), *(name for folder in folders for name in _named_in(Path(folder)))}
 
 
+def aliases(folders: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Return `ALIASES` without those that name a task of these folders (of `--include-path`)."""
+    taken = {name for folder in folders for name in _named_in(Path(folder))}
+    return {name: tasks for name, tasks in ALIASES.items() if name not in taken}
+
+
 def own() -> dict[str, str]:
     """Return the project's own tasks, each with the path of its YAML file."""
     return _named_in(tasks_dir())
@@ -120,13 +126,14 @@ def check_names(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
     wanted = [*asked]
     if not wanted:
         raise none_given()
-    if not {*wanted} <= {*ALIASES, *own()}:
-        known = {*names(folders), *ALIASES}
+    short = aliases(folders)
+    if not {*wanted} <= {*short, *own()}:
+        known = {*names(folders), *short}
         for name in wanted:
             if name not in known and not (is_pattern(name) and fnmatch.filter(known, name)):
                 raise unknown(name, known)
     for name in wanted:
-        if path := own().get(name) or (lm_evals().get(name) if name not in ALIASES else None):
+        if path := own().get(name) or (lm_evals().get(name) if name not in short else None):
             task_needs.check_needs(name, path)
 
 

@@ -27,7 +27,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from dart_eval.evaluation import task_needs
+from dart_eval.evaluation import sampling, task_needs
 from dart_eval.evaluation.local_data import (
     asked_at,
     check_documents,
@@ -39,7 +39,7 @@ from dart_eval.evaluation.local_data import (
 )
 from dart_eval.evaluation.seeded_data import prepared_once, seeded, without_other_lengths
 from dart_eval.evaluation.task_index import Index
-from dart_eval.evaluation.task_names import ALIASES, is_pattern, none_given, own, tasks_dir, unknown
+from dart_eval.evaluation.task_names import aliases, is_pattern, none_given, own, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import (
     block_local_code,
     check_task,
@@ -58,8 +58,9 @@ GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 # Documents that share this field are no independent draws: they form a cluster for the statistics. A task of our own
 # names the field itself (`metadata.cluster`). Members of a group are clustered by task, whatever this says.
 CLUSTERS: dict[str, str] = {
-    "boolq": "passage", "cb": "premise", "hellaswag": "ctx", "race": "article", "record": "passage",
-    "rte": "sentence1", "sglue_rte": "premise", "multirc": "paragraph",
+    "boolq": "passage", "cb": "premise", "drop": "passage", "hellaswag": "ctx", "race": "article", "record": "passage",
+    "rte": "sentence1", "sglue_rte": "premise", "squadv2": "context", "multirc": "paragraph",
+    **dict.fromkeys(("qa4mre_2011", "qa4mre_2012", "qa4mre_2013"), "document_str"),
 }  # fmt: skip
 
 
@@ -188,11 +189,12 @@ class Tasks:
             UserError: a name that neither this project nor lm-eval knows.
         """
         expanded: dict[str, None] = {}
+        short = aliases([str(folder) for folder in self.folders])
         for name in names:
             matching = fnmatch.filter(sorted(self.names()), name) if is_pattern(name) else ()
-            for task in matching or ALIASES.get(name, (name,)):
+            for task in matching or short.get(name, (name,)):
                 if task not in self.manager.all_tasks and task not in self.names():
-                    raise unknown(name, {*self.names(), *ALIASES})
+                    raise unknown(name, {*self.names(), *short})
                 expanded.setdefault(task)
         if not expanded:
             raise none_given()
@@ -211,7 +213,7 @@ class Tasks:
                 if self.folders and name not in own():  # a group of another folder may have any task as a member
                     self.names()
                 _forget_modules()
-                with block_local_code(name, self.unsafe_code):
+                with block_local_code(f"task {name}", self.unsafe_code):
                     loaded = self.manager._load_spec(name)
             except UserError:
                 raise
@@ -221,7 +223,8 @@ class Tasks:
             for task in leaves(items):
                 check_task(task.task_name, is_unsafe(task), self.unsafe_code)
                 if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
-                    task.set_config("generation_kwargs", dict(self.gen_kwargs), update=True)
+                    own_settings = task.get_config("generation_kwargs") or {}
+                    task.set_config("generation_kwargs", sampling.overridden(own_settings, self.gen_kwargs))
                 if self.unsafe_code:
                     setattr(task, "own_metrics", own_metrics())  # noqa: B010 - lm-eval knows no such field
                 if getattr(task.config, "custom_dataset", None) is not None:

@@ -126,7 +126,7 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
     """Refuse metrics and data sets of the working directory while the block runs.
 
     Args:
-        name: of the task, for messages.
+        name: of what loads them, for messages (`task NAME`).
         confirmed: allow them, and let generated code run.
 
     Raises:
@@ -182,11 +182,11 @@ class _Watch(MetaPathFinder):
         return spec
 
 
-def _guarded(stock: Any, task: str, refused: list[UserError]) -> object:
+def _guarded(stock: Any, who: str, refused: list[UserError]) -> object:
     class Guarded(stock):
         def __init__(self, path: str, *args: object, **kwargs: object) -> None:
             if not os.path.isabs(path):
-                refused.append(UserError(f"task {task} would load ./{path} of the working directory", REMEDY))
+                refused.append(UserError(f"{who} would load ./{path} of the working directory", REMEDY))
                 raise refused[-1]
             super().__init__(path, *args, **kwargs)
 

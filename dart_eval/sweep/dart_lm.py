@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry, register_model
 
 from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.task_names import config_of, own
 from dart_eval.evaluation.tasks import weigh_scored_text
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.prune import prune
@@ -23,6 +24,7 @@ from dart_eval.pruning.session.dense import AnySession, DenseSession
 from dart_eval.sweep.options import Scope
 from dart_eval.util.bits import parse as bits
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import Json
 from dart_eval.weights.rounding import Rounded
 
 NAME = "dart"  # of `--model`
@@ -83,6 +85,17 @@ class DartLM(PrunedLM):
             )
         self.begin(session, {}, scope=scope)
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        names = {str(r.task_name) for r in requests} & own().keys()
+        whole = {name for name in names if _metadata(name).get("whole_tokens")}
+        found: dict[int, tuple[float, bool]] = {}
+        for flag in (False, True):
+            self.whole_tokens = flag  # as in a run of the task alone
+            some = [i for i, r in enumerate(requests) if (r.task_name in whole) == flag]
+            answers = super().loglikelihood([requests[i] for i in some], disable_tqdm) if some else []
+            found |= dict(zip(some, answers, strict=True))
+        return [found[i] for i in range(len(requests))]
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         self._check_scope("perplexities")
         return super().loglikelihood_rolling(requests, disable_tqdm)
@@ -98,6 +111,11 @@ class DartLM(PrunedLM):
     def set_cache_hook(self, cache_hook: object) -> None:
         """Refuse lm-eval's response cache."""
         raise UserError(*NO_CACHE)
+
+
+def _metadata(task: str) -> Json:
+    found = config_of(task).get("metadata")
+    return found if isinstance(found, dict) else {}
 
 
 def register() -> None:

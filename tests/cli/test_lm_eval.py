@@ -4,8 +4,10 @@ import importlib.metadata
 import json
 
 import pytest
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import weigh_scored_text
 from dart_eval.results.store import Store
 from dart_eval.sweep.dart_lm import DartLM
@@ -78,6 +80,29 @@ def test_answers_are_those_of_run(tmp_path, model, args):
     for row, sample in zip(rows, samples, strict=True):
         likely = [float(value) for value, _ in row["filtered_resps"]]
         assert likely == pytest.approx([value for value, _ in sample["responses"]], abs=1e-6) and min(likely) < -1
+
+
+def test_answers_of_drift_begin_as_in_a_run(monkeypatch, model):
+    """With a token that crosses the end of the context; in one call with other tasks, which do not."""
+    seen = []
+
+    def answer(self, requests, *_):
+        seen.append((self.whole_tokens, [r.task_name for r in requests]))
+        return [(float(r.doc_id), False) for r in requests]
+
+    monkeypatch.setattr(PrunedLM, "loglikelihood", answer)
+    names = ["drift_smoke", "smoke_questions", "drift_smoke_same", "of_ones_own"]
+    asked = [Instance("loglikelihood", {}, ("a", "b"), 0, metadata=(name, i, 1)) for i, name in enumerate(names)]
+    assert DartLM(str(model), method="dense", dtype="float32").loglikelihood(asked) == [
+        (float(i), False) for i in range(4)
+    ]
+    assert seen == [(False, names[1::2]), (True, names[::2])]
+
+
+def test_a_method_that_looks_ahead_needs_something_to_look_at(tmp_path, model):
+    done = command("lm-eval", "--model", "dart", "--model_args", f"pretrained={model},method=oracle,scope=continuation",
+                   "--tasks", "smoke_questions", "--limit", "2")  # fmt: skip
+    assert done.code == 2 and "scope continuation has none; use scope scored" in done.err
 
 
 def test_perplexities_count_the_text_that_was_scored(tmp_path, model, tasks):

@@ -34,6 +34,8 @@ def test_of_a_data_set_the_first_text_field_of_the_train_split_is_read(tmp_path)
     folder = data_set(tmp_path, rows)
     found = calibration_text("org/name", folder)
     assert (found.text, found.data_set) == ("one\n\ntwo", "org/name")
+    nulls = data_set(tmp_path / "nulls", [{"text": "one"}, {"text": None}, {"text": "two"}])
+    assert calibration_text("org/name", nulls).text == "one\n\ntwo"
     data_set(tmp_path, [{"text": "other"}], "org__name/small")
     assert calibration_text("org/name:small", folder).text == "other"
     file = tmp_path / "org__name" / "small" / "train.jsonl"  # named itself, it is known to be of the data set
@@ -56,6 +58,14 @@ def test_a_name_that_is_nothing_is_refused(tmp_path):
         calibration_text("org/name", str(tmp_path))
     with pytest.raises(UserError, match="org/no-such-name is neither a file nor a data set that can be loaded"):
         calibration_text("org/no-such-name")
+
+
+def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkeypatch):
+    (tmp_path / "wikitext").mkdir()
+    (tmp_path / "wikitext" / "train.jsonl").write_text('{"text": "local words"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"calibration wikitext would load ./wikitext of the working directory; start"):
+        calibration_text("wikitext")
 
 
 def task(name, path, files=None):

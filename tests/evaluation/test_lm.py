@@ -188,6 +188,16 @@ def test_what_a_row_writes_after_its_end_is_no_part_of_its_text(tokenizer):
     ]
 
 
+def test_a_special_token_may_be_a_stop_sequence(tokenizer):
+    """<|im_end|> of a base model, say, which is not its end: rows of a batch go on after it until all have ended."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w57"]})
+    lm = PrunedLM(tiny("llama"), tokenizer, batch_size=2)
+    counted = Generator(lm, DenseSession(), lm.planned, Angles(lm.model), {}).counted
+    assert counted([5, 57, 49, 49], ["w57"]) == 2
+    assert counted([5, 57, 49, 49], ["w49"]) == 3
+
+
 def test_models_may_have_several_ends(tokenizer):
     model = tiny("llama")
     model.generation_config.eos_token_id = [2, 50]

@@ -12,6 +12,7 @@ import pytest
 from lm_eval.api.metrics import weighted_perplexity
 
 import dart_eval
+from dart_eval.evaluation import sampling
 from dart_eval.evaluation import tasks as tasks_module
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
@@ -218,6 +219,29 @@ def test_a_document_is_no_example_of_itself(ours, splits, sampler, most):
     tasks.check_task("ours", None, most)
     with pytest.raises(UserError, match=f"needs {most + 1} few-shot examples, and has {most};"):
         tasks.check_task("ours", None, most + 1)
+
+
+def test_a_task_of_ones_own_stands_before_a_short_name_for_others(ours):
+    tasks = ours(name="summaries")
+    assert tasks.expand(["summaries"]) == ["summaries"]
+    assert Tasks().expand(["summaries"]) == ["cnn_dailymail", "xsum", "multi_news", "gov_report"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({"max_new_tokens": 8}, {"max_new_tokens": 8, "do_sample": False, "until": ["x"]}),
+    ({"max_tokens": 8, "until": ["y"]}, {"max_tokens": 8, "do_sample": False, "until": ["y"]}),
+    ({"temperature": 0.7, "do_sample": True},
+     {"max_gen_toks": 48, "do_sample": True, "temperature": 0.7, "until": ["x"]}),
+    ({"temperature": None}, {"max_gen_toks": 48, "do_sample": False, "temperature": None, "until": ["x"]}),
+])  # fmt: skip
+def test_what_a_user_sets_has_its_effect_whatever_name_the_tasks_length_has(given, expected):
+    settings = sampling.overridden({"max_gen_toks": 48, "do_sample": False, "until": ["x"]}, given)
+    assert settings == expected and sampling.draws(settings) == bool(given.get("do_sample"))
+
+
+def test_a_temperature_without_effect_is_refused():
+    with pytest.raises(UserError, match=r"temperature=0.7 has no effect: the task has do_sample=false; add do_sample"):
+        Tasks(gen_kwargs={"temperature": 0.7}).load("smoke_summary")
 
 
 def test_a_perplexity_beyond_floats_is_infinite(ours):

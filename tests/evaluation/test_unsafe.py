@@ -109,7 +109,7 @@ def test_other_metrics_of_the_working_directory_are_refused_by_name(marker, swal
     finders = [*sys.meta_path]
 
     def load():
-        with block_local_code("other", False), block_local_code("french", False):
+        with block_local_code("task other", False), block_local_code("task french", False):
             try:
                 importlib.import_module("evaluate").load("code_eval")
             except UserError:  # as several tasks do: they say that a package is missing
@@ -127,9 +127,9 @@ def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkey
     (tmp_path / "org" / "set" / "test.jsonl").write_text('{"a": 1}\n')
     monkeypatch.chdir(tmp_path)
     words = r"task some would load \./org/set of the working directory; start dart-eval in"
-    with pytest.raises(UserError, match=words), block_local_code("some", False):
+    with pytest.raises(UserError, match=words), block_local_code("task some", False):
         load_dataset("org/set")
-    with block_local_code("some", False):  # local data by a full path are meant
+    with block_local_code("task some", False):  # local data by a full path are meant
         assert load_dataset(str(tmp_path / "org" / "set"))["test"]["a"] == [1]
 
 
