@@ -16,11 +16,11 @@ from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.pruning import compatibility
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prepared
 from dart_eval.pruning.session.kernels import lacking
-from dart_eval.util.bits import Rounding, Stored
+from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import served_bits, share
 
@@ -78,7 +78,7 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
     if method.at(1 - sparsity, served_bits(ffns)).calibrates and tokenizer is None:
         return UserError("it calibrates on a text, and random weights have no tokenizer", "give a model")
     try:
-        compatibility.check_fit(method, ffns, sparsity, Stored.of(served_bits(ffns)))
+        prepared.check(method, ffns, sparsity)
     except UserError as error:
         return error
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dart_eval.layers.ffn import FFN
+from dart_eval.pruning.masks.allocations import Allocation
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.util.bits import Stored
@@ -13,7 +14,8 @@ from dart_eval.util.errors import UserError
 
 def anywhere(method: Pruner) -> bool:
     """Whether a method fits all FFNs that run once for a token, whatever they are, at any sparsity."""
-    if method.reads_most or method.leaves_out == "experts":
+    fits_all_layers = type(method.allocation).check_sparsity is Allocation.check_sparsity
+    if method.reads_most or method.leaves_out == "experts" or not fits_all_layers:
         return False
     return not method.prunes or (_not_for_experts(method) is None and _needs_own_part(method) is None)
 
@@ -31,6 +33,7 @@ def check_fit(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored
     method.check_ffns(ffns, sparsity)
     if not method.prunes:
         return
+    method.allocation.check_sparsity(sparsity, [f.size for f in ffns])
     if any(f.routed for f in ffns) and (part := _not_for_experts(method)) is not None:
         raise UserError(f"{part.title} is not made for experts yet", "take another method, or a dense model")
     if any(f.norm is not None for f in ffns):

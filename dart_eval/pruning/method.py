@@ -153,8 +153,8 @@ class Pruner:
     @property
     def reads_most(self) -> bool:
         """Whether a high sparsity may be out of reach, since whole matrices are read before the choice."""
-        holds_all = self.mask.holds_all and bool(self.choice.reads_whole or self.choice.previews)
-        return holds_all or self.choice.ranks
+        whole = self.mask.holds_all and bool(self.choice.reads_whole)
+        return whole or self.choice.previews or self.choice.ranks
 
     def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
         """Refuse a sparsity that leaves fewer bytes than are read before the choice.
@@ -172,7 +172,7 @@ class Pruner:
             return
         choice = self.at(1 - sparsity, bits.total).choice
         read_cost = choice.worst_read_cost(sizes, width, matrices, bits)
-        choice.counts(Budget([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, read_cost))
+        choice.counts(Budget([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, self.mask.holds_all, read_cost))
 
     def counts(
         self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, read_cost: ReadCost | None

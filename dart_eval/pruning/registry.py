@@ -300,6 +300,8 @@ def make(name: str, params: Mapping[str, object] | None = None) -> Pruner:
         return by_name[name]
     settings = dict(params)
     if str(table := settings.get("allocation", "")).startswith(TABLE):
+        if "allocation.file" in settings:
+            raise UserError("allocation.file is given twice", "leave one of them out")
         settings |= {"allocation": "table", "allocation.file": str(table).removeprefix(TABLE)}
     return changed(by_name[name], settings, parts(), kind_with)
 
@@ -326,5 +328,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
         key, sep, value = pair.partition("=")
         if not sep or not key:
             raise UserError(f"{spec!r} is not a method", "write NAME or NAME:key=value:key=value")
+        if key.strip() in params:
+            raise UserError(f"{key.strip()} is given twice", "leave one of them out")
         params[key.strip()] = value.strip()
     return name.strip(), params

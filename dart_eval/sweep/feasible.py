@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dart_eval.layers.find import describe
 from dart_eval.models.loading import Resolved
 from dart_eval.pruning import compatibility
+from dart_eval.pruning.session import prepared
 from dart_eval.results.store import Store
 from dart_eval.sweep.plan import Cell
-from dart_eval.util.bits import OWN_BITS, Stored, bits_text
+from dart_eval.util.bits import bits_text
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import refuse_fixed
 
@@ -51,9 +52,9 @@ def drop_infeasible(
             continue
         try:
             if cell.rounding is None:
-                cell.method.check_weights(ffns, cell.sparsity)
-            bits = Stored(OWN_BITS) if cell.rounding is None else cell.rounding.stored(ffns[0].width)
-            compatibility.check_fit(cell.method, ffns, cell.sparsity, bits)
+                prepared.check(cell.method, ffns, cell.sparsity)
+            else:
+                compatibility.check_fit(cell.method, ffns, cell.sparsity, cell.rounding.stored(ffns[0].width))
             kept.append(cell)
         except UserError as error:
             on = "" if cell.rounding is None else f" on {bits_text(cell.rounding.text)}"

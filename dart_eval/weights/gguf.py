@@ -22,6 +22,7 @@ from filelock import FileLock
 from safetensors import safe_open
 from torch import nn
 
+from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError, summary
 from dart_eval.util.files import cache_dir, feed, reason
 from dart_eval.weights import gguf_codes
@@ -78,6 +79,7 @@ def converted(target: Path, make: Callable[[Path], None]) -> Path:
             try:
                 (work / "model").mkdir(parents=True)
                 make(work / "model")
+                shutil.rmtree(target, ignore_errors=True)  # of which the weights were deleted
                 os.replace(work / "model", target)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
@@ -197,7 +199,8 @@ def note_bits(source: str, model: PreTrainedModel) -> list[str]:
             if not names or not sides.keys() >= set(names):
                 unknown += 1
                 continue
-            quantised.note(module, sum(sides[name][0] for name in names) / len(names))
+            # Of 32 bits as of 16: a bfloat16 model holds as much (`OWN_BITS`).
+            quantised.note(module, sum(min(sides[name][0], OWN_BITS) for name in names) / len(names))
             kinds = {sides[name][1] for name in names}
             if len(kinds) == 1 and kinds <= gguf_codes.GRIDS.keys() and not ffn.routed:
                 keys = [f"{ffn.number}.{name}" for name in names]

@@ -1,5 +1,7 @@
 """GGUF files as models: what they hold, what it costs, and files that are none."""
 
+import contextlib
+import itertools
 import json
 import shutil
 import signal
@@ -14,11 +16,13 @@ from hypothesis import strategies as st
 
 from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import ModelSpec, resolve
+from dart_eval.pruning.prune import prune
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import plan_all
 from dart_eval.util.errors import UserError
 from dart_eval.weights import gguf
-from dart_eval.weights.rounding import coded, served_bits_of
+from dart_eval.weights.rounding import coded, served_bits, served_bits_of
+from tests.helpers import gguf_files
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.gguf_damage import damaged, differing
 from tests.helpers.gguf_files import INNER, INNER_SHARED, LAYERS, write
@@ -156,6 +160,34 @@ def test_what_needs_codes_is_left_out_of_experts_before_the_first_cell(file, tmp
     )
     jobs, _ = plan_all([config_from(None, given | {"ffn_bits": "4", "method": "dart-plus"})], watch, skip_missing=False)
     assert len(jobs) == 1  # rounded weights are codes
+
+
+def test_a_plan_keeps_what_prune_takes(file, tmp_path):
+    """Codes of 4.5, 4.5 and 8.5 bits, of which a preview reads some first."""
+    given = {"tasks": "smoke_questions", "model": str(file), "output": str(tmp_path / "out")}
+    given |= {"method": "dense,dart-plus,prox,griffin", "sparsity": "0.1,0.2,0.3,0.5,0.64,0.7,0.8,0.9"}
+    watch = Watch()
+    jobs, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
+    planned = {(job.cell.method.name, job.cell.sparsity) for job in jobs.values()} - {("dense", 0.0)}
+    model, tokenizer = resolve(ModelSpec(str(file))).load()
+    taken = set()
+    sparsities = map(float, given["sparsity"].split(","))
+    for method, sparsity in itertools.product(("dart-plus", "prox", "griffin"), sparsities):
+        with contextlib.suppress(UserError), prune(model, method, sparsity, tokenizer=tokenizer):
+            taken.add((method, sparsity))
+    assert planned == taken and len(taken) == 24 - sum("is left out" in note for note in watch.notes)
+
+
+def test_weights_of_32_bits_count_as_16(file, monkeypatch):
+    monkeypatch.setattr(gguf_files, "KINDS", dict.fromkeys(gguf_files.KINDS, "F32"))
+    model = resolve(ModelSpec(str(write(file)))).load()[0]
+    assert served_bits(find_ffns(model)) == 16
+
+
+def test_a_converted_folder_without_its_weights_is_made_anew(file):
+    folder = Path(resolve(ModelSpec(str(file))).source)
+    (folder / "model.safetensors").unlink()
+    assert resolve(ModelSpec(str(file))).load()[0] and (folder / "model.safetensors").exists()
 
 
 def test_bits_that_the_file_does_not_say_are_told(file):

@@ -175,3 +175,31 @@ def test_a_choice_by_a_preview_inside_a_mask_spends_its_label(sparsity):
     neurons = [sum(n) for n in (found.mask, found.taken, found.written)]
     read = sum(c * n for c, n in zip((cost.in_mask, cost.taken, cost.written), neurons, strict=True)) / (3 * 699)
     assert 1 - sparsity - 0.003 < read < 1 - sparsity + 1e-3
+
+
+PREVIEWS = {
+    "gate and up in 4 bits": (2 * 4 / 48, 6.15 / 48, 0.0),
+    "cheap": (0.05, 0.5, 0.0),
+    "scales": (0.1, 0.2, 0.02),
+}
+
+
+@given(
+    st.lists(st.floats(0.0, 1.0), min_size=2, max_size=9), st.integers(17, 301), st.floats(0.3, 0.99),
+    st.sampled_from([*PREVIEWS]), st.floats(0.5, 4.0),
+)  # fmt: skip
+def test_whatever_the_densities_no_budget_is_exceeded_or_left(weights, size, sparsity, kind, ratio):
+    """Layers that cannot take their share leave it to the others, and what cannot be met at all is refused."""
+    seen, written, always = (3 * part for part in PREVIEWS[kind])
+    cost = ReadCost(in_mask=seen, taken=2 * written, written=written, always=always)
+    sizes, kept = [size] * len(weights), (1 - sparsity) * len(weights)
+    densities = [min(1.0, kept * w / max(sum(weights), 1e-9)) for w in weights]
+    try:
+        found = chosen_counts(Budget(densities, sizes, sparsity, 3, read_cost=cost), 1, ratio, 1.0)
+    except UserError:
+        assume(False)
+    neurons = [sum(n) for n in (found.mask, found.taken, found.written)]
+    budget = 3 * round((1 - sparsity) * sum(sizes)) - always * sum(sizes)
+    spent = sum(c * n for c, n in zip((seen, 2 * written, written), neurons, strict=True))
+    assert spent <= budget + 1e-6
+    assert budget - spent < seen + 3 * written or neurons[2] == sum(sizes)

@@ -293,6 +293,7 @@ def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
     ("dart", {"remask.window": 8, "remask": {"window": 9}}, "remask.window is given twice"),
     ("dart", {"remask": "drift", "mask": {"remask": "every"}}, "mask.remask is given twice"),
     ("griffin", {"remask": "drift", "remask.part": "every"}, "given twice"),
+    ("griffin", {"allocation": "table:llama-3.1-8b-70", "allocation.file": "x"}, "allocation.file is given twice"),
     ("dart", {"remask.windw": 8}, "there is no 'remask.windw'; did you mean .*window"),
     ("dart", {"remsk.window": 8}, "there is no 'remsk'; did you mean remask"),
     ("dart", {"alocation": "depth"}, "there is no 'alocation'; did you mean allocation"),
@@ -324,6 +325,8 @@ def test_a_spec_that_is_none_is_refused():
     for spec in ("griffin:remask", "griffin:=drift", "griffin::remask=drift"):
         with pytest.raises(UserError, match="is not a method; write NAME"):
             parse(spec)
+    with pytest.raises(UserError, match=r"^remask.window is given twice; leave one of them out"):
+        parse("dart:remask.window=8:remask.window=16")
 
 
 def test_a_table_may_stand_beside_its_allocation(tmp_path):

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, OpenAIGPTConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, OpenAIGPTConfig
 
 from dart_eval.kernels.cpu import build
 from dart_eval.layers.families import cache_argument
@@ -76,7 +76,7 @@ def test_a_cache_that_was_filled_before_is_refused_where_masks_are_made_from_the
         llama(prompt(tokens), use_cache=True, **{name: cache_of(out)})
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("given", ["option", "model", "config"])
 def test_what_a_batch_computes_after_the_end_of_a_sequence_is_no_token_of_it(llama, given):
     ids = torch.cat([prompt(seed=1), prompt(seed=2)])
     with open_session(llama, "griffin", 0.5):
@@ -84,9 +84,11 @@ def test_what_a_batch_computes_after_the_end_of_a_sequence_is_no_token_of_it(lla
     said = free.tolist()
     end = next(t for t in said[0][1:-2] if t not in said[1] and t != said[0][0])
     kept = said[0].index(end) + 1
-    options = {"eos_token_id": end} if given else {}
-    if not given:
+    options = {"eos_token_id": end} if given == "option" else {}
+    if given != "option":
         llama.generation_config.eos_token_id = end
+    if given == "config":  # of a call, which says nothing of ends: the model's holds
+        options["generation_config"] = GenerationConfig(do_sample=False, return_dict_in_generate=True)
     with open_session(llama, "griffin", 0.5) as session:
         generate(llama, ids, 10, **options)
         assert session.effective_sparsity == pytest.approx(0.5 * (kept - 1 + 9) / (kept + 10))

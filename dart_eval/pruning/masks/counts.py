@@ -186,6 +186,8 @@ def chosen_counts(
         check_most(preview, matrices, sparsity, title)
     always, in_mask, middle = cost.always / unit, cost.in_mask / unit, cost.taken / unit
     budget = matrices * n_kept / unit - always * everything
+    if budget < 0:
+        raise too_much(title, cost.always / matrices, sparsity, "the scales of down")
     if ratio is None:
         wanted, mask = [float(n) for n in sizes], list(sizes)
         if in_mask * everything > budget:
@@ -259,7 +261,7 @@ def _mask_counts(
     clipped = sum(ratio * r * n - w for r, n, w in zip(densities, sizes, wanted, strict=True))
     budget = matrices * n_kept - read_cost.always * sum(sizes)
     limit = min(sum(sizes), math.floor(budget / in_mask)) if in_mask else sum(sizes)
-    masked = max(n_kept, min(limit, round(ratio * n_kept - clipped)))
+    masked = min(limit, max(n_kept, least, round(ratio * n_kept - clipped)))
     if even:
-        masked = max(n_kept, masked - round(in_mask * masked - budget) % 2)
+        masked = max(min(n_kept, masked), masked - round(in_mask * masked - budget) % 2)
     return wanted, exact_counts(wanted, sizes, masked)

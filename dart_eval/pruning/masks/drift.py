@@ -11,7 +11,7 @@ ours). Everything is per sequence.
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,37 +19,16 @@ from torch.nn.functional import cosine_similarity
 
 from dart_eval.pruning.session.sequence import PerSequence
 
+if TYPE_CHECKING:
+    from dart_eval.pruning.masks.remasks import OnDrift
+
 MAX_REFERENCE_WINDOWS = 64  # the latest; bounds the memory of long prompts at 64 x D fp32
-
-
-class DriftConfig(Protocol):
-    """Settings of the detector, see `remasks.OnDrift`.
-
-    Attributes:
-        window: W, tokens per window.
-        sigma: margin in standard deviations of the prompt's windows.
-        floor: least margin.
-        patience: flagged windows (net) before the alarm.
-        cooldown: windows after an alarm in which nothing is flagged.
-        min_windows: with fewer prompt windows the margin is `floor`; with none, the detector stays silent.
-        recent: windows that make the new reference after a re-mask; mu and sigma stay the prompt's.
-    """
-
-    window: int
-    sigma: float
-    floor: float
-    patience: int
-    cooldown: int
-    min_windows: int
-
-    @property
-    def recent(self) -> int: ...
 
 
 class DriftDetector(PerSequence):
     """State of the detector for B sequences. Feed the prompt to `observe`, then `set_reference`, then `update`."""
 
-    def __init__(self, config: DriftConfig, batch: int, width: int, device: torch.device) -> None:
+    def __init__(self, config: OnDrift, batch: int, width: int, device: torch.device) -> None:
         self.config = config
         self.total = torch.zeros(batch, width, device=device)  # sum of a_t over the prompt
         self.count = torch.zeros(batch, device=device)

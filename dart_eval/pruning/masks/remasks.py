@@ -24,12 +24,10 @@ class Remask(Part):
     After `release` decoded tokens no token is pruned, and no mask is made, until the next prompt.
 
     Attributes:
-        remasks: whether new masks may be made.
         watches: whether a drift detector watches.
     """
 
     slot = "remask"
-    remasks: ClassVar[bool] = False
     watches: ClassVar[bool] = False
     ring: ClassVar[int] = 0
     dense_tokens: ClassVar[int] = 0
@@ -72,7 +70,6 @@ class EveryN(Remask):
 
     name = "every"
     summary = "makes a new mask after a fixed number of decoded tokens"
-    remasks = True
     tokens: int = option(16, "decoded tokens between two masks", least=1)
     ring: int = option(24, RING, least=1)  # type: ignore[misc]
     blend: float = option(0.8, "weight of the old scores in a new mask", least=0, most=1)
@@ -130,10 +127,6 @@ class OnDrift(Remask):
                 f"{self.title}: `every` makes masks from the ring, and dense_tokens does without it",
                 "set one of them to 0",
             )
-
-    @property
-    def remasks(self) -> bool:  # type: ignore[override]
-        return self.act or self.every > 0
 
     @property
     def needs_ring(self) -> bool:

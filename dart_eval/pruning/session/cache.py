@@ -92,11 +92,6 @@ class CacheWatch:
         self._reorder = reorder
         self._cache: Callable[[], Cache | None] = lambda: None  # a weak reference, once there is a cache
 
-    @property
-    def cache(self) -> Cache | None:
-        """The cache, or None."""
-        return self._cache()
-
     def check_tokens(self, cache: Cache | None, past: int, has_masks: bool) -> None:
         """Refuse a cache that is not the one that the last forward left.
 

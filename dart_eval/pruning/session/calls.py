@@ -21,6 +21,7 @@ from dart_eval.layers.guard import GUARD, refuse_second
 from dart_eval.util.errors import UserError
 
 ABSENT = object()
+STOPS = ("eos_token_id", "pad_token_id")
 TORCH = str(Path(torch.__file__).parent)
 CONTINUOUS = ("generate_batch", "init_continuous_batching")
 
@@ -125,8 +126,9 @@ class Calls:
         values = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))]
         self.prompt = max((int(t.shape[1]) for t in values if t is not None), default=0)
         config = kwargs.get("generation_config") or next((a for a in args[1:2] if a is not None), None)
-        config = config or getattr(self.model, "generation_config", None)
-        ends, pads = (_ids(kwargs.get(n, getattr(config, n, None))) for n in ("eos_token_id", "pad_token_id"))
+        configs = (config, getattr(self.model, "generation_config", None))  # what the first lacks is the model's
+        own = {n: next((v for c in configs if (v := getattr(c, n, None)) is not None), None) for n in STOPS}
+        ends, pads = (_ids(kwargs.get(n, own[n])) for n in STOPS)
         self.ends = frozenset([*ends, *pads] if ends else [])  # where no token ends a sequence, none is padded
         try:
             return generate(*args, **kwargs)

@@ -17,7 +17,7 @@ from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.counts import Counts, mean_cost
 from dart_eval.pruning.method import CostTerms, Pruner
 from dart_eval.pruning.session.fitted import Fitted
-from dart_eval.util.bits import OWN_BITS
+from dart_eval.util.bits import OWN_BITS, Stored
 from dart_eval.util.errors import UserError
 from dart_eval.weights import rounding
 
@@ -47,7 +47,6 @@ class Prepared:
     def __post_init__(self) -> None:
         method, sizes = self.method, [f.size for f in self.ffns]
         allocation, choice = method.allocation, method.choice
-        allocation.check_sparsity(self.sparsity, sizes)
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = self.unit / OWN_BITS
         costs = choice.read_costs(self.ffns, method.mask.holds_all, self.unit)
@@ -150,6 +149,22 @@ def floating(ffn: FFN) -> torch.dtype:
     modules = (ffn.down, ffn.residual, ffn.attention)
     dtypes = (p.dtype for module in modules for p in module.parameters() if p.is_floating_point())
     return next(dtypes, torch.float32)
+
+
+def check(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
+    """Refuse what `prepare` would refuse on a model's own weights, without a calibration.
+
+    Raises:
+        UserError: the method does not fit the FFNs or their bits, or cannot meet the sparsity.
+    """
+    method.check_weights(ffns, sparsity)
+    own = rounding.served_bits(ffns)
+    if own == OWN_BITS:  # a session may serve codes in place of these weights
+        compatibility.check_fit(method, ffns, sparsity, Stored(OWN_BITS))
+        return
+    compatibility.check_fit(method, ffns, sparsity)
+    method.check_bits(Stored.of(own))
+    Prepared(method, ffns, sparsity, own)
 
 
 def prepare(

@@ -47,7 +47,7 @@ class SequenceState(PerSequence):
         self.decoded = torch.zeros(batch, dtype=torch.long, device=device) if self.method.counts_tokens else None
         self.layers = [Layer(fitted, self.weight, shared) for fitted in prepared.layers]
         self.change: ChangeState | None = self.method.allocation.start(batch, ffns)
-        watched = remask.remasks or remask.watches or remask.release
+        watched = remask.needs_ring or remask.watches or remask.release
         self.remasking = RemaskState(remask, ffns, batch, device) if watched else None
 
     # -- the context -----------------------------------------------------------------------------------------
