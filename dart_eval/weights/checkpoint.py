@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def weights_dtype(source: str, revision: str | None) -> str:
         file = files[0]
         try:
             if file.suffix == ".bin":
-                weights = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+                weights = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
                 dtypes = [str(w.dtype).removeprefix("torch.") for w in weights.values()]
             else:
                 with safe_open(file, framework="pt") as opened:

@@ -108,7 +108,7 @@ class Packed:
 
     def _begin(self, codes: Tensor, low: int) -> Tensor:
         """Return [n] int32, the first bits of codes, counted from 0. low: last bits that are not read."""
-        return ((codes >> low).flatten().int()) + (2 ** (self.rounding.bits - 1) >> low)
+        return (codes.flatten().int() + 2 ** (self.rounding.bits - 1)) >> low
 
     @functools.cached_property
     def _mean_codes(self) -> dict[int, Tensor]:

@@ -184,6 +184,16 @@ def test_weights_of_32_bits_count_as_16(file, monkeypatch):
     assert served_bits(find_ffns(model)) == 16
 
 
+def test_matrices_of_16_bits_among_codes_are_read_as_codes_or_refused(file, monkeypatch):
+    """A preview of their own bits would be the weights themselves, at half of their bytes."""
+    monkeypatch.setattr(gguf_files, "KINDS", {"ffn_gate": "F16", "ffn_up": "F16", "ffn_down": "Q8_0"})
+    model = resolve(ModelSpec(str(write(file)), dtype="bfloat16")).load()[0]
+    with pytest.raises(UserError, match=r"some FFN weights of this model have 16 bits beside others; give image.code"):
+        open_session(model, "dart-plus", 0.5).__enter__()
+    with open_session(model, "dart-plus", 0.5, **{"image.code": 8}) as session:
+        assert session.serving and coded(find_ffns(model)[0].gate) is not None
+
+
 def test_a_converted_folder_without_its_weights_is_made_anew(file):
     folder = Path(resolve(ModelSpec(str(file))).source)
     (folder / "model.safetensors").unlink()

@@ -167,6 +167,13 @@ def test_what_a_layer_cannot_take_goes_to_the_others(size, sparsity, ratio):
     assert found.taken[0] == found.taken[-1] == size
 
 
+def test_an_image_of_all_bits_leaves_nothing_more_to_read_of_a_dense_layer():
+    cost = ReadCost(in_mask=0.5, taken=0.0, written=0.25, approximated=0.25)
+    densities = [1.0, *[0.12] * 7]
+    found = graded_counts(Budget(densities, [40] * 8, 1 - sum(densities) / 8, 3, read_cost=cost), 1.0)
+    assert found.taken[0] == 40 and sum(found.written) * 0.25 <= 3 * round(40 * sum(densities)) - 0.5 * 320
+
+
 @pytest.mark.parametrize("sparsity", [0.7, 0.8, 0.9])
 def test_a_choice_by_a_preview_inside_a_mask_spends_its_label(sparsity):
     """A neuron that is read whole costs less than the matrices: 6.15 of 16 bits at 70 %."""

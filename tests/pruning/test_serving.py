@@ -99,14 +99,31 @@ def test_sparsities_below_what_whole_numbers_read_are_refused_in_one_line():
 
 def test_what_is_read_settles_what_weights_are_served_as():
     assert [level.least for level in LEVELS] == sorted((level.least for level in LEVELS), reverse=True)
+    assert [level_of(1 - s).least for s in (0.64, 0.75, 0.81, 0.87)] == [level.least for level in LEVELS[:-1]]
     for sparsity in (0.5, 0.7, 0.8, 0.843, 0.9):
         level, method = level_of(1 - sparsity), make("dart-plus").at(1 - sparsity)
         assert (method.choice.image.code, method.choice.image.bits) == (level.code, level.bits)
         assert (method.choice.fine, method.choice.rough) == level.columns
         assert method.at(0.99) is method or method.choice == method.at(0.99).choice  # settled once
     assert make("dart-plus").at(0.3, bits=4.5).choice == make("dart-plus").choice  # codes that are there stay
+    assert make("dart-plus", {"choice.rough": 0.5}).at(0.16).choice.rough == 0.5
     typed = make("dart-plus", {"image.code": 7, "choice.fine": 0.5}).at(0.1)
     assert (typed.choice.image.code, typed.choice.fine) == (7, 0.5)
+
+
+def test_prox_by_first_bits_reads_codes_and_not_the_weights():
+    """Its image has no code until the read sets one, as of every other choice by first bits."""
+    model = tiny("llama")
+    with open_session(model, "prox", 0.5, image="first-bits") as session:
+        assert session.serving and session.method.choice.image.code == 8
+        assert all(f.gate in serving.rounding._PACKED for f in find_ffns(model))
+
+
+def test_a_rougher_image_may_have_no_bits():
+    """First bits of one bit, and one fewer of other columns."""
+    model = tiny("llama")
+    with open_session(model, "dart-plus", 0.7, **{"image.bits": 1, "choice.fine": 0.5, "choice.rough": 0.5}):
+        assert generate(model, prompts_of(1, 9), tokens=3) is not None
 
 
 def test_numbers_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_path, monkeypatch):

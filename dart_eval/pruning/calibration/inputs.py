@@ -73,11 +73,6 @@ class MeanLeast:
         return self.sum / max(1, self.tokens)
 
 
-def squares_of_inputs(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
-    """Return per layer [D] fp32 the sums of squares of x over the text."""
-    return all_squares(ffns, calibration)[::2]
-
-
 def all_squares(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
     """Return the sums of squares of x [D] and of h [F] over the text, fp32, layer by layer."""
     return calibration.once("squares of inputs", lambda: _squares(ffns, calibration))

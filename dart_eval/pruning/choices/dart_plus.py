@@ -78,8 +78,8 @@ class DartPlus(Previewing):
         image, level = self.image, level_of(read)
         if not isinstance(image, FirstBits) or image.code:
             return self
-        columns = Columns(self.fine, self.rough) if self.fine else level.columns
-        return dataclasses.replace(self, image=image.at(level), fine=columns.fine, rough=columns.rough)
+        fine, rough = self.fine or level.columns.fine, self.rough if self.fine or self.rough else level.columns.rough
+        return dataclasses.replace(self, image=image.at(level), fine=fine, rough=rough)
 
     def _tiles(self, width: int) -> tuple[int, int, int]:
         """Return the number of tiles: in all, read in all bits of a preview, and in one bit fewer."""
@@ -176,7 +176,9 @@ def graded_counts(budget: Budget, ratio: float, title: str = "the choice") -> Co
     def takes(room: float, n: int) -> float:
         """Return the neurons of n that can be taken. room: what they and the coarse ones may read."""
         few = room / (exact + ratio * rough)
-        return few if few * (1 + ratio) <= n else min(float(n), (room - rough * n) / (exact - rough))
+        if few * (1 + ratio) <= n:
+            return few
+        return min(float(n), (room - rough * n) / (exact - rough)) if exact > rough else float(n)
 
     wanted = [takes(max(0.0, (matrices * d - before) * n), n) for d, n in zip(densities, sizes, strict=True)]
     clipped = any(w >= n for w, n in zip(wanted, sizes, strict=True))

@@ -39,6 +39,10 @@ class Previewing(Choice):
     uses_row_errors: ClassVar[bool] = True
     fewer: ClassVar[int] = 0
 
+    def at(self, read: float) -> Previewing:
+        image = self.image
+        return dataclasses.replace(self, image=image.at(level_of(read))) if isinstance(image, FirstBits) else self  # type: ignore[call-arg]
+
     def serving(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving | None:
         from dart_eval.pruning.choices.serving import serving
 
@@ -58,14 +62,20 @@ class Previewing(Choice):
 
         if not isinstance(self.image, FirstBits):
             return
-        for module in (m for f in ffns for m in f.projections if m is not f.down or self.adds):
-            if on_grid(module):
-                continue
+        modules = [m for f in ffns for m in f.projections if m is not f.down or self.adds]
+        plain = [m for m in modules if not on_grid(m)]
+        alone = len(plain) == len(modules)
+        for module in plain:
             if (bits := stored_of(module).total) != OWN_BITS:
                 raise UserError(
                     f"choice={self.name} needs FFN weights of 16 bits, or codes on an even grid: those of this model "
                     f"have {bits:.3g} bits, and no such codes were found",
                     "use a method that chooses in another way, give image=copy, or load the model unquantised",
+                )
+            if sparsity and not alone and self.image.served is None:
+                raise UserError(
+                    f"choice={self.name} needs codes, and some FFN weights of this model have 16 bits beside others",
+                    "give image.code=8",
                 )
             if sparsity:
                 parameter_of(module)
@@ -148,10 +158,6 @@ class ByPreview(Inside, Previewing):
     image: Image = option(FirstBits(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
     write_share: float = option(0.7, "share of the chosen neurons whose columns of down are read", above=0, most=1)  # type: ignore[misc]
     gathers = True
-
-    def at(self, read: float) -> ByPreview:
-        image = self.image
-        return dataclasses.replace(self, image=image.at(level_of(read))) if isinstance(image, FirstBits) else self
 
     def importance(self, token: Token) -> Tensor:
         assert token.expected is not None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, plain_matrix
 from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.calibration.inputs import squares_of_inputs
+from dart_eval.pruning.calibration.inputs import all_squares
 from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.util.bits import Rounding
@@ -172,7 +172,7 @@ def serving(wanted: Rounding, ordered: bool, ffns: Sequence[FFN], calibration: C
     """
     orders: list[Tensor | None] = [None] * len(ffns)
     if ordered and calibration is not None:
-        orders = [s.argsort(descending=True, stable=True) for s in squares_of_inputs(ffns, calibration)]
+        orders = [s.argsort(descending=True, stable=True) for s in all_squares(ffns, calibration)[::2]]
     return Serving(ffns, wanted, orders)
 
 

@@ -26,13 +26,10 @@ class RoundedEntries(Entries):
     name = "rounded"
     summary = "reads rounded weights for decoded tokens, and the original weights for prompts"
     granularity = LAST_BITS
+    sized = False
     bits: Literal["3", "4", "5", "6", "8", "q3_k", "q4_k", "q5_k"] = option(
         "q4_k", "bits or format of the rounded weights, as in `--ffn-bits`"
     )
-
-    @property
-    def sized(self) -> bool:  # type: ignore[override]
-        return False
 
     @property
     def _rounding(self) -> Rounding:

@@ -43,6 +43,9 @@ class WandaEntries(Entries):
         kept = (width // 4 * 2 + min(2, width % 4)) / width
         return self.share(kept, bits) + 2 * kept / bits.total
 
+    def multiplied(self, read: float) -> float:
+        return read if self.sized else 0.5  # places are no products
+
     def weight_mask(self, weight: Tensor, inputs: Inputs) -> Tensor:
         import torch
 
