@@ -113,7 +113,7 @@ def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
         there = any(n.get("GPU", 0) for n in nodes)
         gpus = 1.0 if config.device == "cuda" or (config.device == "auto" and there) else 0.0
     cpus = 1.0 if config.cpus_per_cell is None else config.cpus_per_cell
-    fitting = sum(int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) // gpus if gpus else 1 << 20)) for n in nodes)
+    fitting = sum(min(_times(cpus, n.get("CPU", 0)), _times(gpus, n.get("GPU", 0))) for n in nodes)
     if not fitting:
         if gpus and not any(n.get("GPU", 0) for n in nodes):
             raise UserError("no node of the cluster has a GPU", "leave --device cuda and --gpus-per-cell out for CPUs")
@@ -129,6 +129,11 @@ def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
             "give --gpus-per-cell, or leave --device-map out",
         )
     return fitting, {"num_cpus": cpus, "num_gpus": gpus}
+
+
+def _times(part: float, whole: float) -> int:
+    """Return how often a resource fits; 0.2 five times into 1, which `//` of floats denies."""
+    return int(whole / part + 1e-6) if part else 1 << 20
 
 
 def _describe(size: int, options: dict[str, float]) -> str:
@@ -179,7 +184,8 @@ def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSiz
                 f"the worker that tried a few batches was lost ({summary(error)})", "try a smaller --batch-size"
             ) from None
     store = Store(configs[0].output)  # here: the node may not see it
-    return [dataclasses.replace(s, finished=store.get(s.name, s.key) is not None) for s in sizes], size
+    force = configs[0].force
+    return [dataclasses.replace(s, finished=not force and store.get(s.name, s.key) is not None) for s in sizes], size
 
 
 def _estimate(configs: list[RunConfig], threads: int | None, folder: str) -> list[CellSize]:

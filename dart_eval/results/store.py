@@ -38,6 +38,10 @@ from dart_eval.util.text import Json
 
 SAMPLE, DOCUMENT = TypeAdapter(layout.Sample), TypeAdapter(layout.Document)
 T = TypeVar("T")
+Kind = Literal["cells", "samples", "partial", "failed", ".locks"]  # folders with a file for each cell
+ENDINGS: dict[Kind, str] = {
+    "cells": "json", "samples": "jsonl", "partial": "jsonl", "failed": "txt", ".locks": "lock",
+}  # fmt: skip
 REDO = "repeat the `dart-eval run` that made it (it sets the file aside and redoes the cell), or remove it"
 
 
@@ -78,21 +82,21 @@ class Store:
 
     def path(self, name: str, key: str) -> Path:
         """Return the path of a cell's record; `name` is for readers, the key decides."""
-        return self._file("cells", name, key, "json")
+        return self._file("cells", name, key)
 
     def samples_path(self, name: str, key: str) -> Path:
         """Return the path of a cell's samples."""
-        return self._file("samples", name, key, "jsonl")
+        return self._file("samples", name, key)
 
-    def written_since(self, kind: Literal["cells", "failed"], name: str, key: str, time: float) -> bool:
-        """Whether a cell has got a record, or has failed, since a time (seconds since the epoch)."""
+    def written_since(self, kind: Kind, name: str, key: str, time: float) -> bool:
+        """Whether a cell has got a record or answers, or has failed, since a time (seconds since the epoch)."""
         try:
-            return self._file(kind, name, key, "json" if kind == "cells" else "txt").stat().st_mtime >= time
+            return self._file(kind, name, key).stat().st_mtime >= time
         except OSError:
             return False
 
-    def _file(self, kind: str, name: str, key: str, ending: str) -> Path:
-        return self.folder / kind / f"{safe(name)}-{key[:16]}.{ending}"
+    def _file(self, kind: Kind, name: str, key: str) -> Path:
+        return self.folder / kind / f"{safe(name)}-{key[:16]}.{ENDINGS[kind]}"
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -113,7 +117,7 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        path = self._file(".locks", name, key, "lock")
+        path = self._file(".locks", name, key)
         lock = FileLock(path)
         with self._writing(), contextlib.suppress(Timeout):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +130,7 @@ class Store:
     def journal(self, name: str, key: str) -> Journal:
         """Return the journal of an unfinished cell; its claim must be held."""
         with self._writing():
-            return Journal(self._file("partial", name, key, "jsonl"))
+            return Journal(self._file("partial", name, key))
 
     def get(self, name: str, key: str) -> Record | None:
         """Return a finished cell's record; None if there is none, or if one of its files is missing or damaged.
@@ -185,12 +189,12 @@ class Store:
             record = dataclasses.replace(record, files=files)
             text = json.dumps(record.to_json(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
             write_atomically(self.path(name, record.key), text, path.stem)
-            self._file("failed", name, record.key, "txt").unlink(missing_ok=True)
+            self._file("failed", name, record.key).unlink(missing_ok=True)
         return record
 
     def failed(self, name: str, key: str, text: str) -> Path:
         """Write why a cell failed; return the file."""
-        path = self._file("failed", name, key, "txt")
+        path = self._file("failed", name, key)
         with self._writing():
             write_atomically(path, text)
         return path

@@ -168,8 +168,11 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
     for key in PATHS:
         if (path := getattr(found[0], key)) is not None:
             check_name(path, option_of(key))
-    found[0].check()
-    found[0].check_output()
+    try:
+        found[0].check()
+        found[0].check_output()
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be reached ({error.strerror})", "choose another path") from None
     return found
 
 

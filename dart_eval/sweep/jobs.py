@@ -132,8 +132,6 @@ def plan_all(
         raise refused[0]
     for reason in refused:
         view.note(f"left out: {reason}")
-    if not jobs and not skip_missing:
-        raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
     return jobs, missing
 
 
@@ -290,6 +288,10 @@ def begin_sweep(
     done: dict[str, Record] = {}
     if not configs[0].force:
         done = {k: r for k, job in jobs.items() if (r := store.get(job.cell.name, k)) is not None}
+    without = sum(jobs[k].config.kl and jobs[k].cell.method.prunes and r.settings.get("kl") is False
+                  for k, r in done.items())  # fmt: skip
+    if without:
+        view.note(f"{counted(without, 'finished cell')} ran without KL: a new --output, or --force, measures it")
     if jobs:
         view.about(_about([*jobs.values()]))
     view.planned(len(jobs), len(done))
@@ -330,8 +332,9 @@ def open_cell(store: Store, job: Job, view: View, since: float | None = None) ->
             return made
         for path in store.set_aside(cell.name, cell.key):
             view.note(f"{cell.name} was damaged: set aside as {path}, and run again")
+    goes_on = since is not None and store.written_since("partial", cell.name, cell.key, since)  # of this very run
     journal = store.journal(cell.name, cell.key)
-    if force:
+    if force and not goes_on:
         journal.remove()
     if journal:
         view.note(f"{cell.name} goes on after {len(journal)} answers of an earlier run")

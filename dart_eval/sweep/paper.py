@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dart_eval.evaluation.task_names import ALIASES, is_pattern
+from dart_eval.models.demo_model import ALIAS
 from dart_eval.results.claims import ANY, Claim
 from dart_eval.results.metrics import BY_SECOND_FORWARD, kind_of
 from dart_eval.results.paper_layout import COLUMNS, FIELDS, MEAN, PaperColumn, PaperRow, Reported, TableLayout
@@ -123,9 +125,7 @@ def load(name: str, base: RunConfig) -> PaperSpec:
     with _placed(f"{path}, claims"):
         claims = claims_of(data.get("claims") or [], layouts)
     with _placed(f"{path}, sizes"):
-        sizes = {
-            str(t): known(size, SIZE_KEYS, f"the size of {t}", SEE) for t, size in (data.get("sizes") or {}).items()
-        }
+        sizes = {str(t): _size(str(t), size) for t, size in (data.get("sizes") or {}).items()}
     shown = {column.metric.partition(",")[0] for layout in layouts for column in layout.columns}
     if not shown & BY_SECOND_FORWARD:  # no table needs it, and scoring takes less time without
         sweeps = {name: [dataclasses.replace(config, kl=False) for config in some] for name, some in sweeps.items()}
@@ -142,6 +142,14 @@ def _placed(where: str) -> Iterator[None]:
         raise UserError(f"{where}: a value is of the wrong kind ({summary(error)})", SEE) from None
 
 
+def _size(task: str, size: Any) -> Json:
+    """A task's size in numbers."""
+    found = {key: float(value) for key, value in known(size, SIZE_KEYS, f"the size of {task}", SEE).items()}
+    if lacking := [key for key in ("items", "prompt") if key not in found]:
+        raise UserError(f"the size of {task} needs {lacking[0]}", SEE)
+    return found
+
+
 def _layout(table: Json, base: RunConfig) -> tuple[TableLayout, list[RunConfig]]:
     """The layout of a table, and the sweeps that fill it."""
     for key in ("name", "title", "methods", "sparsity", "columns"):
@@ -155,7 +163,8 @@ def _layout(table: Json, base: RunConfig) -> tuple[TableLayout, list[RunConfig]]
     if not isinstance(heads, dict):
         raise UserError("columns must map heads to tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
     sparsity = checked("sparsity", table["sparsity"])
-    made = [_row(str(label), given, base) for label, given in methods.items()]
+    runs = str(table.get("model") or base.model or ALIAS)
+    made = [_row(str(label), given, base, runs) for label, given in methods.items()]
     rows = [row for row in made if row is not None]
     settings = {key: table[key] for key in SETTINGS if key in table}
     columns = {str(head): _column(str(head), column, settings, base) for head, column in heads.items()}
@@ -177,12 +186,12 @@ def _layout(table: Json, base: RunConfig) -> tuple[TableLayout, list[RunConfig]]
     return layout, _configs(rows, [*columns.values()], sparsity)
 
 
-def _row(label: str, given: Any, base: RunConfig) -> Row | None:
-    """A row: a method, or one with a scope, bits, or sparsities of its own; None for another model than the run's."""
+def _row(label: str, given: Any, base: RunConfig, model: str) -> Row | None:
+    """A row: a method, or one with a scope, bits, or sparsities of its own; None for another model than the table's."""
     asked = known(given if isinstance(given, dict) else {"method": given}, ROW_KEYS, f"row {label!r}", SEE)
     if not asked.get("method"):
         raise UserError(f"row {label!r} needs a method", SEE)
-    if asked.get("only") and Path(base.model or "").name.lower() != str(asked["only"]).lower():
+    if asked.get("only") and Path(model).name.lower() != str(asked["only"]).lower():
         return None
     own: Json = {key: checked(key, asked[key]) for key in ("scope", "ffn_bits") if key in asked}
     own |= {"ffn_bits": own["ffn_bits"][:1]} if "ffn_bits" in own else {}
@@ -217,7 +226,11 @@ def _column(head: str, column: Any, settings: Json, base: RunConfig) -> tuple[Pa
         raise UserError(f"column {head!r}: unknown field {field!r}", nearest(field, FIELDS))
     config = _settled(asked, base)
     said = settings_of(config) | _asked({"ffn_bits": config.ffn_bits})
-    return PaperColumn(head, checked("tasks", asked["task"]), metric, field, said, config.model), config
+    names = checked("tasks", asked["task"])
+    if odd := next(filter(is_pattern, names), None):
+        raise UserError(f"column {head!r}: {odd} is a pattern", "name the tasks, or a group of them")
+    tasks = tuple(task for name in names for task in ALIASES.get(name, (name,)))
+    return PaperColumn(head, tasks, metric, field, said, config.model), config
 
 
 def _settled(asked: Json, base: RunConfig) -> RunConfig:
@@ -251,9 +264,7 @@ def _configs(
             blocks = group[0].row.sparsity
             wanted = sparsity if blocks is None else tuple(s for s in sparsity if s in blocks)
             methods = tuple(row.spec for row in group)
-            made += (
-                [dataclasses.replace(config, method=methods, sparsity=wanted, tasks=tuple(tasks), **group[0].own)]
-                if wanted
-                else []
-            )
+            if wanted:
+                own = group[0].own
+                made.append(dataclasses.replace(config, method=methods, sparsity=wanted, tasks=tuple(tasks), **own))
     return made

@@ -84,11 +84,6 @@ class _Timed:
     beside: float
     memory: int
 
-    @property
-    def seconds(self) -> float:
-        """Of the whole cell."""
-        return self.beside + sum(_extrapolated(call) for call in self.calls)
-
 
 def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None) -> list[CellSize]:
     """Return the size of every cell, in the order of the plan.

@@ -43,13 +43,18 @@ class _Tracked:
 
     def __init__(self, view: View, wandb: Any, config: RunConfig) -> None:
         self._view, self._wandb, self._config, self._failures = view, wandb, config, 0
+        self._ours: set[str] = set()  # keys of the cells that this run makes: others may share the folder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._view, name)
 
+    def started(self, cell: Cell, requests: int) -> None:
+        self._ours.add(cell.key)
+        self._view.started(cell, requests)
+
     def finished(self, cell: Cell, record: Record) -> None:
         self._view.finished(cell, record)  # first, as the tracker may be slow
-        if self._failures == MAX_FAILURES:
+        if self._failures == MAX_FAILURES or cell.key not in self._ours:
             return
         try:
             with contextlib.redirect_stdout(io.StringIO()):

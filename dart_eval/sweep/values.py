@@ -124,6 +124,8 @@ def sparsities(value: object) -> tuple[float, ...]:
 def ffn_bits(value: object) -> tuple[str, ...]:
     """Return bits of an FFN weight, each written in full: `16`, `4`, `4:64`."""
     made = [parse_bits(str(item)) for item in items_of(value)]
+    if not made:
+        raise UserError("ffn_bits is empty", "for example --ffn-bits 4; 16 is no rounding")
     return tuple(dict.fromkeys(str(OWN_BITS) if bits is None else bits.text for bits in made))
 
 
@@ -267,11 +269,13 @@ def _sparsity(item: Any) -> list[float]:
 
 
 def _apart(text: str) -> list[str]:
-    """Return the pieces between commas outside brackets and quotes."""
-    pieces, depth, quote = [""], 0, ""
+    """Return the pieces between commas outside brackets and quotes; quotes open where a value begins."""
+    pieces, depth, quote, escaped = [""], 0, "", False
     for letter in text:
-        if quote or letter in "\"'":
-            quote = "" if letter == quote else quote or letter
+        if quote:
+            quote, escaped = "" if letter == quote and not escaped else quote, letter == "\\" and not escaped
+        elif letter in "\"'" and pieces[-1].rstrip()[-1:] in ("", *"=,[({:"):
+            quote = letter
         depth += (letter in "[({") - (letter in "])}") if not quote else 0
         if letter == "," and not quote and depth <= 0:
             pieces.append("")
@@ -294,8 +298,9 @@ def _literal(value: object) -> str:
     """Return the text of a value that `_guessed` reads as the same value."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str) and _guessed(value) == value and _apart(value) == [value] and value.strip() == value:
-        return value
+    bare = isinstance(value, str) and not set(value) & set("\"'[](){}") and value.strip() == value
+    if bare and _guessed(str(value)) == value and _apart(str(value)) == [value]:
+        return str(value)
     return repr(value)
 
 

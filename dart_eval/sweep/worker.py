@@ -218,6 +218,7 @@ class Worker:
                 **({"upper_bound": True} if cell.method.upper_bound else {}),
                 **({"granularity": cell.method.granularity} if cell.method.granularity else {}),
                 **({"halved": self.halved} if self.halved else {}),
+                **({} if config.kl else {"kl": False}),
                 **({"notes": self.notes} if self.notes else {}),
             },
             environment={**environment(), **hardware({p.device for p in self.model.parameters()})},

@@ -109,6 +109,7 @@ def test_a_cell_takes_the_gpus_that_there_are(nodes, saved_llama, tmp_path, monk
     assert room() == (7, "cuda", None)  # four cells, and three for want of CPUs
     assert room(gpus_per_cell=2) == (4, "cuda", "auto")  # a model over two GPUs
     assert room(gpus_per_cell=0.5, cpus_per_cell=0.5) == (14, "cuda", None)
+    assert room(gpus_per_cell=0.2, cpus_per_cell=0.1) == (40, "cuda", None)  # 0.2 fits five times into 1
     assert room(device="cpu", cpus_per_cell=3) == (3, "cpu", None)
     with pytest.raises(UserError, match="no node of the cluster has 1 CPUs and 5 GPUs for a cell"):
         room(gpus_per_cell=5)

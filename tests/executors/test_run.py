@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import dart_eval
+from dart_eval.pruning.registry import make
 from dart_eval.results.progress import Progress, progress
-from dart_eval.sweep import worker
-from dart_eval.sweep.config import config_from
+from dart_eval.results.store import Store
+from dart_eval.sweep import jobs, worker
+from dart_eval.sweep.config import RunConfig, config_from
+from dart_eval.sweep.plan import Cell
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local
 
@@ -107,6 +111,28 @@ def test_a_failing_cell_does_not_stop_the_others(saved_llama, tmp_path, monkeypa
     assert not run_local(_config(saved_llama, tmp_path / "out", tasks="smoke_questions"), after).failed
     assert after.done == ["smoke_questions-random-0.5"]  # only what was missing
     assert not where.exists()
+
+
+def test_cells_without_kl_are_named_where_it_is_asked_for(saved_llama, tmp_path):
+    """It is in no key: a finished cell stays what it is."""
+    asked = {"tasks": "smoke_questions", "method": "dense,griffin", "sparsity": "0.5", "limit": 2}
+    run_local(_config(saved_llama, tmp_path, kl=False, **asked), Watch())
+    notes = []
+    for kl in (False, True):
+        view = Watch()
+        run_local(_config(saved_llama, tmp_path, kl=kl, **asked), view)
+        assert not view.begun
+        notes.append(view.notes)
+    assert notes == [[], ["1 finished cell ran without KL: a new --output, or --force, measures it"]]
+
+
+def test_under_force_the_answers_of_this_run_go_on_and_earlier_ones_do_not(tmp_path):
+    """A worker that dies leaves its journal to the one that replaces it."""
+    store, cell = Store(tmp_path), Cell(make("griffin"), 0.5, "t", {"task": "t"})
+    store.journal(cell.name, cell.key).add({"a": [1.0, True]}, 0, 1.0)
+    job = jobs.Job(cell, RunConfig(force=True), None)
+    assert dict(jobs.open_cell(store, job, Watch(), time.time() - 60)) == {"a": [1.0, True]}
+    assert dict(jobs.open_cell(store, job, Watch(), time.time() + 60)) == {}
 
 
 def test_a_sparsity_out_of_a_methods_reach_is_left_out_with_a_word(saved_llama, tmp_path):

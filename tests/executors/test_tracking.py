@@ -96,9 +96,12 @@ def test_a_cell_is_a_run_in_lm_evals_form(wandb, capsys):
     view = View()
     tracking = tracked(view, CONFIG)
     tracking.something_new("later")
-    tracking.finished(*cell())
-    tracking.finished(*cell("xsum"))
-    assert [name for name, *_ in view.calls] == ["something_new", "finished", "finished"]
+    for task in ("arc", "xsum"):
+        tracking.started(cell(task)[0], 3)
+        tracking.finished(*cell(task))
+    tracking.finished(*cell("of another process"))
+    called = ["something_new", "started", "finished", "started", "finished", "finished"]
+    assert [name for name, *_ in view.calls] == called
     first, second = Logger.made
     assert (first.options["project"], first.options["group"]) == ("proj", "sweep")
     assert (first.options["name"], second.options["name"]) == ("arc dart 50 %", "xsum dart 50 %")
@@ -121,6 +124,7 @@ def test_a_failing_tracker_costs_nothing_is_noted_once_and_left_alone(wandb, mon
     monkeypatch.setattr(Logger, "fail", (where,))
     view = View()
     tracking = tracked(view, CONFIG)
+    tracking.started(cell()[0], 3)
     for _ in range(MAX_FAILURES + 2):
         tracking.finished(*cell())
     (note,) = view.notes

@@ -1,6 +1,7 @@
 """Values of a run's options as users and lm-eval's users type them: what each means, and where it counts."""
 
 import json
+from pathlib import Path
 
 import pytest
 import typer
@@ -113,6 +114,9 @@ def test_new_options_are_part_of_the_key_only_where_they_are_given():
 @pytest.mark.parametrize(("typed", "kept"), [
     ("temperature=0,do_sample=True", "do_sample=true,temperature=0"),
     ('until=["a", "b,c"],n=1', "n=1,until=['a', 'b,c']"),
+    ("until=Let's,do_sample=true,temperature=0.7", """do_sample=true,temperature=0.7,until="Let's\""""),
+    ({"until": "it's", "use_cache": False}, """until="it's",use_cache=false"""),
+    ({"until": ['say "it\'s"', "b"]}, """until=['say "it\\'s"', 'b']"""),
     ("until='1'", "until='1'"), ("x=None", "x=None"), ({"until": ["\n"]}, "until=['\\n']"), ("", None),
 ])  # fmt: skip
 def test_settings_of_generation_have_one_spelling(typed, kept):
@@ -162,11 +166,20 @@ def test_a_model_may_be_told_as_to_lm_eval(given, meant):
     ({"fewshot_as_multiturn": True}, "--fewshot-as-multiturn needs --chat-template; give both"),
     ({"include_path": "nowhere"}, "include path nowhere is not a folder"),
     ({"gen_kwargs": "a=1,a=2"}, "a is given twice in gen_kwargs"),
-    ({"gen_kwargs": 5}, "gen_kwargs must be text, not 5"),
+    ({"gen_kwargs": 5}, "gen_kwargs must be text, not 5"), ({"ffn_bits": ","}, "ffn_bits is empty; for example"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused(given, message):
     with pytest.raises(UserError, match=message):
         config_from(None, given)
+
+
+def test_a_folder_that_may_not_be_entered_is_named(monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    with pytest.raises(UserError, match=r"^locked/data cannot be reached \(Permission denied\); choose another path"):
+        config_from(None, {"data_dir": "locked/data"})
 
 
 def test_lm_evals_words_are_understood_on_the_command_line():

@@ -342,6 +342,10 @@ def test_limit_overrides_the_file(tmp_path):
         ),
         ({"tables": [{"name": "x", "title": "X", "columns": {"read": {"task": "t", "metric": "acc"}}}]},
          "a column cannot be named 'read'"),
+        ({"tables": [{"name": "x", "title": "X", "columns": {"Q": {"task": "smoke_*", "metric": "acc"}}}]},
+         r"column 'Q': smoke_\* is a pattern; name the tasks"),
+        ({"sizes": {"t": {"items": 3}}}, "sizes: the size of t needs prompt"),
+        ({"sizes": {"t": {"items": "many", "prompt": 3}}}, "sizes: a value is of the wrong kind"),
         ({"methods": {"A": {"method": "dart", "only": "llama"}}}, "no row of the table is for this model"),
         (
             {"tables": [{**SMALL["tables"][0], "reported": [
@@ -437,6 +441,17 @@ def test_the_nearest_setting_counts(tmp_path):
     ]  # fmt: skip
     with_it = load(str(path), config_from(None, {**BASE, "model": "meta-llama/Llama-3.1-8B"}))
     assert "of another" in [row.label for row in with_it.layouts[0].rows]
+    rows = {"All": "griffin", "L": {"method": "dart", "only": "Llama-3.1-8B"}}
+    rows["D"] = {"method": "dart-code", "only": "gemma-3-270m"}
+    for model, label in (("/models/Llama-3.1-8B", "L"), (None, "D")):  # of the file; the default
+        found = load(_file(tmp_path, methods=rows, **({"model": model} if model else {})), config_from(None, BASE))
+        assert [row.label for row in found.layouts[0].rows] == ["All", label]
+
+
+def test_a_column_may_be_a_short_name_for_tasks(tmp_path):
+    column = {"A": {"task": "arc", "metric": "acc"}}
+    spec = load(_file(tmp_path, tables=[{"name": "x", "title": "X", "columns": column}]), config_from(None, BASE))
+    assert spec.layouts[0].columns[0].tasks == spec.configs[0].tasks == ("arc_easy", "arc_challenge")
 
 
 @pytest.mark.parametrize(
