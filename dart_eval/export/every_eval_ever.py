@@ -18,6 +18,7 @@ from dart_eval.export.datasets import Dataset, of_task
 from dart_eval.export.facts import Facts
 from dart_eval.export.teller import Teller
 from dart_eval.export.writing import NO_PLACE, LeftOut, Piece
+from dart_eval.results.documents import answers
 from dart_eval.results.format import finite
 from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import Metric
@@ -225,6 +226,8 @@ def _score(name: str, value: object) -> float | None:
 
 def _row(cell: Facts, metric: Metric, sample: Json, asked: Json, score: float) -> Json:
     prompt, choices, target = asked.get("prompt") or "", asked.get("choices"), asked.get("target")
+    if choices and "acc_mutual_info" in sample["metrics"]:  # each was scored twice (`answers`)
+        choices = choices[: len(choices) // 2]
     right = choices[target] if choices and isinstance(target, int) and 0 <= target < len(choices) else target
     reference = [str(r) for r in right] if isinstance(right, list) else [str(right)]
     hashed = json.dumps({"raw": prompt, "reference": reference}, sort_keys=True, separators=(",", ":"))
@@ -245,7 +248,7 @@ def _row(cell: Facts, metric: Metric, sample: Json, asked: Json, score: float) -
 
 def _attribution(metric: Metric, sample: Json, choices: Sequence[str] | None) -> list[Json]:
     """Return the answer taken from the output, if it is known: `acc_norm` chooses by lengths of its own."""
-    responses = sample["responses"]
+    responses = answers(sample)
     scores = [r[0] for r in responses if isinstance(r, list) and r and finite(r[0])]
     if choices and metric.metric == "acc" and len(choices) == len(scores) == len(responses):
         best = scores.index(max(scores))

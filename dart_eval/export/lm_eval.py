@@ -17,6 +17,7 @@ from dart_eval.export.datasets import DEFAULT, Dataset
 from dart_eval.export.facts import Facts
 from dart_eval.export.writing import Piece
 from dart_eval.results.record import Metric
+from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import safe
 from dart_eval.util.text import Json
 
@@ -85,17 +86,27 @@ def _runs(cells: Sequence[Facts]) -> list[tuple[str, Run]]:
 def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[str, Dataset]) -> dict[str, str]:
     texts: dict[str, str] = {}
     hashes = {}
+    kept: list[Facts] = []
+    failed: UserError | None = None
     for cell in run.cells:
         lines: dict[str, list[Json]] = {}
-        asked = cell.store.texts(cell.record)
-        for sample in cell.store.samples(cell.record):
+        try:
+            asked, samples = cell.store.texts(cell.record), cell.store.samples(cell.record)
+        except UserError as error:
+            failed = error
+            remark(f"left out: {error}")
+            continue
+        kept.append(cell)
+        for sample in samples:
             line = _sample(sample, asked.get((sample["task"], sample["doc_id"]), {}))
             lines.setdefault(sample["task"], []).append(line)
         for task, rows in lines.items():
             texts[names[task]] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             joined = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)
             hashes[task] = hashlib.sha256(joined.encode()).hexdigest()
-    data = {**results_of(run, datasets), "task_hashes": hashes}
+    if failed is not None and not kept:
+        raise failed
+    data = {**results_of(Run(kept), datasets), "task_hashes": hashes}
     texts[results] = json.dumps(data, ensure_ascii=False, indent=2) + "\n"
     return texts
 

@@ -55,7 +55,8 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise UserError(f"{folder / there[0]}{more} would be replaced", "give --force, or another --output")
     old, stop = set(there), next((p for p in (folder, *folder.parents) if p.exists()), Path())
-    written: list[Path] = []
+    made: list[Path] = []
+    written: list[Path] = []  # where none stood
     try:
         for piece, texts in _texts_of(pieces):
             for path, text in texts.items():
@@ -63,12 +64,13 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
                 if path not in old:
                     written.append(folder / path)
                 write(folder / path, text, "make room or choose another --output")
+                made.append(folder / path)
             for path in old & set(piece.paths) - set(texts):
                 (folder / path).unlink(missing_ok=True)  # of an earlier export of the same cell
     except BaseException:
         _take_away(written, stop)
         raise
-    return sorted({*written, *(folder / path for path in old if os.path.lexists(folder / path))})
+    return sorted(made)
 
 
 def _texts_of(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]:

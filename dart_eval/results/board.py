@@ -80,12 +80,13 @@ def _board(
     together = seeds.together(records)
     merged = [seeds.mean_record(some) for some in together]
     names = labels(merged, by_task=True)
-    groups: dict[tuple[str, float], list[Record]] = {}
+    groups: dict[tuple[str, float, str | None], list[Record]] = {}
     for r in sorted(merged, key=lambda r: str(r.inputs["task"])):
-        groups.setdefault((names[r.key], float(r.inputs["sparsity"])), []).append(r)
+        scope = str(r.inputs["scope"]) if inputs.matters("scope", r.inputs) else None
+        groups.setdefault((names[r.key], float(r.inputs["sparsity"]), scope), []).append(r)
     beside, problems = frame.beside_dense(distance.beside_dense([outcomes.cell_of(store, r) for r in records]))
     beside = {some[0].key: seeds.mean_compared([beside.get(r.key, ()) for r in some]) for some in together}
-    drafts = [_row(label, group, speeds, metric) for (label, _), group in groups.items()]
+    drafts = [_row(label, group, speeds, metric) for (label, *_), group in groups.items()]
     rows_of = {row.keys: [one for key in row.keys for one in beside.get(key, ())] for row in drafts}
     scopes = {row.scope for row in drafts if row.scope}
     usual = next(iter(scopes)) if len(scopes) == 1 else DEFAULT_SCOPE

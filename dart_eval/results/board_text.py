@@ -231,7 +231,7 @@ def _table(block: Block, width: int, sort: str | None, level: float | None) -> l
     rows = [row for one in levels for row in one.rows]
     if level is not None and not rows:
         return [f" no row reads about {percent(level)} of the FFN bytes"]
-    columns = columns_of(block)
+    columns = known = columns_of(block)
     first = [metric for metric in list(block.tasks)[1:] if metrics.kind_of(metric).group != metrics.PERPLEXITY]
     texts = {c.name: [c.text(r) for r in rows] for c in columns}
     name = min(WIDEST, max(len(name_of(r)) for r in rows))
@@ -259,7 +259,7 @@ def _table(block: Block, width: int, sort: str | None, level: float | None) -> l
         for i in (0, 1)
     ]
     for one in levels:
-        for row in ordered(one.rows, columns, sort):
+        for row in ordered(one.rows, known, sort):
             read = f"{read_of(row):>5}"
             label, *more = folded(name_of(row), name) if len(name_of(row)) > name else [name_of(row)]
             cells = [f"  {texts[c.name][at[id(row)]]:<{w}}" for c, w in zip(columns, widths, strict=True)]

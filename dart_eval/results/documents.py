@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,12 @@ class Documents:
     def assign(self, **columns: list[Any]) -> Documents:
         """Return the documents with new or other columns."""
         return Documents(self.index, {**self.columns, **columns})
+
+
+def answers(sample: Mapping[str, Any]) -> list[Any]:
+    """Return a sample's responses, without the scores of its choices without their context (of acc_mutual_info)."""
+    found: list[Any] = sample["responses"]
+    return found[: len(found) // 2] if "acc_mutual_info" in sample["metrics"] else found
 
 
 def documents(samples: Iterable[Json]) -> Documents:

@@ -113,7 +113,8 @@ def size(value: float) -> str:
 
 def small_share(value: float) -> str:
     """A share that is often tiny, in per cent: `0.12 %`, `< 0.01 %`."""
-    return "0 %" if value == 0 else "< 0.01 %" if value < 1e-4 else f"{100 * value:.2g} %"
+    digits = ".0f" if value >= 0.995 else ".2g"
+    return "0 %" if value == 0 else "< 0.01 %" if value < 1e-4 else f"{100 * value:{digits}} %"
 
 
 def finite(value: object) -> TypeGuard[float]:

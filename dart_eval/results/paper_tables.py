@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -216,6 +217,7 @@ class Paper:
         sides: list[list[Estimate]] = [[], []]
         for one, part in zip(found, a["share"], strict=True):
             weight = part if one.measure.higher_is_better else -part
+            weight *= math.log(2) if one.measure.kind == "bits" else 1.0  # in nats, as perplexities are
             for side, values in zip(sides, (one.pairs.a, one.pairs.b), strict=True):
                 side.append(one.estimate(values, above_chance and one.chance is not None).times(weight))
         ours, theirs = (sum(side[1:], side[0]) for side in sides)

@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from dart_eval.util.errors import StoreError
 from dart_eval.util.files import read_regular, write_atomically
 
+ANEW = "--force"  # the first line of a note of cells that are made anew
+
 
 class Progress(NamedTuple):
     """The cells of the runs that have not come to their end, and whether one of these runs is still at work."""
@@ -23,10 +25,10 @@ class Progress(NamedTuple):
 
 
 @contextlib.contextmanager
-def at_work(folder: Path, records: Iterable[Path]) -> Iterator[None]:
+def at_work(folder: Path, records: Iterable[Path], anew: bool = False) -> Iterator[None]:
     """Note in the folder, while the block runs, that this process makes these records.
 
-    The note of a process that was stopped stays until the next run begins.
+    The note of a process that was stopped stays until the next run begins. anew: records that are there do not count.
 
     Raises:
         StoreError: the folder cannot be written.
@@ -39,7 +41,7 @@ def at_work(folder: Path, records: Iterable[Path]) -> Iterator[None]:
             if not _held(old):
                 _remove(old)
         lock.acquire()
-        write_atomically(note, "".join(f"{record.name}\n" for record in records))
+        write_atomically(note, "".join(f"{line}\n" for line in [*[ANEW] * anew, *(record.name for record in records)]))
     except OSError as error:
         raise StoreError(folder, error) from None
     try:
@@ -51,14 +53,23 @@ def at_work(folder: Path, records: Iterable[Path]) -> Iterator[None]:
 
 def progress(folder: Path) -> Progress | None:
     """Return how far the runs at work on a folder are, or got before they were stopped; None without one."""
-    names: set[str] = set()
+    names: dict[str, float] = {}  # a record's file -> the time since which it counts
     running = False
     for note in (folder / ".locks").glob("*.run"):
         with contextlib.suppress(OSError):  # it has come to its end meanwhile
-            names.update(read_regular(note).decode().splitlines())
+            lines = read_regular(note).decode().splitlines()
+            names |= dict.fromkeys(set(lines) - {ANEW}, note.stat().st_mtime if ANEW in lines else 0.0)
             running = _held(note) or running
-    done = sum((folder / "cells" / name).is_file() for name in names)
-    return Progress(done, len(names), running) if names else None
+    done = sum(_made(folder / "cells" / name) >= since for name, since in names.items())
+    return Progress(done, len(names), running) if names and (running or done < len(names)) else None
+
+
+def _made(record: Path) -> float:
+    """Return when a record was written; below all times if it was not."""
+    try:
+        return record.stat().st_mtime
+    except OSError:
+        return -1.0
 
 
 def _held(note: Path) -> bool:

@@ -258,6 +258,18 @@ def test_a_cell_whose_samples_are_damaged_is_left_out_by_name(out):
     assert not (out.parent / "none").exists()
 
 
+def test_the_other_cells_of_a_damaged_ones_setting_are_exported_and_counted(out):
+    """lm-eval has a folder a setting, with a file a task: an earlier export had all of them."""
+    done, folder = _export(out, "lm-eval")
+    before = _files(folder)
+    next((out / "samples").glob("arc-griffin*")).write_text("{}\n")
+    done, folder = _export(out, "lm-eval", "--force")
+    assert done.err.startswith(f"note: left out: the samples of arc_easy under {SPEC} at 50 % in ")
+    gone = before.keys() - _files(folder).keys()
+    assert [name.partition("samples_")[2].partition("_2")[0] for name in gone] == ["arc_easy"]
+    assert f"wrote {len(before) - 1} files" in done.out + done.err
+
+
 def test_what_is_no_number_is_no_result(tmp_path):
     metrics = {"dense": [("acc", math.nan, 0.1)], "dart": [("acc", 0.5, math.inf), ("mcc", math.inf, None)]}
     made = [cell(m, metrics=[Metric("arc_easy", *v, 3, True) for v in values]) for m, values in metrics.items()]

@@ -11,7 +11,7 @@ from dart_eval.cli.run import show_results
 from dart_eval.results import board_text, frame, frontier, speeds, verdict
 from dart_eval.results.blocks import GUESSING
 from dart_eval.results.board import boards
-from dart_eval.results.format import multiple
+from dart_eval.results.format import multiple, small_share
 from dart_eval.results.labels import exact
 from dart_eval.results.ratio import Ratio
 from dart_eval.results.record import Metric
@@ -521,6 +521,27 @@ def test_a_run_that_is_repeated_does_not_make_a_family_larger(tmp_path):
         line for line in frame.lines(store, store.load()) if line["method"] == "griffin" and line["metric"] == "acc"
     ]
     assert len(again) == 4 and all(line["p_holm"] == pytest.approx(2 * line["p"]) for line in again)
+
+
+def test_cells_of_two_scopes_are_two_blocks(tmp_path):
+    """Tasks that were run in another scope: no mean is over both."""
+    cells = [choices(0.8, task, "dense") for task in ("arc", "boolq")]
+    cells += [choices(0.7, "arc", "dart", scope="last"), choices(0.4, "boolq", "dart")]
+    made = board_of(tmp_path, *cells)
+    assert [(block.scope, [*block.tasks["acc"]]) for block in made.blocks] == [("scored", ["boolq"]), ("last", ["arc"])]
+    found = [row for row in made.rows if row.label == "dart"]
+    assert [len(row.keys) for row in found] == [1, 1]
+
+
+def test_a_column_without_room_still_sorts(tmp_path):
+    cells = [choices(0.8, method="dense")]
+    cells += [dataclasses.replace(choices(0.4, method=m), memory={"weights": 1, "state": state})
+              for m, state in (("griffin", 900_000), ("dart", 500), ("flap", 90))]  # fmt: skip
+    lines = board_text.lines(board_of(tmp_path, *cells), 60, sort="memory")
+    names = [line[11:].split()[0] for line in lines if line[:5].strip() == "30 %"]
+    assert names == ["flap", "dart", "griffin"] and any("no room for" in line for line in lines)
+    shares = {0.0: "0 %", 5e-5: "< 0.01 %", 0.0012: "0.12 %", 0.993: "99 %", 0.996: "100 %", 1.284: "128 %"}
+    assert {value: small_share(value) for value in shares} == shares
 
 
 def test_several_seeds_are_one_row_with_their_mean(tmp_path):

@@ -1,6 +1,7 @@
 """Claims of a paper: which side of a claim the measured interval lies on, worked out here by other means."""
 
 import dataclasses
+import math
 import re
 
 import numpy as np
@@ -10,9 +11,13 @@ from scipy import stats as theirs
 from dart_eval.results.claims import ANY, FAILS, HOLDS, OPEN, Claim, Sides, judged, table
 from dart_eval.results.estimates import Estimate, mean
 from dart_eval.results.paper_layout import PaperColumn
+from dart_eval.results.paper_tables import Paper
+from dart_eval.results.record import Metric
+from dart_eval.results.store import Store
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.paper import load
 from dart_eval.util.errors import UserError
+from tests.helpers.records import answered
 from tests.results.test_paper import ACC, A, B, _file, _layout, _paper
 
 N = 200
@@ -154,6 +159,26 @@ def test_verdicts_come_from_the_documents_of_a_folder(tmp_path):
     assert made.body[4][2].endswith(" MiB")
     assert made.body[2][2].startswith("-1.000 [")  # a is worse by a nat a word
     assert "tiny@f00d" in made.note
+
+
+def test_bits_are_held_against_nats(tmp_path):
+    """One text under two metrics: its claims have one verdict."""
+    store, generator, cells = Store(tmp_path), np.random.default_rng(0), []
+    ends = [(100 * generator.gamma(9, 0.2), 9 + 2 * generator.random()) for _ in range(40)]
+    for method in ("a", "b"):
+        pairs = [[-(n + more * (method == "b")), 100] for n, more in ends]
+        values = [{"byte_perplexity": pair, "bits_per_byte": pair} for pair in pairs]
+        total = sum(v["bits_per_byte"][0] for v in values) / 4000
+        found = [Metric("t", "byte_perplexity", math.exp(-total), 0.1, 40, False),
+                 Metric("t", "bits_per_byte", -total / math.log(2), 0.1, 40, False)]  # fmt: skip
+        cells.append(answered("t", values, method, metrics=found, params={"x": 1} if method == "b" else {}))
+    paper = Paper(store, {None: [store.save(r.inputs["method"], r) for r in cells]}, {}, "x")
+    columns = (PaperColumn("P", ("t",), "byte_perplexity"), PaperColumn("B", ("t",), "bits_per_byte"))
+    layout = _layout(columns, (A, B))
+    for by, verdict in ((0.09, HOLDS), (0.12, FAILS)):
+        claims = [Claim("c", "s", "t", head, 0.5, ("A", "B"), by=by) for head in ("P", "B")]
+        made = table(claims, paper, {"t": layout}, lambda claim: 0.0)
+        assert [row[1] for row in made.body] == [verdict] * 2 and made.body[0][2] == made.body[1][2]
 
 
 def test_a_mean_without_some_columns_is_over_the_others_and_says_so(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 
 import pytest
@@ -140,6 +141,14 @@ def test_drift_is_summed_up_over_documents(page):
     assert "5 windows of 10 tokens, 2 of them below the threshold 0.700; tokens with alarms: 40, with re-masks" in html
 
 
+def test_documents_of_several_filters_are_traced_once(tmp_path):
+    """Each filter's sample has the trace of the text."""
+    store = Store(tmp_path)
+    traced = [{**written(i, "", "gsm8k", drift=DRIFT), "filter": name} for i in range(3) for name in ("strict", "none")]
+    store.save("c", dataclasses.replace(cell("dart", 0.5, "gsm8k"), samples=traced), texts("gsm8k", 3))
+    assert '<td class="n">3 of 3</td>' in build(store).html
+
+
 def test_every_file_is_read_once(tmp_path, monkeypatch):
     store = folder(tmp_path)
     for task in ("drift_x", "drift_x_same"):  # a drift task and its control, which the tables of detectors read too
@@ -245,6 +254,14 @@ def test_a_run_notes_its_cells_as_long_as_it_is_at_work(tmp_path):
         assert "data-follow" not in build(store).html
         assert '<body data-follow="5">' in build(store, follow=True).html
     assert progress(tmp_path) is None and "cells, running" not in build(store, follow=True).html
+    with at_work(tmp_path, [there], anew=True):  # under --force
+        os.utime(there, (1, 1))
+        assert progress(tmp_path) == Progress(0, 1, True)
+        os.utime(there)
+        assert progress(tmp_path) == Progress(1, 1, True)
+    with pytest.raises(KeyboardInterrupt), at_work(tmp_path, [there]):  # all that it was to make is there
+        raise KeyboardInterrupt
+    assert progress(tmp_path) is None
     with pytest.raises(KeyboardInterrupt), at_work(tmp_path, [there, store.path("x", "k" * 64)]):
         raise KeyboardInterrupt
     assert progress(tmp_path) == Progress(1, 2, False)

@@ -1,9 +1,11 @@
 """The charts of the report: where everything stands, and what they show in words."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
+from dart_eval.results.report import explorer
 from dart_eval.results.report.charts import COLOURS, LINE, SIGNS, Chart, Line, Point, Scale, against_read, sign
 from dart_eval.results.report.reader import Reader
 from dart_eval.results.store import Store
@@ -83,6 +85,25 @@ def test_points_say_in_words_what_they_show(page):
 
 def test_perplexity_is_drawn_logarithmic(page):
     assert "word_perplexity, lower is better, logarithmic, n 50" in page.read_text()
+
+
+def test_an_interval_that_reaches_below_all_logarithms_is_drawn_to_the_edge():
+    """A perplexity of two documents, whose standard error is larger than half of it."""
+    line = Line("griffin", [Point(0.3, 1000.0, 900.0, 1100.0, "", 0.3)], 0)
+    laid = Chart("t", "", [line], (0.0, 1.0), across=[("dense", 36.6, -6.5, 79.7)], log=True).laid()
+    ((_, value, low, high),) = laid["across"]
+    assert high < value < low <= laid["bottom"]
+
+
+def test_choices_that_were_scored_twice_count_once(tmp_path):
+    """With acc_mutual_info lm-eval adds each choice's score without its context."""
+    made = choosing(answered("t", [{"acc": v, "acc_mutual_info": v} for v in (1.0, 0.0)], "dense", 0.0), 8)
+    Store(tmp_path).save("cell", made, [{"task": "t", "doc_id": i, "target": "a"} for i in range(2)])
+    reader = Reader(tmp_path)
+    (found,) = reader.load()
+    assert reader.look(found).chance == 0.25
+    made.samples[0]["responses"][6] = [0.0, False]  # the likeliest without the question
+    assert explorer._answer(SimpleNamespace(), made.samples[0]).chosen == 0
 
 
 @pytest.mark.parametrize(("values", "chance"), [((1.0, 0.0), 0.25), ((0.7, 0.2), None)])

@@ -133,7 +133,7 @@ class Chart:
         return {
             "height": bottom + 36, "bottom": bottom, "left": LEFT, "right": RIGHT, "width": WIDTH, "top": TOP,
             "axis": self.axis, "xticks": [(x(v), t) for v, t in self.ticks] or x.ticks(), "yticks": y.ticks(),
-            "across": [(kind, *map(y, values)) for kind, *values in self.across],
+            "across": [(kind, *(y(max(v, bounds[0])) for v in values)) for kind, *values in self.across],
             "upright": [(kind, x(v)) for kind, v in self.upright],
             "lines": [
                 {

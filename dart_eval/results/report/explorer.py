@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dart_eval.results import metrics
+from dart_eval.results.documents import answers
 from dart_eval.results.format import finite, number
 from dart_eval.results.report.cells import ReportCell
 from dart_eval.results.report.reader import CellSamples
@@ -103,7 +104,7 @@ def _answer(cell: ReportCell, s: Mapping[str, Any]) -> Answer:
     if finite(s.get("effective_sparsity")):
         facts.append(f"effective sparsity {s['effective_sparsity']:.2f}")
     made = Answer(cell, ", ".join(facts))
-    responses = s["responses"]
+    responses = answers(s)
     if responses and all(isinstance(r, list) and r and finite(r[0]) for r in responses):
         scores = [r[0] for r in responses]
         made.scores = [_score(v) for v in scores]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.results import generated
+from dart_eval.results.documents import answers
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store, UnreadSamples, traced
 
@@ -49,11 +50,12 @@ class Reader(Store):
         for s in found:
             ids.setdefault(s["task"], set()).add(s["doc_id"])
         first = {(task, i) for task, numbers in ids.items() for i in sorted(numbers)[: self.most]}
-        choices = [s for s in found if len(s["responses"]) > 1 and "acc" in s["metrics"]]
+        choices = [s for s in found if len(answers(s)) > 1 and "acc" in s["metrics"]]
         whole = all(s["metrics"]["acc"] in (0, 1) for s in choices)  # a share of the probability has no known chance
-        guesses = [1 / len(s["responses"]) for s in choices if whole]
+        guesses = [1 / len(answers(s)) for s in choices if whole]
+        watched = {(s["task"], s["doc_id"]): s for s in found if traced(s)}  # each filter's sample has the trace
         self._looked[record.key] = CellSamples(
-            len(found), [s for s in found if traced(s)], [s for s in found if (s["task"], s["doc_id"]) in first],
+            sum(map(len, ids.values())), [*watched.values()], [s for s in found if (s["task"], s["doc_id"]) in first],
             {(task, i) for task, numbers in ids.items() for i in numbers} - first,
             sum(guesses) / len(guesses) if guesses else None, generated.of_texts(record, found),
         )  # fmt: skip
