@@ -1,7 +1,6 @@
 """Writes the tables of docs/records.md from the types of `dart_eval.results`: `record`, `inputs` and `layout`.
 
-python scripts/records_page.py           rewrite the page
-python scripts/records_page.py --check   fail where it is not what the types say
+python scripts/records_page.py
 """
 
 from __future__ import annotations

@@ -118,9 +118,9 @@ def measure(
         bench.step(model, bench.tokens(prompt_tokens), cache)
         for _ in range(1 if method.exact else steps):
             bench.step(model, bench.tokens(1), cache)
-        read, state = run.weights_read, run.state_bytes
-    own = share(ffns) if rounding is None else 1.0  # the model's own read: its weights may have few bits already
-    ceiling = 1 / (1 - shape.ffn_share * (1 - read / own))
+        # Of the model's own bytes, as timed rows have it: its weights may have few bits already.
+        read, state = run.weights_read / (share(ffns) if rounding is None else 1.0), run.state_bytes
+    ceiling = 1 / (1 - shape.ffn_share * (1 - read))
     return BytesOnly(method.spec, sparsity, read, ceiling, state, why, rounding.text if rounding else None)
 
 

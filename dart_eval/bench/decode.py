@@ -161,7 +161,7 @@ def measure(
             bench.move(run, times.moves)
             if method.mask.remask.needs_ring:  # to compute new masks from
                 bench.remask(run, times.masks)
-        share = run.shares(1)
+        share = run.shares(1, pruned=True)
         read, executed = float(share.read[0]), _executed(run)
         for _ in range(max(3, rounds)):
             bench.begin(run, times.once)
@@ -269,7 +269,8 @@ class Bench:
 
         Args:
             run: of the pruned model; None: the model as it is (`pruned`) is timed beside its twin.
-            times: the times are added to its steps and prompts, those of steps with a re-mask left out.
+            times: the times are added to its steps and prompts, without those of steps with a re-mask, or dense ones
+                after an alarm.
             prompt: the length of each prompt. steps: the tokens decoded in each round. rounds: their number.
 
         Raises:
@@ -290,10 +291,12 @@ class Bench:
             self.step(self.dense, ids, caches[name])
         for _ in range(steps):
             token, seen = self.tokens(1), 0 if run is None else len(run.events)
+            dense = run is not None and run.state is not None and run.state.dense_now
+            whole = isinstance(dense, Tensor) and bool(dense.any())
             found = {name: self._one(run, name, token, caches[name]) for name in order}
             order.append(order.pop(0))  # each variant comes first as often
             for name, seconds in found.items():
-                if run is None or len(run.events) == seen:
+                if run is None or (len(run.events) == seen and not whole):
                     times.steps[name].append(seconds)
 
     def _one(self, run: Session | None, name: str, token: Tensor, cache: Any) -> float:

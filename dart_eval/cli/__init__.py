@@ -7,6 +7,7 @@ stopped by a signal.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import itertools
 import os
@@ -135,6 +136,10 @@ def _run() -> None:
         if isinstance(error, BrokenPipeError):
             _leave(0)  # `dart-eval tables out | head`
         _end_without_memory(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with contextlib.suppress(OSError):
+                view.problem(f"the output cannot be written ({error.strerror}); make room")
+            _leave(2)
         raise
     except Exception as error:
         _end_without_memory(error)

@@ -76,7 +76,7 @@ def check(
     if github and summary:
         _add_to(summary, checking.markdown(report, every))
         for line in checking.workflow_commands(report):
-            say(line, err=format == "json")  # GitHub reads both streams; JSON stays JSON
+            say(line, err=format in ("json", "csv", "tex"))  # GitHub reads both streams; data stay data
     _print(report, every, format)
     if report.bad:
         raise typer.Exit(1)

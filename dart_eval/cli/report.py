@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import time
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -68,10 +69,22 @@ def report(
         webbrowser.open(path.absolute().as_uri())
 
 
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt: it is to end the following alone, and not the command."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _follow(folder: Path, path: Path, make: Callable[[bool], str]) -> bool:
     """Make the page as often as a record is added, while a run is at work and until Ctrl-C; return whether any was."""
     cells, seen, opened = folder / "cells", None, False
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), _interrupts():
         while (run := progress(folder)) is not None and run.running:
             now = run, cells.stat().st_mtime_ns if cells.is_dir() else 0
             begun = time.monotonic()

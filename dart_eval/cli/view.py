@@ -56,19 +56,27 @@ class _TimeLeft(TimeRemainingColumn):
 
 @dataclass
 class _Count:
-    """Progress of a cell: its requests, its start (seconds), answered requests."""
+    """Progress of a cell: its requests, its place among all, its start (seconds), answered requests, those at once."""
 
     requests: int
+    place: int
     start: float
     done: int = 0
+    kept: int = 0
 
-    def line(self, place: int, cells: int, title: str) -> str:
+    def count(self, requests: int, fresh: bool) -> None:
+        """Count answered requests. fresh: they were computed now, and not by an earlier run."""
+        self.done += requests
+        if not fresh:
+            self.kept += requests
+
+    def line(self, cells: int, title: str) -> str:
         """`cell 5 of 8, arc dense: 120 of 480 requests, about 6 min left in it`."""
         if self.done > self.requests:
-            return f"cell {place} of {cells}, {title}: {self.done} requests, as a long text counts as several"
-        left = (time.monotonic() - self.start) * (self.requests - self.done) / max(self.done, 1)
+            return f"cell {self.place} of {cells}, {title}: {self.done} requests, as a long text counts as several"
+        left = (time.monotonic() - self.start) * (self.requests - self.done) / max(self.done - self.kept, 1)
         about = f"about {left / 60:.0f} min left in it" if left > 90 else f"about {left:.0f} s left in it"
-        return f"cell {place} of {cells}, {title}: {self.done} of {self.requests} requests, {about}"
+        return f"cell {self.place} of {cells}, {title}: {self.done} of {self.requests} requests, {about}"
 
 
 class TerminalView:
@@ -144,17 +152,18 @@ class TerminalView:
         self._go_on()
         if cell.key not in self._cells:
             self._cells[cell.key] = self.progress.add_task(self._short(printable(cell.title)), total=requests)
-            self._under_way[cell.key] = _Count(requests, time.monotonic())
+            place = self._over + len(self._under_way) + 1
+            self._under_way[cell.key] = _Count(requests, place, time.monotonic())
 
-    def advanced(self, cell: Cell, requests: int) -> None:
-        """Count answered requests of a cell. A log names a long cell from time to time."""
+    def advanced(self, cell: Cell, requests: int, fresh: bool = True) -> None:
+        """Count answered requests of a cell (see `_Count`). A log names a long cell from time to time."""
         if self.live:
             self._go_on()
         if cell.key in self._cells:
             self.progress.advance(self._cells[cell.key], requests)
-            self._under_way[cell.key].done += requests
+            self._under_way[cell.key].count(requests, fresh)
             if not self.live and time.monotonic() - self._spoke > EVERY:
-                self._say(self._under_way[cell.key].line(self._over + 1, self._count, printable(cell.title)))
+                self._say(self._under_way[cell.key].line(self._count, printable(cell.title)))
 
     def finished(self, cell: Cell, record: Record) -> None:
         """Print the line of a finished cell."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 
 from dart_eval.cli.options import ALL, BATCH, BOARD, FRONTIER, TIME
 from dart_eval.cli.view import say, show
@@ -16,6 +17,7 @@ from dart_eval.results.blocks import WIDTH_OF_LEVEL, Board
 from dart_eval.results.board import boards
 from dart_eval.results.board_text import LEVEL_SHOWN
 from dart_eval.results.inputs import DENSE
+from dart_eval.results.labels import labels
 from dart_eval.results.record import Record
 from dart_eval.results.report import unions
 from dart_eval.results.report.reader import Reader
@@ -50,13 +52,21 @@ class Shown:
             known = {m.metric.partition(",")[0] for r in self.records for m in r.metrics}
             if self.metric not in known:
                 raise UserError(f"no cell has metric {self.metric!r}", nearest(self.metric, known))
-        near = [r for r in self.records if self._near(r)]
-        return boards(self.store, near, speeds.load_speeds(self.store.folder), self.metric)
+        return boards(self.store, self._near(), speeds.load_speeds(self.store.folder), self.metric)
 
-    def _near(self, record: Record) -> bool:
-        """Whether a cell is dense, or reads about what is to be shown: tasks that others lack are no reason."""
-        apart = 0.0 if self.level is None else abs(record.weights_read - self.level)
-        return record.inputs["method"] == DENSE or apart <= LEVEL_SHOWN + WIDTH_OF_LEVEL
+    def _near(self) -> list[Record]:
+        """Return the cells of rows that are dense, or read about what is to be shown: the mean over their tasks."""
+        if self.level is None:
+            return [*self.records]
+        names, rows = labels(self.records, by_task=True), dict[tuple[object, ...], list[Record]]()
+        for r in self.records:
+            of_row = r.inputs["model"]["name"], names[r.key], r.inputs["sparsity"], r.inputs["scope"]
+            rows.setdefault(of_row, []).append(r)
+        most = LEVEL_SHOWN + WIDTH_OF_LEVEL
+        return [
+            r for some in rows.values() for r in some
+            if r.inputs["method"] == DENSE or abs(mean(c.weights_read for c in some) - self.level) <= most
+        ]  # fmt: skip
 
     @property
     def long(self) -> list[Table]:
@@ -125,6 +135,9 @@ def draw(shown: Shown, path: Path) -> None:
         remedy += f", then `bench decode --output {shown.store.folder}`" if shown.view == TIME else ""
         raise UserError(f"{shown.store.folder} has nothing to draw", remedy)
     form, model = path.suffix[1:], made[0].model
+    tasks = {str(r.inputs["task"]) for r in shown.records if r.read_at_batch}
+    if shown.view == BATCH and len(tasks) > 1:
+        raise UserError(f"a picture shows one task, and {shown.store.folder} has {len(tasks)}", "add --tasks NAME")
     batch = unions.charts(shown.records, {}) if shown.view == BATCH else []
     write(path, charts.drawn(batch[0], model, form) if batch else charts.picture(made[0], form, cost))
     say(f"wrote {path}")

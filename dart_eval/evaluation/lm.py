@@ -51,7 +51,7 @@ class PrunedLM(HFLM):
         batch_size: contexts per forward (their candidates run up to four times as many rows at a time), or `auto`.
         max_length: tokens, context and continuation together; default the model's.
         chunk: tokens per perplexity chunk, at most `max_length`.
-        on_progress: called with the number of requests just finished.
+        on_progress: called with the number of requests just finished, and whether they were computed now.
         share_prefix: run a prefix that many contexts have in common once.
         enable_thinking: what the chat template is told of thinking; None: nothing.
         think_end_token: an answer is what a text says after it; its text, or its id in digits.
@@ -76,7 +76,7 @@ class PrunedLM(HFLM):
         batch_size: int | str = 8,
         max_length: int | None = None,
         chunk: int = PERPLEXITY_CHUNK,
-        on_progress: Callable[[int], None] = lambda n: None,
+        on_progress: Callable[[int, bool], None] = lambda n, fresh: None,
         share_prefix: bool = True,
         enable_thinking: bool | None = None,
         think_end_token: str | None = None,
@@ -160,7 +160,7 @@ class PrunedLM(HFLM):
             if not self.part.takes(before + place, place, len(units)):
                 continue
             if all(names[i] in self.journal for i in unit.requests):
-                self.on_progress(len(unit.requests))
+                self.on_progress(len(unit.requests), False)
                 continue
             start, open_requests, pieces = time.monotonic(), [*range(len(names))], [unit]
             if self.budget is not self.planned:
@@ -170,7 +170,7 @@ class PrunedLM(HFLM):
             for piece in pieces:
                 answers = {names[open_requests[i]]: answer for i, answer in answering.run(piece)}
                 self._keep(unusable.sift(answers), answering.state_bytes)
-                self.on_progress(len(answers))
+                self.on_progress(len(answers), True)
             call.seconds[place] = time.monotonic() - start
         unusable.check_usable(over=True)
         if self.unions is not None:

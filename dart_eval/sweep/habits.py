@@ -99,7 +99,7 @@ def rewritten(words: Sequence[str]) -> list[str]:
             made += ["--verbose"] if level.upper() == "DEBUG" else []
         elif option in FORMATS:
             made += ["--format", FORMATS[option]]
-        elif option == "--format" and (value or (rest and rest[0])) in FORMAT_WORDS:
+        elif option == "--format" and (value or (rest[0] if rest else "")) in FORMAT_WORDS:
             made += ["--format", FORMAT_WORDS[value or rest.pop(0)]]
         else:
             made.append(f"{option}={value}" if equals else option)

@@ -46,7 +46,7 @@ def run_all(
             configs[0],
             model or resolve(configs[0].model_spec),
             view.status,
-            lambda n: view.advanced(running.cell, n) if running else None,
+            lambda n, fresh: view.advanced(running.cell, n, fresh) if running else None,
             view.note,
         )
 

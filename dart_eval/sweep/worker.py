@@ -57,7 +57,7 @@ class Worker:
         config: RunConfig,
         resolved: Resolved,
         status: Callable[[str], None] = lambda text: None,
-        advanced: Callable[[int], None] = lambda n: None,
+        advanced: Callable[[int, bool], None] = lambda n, fresh: None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._status = status

@@ -1,6 +1,9 @@
 """Wrong input at the command line: one line that names the problem and the remedy, status 2, nothing written."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -335,6 +338,17 @@ def test_a_lack_of_memory_is_said(refused, llama_folder, monkeypatch, error, pla
 
     monkeypatch.setattr(place, full)
     assert said in refused("run", "--model", llama_folder, "--tasks", "smoke_questions")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "dart_eval", "ls", "methods"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: the output cannot be written (No space left on device); make room\n",
+    )
 
 
 def test_a_device_that_is_not_there_is_refused(refused, llama_folder):

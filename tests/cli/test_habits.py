@@ -122,6 +122,12 @@ def test_every_option_of_lm_eval_is_known_here():
         assert name.replace("-", "_") in DEFAULTS or f"--{name}" in others, option
 
 
+@pytest.mark.parametrize("words", [("tables", "out"), ("compare", "a", "b"), ("run",)])
+def test_a_form_that_is_missing_is_one_line(words):
+    done = command(*words, "--format")
+    assert done.code == 2 and done.err.startswith("error: option '--format' requires an argument")
+
+
 def test_a_wrong_model_argument_is_refused():
     with pytest.raises(UserError, match="load_in is given twice: '4bit' and '8bit'"):
         configs_from(None, {"model_args": "load_in_4bit=true,load_in_8bit=true"})

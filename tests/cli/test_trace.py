@@ -50,6 +50,14 @@ def test_a_text_that_joins_the_prompt_is_fed_by_its_own_tokens(tokenizer):
     assert found["tokens"] == ["w12", "w13"]
 
 
+def test_what_is_read_is_of_pruned_tokens_whenever_the_text_ends(tokenizer):
+    """After an alarm tokens run dense for a while; here one is raised by every window."""
+    alarmed = {"remask.sigma": -1000.0, "remask.floor": -3.0, "remask.window": 3, "remask.dense_tokens": 6}
+    passage = tracing.Passage(words(30), " " + words(25, 1))
+    found = [traced(tokenizer, passage, "dart-code", tokens, **alarmed)[1]["weights_read"] for tokens in (5, 8, 12, 16)]
+    assert found == pytest.approx([0.5] * 4, abs=0.01)
+
+
 def test_a_short_prompt_has_no_threshold_and_that_is_said(tokenizer, tmp_path):
     _, found = traced(tokenizer, tracing.Passage(words(5), " " + words(25, 1)))
     assert found["detector"]["threshold"] is None

@@ -131,7 +131,7 @@ def test_a_ceiling_is_held_against_the_model_itself(checkpoints, kind):
     phi = shape_of(model, find_ffns(model)).ffn_share
     into, down = BITS[kind]
     read = (into + down // 1 / 2 + down % 1) / (2 * into + down)  # half of all but the scales of down
-    assert found.ceiling == pytest.approx(1 / (1 - phi * (1 - read)))
+    assert found.ceiling == pytest.approx(1 / (1 - phi * (1 - read))) and found.weights_read == pytest.approx(read)
 
 
 @pytest.mark.parametrize("kind", KINDS)

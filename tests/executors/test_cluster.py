@@ -61,7 +61,7 @@ def test_shards_and_a_killed_worker_change_nothing(saved_llama, tmp_path, here):
     class Killing(Watch):
         killed = None
 
-        def advanced(self, cell, requests):
+        def advanced(self, cell, requests, fresh=True):
             super().advanced(cell, requests)
             if self.killed is None and self.answered > 20:
                 text = (tmp_path / "out" / "logs" / "worker-1.log").read_text()

@@ -84,7 +84,7 @@ class Watch(jobs.Silent):
     def started(self, cell, requests):
         self.begun.append(cell.name)
 
-    def advanced(self, cell, requests):
+    def advanced(self, cell, requests, fresh=True):
         self.answered += requests
 
     def finished(self, cell, record):

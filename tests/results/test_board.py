@@ -533,6 +533,15 @@ def test_cells_of_two_scopes_are_two_blocks(tmp_path):
     assert [len(row.keys) for row in found] == [1, 1]
 
 
+def test_a_level_keeps_or_leaves_whole_rows(tmp_path):
+    """A method whose tasks read .28 and .46 reads .37, and is not about .30 on one of them."""
+    cells = [choices(0.8, task, "dense") for task in ("arc", "sciq")]
+    cells += [choices(0.5, task, read=0.3) for task in ("arc", "sciq")]
+    cells += [choices(0.7, task, "top-p", read=read) for task, read in (("arc", 0.28), ("sciq", 0.46))]
+    shown = command("tables", save(tmp_path, *cells), "--level", "0.3")
+    assert "griffin" in shown.out and "top-p" not in shown.out and "On these tasks alone" not in shown.out
+
+
 def test_a_column_without_room_still_sorts(tmp_path):
     cells = [choices(0.8, method="dense")]
     cells += [dataclasses.replace(choices(0.4, method=m), memory={"weights": 1, "state": state})

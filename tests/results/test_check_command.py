@@ -184,6 +184,7 @@ def test_github_gets_annotations_and_a_summary(fallen, cli, tmp_path, monkeypatc
     assert summary.read_text().startswith("before\n### FAILED")
     as_json = cli(now, "--baseline", file, "--github", "--format", "json")
     assert json.loads(as_json.stdout)["verdict"] == "FELL"
+    assert cli(now, "--baseline", file, "--github", "--format", "csv").stdout.startswith("cell,")
     monkeypatch.delenv("GITHUB_STEP_SUMMARY")
     assert "--github needs the variable GITHUB_STEP_SUMMARY" in str(cli(now, "--baseline", file, "--github").exception)
 

@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from dart_eval.cli import _stop
 from dart_eval.cli import report as command
 from dart_eval.cli.report import report
 from dart_eval.results import speeds
@@ -300,13 +302,16 @@ def test_ctrl_c_ends_the_following_and_leaves_a_page_that_stands_still(tmp_path,
     store = folder(tmp_path, methods=FEW)
 
     def stop(_seconds):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, _stop)  # as the command line has it
     monkeypatch.setattr(command.webbrowser, "open", lambda _: None)
     monkeypatch.setattr(command.time, "sleep", stop)
-    with at_work(tmp_path, [store.path("x", "k" * 64)]):
+    with contextlib.ExitStack() as stack, at_work(tmp_path, [store.path("x", "k" * 64)]):
+        stack.callback(signal.signal, signal.SIGINT, before)
         report(tmp_path, None, None, 0, False, True)
         html = (tmp_path / "report.html").read_text()
+        assert signal.getsignal(signal.SIGINT) is _stop
     assert "0 of 1 cells, running.</p>" in html and "data-follow" not in html
 
 

@@ -162,10 +162,18 @@ EVIL = "evil\x1b[31m\x9b\u202e\n=1+1\0"
 
 def test_a_line_of_progress_never_has_less_than_no_time_left():
     """A text that is longer than the model takes is scored in several requests, which no plan counts."""
-    count = view._Count(6, time.monotonic() - 60, done=3)
-    assert count.line(1, 2, "wikitext dense") == "cell 1 of 2, wikitext dense: 3 of 6 requests, about 60 s left in it"
+    count = view._Count(6, 1, time.monotonic() - 60, done=3)
+    assert count.line(2, "wikitext dense") == "cell 1 of 2, wikitext dense: 3 of 6 requests, about 60 s left in it"
     count.done = 9
-    assert count.line(1, 2, "wikitext dense").endswith(": 9 requests, as a long text counts as several")
+    assert count.line(2, "wikitext dense").endswith(": 9 requests, as a long text counts as several")
+
+
+def test_answers_of_an_earlier_run_are_no_speed():
+    """400 of 480 were there at once; since then 4 were computed in 10 seconds."""
+    count = view._Count(480, 5, time.monotonic() - 10)
+    count.count(400, False)
+    count.count(4, True)
+    assert count.line(8, "arc dense") == "cell 5 of 8, arc dense: 404 of 480 requests, about 3 min left in it"
 
 
 def test_no_name_in_a_record_reaches_a_table_raw():

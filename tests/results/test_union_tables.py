@@ -14,7 +14,7 @@ def cell(method, reads, sparsity=0.5, **more):
     """A cell with these reads of 1, 2, 4 ... sequences; tokens read half of the way."""
     of = {"sequences": {str(2**i): (read, 0.01, 32 >> i) for i, read in enumerate(reads)}}
     of["tokens"] = {str(2**i): ((read + reads[0]) / 2, None, 1) for i, read in enumerate(reads)}
-    made = answered("arc", right(0.5), method, 0.0 if method == "dense" else sparsity, **more)
+    made = answered(more.pop("task", "arc"), right(0.5), method, 0.0 if method == "dense" else sparsity, **more)
     return dataclasses.replace(made, weights_read=reads[0], read_at_batch=of if len(reads) > 1 else None)
 
 
@@ -76,6 +76,9 @@ def test_the_view_its_picture_and_the_report(tmp_path):
     picture = tmp_path / "batch.svg"
     assert command("tables", folder, "--view", "batch", "--save", picture).code == 0
     assert "sequences in a step" in picture.read_text()
+    both = save(tmp_path / "both", *CELLS, cell("griffin", [0.5, 0.6], task="sciq"))
+    done = command("tables", both, "--view", "batch", "--save", picture)
+    assert done.code == 2 and done.err.endswith("both has 2; add --tasks NAME\n")
     report(folder, None, None, 0)
     page = (folder / "report.html").read_text()
     assert page.count("griffin 50 %, 4 sequences: 70 %") == 1 and page.count("<summary>Read of k tokens") == 1

@@ -99,10 +99,10 @@ class Session(SessionStats):
         beside = self.prepared.beside
         return bool(self.serving) or (beside is not None and beside.replaces)
 
-    def shares(self, batch: int) -> Step:
-        """Return the weights that a decoding forward would use now."""
+    def shares(self, batch: int, pruned: bool = False) -> Step:
+        """Return the weights that a decoding forward would use now. pruned: see `SequenceState.step`."""
         if self.state is not None:
-            return self.state.step()
+            return self.state.step(pruned)
         return self._without_context(batch, torch.device("cpu")).step()
 
     @contextmanager

@@ -164,8 +164,8 @@ class SequenceState(PerSequence):
         remasking = self.remasking
         return remasking.dense_now if remasking is not None and remasking.part.dense_tokens else None
 
-    def step(self) -> Step:
-        """Return the weights that a decoding forward uses now."""
+    def step(self, pruned: bool = False) -> Step:
+        """Return the weights that a decoding forward uses now. pruned: as if no sequence ran dense after an alarm."""
         if not self.prunes:
             return Step(*[torch.ones(self.batch, dtype=torch.float64)] * 2)
         in_mask, everything = self.mask_counts, sum(f.size for f in self.ffns)
@@ -174,7 +174,7 @@ class SequenceState(PerSequence):
         counts = torch.stack([sizes, in_mask, self.taken, self.written]).double()
         terms = torch.tensor([layer.fitted.cost_terms for layer in self.layers], dtype=torch.float64)
         read = (terms.T[:, None] * counts).sum((0, 2)) / (self.ffns[0].matrices * everything)
-        if (dense := self.dense_now) is not None:
+        if (dense := self.dense_now) is not None and not pruned:
             read, mask = (torch.where(dense.cpu(), 1.0, share) for share in (read, mask))
         return Step(read, mask)
 

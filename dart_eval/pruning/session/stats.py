@@ -36,8 +36,8 @@ class SessionStats(ABC):
         """The state of the current sequences."""
 
     @abstractmethod
-    def shares(self, batch: int) -> Step:
-        """Return the weights that a decoding forward would use now."""
+    def shares(self, batch: int, pruned: bool = False) -> Step:
+        """Return the weights that a decoding forward would use now. pruned: see `SequenceState.step`."""
 
     @property
     def prunes(self) -> bool:
@@ -81,7 +81,7 @@ class SessionStats(ABC):
     def weights_read(self) -> float:
         """FFN weight bytes that a decoded token reads / bytes in the model's own dtype, mean over sequences."""
         measured = self.steps if not self.method.exact else []
-        reads = [step.read for step in measured] or [self.shares(1).read]
+        reads = [step.read for step in measured] or [self.shares(1, pruned=True).read]
         return self.prepared.share * float(torch.stack(reads).mean())
 
     def computed(self, read: float) -> float:
