@@ -60,6 +60,7 @@ def evaluate(
         configs = configs_from(None, {**given, "model": model, "tokenizer": tokenizer})
         ready = None
     else:
+        from dart_eval.layers.verify import evaluating
         from dart_eval.models.loaded import loaded
 
         configs = configs_from(None, given)
@@ -71,7 +72,7 @@ def evaluate(
         if ready is None:
             result = run.run_all(configs, view)
         else:
-            with ready.lent():
+            with evaluating(ready.model):
                 result = run.run_all(configs, view, model=ready)
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")

@@ -65,6 +65,9 @@ def bits(tensors: Iterable[object], weights: int) -> float:
 def nbytes(model: nn.Module) -> int:
     """Return the bytes of all parameters in memory, tied ones once, with the libraries' tensors beside them."""
     named = [("", p) for p in model.parameters()] + [part for m in model.modules() for part in _packed(m)]
+    for module in model.modules():  # of GPTQ and AWQ: codes and scales are buffers
+        if hasattr(module, "in_features") and "weight" not in dict(module.named_parameters(recurse=False)):
+            named += module.named_buffers(recurse=False)
     return round(sum(n for tensor in _apart(named) for n in _bits(tensor, 0, in_memory=True)) / 8)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from dart_eval.layers import quantised
 from dart_eval.layers.families import ATTENTION_OUTPUTS, decoder, decoder_layers, first
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.projection import features
+from dart_eval.layers.projection import features, is_conv1d
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -77,10 +77,10 @@ class ModelShape:
 
 def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
     """Return the sizes of a loaded Hugging Face causal language model."""
-    ffn_modules = {id(m) for f in ffns for m in f.projections}
+    ffn_modules = {id(part) for f in ffns for m in f.projections for part in m.modules()}  # of peft, its base too
     other = 0
     for module in decoder(model).modules():  # some project before and after their layers (OPT-350m)
-        if id(module) not in ffn_modules and _is_projection(module):
+        if id(module) not in ffn_modules and _is_projection(module) and not hasattr(module, "base_layer"):
             n_in, n_out = features(module)
             other += n_in * n_out
     config: Any = model.config
@@ -121,4 +121,4 @@ def _attention_width(layer: nn.Module) -> int:
 
 
 def _is_projection(module: nn.Module) -> bool:
-    return hasattr(module, "weight") and (hasattr(module, "in_features") or type(module).__name__ == "Conv1D")
+    return hasattr(module, "in_features") or is_conv1d(module)  # some quantised ones have no `weight`

@@ -33,7 +33,10 @@ def refuse_alone(source: str, revision: str | None = None) -> None:
         UserError: names the adapter's base model.
     """
     if (config := model_file(source, CONFIG, revision)) is not None:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
+        try:
+            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
+        except (ValueError, AttributeError, OSError):  # a copy that was interrupted
+            base = "BASE"
         raise UserError(
             f"{source} is an adapter (it has {CONFIG}), not a model", f"give --model {base} --peft {source}"
         )

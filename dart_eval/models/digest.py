@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 from dart_eval.models import demo_model
-from dart_eval.util.files import feed
+from dart_eval.util.errors import UserError, out_of_memory
+from dart_eval.util.files import feed, reason
 
 WEIGHTS = (".safetensors", ".bin")
 HASHED = (".json", ".jinja", ".model", ".txt", *WEIGHTS, ".py")  # weights, configuration, tokenizer
@@ -54,3 +56,19 @@ def _hashed(path: Path, endings: Sequence[str] = HASHED) -> str:
         digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
         feed(digest, file)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Name a model in errors of the file system while its files are read.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        if out_of_memory(error):
+            raise
+        said = f"model {name} cannot be read ({reason(error)})"
+        raise UserError(said, "check the permissions of its files") from None

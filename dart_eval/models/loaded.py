@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import inspect
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dart_eval.layers import quantised
@@ -48,16 +48,6 @@ class Loaded(Resolved):
     def outline(self) -> PreTrainedModel:
         """Return the model."""
         return self.model
-
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
-        """Restore the mode (training or eval) of every module after the block."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def loaded(model: object, tokenizer: object) -> Loaded:
@@ -105,6 +95,8 @@ def _hash(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         "code": _code(type(model)),
         "tokenizer": _tokens(tokenizer),
     }
+    if adapters := {name: _adapter(m) for name, m in model.named_modules() if hasattr(m, "base_layer")}:
+        settings["adapters"] = adapters
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, part in _weights(model):
         what = (part.dtype, tuple(part.shape)) if isinstance(part, torch.Tensor) else part
@@ -112,6 +104,12 @@ def _hash(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         if isinstance(part, torch.Tensor):
             digest.update(_bytes(part))
     return digest.hexdigest()
+
+
+def _adapter(module: nn.Module) -> list[str]:
+    """Return what decides, beside weights, what a layer of peft computes."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    return [str(getattr(module, name, None)) for name in names]
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, object]]:

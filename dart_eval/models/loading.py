@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,7 +237,12 @@ def resolve(spec: ModelSpec) -> Resolved:
     choose_device(spec.device)
     tokenizer, peft = (value and os.path.expanduser(value) for value in (spec.tokenizer, spec.peft))
     spec, name = dataclasses.replace(spec, tokenizer=tokenizer, peft=peft), spec.name
-    if any(value and not Path(value).exists() for value in (tokenizer, peft)):
+    beside = (("tokenizer", tokenizer), ("peft", peft))
+    away = {what: value for what, value in beside if value and not Path(value).exists()}
+    for what, value in away.items():
+        if value.startswith((".", "/", "~")):
+            raise UserError(f"--{what} {value} is not there", "give a folder, or a name on the hub")
+    if away:
         work_offline_if_unreachable()
     if name is None:
         if not demo_model.installed():
@@ -251,10 +257,13 @@ def resolve(spec: ModelSpec) -> Resolved:
     check_name(name, "--model")
     path = Path(os.path.expanduser(name))
     if path.suffix == gguf.SUFFIX and path.is_file():
-        converted = gguf.folder(path)
-        return _resolved(spec, str(converted), path.stem, digest.of_folder(converted))
+        with digest.readable(name):
+            converted, weights = (found := gguf.folder(path)), digest.of_folder(found)
+        return _resolved(spec, str(converted), path.stem, weights)
     if path.is_dir():
-        return _resolved(spec, str(path), path.resolve().name, _check_folder(path))
+        with digest.readable(name):
+            weights = _check_folder(path)
+        return _resolved(spec, str(path), path.resolve().name, weights)
     if name.startswith((".", "/", "~")) or path.exists():
         raise UserError(
             f"model {name} is neither a folder nor a GGUF file", "give a folder with config.json, or a file.gguf"
@@ -271,6 +280,8 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
         settings, _ = PretrainedConfig.get_config_dict(source, revision=revision)
         check_layers(name, settings)  # some configurations build a list of layers
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
+        commit = None if weights else commit_of(source, "config.json", revision)
+        code = own_code(source, config, commit)
         quantised = stored.quantisation_of(config)
         supported = not quantised or _quantiser_is_there(quantised)
     except UserError:
@@ -285,8 +296,6 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
             f"config.json of model {name} says quant_method {method!r}, which transformers does not know",
             "correct quantization_config, or remove it if the weights are not quantised",
         )
-    commit = None if weights else commit_of(source, "config.json", revision)
-    code = own_code(source, config, commit)
     if code is not None and "/" in code and not spec.trust_remote_code:
         raise _untrusted(name, code)
     adapter = spec.peft or (source if adapters.lies_in(source, commit) else None)
@@ -372,7 +381,7 @@ def _explain(name: str, error: BaseException, settings: Mapping[str, object] = {
         return UserError(f"memory ran out while model {name!r} was loaded", "free memory, or use a smaller model")
     if "trust_remote_code" in text:
         return _untrusted(name, "auto_map or custom_generate")
-    if "connect" in text.lower() or "offline" in text.lower() or "couldn't connect" in text.lower():
+    if re.search(r"connect to |connection error|offline mode|outgoing traffic", text, re.IGNORECASE):
         return UserError(
             f"model {name!r} is not a local folder, and the hub cannot be reached",
             f"give a local folder, or the demo alias {demo_model.ALIAS}, or check the network (HF_ENDPOINT)",

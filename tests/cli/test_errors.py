@@ -354,6 +354,8 @@ def test_a_full_disk_behind_stdout_is_one_line():
 def test_a_device_that_is_not_there_is_refused(refused, llama_folder):
     message = refused("run", "--tasks", "smoke_questions", "--model", llama_folder, "--device", "cuda:99")
     assert message.startswith("device cuda:99 is not there")
+    message = refused("run", "--tasks", "smoke_questions", "--model", llama_folder, "--device", "cpu:1")
+    assert message.startswith("device cpu:1 is not there; choose")
 
 
 @pytest.mark.parametrize("content", [b"tasks: \xff\xfe", b"tasks: {arc: 1}"])

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dart_eval.layers.find import find_ffns
+from dart_eval.layers.shape import shape_of
 from dart_eval.models import adapters
+from dart_eval.models.loaded import loaded
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.prune import prune
 from dart_eval.sweep.config import config_from
@@ -75,9 +77,11 @@ def test_an_adapter_alone_is_no_model(tmp_path, monkeypatch):
     (tmp_path / "lora" / adapters.CONFIG).write_text(json.dumps(told))
     done = command("run", "--tasks", "smoke_questions", "--model", "lora")
     assert (done.code, done.out) == (2, "")
-    assert done.err == (
-        "error: lora is an adapter (it has adapter_config.json), not a model; give --model org/base --peft lora\n"
-    )
+    words = "error: lora is an adapter (it has adapter_config.json), not a model; give --model {} --peft lora\n"
+    assert done.err == words.format("org/base")
+    (tmp_path / "lora" / adapters.CONFIG).write_text('{"peft_type": "LO')  # a copy that was interrupted
+    assert command("run", "--tasks", "smoke_questions", "--model", "lora").err == words.format("BASE")
+    assert "error: --peft ./gone is not there" in command("run", "--tasks", "smoke_questions", "--peft", "./gone").err
 
 
 def test_without_peft_an_adapter_is_refused_wherever_it_lies(folder, monkeypatch):
@@ -172,6 +176,17 @@ def test_an_adapter_that_is_injected_counts_or_is_refused(lora, saved_llama):
             for method in ("grinqh", "graded-layers", "dart-plus"):
                 with pytest.raises(UserError, match=r"carry an adapter.*merge adapters"), prune(model, method, 0.5):
                     pass
+    plain = AutoModelForCausalLM.from_pretrained(saved_llama)
+    injected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved_llama).eval(), lora)
+    shapes = [shape_of(m, find_ffns(m)) for m in (plain, injected.base_model.model)]
+    added = sum(p.numel() for n, p in injected.named_parameters() if "lora_" in n)
+    assert shapes[1].ffn_weights == shapes[0].ffn_weights
+    assert 0 <= shapes[1].other_weights - shapes[0].other_weights <= added
+    tokenizer, keys = AutoTokenizer.from_pretrained(saved_llama), []
+    for switch in (injected.base_model.enable_adapter_layers, injected.base_model.disable_adapter_layers):
+        switch()
+        keys.append(loaded(injected.base_model.model, tokenizer).identity.weights)
+    assert keys[0] != keys[1]  # answers differ, and so must the keys of cells
     for (method, logits, read), (_, merged, expected) in zip(found[:3], found[3:], strict=True):
         assert torch.allclose(logits, merged, atol=1e-4), method
         assert read == pytest.approx(expected), method

@@ -212,6 +212,22 @@ def test_weights_that_cannot_be_read_are_refused_where_their_dtype_is_wanted(fol
     assert re.match(r"model model names no dtype, and has weights that cannot be read \(model.safe", refused(folder))
 
 
+def test_files_that_are_cut_off_or_closed_are_named(folder, refused, monkeypatch):
+    """Wherever the folder lies: its path is no word of an error."""
+    place = folder.parent / "offline"
+    folder.rename(place)
+    whole = (place / "tokenizer_config.json").read_text()
+    (place / "tokenizer_config.json").write_text(whole[:20])
+    assert refused(place).startswith("model 'offline' cannot be loaded (")
+    (place / "tokenizer_config.json").write_text(whole)
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied", "model.safetensors")
+
+    monkeypatch.setattr("dart_eval.models.digest.feed", denied)
+    assert refused(place).startswith(f"model {place} cannot be read (Permission denied); check the permissions")
+
+
 # -- tokenizers ----------------------------------------------------------------------------------------------------
 
 

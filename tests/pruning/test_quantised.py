@@ -14,6 +14,7 @@ from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import stored_bits, weight_matrix
 from dart_eval.layers.quantised import nbytes, values
+from dart_eval.layers.shape import shape_of
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded_ffns, rows, served_bits, served_bits_of, share
 from tests.helpers.matrices import in_turn
@@ -172,6 +173,21 @@ def test_a_bias_is_no_part_of_the_weights():
     _pack(module)
     assert torch.allclose(values(module, 32), weight, atol=1e-12)
     assert stored_bits(module) == 16
+
+
+def test_projections_without_a_weight_count_as_others_do():
+    """GPTQ and AWQ hold codes in buffers, those of attention too."""
+    model, plain = tiny("llama"), tiny("llama")
+    for module in [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]:
+        weight = module._parameters.pop("weight")
+        module.register_buffer("qweight", weight.detach().half())
+        module.forward = lambda x, m=module: linear(x, m.qweight.to(x.dtype))
+    made, stock = (shape_of(m, find_ffns(m)) for m in (model, plain))
+    assert (made.other_weights, made.ffn_weights, made.ffn_share) == (
+        stock.other_weights, stock.ffn_weights, stock.ffn_share,
+    )  # fmt: skip
+    norms_and_ends = sum(p.numel() * 8 for n, p in plain.named_parameters() if "proj" not in n)
+    assert nbytes(model) == norms_and_ends + 2 * (stock.other_weights + stock.ffn_weights)
 
 
 def test_bits_are_those_that_are_stored():
