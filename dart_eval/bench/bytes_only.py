@@ -92,7 +92,7 @@ def untimed(ffns: Sequence[FFN], method: Pruner, sparsity: float) -> str | None:
 @torch.no_grad()
 def measure(
     model: PreTrainedModel, method: Pruner, sparsity: float, *, tokenizer: Any = None, prompt_tokens: int = 128,
-    steps: int = 30, seed: int = 0, rounding: Rounding | None = None,
+    steps: int = 30, rounding: Rounding | None = None,
 ) -> BytesOnly:  # fmt: skip
     """Count the weights that one sequence of random tokens reads, by masks.
 
@@ -100,7 +100,6 @@ def measure(
         tokenizer: of the model, for methods that calibrate on a text.
         prompt_tokens: the length of the prompt.
         steps: tokens decoded if the weights read vary by token; else one.
-        seed: of the random tokens.
         rounding: the current rounding of the FFN weights (`rounded_ffns`); None: none.
 
     Raises:
@@ -112,7 +111,7 @@ def measure(
         why = untimed(ffns, method, sparsity) or "it was run by masks"
     else:
         why = packed.lacking(model, rounding) or ALL_WEIGHTS
-    shape, bench = shape_of(model, ffns), Bench(model, model, seed)
+    shape, bench = shape_of(model, ffns), Bench(model, model)
     with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as run:
         cache = bench.cache("pruned")
         bench.step(model, bench.tokens(prompt_tokens), cache)

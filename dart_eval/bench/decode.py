@@ -128,7 +128,6 @@ def measure(
     prompt_tokens: int = 128,
     steps: int = 30,
     rounds: int = 3,
-    seed: int = 0,
     compiled: str | None = None,
 ) -> DecodeSpeed:
     """Time one method on one sequence of random tokens.
@@ -138,7 +137,6 @@ def measure(
         prompt_tokens: the length of each round's prompt.
         steps: the tokens decoded in each round.
         rounds: the number of timed rounds, after one that warms up.
-        seed: of the random tokens.
         compiled: decode through `torch.compile` in this mode (`default`, `reduce-overhead`: with CUDA graphs, ...), the
             dense model too, with KV caches of a fixed size.
 
@@ -148,7 +146,7 @@ def measure(
     """
     check_timeable(method)
     shape = shape_of(model, find_ffns(model))
-    bench = Bench(model, twin(model), seed, compiled, prompt_tokens + steps)
+    bench = Bench(model, twin(model), compiled, prompt_tokens + steps)
     times = Times()
     with (
         many_variants(compiled is not None),
@@ -232,7 +230,7 @@ class Bench:
     """The variants of a step: those of the pruned model, and its dense twin's."""
 
     def __init__(
-        self, model: PreTrainedModel, dense: PreTrainedModel, seed: int, compiled: str | None = None, length: int = 0
+        self, model: PreTrainedModel, dense: PreTrainedModel, compiled: str | None = None, length: int = 0
     ) -> None:
         self.model, self.dense, self.length = model, dense, length
         self._decode: dict[int, Callable[..., Any]] = {
@@ -243,7 +241,7 @@ class Bench:
         self._caches: dict[str, Any] = {}
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.vocabulary = model.config.get_text_config().vocab_size
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(0)
         self.cache_name = cache_argument(model)
 
     def tokens(self, count: int) -> Tensor:

@@ -132,13 +132,13 @@ def _products(model: nn.Module, rounding: Rounding) -> Iterator[tuple[nn.Module,
 @torch.no_grad()
 def measure(
     model: PreTrainedModel, rounding: Rounding, *, prompt_tokens: int = 128, steps: int = 30, rounds: int = 3,
-    seed: int = 0, compiled: str | None = None,
+    compiled: str | None = None,
 ) -> RoundedSpeed:  # fmt: skip
     """Time the dense model on rounded FFN weights, on one sequence of random tokens, beside itself unrounded.
 
     Args:
         prompt_tokens: the length of each round's prompt. steps: the tokens decoded in each round.
-        rounds: how many rounds are timed, after one that warms up. seed: of the random tokens.
+        rounds: how many rounds are timed, after one that warms up.
         compiled: see `decode.measure`; torch's products alone can be compiled.
 
     Raises:
@@ -146,7 +146,7 @@ def measure(
     """
     ffns = find_ffns(model)
     shape = shape_of(model, ffns)
-    bench, times = Bench(model, twin(model), seed, compiled, prompt_tokens + steps), Times()
+    bench, times = Bench(model, twin(model), compiled, prompt_tokens + steps), Times()
     with many_variants(compiled is not None), foreign_cpu() as foreign, packed_ffns(model, rounding):
         bench.rounds(None, times, prompt_tokens, steps, rounds)
     read = share(model, rounding)

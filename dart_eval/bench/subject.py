@@ -77,13 +77,9 @@ class Subject:
         """Return why a method cannot run here at this sparsity, or None if it can."""
         return bytes_only.refused(self.model, method, sparsity, self.tokenizer)
 
-    def timed(self, method: Pruner, sparsity: float) -> bool:
-        """Whether a kernel turns the bytes that a method leaves out into time."""
-        return bytes_only.untimed(find_ffns(self.model), method, sparsity) is None
-
     def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
         """Time one method (`decode.measure`), or count its reads if there is nothing to time."""
-        if not self.timed(method, sparsity):
+        if bytes_only.untimed(find_ffns(self.model), method, sparsity):  # no kernel turns its bytes into time
             return self.count(method, sparsity, setting)
         given = dataclasses.asdict(setting)
         return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **given)

@@ -79,16 +79,11 @@ def can_pad(model: PreTrainedModel) -> bool:
     return all(type(layer).__module__ == DynamicLayer.__module__ for layer in new_cache(model).layers)
 
 
-def prefix_cache() -> DynamicCache:
-    """Return an empty cache that keeps every token in every layer; sliding layers are masked to their window."""
-    return DynamicCache()
-
-
 def from_prefix(model: PreTrainedModel, prefix: Any, columns: Tensor) -> DynamicCache:
     """Return a cache whose row b holds, in column c, the prefix's token columns[b, c].
 
     Args:
-        prefix: a `prefix_cache` of one row.
+        prefix: of one row, with every token in every layer.
         columns: [B, C], any index in range for padding.
     """
     cache = new_cache(model)

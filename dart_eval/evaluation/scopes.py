@@ -46,7 +46,7 @@ def pruned_inputs(scope: str, inputs: int) -> int:
 class Inputs:
     """Inputs of a forward, and for each the requests that it answers: (index, continuation).
 
-    angles: of all inputs, see `rotary.Angles.of`.
+    angles: of all inputs, see `rotary.Angles`.
     """
 
     inputs: list[tuple[int, ...]]

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from dart_eval.evaluation.batching import CANDIDATES_PER_CONTEXT, Budget, Group, budget, padded_batches, shared_prefixes
-from dart_eval.evaluation.cache import can_share_prefix, fork, from_prefix, new_cache, prefix_cache
+from dart_eval.evaluation.cache import can_share_prefix, fork, from_prefix, new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.logits import Answers
@@ -46,7 +46,7 @@ LARGE_HEAD, HELD_TOKENS = 1 << 24, 1024
 class Batch:
     """Contexts of a forward, the longest first; the first `prefix` tokens are the same in all.
 
-    asked: context -> (index of the request, continuation). angles: of all rows, see `rotary.Angles.of`.
+    asked: context -> (index of the request, continuation). angles: of all rows, see `rotary.Angles`.
     """
 
     contexts: list[tuple[int, ...]]
@@ -226,7 +226,8 @@ class Scorer(Scoring):
     def _run_prefix(self, tokens: tuple[int, ...], angles: int) -> _Prefix:
         """Run a prefix of several contexts, densely; a method's state observes it."""
         ids, valid = pad([tokens], left=True, device=self.forwards.device)
-        cache, positions = prefix_cache(), torch.arange(len(tokens), device=self.forwards.device)[None]
+        # It keeps every token in every layer; sliding layers are masked to their window.
+        cache, positions = DynamicCache(), torch.arange(len(tokens), device=self.forwards.device)[None]
         with self.session.context(valid):
             self.forwards(ids, valid, positions, cache)
         return _Prefix(tokens, angles, cache, self.session.state)

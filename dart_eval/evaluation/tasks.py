@@ -44,7 +44,6 @@ from dart_eval.evaluation.unsafe import (
     block_local_code,
     check_task,
     check_yaml,
-    is_unsafe,
     own_metrics,
     sandbox_templates,
 )
@@ -221,7 +220,7 @@ class Tasks:
                 raise self._explain(name, error) from error
             items = loaded if isinstance(loaded, list) else [loaded]
             for task in leaves(items):
-                check_task(task.task_name, is_unsafe(task), self.unsafe_code)
+                check_task(task.task_name, bool(getattr(task, "UNSAFE_CODE", False)), self.unsafe_code)
                 if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
                     own_settings = task.get_config("generation_kwargs") or {}
                     task.set_config("generation_kwargs", sampling.overridden(own_settings, self.gen_kwargs))

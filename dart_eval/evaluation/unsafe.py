@@ -20,7 +20,6 @@ from unittest.mock import patch
 import lm_eval.utils
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from lm_eval.api.task import Task
 
 from dart_eval.util.errors import UserError
 
@@ -114,11 +113,6 @@ def sandbox_templates() -> None:
         )
         safe.filters.update(stock.filters)
         lm_eval.utils.env = safe
-
-
-def is_unsafe(task: Task) -> bool:
-    """Whether lm-eval calls it unsafe."""
-    return bool(getattr(task, "UNSAFE_CODE", False))
 
 
 @contextmanager
