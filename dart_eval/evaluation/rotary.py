@@ -66,7 +66,7 @@ class Angles:
 
     @contextmanager
     def held(self, angles: int) -> Iterator[None]:
-        """Forwards inside turn by the angles of rows of that many tokens (see `least_length`). Their rows may be shorter."""
+        """Turn by the angles of rows of that many tokens inside (see `least_length`). The rows may be shorter."""
         self.reset()
         handles: list[RemovableHandle] = []
         if angles:
