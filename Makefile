@@ -22,7 +22,7 @@ LIMIT ?=
 PAPER ?= $(if $(MODEL)$(DATA),dart,smoke)
 OUT ?= paper-output
 
-# For test: files of tests at a time; each may need three gigabytes.
+# For test, files of tests at a time; for regression, cells. Each may need three gigabytes.
 JOBS ?= 2
 
 PYTHON ?= python3
@@ -38,7 +38,7 @@ demo: $(VENV)/.demo
 	$(BIN)/dart-eval report demo-output
 
 regression: $(VENV)/.demo
-	$(BIN)/dart-eval run --config scripts/regression.yaml --output regression-output
+	$(BIN)/dart-eval run --config scripts/regression.yaml --workers $(JOBS) --output regression-output
 	$(BIN)/dart-eval check regression-output --baseline results/regression-baseline.json \
 		--thresholds scripts/regression-thresholds.yaml --all
 
