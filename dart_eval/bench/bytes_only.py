@@ -33,7 +33,7 @@ class BytesOnly:
     """The weights that one method reads at one sparsity on one model, where times cannot be measured.
 
     Attributes:
-        weights_read: share of the FFN weights that a decoded token reads.
+        weights_read: FFN bytes that a decoded token reads / the model's own; on rounded weights / those of 16 bits.
         ceiling: the speed-up that the bytes of this model would allow.
         state_bytes: of the method.
         why: the reason why no kernel turns these bytes into time.

@@ -199,7 +199,10 @@ def _speeds(times: Times) -> dict[str, Any]:
     """Return the fields of `DecodeSpeed` that depend only on times."""
     steps, prompts, masks, moves, once = times.steps, times.prompts, times.masks, times.moves, times.once
     if not steps["pruned"]:
-        raise UserError("every timed step makes new masks, and none is left to time", "give more --steps")
+        raise UserError(
+            "every timed step makes new masks or runs dense after an alarm, and none is left to time",
+            "give more --steps",
+        )
     return {
         "speedup": paired(steps["dense"], steps["pruned"]),
         "control": paired(steps["dense"], steps["again"]),

@@ -1,7 +1,7 @@
 """The command line: one verb a file. Only the module of the verb that is typed is imported.
 
-Exit status 0 all well, 1 a cell failed or a check found a fall, 2 the input is wrong or memory ran out, 129, 130 or 143
-stopped by a signal.
+Exit status 0 all well, 1 a cell failed or a check found a fall, 2 the input is wrong, or memory or disk ran out,
+129, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _run() -> None:
         _end_without_memory(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             with contextlib.suppress(OSError):
-                view.problem(f"the output cannot be written ({error.strerror}); make room")
+                view.problem(f"{error.filename or 'the output'} cannot be written ({error.strerror}); make room")
             _leave(2)
         raise
     except Exception as error:

@@ -56,7 +56,7 @@ class _TimeLeft(TimeRemainingColumn):
 
 @dataclass
 class _Count:
-    """Progress of a cell: its requests, its place among all, its start (seconds), answered requests, those at once."""
+    """Progress of a cell: its requests, its place, its start (seconds), answers, and those of an earlier run."""
 
     requests: int
     place: int

@@ -55,7 +55,7 @@ class Shown:
         return boards(self.store, self._near(), speeds.load_speeds(self.store.folder), self.metric)
 
     def _near(self) -> list[Record]:
-        """Return the cells of rows that are dense, or read about what is to be shown: the mean over their tasks."""
+        """Return the cells of dense rows, and of rows whose read, a mean over their tasks, is near the level."""
         if self.level is None:
             return [*self.records]
         names, rows = labels(self.records, by_task=True), dict[tuple[object, ...], list[Record]]()
@@ -137,7 +137,9 @@ def draw(shown: Shown, path: Path) -> None:
     form, model = path.suffix[1:], made[0].model
     tasks = {str(r.inputs["task"]) for r in shown.records if r.read_at_batch}
     if shown.view == BATCH and len(tasks) > 1:
-        raise UserError(f"a picture shows one task, and {shown.store.folder} has {len(tasks)}", "add --tasks NAME")
+        raise UserError(
+            f"a picture shows one task, and {shown.store.folder} has reads at batch of {len(tasks)}", "add --tasks NAME"
+        )
     batch = unions.charts(shown.records, {}) if shown.view == BATCH else []
     write(path, charts.drawn(batch[0], model, form) if batch else charts.picture(made[0], form, cost))
     say(f"wrote {path}")

@@ -87,14 +87,13 @@ def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[s
     texts: dict[str, str] = {}
     hashes = {}
     kept: list[Facts] = []
-    failed: UserError | None = None
+    failed: list[UserError] = []
     for cell in run.cells:
         lines: dict[str, list[Json]] = {}
         try:
             asked, samples = cell.store.texts(cell.record), cell.store.samples(cell.record)
         except UserError as error:
-            failed = error
-            remark(f"left out: {error}")
+            failed.append(error)
             continue
         kept.append(cell)
         for sample in samples:
@@ -104,8 +103,10 @@ def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[s
             texts[names[task]] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             joined = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)
             hashes[task] = hashlib.sha256(joined.encode()).hexdigest()
-    if failed is not None and not kept:
-        raise failed
+    if failed and not kept:
+        raise failed[0]
+    for text in dict.fromkeys(map(str, failed)):
+        remark(f"left out: {text}")
     data = {**results_of(Run(kept), datasets), "task_hashes": hashes}
     texts[results] = json.dumps(data, ensure_ascii=False, indent=2) + "\n"
     return texts

@@ -23,6 +23,7 @@ from dart_eval.util.text import json_text, printable
 
 CHANGED = 1e-3  # a document has changed if its value moved by more; less is arithmetic
 OK, FELL, MISSING = "ok", "FELL", "missing"
+NOT_HELD = "of_dense not checked: dense has no quality above guessing, or above 0, to hold it against"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
     adjusted = stats.holm([r.result.p_worse if r.result else None for r in rows])
     rows = [_judged(dataclasses.replace(r, p_holm=p), thresholds) for r, p in zip(rows, adjusted, strict=True)]
     notes += differing(made, "{}: {}.", "{1} then, {0} now")
+    if unheld := sum(NOT_HELD in r.why for r in rows):
+        notes.append(f"Not held against dense: {unheld} of {len(rows)} rows (--all says why).")
     notes += older_note([*now, *then])
     new = len({c.key for c in now} - {c.key for c in partners.values()})
     if new:
@@ -231,7 +234,7 @@ def _judged(row: CheckRow, thresholds: Thresholds) -> CheckRow:
         fell = True
         why.append(f"of dense {row.of_dense:.4f} below {limits.of_dense:g}")
     elif limits.of_dense is not None and row.of_dense is None and _has_share(row.metric):
-        why.append("of_dense not checked: dense has 0, or is not above guessing")
+        why.append(NOT_HELD)
     return dataclasses.replace(row, verdict=FELL if fell else OK, why="; ".join(why))
 
 

@@ -56,7 +56,7 @@ class Estimate:
 
     @property
     def none(self) -> bool:
-        """Whether a difference is 0 in every unit of enough: nothing to tell two rows apart by."""
+        """Whether a difference is 0 in every unit, and the units are enough for a test."""
         return not self.value and not any(self.units.values()) and self.fewest >= stats.MIN_CLUSTERS
 
     @cached_property

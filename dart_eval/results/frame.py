@@ -6,7 +6,6 @@ Board, `compare`, `check`, the tables of a paper and `tables --format csv` are v
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,8 +155,7 @@ def lines_of(cells: Sequence[Cell], records: Sequence[Record], subtasks: bool = 
     made = rows_of(records, subtasks)
     tests = {(key, row.measure.task, row.measure.metric): row for key, some in found.items() for row in some}
     made += _distances(made, tests)
-    families: dict[tuple[object, ...], list[Json]] = {}
-    runs: Counter[object] = Counter()
+    families: dict[tuple[object, ...], dict[object, list[Json]]] = {}
     for line in made:
         line.update(dict.fromkeys(("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low",
                                    "high", "p", "p_holm")))  # fmt: skip
@@ -171,11 +169,13 @@ def lines_of(cells: Sequence[Cell], records: Sequence[Record], subtasks: bool = 
             high=row.test.high, p=row.test.p,
         )  # fmt: skip
         family = (line["model"], line["label"], line["sparsity"], line["scope"], line["metric"])
-        runs[family, line["task"]] += 1  # of one cell; each task counts once in a family
-        families.setdefault((*family, runs[family, line["task"]]), []).append(line)
-    for family_lines in families.values():
-        for line, p in zip(family_lines, stats.holm([line["p"] for line in family_lines]), strict=True):
-            line["p_holm"] = p
+        families.setdefault(family, {}).setdefault(line["task"], []).append(line)
+    for tasks in families.values():
+        for i in range(max(map(len, tasks.values()))):
+            # Each task counts once; one that was repeated less often counts with its last run.
+            some = [runs[min(i, len(runs) - 1)] for runs in tasks.values()]
+            for line, p in zip(some, stats.holm([line["p"] for line in some]), strict=True):
+                line["p_holm"] = p if line["p_holm"] is None else line["p_holm"]
     return made
 
 

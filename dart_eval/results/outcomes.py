@@ -147,9 +147,12 @@ def newest(cells: Sequence[Cell]) -> list[Cell]:
                 places = sorted({c.source for c in group})
                 raise UserError(
                     f"{' and '.join(places)} {'has' if len(places) == 1 else 'have'} {describe(group[0])} several "
-                    f"times, with {name} {' and '.join(several)}", "compare the one with the other, folder by folder",
+                    f"times, with {name} {' and '.join(several)}",
+                    "keep them in folders of their own" if len(places) == 1 else "leave one of these folders out",
                 )  # fmt: skip
-        chosen.append(dataclasses.replace(last, older=len({c.key for c in group}) - 1 + sum(c.older for c in group)))
+        chosen.append(
+            dataclasses.replace(last, older=len({(c.key, c.created) for c in group}) - 1 + sum(c.older for c in group))
+        )
     return chosen
 
 

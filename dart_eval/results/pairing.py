@@ -144,7 +144,7 @@ def _named(models: Sequence[dict[str, object]]) -> str:
 
 
 def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
-    """Return the differences of two cells' inputs beside the question, in a few digits each."""
+    """Return the differences of two cells' inputs beside the question: a few digits, or all where these agree."""
     found: dict[str, tuple[object, object]] = {}
     for name in sorted((a.inputs.keys() | b.inputs.keys()) - set(fields_of(ASKED)) | {"model"}):
         left, right = a.inputs.get(name), b.inputs.get(name)

@@ -58,7 +58,9 @@ def progress(folder: Path) -> Progress | None:
     for note in (folder / ".locks").glob("*.run"):
         with contextlib.suppress(OSError):  # it has come to its end meanwhile
             lines = read_regular(note).decode().splitlines()
-            names |= dict.fromkeys(set(lines) - {ANEW}, note.stat().st_mtime if ANEW in lines else 0.0)
+            since = note.stat().st_mtime if ANEW in lines else 0.0
+            for name in set(lines) - {ANEW}:  # workers of one run have a note each, and the first tells when it began
+                names[name] = min(since, names.get(name, since))
             running = _held(note) or running
     done = sum(_made(folder / "cells" / name) >= since for name, since in names.items())
     return Progress(done, len(names), running) if names and (running or done < len(names)) else None

@@ -35,6 +35,7 @@ class Settings(TypedDict):
         Annotated[str, "what is left out, if not neurons: input channels, single weights, experts"]
     ]
     halved: NotRequired[Annotated[int, "how often memory ran out and batches were halved, where it did"]]
+    kl: NotRequired[Annotated[bool, "false where no distance from dense was measured beside scored answers"]]
     notes: NotRequired[Annotated[list[str], "on the model's checkpoint, where there are any"]]
 
 

@@ -325,7 +325,7 @@ def open_cell(store: Store, job: Job, view: View, since: float | None = None) ->
     """Return the record that another process has made of a claimed cell, or the journal to continue.
 
     Args:
-        since: seconds since the epoch; a newer record counts under `--force`, too.
+        since: seconds since the epoch; a newer record, and newer answers, count under `--force`, too.
     """
     cell, force = job.cell, made_anew(store, job, since)
     if not force:
@@ -338,7 +338,8 @@ def open_cell(store: Store, job: Job, view: View, since: float | None = None) ->
     if force and not goes_on:
         journal.remove()
     if journal:
-        view.note(f"{cell.name} goes on after {len(journal)} answers of an earlier run")
+        whose = "a worker that died" if force and goes_on else "an earlier run"
+        view.note(f"{cell.name} goes on after {len(journal)} answers of {whose}")
     return journal
 
 

@@ -127,7 +127,7 @@ class Options:
         "Run a prefix that contexts share, such as few-shot examples, only once.",
         off="Run a shared prefix again for each context.")] = True
     kl: Annotated[Flag, option(TASKS, "", DECIDES,
-        "Measure KL divergence and top-1 agreement with dense. Cells finished without it need --force.",
+        "Measure KL divergence and top-1 agreement of scored tokens with dense; finished cells need --force.",
         off="Do not measure KL divergence and top-1 agreement with dense: scoring takes less time.")] = True
     read_at_batch: Annotated[Flag, option(TASKS, "", DECIDES,
         "Also measure what a step of 1 to 32 sequences reads, for `tables --view batch`: the first 32 of a cell decode "

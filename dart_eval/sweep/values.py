@@ -279,6 +279,7 @@ def _apart(text: str) -> list[str]:
         depth += (letter in "[({") - (letter in "])}") if not quote else 0
         if letter == "," and not quote and depth <= 0:
             pieces.append("")
+            depth = 0  # a bracket that nothing opened closes nothing in the next piece
         else:
             pieces[-1] += letter
     return [piece for piece in pieces if piece.strip()]
@@ -289,19 +290,17 @@ def _guessed(said: str) -> Any:
     if said.lower() in ("true", "false"):
         return said.lower() == "true"
     for read in (int, float, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return read(said)
     return said
 
 
 def _literal(value: object) -> str:
-    """Return the text of a value that `_guessed` reads as the same value."""
+    """Return the text of a value that `pairs` reads as the same value, beside others too."""
     if isinstance(value, bool):
         return str(value).lower()
-    bare = isinstance(value, str) and not set(value) & set("\"'[](){}") and value.strip() == value
-    if bare and _guessed(str(value)) == value and _apart(str(value)) == [value]:
-        return str(value)
-    return repr(value)
+    bare = isinstance(value, str) and value != "" and value.strip() == value and _guessed(value) == value
+    return str(value) if bare and _apart(f"x={value},y") == [f"x={value}", "y"] else repr(value)
 
 
 def _range(item: str) -> list[float]:

@@ -48,8 +48,8 @@ class Worker:
     """A loaded model that evaluates cells.
 
     Args:
-        status, advanced, note: called with what it loads or makes, with the number of requests just answered, and with
-            what is odd about the model.
+        status, advanced, note: called with what it loads or makes, with the number of requests just answered (and
+            whether they were computed now), and with what is odd about the model.
     """
 
     def __init__(
@@ -174,6 +174,10 @@ class Worker:
         finally:
             self.lm.budget = whole
 
+    def _scored(self) -> bool:
+        """Whether the last cell scored given answers: generated texts have no KL to measure."""
+        return any(call.kind != "generate_until" for call in self.lm.calls)
+
     def _record(
         self, job: Job, method: Pruner, outcome: TaskResult, state: int, measured: Json, share: float,
         inputs: float, computed: float,
@@ -218,7 +222,7 @@ class Worker:
                 **({"upper_bound": True} if cell.method.upper_bound else {}),
                 **({"granularity": cell.method.granularity} if cell.method.granularity else {}),
                 **({"halved": self.halved} if self.halved else {}),
-                **({} if config.kl else {"kl": False}),
+                **({"kl": False} if not config.kl and self._scored() else {}),
                 **({"notes": self.notes} if self.notes else {}),
             },
             environment={**environment(), **hardware({p.device for p in self.model.parameters()})},

@@ -284,6 +284,13 @@ def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
     assert pruned.is_of(inputs) and not top.is_of(inputs)
 
 
+def test_steps_that_run_dense_after_an_alarm_are_not_timed():
+    """Of 12 steps windows of 3 alarm after the third; the next 6 run dense, up to a re-mask."""
+    spec = ":".join(["dart", *(f"{k}={v}" for k, v in {**RESTLESS, "remask.dense_tokens": 6}.items())])
+    found = decode.measure(tiny("llama", torch.float32), make(*parse(spec)), 0.5, prompt_tokens=20, steps=12, rounds=1)
+    assert found.speedup.n == 6 and found.weights_read == pytest.approx(0.5)
+
+
 def test_only_the_first_round_warms_up_whatever_its_length():
     """Steps with a re-mask are left out, so rounds differ in length."""
     kept, lengths = Times(), iter([30, 27, 27])

@@ -268,6 +268,10 @@ def test_the_other_cells_of_a_damaged_ones_setting_are_exported_and_counted(out)
     gone = before.keys() - _files(folder).keys()
     assert [name.partition("samples_")[2].partition("_2")[0] for name in gone] == ["arc_easy"]
     assert f"wrote {len(before) - 1} files" in done.out + done.err
+    next((out / "samples").glob("arc-dense*")).write_text("{}\n")  # all that this setting has
+    done, _ = _export(out, "lm-eval", "--force")
+    said = [line.split(" under ")[1].split(" at ")[0] for line in done.err.splitlines() if "left out" in line]
+    assert sorted(said) == ["dense", SPEC]
 
 
 def test_what_is_no_number_is_no_result(tmp_path):

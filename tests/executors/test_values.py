@@ -114,8 +114,10 @@ def test_new_options_are_part_of_the_key_only_where_they_are_given():
 @pytest.mark.parametrize(("typed", "kept"), [
     ("temperature=0,do_sample=True", "do_sample=true,temperature=0"),
     ('until=["a", "b,c"],n=1', "n=1,until=['a', 'b,c']"),
-    ("until=Let's,do_sample=true,temperature=0.7", """do_sample=true,temperature=0.7,until="Let's\""""),
-    ({"until": "it's", "use_cache": False}, """until="it's",use_cache=false"""),
+    ("until=Let's,do_sample=true,temperature=0.7", "do_sample=true,temperature=0.7,until=Let's"),
+    ({"until": "it's", "use_cache": False}, "until=it's,use_cache=false"),
+    ("until=[INST]", "until=[INST]"), ("until=### (end),n=1", "n=1,until=### (end)"), ("until=a]b,n=[1, 2]",
+     "n=[1, 2],until=a]b"), ("a={[]}", "a={[]}"),
     ({"until": ['say "it\'s"', "b"]}, """until=['say "it\\'s"', 'b']"""),
     ("until='1'", "until='1'"), ("x=None", "x=None"), ({"until": ["\n"]}, "until=['\\n']"), ("", None),
 ])  # fmt: skip

@@ -513,14 +513,14 @@ def test_a_row_with_the_same_answers_is_not_told_apart(tmp_path):
 
 def test_a_run_that_is_repeated_does_not_make_a_family_larger(tmp_path):
     """p_holm is over the tasks of a method and metric, each counted once."""
+    runs = [("arc", "2026-01-01"), ("piqa", "2026-01-01"), ("arc", "2026-01-02")]
     cells = [choices(s, task, method, created=created, versions={"torch": created})
-             for created in ("2026-01-01", "2026-01-02")
-             for task in ("arc", "piqa") for s, method in ((0.6, "dense"), (0.45, "griffin"))]  # fmt: skip
+             for task, created in runs for s, method in ((0.6, "dense"), (0.45, "griffin"))]  # fmt: skip
     store = Store(save(tmp_path / "twice", *cells))
     again = [
         line for line in frame.lines(store, store.load()) if line["method"] == "griffin" and line["metric"] == "acc"
     ]
-    assert len(again) == 4 and all(line["p_holm"] == pytest.approx(2 * line["p"]) for line in again)
+    assert len(again) == 3 and all(line["p_holm"] == pytest.approx(2 * line["p"]) for line in again)
 
 
 def test_cells_of_two_scopes_are_two_blocks(tmp_path):

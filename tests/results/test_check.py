@@ -181,7 +181,8 @@ def test_a_share_of_dense_that_cannot_be_had_is_no_pass():
     assert not checked([griffin, other], [griffin]).bad
     low, chance = (choosing(answered("arc", right(s), *how)) for s, how in ((0.05, ()), (0.25, ("dense", 0.0))))
     (row,) = checked([low, chance], [low], limits).rows
-    assert row.of_dense is None and "of_dense not checked: dense has 0, or is not above guessing" in row.why
+    assert row.of_dense is None and "of_dense not checked: dense has no quality above guessing" in row.why
+    assert "Not held against dense: 1 of 1 rows (--all says why)." in checked([low, chance], [low], limits).notes
     assert griffin.key != dense.key and not checked([griffin, dense], [griffin]).rows[0].why
 
 

@@ -11,6 +11,7 @@ import time
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
@@ -166,6 +167,20 @@ def test_a_line_of_progress_never_has_less_than_no_time_left():
     assert count.line(2, "wikitext dense") == "cell 1 of 2, wikitext dense: 3 of 6 requests, about 60 s left in it"
     count.done = 9
     assert count.line(2, "wikitext dense").endswith(": 9 requests, as a long text counts as several")
+
+
+def test_cells_side_by_side_have_places_of_their_own(capsys, monkeypatch):
+    monkeypatch.setattr(view, "EVERY", -1.0)
+    with view.TerminalView() as shown:
+        shown.live = False
+        shown.planned(3, 1)
+        cells = [SimpleNamespace(key=i, title=f"cell {i}") for i in range(2)]
+        for cell in cells:
+            shown.started(cell, 8)
+        for cell in cells:
+            shown.advanced(cell, 4)
+    said = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines() if "of 8 requests" in line]
+    assert said == ["cell 2 of 3", "cell 3 of 3"]
 
 
 def test_answers_of_an_earlier_run_are_no_speed():

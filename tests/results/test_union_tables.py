@@ -78,7 +78,7 @@ def test_the_view_its_picture_and_the_report(tmp_path):
     assert "sequences in a step" in picture.read_text()
     both = save(tmp_path / "both", *CELLS, cell("griffin", [0.5, 0.6], task="sciq"))
     done = command("tables", both, "--view", "batch", "--save", picture)
-    assert done.code == 2 and done.err.endswith("both has 2; add --tasks NAME\n")
+    assert done.code == 2 and done.err.endswith("has reads at batch of 2; add --tasks NAME\n")
     report(folder, None, None, 0)
     page = (folder / "report.html").read_text()
     assert page.count("griffin 50 %, 4 sequences: 70 %") == 1 and page.count("<summary>Read of k tokens") == 1

@@ -72,6 +72,8 @@ def documents(
                 _tell(document, text)
             answer = _answer(cell, s)
             document.answers.append(answer)
+            if answer.scores:  # with acc_mutual_info each candidate was asked twice (`answers`)
+                document.candidates = document.candidates[: len(answer.scores)]
             gold = s["metrics"].get(metrics.GOLD)
             if document.right is None and finite(gold) and len(answer.scores) > 1:
                 same = [i for i, score in enumerate(answer.scores) if score == _score(gold)]

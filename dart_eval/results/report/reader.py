@@ -19,8 +19,8 @@ class CellSamples:
     """The part of a cell's samples that the page needs.
 
     Attributes:
-        samples: their number.
-        traced: the samples whose detector closed a window.
+        samples: the number of documents.
+        traced: one sample of each document whose detector closed a window.
         first: the samples of the first documents of each task.
         left_out: (task, number) of the other documents.
         chance: the accuracy under guessing; None without candidates.
