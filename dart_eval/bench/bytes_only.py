@@ -112,13 +112,14 @@ def measure(
     else:
         why = packed.lacking(model, rounding) or ALL_WEIGHTS
     shape, bench = shape_of(model, ffns), Bench(model, model)
+    own = share(ffns) if rounding is None else 1.0  # before the block, which may serve codes in place of the weights
     with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as run:
         cache = bench.cache("pruned")
         bench.step(model, bench.tokens(prompt_tokens), cache)
         for _ in range(1 if method.exact else steps):
             bench.step(model, bench.tokens(1), cache)
         # Of the model's own bytes, as timed rows have it: its weights may have few bits already.
-        read, state = run.weights_read / (share(ffns) if rounding is None else 1.0), run.state_bytes
+        read, state = run.weights_read / own, run.state_bytes
     ceiling = 1 / (1 - shape.ffn_share * (1 - read))
     return BytesOnly(method.spec, sparsity, read, ceiling, state, why, rounding.text if rounding else None)
 

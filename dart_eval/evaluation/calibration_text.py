@@ -98,7 +98,7 @@ def _of_hub(data_set: str, configuration: str) -> Iterable[dict[str, object]]:
         with block_local_code(f"calibration {data_set}", False):
             return datasets.load_dataset(data_set, configuration or None, split="train")
     except UserError as error:
-        raise UserError(error.problem, "start dart-eval in another folder, or name the text file") from None
+        raise UserError(error.problem, "start dart-eval in another folder, or give the full path") from None
     except Exception as error:  # each library has errors of its own
         raise UserError(
             f"calibration {data_set} is neither a file nor a data set that can be loaded ({summary(error)[:200]})",

@@ -200,7 +200,7 @@ class Generator:
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
 
         def stopped(count: int) -> bool:
-            # With special tokens, too: such a one may be a stop sequence (<|im_end|> of a base model).
+            # Special tokens count, too: <|im_end|> may be a stop sequence of a base model.
             texts = [self.lm.tok_decode(tokens[:count], skip_special_tokens=skip) for skip in (True, False)]
             return any(s in text for text in texts for s in stop if s)
 

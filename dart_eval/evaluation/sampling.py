@@ -17,7 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from dart_eval.util.errors import UserError
 
-LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # lm-eval prefers the first
+LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # max_gen_toks wins in lm-eval
 
 
 def draws(kwargs: Mapping[str, object]) -> bool:
@@ -36,8 +36,8 @@ def overridden(own: Mapping[str, object], given: Mapping[str, object]) -> dict[s
     settings.update(given)
     if given.get("temperature") and settings.get("do_sample") is False:
         raise UserError(
-            f"gen_kwargs temperature={given['temperature']} has no effect: the task has do_sample=false",
-            "add do_sample=true",
+            f"gen_kwargs temperature={given['temperature']} has no effect with do_sample=false",
+            "give do_sample=true, or leave it out",
         )
     return settings
 

@@ -48,7 +48,7 @@ from dart_eval.evaluation.unsafe import (
     sandbox_templates,
 )
 from dart_eval.models.hub import work_offline_if_unreachable
-from dart_eval.util.errors import UserError
+from dart_eval.util.errors import UserError, naming
 from dart_eval.util.text import Json
 
 Local = tuple[list[str], Callable[[Dataset], Dataset] | None]  # files of a task from `data_dir`, their preparation
@@ -223,7 +223,8 @@ class Tasks:
                 check_task(task.task_name, bool(getattr(task, "UNSAFE_CODE", False)), self.unsafe_code)
                 if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
                     own_settings = task.get_config("generation_kwargs") or {}
-                    task.set_config("generation_kwargs", sampling.overridden(own_settings, self.gen_kwargs))
+                    with naming(f"task {task.task_name}: "):
+                        task.set_config("generation_kwargs", sampling.overridden(own_settings, self.gen_kwargs))
                 if self.unsafe_code:
                     setattr(task, "own_metrics", own_metrics())  # noqa: B010 - lm-eval knows no such field
                 if getattr(task.config, "custom_dataset", None) is not None:

@@ -124,7 +124,7 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
         confirmed: allow them, and let generated code run.
 
     Raises:
-        UserError: the task loads a metric or data set of the working directory, even if it swallows the error.
+        UserError: a metric or data set of the working directory would be loaded, even if the error is swallowed.
     """
     if confirmed:
         with patch.dict(os.environ, {"HF_ALLOW_CODE_EVAL": "1"}):

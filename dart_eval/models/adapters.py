@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import huggingface_hub
 
+from dart_eval.models.digest import readable
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import feed
 from dart_eval.weights.checkpoint import model_file
@@ -62,8 +63,9 @@ def digest_of(adapter: str, revision: str | None) -> str:
             f"run pip install peft, or remove {CONFIG} to run the weights without it",
         )
     digest = hashlib.sha256()
-    for file in (config, weights):
-        feed(digest, file)
+    with readable(f"adapter {adapter}"):
+        for file in (config, weights):
+            feed(digest, file)
     return digest.hexdigest()
 
 

@@ -23,6 +23,6 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"unknown device {name!r}", "auto, cpu, cuda, cuda:1, mps") from None
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count or (device.type == "mps" and not torch.backends.mps.is_available()):
-        beside = f" ({count} CUDA devices)" if device.type == "cuda" else ""
+        beside = f" (CUDA devices: {count})" if device.type == "cuda" else ""
         raise UserError(f"device {name} is not there{beside}", "choose another --device")
     return device

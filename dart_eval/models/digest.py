@@ -26,9 +26,10 @@ def begin(name: str | None) -> None:
         name: as in `ModelSpec`.
     """
     folder = demo_model.place() if name in (None, demo_model.ALIAS) else Path(os.path.expanduser(name))
-    if (folder / "config.json").is_file():
-        _BEGUN[folder] = Future()
-        threading.Thread(target=_fulfil, args=(_BEGUN[folder], folder), daemon=True).start()
+    with contextlib.suppress(OSError):  # `resolve` names it
+        if (folder / "config.json").is_file():
+            _BEGUN[folder] = Future()
+            threading.Thread(target=_fulfil, args=(_BEGUN[folder], folder), daemon=True).start()
 
 
 def _fulfil(future: Future[str], folder: Path) -> None:
@@ -46,7 +47,8 @@ def of_folder(path: Path) -> str:
 
 def of_tokenizer(path: Path) -> str:
     """Return the sha256 of a folder without its weights."""
-    return _hashed(path, tuple(set(HASHED) - set(WEIGHTS)))
+    with readable(f"tokenizer {path}"):
+        return _hashed(path, tuple(set(HASHED) - set(WEIGHTS)))
 
 
 def _hashed(path: Path, endings: Sequence[str] = HASHED) -> str:
@@ -59,16 +61,15 @@ def _hashed(path: Path, endings: Sequence[str] = HASHED) -> str:
 
 
 @contextlib.contextmanager
-def readable(name: str) -> Iterator[None]:
-    """Name a model in errors of the file system while its files are read.
+def readable(what: str) -> Iterator[None]:
+    """Name what is read in errors of the file system: `model NAME`.
 
     Raises:
-        UserError: one of them cannot be read.
+        UserError: a file cannot be read.
     """
     try:
         yield
     except OSError as error:
         if out_of_memory(error):
             raise
-        said = f"model {name} cannot be read ({reason(error)})"
-        raise UserError(said, "check the permissions of its files") from None
+        raise UserError(f"{what} cannot be read ({reason(error)})", "check the permissions of its files") from None

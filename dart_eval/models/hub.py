@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from functools import lru_cache
 from urllib.parse import urlparse
@@ -14,6 +15,10 @@ from transformers.utils.hub import extract_commit_hash
 from dart_eval.weights.checkpoint import model_file
 
 TIMEOUT = 5.0  # seconds
+UNREACHABLE = re.compile(  # words of libraries' errors
+    r"connect to |connection (error|reset|refused)|your (internet )?connection|offline mode|outgoing traffic",
+    re.IGNORECASE,
+)
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import os
 import pickle
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from dart_eval.layers import experts
-from dart_eval.models import adapters, demo_model, digest
+from dart_eval.models import adapters, demo_model, digest, hub
 from dart_eval.models.device import choose_device
 from dart_eval.models.hub import commit_of, work_offline_if_unreachable
 from dart_eval.util.errors import UserError, nearest, out_of_memory
@@ -237,13 +236,12 @@ def resolve(spec: ModelSpec) -> Resolved:
     choose_device(spec.device)
     tokenizer, peft = (value and os.path.expanduser(value) for value in (spec.tokenizer, spec.peft))
     spec, name = dataclasses.replace(spec, tokenizer=tokenizer, peft=peft), spec.name
-    beside = (("tokenizer", tokenizer), ("peft", peft))
-    away = {what: value for what, value in beside if value and not Path(value).exists()}
-    for what, value in away.items():
-        if value.startswith((".", "/", "~")):
-            raise UserError(f"--{what} {value} is not there", "give a folder, or a name on the hub")
-    if away:
-        work_offline_if_unreachable()
+    for what, value in (("tokenizer", tokenizer), ("peft", peft)):
+        with digest.readable(f"{what} {value}"):
+            if value and not Path(value).exists():
+                if value.startswith((".", "/", "~")):
+                    raise UserError(f"--{what} {value} is not there", "give a folder, or a name on the hub")
+                work_offline_if_unreachable()
     if name is None:
         if not demo_model.installed():
             raise UserError(
@@ -256,18 +254,16 @@ def resolve(spec: ModelSpec) -> Resolved:
         return _resolved(spec, str(folder), name, digest.of_folder(folder))
     check_name(name, "--model")
     path = Path(os.path.expanduser(name))
-    if path.suffix == gguf.SUFFIX and path.is_file():
-        with digest.readable(name):
-            converted, weights = (found := gguf.folder(path)), digest.of_folder(found)
-        return _resolved(spec, str(converted), path.stem, weights)
-    if path.is_dir():
-        with digest.readable(name):
-            weights = _check_folder(path)
-        return _resolved(spec, str(path), path.resolve().name, weights)
-    if name.startswith((".", "/", "~")) or path.exists():
-        raise UserError(
-            f"model {name} is neither a folder nor a GGUF file", "give a folder with config.json, or a file.gguf"
-        )
+    with digest.readable(f"model {name}"):
+        if path.suffix == gguf.SUFFIX and path.is_file():
+            source = gguf.folder(path)
+            return _resolved(spec, str(source), path.stem, digest.of_folder(source))
+        if path.is_dir():
+            return _resolved(spec, str(path), path.resolve().name, _check_folder(path))
+        if name.startswith((".", "/", "~")) or path.exists():
+            raise UserError(
+                f"model {name} is neither a folder nor a GGUF file", "give a folder with config.json, or a file.gguf"
+            )
     work_offline_if_unreachable()
     return _resolved(spec, name, name, None)
 
@@ -381,7 +377,7 @@ def _explain(name: str, error: BaseException, settings: Mapping[str, object] = {
         return UserError(f"memory ran out while model {name!r} was loaded", "free memory, or use a smaller model")
     if "trust_remote_code" in text:
         return _untrusted(name, "auto_map or custom_generate")
-    if re.search(r"connect to |connection error|offline mode|outgoing traffic", text, re.IGNORECASE):
+    if hub.UNREACHABLE.search(text):
         return UserError(
             f"model {name!r} is not a local folder, and the hub cannot be reached",
             f"give a local folder, or the demo alias {demo_model.ALIAS}, or check the network (HF_ENDPOINT)",

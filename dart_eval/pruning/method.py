@@ -152,7 +152,7 @@ class Pruner:
 
     @property
     def reads_most(self) -> bool:
-        """Whether a high sparsity may be out of reach, since whole matrices are read before the choice."""
+        """Whether a high sparsity may be out of reach, since whole matrices or a preview are read before the choice."""
         whole = self.mask.holds_all and bool(self.choice.reads_whole)
         return whole or self.choice.previews or self.choice.ranks
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_eval.evaluation.task_names import ALIASES, is_pattern
+from dart_eval.evaluation.task_names import aliases, is_pattern
 from dart_eval.models.demo_model import ALIAS
 from dart_eval.results.claims import ANY, Claim
 from dart_eval.results.metrics import BY_SECOND_FORWARD, kind_of
@@ -229,7 +229,8 @@ def _column(head: str, column: Any, settings: Json, base: RunConfig) -> tuple[Pa
     names = checked("tasks", asked["task"])
     if odd := next(filter(is_pattern, names), None):
         raise UserError(f"column {head!r}: {odd} is a pattern", "name the tasks, or a group of them")
-    tasks = tuple(task for name in names for task in ALIASES.get(name, (name,)))
+    short = aliases(base.include_path)
+    tasks = tuple(task for name in names for task in short.get(name, (name,)))
     return PaperColumn(head, tasks, metric, field, said, config.model), config
 
 

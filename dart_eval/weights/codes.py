@@ -258,6 +258,8 @@ def noted(linear: nn.Module) -> Packed | None:
     if linear not in _NOTED:
         return None
     held = list(itertools.chain(linear.parameters(), linear.buffers()))
+    if any(t.is_meta for t in held):  # an outline: codes belong to no weights yet
+        return None
     state = tuple((t.device, t.data_ptr() if t.layout == torch.strided and type(t) is nn.Parameter else 0, t._version)
                   for t in held)  # fmt: skip
     if linear not in _FOUND or _FOUND[linear][0] != state:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dart_eval.util.bits import OWN_BITS
-from dart_eval.util.errors import UserError, summary
+from dart_eval.util.errors import UserError, out_of_memory, summary
 from dart_eval.util.files import cache_dir, feed, reason
 from dart_eval.weights import gguf_codes
 from dart_eval.weights.checkpoint import load_whole
@@ -68,21 +68,24 @@ def converted(target: Path, make: Callable[[Path], None]) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{target.parent} cannot be made for converted models ({reason(error)})", "set DART_EVAL_CACHE to a folder"
-        ) from None
-    with FileLock(f"{target}.lock"):
-        if not (target / "model.safetensors").exists():  # another process may have made it meanwhile
-            work = target.with_name(target.name + ".partial")
-            shutil.rmtree(work, ignore_errors=True)
-            try:
-                (work / "model").mkdir(parents=True)
-                make(work / "model")
-                shutil.rmtree(target, ignore_errors=True)  # of which the weights were deleted
-                os.replace(work / "model", target)
-            finally:
+        with FileLock(f"{target}.lock"):
+            if not (target / "model.safetensors").exists():  # another process may have made it meanwhile
+                work = target.with_name(target.name + ".partial")
                 shutil.rmtree(work, ignore_errors=True)
+                try:
+                    (work / "model").mkdir(parents=True)
+                    make(work / "model")
+                    shutil.rmtree(target, ignore_errors=True)  # of which the weights were deleted
+                    os.replace(work / "model", target)
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            f"no converted model can be written to {target.parent} ({reason(error)})",
+            "make room, or set DART_EVAL_CACHE to another folder",
+        ) from None
     return target
 
 
@@ -199,7 +202,7 @@ def note_bits(source: str, model: PreTrainedModel) -> list[str]:
             if not names or not sides.keys() >= set(names):
                 unknown += 1
                 continue
-            # Of 32 bits as of 16: a bfloat16 model holds as much (`OWN_BITS`).
+            # 32 bits count as 16: a bfloat16 model holds the same weights (`OWN_BITS`).
             quantised.note(module, sum(min(sides[name][0], OWN_BITS) for name in names) / len(names))
             kinds = {sides[name][1] for name in names}
             if len(kinds) == 1 and kinds <= gguf_codes.GRIDS.keys() and not ffn.routed:

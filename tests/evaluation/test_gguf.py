@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.prune import prune
+from dart_eval.pruning.registry import parse
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import plan_all
 from dart_eval.util.errors import UserError
@@ -61,7 +62,7 @@ def test_a_file_is_converted_once(file, monkeypatch):
 def test_a_cache_that_cannot_be_made_is_one_line(file, tmp_path, monkeypatch):
     (tmp_path / "taken").touch()
     monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "taken" / "inside"))
-    with pytest.raises(UserError, match="inside cannot be made for converted models"):
+    with pytest.raises(UserError, match=r"no converted model can be written to .*; make room, or set DART_EVAL_CACHE"):
         resolve(ModelSpec(str(file)))
 
 
@@ -162,17 +163,23 @@ def test_what_needs_codes_is_left_out_of_experts_before_the_first_cell(file, tmp
     assert len(jobs) == 1  # rounded weights are codes
 
 
-def test_a_plan_keeps_what_prune_takes(file, tmp_path):
-    """Codes of 4.5, 4.5 and 8.5 bits, of which a preview reads some first."""
-    given = {"tasks": "smoke_questions", "model": str(file), "output": str(tmp_path / "out")}
-    given |= {"method": "dense,dart-plus,prox,griffin", "sparsity": "0.1,0.2,0.3,0.5,0.64,0.7,0.8,0.9"}
+@pytest.mark.parametrize("kinds", ["codes", "16 bits beside codes"])
+def test_a_plan_keeps_what_prune_takes(file, tmp_path, monkeypatch, kinds):
+    """Codes of 4.5, 4.5 and 8.5 bits, of which a preview reads some first; or codes of 8 bits that a session makes."""
+    methods = ("dart-plus", "prox", "griffin")
+    if kinds != "codes":
+        monkeypatch.setattr(gguf_files, "KINDS", {"ffn_gate": "F16", "ffn_up": "F16", "ffn_down": "Q8_0"})
+        write(file)
+        methods = ("dart-plus:image.code=8", "prox", "griffin")
+    given = {"tasks": "smoke_questions", "model": str(file), "output": str(tmp_path / "out"), "dtype": "bfloat16"}
+    given |= {"method": ["dense", *methods], "sparsity": "0.1,0.2,0.3,0.5,0.64,0.7,0.8,0.9"}
     watch = Watch()
     jobs, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
-    planned = {(job.cell.method.name, job.cell.sparsity) for job in jobs.values()} - {("dense", 0.0)}
-    model, tokenizer = resolve(ModelSpec(str(file))).load()
+    planned = {(job.cell.method.spec, job.cell.sparsity) for job in jobs.values()} - {("dense", 0.0)}
+    model, tokenizer = resolve(ModelSpec(str(file), dtype="bfloat16")).load()
     taken = set()
     sparsities = map(float, given["sparsity"].split(","))
-    for method, sparsity in itertools.product(("dart-plus", "prox", "griffin"), sparsities):
+    for method, sparsity in itertools.product(methods, sparsities):
         with contextlib.suppress(UserError), prune(model, method, sparsity, tokenizer=tokenizer):
             taken.add((method, sparsity))
     assert planned == taken and len(taken) == 24 - sum("is left out" in note for note in watch.notes)
@@ -188,8 +195,15 @@ def test_matrices_of_16_bits_among_codes_are_read_as_codes_or_refused(file, monk
     """A preview of their own bits would be the weights themselves, at half of their bytes."""
     monkeypatch.setattr(gguf_files, "KINDS", {"ffn_gate": "F16", "ffn_up": "F16", "ffn_down": "Q8_0"})
     model = resolve(ModelSpec(str(write(file)), dtype="bfloat16")).load()[0]
-    with pytest.raises(UserError, match=r"some FFN weights of this model have 16 bits beside others; give image.code"):
-        open_session(model, "dart-plus", 0.5).__enter__()
+    refused = r"needs codes, and only some FFN weights of this model have fewer than 16 bits; give image.code=8"
+    for method, image in (
+        ("dart-plus", "first-bits"),
+        ("griffin:choice=preview", "first-bits"),
+        ("prox", "first-bits"),
+    ):
+        name, given = parse(method)
+        with pytest.raises(UserError, match=refused):
+            open_session(model, name, 0.5, **{**given, "image": image}).__enter__()
     with open_session(model, "dart-plus", 0.5, **{"image.code": 8}) as session:
         assert session.serving and coded(find_ffns(model)[0].gate) is not None
 

@@ -25,7 +25,8 @@ from dart_eval.sweep.jobs import plan_all
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import coded, served_bits, served_bits_of
 from tests.helpers.commands import Watch, run_local
-from tests.helpers.models import VOCAB
+from tests.helpers.models import VOCAB, tiny
+from tests.helpers.sessions import open_session
 
 WIDTH, SIZE = 64, 128
 KINDS = {
@@ -132,6 +133,24 @@ def test_a_ceiling_is_held_against_the_model_itself(checkpoints, kind):
     into, down = BITS[kind]
     read = (into + down // 1 / 2 + down % 1) / (2 * into + down)  # half of all but the scales of down
     assert found.ceiling == pytest.approx(1 / (1 - phi * (1 - read))) and found.weights_read == pytest.approx(read)
+
+
+def test_a_model_that_is_served_in_codes_reads_of_its_own_bytes():
+    """Inside the session its weights have 8 bits."""
+    found = bytes_only.measure(tiny("llama"), make("prox", {"image": "first-bits"}), 0.5, prompt_tokens=8, steps=2)
+    assert found.weights_read == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_runs_on_bitsandbytes_is_planned(checkpoints, tmp_path):
+    """An outline of it knows no scales."""
+    given = {"tasks": "smoke_questions", "model": str(checkpoints["bitsandbytes-4"]), "output": str(tmp_path / "out")}
+    jobs, _ = plan_all([config_from(None, {**given, "method": "prox", "sparsity": "0.5,0.6"})], Watch(), False)
+    model = _loaded(checkpoints["bitsandbytes-4"])
+    taken = []
+    for sparsity in (0.5, 0.6):
+        with open_session(model, "prox", sparsity):
+            taken.append(sparsity)
+    assert [job.cell.sparsity for job in jobs.values()] == taken == [0.5, 0.6]
 
 
 @pytest.mark.parametrize("kind", KINDS)

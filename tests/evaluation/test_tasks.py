@@ -240,7 +240,7 @@ def test_what_a_user_sets_has_its_effect_whatever_name_the_tasks_length_has(give
 
 
 def test_a_temperature_without_effect_is_refused():
-    with pytest.raises(UserError, match=r"temperature=0.7 has no effect: the task has do_sample=false; add do_sample"):
+    with pytest.raises(UserError, match=r"^task smoke_summary: .* temperature=0.7 has no effect with do_sample=false"):
         Tasks(gen_kwargs={"temperature": 0.7}).load("smoke_summary")
 
 

@@ -191,6 +191,13 @@ PREVIEWS = {
 }
 
 
+@pytest.mark.parametrize(("copied", "sparsity"), [(True, 0.88), (True, 0.94), (False, 0.46), (False, 0.58)])
+def test_a_budget_that_is_met_to_the_last_digit_is_no_negative_rest(copied, sparsity):
+    cost = ReadCost(in_mask=2 * 0.25 if copied else 2.0, taken=2.0 if copied else 0.0, written=1.0)
+    found = chosen_counts(Budget([1 - sparsity] * 3, [40] * 3, sparsity, 3, False, cost), 1, 4.0, 0.7)
+    assert sum(found.written) >= 0
+
+
 @given(
     st.lists(st.floats(0.0, 1.0), min_size=2, max_size=9), st.integers(17, 301), st.floats(0.3, 0.99),
     st.sampled_from([*PREVIEWS]), st.floats(0.5, 4.0),

@@ -57,7 +57,7 @@ LEVELS = (
 
 def level_of(read: float) -> Level:
     """Return the level for a share of bytes read. results/setting.md shows how the levels were chosen."""
-    return next(level for level in LEVELS if read + 1e-9 >= level.least)
+    return next(level for level in LEVELS if read + 1e-9 >= level.least)  # 1 - 0.81 is a little less than 0.19
 
 
 @dataclass(frozen=True, kw_only=True)

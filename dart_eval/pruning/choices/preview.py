@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dart_eval.pruning.calibration.calibration import Calibration
     from dart_eval.pruning.choices.serving import Serving
     from dart_eval.util.bits import Stored
+    from dart_eval.weights.rounding import Served
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +59,22 @@ class Previewing(Choice):
         return [PreviewLayer(self, f, self.image, order, self.fewer) for f, order in zip(ffns, orders, strict=True)]
 
     def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        from dart_eval.weights.rounding import on_grid, parameter_of, stored_of
+        from dart_eval.weights.rounding import on_grid, parameter_of, served_bits, stored_of
 
         if not isinstance(self.image, FirstBits):
             return
         modules = [m for f in ffns for m in f.projections if m is not f.down or self.adds]
-        plain = [m for m in modules if not on_grid(m)]
-        alone = len(plain) == len(modules)
-        for module in plain:
+        mixed = served_bits(ffns) != OWN_BITS  # then the read sets no codes (`Pruner.at`)
+        for module in (m for m in modules if not on_grid(m)):
             if (bits := stored_of(module).total) != OWN_BITS:
                 raise UserError(
                     f"choice={self.name} needs FFN weights of 16 bits, or codes on an even grid: those of this model "
                     f"have {bits:.3g} bits, and no such codes were found",
                     "use a method that chooses in another way, give image=copy, or load the model unquantised",
                 )
-            if sparsity and not alone and self.image.served is None:
+            if sparsity and mixed and self.image.served is None:
                 raise UserError(
-                    f"choice={self.name} needs codes, and some FFN weights of this model have 16 bits beside others",
+                    f"choice={self.name} needs codes, and only some FFN weights of this model have fewer than 16 bits",
                     "give image.code=8",
                 )
             if sparsity:
@@ -109,15 +109,21 @@ class Previewing(Choice):
         image, columns = self.image, self.columns(ffn.width)
         in_mask = taken = 0.0
         for matrix in served_inputs(ffn):
-            bits, (rows, width) = matrix.stored, matrix.weight.shape
+            bits, (rows, width) = self._stored(matrix), matrix.weight.shape
             in_mask += image.bits_read(bits, rows, width, columns) + self._row_error_bits(ffn.width)
             taken += image.remaining_bits(bits, rows, width, columns)
         down = served_output(ffn)
-        rows, width = down.weight.shape
-        shared = image.shared_bits(down.stored, rows, width, self.adds) / unit
+        bits, (rows, width) = self._stored(down), down.weight.shape
+        shared = image.shared_bits(bits, rows, width, self.adds) / unit
         in_mask = (in_mask + self._norm_bits(ffn.width)) / unit + shared * everything
-        approximated = image.down_bits(down.stored, rows, width) / unit
-        return ReadCost(in_mask, taken / unit, down.stored.code / unit, approximated, shared * (not everything))
+        approximated = image.down_bits(bits, rows, width) / unit
+        return ReadCost(in_mask, taken / unit, bits.code / unit, approximated, shared * (not everything))
+
+    def _stored(self, matrix: Served) -> Stored:
+        """Return the bits of a weight as a session serves it: 16-bit weights as the image's codes."""
+        wanted = self.image.served
+        plain = matrix.packed is None and matrix.stored.total == OWN_BITS
+        return wanted.stored(matrix.weight.shape[1]) if wanted is not None and plain else matrix.stored
 
     def worst_read_cost(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> ReadCost:
         image, unit, columns = self.image, bits.total, self.columns(width)

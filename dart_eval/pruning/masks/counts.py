@@ -173,7 +173,7 @@ def chosen_counts(
         title: the choice in an error message.
 
     Raises:
-        UserError: the matrices read in full exceed what the sparsity leaves.
+        UserError: what is read before the choice exceeds what the sparsity leaves.
     """
     densities, sizes, sparsity, matrices, preview = (
         allowed.densities, allowed.sizes, allowed.sparsity, allowed.matrices, allowed.read_cost,
@@ -187,7 +187,8 @@ def chosen_counts(
     always, in_mask, middle = cost.always / unit, cost.in_mask / unit, cost.taken / unit
     budget = matrices * n_kept / unit - always * everything
     if budget < 0:
-        raise too_much(title, cost.always / matrices, sparsity, "the scales of down")
+        always = cost.always / matrices
+        raise too_much(title, always, sparsity, f"the scales of down, {always:.3g} of the FFN's bytes,")
     if ratio is None:
         wanted, mask = [float(n) for n in sizes], list(sizes)
         if in_mask * everything > budget:
@@ -198,7 +199,7 @@ def chosen_counts(
     masked = sum(mask)
     # At `matrices * density` nothing is left to take.
     room = [(matrices / unit * r - always) * n - in_mask * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
-    rest = budget - in_mask * masked
+    rest = max(0.0, budget - in_mask * masked)  # a rounding error may leave less than nothing
     if middle == 0:
         taken = exact_counts(room, mask, min(masked, math.floor(rest)))
         return Counts(mask, taken, taken, cost.in_mask)

@@ -151,8 +151,11 @@ def floating(ffn: FFN) -> torch.dtype:
     return next(dtypes, torch.float32)
 
 
-def check(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
+def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, known: bool = True) -> None:
     """Refuse what `prepare` would refuse on a model's own weights, without a calibration.
+
+    Args:
+        known: whether the bits of the weights are known; if not, the reads of previews are not counted.
 
     Raises:
         UserError: the method does not fit the FFNs or their bits, or cannot meet the sparsity.
@@ -164,7 +167,8 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
         return
     compatibility.check_fit(method, ffns, sparsity)
     method.check_bits(Stored.of(own))
-    Prepared(method, ffns, sparsity, own)
+    if known or not method.choice.previews:
+        Prepared(method, ffns, sparsity, own)
 
 
 def prepare(

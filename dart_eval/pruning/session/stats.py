@@ -79,7 +79,7 @@ class SessionStats(ABC):
 
     @property
     def weights_read(self) -> float:
-        """FFN weight bytes that a decoded token reads / bytes in the model's own dtype, mean over sequences."""
+        """FFN weight bytes that a pruned token reads / bytes in the model's own dtype, mean over sequences."""
         measured = self.steps if not self.method.exact else []
         reads = [step.read for step in measured] or [self.shares(1, pruned=True).read]
         return self.prepared.share * float(torch.stack(reads).mean())
