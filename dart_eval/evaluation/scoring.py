@@ -35,7 +35,6 @@ from dart_eval.evaluation.scopes import WholeInputs
 from dart_eval.pruning.session.dense import AnySession, DenseSession
 from dart_eval.pruning.session.session import Session
 from dart_eval.pruning.session.state import SequenceState
-from dart_eval.util.errors import UserError
 
 # An output head beyond a processor's caches is read from memory once a run: small batches wait for each other until so
 # many tokens have been computed, some seconds' work on a CPU. It is what a stopped run may lose.
@@ -119,16 +118,11 @@ def scorer(
         distances: run dense at the scored positions too, and say how far from it the pruned model lies. It moves no
             other number, and is of no use under a session that does not prune. Where contexts
             run on codes nothing is said: dense needs contexts of its own.
-
-    Raises:
-        UserError: the method looks ahead, and the scope has nothing to look at.
     """
     forwards = Forwards(model, head)
     most = batch_size if isinstance(batch_size, Budget) else budget(batch_size, model)
     if not isinstance(session, Session) or not session.prunes:
         return Scorer(forwards, session, most, share_prefix)
-    if session.looks_ahead and scope != "scored":
-        raise UserError(f"the method needs scored tokens for its mask, and scope {scope} has none", "use scope scored")
     distances = distances and not session.prompts_on_codes
     if scope in ("scored", "continuation"):
         return Scorer(forwards, session, most, share_prefix, scope == "continuation", distances)

@@ -79,7 +79,10 @@ class DartLM(PrunedLM):
         if ffn_bits is not None and (rounding := bits(str(ffn_bits))) is not None:
             self._stack.enter_context(Rounded(model, rounding).in_place())
         session: AnySession = DenseSession()
-        if (pruner := make(*parse(method))).prunes:
+        if (pruner := make(*parse(method))).looks_ahead and scope != "scored":
+            raise UserError(f"method {pruner.name} needs scored tokens for its mask, and scope={scope} has none",
+                            "use scope=scored")  # fmt: skip
+        if pruner.prunes:
             session = self._stack.enter_context(
                 prune(model, pruner, sparsity, tokenizer=tokenizer, calibration=calibration, execution="masked")
             )

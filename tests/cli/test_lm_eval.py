@@ -102,7 +102,7 @@ def test_answers_of_drift_begin_as_in_a_run(monkeypatch, model):
 def test_a_method_that_looks_ahead_needs_something_to_look_at(tmp_path, model):
     done = command("lm-eval", "--model", "dart", "--model_args", f"pretrained={model},method=oracle,scope=continuation",
                    "--tasks", "smoke_questions", "--limit", "2")  # fmt: skip
-    assert done.code == 2 and "scope continuation has none; use scope scored" in done.err
+    assert done.code == 2 and "scope=continuation has none; use scope=scored" in done.err
 
 
 def test_perplexities_count_the_text_that_was_scored(tmp_path, model, tasks):
