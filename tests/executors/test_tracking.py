@@ -146,5 +146,7 @@ def test_wandb_is_asked_beforehand_whether_it_can_log_in(wandb, inside):
     with pytest.raises(UserError, match=r"(no API key|no network).*; `wandb login`, or set WANDB_MODE=offline"):
         tracked(View(), CONFIG)
     wandb.mode = "offline"
-    tracked(View(), CONFIG).finished(*cell())
+    tracking = tracked(View(), CONFIG)
+    tracking.started(cell()[0], 3)
+    tracking.finished(*cell())
     assert len(Logger.made) == 1
