@@ -15,9 +15,8 @@ from functools import partial
 
 from dart_eval.export.datasets import DEFAULT, Dataset
 from dart_eval.export.facts import Facts
-from dart_eval.export.writing import Piece
+from dart_eval.export.writing import Piece, readable
 from dart_eval.results.record import Metric
-from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import safe
 from dart_eval.util.text import Json
 
@@ -87,15 +86,9 @@ def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[s
     texts: dict[str, str] = {}
     hashes = {}
     kept: list[Facts] = []
-    failed: list[UserError] = []
-    for cell in run.cells:
-        lines: dict[str, list[Json]] = {}
-        try:
-            asked, samples = cell.store.texts(cell.record), cell.store.samples(cell.record)
-        except UserError as error:
-            failed.append(error)
-            continue
+    for cell, (asked, samples) in readable(run.cells, lambda c: (c.store.texts(c.record), c.store.samples(c.record))):
         kept.append(cell)
+        lines: dict[str, list[Json]] = {}
         for sample in samples:
             line = _sample(sample, asked.get((sample["task"], sample["doc_id"]), {}))
             lines.setdefault(sample["task"], []).append(line)
@@ -103,10 +96,6 @@ def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[s
             texts[names[task]] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             joined = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)
             hashes[task] = hashlib.sha256(joined.encode()).hexdigest()
-    if failed and not kept:
-        raise failed[0]
-    for text in dict.fromkeys(map(str, failed)):
-        remark(f"left out: {text}")
     data = {**results_of(Run(kept), datasets), "task_hashes": hashes}
     texts[results] = json.dumps(data, ensure_ascii=False, indent=2) + "\n"
     return texts

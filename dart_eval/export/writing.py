@@ -8,9 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import check_name, write
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 NO_PLACE = "`--to lm-eval` has a place for every number"
 
@@ -58,7 +62,7 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
     made: list[Path] = []
     written: list[Path] = []  # where none stood
     try:
-        for piece, texts in _texts_of(pieces):
+        for piece, texts in readable(pieces, lambda piece: piece.make()):
             for path, text in texts.items():
                 _forget_half(folder / path)
                 if path not in old:
@@ -73,16 +77,21 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
     return sorted(made)
 
 
-def _texts_of(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]:
+def readable(items: Sequence[T], read: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    """Yield each item with what is read of it; name those that cannot be read.
+
+    Raises:
+        UserError: none can be read, or there is none.
+    """
     failed: list[UserError] = []
-    for piece in pieces:
+    for item in items:
         try:
-            texts = piece.make()
+            found = read(item)
         except UserError as error:
             failed.append(error)
             continue
-        yield piece, texts
-    if len(failed) == len(pieces):
+        yield item, found
+    if len(failed) == len(items):
         raise failed[0] if failed else UserError("there is nothing to export", "give a folder with finished cells")
     for text in dict.fromkeys(str(error) for error in failed):
         remark(f"left out: {text}")
