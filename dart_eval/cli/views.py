@@ -14,10 +14,9 @@ from dart_eval.cli.options import ALL, BATCH, BOARD, FRONTIER, TIME
 from dart_eval.cli.view import say, show
 from dart_eval.results import board_text, detector, frame, frontier, generated, speeds, tables, writers
 from dart_eval.results.blocks import WIDTH_OF_LEVEL, Board
-from dart_eval.results.board import boards
+from dart_eval.results.board import boards, by_row
 from dart_eval.results.board_text import LEVEL_SHOWN
 from dart_eval.results.inputs import DENSE
-from dart_eval.results.labels import labels
 from dart_eval.results.record import Record
 from dart_eval.results.report import unions
 from dart_eval.results.report.reader import Reader
@@ -58,13 +57,9 @@ class Shown:
         """Return the cells of dense rows, and of rows whose read, a mean over their tasks, is near the level."""
         if self.level is None:
             return [*self.records]
-        names, rows = labels(self.records, by_task=True), dict[tuple[object, ...], list[Record]]()
-        for r in self.records:
-            of_row = r.inputs["model"]["name"], names[r.key], r.inputs["sparsity"], r.inputs["scope"]
-            rows.setdefault(of_row, []).append(r)
         most = LEVEL_SHOWN + WIDTH_OF_LEVEL
         return [
-            r for some in rows.values() for r in some
+            r for some in by_row(self.records).values() for r in some
             if r.inputs["method"] == DENSE or abs(mean(c.weights_read for c in some) - self.level) <= most
         ]  # fmt: skip
 

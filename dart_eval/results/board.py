@@ -73,20 +73,26 @@ def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
     return [r for r in records if r.key in keys], len(records) - len(keys)
 
 
+def by_row(records: Sequence[Record]) -> dict[tuple[str, float, str | None, str], list[Record]]:
+    """Return the cells of each row, by their label, sparsity, scope and model: one for each task."""
+    names = labels(records, by_task=True)
+    groups: dict[tuple[str, float, str | None, str], list[Record]] = {}
+    for r in sorted(records, key=lambda r: str(r.inputs["task"])):
+        scope = str(r.inputs["scope"]) if inputs.matters("scope", r.inputs) else None
+        row = names[r.key], float(r.inputs["sparsity"]), scope, inputs.model_of(r.inputs["model"])
+        groups.setdefault(row, []).append(r)
+    return groups
+
+
 def _board(
     store: Store, model: str, records: Sequence[Record], speeds: Sequence[Speed], notes: Sequence[str],
     metric: str | None,
 ) -> Board:  # fmt: skip
     together = seeds.together(records)
     merged = [seeds.mean_record(some) for some in together]
-    names = labels(merged, by_task=True)
-    groups: dict[tuple[str, float, str | None], list[Record]] = {}
-    for r in sorted(merged, key=lambda r: str(r.inputs["task"])):
-        scope = str(r.inputs["scope"]) if inputs.matters("scope", r.inputs) else None
-        groups.setdefault((names[r.key], float(r.inputs["sparsity"]), scope), []).append(r)
     beside, problems = frame.beside_dense(distance.beside_dense([outcomes.cell_of(store, r) for r in records]))
     beside = {some[0].key: seeds.mean_compared([beside.get(r.key, ()) for r in some]) for some in together}
-    drafts = [_row(label, group, speeds, metric) for (label, *_), group in groups.items()]
+    drafts = [_row(label, group, speeds, metric) for (label, *_), group in by_row(merged).items()]
     rows_of = {row.keys: [one for key in row.keys for one in beside.get(key, ())] for row in drafts}
     scopes = {row.scope for row in drafts if row.scope}
     usual = next(iter(scopes)) if len(scopes) == 1 else DEFAULT_SCOPE
