@@ -292,8 +292,8 @@ class Bench:
             self.step(self.dense, ids, caches[name])
         for _ in range(steps):
             token, seen = self.tokens(1), 0 if run is None else len(run.events)
-            dense = run is not None and run.state is not None and run.state.dense_now
-            whole = isinstance(dense, Tensor) and bool(dense.any())
+            dense = None if run is None or run.state is None else run.state.dense_now
+            whole = dense is not None and bool(dense.any())
             found = {name: self._one(run, name, token, caches[name]) for name in order}
             order.append(order.pop(0))  # each variant comes first as often
             for name, seconds in found.items():
