@@ -42,6 +42,12 @@ def test_many_names_stand_within_the_chart():
     assert all(high - low >= 0.99 * LINE for low, high in itertools.pairwise(heights))
 
 
+def test_each_of_seven_evenly_spaced_reads_has_its_tick():
+    points = [Point(1 - tenths / 10, 0.5, 0.4, 0.6) for tenths in range(1, 8)]
+    laid = against_read("", "", {"a": points}, {"a": 0}, []).laid()
+    assert [text for _, text in laid["xticks"]] == [f"{percent} %" for percent in range(30, 100, 10)]
+
+
 def _bounds(laid):
     """The values at the places 0 and 1, from two ticks."""
     (y, low), *_, (z, high) = laid["yticks"]

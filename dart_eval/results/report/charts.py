@@ -196,8 +196,9 @@ def against_read(
     if axis != Chart.axis:  # any cost may be measured, so its ticks are round
         ticks = [v / 10 for v in range(math.ceil(10 * levels[0]), math.floor(10 * levels[-1]) + 1)]
         ticks = ticks[:: math.ceil(len(ticks) / MOST_TICKS) or 1]
+    least = 0.99 * (levels[-1] - levels[0]) / MOST_TICKS  # so that rounding drops none of evenly spaced levels
     for level in levels if not ticks else ():
-        ticks += [level] if not ticks or level - ticks[-1] >= (levels[-1] - levels[0]) / MOST_TICKS else []
+        ticks += [level] if not ticks or level - ticks[-1] >= least else []
     across = [("dense", *p[1:4]) for p in dense] + ([] if chance is None else [("guessing", chance, chance, chance)])
     return Chart(
         title, note, made, (levels[-1] + 0.4 * gap, levels[0] - 0.4 * gap), [(v, percent(v)) for v in ticks], across,
