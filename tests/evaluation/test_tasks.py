@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import lm_eval
 import pytest
 from lm_eval.api.metrics import weighted_perplexity
 
@@ -17,7 +18,7 @@ from dart_eval.evaluation import tasks as tasks_module
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.task_names import ALIASES, COMMON, config_of, tasks_dir
-from dart_eval.evaluation.tasks import Tasks, documents, leaves
+from dart_eval.evaluation.tasks import CLUSTERS, Tasks, documents, leaves
 from dart_eval.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -276,6 +277,14 @@ def test_a_groups_own_tasks_read_local_data(tmp_path):
 def test_a_class_that_loads_its_own_data_is_refused_beside_local_data(tmp_path):
     with pytest.raises(UserError, match="squadv2 is a Python class of lm-eval that loads data itself"):
         Tasks(tmp_path).load("squadv2")
+
+
+@pytest.mark.slow  # reads all YAML files of lm-eval
+def test_every_field_that_makes_clusters_is_one_of_its_tasks_data():
+    configs = {path: path.read_text() for path in Path(lm_eval.__file__).parent.joinpath("tasks").rglob("*.yaml")}
+    for name, field in CLUSTERS.items():
+        (path,) = [path for path, text in configs.items() if f"\ntask: {name}\n" in f"\n{text}"]
+        assert any(field in other.read_text() for other in path.parent.glob("*.*")), (name, field)
 
 
 def test_documents_do_not_depend_on_the_tasks_loaded_before(tmp_path, monkeypatch):
