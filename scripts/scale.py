@@ -51,10 +51,7 @@ class Count:
     def on_death(self, number: int, task: Task | None, problem: str) -> None:
         pass
 
-    def on_stopping(self) -> None:
-        pass
-
-    def on_no_actors(self, seconds: float) -> None:
+    def note(self, text: str) -> None:
         pass
 
     def log(self, number: int, text: str) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
-    """See `executors.run_all`.
+    """See `run.run_all`.
 
     Raises:
         UserError: the input is wrong, or there is no such cluster. Nothing has been written.

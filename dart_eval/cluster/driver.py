@@ -11,8 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from dart_eval.cluster.pool import Task
 from dart_eval.cluster.worker import Payload
@@ -61,7 +60,6 @@ class Driver:
         self._open: dict[str, _Open] = {}
         self._parts: dict[str, int] = {}
         self._over: set[str] = set()  # cells of which no task is to begin any more
-        self._files: dict[Path, TextIO] = {}
         self._notes: set[str] = set()  # of workers, each shown once
 
     def __enter__(self) -> Driver:
@@ -70,8 +68,6 @@ class Driver:
     def __exit__(self, *_: object) -> None:
         for key in list(self._open):
             self._close(key)
-        for file in self._files.values():
-            file.close()
 
     def tasks(self, jobs: Sequence[Job]) -> list[CellTask]:
         """Return the tasks of cells: one a cell, or one a part."""
@@ -169,21 +165,15 @@ class Driver:
         at = f" at {task.name}" if task else ""
         self.view.note(f"worker {number} was lost{at} ({problem}); see {self.logs / f'worker-{number}.log'}")
 
-    def on_stopping(self) -> None:
-        self.view.note("stopping: workers finish their current batch")
-
-    def on_no_actors(self, seconds: float) -> None:
-        self.view.note(
-            f"no worker for {seconds:.0f} s: the cluster has no room or no node for one; waiting (`ray status`)"
-        )
+    def note(self, text: str) -> None:
+        self.view.note(text)
 
     def log(self, number: int, text: str) -> None:
         path = self.logs / f"worker-{number}.log"
         try:
-            if path not in self._files:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._files[path] = path.open("a", encoding="utf-8", buffering=1)
-            self._files[path].write(f"{datetime.now().isoformat(timespec='seconds')} {text.rstrip()}\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now().isoformat(timespec='seconds')} {text.rstrip()}\n")
         except OSError as error:
             raise StoreError(self.store.folder, error) from None
 

@@ -24,6 +24,7 @@ from dart_eval.util.errors import UserError, summary
 TRIES = 3
 DRAIN = 60.0  # seconds that actors get to finish a batch when the run is stopped
 PATIENCE = 60.0  # seconds without any actor before people are told
+NOBODY = "no worker for {:.0f} s: the cluster has no room or no node for one; waiting (`ray status`)"
 
 
 @dataclass
@@ -65,11 +66,8 @@ class Handler(Protocol):
     def on_death(self, number: int, task: Any, problem: str) -> None:
         """Handle the end of an actor's process; its task (None: it had none) may begin again."""
 
-    def on_stopping(self) -> None:
-        """Handle a request to end the run: actors finish their batches."""
-
-    def on_no_actors(self, seconds: float) -> None:
-        """Report that no actor has been alive for `seconds`; the run waits until one starts."""
+    def note(self, text: str) -> None:
+        """Tell people how the actors fare."""
 
     def log(self, number: int, text: str) -> None:
         """Write a line of an actor's log."""
@@ -100,13 +98,10 @@ class Pool:
         make: makes a worker, on the node of its actor.
         size: actors at once.
         options: what each needs, as Ray's actor options (`num_cpus`, `num_gpus`).
-
-    Attributes:
-        deaths: processes that ended without being asked to.
     """
 
     def __init__(self, make: Callable[[], Worker], size: int, options: dict[str, float]) -> None:
-        self.make, self.size, self.options, self.deaths = make, size, options, 0
+        self.make, self.size, self.options = make, size, options
         self._early_deaths = 0  # since a task was begun
         self._actors: list[_Handle] = []
         self._numbers = itertools.count(1)
@@ -139,7 +134,7 @@ class Pool:
                     _check_node()
                     if (silent := time.monotonic() - heard) > PATIENCE and not (told or self._busy()):
                         told = True
-                        handler.on_no_actors(silent)
+                        handler.note(NOBODY.format(silent))
                 for handle in ready:
                     for task in self._receive(handle, handler):
                         queue = self._alone if task.alone else self._waiting
@@ -232,7 +227,6 @@ class Pool:
         import ray
 
         self._dismiss(handle)  # it may live, and only its messages cannot be had
-        self.deaths += 1
         task, why = handle.task, _why(error)
         handler.log(handle.number, f"is lost: {error}")
         handler.on_death(handle.number, task, why)
@@ -263,7 +257,7 @@ class Pool:
         import ray
 
         if self._busy():
-            handler.on_stopping()
+            handler.note("stopping: workers finish their current batch")
         for handle in self._busy():
             handle.actor.stop.remote()
         end = time.monotonic() + DRAIN

@@ -31,7 +31,9 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
         digest.update(json.dumps([group.name, rules], sort_keys=True, default=str).encode() if rules else b"")
         groups += [item for item in group if isinstance(item, Group)]
     for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
-        config = _config(task)
+        raw = task.config.to_dict(keep_callable=True)
+        more = {name: found for name, value in raw.items() if callable(value) and (found := _beyond(value)) is not None}
+        config: Json = {**task.dump_config(), **more}  # functions as source
         config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below
         (config.get("metadata") or {}).pop("config_source", None)
         digest.update(json.dumps(_sourced(config), sort_keys=True, default=str).encode())
@@ -45,15 +47,6 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
             for doc in pool if pool is not None else []:
                 digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _config(task: Task) -> Json:
-    """Return a task's configuration, its functions as source."""
-    if not hasattr(task, "dump_config"):
-        return {}
-    raw = task.config.to_dict(keep_callable=True)
-    more = {name: found for name, value in raw.items() if callable(value) and (found := _beyond(value)) is not None}
-    return {**task.dump_config(), **more}
 
 
 def _beyond(function: Callable[..., object]) -> object:

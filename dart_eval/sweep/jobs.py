@@ -111,7 +111,11 @@ def plan_all(
         view.status("looking up tasks")
         shelf = (config.data_dir, config.cue, config.num_fewshot, config.limit, config.gen_kwargs)
         if shelf not in shelves:
-            shelves[shelf] = _tasks(config, tokenizer, next(iter(shelves.values()), None))
+            like = next(iter(shelves.values()), None)
+            shelves[shelf] = Tasks(
+                config.data_dir, config.cue, config.confirm_run_unsafe_code, config.include_path,
+                pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit, like,
+            )  # fmt: skip
         tasks = shelves[shelf]
         names = tasks.expand(list(config.tasks))
         model = model or _found(config, device, view)
@@ -162,18 +166,6 @@ def _hashes(
                 raise
             missing[name] = error.problem
     return hashes, missing
-
-
-def _tasks(config: RunConfig, tokenizer: Callable[[], object], like: Tasks | None) -> Tasks:
-    """Return the tasks of a configuration.
-
-    Args:
-        tokenizer: returns the model's, once the model is found. like: those of another, if there are any.
-    """
-    return Tasks(
-        config.data_dir, config.cue, config.confirm_run_unsafe_code, config.include_path,
-        pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit, like,
-    )  # fmt: skip
 
 
 def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:

@@ -220,7 +220,8 @@ def default_of(name: str) -> str:
 
 def choices_of(name: str) -> tuple[str, ...]:
     """Return the words that an option may be; empty if it may be any."""
-    return values.words(_field(name).annotation)
+    kinds = (HINTS[name], *get_args(HINTS[name]))  # of `Literal[...] | None`, too
+    return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
 
 def typed(name: str) -> type:

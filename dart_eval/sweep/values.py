@@ -1,6 +1,6 @@
 """The values of a run's configuration that are more than one number or word: read as typed, or refused.
 
-pydantic calls each function here (see `config`). It collects only ValueErrors, so `Refused` carries ours through it.
+pydantic calls those that `options` names. It collects only ValueErrors, so `Refused` carries ours through it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import functools
 import math
 import re
-import typing
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -64,12 +63,6 @@ def plain(value: object) -> Any:
     """Return a value of Python: numbers and arrays of numpy become plain, a path its text."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return str(value) if isinstance(value, Path) else value
-
-
-def words(hint: object) -> tuple[str, ...]:
-    """Return the words of a `Literal`; none for another type."""
-    kinds = (hint, *typing.get_args(hint))  # of `Literal[...] | None`, too
-    return next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is typing.Literal), ())
 
 
 @_refusing

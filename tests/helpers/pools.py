@@ -64,11 +64,8 @@ class Handler:
     def on_death(self, number, task, problem):
         self.deaths.append((number, task and task.name, problem))
 
-    def on_stopping(self):
-        self.lines.append((0, "stopping"))
-
-    def on_no_actors(self, seconds):
-        self.lines.append((0, f"nobody for {seconds:.0f} s"))
+    def note(self, text):
+        self.lines.append((0, text))
 
     def log(self, number, text):
         self.lines.append((number, text))
