@@ -82,8 +82,8 @@ def tables(
         check_target(save)
         format = None if picture else format_of(save, format, FORMATS[1:])
     records = of_tasks(store.load(), tasks, ALIASES)
-    if view == BATCH:
-        unions.check(records, folder)
+    if view == BATCH and not any(r.read_at_batch for r in records):
+        raise UserError(f"no cell of {folder} has a read at batch", unions.REMEDY)
     shown = Shown(view, store, records, subtasks, metric, level, sort, explain)
     if picture and save is not None:
         draw(shown, save)

@@ -75,7 +75,7 @@ class Shown:
             found.append(tables.memory(self.records))
         if view in ("detector", ALL):
             found += [*generated.table(self.records, self.store.counts(self.records))]
-            found += detector.tables(self.store, self.records)
+            found += detector.tables(self.store.traces, self.records)
         if view in (FRONTIER, ALL):
             found += frontier.tables(self.boards)
         if view in (TIME, ALL):

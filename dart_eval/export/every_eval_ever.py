@@ -20,6 +20,7 @@ from dart_eval.export.teller import Teller
 from dart_eval.export.writing import NO_PLACE, LeftOut, Piece
 from dart_eval.results.documents import answers
 from dart_eval.results.format import finite
+from dart_eval.results.labels import grouped
 from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import remark
@@ -196,10 +197,8 @@ def _rows(cell: Facts) -> Iterator[Json]:
     if samples and not texts:
         remark(f"{cell.task} under {cell.title}: its prompts were not kept, so its documents are left out")
         return
-    metrics: dict[tuple[str, str], list[Metric]] = {}
-    for metric in cell.record.metrics:
-        if metric.higher_is_better is not None and math.isfinite(metric.value):
-            metrics.setdefault((metric.task, metric.metric.partition(",")[2] or "none"), []).append(metric)
+    known = (m for m in cell.record.metrics if m.higher_is_better is not None and math.isfinite(m.value))
+    metrics = grouped(known, lambda m: (m.task, m.metric.partition(",")[2] or "none"))
     for sample in samples:
         asked = texts.get((sample["task"], sample["doc_id"]))
         for metric in metrics.get((sample["task"], sample["filter"]), []) if asked else []:

@@ -16,6 +16,7 @@ from functools import partial
 from dart_eval.export.datasets import DEFAULT, Dataset
 from dart_eval.export.facts import Facts
 from dart_eval.export.writing import Piece, readable
+from dart_eval.results.labels import grouped
 from dart_eval.results.record import Metric
 from dart_eval.util.files import safe
 from dart_eval.util.text import Json
@@ -88,11 +89,8 @@ def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[s
     kept: list[Facts] = []
     for cell, (asked, samples) in readable(run.cells, lambda c: (c.store.texts(c.record), c.store.samples(c.record))):
         kept.append(cell)
-        lines: dict[str, list[Json]] = {}
-        for sample in samples:
-            line = _sample(sample, asked.get((sample["task"], sample["doc_id"]), {}))
-            lines.setdefault(sample["task"], []).append(line)
-        for task, rows in lines.items():
+        for task, own in grouped(samples, lambda sample: sample["task"]).items():
+            rows = [_sample(sample, asked.get((task, sample["doc_id"]), {})) for sample in own]
             texts[names[task]] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             joined = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)
             hashes[task] = hashlib.sha256(joined.encode()).hexdigest()

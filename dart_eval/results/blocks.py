@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dart_eval.results import metrics, stats
-from dart_eval.results.estimates import Estimate, Interval, Share, mean, share
+from dart_eval.results import metrics
+from dart_eval.results.estimates import Estimate, Share, mean, share
 from dart_eval.results.frame import Compared
 from dart_eval.results.record import Metric
 from dart_eval.results.speeds import Speed
@@ -36,12 +36,9 @@ class Quality:
     share: Share | None = None
 
     @property
-    def times(self) -> tuple[float, Interval | None] | None:
+    def times(self) -> Share | None:
         """A perplexity as a multiple of dense's, geometric mean over tasks, with its interval."""
-        if self.better is None:
-            return None
-        ends = self.better.interval
-        return stats.exp(-self.better.value), ends and (stats.exp(-ends[1]), stats.exp(-ends[0]))
+        return None if self.better is None else self.better.exp_minus()
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from dart_eval.results.estimates import Estimate, Share, above_zero, mean
 from dart_eval.results.format import sparsity
 from dart_eval.results.frame import Compared
 from dart_eval.results.inputs import DENSE
-from dart_eval.results.labels import labels
+from dart_eval.results.labels import grouped, labels
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.speeds import Speed, of_cell
 from dart_eval.results.store import Store
@@ -53,9 +53,7 @@ def boards(
         metric: replaces the main metric of tasks that have it.
     """
     current, older = newest(records)
-    by_model: dict[str, list[Record]] = {}
-    for r in current:
-        by_model.setdefault(inputs.model_of(r.inputs["model"]), []).append(r)
+    by_model = grouped(current, lambda r: inputs.model_of(r.inputs["model"]))
     same_name = len({r.inputs["model"]["name"] for r in current}) < len(by_model)
     notes = [f"Left out: {older} older run{'s' * (older > 1)} of cells. The last run of each counts."] if older else []
     return [
@@ -75,7 +73,7 @@ def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
 
 def by_row(records: Sequence[Record]) -> dict[tuple[str, float, str | None, str], list[Record]]:
     """Return the cells of each row, by their label, sparsity, scope and model: one for each task."""
-    names = labels(records, by_task=True)
+    names = labels(records)
     groups: dict[tuple[str, float, str | None, str], list[Record]] = {}
     for r in sorted(records, key=lambda r: str(r.inputs["task"])):
         scope = str(r.inputs["scope"]) if inputs.matters("scope", r.inputs) else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dart_eval.results import metrics, stats, writers
 from dart_eval.results.baseline import rounded
 from dart_eval.results.compare import ColumnOf, names, table_of
-from dart_eval.results.format import chance, number, ratio, signed
+from dart_eval.results.format import FOUR, chance, number, signed
 from dart_eval.results.frame import Compared, compared
 from dart_eval.results.metrics import GOLD
 from dart_eval.results.outcomes import Cell, Measure, Unpaired, older_note
@@ -247,7 +247,7 @@ def table(report: Report, every: bool = False) -> Table:
     dense = any(r.of_dense is not None for r in rows)
     columns: list[ColumnOf] = [
         ("cell", "cell", str), ("task", "task", str), ("metric", "metric", str), ("then", "then", number),
-        ("now", "now", number), ("recovery", "recovery", ratio), *([("of dense", "of_dense", ratio)] if dense else []),
+        ("now", "now", number), ("recovery", "recovery", FOUR), *([("of dense", "of_dense", FOUR)] if dense else []),
         ("now - then", "difference", signed), ("95 % interval", "ends", str), ("p worse (Holm)", "p_holm", chance),
         ("changed", "moved", str), ("verdict", "verdict", str), ("why", "why", str),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from dart_eval.results import metrics as known_metrics
 from dart_eval.results import stats, writers
 from dart_eval.results.distance import beside_dense
-from dart_eval.results.format import chance, interval, number, ratio, signed, sparsity
+from dart_eval.results.format import FOUR, chance, interval, number, signed, sparsity
 from dart_eval.results.frame import compared
 from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, UNSAID, identity, model_of
 from dart_eval.results.labels import exact, labels
@@ -155,7 +155,7 @@ def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, st
 
 def names(cells: Sequence[Cell], model: bool = False) -> dict[str, str]:
     """Name cells: model if there are several, method with distinguishing settings, sparsity."""
-    known = labels(cells, by_task=True)
+    known = labels(cells)
     many = model or len({c.inputs["model"]["name"] for c in cells}) > 1
     return {
         c.key: " ".join([
@@ -277,7 +277,7 @@ def table(comparison: Comparison) -> Table:
     columns: list[ColumnOf] = [
         ("cells", "contrast", str), ("task", "task", str), ("metric", "metric", str), ("A", "value_a", number),
         ("B", "value_b", number), ("A - B", "difference", signed), ("95 % interval", "ends", str),
-        *([("A / B", "ratio", ratio)] if ratios else []), ("p", "p", chance), ("p (Holm)", "p_holm", chance),
+        *([("A / B", "ratio", FOUR)] if ratios else []), ("p", "p", chance), ("p (Holm)", "p_holm", chance),
         ("better", "better", str), ("n", "size", str),
     ]  # fmt: skip
     results = [r.result for r in comparison.rows]

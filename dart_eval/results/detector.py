@@ -8,7 +8,7 @@ alarm of a document (it may move the reference): run with `remask.act=off` to ke
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ from dart_eval.results.format import number, sparsity
 from dart_eval.results.inputs import question
 from dart_eval.results.record import Record
 from dart_eval.results.rows import cells_frame
-from dart_eval.results.store import Store
 from dart_eval.results.writers import Column, Table, from_frame
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
@@ -100,8 +99,11 @@ def judged(
     )  # fmt: skip
 
 
-def tables(store: Store, records: Sequence[Record]) -> list[Table]:
-    """Return a table per drift task whose control was run under the same method with a detector."""
+def tables(traces: Callable[[Record], list[Json]], records: Sequence[Record]) -> list[Table]:
+    """Return a table per drift task whose control was run under the same method with a detector.
+
+    traces: returns those of a record's documents (`Reader.traces`).
+    """
     import pandas as pd
 
     watched = [r for r in records if isinstance(r.inputs["params"].get("remask.patience"), int)]
@@ -113,7 +115,7 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
         if control is None:
             continue
         try:
-            switched, same = store.traces(r), store.traces(control)
+            switched, same = traces(r), traces(control)
         except UserError:
             continue  # damaged samples: `report` and `compare` say so
         remasks = bool(params.get("remask.act", True))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,6 +48,11 @@ class Estimate:
         """Return the estimate multiplied by an exact number."""
         units = {unit: factor * slope for unit, slope in self.units.items()}
         return Estimate(factor * self.value, units, self.fewest)
+
+    def exp_minus(self) -> Share:
+        """Return e to the power of minus the estimate: the ratio that a difference of logarithms stands for."""
+        ends = self.interval
+        return Share(stats.exp(-self.value), ends and (stats.exp(-ends[1]), stats.exp(-ends[0])))
 
     @property
     def stderr(self) -> float | None:
@@ -95,14 +101,8 @@ class Estimate:
         return 2 * float(stdtr(len(self.units) - 1, -abs(self.value) / self.stderr))
 
 
-@dataclass(frozen=True)
-class Share:
-    """A ratio of two estimates.
-
-    Attributes:
-        value: numerator / denominator.
-        interval: 95 %, or None.
-    """
+class Share(NamedTuple):
+    """A ratio of two estimates, and its 95 % interval, or None."""
 
     value: float
     interval: Interval | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TypeGuard
 
 from dart_eval.results import metrics
@@ -13,6 +14,9 @@ NO_NUMBER = "no number"  # for a metric whose answers were NaN or infinite
 def number(value: float, digits: int | None = None) -> str:
     """A metric's value: four digits after the point below 10, two below 100, one beyond."""
     return f"{value:.{_digits(value) if digits is None else digits}f}"
+
+
+THREE, FOUR = partial(number, digits=3), partial(number, digits=4)
 
 
 def _digits(value: float) -> int:
@@ -61,11 +65,6 @@ def signed(value: float) -> str:
     return f"{value:+.4f}"
 
 
-def ratio(value: float) -> str:
-    """A ratio of two values: `0.9800`."""
-    return f"{value:.4f}"
-
-
 def interval(low: float | None, high: float | None) -> str:
     """The ends of an interval of a difference."""
     return "-" if low is None or high is None else f"{signed(low)} to {signed(high)}"
@@ -88,11 +87,6 @@ def multiple(value: float, *ends: float) -> str:
     digits = 3 if abs(value - 1) < 0.0495 else 2 if value < 10 else 1 if value < 100 else 0
     texts = [f"{x:.{digits}f}" if x < 1e4 else _power(x) for x in (value, *ends)]
     return f"{texts[0]}x" + (f" [{', '.join(texts[1:])}]" if ends else "")
-
-
-def share(value: float, digits: int = 2) -> str:
-    """A share of 1, as `0.30`."""
-    return f"{value:.{digits}f}"
 
 
 def count(value: float) -> str:

@@ -37,7 +37,7 @@ class Compared:
     @cached_property
     def test(self) -> stats.Paired:
         """The paired test of A against B."""
-        return self.pairs.test()
+        return stats.paired(self.measure.kind, *self.pairs[1:5], self.measure.higher_is_better)
 
     @cached_property
     def chance(self) -> float | None:
@@ -96,8 +96,7 @@ class Compared:
         if of.higher_is_better is None or self.chance is None or metrics.kind_of(of.name).group == metrics.DISTANCE:
             return None
         if of.kind in ("log-perplexity", "bits") or of.name == metrics.GOLD:
-            ends = self.lost.interval
-            return Share(stats.exp(-self.lost.value), ends and (stats.exp(-ends[1]), stats.exp(-ends[0])))
+            return self.lost.exp_minus()
         return share(*(self.sides if of.higher_is_better else self.sides[::-1]), self.step)
 
 
@@ -192,11 +191,7 @@ def _distances(
     like = {(line["key"], line["task"]): line for line in reversed(lines)}
     made = []
     for (key, task, metric), row in tests.items():
-        if (
-            metrics.kind_of(metric).group == metrics.DISTANCE
-            and (key, task, metric) not in known
-            and (key, task) in like
-        ):
+        if metrics.kind_of(metric).group == metrics.DISTANCE and (key, task, metric) not in known:
             stderr = row.sides[0].stderr
             number = {"metric": metric, "value": row.test.value_a, "stderr": stderr, "n": row.test.n}
             made.append({**like[key, task], **number, "higher_is_better": row.measure.higher_is_better})

@@ -62,16 +62,13 @@ def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:
 
     store = Store(folder)
     records = store.load()
-    names = labels(records, by_task=True)
+    names = labels(records)
     made = []
     for record in (r for r in records if task in (None, r.inputs["task"])):
         found = documents.documents(store.samples(record))
         index = {name: [key[i] for key in found.index] for i, name in enumerate(documents.INDEX)}
         columns = {name: pd.Series(values, dtype=object) for name, values in found.columns.items()}
-        frame = pd.DataFrame({**index, **columns})
-        for name in ("sparsity", "method"):
-            frame.insert(0, name, record.inputs[name])
-        frame.insert(0, "label", names[record.key])
-        frame.insert(0, "model", record.inputs["model"]["name"])
-        made.append(frame.assign(key=record.key))
+        cell = {"model": record.inputs["model"]["name"], "label": names[record.key]}
+        cell |= {name: record.inputs[name] for name in ("method", "sparsity")}
+        made.append(pd.DataFrame({**cell, **index, **columns, "key": record.key}))
     return typed(pd.concat(made, ignore_index=True)) if made else pd.DataFrame()

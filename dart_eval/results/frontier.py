@@ -30,7 +30,7 @@ def quality(block: Block, row: BoardRow) -> float | None:
     found = row.quality.get(next(iter(block.tasks), ""))
     if found is None or row.kind in (CONTROL, GUESSING):
         return None
-    return found.share.value if found.share else found.times[0] if by_times(block) and found.times else None
+    return found.share.value if found.share else found.times.value if by_times(block) and found.times else None
 
 
 def by_times(block: Block) -> bool:

@@ -6,13 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from dart_eval.results.format import number, share, sparsity
+from dart_eval.results.format import THREE, number, sparsity
 from dart_eval.results.record import Record
 from dart_eval.results.rows import cells_frame
 from dart_eval.results.writers import Column, Table, from_frame
 from dart_eval.util.text import Json
 
-THREE = partial(share, digits=3)
 COLUMNS = (
     Column("task"), Column("method", "label"), Column("sparsity", text=sparsity), Column("texts"),
     Column("new tokens", "mean", partial(number, digits=1)), Column("longest"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from dart_eval.results.inputs import FIELDS, NAMED, UNSAID, matters
 from dart_eval.util.bits import bits_text
 from dart_eval.util.text import Json
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 class Labelled(Protocol):
@@ -25,8 +28,8 @@ class Labelled(Protocol):
 def specs(records: Iterable[Labelled]) -> dict[str, str]:
     """Return key -> the method as typed, with the differing parameters if that is ambiguous."""
     found: dict[str, str] = {}
-    for some in _grouped(records, lambda r: r.inputs["method"]).values():
-        settings = _grouped(some, _params)
+    for some in grouped(records, lambda r: r.inputs["method"]).values():
+        settings = grouped(some, _params)
         # Of several spellings of one setting the longest: one version's default may be another's parameter.
         typed = {p: max((str(r.settings.get("method") or r.inputs["method"]) for r in rs), key=lambda t: (len(t), t))
                  for p, rs in settings.items()}  # fmt: skip
@@ -44,7 +47,7 @@ def exact(records: Iterable[Labelled], every: bool = False) -> dict[str, str]:
         every: whether to give all parameters in which settings of one method differ.
     """
     found = {}
-    for method, some in _grouped(records, lambda r: r.inputs["method"]).items():
+    for method, some in grouped(records, lambda r: r.inputs["method"]).items():
         settings = {_params(r): {**UNSAID, **r.inputs["params"]} for r in some}
         for r in some:
             own = settings[_params(r)]
@@ -56,12 +59,9 @@ def exact(records: Iterable[Labelled], every: bool = False) -> dict[str, str]:
     return found
 
 
-def labels(records: Sequence[Labelled], by_task: bool = False) -> dict[str, str]:
-    """Return a label per key: the method, the bits of its weights, and the settings in which the records differ.
-
-    by_task: only settings in which cells of one task differ (each task may have a limit of its own).
-    """
-    groups = list(_grouped(records, lambda r: r.inputs["task"] if by_task else "").values())
+def labels(records: Sequence[Labelled]) -> dict[str, str]:
+    """Return a label per key: the method, the bits of its weights, and the settings in which cells of a task differ."""
+    groups = list(grouped(records, lambda r: r.inputs["task"]).values())
     apart = [s for s in NAMED if any(len(values_of(s, group)) > 1 for group in groups)]
     models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
     methods, found = specs(records), {}
@@ -73,7 +73,7 @@ def labels(records: Sequence[Labelled], by_task: bool = False) -> dict[str, str]
                  and not (FIELDS[s].any and r.inputs.get(s) is None)]  # fmt: skip
         bits = f" on {bits_text(r.inputs['ffn_bits'])}" if r.inputs.get("ffn_bits") else ""
         found[r.key] = methods[r.key] + bits, details
-    for rs in _grouped(records, lambda r: (found[r.key][0], *found[r.key][1])).values():
+    for rs in grouped(records, lambda r: (found[r.key][0], *found[r.key][1])).values():
         # Only the code may distinguish two cells of one place.
         if len(rs) > len({_place(r) for r in rs}) and len(values_of("code", rs)) > 1:
             for r in rs:
@@ -100,10 +100,11 @@ def _place(record: Labelled) -> tuple[object, ...]:
     return (*(inputs[name] for name in ("task", "sparsity", "scope")), inputs["model"]["name"], inputs.get("ffn_bits"))
 
 
-def _grouped(records: Iterable[Labelled], by: Callable[[Labelled], object]) -> dict[Any, list[Labelled]]:
-    groups: dict[object, list[Labelled]] = {}
-    for r in records:
-        groups.setdefault(by(r), []).append(r)
+def grouped(items: Iterable[T], by: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return items by their key, in the order of its first one."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(by(item), []).append(item)
     return groups
 
 

@@ -21,8 +21,6 @@ class Kind:
         group: its table.
         rank: the metric of the lowest rank is a task's main one; None: only if it is alone.
         kind: how the value follows from those of documents (a key of `stats.KINDS`); empty if it does not.
-        width: numbers per document.
-        short: abbreviation.
         percent: whether it is a share, shown in per cent by boards and papers.
         chance: whether its value under guessing follows from the number of choices.
         digits: after the point, if the size of the value does not decide.
@@ -31,43 +29,36 @@ class Kind:
     group: str = OTHER
     rank: int | None = None
     kind: str = "mean"
-    width: int = 1
-    short: str = ""
     percent: bool = False
     chance: bool = False
     digits: int | None = None
 
 
+RIGHT = Kind(ACCURACY, 1, percent=True)  # the share of generated answers that are right
 METRICS = {
-    "acc": Kind(ACCURACY, 0, short="acc", percent=True, chance=True),
-    "acc_norm": Kind(ACCURACY, short="acc_norm", percent=True, chance=True),
-    "exact_match": Kind(ACCURACY, 1, short="exact", percent=True),
-    "em": Kind(ACCURACY, short="em"),
-    "prompt_level_strict_acc": Kind(ACCURACY, 1, short="strict", percent=True),
-    "prompt_level_loose_acc": Kind(ACCURACY, short="loose", percent=True),
-    "pass@1": Kind(ACCURACY, 1, short="pass@1", percent=True),
-    "pass_at_1": Kind(ACCURACY, 1, short="pass@1", percent=True),
-    "score": Kind(ACCURACY, 1, short="score", percent=True),
-    **{str(2**n): Kind(ACCURACY, 1, short=f"{2 ** (n - 10)}k", percent=True) for n in range(12, 18)},  # RULER's lengths
-    "f1": Kind(ACCURACY, short="f1"),
-    "mcc": Kind(ACCURACY, short="mcc"),
-    "rougeL": Kind(SUMMARIES, 2, short="R-L", percent=True),
-    "rouge1": Kind(SUMMARIES, short="R-1", percent=True),
-    "rouge2": Kind(SUMMARIES, short="R-2", percent=True),
-    "bleu": Kind(SUMMARIES, kind="bleu", width=10, short="BLEU"),
-    "summary_words": Kind(SUMMARIES, short="words", digits=1),
-    "empty": Kind(SUMMARIES, short="empty"),
-    "word_perplexity": Kind(PERPLEXITY, 3, "log-perplexity", 2, short="ppl"),
-    "byte_perplexity": Kind(PERPLEXITY, kind="log-perplexity", width=2, short="byte ppl"),
-    "bits_per_byte": Kind(PERPLEXITY, kind="bits", width=2, short="bits/byte"),
-    "perplexity": Kind(PERPLEXITY, kind="log-perplexity", width=2, short="ppl"),
-    "flips": Kind(DISTANCE, short="flips", percent=True),
-    "dense_rougeL": Kind(DISTANCE, short="R-L to dense", percent=True),
-    "dense_tokens": Kind(DISTANCE, short="tokens as dense", digits=1),
-    "kl": Kind(DISTANCE, kind="ratio", width=2, short="KL"),
-    "kl_p95": Kind(DISTANCE, kind="", short="KL p95"),
-    "kl_p99": Kind(DISTANCE, kind="", short="KL p99"),
-    "top1": Kind(DISTANCE, kind="ratio", width=2, short="top-1", percent=True),
+    "acc": Kind(ACCURACY, 0, percent=True, chance=True),
+    "acc_norm": Kind(ACCURACY, percent=True, chance=True),
+    "exact_match": RIGHT,
+    "em": Kind(ACCURACY),
+    "prompt_level_strict_acc": RIGHT,
+    "prompt_level_loose_acc": Kind(ACCURACY, percent=True),
+    **dict.fromkeys(("pass@1", "pass_at_1", "score", *(str(2**n) for n in range(12, 18))), RIGHT),  # RULER's lengths
+    **dict.fromkeys(("f1", "mcc"), Kind(ACCURACY)),
+    "rougeL": Kind(SUMMARIES, 2, percent=True),
+    **dict.fromkeys(("rouge1", "rouge2"), Kind(SUMMARIES, percent=True)),
+    "bleu": Kind(SUMMARIES, kind="bleu"),
+    "summary_words": Kind(SUMMARIES, digits=1),
+    "empty": Kind(SUMMARIES),
+    "word_perplexity": Kind(PERPLEXITY, 3, "log-perplexity"),
+    "byte_perplexity": Kind(PERPLEXITY, kind="log-perplexity"),
+    "bits_per_byte": Kind(PERPLEXITY, kind="bits"),
+    "perplexity": Kind(PERPLEXITY, kind="log-perplexity"),
+    "flips": Kind(DISTANCE, percent=True),
+    "dense_rougeL": Kind(DISTANCE, percent=True),
+    "dense_tokens": Kind(DISTANCE, digits=1),
+    "kl": Kind(DISTANCE, kind="ratio"),
+    **dict.fromkeys(("kl_p95", "kl_p99"), Kind(DISTANCE, kind="")),
+    "top1": Kind(DISTANCE, kind="ratio", percent=True),
 }
 UNKNOWN = Kind()
 
@@ -90,11 +81,6 @@ def order(metric: str) -> tuple[int, str]:
     """Return the sort key of columns: the order of `METRICS`, then others by name."""
     names = list(METRICS)
     return (names.index(metric) if metric in METRICS else len(names)), metric
-
-
-def in_group(group: str) -> list[str]:
-    """Return the names of a group's metrics, in the order of their columns."""
-    return [name for name, known in METRICS.items() if known.group == group]
 
 
 class HasMetric(Protocol):

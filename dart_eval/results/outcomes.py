@@ -22,7 +22,7 @@ from dart_eval.results.documents import documents as documents_of
 from dart_eval.results.format import sparsity
 from dart_eval.results.inputs import HASH_DIGITS, HOW, identity, model_of
 from dart_eval.results.inputs import names as fields_of
-from dart_eval.results.labels import values_of
+from dart_eval.results.labels import grouped, values_of
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
@@ -136,11 +136,8 @@ def newest(cells: Sequence[Cell]) -> list[Cell]:
     Raises:
         UserError: they differ in more than code and versions.
     """
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(identity(cell.inputs), []).append(cell)
     chosen = []
-    for group in groups.values():
+    for group in grouped(cells, lambda cell: identity(cell.inputs)).values():
         last = max(group, key=lambda c: (c.created, c.key))
         for name in fields_of(HOW):
             if len(several := values_of(name, group)) > 1:
@@ -251,7 +248,7 @@ def _values(measure: Measure, rows: Documents) -> np.ndarray | None:
     raw = rows.columns[measure.name] if len(rows) else []
     if measure.name == "perplexity":  # of lm-eval: every document weighs the same
         raw = [[v, 1] for v in raw]
-    width = metrics.kind_of(measure.name).width
+    width = {"mean": 1, "bleu": 10}.get(measure.kind, 2)
     try:
         made = np.array(raw)
     except ValueError:  # lists of several lengths
@@ -293,10 +290,6 @@ class Pairs(NamedTuple):
     units: list[str]
     weights: np.ndarray | None
     chance: np.ndarray
-
-    def test(self) -> stats.Paired:
-        """The paired test of A against B."""
-        return stats.paired(self.measure.kind, *self[1:5], self.measure.higher_is_better)
 
 
 def pairs(measure: Measure, a: Outcome, b: Outcome) -> Pairs | None:

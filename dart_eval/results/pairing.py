@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from dart_eval.results.inputs import ASKED, DENSE, FIELDS, asked, identity, model_of, question
 from dart_eval.results.inputs import names as fields_of
-from dart_eval.results.labels import Labelled
+from dart_eval.results.labels import Labelled, grouped
 from dart_eval.results.outcomes import Cell, Measure, Outcome, Pairs, check_paired, describe, own_distance, pairs
 from dart_eval.util.errors import UserError
 
@@ -60,11 +60,8 @@ def pair(a: Cell, b: Cell) -> Pair:
 
 def dense_cells(cells: Iterable[N]) -> dict[str, list[N]]:
     """Return the dense cells without rounding by their question, for `dense_of`."""
-    known: dict[str, list[N]] = {}
-    for cell in cells:
-        if cell.inputs["method"] == DENSE and not cell.inputs.get("ffn_bits"):
-            known.setdefault(question(cell.inputs), []).append(cell)
-    return known
+    dense = (cell for cell in cells if cell.inputs["method"] == DENSE and not cell.inputs.get("ffn_bits"))
+    return grouped(dense, lambda cell: question(cell.inputs))
 
 
 def dense_of(cell: Labelled, dense: Mapping[str, Sequence[N]]) -> N | None:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from dart_eval.results import distance, frame, metrics, outcomes, pairing, stats
 from dart_eval.results.estimates import Estimate
-from dart_eval.results.format import number, share, short
+from dart_eval.results.format import THREE, number, short
 from dart_eval.results.format import sparsity as percent
 from dart_eval.results.inputs import DENSE, identity, model_of
 from dart_eval.results.paper_layout import FIELDS, MEAN, PaperRow, TableLayout
@@ -192,7 +192,7 @@ class Paper:
         names = {"effective_sparsity": "effective", "weights_read": "read"}
         cells = numbers[["line", "key"]].explode("key").drop_duplicates().join(self._cells[list(names)], on="key")
         means = cells.groupby("line")[list(names)].mean().rename(columns=names)
-        return means.apply(lambda column: column.map(lambda mean: share(mean, 3)))
+        return means.apply(lambda column: column.map(THREE))
 
     def cost(self, layout: TableLayout, label: str, sparsity: float, head: str) -> float | None:
         """Return a cost of one row; None if it was not measured."""
@@ -255,7 +255,7 @@ class Paper:
         if found is None or (len(found) > 1 and any(one.measure.kind != "mean" for one in found)):
             return None
         if len(found) == 1:
-            return found[0].pairs.test().p
+            return found[0].test.p
         first, *rest = (one.lost.times(part) for one, part in zip(found, a["share"], strict=True))
         return sum(rest, first).p  # as of a claim: tasks of too few documents test nothing
 

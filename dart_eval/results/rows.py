@@ -53,7 +53,7 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[Json]:
         records: of a folder.
         subtasks: also the members of groups, mmlu's subjects for example.
     """
-    names = labels(records, by_task=True)
+    names = labels(records)
     found = [_row(r, names[r.key], m) for r in records for m in r.metrics if subtasks or m.part_of is None]
     order = ("model", "task", "metric", "sparsity", "method")
     return sorted(found, key=lambda row: (*(row[name] for name in order), json.dumps(row["params"])))
@@ -68,10 +68,8 @@ def metrics_frame(lines: Sequence[dict[str, object]]) -> pd.DataFrame:
 
 def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
     """Return one row per record, in the order of a table's lines, with the columns of `rows` but the metric's."""
-    import pandas as pd
-
-    names = labels(records, by_task=True)
-    return in_order(typed(pd.DataFrame([_row(r, names[r.key]) for r in records], dtype=object)))
+    names = labels(records)
+    return in_order(metrics_frame([_row(r, names[r.key]) for r in records]))
 
 
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:

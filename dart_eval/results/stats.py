@@ -249,7 +249,7 @@ def sign_flip(sums: NDArray[np.int_]) -> tuple[float, float, float]:
     return min(1.0, 2 * min(less, greater)), min(1.0, less), min(1.0, greater)
 
 
-def tango(b: int, c: int, n: int, alpha: float = ALPHA) -> tuple[float, float]:
+def tango(b: int, c: int, n: int) -> tuple[float, float]:
     """Tango's score interval (1998) of the difference (b - c) / n between two proportions on the same n items.
 
     b: right under A only. c: right under B only.
@@ -257,7 +257,7 @@ def tango(b: int, c: int, n: int, alpha: float = ALPHA) -> tuple[float, float]:
     from scipy.optimize import brentq
     from scipy.stats import norm
 
-    z, estimate = norm.ppf(1 - alpha / 2), (b - c) / n
+    z, estimate = norm.ppf(1 - ALPHA / 2), (b - c) / n
 
     def score(difference: float) -> float:
         linear = (2 * n - b + c) * difference - b - c
@@ -278,9 +278,7 @@ def tango(b: int, c: int, n: int, alpha: float = ALPHA) -> tuple[float, float]:
     return solve(-1.0, z), solve(1.0, -z)
 
 
-def bootstrap_t(
-    units: Values, estimate: float, alpha: float = ALPHA, resamples: int = RESAMPLES, seed: int = SEED
-) -> Tested:
+def bootstrap_t(units: Values, estimate: float, resamples: int = RESAMPLES, seed: int = SEED) -> Tested:
     """Symmetric studentised bootstrap (Davison and Hinkley 1997, 2.4 and 5.2) of an estimate.
 
     units: [K] influence values of independent units, which sum to 0. p is (1 + resamples beyond) / (1 + resamples).
@@ -303,7 +301,7 @@ def bootstrap_t(
     p, p_above, p_below = ((1 + degenerate + found) / (1 + resamples) for found in (beyond, above, below))
     p_above = max(p_above, p / 2)  # one tail alone is too bold on few, skewed or mostly equal documents
     p_less, p_greater = (p_below, p_above) if sign > 0 else (p_above, p_below)
-    last = math.ceil((1 - alpha) * (1 + resamples)) - 1
+    last = math.ceil((1 - ALPHA) * (1 + resamples)) - 1
     if last >= len(sizes):
         return Tested(p, p_less, p_greater, reason="too few units differ")
     margin = float(sizes[last]) * error

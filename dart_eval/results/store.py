@@ -80,23 +80,16 @@ class Store:
         self.folder = Path(folder)
         self.outcomes: dict[str, Any] = {}  # by key: what `outcomes.cell_of` made of samples, for several views
 
-    def path(self, name: str, key: str) -> Path:
-        """Return the path of a cell's record; `name` is for readers, the key decides."""
-        return self._file("cells", name, key)
-
-    def samples_path(self, name: str, key: str) -> Path:
-        """Return the path of a cell's samples."""
-        return self._file("samples", name, key)
+    def file(self, kind: Kind, name: str, key: str) -> Path:
+        """Return the path of a cell's file of a kind; `name` is for readers, the key decides."""
+        return self.folder / kind / f"{safe(name)}-{key[:16]}.{ENDINGS[kind]}"
 
     def written_since(self, kind: Kind, name: str, key: str, time: float) -> bool:
         """Whether a cell has got a record or answers, or has failed, since a time (seconds since the epoch)."""
         try:
-            return self._file(kind, name, key).stat().st_mtime >= time
+            return self.file(kind, name, key).stat().st_mtime >= time
         except OSError:
             return False
-
-    def _file(self, kind: Kind, name: str, key: str) -> Path:
-        return self.folder / kind / f"{safe(name)}-{key[:16]}.{ENDINGS[kind]}"
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -117,7 +110,7 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        path = self._file(".locks", name, key)
+        path = self.file(".locks", name, key)
         lock = FileLock(path)
         with self._writing(), contextlib.suppress(Timeout):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +123,7 @@ class Store:
     def journal(self, name: str, key: str) -> Journal:
         """Return the journal of an unfinished cell; its claim must be held."""
         with self._writing():
-            return Journal(self._file("partial", name, key))
+            return Journal(self.file("partial", name, key))
 
     def get(self, name: str, key: str) -> Record | None:
         """Return a finished cell's record; None if there is none, or if one of its files is missing or damaged.
@@ -138,7 +131,7 @@ class Store:
         Raises:
             UserError: a newer version of this program wrote it.
         """
-        path = self.path(name, key)
+        path = self.file("cells", name, key)
         try:
             record = _read(path)
             self._lines(record, "samples", SAMPLE)
@@ -158,7 +151,7 @@ class Store:
             The new names of existing files. Half-written temporary files are removed, and samples without a record
             stay: the process was stopped between the two, and they will be written again.
         """
-        record, samples = self.path(name, key), self.samples_path(name, key)
+        record, samples = self.file("cells", name, key), self.file("samples", name, key)
         for kind in ("cells", "samples", "texts"):
             for temporary in (self.folder / kind).glob(f".{record.stem}.*"):
                 temporary.unlink(missing_ok=True)
@@ -179,7 +172,7 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        path = self.samples_path(name, record.key)  # whose stem half-written files of this cell begin with
+        path = self.file("samples", name, record.key)  # whose stem half-written files of this cell begin with
         with self._writing():
             files = {"samples": _write_lines(path, record.samples, path.stem)}
             if texts:
@@ -188,13 +181,13 @@ class Store:
                 files["texts"] = _write_lines(shared, texts, path.stem)
             record = dataclasses.replace(record, files=files)
             text = json.dumps(record.to_json(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-            write_atomically(self.path(name, record.key), text, path.stem)
-            self._file("failed", name, record.key).unlink(missing_ok=True)
+            write_atomically(self.file("cells", name, record.key), text, path.stem)
+            self.file("failed", name, record.key).unlink(missing_ok=True)
         return record
 
     def failed(self, name: str, key: str, text: str) -> Path:
         """Write why a cell failed; return the file."""
-        path = self._file("failed", name, key)
+        path = self.file("failed", name, key)
         with self._writing():
             write_atomically(path, text)
         return path
@@ -250,7 +243,7 @@ class Store:
 
     def missing(self, name: str, record: Record) -> list[Path]:
         """Return the missing files of a finished cell."""
-        files = [self.path(name, record.key)]
+        files = [self.file("cells", name, record.key)]
         files += [self.folder / kind / known["name"] for kind, known in record.files.items()]
         return [f for f in files if not f.is_file()]
 
@@ -269,14 +262,6 @@ class Store:
                 "run the cell again, in another --dtype or with other weights",
             )
         return found
-
-    def traces(self, record: Record) -> list[Json]:
-        """Return the drift detector's trace of each document with a full window.
-
-        Raises:
-            UnreadSamples: see `samples`.
-        """
-        return [s["drift"] for s in self.samples(record) if traced(s)]
 
     def texts(self, record: Record) -> dict[tuple[str, int], Json]:
         """Return (task, doc_id) -> prompt, choices and target of a record's documents; empty if not stored.
@@ -319,12 +304,6 @@ class Store:
         if hashlib.sha256(data).hexdigest() != known["sha256"]:
             raise ValueError("its digest does not fit")
         return data
-
-
-def traced(sample: Json) -> bool:
-    """Whether a drift detector closed a window on the document."""
-    drift = sample.get("drift") or {"signal": [], "window": 0}
-    return len(drift["signal"]) > 0 and drift["window"] > 0
 
 
 def _read(path: Path) -> Record:

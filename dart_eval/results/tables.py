@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dart_eval.results import metrics, writers
-from dart_eval.results.format import NO_NUMBER, count, number, share, size, small_share, sparsity, with_error
+from dart_eval.results.format import NO_NUMBER, THREE, count, number, size, small_share, sparsity, with_error
 from dart_eval.results.record import Record
 from dart_eval.results.rows import cells_frame, in_order, metrics_frame, rows
 from dart_eval.results.writers import Column, Table
@@ -15,8 +15,6 @@ from dart_eval.results.writers import Column, Table
 if TYPE_CHECKING:
     import pandas as pd
 
-
-THREE = partial(share, digits=3)
 QUALITY = (
     Column("n"), Column("effective", "effective_sparsity", THREE),
     Column("masked out", "mask_sparsity", THREE), Column("read", "weights_read", THREE),
@@ -71,7 +69,7 @@ def quality(records: Sequence[Record], lines: Sequence[dict[str, object]]) -> li
 
 
 def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table:
-    order, line = metrics.in_group(group), ["task", "key"]
+    order, line = [name for name, known in metrics.METRICS.items() if known.group == group], ["task", "key"]
     shown = sorted(data["metric"].unique(), key=lambda m: (order.index(m) if m in order else 0, m))
     texts = data.pivot_table("text", line, "metric", aggfunc="last").add_prefix("text ")
     lines = in_order(data.drop_duplicates(line).join(texts, on=line))

@@ -30,13 +30,9 @@ def place(row: BoardRow, first: str | None) -> tuple[bool, float]:
     value = math.nan
     if quality is not None:
         logs = quality.better if metrics.kind_of(first or "").group == metrics.PERPLEXITY else None
-        value = logs.value if logs else quality.value * _sign(row, first)  # of perplexities the geometric mean
+        down = any(m.metric.partition(",")[0] == first and m.higher_is_better is False for m in row.values.values())
+        value = logs.value if logs else -quality.value if down else quality.value  # of perplexities the geometric mean
     return (True, 0.0) if math.isnan(value) else (False, -value)
-
-
-def _sign(row: BoardRow, first: str | None) -> float:
-    down = any(m.metric.partition(",")[0] == first and m.higher_is_better is False for m in row.values.values())
-    return -1.0 if down else 1.0
 
 
 def judged(rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str) -> Level:

@@ -32,7 +32,7 @@ def drop_infeasible(
     """
 
     def fits(cell: Cell) -> bool:  # so does what has run before
-        known = store.path(cell.name, cell.key).is_file()
+        known = store.file("cells", cell.name, cell.key).is_file()
         return known or (compatibility.anywhere(cell.method) and cell.rounding is None)
 
     if all(map(fits, cells)):

@@ -246,7 +246,7 @@ class Sweep:
 
         A job that another process has claimed is waited for: that process finishes it, or ends and leaves it to `work`.
         """
-        records = [self.store.path(job.cell.name, key) for key, job in self.jobs.items()]
+        records = [self.store.file("cells", job.cell.name, key) for key, job in self.jobs.items()]
         anew = any(job.config.force for job in self.jobs.values())
         with at_work(self.store.folder, records, anew) if self.todo else contextlib.nullcontext():
             idle = 0

@@ -16,6 +16,7 @@ from typing import Any
 from dart_eval.evaluation.task_names import aliases, is_pattern
 from dart_eval.models.demo_model import ALIAS
 from dart_eval.results.claims import ANY, Claim
+from dart_eval.results.labels import grouped
 from dart_eval.results.metrics import BY_SECOND_FORWARD, kind_of
 from dart_eval.results.paper_layout import COLUMNS, FIELDS, MEAN, PaperColumn, PaperRow, Reported, TableLayout
 from dart_eval.sweep import values
@@ -80,10 +81,7 @@ class PaperSpec:
     @property
     def runs(self) -> list[list[RunConfig]]:
         """The sweeps, those together that one loaded model can serve."""
-        groups: dict[tuple[object, ...], list[RunConfig]] = {}
-        for config in self.configs:
-            groups.setdefault((config.model, config.max_length, config.chat_template), []).append(config)
-        return [*groups.values()]
+        return [*grouped(self.configs, lambda config: (config.model, config.max_length, config.chat_template)).values()]
 
 
 @dataclass(frozen=True)
@@ -257,9 +255,7 @@ def _configs(
     below: dict[RunConfig, dict[str, None]] = {}
     for column, config in columns:
         below.setdefault(config, {}).update(dict.fromkeys(column.tasks))
-    beside: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows:
-        beside.setdefault((*row.own.items(), row.row.sparsity), []).append(row)
+    beside = grouped(rows, lambda row: (*row.own.items(), row.row.sparsity))
     for config, tasks in below.items():
         for group in beside.values():
             blocks = group[0].row.sparsity

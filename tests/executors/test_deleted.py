@@ -70,7 +70,7 @@ def test_a_part_of_a_cell_that_is_deleted_is_missed(run, tmp_path, monkeypatch, 
 
 
 def test_python_is_told_too(saved_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("dart_eval.results.store.Store.missing", lambda self, name, record: [self.path(name, "x")])
+    monkeypatch.setattr("dart_eval.results.store.Store.missing", lambda self, name, _: [self.file("cells", name, "x")])
     with pytest.raises(RuntimeError, match=r"files of finished cells have been deleted: .*out/cells/smoke_questions"):
         dart_eval.evaluate(
             model=saved_llama, tasks="smoke_questions", limit=1, method="dense", output=str(tmp_path / "out")

@@ -3,6 +3,7 @@
 import dataclasses
 
 from dart_eval.results import detector
+from dart_eval.results.report.reader import Reader
 from dart_eval.results.store import Store
 from tests.helpers.records import cell, written
 
@@ -53,12 +54,12 @@ def test_a_task_goes_with_its_control_and_nothing_else(tmp_path):
         store.save(f"{task}{patience}", dataclasses.replace(record, samples=samples))
 
     save("drift_x", [0.5, 0.5])
-    assert detector.tables(store, store.load()) == []
+    assert detector.tables(Reader(tmp_path).traces, store.load()) == []
     save("drift_x_same", [0.9, 0.9], seed=1)
-    assert detector.tables(store, store.load()) == []
+    assert detector.tables(Reader(tmp_path).traces, store.load()) == []
     save("drift_x_same", [0.9, 0.9], limit=3)
     save("drift_x", [0.9, 0.5], patience=1)  # another setting, whose control was not run
-    (table,) = detector.tables(store, store.load())
+    (table,) = detector.tables(Reader(tmp_path).traces, store.load())
     assert len({row[0] for row in table.body}) == 1
     assert table.title == "Drift detector on drift_x"
     rows = {row[2]: row[3:] for row in table.body}

@@ -234,7 +234,7 @@ def replaced(path, what):
 def test_a_record_that_is_no_file_is_refused_and_run_again(tmp_path, what):
     store = Store(tmp_path)
     store.save("cell", record())
-    replaced(store.path("cell", "k1"), what)
+    replaced(store.file("cells", "cell", "k1"), what)
     with pytest.raises(UserError, match=r"cell-k1.json cannot be read \(.*(no regular file|directory)"):
         store.load()
     assert store.get("cell", "k1") is None
@@ -247,7 +247,7 @@ def test_a_record_that_is_no_file_is_refused_and_run_again(tmp_path, what):
 def test_samples_that_are_no_file_are_refused(tmp_path, what):
     store = Store(tmp_path)
     saved = store.save("cell", record(), [{"task": "arc_easy", "doc_id": 0}])
-    replaced(store.samples_path("cell", "k1"), what)
+    replaced(store.file("samples", "cell", "k1"), what)
     replaced(tmp_path / "texts" / saved.files["texts"]["name"], what)
     with pytest.raises(UserError, match=r"samples of arc_easy .* cannot be read"):
         store.samples(saved)

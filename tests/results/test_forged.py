@@ -219,7 +219,7 @@ def test_an_older_run_does_not_stand_in_for_one_that_cannot_be_read(results, sho
     later = answered("arc", right(0.1), "dart", created="2026-02-01", code="later")
     Store(results).save("arc-dart-0.5", later)
     assert shown("check", "out", "--baseline", "b.json")[0] == 1
-    file = Store(results).path("arc-dart-0.5", later.key)
+    file = Store(results).file("cells", "arc-dart-0.5", later.key)
     file.write_text(file.read_text()[:-20])
     status, out, _ = shown("check", "out", "--baseline", "b.json")
     assert status == 1

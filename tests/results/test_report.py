@@ -247,9 +247,9 @@ def test_a_run_notes_its_cells_as_long_as_it_is_at_work(tmp_path):
     store = folder(tmp_path, methods=FEW)
     there = next((tmp_path / "cells").iterdir())
     assert progress(tmp_path) is None
-    with at_work(tmp_path, [there, store.path("x", "k" * 64)]):
+    with at_work(tmp_path, [there, store.file("cells", "x", "k" * 64)]):
         assert progress(tmp_path) == Progress(1, 2, True)
-        with at_work(tmp_path, [store.path("y", "k" * 64)]):  # a second process
+        with at_work(tmp_path, [store.file("cells", "y", "k" * 64)]):  # a second process
             assert progress(tmp_path) == Progress(1, 3, True)
         assert progress(tmp_path) == Progress(1, 2, True)
         assert "1 of 2 cells, running.</p>" in build(store).html
@@ -264,7 +264,7 @@ def test_a_run_notes_its_cells_as_long_as_it_is_at_work(tmp_path):
     with pytest.raises(KeyboardInterrupt), at_work(tmp_path, [there]):  # all that it was to make is there
         raise KeyboardInterrupt
     assert progress(tmp_path) is None
-    with pytest.raises(KeyboardInterrupt), at_work(tmp_path, [there, store.path("x", "k" * 64)]):
+    with pytest.raises(KeyboardInterrupt), at_work(tmp_path, [there, store.file("cells", "x", "k" * 64)]):
         raise KeyboardInterrupt
     assert progress(tmp_path) == Progress(1, 2, False)
     assert "1 of 2 cells, stopped before the others.</p>" in build(store, follow=True).html
@@ -276,7 +276,7 @@ def test_a_run_notes_its_cells_as_long_as_it_is_at_work(tmp_path):
 def test_open_follows_a_run_until_it_is_over(tmp_path, monkeypatch, capsys):
     store, opened, pages, made = Store(tmp_path), [], [], [cell("dense", 0.0), cell("dart"), cell("griffin")]
     page, run = tmp_path / "report.html", contextlib.ExitStack()
-    run.enter_context(at_work(tmp_path, [store.path("t", r.key) for r in made]))
+    run.enter_context(at_work(tmp_path, [store.file("cells", "t", r.key) for r in made]))
 
     def sleep(_seconds):
         pages.append(page.read_text() if page.exists() else "")
@@ -307,7 +307,7 @@ def test_ctrl_c_ends_the_following_and_leaves_a_page_that_stands_still(tmp_path,
     before = signal.signal(signal.SIGINT, _stop)  # as the command line has it
     monkeypatch.setattr(command.webbrowser, "open", lambda _: None)
     monkeypatch.setattr(command.time, "sleep", stop)
-    with contextlib.ExitStack() as stack, at_work(tmp_path, [store.path("x", "k" * 64)]):
+    with contextlib.ExitStack() as stack, at_work(tmp_path, [store.file("cells", "x", "k" * 64)]):
         stack.callback(signal.signal, signal.SIGINT, before)
         report(tmp_path, None, None, 0, False, True)
         html = (tmp_path / "report.html").read_text()

@@ -222,7 +222,7 @@ def test_a_page_that_follows_a_run_reloads_itself_and_keeps_what_was_set(visit, 
     def write():
         write_atomically(file, build(store, follow=True).html)
 
-    with at_work(tmp_path, [*(tmp_path / "cells").iterdir(), store.path("adart0.7", cell("dart", 0.7).key)]):
+    with at_work(tmp_path, [*(tmp_path / "cells").iterdir(), store.file("cells", "adart0.7", cell("dart", 0.7).key)]):
         write()
         opened = visit(file)
         assert opened.locator(".run").inner_text() == "6 of 7 cells, running. This page reloads itself."

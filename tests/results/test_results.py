@@ -257,12 +257,12 @@ def test_cells_that_differ_in_a_setting_of_the_run_can_be_told_apart():
     assert [row[quality.columns.index("method")] for row in quality.body] == ["dart (seed=0)", "dart (seed=1)"]
 
 
-def told_apart(*changes, **options):
+def told_apart(*changes):
     """Labels of cells of one method whose inputs are changed."""
     made = [record(key=f"k{i}") for i in range(len(changes))]
     for r, change in zip(made, changes, strict=True):
         r.inputs.update(change)
-    return list(labels(made, **options).values())
+    return list(labels(made).values())
 
 
 @pytest.mark.parametrize(("name", "first", "second"), [
@@ -276,9 +276,8 @@ def test_cells_that_differ_in_scope_or_execution_are_told_apart(name, first, sec
 
 def test_a_setting_that_follows_from_the_task_can_be_left_out():
     cells = [{"limit": 100}, {"limit": 64, "task": "xsum"}]
-    assert told_apart(*cells) == ["dart (limit=100)", "dart (limit=64)"]
-    assert told_apart(*cells, by_task=True) == ["dart", "dart"]
-    assert told_apart(*cells, {"limit": 10, "task": "xsum"}, by_task=True)[1:] == ["dart (limit=64)", "dart (limit=10)"]
+    assert told_apart(*cells) == ["dart", "dart"]
+    assert told_apart(*cells, {"limit": 10, "task": "xsum"})[1:] == ["dart (limit=64)", "dart (limit=10)"]
 
 
 def test_every_table_names_the_model():

@@ -12,6 +12,7 @@ from dart_eval.results.compare import compare_folders, compare_within
 from dart_eval.results.pairing import counterparts
 from dart_eval.results.paper_tables import Paper
 from dart_eval.results.report import build
+from dart_eval.results.report.reader import Reader
 from dart_eval.results.store import Store
 from dart_eval.results.tables import tables
 from dart_eval.results.thresholds import Limits, Thresholds
@@ -198,7 +199,7 @@ def test_the_control_of_a_drift_task_is_of_the_same_model(tmp_path):
         store = Store(folder)
         for i, (task, which) in enumerate(zip(("switch", "switch_same"), weights, strict=True)):
             store.save(f"cell{i}", traced(task, which))
-        return detector.tables(store, store.load())
+        return detector.tables(Reader(folder).traces, store.load())
 
     assert len(drawn(tmp_path / "a", OLD, OLD)) == 1
     assert drawn(tmp_path / "b", OLD, NEW) == []

@@ -31,7 +31,7 @@ def test_a_store_creates_nothing_before_it_saves(tmp_path):
 def test_what_is_saved_is_found_again(tmp_path):
     store, made = Store(tmp_path), record()
     saved = store.save("cell", made, TEXTS)
-    assert store.path("cell", "k1").is_file()
+    assert store.file("cells", "cell", "k1").is_file()
     assert store.get("cell", "k1") == dataclasses.replace(saved, samples=[]) == store.load()[0]
     assert store.samples(store.load()[0]) == made.samples
     assert store.texts(store.load()[0]) == {("arc_easy", 0): TEXTS[0]}
@@ -74,7 +74,7 @@ def test_a_cell_with_damaged_texts_is_not_finished_and_makes_them_whole_again(tm
 def test_a_cell_with_damaged_samples_is_not_finished_and_is_set_aside(tmp_path, damage):
     store = Store(tmp_path)
     store.save("cell", record())
-    path = store.samples_path("cell", "k1")
+    path = store.file("samples", "cell", "k1")
     if damage == "lost":
         path.unlink()
     else:
@@ -87,7 +87,7 @@ def test_a_cell_with_damaged_samples_is_not_finished_and_is_set_aside(tmp_path, 
     assert [p.name for p in moved] == ["cell-k1.json.damaged-1", "cell-k1.jsonl.damaged-1"][: 2 - (damage == "lost")]
     assert all(p.is_file() for p in moved)
     store.save("cell", record())  # damaged once more: nothing that was set aside is overwritten
-    store.path("cell", "k1").write_text("{")
+    store.file("cells", "cell", "k1").write_text("{")
     assert store.set_aside("cell", "k1")[0].name == "cell-k1.json.damaged-2"
 
 
@@ -109,7 +109,7 @@ def test_setting_aside_sweeps_up_what_a_killed_process_leaves_of_a_cell_with_a_l
 def test_setting_aside_sweeps_up_half_written_files_of_the_cell(tmp_path):
     store = Store(tmp_path)
     store.save("cell", record())
-    store.path("cell", "k1").unlink()
+    store.file("cells", "cell", "k1").unlink()
     others = [tmp_path / kind / ".cell-k2.half" for kind in ("cells", "samples", "texts")]  # being written elsewhere
     for other in others:
         other.parent.mkdir(exist_ok=True)
@@ -149,7 +149,7 @@ def test_a_claim_is_held_by_one_process_and_ends_with_it(tmp_path):
 def test_another_key_is_another_cell_even_under_the_same_file_name(tmp_path):
     store, start = Store(tmp_path), "a" * 16
     store.save("cell", record(key=start + "1"))
-    assert store.path("cell", start + "1") == store.path("cell", start + "2")
+    assert store.file("cells", "cell", start + "1") == store.file("cells", "cell", start + "2")
     assert store.get("cell", start + "2") is None
 
 
@@ -164,7 +164,7 @@ def test_records_are_loaded_oldest_first(tmp_path):
 def test_a_truncated_record_counts_as_not_finished_and_is_named(tmp_path, share):
     store = Store(tmp_path)
     store.save("cell", record())
-    path = store.path("cell", "k1")
+    path = store.file("cells", "cell", "k1")
     text = path.read_bytes()
     path.write_bytes(text[: int(share * len(text))])
     assert store.get("cell", "k1") is None
@@ -177,7 +177,7 @@ def test_a_truncated_record_counts_as_not_finished_and_is_named(tmp_path, share)
 def test_a_record_of_a_newer_version_is_named(tmp_path):
     store = Store(tmp_path)
     store.save("cell", record())
-    path = store.path("cell", "k1")
+    path = store.file("cells", "cell", "k1")
     path.write_text(json.dumps({**record().to_json(), "schema": SCHEMA + 1}))
     with pytest.raises(UserError, match=f"schema {SCHEMA + 1} is not known"):  # neither redone nor set aside
         store.get("cell", "k1")

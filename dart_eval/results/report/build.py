@@ -69,7 +69,7 @@ def build(store: Store, title: str | None = None, wanted: int = 50, follow: bool
         "models": [_model(board, known, chance, records) for board in made],
         "methods": [(label, charts.COLOURS[i % len(charts.COLOURS)], charts.sign(i)) for label, i in known.items()],
         "chance": bool(chance), "drift": drift_of(cells, samples_of, known),
-        "detectors": detector.tables(reader, records), "tasks": shown, "kept": reader.most,
+        "detectors": detector.tables(reader.traces, records), "tasks": shown, "kept": reader.most,
         "left_out": len(set[Any]().union(*(seen.left_out for seen in samples_of.values()))),
         "numbers": [
             *tables.tables(every), *unions.tables(every), *generated.table(records, texts_of), *_commands(cells),

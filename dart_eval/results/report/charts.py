@@ -230,8 +230,8 @@ def of_block(block: Block, looks: Mapping[str, int], note: str = "", cost: Cost 
     for label, rows in curves(block, cost).items():
         for at, row in rows:
             quality = row.quality[first]
-            found = quality.times if quality.share is None else (quality.share.value, quality.share.interval)
-            if found is None or not math.isfinite(found[0]):
+            found = quality.share or quality.times
+            if found is None or not math.isfinite(found.value):
                 continue
             value, ends = found
             low, high = ends or (value, value)

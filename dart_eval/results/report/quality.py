@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dart_eval.results import metrics
 from dart_eval.results.blocks import Board, BoardRow
 from dart_eval.results.board_text import sizes
-from dart_eval.results.format import finite, number, percent, share, with_error
+from dart_eval.results.format import finite, number, percent, with_error
 from dart_eval.results.frontier import bytes_read, step_time
 from dart_eval.results.record import Metric
 from dart_eval.results.report.cells import flat
@@ -66,7 +66,7 @@ def speeds(board: Board) -> Table | None:
     """Return the decode speeds of a board's rows, where they were measured."""
     body = [
         [
-            row.label, share(row.read),
+            row.label, number(row.read, 2),
             f"{s.speedup.median:.2f}x [{s.speedup.low:.2f}, {s.speedup.high:.2f}]" if s.speedup else "none yet",
             f"{s.control.median:.2f}x" if s.control else "-", f"{s.ceiling:.2f}x",
             f"{s.device}, {s.hardware}, after {s.prompt_tokens} tokens",

@@ -11,7 +11,7 @@ from typing import Any
 from dart_eval.results import generated
 from dart_eval.results.documents import answers
 from dart_eval.results.record import Record
-from dart_eval.results.store import Store, UnreadSamples, traced
+from dart_eval.results.store import Store, UnreadSamples
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Reader(Store):
         choices = [s for s in found if len(answers(s)) > 1 and "acc" in s["metrics"]]
         whole = all(s["metrics"]["acc"] in (0, 1) for s in choices)  # a share of the probability has no known chance
         guesses = [1 / len(answers(s)) for s in choices if whole]
-        watched = {(s["task"], s["doc_id"]): s for s in found if traced(s)}  # each filter's sample has the trace
+        watched = {(s["task"], s["doc_id"]): s for s in found if _traced(s)}  # each filter's sample has the trace
         self._looked[record.key] = CellSamples(
             sum(map(len, ids.values())), [*watched.values()], [s for s in found if (s["task"], s["doc_id"]) in first],
             {(task, i) for task, numbers in ids.items() for i in numbers} - first,
@@ -80,5 +80,10 @@ class Reader(Store):
         return found
 
     def traces(self, record: Record) -> list[dict[str, Any]]:
-        """Return the detector's trace of each document; see `Store.traces`."""
+        """Return the drift detector's trace of each document on which it closed a window. Raises as `look`."""
         return [s["drift"] for s in self.look(record).traced]
+
+
+def _traced(sample: dict[str, Any]) -> bool:
+    drift = sample.get("drift") or {"signal": [], "window": 0}
+    return len(drift["signal"]) > 0 and drift["window"] > 0

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from dart_eval.results.format import percent, share
+from dart_eval.results.format import THREE, percent
 from dart_eval.results.labels import labels
 from dart_eval.results.record import Record
 from dart_eval.results.report.charts import LONGEST, Chart, Line, Point
 from dart_eval.results.writers import Table
-from dart_eval.util.errors import UserError
 
 EIGHT_BITS, MOST = 8.5 / 16, 0.9  # what rounding to 8 bits reads at any batch, and nearly everything
 TITLES = {"sequences": "Read at batch B", "tokens": "Read of k tokens"}
@@ -18,16 +17,6 @@ ABOUT = {"sequences": "B sequences", "tokens": "k consecutive tokens of one sequ
 AXES = {"sequences": "sequences in a step", "tokens": "tokens of a sequence in a step"}
 REMEDY = "run with --read-at-batch, and --force for finished cells"
 Cell = tuple[str, Record, dict[int, tuple[float, float]]]  # label, record, size of a group -> its read and error
-
-
-def check(records: Sequence[Record], folder: object) -> None:
-    """Refuse records of a folder of which none has it.
-
-    Raises:
-        UserError: none has.
-    """
-    if not any(r.read_at_batch for r in records):
-        raise UserError(f"no cell of {folder} has a read at batch", REMEDY)
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
@@ -52,7 +41,7 @@ def _task(record: Record) -> str:
 
 def _cells(kind: str, records: Sequence[Record]) -> list[Cell]:
     """Return the cells that measured it, by model and task, the methods in the order of their names."""
-    names = labels(records, by_task=True)
+    names = labels(records)
     made = []
     for r in (r for r in records if r.read_at_batch):
         reads = {int(n): (read, error or 0.0) for n, (read, error, _) in (r.read_at_batch or {})[kind].items()}
@@ -65,12 +54,12 @@ def _table(kind: str, cells: Sequence[Cell], missing: int) -> Table:
     error = max(error for *_, reads in cells for _, error in reads.values())
     body = []
     for label, record, reads in cells:
-        shares = [share(reads[n][0], 3) if n in reads else "-" for n in sizes]
+        shares = [THREE(reads[n][0]) if n in reads else "-" for n in sizes]
         ends = [next((str(n) for n, (read, _) in reads.items() if read > limit), "-") for limit in (EIGHT_BITS, MOST)]
         body.append([record.inputs["model"]["name"], _task(record), label, *shares, *ends])
     note = (
         f"Share of the FFN bytes that a step reads for {ABOUT[kind]}: each neuron or column once, in the most bits "
-        f"that one of them wants. Mean over layers and steps; standard errors up to {share(error, 3)}. 8 bits at: the "
+        f"that one of them wants. Mean over layers and steps; standard errors up to {THREE(error)}. 8 bits at: the "
         f"first number to read over {percent(EIGHT_BITS)}, which rounding to 8 bits reads at any batch. 90 % at: the "
         "first to read over 90 %."
     )
