@@ -145,9 +145,9 @@ def _csv_cell(value: object) -> str:
 
 def markdown(table: Table) -> str:
     """Return a table as GitHub's Markdown; text that would break the table is escaped."""
-    columns = [_md(c) for c in table.columns]
+    columns = [escaped(c) for c in table.columns]
     body = [
-        [f"**{_md(c)}**" if (i, j) in table.bold else _md(c) for j, c in enumerate(row)]
+        [f"**{escaped(c)}**" if (i, j) in table.bold else escaped(c) for j, c in enumerate(row)]
         for i, row in enumerate(table.body)
     ]
     widths = [max(len(row[i]) for row in [columns, *body]) for i in range(len(columns))]
@@ -160,7 +160,8 @@ def markdown(table: Table) -> str:
     return "\n".join([*parts, printable(table.note), ""] if table.note else parts)
 
 
-def _md(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return a text for a cell of a Markdown table."""
     return printable(text).replace("|", "\\|")
 
 

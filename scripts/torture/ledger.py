@@ -106,14 +106,17 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def page(summary: dict[str, Any]) -> str:
-    """The summary as results/robustness.md."""
+    """The summary in results/robustness.md, of which the beginning and the end stay."""
     rows, packages = summary["rows"], ", ".join(f"{name} {v}" for name, v in summary["packages"].items())
     minutes = sum(row["seconds"] for row in rows) / 60
     about = f"Seed {summary['seed']}, Python {summary['python']}, {packages}, on a CPU, {minutes:.0f} minutes."
     lines = ["| what | tried | fell | how it went |", "|---|---|---|---|"]
     lines += [f"| {row['row']} | {row['tried']:,} | {len(row['fell'])} | {_went(row)} |" for row in rows]
     fell = [f"* {row['row']}: `{' '.join(line.split())[:160]}`" for row in rows for line in row["fell"][:SHOWN]]
-    return PAGE.format(about=about, table="\n".join(lines), fell="\n".join(fell) or "Nothing.")
+    lines += ["", "## What fell", "", *(fell or ["Nothing."])]
+    begin, _, rest = (ROOT / "results" / "robustness.md").read_text(encoding="utf-8").partition("\nSeed ")
+    _, end, after = rest.partition("\n## What counts as a fall")
+    return "\n".join([begin, about, "", *lines, end + after])
 
 
 def _went(row: dict[str, Any]) -> str:
@@ -126,35 +129,3 @@ def _code() -> str:
     for file in sorted(f for part in ("dart_eval", "tasks", "scripts/torture") for f in (ROOT / part).rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-PAGE = """# Robustness
-
-`make torture` kills sweeps, prunes and restores models thousands of times, and damages every file that is read. It
-takes half an hour on two cores, resumes a stopped run, and exits with 1 if a trial falls. CI runs
-`make torture ARGS="--short"` with another seed every week. `make torture ARGS="--page results/robustness.md"`
-writes this page.
-
-{about}
-
-{table}
-
-## What fell
-
-{fell}
-
-## What counts as a fall
-
-| trial | what happens | it falls if |
-|---|---|---|
-| kills | SIGKILL, SIGINT or SIGTERM comes at a random moment of `run`, `check` or `export`, in a new process once in \
-ten times; the same command follows | a finished record changes; the last records, samples, texts, baseline or export \
-differ from an undisturbed sweep's; half a file is left; a command ends in a traceback, a wrong status, or not at all |
-| rounds | a model is pruned, generates and is restored; every seventh round is interrupted | a bit of a weight or \
-stride changes; a hook or forward is left; the dense text differs; memory or objects grow after the second lap |
-| fuzz | a file is damaged and read | there is a traceback, a refusal of several lines, no end in time, a file outside \
-the folder, a new process, or a wrong number although a check guards it |
-
-Checksums guard results and journals; a forged number with fitting checksums cannot be recognised. "Read" means that the
-damage hit nothing that counts, or made valid input.
-"""
