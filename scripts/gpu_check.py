@@ -45,7 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     prepare(given.dry)
     import gpu_checks
-    from gpu_column import Asked
     from gpu_tables import line, report
 
     asked = {"numbers": {"card": "CPU (dry)"}} if given.dry else isolated(gpu_checks.card, (), 60)
@@ -55,12 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: no CUDA GPU is at hand{why}; --dry runs the same checks on a CPU, tiny shapes", file=sys.stderr)
         return 2
     folder = given.output or (None if given.dry else ROOT / "results" / "gpu")
-    column = Asked(given.model, given.data_dir, given.task, given.limit, folder and folder / "column")
+    column = given.model, given.data_dir, given.task, given.limit, folder and folder / "column"
     begun, found = time.monotonic(), []
     for name in names:
         left = 60 * given.minutes - (time.monotonic() - begun)
         limit = min(LIMITS[name] * max(1, given.minutes / MINUTES), left)
-        more = (column,) if name == "column" else ()
+        more = column if name == "column" else ()
         found.append({"check": name, **isolated(getattr(gpu_checks, name), (given.dry, *more), limit)})
         print(line(found[-1]), flush=True)
     made = {**card, "dry": given.dry, "seconds": round(time.monotonic() - begun, 1), "checks": found}

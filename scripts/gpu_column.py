@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,6 @@ from gpu_models import SPARSITY, Skip, small
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ["dense", "griffin", "dart", "dart-plus"]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the column is made of.
-
-    Attributes:
-        model: a folder, or a name that the cache of the hub knows; None: there is no column.
-        data_dir: local data, as for `dart-eval run`; None: the cache of the hub.
-        task, limit: which documents. folder: where finished cells are kept.
-    """
-
-    model: str | None = None
-    data_dir: str | None = None
-    task: str = "arc_easy"
-    limit: int = 100
-    folder: Path | None = None
 
 
 def sweep(dry: bool) -> dict[str, Any]:
@@ -42,22 +24,31 @@ def sweep(dry: bool) -> dict[str, Any]:
     return {**numbers, "said": f"{len({(r['method'], r['task']) for r in rows})} cells"}
 
 
-def column(dry: bool, asked: Asked = Asked()) -> dict[str, Any]:
-    """One column of a paper's table: one task at 70 %, for dense and three methods. Dry: with a random model."""
-    if asked.model is None and not dry:
+def column(
+    dry: bool, model: str | None = None, data_dir: str | None = None, task: str = "arc_easy", limit: int = 100,
+    folder: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One column of a paper's table: one task at 70 %, for dense and three methods. Dry: with a random model.
+
+    Args:
+        model: a folder, or a name that the cache of the hub knows; None: there is no column.
+        data_dir: local data, as for `dart-eval run`; None: the cache of the hub.
+        task, limit: which documents. folder: where finished cells are kept.
+    """
+    if model is None and not dry:
         raise Skip('no model: give ARGS="--model FOLDER", and --data-dir where the hub\'s cache has no data')
     from dart_eval.util.errors import UserError
 
     with tempfile.TemporaryDirectory() as made:
-        model = _made(made, dry) if asked.model is None else asked.model
-        task, limit = ("smoke_questions", 2) if asked.model is None else (asked.task, asked.limit)
+        source = _made(made, dry) if model is None else model
+        task, limit = ("smoke_questions", 2) if model is None else (task, limit)
         try:
-            rows = _rows(model, dry, str(asked.folder or made), tasks=task, method=METHODS, sparsity=SPARSITY,
-                         limit=limit, data_dir=asked.data_dir)  # fmt: skip
+            rows = _rows(source, dry, str(folder or made), tasks=task, method=METHODS, sparsity=SPARSITY, limit=limit,
+                         data_dir=data_dir)  # fmt: skip
         except UserError as error:  # no such model, or no data
             raise Skip(str(error)) from None
     main = [r for r in rows if r["metric"] == rows[0]["metric"]]
-    about = {"model": asked.model or "random weights", "task": task, "metric": rows[0]["metric"], "limit": limit}
+    about = {"model": model or "random weights", "task": task, "metric": rows[0]["metric"], "limit": limit}
     said = f"{task}: " + ", ".join(f"{r['method']} {r['value']:.2f}" for r in main)
     return {**about, "column": [_cell(r) for r in main], "rows": rows, "said": said}
 

@@ -276,14 +276,10 @@ class FirstFailure:
         signal.setitimer(signal.ITIMER_PROF, HANG)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        self._see(report)
-
-    def pytest_collectreport(self, report: Any) -> None:
-        self._see(report)
-
-    def _see(self, report: Any) -> None:
         if report.failed and not self.by:
             self.by = report.nodeid
+
+    pytest_collectreport = pytest_runtest_logreport
 
     def end(self, otherwise: str = "") -> None:
         """Say what was found."""
