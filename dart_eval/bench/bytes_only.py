@@ -54,12 +54,8 @@ class BytesOnly:
         return self.method + (f" on {self.bits} bits" if self.bits else "")
 
 
-def rows(results: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return measurements as plain values, a row each, timed or not, with method, sparsity and read."""
-    return [_row(one) for one in results]
-
-
-def _row(result: Any) -> dict[str, Any]:
+def as_row(result: Any) -> dict[str, Any]:
+    """Return a measurement as plain values, timed or not, with method, sparsity and read."""
     if isinstance(result, BytesOnly):  # words in place of times
         held = {name: value for name, value in dataclasses.asdict(result).items() if name != "bits" or value}
         return {**held, "times": BYTES_ONLY, "speedup": None, "control": None}

@@ -28,7 +28,7 @@ from dart_eval.results.ratio import Ratio, paired
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import foreign_cpu
-from dart_eval.weights.rounding import refuse_fixed, rounded, rounded_bits
+from dart_eval.weights.rounding import rounded, rounded_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,15 +61,6 @@ class RoundedSpeed:
     tokens_per_second: float
     foreign_cores: float | None
     twin_bytes: int
-
-
-def check_roundable(model: nn.Module) -> None:
-    """Raise if a model's FFN weights cannot be rounded, before anything is measured.
-
-    Raises:
-        UserError: they are quantised already, or in no parameter of their own.
-    """
-    refuse_fixed(find_ffns(model))
 
 
 def share(model: nn.Module, rounding: Rounding) -> float:

@@ -81,8 +81,7 @@ class Subject:
         """Time one method (`decode.measure`), or count its reads if there is nothing to time."""
         if bytes_only.untimed(find_ffns(self.model), method, sparsity):  # no kernel turns its bytes into time
             return self.count(method, sparsity, setting)
-        given = dataclasses.asdict(setting)
-        return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **given)
+        return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **dataclasses.asdict(setting))
 
     def count(self, method: Pruner, sparsity: float, setting: Setting, rounding: Rounding | None = None) -> BytesOnly:
         """Count the weights that one method reads, see `bytes_only.measure`."""
@@ -95,9 +94,7 @@ class Subject:
         """Time the dense model on rounded FFN weights (`packed.measure`), or count its reads."""
         if why := packed.lacking(self.model, rounding):
             return bytes_only.alone(self.model, rounding, why)
-        given = dataclasses.asdict(setting)
-        del given["compiled"]  # refused before
-        return packed.measure(self.model, rounding, **given)
+        return packed.measure(self.model, rounding, **dataclasses.asdict(setting))
 
     def speed(self, result: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
         """Return the stored part of a measurement. method: its method; `dense` for rounding alone."""

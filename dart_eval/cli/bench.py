@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from dart_eval.cli import options
-from dart_eval.cli.run import hush, quieten
+from dart_eval.cli.run import hush
 from dart_eval.cli.view import output as show
 from dart_eval.cli.view import print_note, say
 from dart_eval.pruning.registry import make
 from dart_eval.sweep.plan import methods_of
 from dart_eval.util.bits import parse
 from dart_eval.util.errors import UserError
+from dart_eval.util.quiet import silence
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,22 +80,24 @@ def decode(
     asked = options.chosen(method=method or options.METHODS_MEASURED, sparsity=sparsity, ffn_bits=ffn_bits, **given)
     methods = _methods(asked)
     _check_options(asked.ffn_bits, compile, output)
-    quieten(False)  # it imports torch, and all before it does not
+    silence()  # it imports torch, and all before it does not
     from dart_eval.bench import decode as bench
-    from dart_eval.bench import packed, tables
-    from dart_eval.bench.bytes_only import rows
+    from dart_eval.bench import tables
+    from dart_eval.bench.bytes_only import as_row
     from dart_eval.bench.subject import Setting, subject
+    from dart_eval.layers.find import find_ffns
+    from dart_eval.weights.rounding import refuse_fixed
 
     for one in methods:
         bench.check_timeable(one)
     timed = subject(asked.model_spec, shape, layers, print_note)
     setting = Setting(compile, prompt, steps, rounds)
     if any(map(parse, asked.ffn_bits)):
-        packed.check_roundable(timed.model)
+        refuse_fixed(find_ffns(timed.model))
     methods = _possible(timed, methods, sparsity)
     found, rounded, files = _measured(timed, setting, methods, sparsity, asked.ffn_bits, output)
     where = f"{timed.title}, {timed.hardware}" + (f", torch.compile ({compile})" if compile else "")
-    show(rows([*found, *rounded]), tables.decoding(found, rounded, where), format)
+    show([as_row(one) for one in (*found, *rounded)], tables.decoding(found, rounded, where), format)
     for file in files:
         say(f"wrote {file}", err=format != "table")
 
@@ -174,7 +177,7 @@ def overhead(
     """
     hush(False)
     methods = _methods(options.chosen(method=method or options.METHODS_MEASURED, sparsity=sparsity))
-    quieten(False)  # it imports torch, and all before it does not
+    silence()  # it imports torch, and all before it does not
     from dart_eval.bench import tables
     from dart_eval.bench.overhead import measure
 

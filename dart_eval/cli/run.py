@@ -18,6 +18,7 @@ from dart_eval.cli.view import TerminalView, put, say, show
 from dart_eval.models import digest
 from dart_eval.results.writers import Table
 from dart_eval.sweep.options import DEFAULTS
+from dart_eval.util.quiet import hush_warnings, silence
 from dart_eval.util.text import Json, json_text
 
 if TYPE_CHECKING:
@@ -182,7 +183,8 @@ def load_libraries(view: TerminalView, verbose: bool) -> None:
     atexit.register(leave_garbage)
     gc.disable()  # what is imported stays: to look through it again and again takes a sixth of the time
     try:
-        quieten(verbose)
+        if not verbose:
+            silence()
         from dart_eval.sweep import jobs  # noqa: F401
     finally:
         gc.freeze()
@@ -218,15 +220,4 @@ def hush(verbose: bool) -> None:
         for noisy in NOISY:
             logging.getLogger(noisy).setLevel(logging.INFO)
     else:
-        from dart_eval.util.quiet import hush_warnings
-
         hush_warnings()
-
-
-def quieten(verbose: bool) -> None:
-    """Import the libraries underneath, and silence them unless `verbose`."""
-    hush(verbose)
-    if not verbose:
-        from dart_eval.util.quiet import silence
-
-        silence()

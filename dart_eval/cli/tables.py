@@ -32,31 +32,21 @@ SORTS = ("accuracy", "above", "perplexity", "flips", "kl", "memory", "work", "sp
 SORT_HELP = f"Order the rows of a level by this column: {', '.join(SORTS)}. By default the best row comes first."
 METRIC_HELP = "Show this metric for the tasks that have it, such as acc_norm."
 LEVEL_HELP = "Show dense and the levels that read about this share of the FFN bytes, such as 0.3."
-Subtasks = Annotated[
-    bool, typer.Option("--subtasks", metavar="", help="Also show the members of groups, such as mmlu's subjects.")
-]
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tasks", metavar="NAMES",
-        help="Show only these tasks, comma-separated. Methods that also ran on different tasks then share one board.",
-    ),
-]  # fmt: skip
+SUBTASKS_HELP = "Also show the members of groups, such as mmlu's subjects."
+TASKS_HELP = "Show only these tasks, comma-separated. Methods that also ran on different tasks then share one board."
 
 
 def tables(
     folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
     format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP, metavar="FORMAT")] = None,
     view: Annotated[str, one_of(VIEWS, "view", VIEW_HELP, metavar="NAME")] = BOARD,
-    subtasks: Subtasks = False,
-    tasks: Tasks = None,
+    subtasks: Annotated[bool, own(SUBTASKS_HELP, None, "", "--subtasks")] = False,
+    tasks: Annotated[list[str] | None, own(TASKS_HELP, None, "NAMES")] = None,
     metric: Annotated[str | None, own(METRIC_HELP, None, "NAME")] = None,
     level: Annotated[float | None, own(LEVEL_HELP, None, "READ")] = None,
     sort: Annotated[str | None, one_of(SORTS, "sort", SORT_HELP, metavar="COLUMN")] = None,
     explain: Annotated[bool, own("Explain each column of the board.", None, "", "--explain")] = False,
-    save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")
-    ] = None,
+    save: Annotated[Path | None, own("Write to this file instead of the terminal.", None, "FILE")] = None,
 ) -> None:
     """Print the board of a results folder (one row per method and sparsity, best first), or its long tables.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from dart_eval.cli import options
-from dart_eval.cli.run import hush, quieten
+from dart_eval.cli.run import hush
 from dart_eval.cli.tables import PICTURES
 from dart_eval.cli.view import print_note, say
 from dart_eval.pruning.masks.allocations import write_table
 from dart_eval.pruning.registry import make, parse
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, is_stream, read_text, write
+from dart_eval.util.quiet import silence
 from dart_eval.util.text import json_text
 
 
@@ -48,7 +49,7 @@ def trace(
     aside = is_stream(output)  # a program may read the JSON from this stream
     picture = _picture(output, plot, save_allocation)
     prompt, following = _prompt(text, file, then, smoke)
-    quieten(False)  # it imports torch, and all before it does not
+    silence()  # it imports torch, and all before it does not
     from dart_eval.bench import tracing
     from dart_eval.models.loading import resolve
 

@@ -18,7 +18,6 @@ from dart_eval.export.writing import NO_PLACE, LeftOut, Piece
 from dart_eval.results.metrics import main
 from dart_eval.results.record import Metric
 from dart_eval.util.files import safe
-from dart_eval.util.text import Json
 
 LAST = "parameters"  # the longest: what a reader wants first stands before it
 
@@ -55,26 +54,22 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str 
 
 
 def _file(path: str, cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, str]:
-    entry = _entry(cell, metric, dataset, source)
-    return {path: yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000)}
-
-
-def _left_out(why: str, remedy: str) -> dict[str, str]:
-    raise LeftOut(why, remedy)
-
-
-def _entry(cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> Json:
     if not math.isfinite(metric.value):
         raise LeftOut(f"{metric.metric} of {metric.task} under {cell.title} is {metric.value}", "run the cell again")
     cell.store.samples(cell.record)  # raises on answers that are no numbers
     moment = cell.moment
-    return {
+    entry = {
         "dataset": {"id": dataset.id, "task_id": dataset.task},
         "value": metric.value,
         **({"date": moment.isoformat().replace("+00:00", "Z")} if moment else {}),
         **({"source": {"url": source}} if source else {}),
         "notes": _notes(cell, metric),
     }
+    return {path: yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000)}
+
+
+def _left_out(why: str, remedy: str) -> dict[str, str]:
+    raise LeftOut(why, remedy)
 
 
 def _notes(cell: Facts, metric: Metric) -> str:

@@ -16,7 +16,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # optional
-    triton = None
+    triton = tl = None
 
 ROWS = 16  # neurons that one program reads at a time
 COLUMNS = 128  # of the model's width

@@ -13,14 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dart_eval.kernels.cpu.packing import COLUMNS, FIRST, bits_of, chunks, scales_of
+from dart_eval.kernels.gather import triton
 from dart_eval.weights.codes import Packed
 
-try:
-    import triton
-
+if triton is not None:
     from dart_eval.kernels import graded_kernels
-except ImportError:  # optional, as for `gather`
-    triton = None
 
 BITS = (6, 8)  # of codes that are taken
 LOOK, EXACT, WRITE = 4, 2, 16  # neurons that one program has at a time

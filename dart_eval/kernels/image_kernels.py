@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dart_eval.kernels.gather import COLUMNS, ROWS
+from dart_eval.kernels.gather import COLUMNS, ROWS, tl, triton
 from dart_eval.weights.codes import Packed
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # optional
-    triton = None
 
 if triton is not None:
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from functools import lru_cache
+from functools import cache
 from urllib.parse import urlparse
 
 import datasets
@@ -22,19 +22,14 @@ UNREACHABLE = re.compile(  # words of libraries' errors
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
-@lru_cache(maxsize=1)
-def work_offline_if_unreachable() -> bool:
+@cache
+def work_offline_if_unreachable() -> None:
     """Switch the libraries to offline mode if the hub does not answer; cached files still load.
 
     Without this, each request is retried for most of a minute. Behind a proxy the hub is not tried.
-
-    Returns:
-        Whether the libraries are offline now.
     """
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return True
-    if any(os.environ.get(name) for name in PROXIES):
-        return False
+    if huggingface_hub.constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in PROXIES):
+        return
     address = urlparse(huggingface_hub.constants.ENDPOINT)
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
@@ -42,8 +37,6 @@ def work_offline_if_unreachable() -> bool:
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
-        return True
-    return False
 
 
 def commit_of(source: str, name: str, revision: str) -> str:
