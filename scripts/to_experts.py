@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.pruning.calibration.calibration import Passages, TextCalibration
+from dart_eval.pruning.calibration.calibration import Calibration, Passages
 
 ROUNDS = 6  # of k-means
 RIDGE = 1e-2  # of the mean square of x
@@ -107,7 +107,7 @@ def converted(model: PreTrainedModel, tokenizer: object, settings: argparse.Name
         raise SystemExit(f"{inner} neurons are no {settings.experts} experts of 8, 16 ... each: give another --shared")
     ffns = find_ffns(model)
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ffns]
-    calibration = TextCalibration(model, tokenizer, passages=Passages(settings.tokens))
+    calibration = Calibration(model, tokenizer, passages=Passages(settings.tokens))
     calibration.visit(lambda at, x, h: seen[at].append((x.bfloat16(), h.bfloat16())))
     state = {name: value for name, value in model.state_dict().items() if ".mlp." not in name}
     for ffn, parts in zip(ffns, seen, strict=True):

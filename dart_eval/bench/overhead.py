@@ -18,6 +18,7 @@ from dart_eval.layers.find import describe
 from dart_eval.layers.shape import shape_of
 from dart_eval.models import shapes
 from dart_eval.pruning import cost
+from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.moments import Moments
 from dart_eval.pruning.calibration.vocabulary import Projection
 from dart_eval.pruning.method import Pruner
@@ -122,11 +123,15 @@ def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tup
     return total, {**parts, "other": total - sum(parts.values())}
 
 
-@dataclass
-class Shapes:
+class Shapes(Calibration):
     """A calibration without numbers: factors of the right shape, for a model without its weights."""
 
-    ffns: list[FFN]
+    def __init__(self, ffns: list[FFN]) -> None:
+        self._ffns = ffns
+
+    @property
+    def ffns(self) -> list[FFN]:
+        return self._ffns
 
     def sums(self, observe: Any) -> list[Tensor]:
         return [torch.zeros(f.size) for f in self.ffns]

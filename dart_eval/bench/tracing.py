@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.finite import refuse_not_finite
-from dart_eval.pruning.calibration.calibration import TextCalibration
+from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
 from dart_eval.util.errors import UserError
@@ -88,7 +88,7 @@ def trace(
             f"prompt and text have {prompt.shape[1] + count} tokens, the model takes {longest}",
             "give shorter ones, or fewer --tokens",
         )
-    with prune(model, method, sparsity, calibration=TextCalibration(model, tokenizer), execution="masked") as session:
+    with prune(model, method, sparsity, calibration=Calibration(model, tokenizer), execution="masked") as session:
         decoded, logprobs = _decode(model, prompt, text_ids, count)
         state = session.state
         assert state is not None

@@ -44,7 +44,7 @@ def overhead(
     if in_mask is None:
         in_mask = method.choice.mask_share(weights_read, shape.ffn_matrices)
     mask = 1.0 if method.mask.holds_all else in_mask
-    observing = neurons * sum(part.flops_per_neuron() for part in method.observers)
+    observing = neurons * sum(part.flops_per_neuron for part in method.observers)
     # Down's columns of the pruned neurons, once.
     at_once = method.compensation.adds and not (method.mask.fixed and method.compensation.calibrates)
     constants = round(2 * shape.width * (neurons - mask * neurons)) if at_once else 0

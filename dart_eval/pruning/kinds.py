@@ -75,16 +75,8 @@ class InputSparsity(Pruner, of=Entries):
     entries: Entries = Above()
 
     @property
-    def other(self) -> Part:
+    def other(self) -> Entries:
         return self.entries
-
-    @property
-    def granularity(self) -> str:  # type: ignore[override]
-        return self.entries.granularity
-
-    @property
-    def sized(self) -> bool:
-        return self.entries.sized
 
     @property
     def exact(self) -> bool:
@@ -145,16 +137,8 @@ class ExpertChoice(Pruner, of=Routing):
     routing: Routing = Fewer()
 
     @property
-    def other(self) -> Part:
+    def other(self) -> Routing:
         return self.routing
-
-    @property
-    def granularity(self) -> str:  # type: ignore[override]
-        return self.routing.granularity
-
-    @property
-    def sized(self) -> bool:
-        return self.routing.sized
 
     def check_ffns(self, ffns: Sequence[FFN], sparsity: float) -> None:
         self.routing.check_experts(sparsity, ffns)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.calibration.calibration import Calibration
     from dart_eval.pruning.experts.rerouted import Ordered
+    from dart_eval.pruning.experts.routings import Routing
     from dart_eval.pruning.inputs.attached import AttachedInputs
+    from dart_eval.pruning.inputs.entries import Entries
     from dart_eval.pruning.inputs.graded import GradedInputs
 
     Beside = AttachedInputs | GradedInputs | Ordered
@@ -43,7 +45,6 @@ class Pruner:
         allocation: how the sparsity is spread over layers.
         compensation: what replaces the output of pruned neurons.
         leaves_out: what methods of this kind leave out.
-        granularity: the same, if not whole neurons.
         name: the name that a user types and tables show. Not compared, like the next three.
         summary: one line for `dart-eval ls methods`.
         paper: arXiv number.
@@ -55,7 +56,6 @@ class Pruner:
     allocation: ClassVar[Allocation] = Uniform()
     compensation: ClassVar[Compensation] = Nothing()
     leaves_out: ClassVar[str] = "neurons"
-    granularity: ClassVar[str] = ""
     name: str = dataclasses.field(default="custom", compare=False, kw_only=True)
     summary: str = dataclasses.field(default="", compare=False, kw_only=True)
     paper: str = dataclasses.field(default="", compare=False, kw_only=True)
@@ -84,9 +84,14 @@ class Pruner:
             )
 
     @property
-    def other(self) -> Part | None:
+    def other(self) -> Entries | Routing | None:
         """The part that leaves out inputs, weights or experts; None for methods that leave out neurons."""
         return None
+
+    @property
+    def granularity(self) -> str:
+        """What is left out, if not whole neurons."""
+        return "" if self.other is None else self.other.granularity
 
     @property
     def _title(self) -> str:
@@ -101,6 +106,8 @@ class Pruner:
     @property
     def sized(self) -> bool:
         """Whether the sparsity decides how much is left out."""
+        if self.other is not None:
+            return self.other.sized
         return self.prunes and (self.choice.sized or not self.mask.holds_all)
 
     @property

@@ -61,6 +61,7 @@ class Part:
         fits_repeats: whether it counts a token once when a layer runs several times for it.
         counts_tokens: whether a token's place among the decoded tokens matters.
         upper_bound: whether it uses what is known only after the weights are read.
+        flops_per_neuron: elementwise operations per neuron and observed token.
     """
 
     slot: ClassVar[str]
@@ -74,6 +75,7 @@ class Part:
     fits_repeats: ClassVar[bool] = True
     counts_tokens: ClassVar[bool] = False
     upper_bound: ClassVar[bool] = False
+    flops_per_neuron: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -123,10 +125,6 @@ class Part:
             [B, F] fp32.
         """
         return None
-
-    def flops_per_neuron(self) -> int:
-        """Elementwise operations per neuron and observed token."""
-        return 0
 
     def flops_per_token(self, shape: ModelShape) -> float:
         """FLOPs per token of the context, beside those per neuron."""

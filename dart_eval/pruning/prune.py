@@ -12,7 +12,7 @@ from typing import ParamSpec
 from torch import nn
 
 from dart_eval.layers.guard import refuse_second
-from dart_eval.pruning.calibration.calibration import Calibration, TextCalibration
+from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.choices.choice import AnyChoice
 from dart_eval.pruning.experts.routings import Routing
 from dart_eval.pruning.inputs.entries import Entries
@@ -107,7 +107,7 @@ def prune(
         compensation=compensation, entries=entries, routing=routing,
     )  # fmt: skip
     if calibration is None or isinstance(calibration, str | Path):
-        calibration = TextCalibration(model, tokenizer, calibration)
+        calibration = Calibration(model, tokenizer, calibration)
     session = Session(model, method, sparsity, calibration, execution, shared_mask, serve)
     try:
         try:

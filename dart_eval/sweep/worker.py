@@ -22,7 +22,7 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.models.loading import Resolved
 from dart_eval.pruning import cost
-from dart_eval.pruning.calibration.calibration import Passages, TextCalibration
+from dart_eval.pruning.calibration.calibration import Calibration, Passages
 from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
@@ -72,7 +72,7 @@ class Worker:
         self.halved = 0  # how often memory ran out in the last cell
         self.shape = shape_of(self.model, find_ffns(self.model))
         self._config, self._identity = config, resolved.identity.to_json()
-        self._calibrations: dict[Rounding | None, TextCalibration] = {}  # by the rounding of the weights
+        self._calibrations: dict[Rounding | None, Calibration] = {}  # by the rounding of the weights
         self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
         self.lm = PrunedLM(
             self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, on_progress=advanced,
@@ -137,14 +137,14 @@ class Worker:
             self._rounded = wanted, Rounded(self.model, wanted)
         return self._rounded[1].in_place()
 
-    def _calibrated(self, rounding: Rounding | None) -> TextCalibration:
+    def _calibrated(self, rounding: Rounding | None) -> Calibration:
         """Return what methods may know of the model, with weights rounded like this, before any prompt."""
         config = self._config
         about = {
             "model": self._identity, "dtype": str(self.model.dtype), "device": self.model.device.type,
             "bits": rounding and rounding.text, "code": code_hash(tasks_dir()), "versions": versions(),
         }  # fmt: skip
-        return TextCalibration(
+        return Calibration(
             self.model, self.tokenizer, lambda: calibration_text(config.calibration, config.data_dir).text,
             Passages(config.calibration_size, config.calibration_seed or 0), StatsCache(about),
         )  # fmt: skip

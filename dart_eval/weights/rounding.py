@@ -101,7 +101,6 @@ AS_THEY_ARE = Stored(OWN_BITS)
 class Served:
     """A matrix as it would be served: its values [out, in], and its codes if it is rounded.
 
-
     Attributes:
         stored: bits of a weight.
     """

@@ -23,7 +23,7 @@ import torch
 from dart_eval.bench.overhead import measure
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.pruning.calibration.calibration import TextCalibration
+from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.cost import overhead
 from dart_eval.pruning.masks.allocations import Global
 from dart_eval.pruning.masks.scores import Fluctuation, Wanda
@@ -113,7 +113,7 @@ def shifted(model, layer, by):
 @pytest.mark.parametrize("score", [Fluctuation(), Fluctuation(variance="code"), Wanda()], ids=lambda s: str(s)[:30])
 def test_a_constant_on_h_moves_wandas_score_and_not_flaps(score):
     def of(model):
-        calibration = TextCalibration(model, OneText())
+        calibration = Calibration(model, OneText())
         factors = score.factors(calibration)
         if not score.observes:
             return factors[1]

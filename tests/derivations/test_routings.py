@@ -9,7 +9,7 @@ import torch
 from dart_eval.layers.experts import ROUTED
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.experts.rerouted import Choosing, saliency
+from dart_eval.pruning.experts.rerouted import Order, saliency
 from dart_eval.pruning.experts.routings import Fewer
 from dart_eval.pruning.registry import make
 from dart_eval.util.errors import UserError
@@ -213,6 +213,6 @@ def test_attention_is_no_router():
     """16 heads and 4 keys are as many numbers as 64 experts."""
     routed = SimpleNamespace(all=64, count=8)
     attention, router = torch.randn(1, 16, 1, 4), torch.randn(3, 64)
-    with Choosing(routed, 8, torch.arange(64) < 40):
+    with Order(routed, 8, True, torch.arange(64) < 40):
         found, chosen = attention.softmax(-1), router.softmax(-1)
     assert torch.equal(found, attention.softmax(-1)) and (chosen[:, 40:] == 0).all()

@@ -5,7 +5,7 @@ from torch.overrides import TorchFunctionMode
 
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.calibration.calibration import TextCalibration
+from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session.prepared import prepare
@@ -69,7 +69,7 @@ def fitting(method, family, sparsity):
     return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity
 
 
-class RandomCalibration(TextCalibration):
+class RandomCalibration(Calibration):
     """Random tokens instead of a text."""
 
     def __init__(self, model, *_):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dart_eval.pruning.calibration import stats_cache
-from dart_eval.pruning.calibration.calibration import Passages, TextCalibration, means
+from dart_eval.pruning.calibration.calibration import Calibration, Passages, means
 from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.masks.scores import Activation, Wanda
 from dart_eval.pruning.prune import prune
@@ -36,7 +36,7 @@ def test_segments_are_no_longer_than_the_model_has_positions(family, positions, 
     model.base_model.register_forward_pre_hook(
         lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    calibration = TextCalibration(model, _Tokenizer(bos))
+    calibration = Calibration(model, _Tokenizer(bos))
     assert len(calibration.ffns) == 3
     lengths.clear()  # the trial forward's
     calibration.sums(Wanda().observe)
@@ -52,7 +52,7 @@ def test_a_model_with_more_positions_has_512_tokens_of_text_after_bos():
     model.base_model.register_forward_pre_hook(
         lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    TextCalibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
+    Calibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
     assert [n for n in lengths if n > 3] == [513, 513, 177]
 
 
@@ -60,11 +60,11 @@ def test_dropout_takes_no_part_in_a_calibration_and_every_mode_comes_back():
     config = CONFIGS["opt"]()
     config.dropout = 0.5
     model = AutoModelForCausalLM.from_config(config).eval()
-    evaluated = TextCalibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
+    evaluated = Calibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
     model.train()
     model.model.decoder.layers[1].eval()
     before = [m.training for m in model.modules()]
-    trained = TextCalibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
+    trained = Calibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
     assert all(torch.equal(a, b) for a, b in zip(evaluated, trained, strict=True))
     assert [m.training for m in model.modules()] == before
     with open_session(model, "wanda-sp", 0.5):
@@ -75,7 +75,7 @@ def test_dropout_takes_no_part_in_a_calibration_and_every_mode_comes_back():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_sums_are_made_in_fp32_over_every_segments_own_tokens(dtype):
     """Not over the token that each begins with."""
-    calibration = TextCalibration(tiny("llama", dtype), _Tokenizer(bos=True))
+    calibration = Calibration(tiny("llama", dtype), _Tokenizer(bos=True))
     seen = []
     handle = calibration.ffns[1].down.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0, 1:].double()))
     sums = calibration.sums(Wanda().observe)[1]
@@ -108,7 +108,7 @@ def counted(model, store=None, passages=Passages()):
     model.base_model.register_forward_pre_hook(
         lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    calibration = TextCalibration(model, _Tokenizer(bos=False), passages=passages, cache=store)
+    calibration = Calibration(model, _Tokenizer(bos=False), passages=passages, cache=store)
     assert calibration.ffns
     lengths.clear()  # the trial forward's
     return calibration, lengths

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from dart_eval.layers.families import final_norm
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.calibration.calibration import TextCalibration
+from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.vocabulary import gain, project
 from dart_eval.pruning.masks.prompt_scores import Probe
 from dart_eval.pruning.masks.scores import Activation, Random, activations, decayed
@@ -140,7 +140,7 @@ def test_the_projection_is_that_of_the_output_head(monkeypatch, chunk):
 
 def test_scores_with_the_projection(llama):
     """Each ranking as the public code names it, in its own form: a factor on the norm of a neuron's activations."""
-    calibration = TextCalibration(llama, None)
+    calibration = Calibration(llama, None)
     largest, mean = (getattr(calibration.projection()[0], n).double() for n in ("largest", "mean"))
     h = torch.randn(1, 9, 40, generator=torch.Generator().manual_seed(2))
     norm = h[0].double().norm(dim=0)
@@ -163,7 +163,7 @@ def test_scores_with_the_projection(llama):
 
 def test_factors_beside_an_average_of_magnitudes_are_those_of_a_norm(llama):
     """Beside sums of squares they are squared."""
-    calibration = TextCalibration(llama, None)
+    calibration = Calibration(llama, None)
     largest, down = calibration.projection()[1].largest, find_ffns(llama)[1].output_weight().float().norm(dim=0)
     for average, power in (("l2", 2), ("ema", 1)):
         score = Activation(average=average, vocabulary="max", down_norm=True)
@@ -171,7 +171,7 @@ def test_factors_beside_an_average_of_magnitudes_are_those_of_a_norm(llama):
 
 
 def test_random_neurons_differ_from_layer_to_layer_and_from_seed_to_seed(llama):
-    calibration = TextCalibration(llama, None)
+    calibration = Calibration(llama, None)
     first, again, other = (Random(seed=seed).factors(calibration) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,35 +32,6 @@ Observe = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
 See = Callable[[int, Tensor, Tensor], None]
 DEFAULT_TEXT = Path(__file__).parents[2] / "data" / "calibration.txt"
 SEGMENT = 512  # tokens per forward, as far as the model has positions: enough for context, not too many for memory
-
-
-class Calibration(Protocol):
-    """The statistics that a method may use before any prompt."""
-
-    @property
-    def ffns(self) -> list[FFN]:
-        """The model's FFNs, layer by layer."""
-        ...
-
-    def sums(self, observe: Observe) -> list[Tensor]:
-        """Return per layer [F] fp32 the sum of `observe` over the calibration text's tokens."""
-        ...
-
-    def moments(self) -> list[Moments]:
-        """Return per layer mean and variance of each neuron's activation over the calibration text's tokens."""
-        ...
-
-    def visit(self, see: See) -> None:
-        """Call see(layer, x [T, D], h [T, F] fp32) with the inputs of FFNs and down projections, per passage."""
-        ...
-
-    def once(self, name: str | None, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return a statistic on the CPU, from the cache if possible. name: its cache key; None: not cached."""
-        ...
-
-    def projection(self) -> list[Projection]:
-        """Return per layer its neurons' projections onto the vocabulary."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -89,8 +60,8 @@ class Passages:
         return drawn
 
 
-class TextCalibration:
-    """Calibration on a text (by default the project's own, which no shipped task uses).
+class Calibration:
+    """The statistics that a method may use before any prompt, on a text (by default one that no shipped task uses).
 
     Args:
         path: a file, or a function that returns the text.
@@ -109,6 +80,7 @@ class TextCalibration:
 
     @property
     def ffns(self) -> list[FFN]:
+        """The model's FFNs, layer by layer."""
         return find_ffns(self.model)
 
     @torch.no_grad()
@@ -155,13 +127,10 @@ class TextCalibration:
     @functools.cached_property
     def _ids(self) -> Tensor:
         """The text's tokens."""
-        text = self._text()  # without a tokenizer this ends here
-        return torch.tensor(self.tokenizer(text, verbose=False)["input_ids"])
-
-    def _text(self) -> str:
         if self.tokenizer is None:
             raise UserError("this method calibrates on text and needs the tokenizer", "pass tokenizer= to prune()")
-        return self.path() if callable(self.path) else read_text(self.path, "calibration text", "give a text file")
+        text = self.path() if callable(self.path) else read_text(self.path, "calibration text", "give a text file")
+        return torch.tensor(self.tokenizer(text, verbose=False)["input_ids"])
 
     def _moments(self) -> list[Tensor]:
         """Return mean, variance and code_variance of every layer, one after the other."""

@@ -28,7 +28,6 @@ class DartPlus(Previewing):
     neurons it also reads the rest of their rows, and their columns of down. Of the next ones it reads the first bits of
     their columns alone, and their h is the preview's. A neuron is read exactly if
 
-
         (E[h^2] - preview^2 + known * preview^2) * norm^2
 
     is among the largest, with the norm of its column of down: the preview leaves E[h^2] - preview^2 open, and the first

@@ -26,6 +26,7 @@ class GateUp(Choice):
     needs_up = True
     reads_whole = ("gate",)
     gathers = True
+    flops_per_neuron = 3  # a square, a factor and a sum
     mask_ratio: float = option(1.6, "neurons in the mask, as a multiple of those of a mask alone", least=1, most=3)  # type: ignore[misc]
     write_share: float = option(1.0, "share of the chosen neurons whose columns of down are read", above=0, most=1)  # type: ignore[misc]
 
@@ -35,6 +36,3 @@ class GateUp(Choice):
     def importance(self, token: Token) -> Tensor:
         score = token.gate.float().abs()
         return score if token.context_rms is None else score * token.context_rms
-
-    def flops_per_neuron(self) -> int:
-        return 3  # a square, a factor and a sum

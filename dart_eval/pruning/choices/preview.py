@@ -45,10 +45,15 @@ class Previewing(Choice):
         return dataclasses.replace(self, image=image.at(level_of(read))) if isinstance(image, FirstBits) else self  # type: ignore[call-arg]
 
     def serving(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving | None:
-        from dart_eval.pruning.choices.serving import serving
+        from dart_eval.pruning.calibration.inputs import all_squares
+        from dart_eval.pruning.choices.serving import Serving
 
-        wanted = self.image.served if sparsity else None
-        return None if wanted is None else serving(wanted, self.calibrates, ffns, calibration)
+        if not sparsity or self.image.served is None:
+            return None
+        orders: list[Tensor | None] = [None] * len(ffns)
+        if self.calibrates and calibration is not None:  # columns by their mean x^2 on the calibration text
+            orders = [s.argsort(descending=True, stable=True) for s in all_squares(ffns, calibration)[::2]]
+        return Serving(ffns, self.image.served, orders)
 
     def attach(
         self, ffns: Sequence[FFN], orders: Sequence[Tensor | None], taken: Sequence[int],

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, plain_matrix
-from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.calibration.inputs import all_squares
 from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.util.bits import Rounding
@@ -145,7 +143,7 @@ class Serving:
         """Install the hooks that replace a projection's weights by decoded values while it runs."""
         for held in self._held:
             yield held.module.register_forward_pre_hook(_putting(held.parameter, held.values))
-            yield held.module.register_forward_hook(_putting(held.parameter, functools.partial(_own, held)))
+            yield held.module.register_forward_hook(_putting(held.parameter, functools.partial(getattr, held, "own")))
             yield held.block.register_state_dict_pre_hook(functools.partial(_refuse_to_save, held))
 
     def drop(self) -> None:
@@ -163,27 +161,10 @@ class Serving:
             held.parameter.data = held.own
 
 
-def serving(wanted: Rounding, ordered: bool, ffns: Sequence[FFN], calibration: Calibration | None) -> Serving:
-    """Return the FFN weights of a model as codes.
-
-    Args:
-        wanted: the rounding of 16-bit weights.
-        ordered: whether to sort the columns of gate and up by their mean x^2 on the calibration text.
-    """
-    orders: list[Tensor | None] = [None] * len(ffns)
-    if ordered and calibration is not None:
-        orders = [s.argsort(descending=True, stable=True) for s in all_squares(ffns, calibration)[::2]]
-    return Serving(ffns, wanted, orders)
-
-
 def _refuse_to_save(held: _Held, *_: object) -> None:
     """Refuse a state dict in which weights that are gone would be zeros."""
     if held.dropped:
         raise UserError("serve='codes' keeps no FFN weights that could be saved", "save the model after the block")
-
-
-def _own(held: _Held) -> Tensor:
-    return held.own
 
 
 def _putting(parameter: nn.Parameter, values: Callable[[], Tensor]) -> Callable[..., None]:

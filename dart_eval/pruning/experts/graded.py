@@ -13,7 +13,7 @@ from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.pruning.choices.serving import Decoded
 from dart_eval.pruning.experts.by_weight import ByWeight
-from dart_eval.pruning.experts.rerouted import Ordered, Rerouted
+from dart_eval.pruning.experts.rerouted import Ordered, rerouted
 from dart_eval.pruning.experts.routings import Routing, chosen
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded
@@ -25,7 +25,7 @@ _CACHE: WeightCache[tuple[Values, Tensor]] = WeightCache()
 def attach(part: Routing, sparsity: float, ffns: Sequence[FFN], calibration: Calibration | None) -> Ordered | None:
     """Return a part attached to a model; None if nothing is left out."""
     if not isinstance(part, ByWeight):
-        return Rerouted(part, ffns, part.counts(sparsity, ffns), calibration)
+        return rerouted(part, sparsity, ffns, calibration)
     if not sparsity:
         return None
     bits = zip(ffns, part.token_bits(sparsity, ffns), strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,38 +26,7 @@ CHOOSE = (torch.topk, Tensor.topk)
 NORMALISE = (torch.softmax, Tensor.softmax, nn.functional.softmax)
 
 
-class Choosing(TorchFunctionMode):
-    """Changes the router of one layer while it is entered.
-
-    Args:
-        routed: the experts.
-        count: experts of a token; the model's own count leaves the router as it is.
-        available: [E] bool, the experts to choose among; None: all.
-    """
-
-    def __init__(self, routed: Routed, count: int, available: Tensor | None) -> None:
-        super().__init__()
-        self.routed, self.count, self.available = routed, count, available
-        self.asked = False  # whether a choice among all experts was seen
-
-    def __torch_function__(self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None) -> object:
-        kwargs = dict(kwargs or {})
-        if args and (func in CHOOSE or func in NORMALISE):
-            first, rest = args[0], list(args[1:])
-            over = tuple(first.shape[1:])  # of each token
-            if self.available is not None and 0 < len(over) <= 2 and math.prod(over) == self.routed.all:  # in groups?
-                first = first.masked_fill(~self.available.to(first.device).view(over), -torch.inf)
-            if func in CHOOSE and over == (self.routed.all,):
-                self.asked = True
-                if rest and rest[0] == self.routed.count:
-                    rest[0] = self.count
-                elif kwargs.get("k") == self.routed.count:
-                    kwargs["k"] = self.count
-            args = (first, *rest)
-        return func(*args, **kwargs)
-
-
-class Order:
+class Order(TorchFunctionMode):
     """A change to the router of one layer.
 
     Args:
@@ -67,21 +37,39 @@ class Order:
     """
 
     def __init__(self, routed: Routed, count: int, own: bool, available: Tensor | None) -> None:
+        super().__init__()
         self.routed, self.count, self.own, self.available = routed, count, own, available
-        self._mode: Choosing | None = None
+        self.running = self.asked = False  # whether the layer runs, and a choice among all its experts was seen
+
+    def __torch_function__(self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None) -> object:
+        kwargs = dict(kwargs or {})
+        if args and (func in CHOOSE or func in NORMALISE):
+            first, rest = args[0], list(args[1:])
+            over = tuple(first.shape[1:])  # of each token
+            if self.available is not None and 0 < len(over) <= 2 and math.prod(over) == self.routed.all:  # in groups?
+                first = first.masked_fill(~self.available.to(first.device).view(over), -torch.inf)
+            if func in CHOOSE and over == (self.routed.all,):
+                self.asked = True
+                count = self.count if self.own else self.routed.count
+                if rest and rest[0] == self.routed.count:
+                    rest[0] = count
+                elif kwargs.get("k") == self.routed.count:
+                    kwargs["k"] = count
+            args = (first, *rest)
+        return func(*args, **kwargs)
 
     def begin(self) -> None:
         """Change the router while the layer runs."""
         self.end()
         self.routed.settle = self.settle
-        self._mode = Choosing(self.routed, self.count if self.own else self.routed.count, self.available)
-        self._mode.__enter__()
+        self.running, self.asked = True, False
+        self.__enter__()
 
     def end(self) -> None:
         """Restore the router, also if the layer never began or was left by an exception."""
-        mode, self._mode = self._mode, None
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        running, self.running = self.running, False
+        if running:
+            self.__exit__(None, None, None)
         self.routed.settle = None
 
     def settle(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +81,8 @@ class Order:
         Raises:
             UserError: the router did not choose as it was asked to.
         """
-        routed, mode = self.routed, self._mode
-        if self.own and (mode is None or not mode.asked or index.shape[1] != self.count):
+        routed = self.routed
+        if self.own and (not self.asked or index.shape[1] != self.count):
             raise UserError(
                 f"the router of {routed.title} chooses experts in a way that is not understood", "take another method"
             )
@@ -140,29 +128,21 @@ class Ordered:
             if order is not None:
                 add(ffn.holder.register_forward_pre_hook(_beginning(order, forward)))
                 add(ffn.holder.register_forward_hook(_ending(order), always_call=True))
-                add(_Ending(order))
+                add(SimpleNamespace(remove=order.end))  # an interrupt may have left the layer half run
 
 
-class Rerouted(Ordered):
-    """A part attached to a model's routers.
-
-    Args:
-        counts: [L] experts of a token in each layer, 0 in layers without experts.
-    """
-
-    def __init__(
-        self, part: Routing, ffns: Sequence[FFN], counts: Sequence[int], calibration: Calibration | None
-    ) -> None:
-        own = not isinstance(part, Fewer) or part.weights == "own"
-        available: list[Tensor | None] = [None] * len(ffns)
-        if part.calibrates and calibration is not None:
-            available = [_best(part, f, s) for f, s in zip(ffns, saliency(ffns, calibration), strict=True)]
-        orders = {
-            f.layer: Order(routed, count, own, some)
-            for f, count, some in zip(ffns, counts, available, strict=True)
-            if (routed := chosen(f))
-        }
-        super().__init__(ffns, orders)
+def rerouted(part: Routing, sparsity: float, ffns: Sequence[FFN], calibration: Calibration | None) -> Ordered:
+    """Return a part attached to a model's routers."""
+    own = not isinstance(part, Fewer) or part.weights == "own"
+    available: list[Tensor | None] = [None] * len(ffns)
+    if part.calibrates and calibration is not None:
+        available = [_best(part, f, s) for f, s in zip(ffns, saliency(ffns, calibration), strict=True)]
+    orders = {
+        f.layer: Order(routed, count, own, some)
+        for f, count, some in zip(ffns, part.counts(sparsity, ffns), available, strict=True)
+        if (routed := chosen(f))
+    }
+    return Ordered(ffns, orders)
 
 
 def _beginning(order: Any, forward: Any) -> Callable[..., None]:
@@ -174,20 +154,7 @@ def _beginning(order: Any, forward: Any) -> Callable[..., None]:
 
 
 def _ending(order: Any) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: object, _output: object) -> None:
-        order.end()
-
-    return torch.compiler.disable(hook)
-
-
-class _Ending:
-    """Ends an order when the hooks are removed, since an interrupt may have left a layer half run."""
-
-    def __init__(self, order: Any) -> None:
-        self.order = order
-
-    def remove(self) -> None:
-        self.order.end()
+    return torch.compiler.disable(lambda *_: order.end())
 
 
 def _best(part: Routing, ffn: FFN, saliency: Tensor) -> Tensor | None:

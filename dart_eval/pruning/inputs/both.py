@@ -69,7 +69,7 @@ class GradedBoth(GradedColumns):
         return self.bits[0] + self.neurons * more
 
     @property
-    def copied(self) -> float:
+    def copied(self) -> float:  # type: ignore[override]
         return self.more if self.second == "rows" else 0
 
     def first_look(self, room: float) -> float:

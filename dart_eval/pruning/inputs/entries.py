@@ -124,11 +124,13 @@ class Graded(Levels, Entries):
     Attributes:
         replaces: whether codes replace the weights: prompts read all their bits, and what first bits stand for is what
             a kernel multiplies. If not, prompts read the weights as they are.
+        copied: bits of a weight, of codes, in a copy of gate and up beside the codes; 0: there is none.
     """
 
     by_token = True
     in_bits = True
     replaces: ClassVar[bool] = False
+    copied: ClassVar[float] = 0
 
     def at(self, room: float) -> Graded:
         """Return the part with the levels that depend on the read. room: bits of a weight, without its scale."""
@@ -142,11 +144,6 @@ class Graded(Levels, Entries):
     def fewest(self) -> float:
         """Bits of a weight, of codes, that a token reads at least."""
         return self.bits[0]
-
-    @property
-    def copied(self) -> float:
-        """Bits of a weight, of codes, in a copy of gate and up beside the codes; 0: there is none."""
-        return 0
 
     def check_read(self, share: float, rows: int, width: int) -> None:
         least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.fewest, self.bits[-1]))

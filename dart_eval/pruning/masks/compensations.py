@@ -50,6 +50,7 @@ class MeanOutput(Compensation):
     adds = True
     fits_norms = False
     fits_repeats = False
+    flops_per_neuron = 2  # a factor and a sum
     over: Literal["context", "calibration"] = option(
         "context", "take means over the tokens of the context, or of the calibration text"
     )
@@ -64,9 +65,6 @@ class MeanOutput(Compensation):
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
         return (weight[:, None] @ h).squeeze(1)
-
-    def flops_per_neuron(self) -> int:
-        return 2  # a factor and a sum
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
         return shape.layers * shape.width

@@ -96,8 +96,6 @@ class DriftDetector(PerSequence):
         """Add decoded tokens, at most up to the end of the current window.
 
         Args:
-
-
             a: [B, T, D], T <= room().
             valid: [B, T] bool, False for padding after a sequence's end.
             hold: [B] bool, sequences that run dense after an alarm: none of their windows is flagged.

@@ -27,6 +27,7 @@ class Votes(Score):
     name = "votes"
     summary = "ranks neurons by the number of context tokens in which they are among the most active"
     needs_context = True
+    flops_per_neuron = 2  # a comparison, and a vote at most; sorting takes comparisons, which are not counted
     share: float = option(0.2, "share of a token's positive activations that counts as most active", above=0, most=1)
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
@@ -38,9 +39,6 @@ class Votes(Score):
         order = h.argsort(dim=-1, descending=True, stable=True)[..., :most]  # equal ones: the first
         counted = weight[..., None] * (torch.arange(most, device=h.device) < count)
         return h.new_zeros(h.shape[0], h.shape[-1]).scatter_add_(1, order.flatten(1), counted.flatten(1).to(h.dtype))
-
-    def flops_per_neuron(self) -> int:
-        return 2  # a comparison, and a vote at most; sorting takes comparisons, which are not counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +54,7 @@ class Ranks(Score):
     summary = "ranks neurons by a weighted mean of their ranks in the context and on a calibration text"
     needs_context = True
     calibrates = True
+    flops_per_neuron = 5  # as GRIFFIN's
     local: float = option(0.5, "weight of the rank in the context; the calibration text has the rest", least=0, most=1)
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
@@ -67,9 +66,6 @@ class Ranks(Score):
     def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
         assert sums is not None and factor is not None
         return self.local * ranks(sums) + (1 - self.local) * factor.to(sums.device)
-
-    def flops_per_neuron(self) -> int:
-        return 5  # as GRIFFIN's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +84,7 @@ class Probe(Score):
     summary = "ranks neurons by their weights and by activations fused from the context and a calibration text"
     needs_context = True
     per_token = True
+    flops_per_neuron = 2
     share: float = option(1.0, "share of the context's tokens, evenly spaced, that make the probe", above=0, most=1)
     history: bool = option(True, "fuse with the activations on the calibration text")
 
@@ -99,7 +96,7 @@ class Probe(Score):
         return activations(h, weight)
 
     @property
-    def weighs_tokens(self) -> bool:
+    def weighs_tokens(self) -> bool:  # type: ignore[override]
         return self.share < 1
 
     def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -126,9 +123,6 @@ class Probe(Score):
         column, history = factor.to(sums.device)
         total = (sums + history).clamp_min(1e-30)
         return column * (sums * (sums / total) + history * (history / total))
-
-    def flops_per_neuron(self) -> int:
-        return 2
 
 
 PROMPT_SCORES = (Votes, Ranks, Probe)

@@ -25,10 +25,14 @@ class Remask(Part):
 
     Attributes:
         watches: whether a drift detector watches.
+        needs_ring: whether it needs the recent FFN inputs.
+        alarms_remask: whether an alarm leads to a new mask.
     """
 
     slot = "remask"
     watches: ClassVar[bool] = False
+    needs_ring: ClassVar[bool] = False
+    alarms_remask: ClassVar[bool] = False
     ring: ClassVar[int] = 0
     dense_tokens: ClassVar[int] = 0
     every: ClassVar[int] = 0
@@ -40,16 +44,6 @@ class Remask(Part):
     @property
     def fits_repeats(self) -> bool:  # type: ignore[override]
         return not (self.watches or self.needs_ring)
-
-    @property
-    def needs_ring(self) -> bool:
-        """Whether it needs the recent FFN inputs."""
-        return False
-
-    @property
-    def alarms_remask(self) -> bool:
-        """Whether an alarm leads to a new mask."""
-        return False
 
     def blend_of(self, cause: str) -> float:
         """Return the weight of the old scores in a re-mask. cause: `alarm`, or `steady` for a periodic re-mask."""
@@ -70,6 +64,7 @@ class EveryN(Remask):
 
     name = "every"
     summary = "makes a new mask after a fixed number of decoded tokens"
+    needs_ring = True
     tokens: int = option(16, "decoded tokens between two masks", least=1)
     ring: int = option(24, RING, least=1)  # type: ignore[misc]
     blend: float = option(0.8, "weight of the old scores in a new mask", least=0, most=1)
@@ -78,10 +73,6 @@ class EveryN(Remask):
     @property
     def every(self) -> int:  # type: ignore[override]
         return self.tokens
-
-    @property
-    def needs_ring(self) -> bool:
-        return True
 
     def blend_of(self, cause: str) -> float:
         return self.blend
@@ -129,11 +120,11 @@ class OnDrift(Remask):
             )
 
     @property
-    def needs_ring(self) -> bool:
+    def needs_ring(self) -> bool:  # type: ignore[override]
         return (self.act and not self.dense_tokens) or self.every > 0
 
     @property
-    def alarms_remask(self) -> bool:
+    def alarms_remask(self) -> bool:  # type: ignore[override]
         return self.act
 
     @property

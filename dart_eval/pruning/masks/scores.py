@@ -25,16 +25,13 @@ class AnyScore(Part):
 
     Attributes:
         per_token: whether `combine` needs the mean over tokens; if not, any multiple of it will do.
+        weighs_tokens: whether some tokens of a context count more than others.
     """
 
     slot = "score"
     observes = True
     per_token: ClassVar[bool] = False
-
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether some tokens of a context count more than others."""
-        return False
+    weighs_tokens: ClassVar[bool] = False
 
     def factors(self, calibration: Calibration) -> list[Tensor] | None:
         """Return the factors that no token changes: per layer [F] fp32, or several such rows; None without factors."""
@@ -80,6 +77,7 @@ class Activation(Score):
     name = "activation"
     summary = "ranks neurons by the size of their activations on the context's tokens"
     needs_context = True
+    flops_per_neuron = 5  # a square and a sum for the norm; a square, a division and a sum for the score
     norm: Literal["none", "l1", "l2"] = option("none", "divide each token's activations by this norm")
     average: Literal["l2", "ema"] = option(
         "l2", "combine tokens by the root of the sum of squares, or by a moving average of magnitudes"
@@ -92,7 +90,7 @@ class Activation(Score):
     down_norm: bool = option(False, "multiply by the norm of the neuron's down column")
 
     @property
-    def weighs_tokens(self) -> bool:
+    def weighs_tokens(self) -> bool:  # type: ignore[override]
         return self.average == "ema" or self.skip_first
 
     @property
@@ -127,9 +125,6 @@ class Activation(Score):
             weight = torch.where(first, weight * FIRST_TOKEN, weight)
         return weight, shrink
 
-    def flops_per_neuron(self) -> int:
-        return 5  # a square and a sum for the norm; a square, a division and a sum for the score
-
 
 @dataclass(frozen=True, kw_only=True)
 class Wanda(Score):
@@ -144,6 +139,7 @@ class Wanda(Score):
     name = "wanda"
     summary = "ranks neurons by the mean |weight| of their down column times the norm of their activations"
     needs_context = True
+    flops_per_neuron = 2
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
         return activations(h, weight)
@@ -154,9 +150,6 @@ class Wanda(Score):
     def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
         assert sums is not None and factor is not None
         return factor * sums.sqrt().to(factor.device)
-
-    def flops_per_neuron(self) -> int:
-        return 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,10 +133,6 @@ class CacheWatch:
             cache.__class__ = _followed(cache.__class__)
             cache.__dict__[FOLLOWED] = weakref.ref(self)
 
-    def adopt(self, output: object, model: str) -> None:
-        """Watch the cache that a forward has created: see `cache_in`."""
-        self.follow(cache_in(output, model), self.tokens)
-
     def leave(self) -> None:
         """Restore the cache's class."""
         cache = self._cache()

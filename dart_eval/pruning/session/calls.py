@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +24,6 @@ ABSENT = object()
 STOPS = ("eos_token_id", "pad_token_id")
 TORCH = str(Path(torch.__file__).parent)
 CONTINUOUS = ("generate_batch", "init_continuous_batching")
-
-
-class _Replaced:
-    """A replaced method of a module."""
-
-    def __init__(self, call: Callable[..., object]) -> None:
-        self.call = call
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        return self.call(*args, **kwargs)
-
-    def __deepcopy__(self, _memo: object) -> object:
-        _refuse_copy()
 
 
 class Calls:
@@ -60,7 +47,10 @@ class Calls:
         self._before: list[tuple[nn.Module, str, object]] = []  # earlier entries of a module's `__dict__`
 
     def __deepcopy__(self, _memo: object) -> object:
-        _refuse_copy()
+        """Refuse the copy of a module, all of which hold this object."""
+        raise UserError(
+            "a copy of a model under prune() would act on the original", "copy it before the block, or after it"
+        )
 
     def watch(self) -> None:
         """Replace the methods.
@@ -73,13 +63,13 @@ class Calls:
         for module in self.model.modules():
             self._put(module, GUARD, self)
             # `_apply` is what `to`, `half`, `cuda` and the like end in.
-            self._put(module, "_apply", _Replaced(functools.partial(_leaves_alone, module)))
-            self._put(module, "load_state_dict", _Replaced(_refuse_weights))
+            self._put(module, "_apply", functools.partial(_leaves_alone, module))
+            self._put(module, "load_state_dict", _refuse_weights)
         for name in CONTINUOUS:
             if hasattr(self.model, name):
-                self._put(self.model, name, _Replaced(_refuse_continuous_batching))
+                self._put(self.model, name, _refuse_continuous_batching)
         if callable(generate):
-            self._put(self.model, "generate", _Replaced(functools.partial(self._generate, generate)))
+            self._put(self.model, "generate", functools.partial(self._generate, generate))
 
     def _put(self, module: nn.Module, name: str, value: object) -> None:
         self._before.append((module, name, module.__dict__.get(name, ABSENT)))
@@ -143,12 +133,6 @@ def _is_in_torch(thread: int | None) -> bool:
     while frame is not None and not frame.f_code.co_filename.startswith(TORCH):
         frame = frame.f_back
     return frame is not None
-
-
-def _refuse_copy() -> NoReturn:
-    raise UserError(
-        "a copy of a model under prune() would act on the original", "copy it before the block, or after it"
-    )
 
 
 def _ids(value: object) -> list[int]:

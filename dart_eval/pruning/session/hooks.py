@@ -125,27 +125,25 @@ class Hooks:
                 self._watch_change(ffn)
             if method.choice.previews:
                 add(ffn.block.register_forward_pre_hook(_eager(self._on_ffn_input)))
-            if method.choice.chooses:  # a plain FFN chooses by h, without hooks on gate and up
-                if ffn.gate is not None:
-                    add(ffn.up.register_forward_hook(_eager(self._on_up(ffn))))
-                elif ffn.fused:
-                    add(ffn.up.register_forward_hook(_eager(self._on_both(ffn))))
-                if ffn.gated and isinstance(ffn.act, nn.Module):
-                    add(ffn.act.register_forward_hook(_eager(self._on_act)))
+            if method.choice.chooses and ffn.gated:  # a plain FFN chooses by h, without hooks on gate and up
+                add(ffn.up.register_forward_hook(self._on_product(ffn, *["gate"] * ffn.fused, "up")))
+                if isinstance(ffn.act, nn.Module):
+                    add(ffn.act.register_forward_hook(self._on_product(ffn, "act")))
                 elif ffn.gate is not None:
-                    add(ffn.gate.register_forward_hook(_eager(self._on_gate(ffn))))
+                    add(ffn.gate.register_forward_hook(self._on_product(ffn, "gate")))
 
     def _watch_change(self, ffn: FFN) -> None:
         """Install the hooks on an FFN's input stream and output; FFNs of one layer count together."""
         add = self._inside.append
         if not ffn.joint:
             add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
-            add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
+            alone = self._on_change([ffn.layer], lambda output, _stream: output * ffn.scale)
+            add(ffn.output.register_forward_hook(_eager(lambda _module, _args, output: alone(output))))
             return
         together = [f for f in self.ffns if f.holder is ffn.holder]
         if ffn is together[0]:
             add(ffn.residual.register_forward_pre_hook(_eager(self._on_copied_residual)))
-            observe, layer = self._on_layer_output([f.layer for f in together]), ffn.holder
+            observe, layer = self._on_change([f.layer for f in together], torch.sub), ffn.holder
             if ffn.after is None:
                 add(layer.register_forward_hook(_eager(lambda _m, _args, out: observe(verify.unscaled(layer, out)))))
             else:
@@ -225,27 +223,16 @@ class Hooks:
         if forward.phase == "decode":
             forward.input = forward.in_batch(args[0])
 
-    def _on_output(self, layer: int) -> Callable[..., None]:
+    def _on_change(self, layers: Sequence[int], added: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], None]:
+        """Return the observer of an output of a decoder layer. added: by its FFNs, from this and the stream before."""
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
-            residual, forward.residual = forward.residual, None
-            if forward.phase == "context" and forward.state is not None and residual is not None:
-                added = forward.in_batch(output) * self.ffns[layer].scale
-                forward.state.observe_change(layer, residual, added, forward.valid)
-
-        return hook
-
-    def _on_layer_output(self, layers: Sequence[int]) -> Callable[[Tensor], None]:
-        """Return the observer of the stream that leaves a decoder layer with these FFNs."""
-        forward = self.forward
-
-        def observe(stream: Tensor) -> None:
+        def observe(output: Tensor) -> None:
             before, forward.residual = forward.residual, None
             if forward.phase == "context" and forward.state is not None and before is not None:
-                added = forward.in_batch(stream) - before
+                change = added(forward.in_batch(output), before)
                 for layer in layers:
-                    forward.state.observe_change(layer, before, added, forward.valid)
+                    forward.state.observe_change(layer, before, change, forward.valid)
 
         return observe
 
@@ -258,41 +245,22 @@ class Hooks:
         if self.forward.phase == "context":
             self._on_residual(module, (args[0].clone(),))  # a model may add to it in place before it leaves the layer
 
-    def _on_act(self, _module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
-        forward = self.forward
-        if forward.phase != "off":
-            forward.gate = forward.in_batch(output)
-
-    def _on_gate(self, ffn: FFN) -> Callable[..., None]:
-        """Return the hook for an activation that is a function and has no hooks: it runs a second time."""
+    def _on_product(self, ffn: FFN, *given: str) -> Callable[..., object]:
+        """Return the hook of a module that gives these in equal parts: `gate` x, `act`(gate x), `up` x."""
         forward = self.forward
 
         def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
-            if forward.phase != "off":
-                forward.gate = ffn.act(forward.in_batch(output))
+            if forward.phase == "off":
+                return
+            for name, part in zip(given, forward.in_batch(output).chunk(len(given), dim=-1), strict=True):
+                if name == "up":
+                    forward.up = ffn.lifted(part)
+                elif name == "act":
+                    forward.gate = part
+                elif not isinstance(ffn.act, nn.Module):  # a function has no hooks: it runs a second time
+                    forward.gate = ffn.act(part)
 
-        return hook
-
-    def _on_up(self, ffn: FFN) -> Callable[..., None]:
-        forward = self.forward
-
-        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
-            if forward.phase != "off":
-                forward.up = ffn.lifted(forward.in_batch(output))
-
-        return hook
-
-    def _on_both(self, ffn: FFN) -> Callable[..., None]:
-        forward = self.forward
-
-        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
-            if forward.phase != "off":
-                gate, up = forward.in_batch(output).chunk(2, dim=-1)
-                forward.up = ffn.lifted(up)
-                if not isinstance(ffn.act, nn.Module):
-                    forward.gate = ffn.act(gate)
-
-        return hook
+        return _eager(hook)
 
     def _on_attention(self, _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         forward, output = self.forward, output[0] if isinstance(output, tuple) else output

@@ -110,10 +110,6 @@ class Layer(PerSequence):
                 if sums is not None:
                     into[slot] = into[slot] + sums if slot in into else sums
 
-    def forget(self) -> None:
-        """Forget the tokens seen so far, so that no mask is made from them."""
-        self.sums = {}
-
     @torch.no_grad()
     def finish(self) -> None:
         """Make the mask and the compensation at the end of the context, once the counts and the weight are set."""

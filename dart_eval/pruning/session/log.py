@@ -98,13 +98,6 @@ class Log:
     signals: list[Tensor] = field(default_factory=list)
     decoded: int = 0
 
-    def changed(self, change: Change) -> None:
-        """Log new masks of a sequence."""
-        self.events.append({
-            "step": len(self.steps), "token": self.decoded, "sequence": change.sequence,
-            "cause": change.cause, "overlap": change.overlap,
-        })  # fmt: skip
-
     def watched(self, detector: DriftDetector, alarms: Tensor) -> None:
         """Log the detector's response to a decoding forward. alarms: [B] bool."""
         if detector.position == 0:

@@ -4,8 +4,6 @@
     each layer                       context: observe h and the stream;  decode: prune h
     end (hook of the decoder)        context: make masks;  decode: ask the detector, make new masks
 
-
-
 Masks change only in `end`, never inside a forward. `execution` decides how pruned forwards are computed.
 
 The KV cache decides the phase: an empty cache starts new sequences, and one token on a filled cache is decoding. Tokens
@@ -19,7 +17,7 @@ before the session. The evaluation sets phases itself with `context()` and `deco
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ from transformers import Cache
 from dart_eval.layers.find import find_ffns, hold, let_go, unchanged
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.session.cache import CacheWatch, check_cache, real_tokens
+from dart_eval.pruning.session.cache import CacheWatch, cache_in, check_cache, real_tokens
 from dart_eval.pruning.session.calls import Calls
 from dart_eval.pruning.session.execution import Execution, Served, Wanted
 from dart_eval.pruning.session.hooks import Forward, Hooks, Phase, named_arguments
@@ -85,25 +83,10 @@ class Session(SessionStats):
         return f"<{self.method.spec} at sparsity {self.sparsity:g} on {len(self.ffns)} layers, execution {execution}>"
 
     @property
-    def state(self) -> SequenceState | None:
-        """The state of the current sequences."""
-        return self.forward.state
-
-    @state.setter
-    def state(self, state: SequenceState | None) -> None:
-        self.forward.state = state
-
-    @property
     def prompts_on_codes(self) -> bool:
         """Whether prompts run on codes in place of the weights."""
         beside = self.prepared.beside
         return bool(self.serving) or (beside is not None and beside.replaces)
-
-    def shares(self, batch: int, pruned: bool = False) -> Step:
-        """Return the weights that a decoding forward would use now. pruned: see `SequenceState.step`."""
-        if self.state is not None:
-            return self.state.step(pruned)
-        return self._without_context(batch, torch.device("cpu")).step()
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
@@ -116,52 +99,35 @@ class Session(SessionStats):
 
     # -- phases set by the evaluation ------------------------------------------------------------------------
 
-    @contextmanager
-    def context(self, valid: Tensor) -> Iterator[None]:
+    def context(self, valid: Tensor) -> AbstractContextManager[None]:
         """Run the dense context of new sequences inside. valid: [B, T] bool, False for padding."""
         self.state = None
-        with self._force("context", valid):
-            yield
+        return self._force("context", valid)
 
-    @contextmanager
-    def extend(self, new: Tensor) -> Iterator[None]:
+    def extend(self, new: Tensor) -> AbstractContextManager[None]:
         """Extend the dense contexts of the sequences in `state` inside (see `fork`).
 
         new: [B, T] bool, the tokens that the state has not seen; the forward may compute others again.
         """
-        with self._force("context", new):
-            yield
+        return self._force("context", new)
 
-    @contextmanager
-    def decode(self, valid: Tensor, frozen: bool = False) -> Iterator[None]:
+    def decode(self, valid: Tensor, frozen: bool = False) -> AbstractContextManager[None]:
         """Run a pruned forward inside, under the current masks. valid: [B, T] bool.
 
         T <= `room()`, unless the masks are `frozen`: then nothing is observed and no new mask is made.
         """
-        self.forward.frozen = frozen
-        try:
-            with self._force("decode", valid):
-                yield
-        finally:
-            self.forward.frozen = False
+        return self._force("decode", valid, frozen)
 
-    @contextmanager
-    def foresee(self, valid: Tensor) -> Iterator[None]:
+    def foresee(self, valid: Tensor) -> AbstractContextManager[None]:
         """Run a dense rehearsal inside: masks are made from its tokens alone. valid: [B, T] bool."""
         if self.state is not None:
             self.state.forget()
-        with self._force("context", valid):
-            yield
+        return self._force("context", valid)
 
     def no_context(self, batch: int, device: torch.device) -> None:
         """Begin new sequences without context; they run dense if masks need one."""
         self._step = None
         self.state = self._without_context(batch, device)
-
-    def _without_context(self, batch: int, device: torch.device) -> SequenceState:
-        state = SequenceState(self.prepared, batch, device, self.shared_mask)
-        state.skip_context()
-        return state
 
     def room(self) -> int | None:
         """Return the tokens that may run in one decoding forward before masks may change; None for any number."""
@@ -174,12 +140,12 @@ class Session(SessionStats):
         self.log = Log()
 
     @contextmanager
-    def _force(self, phase: Phase, valid: Tensor) -> Iterator[None]:
-        self._forced, self._given_valid = phase, valid
+    def _force(self, phase: Phase, valid: Tensor, frozen: bool = False) -> Iterator[None]:
+        self._forced, self._given_valid, self.forward.frozen = phase, valid, frozen
         try:
             yield
         finally:
-            self._forced, self._given_valid = None, None
+            self._forced, self._given_valid, self.forward.frozen = None, None, False
 
     # -- one forward -----------------------------------------------------------------------------------------
 
@@ -304,7 +270,7 @@ class Session(SessionStats):
         forward.sliced = None
         self._calls.leave()
         if not forward.has_cache:
-            self._cache.adopt(output, type(self.model).__name__)
+            self._cache.follow(cache_in(output, type(self.model).__name__), self._cache.tokens)
         if forward.watching and (self.state is not None or phase == "decode"):
             self._hooks.check_ran()
         state = self.state
@@ -336,7 +302,7 @@ class Session(SessionStats):
         if changes:
             self.executing.move(state)
         for change in changes:
-            self.log.changed(change)
+            self.log.events.append({"step": len(self.log.steps), "token": self.log.decoded, **vars(change)})
 
     def attach(self) -> None:
         """Install the hooks that the method needs."""

@@ -78,7 +78,7 @@ class SequenceState(PerSequence):
     def forget(self) -> None:
         """Forget what was observed so far, so that no mask is made from it."""
         for layer in self.layers:
-            layer.forget()
+            layer.sums = {}
         self.change = self.method.allocation.start(self.batch, self.ffns)
         self.tokens, self.weight = torch.zeros_like(self.tokens), torch.zeros_like(self.weight)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
+from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.bits import unread
 
 if TYPE_CHECKING:
@@ -16,28 +16,41 @@ if TYPE_CHECKING:
     from dart_eval.pruning.method import Pruner
     from dart_eval.pruning.session.execution import Execution
     from dart_eval.pruning.session.fitted import Noted
+    from dart_eval.pruning.session.hooks import Forward
     from dart_eval.pruning.session.log import Log, Step, Tally
     from dart_eval.pruning.session.prepared import Prepared
-    from dart_eval.pruning.session.state import SequenceState
 
 
-class SessionStats(ABC):
+class SessionStats:
     """The read-only side of a `Session`. For its attributes see there."""
 
     method: Pruner
     prepared: Prepared
     executing: Execution
+    forward: Forward
+    shared_mask: bool
     log: Log
     _tally: Tally
 
     @property
-    @abstractmethod
     def state(self) -> SequenceState | None:
         """The state of the current sequences."""
+        return self.forward.state
 
-    @abstractmethod
+    @state.setter
+    def state(self, state: SequenceState | None) -> None:
+        self.forward.state = state
+
     def shares(self, batch: int, pruned: bool = False) -> Step:
         """Return the weights that a decoding forward would use now. pruned: see `SequenceState.step`."""
+        if self.state is not None:
+            return self.state.step(pruned)
+        return self._without_context(batch, torch.device("cpu")).step()
+
+    def _without_context(self, batch: int, device: torch.device) -> SequenceState:
+        state = SequenceState(self.prepared, batch, device, self.shared_mask)
+        state.skip_context()
+        return state
 
     @property
     def prunes(self) -> bool:
