@@ -187,8 +187,8 @@ def load_libraries(view: TerminalView, verbose: bool) -> None:
             silence()
         from dart_eval.sweep import jobs  # noqa: F401
     finally:
-        gc.freeze()
-        gc.unfreeze()  # all of it is old now
+        if not gc.get_freeze_count():
+            gc.freeze()  # nor at every cell; `leave_garbage` takes it back
         gc.enable()
 
 
@@ -197,7 +197,9 @@ def leave_garbage() -> None:
 
     Triton would report what was not freed.
     """
-    if not {"dart_eval.sweep.worker", "triton"} & {*sys.modules}:
+    if {"dart_eval.sweep.worker", "triton"} & {*sys.modules}:
+        gc.unfreeze()
+    else:
         gc.freeze()
 
 

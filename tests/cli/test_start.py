@@ -77,6 +77,7 @@ def test_a_process_that_has_computed_nothing_ends_without_a_search_for_garbage(m
     registered, frozen = [], []
     monkeypatch.setattr(run_module.atexit, "register", registered.append)
     monkeypatch.setattr(run_module.gc, "freeze", lambda: frozen.append(0))
+    monkeypatch.setattr(run_module.gc, "unfreeze", lambda: None)
     run_module.load_libraries(SimpleNamespace(status=lambda text: None), False)
     (leave,) = registered
     frozen.clear()
