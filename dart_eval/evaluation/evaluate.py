@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -102,7 +102,11 @@ def answer_part(
 def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Json:
     first = leaves(list(items))[0].task_name
     turns = settings.fewshot_as_multiturn
-    with _quiet(), block_local_code(f"task {first}", tasks.unsafe_code):
+    with (
+        patch.object(lm_eval.api.task, "tqdm", lambda iterable, **_: iterable),  # its own bar
+        patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),  # of the working directory
+        block_local_code(f"task {first}", tasks.unsafe_code),
+    ):
         return lm_eval.simple_evaluate(
             model=lm,
             tasks=list(items),
@@ -120,16 +124,6 @@ def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], 
             log_samples=True,
             confirm_run_unsafe_code=tasks.unsafe_code,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide lm-eval's own bar, and keep it from asking git about the working directory."""
-    with (
-        patch.object(lm_eval.api.task, "tqdm", lambda iterable, **_: iterable),
-        patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
-    ):
-        yield
 
 
 def _metrics(results: Json) -> list[Metric]:

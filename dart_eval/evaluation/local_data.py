@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +176,11 @@ def number_asked(task: Task, limit: float | None) -> int:
     return docs if limit is None else min(docs, get_sample_size(task, limit))
 
 
-def check_documents(task: Task, limit: float | None, place: Callable[[object], str] | None = None) -> None:
+def check_documents(task: Task, limit: float | None, files: Sequence[str]) -> None:
     """Refuse a task without documents, and documents that cannot be asked or lack the right answer among their choices.
 
     Args:
-        place: returns a document's file and line in local data; None for data of the hub.
+        files: of local data that the documents come from; none for data of the hub.
 
     Raises:
         UserError: names the document by its number, from 0.
@@ -191,13 +191,13 @@ def check_documents(task: Task, limit: float | None, place: Callable[[object], s
     for number in range(number_asked(task, limit) if isinstance(task, ConfigurableTask) else 0):
         doc = docs[number]
         try:
-            fault = _fault(task, doc, place is not None)
+            fault = _fault(task, doc, bool(files))
         except (ImportError, UserError):
             raise
         except Exception as error:  # of a template, or of the task's own code
             fault = f"cannot be asked ({summary(error)})"
         if fault:
-            where = place(doc) if place else ""
+            where = f" ({place})" if (place := place_of(files, doc)) else ""
             raise UserError(f"document {number} of task {task.task_name}{where} {fault}", "fix or remove it")
 
 

@@ -245,7 +245,7 @@ class Tasks:
         try:
             for task in leaves(self.load(name)):
                 files = self._files(task)
-                check_documents(task, limit, functools.partial(_beside, files) if files else None)
+                check_documents(task, limit, files)
                 check_shots(task, num_fewshot)
                 most = None if getattr(task.config, "process_docs", None) else number_asked(task, limit)
                 if fault := first_fault(files, None, most, all_fields=False):
@@ -289,12 +289,6 @@ class Tasks:
         library = "install what the task needs" if isinstance(error, ImportError) else None
         remedy = library or "check the task's name and data with `dart-eval ls tasks`"
         return UserError(f"task {name} could not be loaded ({text[:300]})", remedy)
-
-
-def _beside(files: Sequence[str], doc: object) -> str:
-    """Where a document of local data stands, for a message."""
-    place = place_of(files, doc)
-    return f" ({place})" if place else ""
 
 
 def _is_connection_error(error: BaseException | None) -> bool:
