@@ -34,7 +34,7 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test test-fast lane-time golden mutations torture check wheel site format regression gpu-check paper-tables clean
 
 demo: $(VENV)/.demo
-	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories --sparsity 0.7 --limit 48 --output demo-output
+	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories --sparsity 0.7 --limit $(or $(LIMIT),48) --output demo-output
 	$(BIN)/dart-eval report demo-output
 
 regression: $(VENV)/.demo

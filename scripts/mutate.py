@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     chosen = [m for m in mutants(options.every) if options.only in m.file or options.only in m.what]
     if options.sample:
+        chosen = [m for m in chosen if not m.survives]  # each would run the whole lane, and tell nothing
         chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
         print(f"{len(chosen)} mutants, drawn with --seed {options.seed}", flush=True)
     known = _known(options.resume)
