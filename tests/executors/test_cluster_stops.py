@@ -62,7 +62,7 @@ def test_a_run_that_is_stopped_before_it_has_workers_says_so(saved_llama, tmp_pa
 
 @STOPS
 def test_a_stopped_run_keeps_what_is_answered_and_the_same_command_goes_on(saved_llama, tmp_path, number, status, word):
-    sweep = ("--tasks", "smoke_summary", "--method", "dense", "--limit", "40", "--batch-size", "1")
+    sweep = ("--tasks", "smoke_summary", "--method", "dense", "--limit", "12", "--batch-size", "1")
     words = _command(saved_llama, tmp_path, *sweep)
     process = started(*words, session=True)
     until(lambda: _kept(tmp_path), process)

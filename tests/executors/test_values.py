@@ -61,7 +61,9 @@ TWICE = {
 
 @pytest.mark.parametrize("option", list(TWICE))
 def test_values_of_an_option_that_is_given_again_add_up(option, tmp_path, monkeypatch):
-    ran = []
+    ran, empty = [], tmp_path / "empty"  # `.` and `..` are looked through for tasks
+    empty.joinpath("inner").mkdir(parents=True)
+    monkeypatch.chdir(empty / "inner")
     monkeypatch.setattr(run, "run_cells", lambda configs, verbose, format: ran.extend(configs))
     typed, meant = TWICE[option]
     others = [] if option == "tasks" else ["--tasks", "arc_easy"]

@@ -16,8 +16,9 @@ from dart_eval.cluster.run import run_all
 from dart_eval.sweep import jobs, workers
 from dart_eval.sweep.config import config_from
 from dart_eval.util.errors import UserError
-from tests.helpers.commands import Watch, results, run_local
+from tests.helpers.commands import Forked, Watch, results, run_local
 
+pytestmark = pytest.mark.usefixtures("forked")
 SWEEP = {"method": "dense,griffin,dart", "sparsity": "0.5", "limit": 6, "batch_size": 2, "tasks": "smoke_questions"}
 TASK = """
 task: {name}
@@ -37,6 +38,13 @@ def judge(doc, results):
     {what}
     return {{"acc": 1.0}}
 """
+
+
+@pytest.fixture
+def forked(request, monkeypatch):
+    """Workers begin at once, but for one test, whose workers are started as a user's are."""
+    if "files_are_those" not in request.node.name:
+        monkeypatch.setattr(workers, "subprocess", SimpleNamespace(Popen=Forked, PIPE=-1))
 
 
 def config(model, output, **changes):

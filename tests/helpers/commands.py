@@ -232,3 +232,21 @@ def _become(name, words, folder, environment, passed, session, ignored, python):
             runpy.run_path(name, run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # as at the end of a program; multiprocessing leaves them out, and Ray needs its own
+
+
+class Forked:
+    """In the place of `subprocess.Popen` of `python -c CODE`: the code in a process that is forked (`started`)."""
+
+    def __init__(self, words, stdin, stdout, stderr, env):
+        (theirs, ours), (heard, told) = os.pipe(), os.pipe()
+        self.stdin, self.stdout = os.fdopen(ours, "wb"), os.fdopen(heard, "rb")
+        self.code = tempfile.NamedTemporaryFile("w", suffix=".py")  # noqa: SIM115 - it lives as long as this
+        self.code.write(words[-1])
+        self.code.flush()
+        self.process = started(script=self.code.name, stdin=theirs, stdout=told, stderr=stderr.fileno(), env=env)
+        self.pid, self.wait, self.kill = self.process.pid, self.process.wait, self.process.kill
+        os.close(theirs)
+        os.close(told)
+
+    def terminate(self):
+        self.process.send_signal(signal.SIGTERM)

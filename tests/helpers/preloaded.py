@@ -3,9 +3,12 @@
 Not Ray: what it keeps of gRPC does not outlive a fork. It takes a tenth of a second on top of the rest.
 """
 
+import atexit
 import contextlib
+import gc
 import importlib
 
+from lm_eval.tasks import TaskManager
 from torch.utils import collect_env
 
 from tests.helpers import quick  # noqa: F401 - before anything runs
@@ -22,3 +25,7 @@ for name in (
         importlib.import_module(name)
 
 collect_env.get_pretty_env_info()
+TaskManager()  # what it reads is kept (`quick`)
+gc.collect()
+atexit.register(gc.unfreeze)  # libraries look at the end for what was not freed
+gc.freeze()  # children do not look through it at every cell, which copies its pages, too

@@ -23,7 +23,7 @@ from tests.helpers.sessions import RESTLESS, VARIED, decoded, makes_new_masks, o
 METHODS = "dense,griffin,dart:score.average=ema:compensation=mean,wanda-sp"
 CELLS = (
     {"tasks": "smoke_questions,smoke_drift", "limit": 2, "method": METHODS},
-    {"tasks": "smoke_summary", "limit": 1, "method": METHODS},
+    {"tasks": "smoke_summary", "limit": 1, "method": METHODS, "gen_kwargs": "max_gen_toks=8"},
     {
         "tasks": "smoke_questions",
         "limit": 2,

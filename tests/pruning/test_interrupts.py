@@ -52,7 +52,7 @@ def untouched(model, before):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "error", "every"),
-    [("dart-choice", KeyboardInterrupt(), 1), ("dart", Stopped(), 5)],
+    [("dart-choice", KeyboardInterrupt(), 3), ("dart", Stopped(), 5)],
     ids=["Ctrl-C", "signal"],
 )
 def test_an_interrupt_anywhere_on_the_way_out(method, error, every):
