@@ -126,9 +126,14 @@ def draw(shown: Shown, path: Path) -> None:
 
     cost = frontier.step_time if shown.view == TIME else frontier.bytes_read
     if shown.view != BATCH and not any(frontier.curves(block, cost) for block in made[0].blocks):
-        remedy = "run dense and a pruned method on the same tasks"
-        remedy += f", then `bench decode --output {shown.store.folder}`" if shown.view == TIME else ""
-        raise UserError(f"{shown.store.folder} has nothing to draw", remedy)
+        problem, remedy = f"{shown.store.folder} has nothing to draw", "run dense and a pruned method on the same tasks"
+        weak = sorted({task for block in made[0].blocks for task in block.at_chance if not frontier.curves(block)})
+        if weak:
+            problem += f": dense is not above guessing on {', '.join(weak)}"
+            remedy = "raise --limit, or take other tasks"
+        elif shown.view == TIME:
+            remedy += f", then `bench decode --output {shown.store.folder}`"
+        raise UserError(problem, remedy)
     form, model = path.suffix[1:], made[0].model
     tasks = {str(r.inputs["task"]) for r in shown.records if r.read_at_batch}
     if shown.view == BATCH and len(tasks) > 1:

@@ -11,7 +11,7 @@ from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks, documents
 from dart_eval.evaluation.truncation import fit
 from dart_eval.models import demo_model
-from dart_eval.pruning.calibration.calibration import Calibration
+from dart_eval.pruning.calibration.calibration import Calibration, Passages
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.journal import Journal
@@ -113,7 +113,9 @@ def test_scores_learn_from_the_prompt(demo, ours):
         if method is None:
             outcome = evaluate_task(ours, DenseSession(), Tasks(), "smoke_drift", settings, Journal())
         else:
-            with prune(model, method, 0.5, calibration=Calibration(model, tokenizer)) as session:
+            with prune(
+                model, method, 0.5, calibration=Calibration(model, tokenizer, passages=Passages(1024))
+            ) as session:
                 outcome = evaluate_task(ours, session, Tasks(), "smoke_drift", settings, Journal())
         values[method] = outcome.metrics[0].value
     assert values[None] < min(values["griffin"], values["dart"], values["wanda-sp"])

@@ -495,6 +495,9 @@ def test_tables_shows_the_board_and_long_tables_on_request(tmp_path):
     assert picture.read_text().startswith("<?xml")
     untimed = command("tables", folder, "--view", "time", "--save", picture)
     assert untimed.code == 2 and "bench decode --output" in untimed.err
+    weak = save(tmp_path / "weak", choices(0.25, method="dense"), choices(0.3))
+    refused = command("tables", weak, "--view", "frontier", "--save", picture)
+    assert refused.code == 2 and "has nothing to draw: dense is not above guessing on arc; raise --limit" in refused.err
 
 
 def test_a_frontier_says_no_more_than_points_that_were_measured():
