@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
-from dart_eval.results.inputs import FIELDS, NAMED, UNSAID, matters
+from dart_eval.results.inputs import FIELDS, HASH_DIGITS, NAMED, UNSAID, matters
 from dart_eval.util.bits import bits_text
 from dart_eval.util.text import Json
 
 T = TypeVar("T")
 K = TypeVar("K")
+LONGEST = 40  # characters of a setting's value in a label
 
 
 class Labelled(Protocol):
@@ -88,7 +90,12 @@ def values_of(setting: str, cells: Iterable[Labelled]) -> list[str]:
 
 
 def _setting_text(setting: str, record: Labelled) -> str:
-    return f"{setting}={_plain(record.inputs.get(setting))[: 8 if FIELDS[setting].hashed else 40]}"
+    text = _plain(record.inputs.get(setting))
+    if FIELDS[setting].hashed:
+        return f"{setting}={text[:HASH_DIGITS]}"
+    if len(text) > LONGEST:  # what sets two texts apart may stand in what is cut off
+        text = f"{text[:LONGEST]}~{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:4]}"
+    return f"{setting}={text}"
 
 
 def _params(record: Labelled) -> str:

@@ -10,6 +10,7 @@ import pytest
 from dart_eval.cli import view
 from dart_eval.models.loading import Identity
 from dart_eval.results import baseline, outcomes
+from dart_eval.results.board import boards
 from dart_eval.results.check import check, junit, table, workflow_commands
 from dart_eval.results.compare import compare_folders, compare_within
 from dart_eval.results.labels import labels, specs
@@ -232,3 +233,18 @@ def test_a_model_without_code_of_its_own_is_named_as_before():
     made = Identity("m", None, "abc").to_json()
     assert made == {"name": "m", "revision": None, "weights": "abc"}
     assert Identity("m", None, "abc", remote_code=True).to_json()["remote_code"] is True
+
+
+def test_settings_that_differ_behind_their_fortieth_character_make_two_rows(tmp_path):
+    """Two temperatures behind a length: the board has a row for each, and not the last one for both."""
+    settings = "do_sample=true,max_gen_toks=1000,temperature="
+    made = [
+        answered("texts", right(share), method, 0.0 if method == "dense" else 0.5, gen_kwargs=f"{settings}{heat}")
+        for heat, shares in (("0.7", (0.8, 0.7)), ("1.0", (0.6, 0.3)))
+        for method, share in zip(("dense", "dart"), shares, strict=True)
+    ]
+    out = save(tmp_path / "out", *made)
+    records = Store(out).load()
+    assert len(set(labels(records).values())) == 4
+    (board,) = boards(Store(out), records)
+    assert sorted(len(row.keys) for row in board.rows if row.keys) == [1, 1, 1, 1]
