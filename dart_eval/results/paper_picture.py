@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dart_eval.results import metrics
+from dart_eval.results.inputs import DENSE
 from dart_eval.results.paper_layout import MEAN, TableLayout
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ def picture(layout: TableLayout, numbers: pd.DataFrame) -> bytes | None:
             found.append(charts.Point(1 - row.sparsity, *ends))
         return found
 
-    pruned = {str(label): points(rows) for label, rows in shown[shown["prunes"]].groupby("row", sort=False)}
+    of_label = shown[shown["prunes"]].groupby("row", sort=False)
+    pruned = {str(label): points(rows.sort_values("sparsity")) for label, rows in of_label}
     if not pruned:
         return None
-    dense = points(shown[(shown["block"] == 0)])
-    chance = shown["chance"].dropna()
+    unrounded = [row.label for row in layout.rows if row.method == DENSE and not row.asked.get("ffn_bits")]
+    dense = points(shown[(shown["block"] == 0) & shown["row"].isin(unrounded)])
+    chance = shown["chance"][shown["chance"] > 0]  # 0 stands for a metric without a level of guessing
     chart = charts.against_read(
         head, f"{metrics.title_of(str(shown['metric'].iloc[0]))}, 95 % intervals", pruned,
         {label: i for i, label in enumerate(pruned)}, dense[:1], scale * float(chance.iloc[0]) if len(chance) else None,

@@ -19,7 +19,7 @@ from dart_eval.results.estimates import Estimate
 from dart_eval.results.format import THREE, number, short
 from dart_eval.results.format import sparsity as percent
 from dart_eval.results.inputs import DENSE, identity, model_of
-from dart_eval.results.paper_layout import FIELDS, MEAN, PaperRow, TableLayout
+from dart_eval.results.paper_layout import FIELDS, MEAN, PaperColumn, PaperRow, TableLayout
 from dart_eval.results.record import Record
 from dart_eval.results.rows import cells_frame, metrics_frame
 from dart_eval.results.store import Store
@@ -110,12 +110,29 @@ class Paper:
 
     def _missing(self, layouts: Sequence[TableLayout]) -> list[str]:
         """Return a sentence for each reason why some tasks of these tables could not run."""
-        tasks = {task for layout in layouts for column in layout.columns for task in column.tasks}
+        empty = [
+            column for layout in layouts for column in layout.columns
+            if column.head not in {*self._numbers(layout)["column"]}
+        ]  # fmt: skip
+        tasks = {task for column in empty for task in column.tasks}
         because: dict[str, list[str]] = {}
         for task, reason in self.missing.items():
             if task in tasks:
                 because.setdefault(reason.replace(f" of task {task} ", " "), []).append(task)
-        return [f"{', '.join(some)}: not measured ({reason})." for reason, some in because.items()]
+        said = [f"{', '.join(some)}: not measured ({reason})." for reason, some in because.items()]
+        return list(dict.fromkeys([*said, *(text for column in empty if (text := self._lacking(column)))]))
+
+    def _lacking(self, column: PaperColumn) -> str:
+        """Return why a column without a number has none although its cells ran; empty if they did not."""
+        cells = [r for r in self._records.values() if r.inputs["task"] in column.tasks]
+        own = {m.task for r in cells for m in r.metrics if m.part_of is None}
+        if not column.metric or not own:
+            return ""
+        if other := sorted(set(column.tasks) & {str(r.inputs["task"]) for r in cells} - own):
+            members = sorted(own - set(column.tasks))
+            return f"{column.head}: {', '.join(other)} has no number of its own: name its tasks, {', '.join(members)}."
+        known = self._metrics["metric"][self._metrics["task"].isin(column.tasks)]
+        return "" if column.metric in set(known) else f"{column.head}: its cells have no metric {column.metric}."
 
     def _with_guessing(
         self, table: Table, layout: TableLayout, heads: Sequence[str], numbers: pd.DataFrame
@@ -214,12 +231,14 @@ class Paper:
         found = None if a is None or b is None else self._compared(a, b)
         if a is None or found is None or any(one.measure.higher_is_better is None for one in found):
             return None
+        if above_chance and any(one.chance is None for one in found):  # nobody knows what guessing has
+            return None
         sides: list[list[Estimate]] = [[], []]
         for one, part in zip(found, a["share"], strict=True):
             weight = part if one.measure.higher_is_better else -part
             weight *= math.log(2) if one.measure.kind == "bits" else 1.0  # in nats, as perplexities are
             for side, values in zip(sides, (one.pairs.a, one.pairs.b), strict=True):
-                side.append(one.estimate(values, above_chance and one.chance is not None).times(weight))
+                side.append(one.estimate(values, above_chance).times(weight))
         ours, theirs = (sum(side[1:], side[0]) for side in sides)
         return head, ours, theirs, int(a["n"]), str(a["metric"])
 
@@ -291,10 +310,6 @@ class Paper:
         if without := [head for head in layout.parts if head not in found]:
             parts.append(f"Columns without a number are left out: {', '.join(without)}.")
         parts += self._missing([layout])
-        for column in layout.columns:
-            known = self._metrics["metric"][self._metrics["task"].isin(column.tasks)]
-            if column.metric and len(known) and column.metric not in set(known):
-                parts.append(f"{column.head}: its cells have no metric {column.metric}.")
         records = [self._records[key] for key in dict.fromkeys(key for keys in numbers["key"] for key in keys)]
         parts += cut_prompts(records)
         parts += [f"[{i + 1}] reported, not ours: {source}." for i, source in enumerate(layout.sources)]

@@ -162,7 +162,7 @@ def _layout(table: Json, base: RunConfig) -> tuple[TableLayout, list[RunConfig]]
         raise UserError("columns must map heads to tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
     sparsity = checked("sparsity", table["sparsity"])
     runs = str(table.get("model") or base.model or ALIAS)
-    made = [_row(str(label), given, base, runs) for label, given in methods.items()]
+    made = [_row(str(label), given, base, runs, sparsity) for label, given in methods.items()]
     rows = [row for row in made if row is not None]
     settings = {key: table[key] for key in SETTINGS if key in table}
     columns = {str(head): _column(str(head), column, settings, base) for head, column in heads.items()}
@@ -184,7 +184,7 @@ def _layout(table: Json, base: RunConfig) -> tuple[TableLayout, list[RunConfig]]
     return layout, _configs(rows, [*columns.values()], sparsity)
 
 
-def _row(label: str, given: Any, base: RunConfig, model: str) -> Row | None:
+def _row(label: str, given: Any, base: RunConfig, model: str, sparsity: tuple[float, ...]) -> Row | None:
     """A row: a method, or one with a scope, bits, or sparsities of its own; None for another model than the table's."""
     asked = known(given if isinstance(given, dict) else {"method": given}, ROW_KEYS, f"row {label!r}", SEE)
     if not asked.get("method"):
@@ -195,15 +195,16 @@ def _row(label: str, given: Any, base: RunConfig, model: str) -> Row | None:
     own |= {"ffn_bits": own["ffn_bits"][:1]} if "ffn_bits" in own else {}
     blocks = checked("sparsity", asked["sparsity"]) if "sparsity" in asked else None
     (spec,) = checked("method", [asked["method"]])
-    method = methods_of(dataclasses.replace(base, method=(spec,), sparsity=blocks or (0.0,)))[0]
+    method = methods_of(dataclasses.replace(base, method=(spec,), sparsity=blocks or sparsity))[0]
     return Row(PaperRow(label, method.name, method.params(), method.sized, _asked(own), blocks), spec, own)
 
 
 def _asked(own: Json) -> Json:
     """The inputs of cells that these settings decide."""
-    rounding = parse_bits(own["ffn_bits"][0]) if "ffn_bits" in own else None
-    kept = {name: value for name, value in own.items() if name != "ffn_bits"}
-    return kept | ({} if rounding is None else {"ffn_bits": rounding.text})
+    if "ffn_bits" not in own:
+        return own
+    rounding = parse_bits(own["ffn_bits"][0])
+    return {**own, "ffn_bits": None if rounding is None else rounding.text}  # None overrides a column's bits, too
 
 
 def _reported(entry: Any, heads: Sequence[str]) -> Reported:

@@ -73,10 +73,12 @@ def _claim(one: dict[str, Any], tables: dict[str, TableLayout]) -> Claim | None:
     if ("at_most" in numbers) != (column in costs):
         remedy = nearest(column, costs) if "at_most" in numbers else "give at_most"
         raise UserError(f"claim {text!r}: at_most is for costs, and {column!r} does not fit", remedy)
-    kinds = {metrics.kind_of(c.metric).kind for c in layout.parts.get(column, layout.columns)}
+    metric = str(one.get("metric", ""))
+    meant = [c for c in layout.parts.get(column, layout.columns) if column != ANY or c.metric == (metric or c.metric)]
+    kinds = {metrics.kind_of(c.metric).kind for c in meant if c.metric}
     if "times" in numbers and kinds & {"log-perplexity", "bits"}:
         raise UserError(f"claim {text!r}: `times` is not for perplexities", "give `by`, in nats")
-    metric, several = str(one.get("metric", "")), {c.metric for c in layout.columns if c.metric}
+    several = {c.metric for c in layout.columns if c.metric}
     if column == ANY and (metric not in several if metric else len(several) > 1):
         raise UserError(f"claim {text!r}: `any` needs columns of one metric", f"give metric: {' or '.join(several)}")
     return Claim(

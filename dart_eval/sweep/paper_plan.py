@@ -17,6 +17,7 @@ SHAPES = {"8B": "llama-3.1-8b", "3B": "llama-3.2-3b"}
 FLOPS, BANDWIDTH = 989e12, 3.35e12  # H100 SXM, dense bfloat16 and HBM3, by its data sheet
 SHARE = 0.3  # of these that a step reaches; guessed, since nothing has been timed on a GPU
 ROWS = 16  # texts that are generated together
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # as lm-eval ranks them
 NOTE = (
     "GPU hours of one H100 for the shapes of Llama-3.1-8B and Llama-3.2-3B, bfloat16. Each cell counts once, in the "
     "first table that needs it. Prompts: {share:.0f} % of {flops:.0f} TFLOPS. New tokens, {rows} texts at a time: "
@@ -81,7 +82,8 @@ def _works(config: RunConfig, sizes: Mapping[str, Json], seen: set[tuple[object,
             scope = config.scope if method.prunes else None
             for sparsity in config.sparsity if method.sized else (0.0,):
                 settings = (config.num_fewshot, config.limit, config.max_length, config.gen_kwargs, config.cue)
-                cell = (config.model, task, method.spec, sparsity, config.ffn_bits, scope, *settings)
+                asked = (config.model, config.chat_template, *settings)
+                cell = (task, method.spec, sparsity, config.ffn_bits, scope, *asked)
                 if cell not in seen:
                     seen.add(cell)
                     made.append(_work(config, sizes[task]))
@@ -94,7 +96,8 @@ def _work(config: RunConfig, size: Json) -> Work:
         items = min(items, limit) if limit >= 1 else items * limit
     items *= size.get("members", 1)
     told = pairs("gen_kwargs", config.gen_kwargs or "")
-    new = int({"max_gen_toks": size["new"], **told}["max_gen_toks"]) if "new" in size else 0
+    asked = [told[name] for name in LENGTHS if told.get(name) is not None]
+    new = int((asked or [size["new"]])[0]) if "new" in size else 0
     prompt = int(size["prompt"])
     if config.max_length is not None:
         prompt = min(prompt, config.max_length - new)

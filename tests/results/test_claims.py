@@ -17,7 +17,7 @@ from dart_eval.results.store import Store
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.paper import load
 from dart_eval.util.errors import UserError
-from tests.helpers.records import answered
+from tests.helpers.records import answered, choosing
 from tests.results.test_paper import ACC, A, B, _file, _layout, _paper
 
 N = 200
@@ -249,3 +249,28 @@ GOOD = {"claim": "c", "table": "one", "rows": ["Ours", "G"], "column": "Q", "spa
 def test_a_claim_that_cannot_be_tested_is_refused(tmp_path, claim, message):
     with pytest.raises(UserError, match=message):
         load(_file(tmp_path, claims=[claim]), config_from(None, {"method": "dense", "sparsity": "0"}))
+
+
+def test_a_ratio_needs_a_level_of_guessing(tmp_path):
+    """TruthfulQA's mc2 is a share of the probability: nobody knows what guessing has, so there is no ratio above it."""
+    store, cells = Store(tmp_path), []
+    for method, level in (("a", 0.42), ("b", 0.45)):
+        own = 0.02 * np.random.default_rng(ord(method)).standard_normal(N)
+        shares = np.clip(level + 0.15 * np.random.default_rng(1).standard_normal(N) + own, 0, 1)
+        params = {"x": 1} if method == "b" else {}
+        cells.append(choosing(answered("mc2", [{"acc": float(v)} for v in shares], method, params=params)))
+    paper = Paper(store, {None: [store.save(r.inputs["method"], r) for r in cells]}, {}, "x")
+    layout = _layout((PaperColumn("Easy", ("mc2",), "acc"),), (A, B))
+    ratio, gap = table([_claim(times=0.9), _claim()], paper, {"t": layout}, lambda claim: 0).body
+    assert ratio[1] == OPEN and gap[1] == FAILS
+
+
+def test_at_least_one_column_of_accuracy_may_be_a_ratio_beside_a_perplexity(tmp_path):
+    columns = {"Q": {"task": "boolq", "metric": "acc"}, "P": {"task": "wikitext", "metric": "word_perplexity"}}
+    tables = [{"name": "one", "title": "One", "columns": columns}]
+    claim = {**GOOD, "column": ANY, "times": 1.1}
+    base = config_from(None, {"method": "dense", "sparsity": "0"})
+    (found,) = load(_file(tmp_path, tables=tables, claims=[{**claim, "metric": "acc"}]), base).claims
+    assert found.times == 1.1 and found.metric == "acc"
+    with pytest.raises(UserError, match="`times` is not for perplexities"):
+        load(_file(tmp_path, tables=tables, claims=[{**claim, "metric": "word_perplexity"}]), base)

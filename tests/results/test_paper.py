@@ -19,6 +19,7 @@ from dart_eval.results.paper_layout import PaperColumn, PaperRow, Reported, Tabl
 from dart_eval.results.paper_picture import picture
 from dart_eval.results.paper_tables import Paper, to_csv
 from dart_eval.results.record import Metric
+from dart_eval.results.report import charts
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, latex, markdown
 from dart_eval.sweep.config import config_from
@@ -566,6 +567,8 @@ def test_the_picture_has_a_line_for_each_pruned_row(tmp_path):
     )]  # fmt: skip
     layout = dataclasses.replace(_layout(picture=True), sparsity=(0.5, 0.7))
     _, numbers = _paper(tmp_path, *cells).table(layout)
+    assert (numbers["chance"] == 0).all() and "<!-- guessing -->" not in picture(layout, numbers).decode()
+    numbers = numbers.assign(chance=0.25)  # as of questions with four answers
     drawn = picture(layout, numbers)
     text = drawn.decode()
     assert text.count("<!-- A -->") == 1 and text.count("<!-- B -->") == 1 and "<!-- Title: Easy" in text
@@ -573,3 +576,81 @@ def test_the_picture_has_a_line_for_each_pruned_row(tmp_path):
     assert "<!-- guessing -->" not in picture(layout, numbers.assign(chance=float("nan"))).decode()
     assert picture(layout, numbers.assign(value=float("nan"))) is None
     assert picture(layout, numbers[~numbers["prunes"]]) is None and picture(layout, numbers[:0]) is None
+
+
+def test_a_picture_calls_the_unrounded_model_dense_wherever_its_row_stands(tmp_path, monkeypatch):
+    store, seen = Store(tmp_path), []
+    dense = _cell(store, "dense", 36, sparsity=0.0)
+    rounded = dataclasses.replace(dense, key="8", inputs={**dense.inputs, "ffn_bits": "8"}, metrics=[
+        dataclasses.replace(m, value=0.5) for m in dense.metrics
+    ])  # fmt: skip
+    rounded = store.save("8", dataclasses.replace(rounded, samples=store.samples(dense)))
+    rows = (PaperRow("8 bits", "dense", {}, False, {"ffn_bits": "8"}), DENSE, A)
+    layout = dataclasses.replace(_layout(rows=rows, picture=True), sparsity=(0.7, 0.5))
+    cells = [rounded, dense, *(_cell(store, "a", 15, sparsity=s) for s in (0.5, 0.7))]
+    _, numbers = Paper(store, {None: cells}, {}, "x").table(layout)
+    real = charts.against_read
+    monkeypatch.setattr(charts, "against_read", lambda *given: seen.append(given) or real(*given))
+    picture(layout, numbers)
+    ((_, _, lines, _, drawn, _),) = seen
+    assert [p.value for p in drawn] == [90.0]
+    assert [p.read for p in lines["A"]] == pytest.approx([0.5, 0.3])  # from the highest read, as a chart takes them
+
+
+def test_a_row_of_unrounded_weights_stands_beside_rounded_ones(tmp_path):
+    """The table rounds to 4 bits, one row says 16: its number is not that of the 4 bits."""
+    methods = {"Dense": "dense", "16 bits": {"method": "dense", "ffn_bits": 16}}
+    column = {"Q": {"task": "easy", "metric": "acc"}}
+    spec = load(
+        _file(tmp_path, ffn_bits=4, methods=methods, tables=[{"name": "t", "title": "T", "columns": column}]),
+        config_from(None, BASE),
+    )
+    assert [c.ffn_bits for c in spec.configs] == [("4",), ("16",)]
+    (layout,) = spec.layouts
+    store, cells = Store(tmp_path / "out"), []
+    for bits, right in (("4", 8), (None, 36)):
+        made = _cell(store, "dense", right, sparsity=0.0, params=layout.rows[0].params)
+        inputs = {**made.inputs, **layout.columns[0].asked, "ffn_bits": bits}
+        made = dataclasses.replace(made, key=f"easy-{bits}", inputs=inputs, samples=store.samples(made))
+        cells.append(store.save(f"easy-{bits}", made))
+    table, _ = Paper(store, {None: cells}, {}, "x").table(layout)
+    assert [row[2] for row in table.body] == ["20.0 ±5.0", "90.0 ±5.0"]
+
+
+def test_a_row_with_a_table_of_layers_is_checked_at_the_tables_sparsities(tmp_path):
+    methods = {"Dense": "dense", "Table": "dart:allocation=table:llama-3.1-8b-70"}
+    spec = load(_file(tmp_path, sparsity=[0.7], methods=methods), config_from(None, BASE))
+    assert [row.label for row in spec.layouts[0].rows] == ["Dense", "Table"]
+    with pytest.raises(UserError, match=r"sparsity 0\.5 keeps 0\.500"):
+        load(_file(tmp_path, sparsity=[0.5, 0.7], methods=methods), config_from(None, BASE))
+
+
+def test_only_columns_without_a_number_are_not_measured_and_each_has_its_reason(tmp_path):
+    """Five examples are too many in another table; a tag has the numbers of its tasks alone; a metric is misspelt."""
+    few = {"easy": "task easy needs 5 few-shot examples, and has 0"}
+    paper = _paper(tmp_path / "few", ("a", 20, {}), missing=few)
+    assert "not measured" not in paper.table(_layout(rows=(A,)))[0].note
+    other = PaperColumn("Five", ("easy",), "acc", asked={"num_fewshot": 5})
+    assert "easy: not measured (task easy needs 5" in paper.table(_layout((ACC, other), (A,)))[0].note
+    store = Store(tmp_path / "tag")
+    made = _cell(store, "a", 20)
+    made = dataclasses.replace(made, inputs={**made.inputs, "task": "arc"}, samples=store.samples(made))
+    paper = Paper(store, {None: [store.save("arc", made)]}, {}, "x")
+    said = paper.unmeasured([_layout((PaperColumn("ARC", ("arc",), "acc"),), (A,))])
+    assert said == "Tables without a number: t. ARC: arc has no number of its own: name its tasks, easy."
+    paper = _paper(tmp_path / "spelt", ("a", 20, {}))
+    said = paper.unmeasured([_layout((PaperColumn("E", ("easy",), "acc_nrom"),), (A,))])
+    assert said == "Tables without a number: t. E: its cells have no metric acc_nrom."
+
+
+def test_a_plan_tells_chats_apart_and_knows_every_name_of_a_length(tmp_path):
+    sizes = {"boolq": {"items": 1000, "prompt": 100}, "xsum": {"items": 1000, "prompt": 500, "new": 64}}
+    chats = {str(on): {"task": "boolq", "metric": "acc", "chat_template": on} for on in (False, True)}
+    tables = [{"name": "chat", "title": "T", "columns": chats}]
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens"):
+        column = {"task": "xsum", "metric": "rougeL", "gen_kwargs": {name: 1000}}
+        tables.append({"name": name, "title": "T", "columns": {"X": column}})
+    asked = _file(tmp_path, methods={"Dense": "dense"}, sizes=sizes, tables=tables)
+    body = {row[0]: row[1:4] for row in hours(load(asked, config_from(None, BASE))).body}
+    assert body["chat"] == ["2", "0.2 M", "0.0 M"]
+    assert body["max_gen_toks"] == body["max_new_tokens"] == body["max_tokens"] == ["1", "0.5 M", "1.0 M"]
