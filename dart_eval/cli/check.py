@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -12,7 +13,7 @@ import typer
 
 from dart_eval.cli.options import FORMATS, one_of, own
 from dart_eval.cli.view import put, say, show
-from dart_eval.util.errors import UserError
+from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import check_name, check_own, check_target, write
 
 if TYPE_CHECKING:
@@ -105,8 +106,14 @@ def _update(baseline: Path, results: Path, force: bool) -> None:
         check_own(baseline, OWN, "baseline")
     from dart_eval.results import baseline as file
     from dart_eval.results.outcomes import cells
+    from dart_eval.results.pairing import current
 
     found = cells(results, strict=True)
+    if baseline.is_file():
+        with contextlib.suppress(UserError):  # what cannot be read is replaced
+            found, notes = current(found, file.load_baseline(baseline))  # as a check chooses
+            for note in notes:
+                remark(note)
     documents = file.write(baseline, found)
     say(f"wrote {baseline}: {len(found)} cells, {documents} documents")
 

@@ -93,7 +93,9 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
         UserError: other documents or prompts, or thresholds for missing tasks.
     """
     now, notes = current(now, then)
-    now, then = ([rounded(cell) for cell in side] for side in (now, then))
+    then = [rounded(cell) for cell in then]
+    named = frozenset((m.task, m.metric) for cell in then for m in cell.read().measures)
+    now = [rounded(cell, named) for cell in now]  # a version may call another metric the main one
     partners = counterparts(then, now)
     # Baselines of earlier versions lack the user's spelling of methods; the results have it.
     typed = [c if c.settings else dataclasses.replace(c, settings=partners[c.key].settings) if c.key in partners else c
@@ -113,17 +115,24 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
         reference = dense_of(found.a, dense)
         needed = any(thresholds.limits_of(m.task).of_dense is not None for m in measures)
         if reference is None and needed:
+            plain = " --ffn-bits 16" if old.inputs.get("ffn_bits") else ""  # dense's weights are unrounded
             raise UserError(
                 f"thresholds set of_dense, and the results hold no dense cell for {old.inputs['task']}",
-                "run with --method dense too, or leave of_dense out",
+                f"run with --method dense{plain} too, or leave of_dense out",
             )
         beside = {one.measure: one for one in _beside(found.a, reference, needed)}
         rows += [_row(labels[old.key], m, found, beside.get(m)) for m in measures]
     if not rows:
         raise UserError(f"{baseline} has no metric that can be checked", "add a task with a value for each document")
     unknown = sorted(set(thresholds.tasks) - {r.task for r in rows})
+    if unknown and unknown[0] in {c.inputs["task"] for c in now}:
+        raise UserError(
+            f"thresholds name {unknown[0]!r}, of which {baseline} has no metric", "take its results in with --update"
+        )
     if unknown:
         raise UserError(f"thresholds name the unknown task {unknown[0]!r}", nearest(unknown[0], {r.task for r in rows}))
+    level = thresholds.alpha / max(1, sum(r.result is not None and r.result.p_worse is not None for r in rows))
+    rows = [_testable(r, level) for r in rows]
     adjusted = stats.holm([r.result.p_worse if r.result else None for r in rows])
     rows = [_judged(dataclasses.replace(r, p_holm=p), thresholds) for r, p in zip(rows, adjusted, strict=True)]
     notes += differing(made, "{}: {}.", "{1} then, {0} now")
@@ -175,7 +184,26 @@ def _row(name: str, measure: Measure, both: Pair, dense: Compared | None) -> Che
     level = None if dense is None or measure.name == GOLD else _recovery(dense)
     moved = ~(abs(one.pairs.a - one.pairs.b) <= CHANGED)
     changed = int(moved.reshape(len(moved), -1).any(1).sum())
-    return CheckRow(name, measure.task, measure.metric, _recovery(one), level, changed, one.test)
+    return CheckRow(name, measure.task, measure.metric, _recovery(one), level, changed, _beyond_resamples(one))
+
+
+def _beyond_resamples(one: Compared) -> stats.Paired:
+    """Return the test. Where no resample is as bad, which many rows together would never pass, p is Student's."""
+    test, student = one.test, one.lost.student
+    if test.test != stats.BOOTSTRAP or test.p_worse is None or student is None:
+        return test
+    if test.p_worse > 1 / (1 + stats.RESAMPLES):
+        return test
+    return dataclasses.replace(test, p_worse=min(test.p_worse, student / 2))
+
+
+def _testable(row: CheckRow, level: float) -> CheckRow:
+    """Return a row without its p where the worst fall of so few units is more likely by chance than Holm's level."""
+    test = row.result
+    if test is None or test.p_worse is None or 0.5**test.clusters < level:
+        return row
+    reason = f"{test.clusters} independent units, too few for so many rows"
+    return dataclasses.replace(row, result=dataclasses.replace(test, p_worse=None, reason=reason))
 
 
 def _recovery(one: Compared) -> float | None:
@@ -187,7 +215,10 @@ def _recovery(one: Compared) -> float | None:
     if metrics.kind_of(one.measure.name).group == metrics.DISTANCE:
         return None
     if not one.chance:
-        return recovery(one.measure, now, then)
+        share = recovery(one.measure, now, then)
+        if share is None and one.test.p is None and not one.lost.value <= 0:  # no test decides in its place
+            share = 1 - one.lost.value / max(abs(now), abs(then))
+        return share
     known = one.recovery is not None or one.test.p is None
     return (now - one.chance) / (then - one.chance) if known and then > one.chance else None
 

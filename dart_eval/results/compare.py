@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,8 +187,11 @@ def _is(by: str, spec: str, cell: Cell) -> bool:
             return float(spec) == cell.inputs["sparsity"]
         except ValueError:
             raise UserError(f"sparsity {spec!r} is not a number", "for example 0.5; 0 is dense") from None
-    name, *params = spec.split(":")
+    name, _, rest = spec.partition(":")
+    params = re.split(r":(?=\s*[\w.]*\s*=)", rest) if rest else []  # values may hold colons, as for a run
     given, known = dict(p.partition("=")[::2] for p in params), {**UNSAID, **cell.inputs["params"]}
+    if given.get("allocation", "").startswith("table:"):
+        given["allocation"], _, given["allocation.file"] = given["allocation"].partition(":")
     return cell.inputs["method"] == name and all(k in known and _equals(known[k], v) for k, v in given.items())
 
 

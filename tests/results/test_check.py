@@ -260,3 +260,48 @@ def test_a_baseline_that_checks_nothing_is_no_gate(tmp_path):
     save(tmp_path / "then", answered("arc", right(0.5)))
     report = check(cells(tmp_path / "then"), cells(tmp_path / "then"), Thresholds(), "b.json")
     assert not report.bad and any(note.startswith("Not checked: dart") and "cola" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("rows", "alpha"), [(501, 0.05), (101, 0.01)])
+def test_many_rows_that_all_fell_do_not_hold(rows, alpha):
+    """p of resamples is at least 1 / 10 001, which Holm multiplies by the number of rows."""
+    then = [answered(f"t{i}", perplexities(1.0, seed=i % 5), up=False) for i in range(rows)]
+    now = [answered(f"t{i}", perplexities(3.0, seed=i % 5), up=False) for i in range(rows)]
+    assert {r.verdict for r in checked(now, then, Thresholds(alpha=alpha)).rows} == {FELL}
+
+
+def test_a_baselines_metric_is_checked_though_another_has_become_the_main_one():
+    both = [{"acc": v["acc"], "acc_norm": w["acc"]} for v, w in zip(right(0.9), right(0.8), strict=True)]
+    then = answered("arc", [{"acc_norm": v["acc_norm"]} for v in both])
+    (row,) = checked([answered("arc", both, code="new")], [then]).rows
+    assert (row.metric, row.verdict, row.changed) == ("acc_norm", "ok", 0)
+
+
+@pytest.mark.parametrize(("documents", "rows"), [(6, 4), (8, 13), (10, 52)])
+def test_a_loss_of_every_answer_falls_however_many_rows_there_are(documents, rows):
+    """The smallest p of an exact test is 2^-n, which Holm multiplies by the number of rows."""
+    then, now = ([answered(f"t{i}", [{"exact_match": v}] * documents) for i in range(rows)] for v in (1.0, 0.0))
+    found = checked(now, then)
+    assert {r.verdict for r in found.rows} == {FELL}
+    assert f"not tested: {documents} independent units, too few for so many rows" in found.rows[0].why
+    assert not checked(then, then).bad
+
+
+@pytest.mark.parametrize(("then", "now", "verdict"), [
+    (-1.0, -50.0, FELL), (0.5, -0.5, FELL), (-1.0, -1.001, "ok"), (-50.0, -1.0, "ok"), (-1.0, -1.0, "ok"),
+])  # fmt: skip
+def test_a_negative_score_that_no_test_decides_is_held_against_the_threshold(then, now, verdict):
+    sides = ([answered("s", [{"score": v}] * 5)] for v in (now, then))
+    assert [r.verdict for r in checked(*sides).rows] == [verdict]
+
+
+def test_thresholds_of_a_task_that_the_baseline_lacks_say_so():
+    now = [answered("arc", right(0.5)), answered("piqa", right(0.5))]
+    with pytest.raises(UserError, match=r"name 'piqa', of which baseline.json has no metric; take its results in"):
+        checked(now, now[:1], Thresholds(tasks={"piqa": Limits()}))
+
+
+def test_dense_on_few_bits_is_no_dense_to_be_held_against():
+    cells = [answered("arc", right(0.8), m, s, ffn_bits="4") for m, s in (("dense", 0.0), ("griffin", 0.5))]
+    with pytest.raises(UserError, match=r"no dense cell for arc; run with --method dense --ffn-bits 16 too"):
+        checked(cells, cells, Thresholds(Limits(of_dense=0.9)))

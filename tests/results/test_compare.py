@@ -420,3 +420,14 @@ def test_the_terminal_table_keeps_every_column(sweep, capsys):
     shown = capsys.readouterr().out
     for cell in (*made.columns, *made.body[0]):
         assert cell in shown
+
+
+@pytest.mark.parametrize(("spec", "params"), [
+    ("wanda:entries.pattern=2:4", {"entries.pattern": "2:4"}),
+    ("dart:allocation=table:a.json", {"allocation": "table", "allocation.file": "a.json"}),
+])  # fmt: skip
+def test_settings_with_colons_are_named_as_for_a_run(tmp_path, spec, params):
+    method = spec.partition(":")[0]
+    out = save(tmp_path, *(answered("arc", right(s), method, params=p) for s, p in ((0.5, params), (0.6, {"x": 1}))))
+    (row,) = compare_within("method", spec, f"{method}:x=1", [out]).rows
+    assert row.result.value_a < row.result.value_b

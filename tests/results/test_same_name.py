@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from dart_eval.results import detector, inputs, outcomes
+from dart_eval.cli import check as command
+from dart_eval.results import baseline, detector, inputs, outcomes
 from dart_eval.results.check import FELL, MISSING, check, junit
 from dart_eval.results.compare import compare_folders, compare_within
 from dart_eval.results.pairing import counterparts
@@ -209,3 +210,19 @@ def test_the_question_names_the_model_with_its_weights():
     first, second = (json.loads(inputs.identity(of(w, "dart", 0.9).inputs)) for w in (OLD, NEW))
     assert {k for k in first if first[k] != second[k]} == {"model"}
     assert inputs.model_of({"name": "hub/model", "revision": None, "weights": None}) == "hub/model"
+
+
+def test_a_new_baseline_has_the_model_that_a_check_chose_and_none_before_it(tmp_path):
+    file, out = tmp_path / "b.json", tmp_path / "out"
+
+    def update():
+        command.check(out, file, update=True)
+        return {c.inputs["model"]["weights"] for c in baseline.load_baseline(file)}
+
+    save(out, of(OLD, "dense", 0.9), of(OLD, "griffin", 0.9))
+    assert update() == {OLD}
+    both(out)
+    assert update() == {NEW}
+    save(out, *(of("eeee5555ffff6666", m, 0.02, created="2026-03-01") for m in ("dense", "griffin")))
+    report = check(outcomes.cells(out), baseline.load_baseline(file), Thresholds(), "b.json")
+    assert [r.verdict for r in report.rows] == [FELL, FELL]
