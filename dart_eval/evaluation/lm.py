@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lm_eval.api.instance import Instance
@@ -85,10 +86,13 @@ class PrunedLM(HFLM):
         read_at_batch: bool = False,
     ) -> None:
         # HFLM's own batch size is never used, and its `auto` would try sizes out.
-        super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length, enable_thinking=enable_thinking,
-            think_end_token=think_end_token, **({} if add_bos_token is None else {"add_bos_token": add_bos_token}),
-        )  # fmt: skip
+        # And it would tie an output head that its owner has untied.
+        with patch.object(model, "tie_weights", lambda *_, **__: None):
+            super().__init__(
+                pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length,
+                enable_thinking=enable_thinking, think_end_token=think_end_token,
+                **({} if add_bos_token is None else {"add_bos_token": add_bos_token}),
+            )  # fmt: skip
         self.planned = self.budget = budget(batch_size, model)
         self.share_prefix, self.distances, self._read_at_batch = share_prefix, distances, read_at_batch
         self.chunk = chunk

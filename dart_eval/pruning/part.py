@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import short_repr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,9 +161,15 @@ def check_slots(owner: object, title: str) -> None:
     cls: object = type(owner)
     for name in _hints(cls):
         allowed, value = takes(cls, name), getattr(owner, name, None)
-        if allowed and isinstance(value, Part) and not isinstance(value, allowed):
-            names = sorted({cls.name for kind in allowed for cls in _named(kind)})
+        if not allowed or isinstance(value, allowed):
+            continue
+        names = sorted({cls.name for kind in allowed for cls in _named(kind)})
+        if isinstance(value, Part):
             raise UserError(f"{value.title} does not go with {title}", f"give one of {', '.join(names)}")
+        raise UserError(
+            f"{name} is {short_repr(value)}, which is no part",
+            f"give an object, such as {_named(allowed[0])[-1].__name__}(); names go into prune() or the method's text",
+        )
 
 
 def _named(kind: type[Part]) -> list[type[Part]]:

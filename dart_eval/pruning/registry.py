@@ -5,6 +5,7 @@ A package offers a whole method (a `Pruner`) in the group `dart_eval.methods`, a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import re
@@ -248,7 +249,8 @@ def methods() -> dict[str, Pruner]:
         if not isinstance(method, Pruner):
             log.error("method %s of another package is no dart_eval.Pruner: left out", name)
         else:
-            by_name.setdefault(name, method)
+            # Records and commands call it by the name that finds it.
+            by_name.setdefault(name, dataclasses.replace(method, name=name, base=None))
     return by_name
 
 
@@ -261,6 +263,8 @@ def parts() -> dict[str, dict[str, type[Part]]]:
         slot = getattr(part, "slot", None)
         if not (isinstance(part, type) and issubclass(part, Part)) or slot not in catalog:
             log.error("part %s of another package is none of %s: left out", name, ", ".join(catalog))
+        elif lacking := [word for word in ("name", "summary") if not isinstance(getattr(part, word, None), str)]:
+            log.error("part %s of another package has no %s: left out", name, lacking[0])
         else:
             catalog[slot].setdefault(part.name, part)
     return catalog

@@ -105,6 +105,7 @@ class DartLM(PrunedLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         self._check_scope("generated texts")
+        self.journal.clear()  # of an earlier call, which may have drawn with another seed
         return super().generate_until(requests, disable_tqdm)
 
     def _check_scope(self, what: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dart_eval.layers import quantised
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
-from dart_eval.layers.guard import refuse_second
+from dart_eval.layers.guard import GUARD, refuse_second
 from dart_eval.layers.projection import Step, encoded, is_conv1d, plain_matrix, stored_bits
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored, parse
 from dart_eval.util.errors import UserError
@@ -262,14 +262,15 @@ class Rounded:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Give the model rounded weights inside the block; restore its own, to the bit, afterwards."""
+        before = [_PACKED.get(module) for module, *_ in self._held]  # of a block around this one
         try:
             for module, parameter, _, values, held in self._held:
                 parameter.data = values
                 serve(module, held)
             yield
         finally:
-            for module, parameter, own, _, _ in self._held:
-                serve(module, None)
+            for (module, parameter, own, _, _), packed in zip(self._held, before, strict=True):
+                serve(module, packed)
                 parameter.data = own.to(parameter.device, parameter.dtype)  # the user may have moved the model
 
 
@@ -319,3 +320,6 @@ def rounded_ffns(model: nn.Module, bits: int | str) -> Iterator[None]:
         return
     with Rounded(model, rounding).in_place():
         yield
+        if GUARD in vars(model):
+            problem = "a session holds copies of weights that rounded_ffns() now takes back"
+            raise UserError(problem, "detach() inside the block")

@@ -112,7 +112,7 @@ class CacheWatch:
                 "masks cannot be undone: do not use an assistant model or prompt lookup, and use a new cache for a "
                 "turn that replaces another",
             )
-        if past != self.tokens or (last is not None and last is not cache):
+        if past != self.tokens or last is not cache:  # ours may be gone, and another be as long
             raise UserError(
                 "this KV cache is not the one that the masks under prune() were made with",
                 "finish one sequence before the next begins, or use a session for each",
@@ -189,9 +189,17 @@ class _Followed:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._report(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._report(indices)
+
+    def _report(self, rows: Tensor) -> None:
         watch = self.__dict__.get(FOLLOWED, lambda: None)()
         if watch is not None:
-            watch.reordered(self, beam_idx)
+            rows = torch.as_tensor(rows)
+            watch.reordered(self, rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
 
 
 @functools.cache

@@ -184,9 +184,18 @@ class Session(SessionStats):
             return args, {**kwargs, "logits_to_keep": 0}
         return None
 
+    def _edits(self) -> list[int]:
+        """Return the number of changes in place of each FFN weight, of which copies and previews may be held."""
+        parameters = (p for f in self.ffns for m in f.projections for p in m._parameters.values() if p is not None)
+        return [0 if p.is_inference() else p._version for p in parameters]
+
     def _begin_sequences(self, batch: int, device: torch.device, past: int) -> None:
         """Set the execution and the state for the sequences of a forward."""
         by_hand = self._forced is None
+        if not past and by_hand and self._edits() != self._edited:
+            raise UserError(
+                "FFN weights have changed inside prune()", "change them before the block; after it, prune() again"
+            )
         if not past and by_hand and not unchanged(self.model, self.ffns):
             raise UserError(
                 f"layers of {type(self.model).__name__} have changed inside prune()",
@@ -255,7 +264,7 @@ class Session(SessionStats):
         self.executing.slice(self._step)
 
     def _follow_beams(self, beams: Tensor) -> None:
-        if self._hooks.installed and self.state is not None:
+        if self._hooks.installed and self.state is not None and len(beams) == self.state.batch:
             self._step = None
             self.state = self.state.select(beams.to(self.state.device))
 
@@ -309,6 +318,7 @@ class Session(SessionStats):
         if self.prunes:
             self._calls.watch()
             hold(self.model)
+            self._edited = self._edits()
             self._hooks.install(self._begin, self._end)
 
     @contextmanager

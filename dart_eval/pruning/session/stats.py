@@ -95,7 +95,7 @@ class SessionStats:
         """FFN weight bytes that a pruned token reads / bytes in the model's own dtype, mean over sequences."""
         measured = self.steps if not self.method.exact else []
         reads = [step.read for step in measured] or [self.shares(1, pruned=True).read]
-        return self.prepared.share * float(torch.stack(reads).mean())
+        return self.prepared.share * float(torch.cat(reads).mean())  # a batch may change its size
 
     def computed(self, read: float) -> float:
         """Return the share of the FFN weights that a pruned token multiplies if it reads the share `read`."""
