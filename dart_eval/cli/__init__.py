@@ -130,7 +130,7 @@ def _run() -> None:
         stop = _stop_behind(error)
         if stop is not None:
             with contextlib.suppress(OSError):
-                resumes = "; the same command resumes the run" if sys.argv[1:2] in (["run"], ["paper"]) else ""
+                resumes = view.stopped if sys.argv[1:2] in (["run"], ["paper"]) else ""
                 view.print_note(STOPS[signal.Signals(stop.number).name] + resumes)
             _leave(128 + stop.number)
         if isinstance(error, BrokenPipeError):

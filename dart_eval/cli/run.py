@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dart_eval.cli import options
+from dart_eval.cli import options, view
 from dart_eval.cli.view import TerminalView, put, say, show
 from dart_eval.models import digest
 from dart_eval.results.writers import Table
@@ -65,6 +65,7 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
         typer.Exit: cells failed.
     """
     first = configs[0]
+    view.stopped = view.ANEW if first.force else view.RESUMES
     with TerminalView() as terminal:
         digest.begin(first.model)
         load_libraries(terminal, verbose)

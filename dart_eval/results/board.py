@@ -63,10 +63,11 @@ def boards(
 
 
 def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
-    """Return the last of equal cells on one dtype and device, and the number of older ones."""
-    last: dict[str, Record] = {}
+    """Return the last of equal cells on one dtype, device and calibration, and the number of older ones."""
+    last: dict[tuple[object, ...], Record] = {}
     for r in sorted(records, key=lambda r: (r.created, r.key)):
-        last[inputs.question(r.inputs, [] if inputs.matters("scope", r.inputs) else ["scope"])] = r
+        asked = inputs.question(r.inputs, [] if inputs.matters("scope", r.inputs) else ["scope"])
+        last[(asked, *map(r.inputs.get, inputs.CALIBRATED))] = r
     keys = {r.key for r in last.values()}
     return [r for r in records if r.key in keys], len(records) - len(keys)
 

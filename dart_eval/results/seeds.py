@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dart_eval.results.frame import Compared
-from dart_eval.results.inputs import identity
+from dart_eval.results.inputs import CALIBRATED, identity
 from dart_eval.results.record import Record
 
 
@@ -22,7 +22,7 @@ def together(records: Sequence[Record]) -> list[list[Record]]:
             name: None if name.endswith(".seed") and value == seed else value
             for name, value in record.inputs["params"].items()
         }
-        how = record.inputs.get("dtype"), record.inputs.get("device")
+        how = [record.inputs.get(name) for name in ("dtype", "device", *CALIBRATED)]
         groups.setdefault(f"{identity({**record.inputs, 'seed': None, 'params': params})} {how}", []).append(record)
     return [*groups.values()]
 
@@ -61,6 +61,8 @@ def mean_compared(cells: Sequence[Sequence[Compared]]) -> list[Compared]:
 
 
 def remark(groups: Sequence[Sequence[Record]]) -> list[str]:
-    """Return a sentence that names the seeds of means, if there are any."""
+    """Return a sentence that names the seeds of means, and how many cells lack some of them, if there are any."""
     seeds = sorted({int(r.inputs.get("seed") or 0) for some in groups if len(some) > 1 for r in some})
-    return [f"Rows are means over the seeds {', '.join(map(str, seeds))}."] if seeds else []
+    fewer = sum(len(some) < len(seeds) for some in groups)
+    but = f"; {fewer} of {len(groups)} cells ran under fewer of them" if fewer else ""
+    return [f"Rows are means over the seeds {', '.join(map(str, seeds))}{but}."] if seeds else []

@@ -7,10 +7,11 @@ kind of request is measured once, on the first task that has it, at the first sp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.jobs import Job, View, plan_all
+from dart_eval.util.errors import UserError, out_of_memory, summary
 from dart_eval.util.files import read_regular, write_atomically
 from dart_eval.util.machine import peak_memory
 
@@ -133,16 +135,31 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
     return found
 
 
+@contextlib.contextmanager
+def _trying(job: Job) -> Iterator[None]:
+    """Name the cell in errors of the block, which would fail it in a run."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{job.cell.title}: {error.problem}", error.remedy) from None
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        remedy = "leave it out: a run would fail it alone, and keep the traceback"
+        raise UserError(f"{job.cell.title} cannot be tried ({summary(error)})", remedy) from error
+
+
 def _ending(worker: Worker, job: Job) -> float:
     """Return the seconds of a one-document cell beside its answer: a pilot lacks them, as it makes no metrics."""
     start = time.monotonic()
-    worker.run(dataclasses.replace(job, config=dataclasses.replace(job.config, limit=1)), Journal())
+    with _trying(job):
+        worker.run(dataclasses.replace(job, config=dataclasses.replace(job.config, limit=1)), Journal())
     return time.monotonic() - start - sum(s for call in worker.lm.calls for s in call.seconds.values())
 
 
 def _pilot(worker: Worker, job: Job, ending: float = 0.0) -> _Timed:
     start = time.monotonic()
-    with peak_memory(worker.lm.device.type) as peak:
+    with peak_memory(worker.lm.device.type) as peak, _trying(job):
         worker.answer(job, Journal(), Pilot())
         memory = peak()
     calls = worker.lm.calls

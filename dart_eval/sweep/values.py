@@ -9,6 +9,7 @@ import ast
 import contextlib
 import functools
 import math
+import os
 import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
@@ -24,6 +25,7 @@ from dart_eval.util.text import Json, items_of, short_repr
 
 FIELDS = "griffin:remask=drift:remask.window=8"  # an example
 MOST = 2**32  # no count of anything is as large
+PATHS = ("output", "data_dir", "calibration", "include_path")  # `~` in them is the user's home; a model's name stays
 P = ParamSpec("P")
 T = TypeVar("T")
 AUTO = "auto"  # as a batch size: as many as fit
@@ -72,6 +74,7 @@ def text(value: object, info: ValidationInfo) -> str | None:
         return None
     name = str(info.field_name)
     value = _text(name, value)
+    value = os.path.expanduser(value) if name in PATHS else value
     if not value and name != "cue":
         raise UserError(f"{name} is empty", "give a value, or leave the key out")
     return value
@@ -93,7 +96,9 @@ def device(value: str) -> str:
 @_refusing
 def texts(value: object, info: ValidationInfo) -> tuple[str, ...]:
     """Return a list of texts."""
-    return tuple(_text(str(info.field_name), item, "text or a list of texts") for item in items_of(value))
+    name = str(info.field_name)
+    found = (_text(name, item, "text or a list of texts") for item in items_of(value))
+    return tuple(os.path.expanduser(item) if name in PATHS else item for item in found)
 
 
 @_refusing

@@ -143,6 +143,7 @@ class _Workers:
         view, sweep = self.sweep.view, self.sweep
         if what == "started":
             worker.at = arguments[0]
+            self.deaths.pop("", None)  # workers do begin here
         elif what == "finished":
             cell, worker.at = arguments[0], None
             if cell.key not in sweep.jobs:
@@ -174,6 +175,8 @@ class _Workers:
         how = f"signal {-status}" if status < 0 else f"status {status}"
         at = f" at {cell.title}" if cell else ""
         self.sweep.view.note(f"worker {worker.place + 1} died{at} ({how}); see {log}")
+        if cell is None and not self.sweep.todo:
+            return
         name = cell.key if cell else ""
         self.deaths[name] += 1
         if self.deaths[name] >= TRIES:
@@ -228,7 +231,10 @@ class _Report:
                 return
             sent = tuple(a for a in arguments if not isinstance(a, Record))  # the folder has it
             with self._lock:
-                pickle.dump((what, sent), self._out)
-                self._out.flush()
+                try:
+                    pickle.dump((what, sent), self._out)
+                    self._out.flush()
+                except BrokenPipeError:  # the run was killed: its cell has not failed, and another run goes on with it
+                    raise SystemExit(1) from None
 
         return report

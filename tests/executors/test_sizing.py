@@ -12,6 +12,7 @@ from dart_eval.sweep import jobs, sizing
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.sizing import CellSize, duration, held_against, keep
 from dart_eval.sweep.worker import Worker
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import command, run_local
 
 
@@ -128,6 +129,15 @@ def test_a_plan_is_held_against_the_run(saved_llama, tmp_path):
     )
     (tmp_path / "out" / "plan.json").write_text("{")
     assert held_against(tmp_path / "out", result.records) is None
+
+
+def test_a_cell_that_cannot_be_tried_is_named_in_a_line(saved_llama, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("no judge")
+
+    monkeypatch.setattr(Worker, "run", broken)
+    with pytest.raises(UserError, match=r"questions dense cannot be tried \(ValueError: no judge\); leave it out"):
+        sizing.estimate([_config(saved_llama, tmp_path, tasks="smoke_questions")], jobs.Silent())
 
 
 def test_durations():

@@ -330,6 +330,19 @@ def test_the_command_line_goes_before_the_file_under_lm_evals_names_too(tmp_path
     assert getattr(config_from(file, typed), name) == value
 
 
+def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch):
+    """A shell leaves it alone behind `=`, and in a file nothing else reads it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("data", "tasks"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text.txt").write_text("a text")
+    given = {"output": "~/out", "data_dir": "~/data", "calibration": "~/text.txt", "include_path": "~/tasks"}
+    found = config_from(None, given)
+    assert (found.output, found.data_dir, found.calibration, *found.include_path) == tuple(
+        str(tmp_path / name) for name in ("out", "data", "text.txt", "tasks")
+    )
+
+
 def test_a_name_that_is_not_utf8_is_refused():
     with pytest.raises(UserError, match=r"calibration is not UTF-8: 'caf\\udce9.txt'; rename the file"):
         config_from(None, {"calibration": "caf\udce9.txt"})

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from dart_eval.cluster.run import run_all
-from dart_eval.sweep import jobs, workers
+from dart_eval.sweep import jobs, local, workers
 from dart_eval.sweep.config import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Forked, Watch, results, run_local
@@ -210,6 +210,38 @@ def test_notes_after_the_plan_are_reported():
     for what, *arguments in (("note", "of the plan"), ("planned", 3, 0), ("note", "a remark on the checkpoint")):
         getattr(report, what)(*arguments)
     assert pickle.loads(out.getvalue()) == ("note", ("a remark on the checkpoint",))
+
+
+def test_a_worker_whose_run_was_killed_ends_and_fails_no_cell(saved_llama, tmp_path):
+    """Who gives the command again at once would find its cells failed."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb", buffering=0) as gone, pytest.raises(SystemExit):
+        local.run_all([config(saved_llama, tmp_path / "out")], workers._Report(gone), since=time.time())
+    assert not (tmp_path / "out" / "failed").exists()
+
+
+def test_workers_that_die_without_a_cell_end_a_run_only_where_none_begins_any(saved_llama, tmp_path, monkeypatch):
+    asked, sweep = planned(saved_llama, tmp_path)
+    both = workers._Workers(sweep, [asked], False)
+    monkeypatch.setattr(both, "_begin", lambda place: None)
+
+    def dies():
+        both.workers[0] = workers._Worker(0, SimpleNamespace(wait=lambda: -9))
+        both._ended(both.workers[0])
+
+    for _ in range(2):
+        dies()
+        dies()
+        both._take(workers._Worker(1, None), "started", (sweep.todo[0].cell, 6))
+    dies()
+    dies()
+    with pytest.raises(UserError, match="workers died before their first cell"):
+        dies()
+    both.deaths.clear()
+    sweep.failed += [job.cell for job in sweep.todo]
+    for _ in range(3):  # each as it ends: nothing is left to do
+        dies()
 
 
 def test_a_folder_of_logs_that_cannot_be_written_is_a_line(saved_llama, tmp_path):

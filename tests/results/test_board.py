@@ -569,7 +569,20 @@ def test_several_seeds_are_one_row_with_their_mean(tmp_path):
     shares = [np.mean([(s > EASY).mean() for s in some]) for some in ((0.4, 0.5), (0.8, 0.8))]
     assert row.quality["acc"].value == pytest.approx(shares[0])
     assert above(row) == pytest.approx((shares[0] - 0.25) / (shares[1] - 0.25))
-    assert "Rows are means over the seeds 0, 1." in made.notes
+    assert "Rows are means over the seeds 0, 1; 1 of 3 cells ran under fewer of them." in made.notes
+    both = board_of(tmp_path / "b", *dense, drawn(0.4, 0), drawn(0.5, 1))
+    assert "Rows are means over the seeds 0, 1." in both.notes
+
+
+def test_cells_of_other_calibrations_are_rows_of_their_own(tmp_path):
+    """They have other masks: none is an older run of another, or its other seed."""
+    text = {"calibration": "a text", "calibration_tokens": 512}
+    flaps = [choices(s, method="flap", **text, calibration_seed=i, created=f"2026-0{i + 1}-01")
+             for i, s in enumerate((0.7, 0.3))]  # fmt: skip
+    made = board_of(tmp_path, choices(0.8, method="dense", calibration=None), *flaps)
+    (level,) = places(made)[1:]
+    assert [label for label, _ in level] == ["flap (calibration_seed=0)", "flap (calibration_seed=1)"]
+    assert not any("older run" in note or "seeds" in note for note in made.notes)
 
 
 def test_rows_that_are_paired_with_dense_and_others_have_one_scale(tmp_path):

@@ -325,3 +325,13 @@ def test_a_task_may_have_a_slash_in_its_name(tmp_path):
         store.save(f"{task}-dart", made, [{"task": task, "doc_id": 0}])
         assert store.get(f"{task}-dart", made.key).inputs["task"] == task
     assert len(store.load()) == 3 and not list(tmp_path.parent.glob("up*"))
+
+
+def test_a_cell_is_found_under_another_spelling_of_its_method(tmp_path):
+    """The key decides: griffin may have been typed as dart with other parts."""
+    store, made = Store(tmp_path), record()
+    store.save("arc_easy-griffin-0.5", made)
+    found = store.get("arc_easy-dart-0.5", "k1")
+    assert found is not None and found.key == "k1" and store.missing("arc_easy-dart-0.5", found) == []
+    store.save("arc_easy-dart-0.5", made)
+    assert len(list((tmp_path / "cells").iterdir())) == 1
