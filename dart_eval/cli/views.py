@@ -21,6 +21,7 @@ from dart_eval.results.record import Record
 from dart_eval.results.report import unions
 from dart_eval.results.report.reader import Reader
 from dart_eval.results.writers import Table
+from dart_eval.util.bits import LAST_BITS
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.files import write
 
@@ -54,13 +55,14 @@ class Shown:
         return boards(self.store, self._near(), speeds.load_speeds(self.store.folder), self.metric)
 
     def _near(self) -> list[Record]:
-        """Return the cells of dense rows, and of rows whose read, a mean over their tasks, is near the level."""
+        """Return the cells of dense and of rounding, and of rows whose read, a mean over tasks, is near the level."""
         if self.level is None:
             return [*self.records]
         most = LEVEL_SHOWN + WIDTH_OF_LEVEL
         return [
             r for some in by_row(self.records).values() for r in some
-            if r.inputs["method"] == DENSE or abs(mean(c.weights_read for c in some) - self.level) <= most
+            if r.inputs["method"] == DENSE or r.settings.get("granularity") == LAST_BITS
+            or abs(mean(c.weights_read for c in some) - self.level) <= most
         ]  # fmt: skip
 
     @property

@@ -100,12 +100,14 @@ class Level:
         sentences: on quality, and on cost; none if there is nothing to compare.
         rounding_wins: whether rounding beats the best pruned row by more than noise.
         take: the first pruned row that no test puts behind another, or the rounding that wins; None without either.
+        alone: whether there is one pruned row, and the rounding beside it is worse.
     """
 
     rows: tuple[BoardRow, ...]
     sentences: tuple[str, ...] = ()
     rounding_wins: bool = False
     take: BoardRow | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)

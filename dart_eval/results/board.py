@@ -88,7 +88,7 @@ def _board(
     metric: str | None,
 ) -> Board:  # fmt: skip
     together = seeds.together(records)
-    merged = [seeds.mean_record(some) for some in together]
+    merged = seeds.mean_records(together)
     beside, problems = frame.beside_dense(distance.beside_dense([outcomes.cell_of(store, r) for r in records]))
     beside = {some[0].key: seeds.mean_compared([beside.get(r.key, ()) for r in some]) for some in together}
     drafts = [_row(label, group, speeds, metric) for (label, *_), group in by_row(merged).items()]
@@ -130,7 +130,7 @@ def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
         metric: replaces the main metric of tasks that have it.
     """
     found = [m for m in record.metrics if m.part_of is None]
-    asked = {m.task: m for m in found if m.metric.partition(",")[0] == metric}
+    asked = {m.task: m for m in reversed(found) if m.metric.partition(",")[0] == metric}  # its first filter, as `main`
     return [asked.get(m.task, m) for m in metrics.main(found)]
 
 
@@ -204,13 +204,13 @@ def _means(
     """
     within = {task for some in tasks.values() for task in some}
     own = {
-        keys: [one.lost.times(-1) if name == metrics.GOLD else one.sides[0] for one in some
+        keys: {one.measure.task: one.lost.times(-1) if name == metrics.GOLD else one.sides[0] for one in some
                if one.measure.name == name and one.measure.task in within
-               and not (name == "kl" and one.a.inputs.get("ffn_bits"))]
+               and not (name == "kl" and one.a.inputs.get("ffn_bits"))}
         for keys, some in by_row.items()
     }  # fmt: skip
-    most = max(map(len, own.values()), default=0)
-    return {keys: mean(some) if len(some) == most else None for keys, some in own.items()}
+    known = {task for some in own.values() for task in some}
+    return {keys: mean(some.values()) if some.keys() == known else None for keys, some in own.items()}
 
 
 def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[BoardRow]:

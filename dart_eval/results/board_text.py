@@ -89,16 +89,16 @@ def columns_of(block: Block) -> list[BoardColumn]:
 
 def _of_metric(metric: str, first: bool, block: Block) -> list[BoardColumn]:
     """Return the columns of one metric: its value, and its value relative to dense's."""
-    many = len(block.tasks[metric]) > 1
+    many, title = len(block.tasks[metric]) > 1, _title(metric, block)
     perplexity = metrics.kind_of(metric).group == metrics.PERPLEXITY
     value = BoardColumn(
-        "value" if perplexity else metrics.title_of(metric), (metrics.title_of(metric), "(mean)" if many else ""),
+        "value" if perplexity else title, (title, "(mean)" if many else ""),
         lambda r: _text(r, metric, lambda q: short(metric, q.value, q.stderr)),
         lambda r: _key(r, metric, lambda q: -(q.better.value if perplexity and q.better else q.value)),
     )  # fmt: skip
     if perplexity:
         times = BoardColumn(
-            "perplexity", (metrics.title_of(metric), "x dense"), lambda r: _times(r, metric, first),
+            "perplexity", (title, "x dense"), lambda r: _times(r, metric, first),
             lambda r: _key(r, metric, lambda q: -q.better.value if q.better else None),
             lambda r: _times(r, metric, False),
         )  # fmt: skip
@@ -111,6 +111,12 @@ def _of_metric(metric: str, first: bool, block: Block) -> list[BoardColumn]:
         lambda r: _key(r, metric, lambda q: -q.share.value if q.share else None), lambda r: _share(r, metric, False),
     )  # fmt: skip
     return [value, part]
+
+
+def _title(metric: str, block: Block) -> str:
+    """Return a metric's title, or its name if another metric of the block has that title, too."""
+    title = metrics.title_of(metric)
+    return title if [*map(metrics.title_of, block.tasks)].count(title) == 1 else metric
 
 
 def _text(row: BoardRow, metric: str, text: Callable[[Quality], str]) -> str:
@@ -233,24 +239,24 @@ def _table(block: Block, width: int, sort: str | None, level: float | None) -> l
         return [f" no row reads about {percent(level)} of the FFN bytes"]
     columns = known = columns_of(block)
     first = [metric for metric in list(block.tasks)[1:] if metrics.kind_of(metric).group != metrics.PERPLEXITY]
-    texts = {c.name: [c.text(r) for r in rows] for c in columns}
+    texts = {c: [c.text(r) for r in rows] for c in columns}  # two perplexities share a name
     name = min(WIDEST, max(len(name_of(r)) for r in rows))
 
     def total() -> int:
-        return 11 + max(name, 6) + sum(2 + max(map(len, (*c.head, *texts[c.name]))) for c in columns)
+        return 11 + max(name, 6) + sum(2 + max(map(len, (*c.head, *texts[c]))) for c in columns)
 
     dropped: list[str] = []
-    far = [c.name for c in columns if c.name in ("flips", "kl")]
-    beside = sorted(far, key=lambda n: -texts[n].count("-"))[: len(far) - 1]  # of two, the one that fewer rows have
-    for out in ("memory", "work", *(metrics.title_of(m) for m in first), *beside):
+    far = [c for c in columns if c.name in ("flips", "kl")]
+    far = sorted(far, key=lambda c: -texts[c].count("-"))[: len(far) - 1]  # of two, the one that fewer rows have
+    for out in ("memory", "work", *(_title(m, block) for m in first), *(c.name for c in far)):
         if total() > width and any(c.name == out for c in columns):
             columns = [c for c in columns if c.name != out]
             dropped.append(out)
     for column in columns:
         if total() > width and column.narrow:
-            texts[column.name] = [column.narrow(r) for r in rows]
+            texts[column] = [column.narrow(r) for r in rows]
     name = max(NARROWEST, min(name, name - (total() - width))) if total() > width else name
-    widths = [max(map(len, (*c.head, *texts[c.name]))) for c in columns]
+    widths = [max(map(len, (*c.head, *texts[c]))) for c in columns]
     at = {id(row): i for i, row in enumerate(rows)}
     heads = (["FFN bytes", "read"], ["", "method"])
     made = [
@@ -262,7 +268,7 @@ def _table(block: Block, width: int, sort: str | None, level: float | None) -> l
         for row in ordered(one.rows, known, sort):
             read = f"{read_of(row):>5}"
             label, *more = folded(name_of(row), name) if len(name_of(row)) > name else [name_of(row)]
-            cells = [f"  {texts[c.name][at[id(row)]]:<{w}}" for c, w in zip(columns, widths, strict=True)]
+            cells = [f"  {texts[c][at[id(row)]]:<{w}}" for c, w in zip(columns, widths, strict=True)]
             made.append(f"{read:<9}{MARKS.get(row.mark, ' ')} {label:<{name}}{''.join(cells)}")
             made += [f"{'':<11}{part}" for part in more]
     return [*made, *([f" (no room for {', '.join(dropped)}: --format md has all columns)"] if dropped else [])]

@@ -16,7 +16,7 @@ from dart_eval.results.distance import beside_dense
 from dart_eval.results.format import FOUR, chance, interval, number, signed, sparsity
 from dart_eval.results.frame import compared
 from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, UNSAID, identity, model_of
-from dart_eval.results.labels import exact, labels
+from dart_eval.results.labels import exact, grouped, labels
 from dart_eval.results.outcomes import Cell, Measure, cells, describe, newest, older_note
 from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to, pair
 from dart_eval.results.store import UnreadSamples
@@ -85,8 +85,10 @@ def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison
         raise UserError(f"{a} and {b} have no cell in common: {found}", "run both with the same options")
     common = {c.key for _, *sides in pairs for c in sides}
     several = len({model_of(c.inputs["model"]) for c in [*left, *right]}) > 1
+    models = [some for side in (left, right) for some in grouped(side, lambda c: model_of(c.inputs["model"])).values()]
+    called = {key: label for some in models for key, label in labels(some).items()}
     notes = [
-        f"Only in {folder}: {', '.join(describe(c, several) for c in alone)}."
+        f"Only in {folder}: {', '.join(describe(c, several, called[c.key]) for c in alone)}."
         for folder, side in ((a, left), (b, right))
         if (alone := [c for c in side if c.key not in common])
     ]

@@ -125,8 +125,9 @@ def tables(traces: Callable[[Record], list[Json]], records: Sequence[Record]) ->
             found.append({"key": r.key, "margin": name, "delay": rate.delay, "watched": rate.watched, **said})
     if not found:
         return []
-    rates = pd.DataFrame(found).merge(cells_frame(records)[["key", "task", "label", "sparsity"]], on="key")
-    return [from_frame(f"Drift detector on {task}", own, COLUMNS, _note(task)) for task, own in rates.groupby("task")]
+    rates = pd.DataFrame(found).merge(cells_frame(records)[["key", "model", "task", "label", "sparsity"]], on="key")
+    columns = [Column("model"), *COLUMNS] if rates["model"].nunique() > 1 else COLUMNS
+    return [from_frame(f"Drift detector on {task}", own, columns, _note(task)) for task, own in rates.groupby("task")]
 
 
 def _place(record: Record, task: str) -> str:

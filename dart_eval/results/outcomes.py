@@ -159,10 +159,10 @@ def older_note(cells: Iterable[Cell]) -> list[str]:
     return [f"Several runs of one cell in {source}: the one finished last counts." for source in several]
 
 
-def describe(cell: Cell, model: bool = False) -> str:
-    """Describe a cell in a few words, for messages. model: whether to name its model."""
+def describe(cell: Cell, model: bool = False, method: str = "") -> str:
+    """Describe a cell in a few words, for messages. model: whether to name its model. method: its label."""
     inputs = cell.inputs
-    method = cell.settings.get("method") or inputs["method"]
+    method = method or cell.settings.get("method") or inputs["method"]
     which = f" of {model_of(inputs['model'])}" if model else ""
     return f"{inputs['task']} under {method} at {sparsity(inputs['sparsity'])}{which}"
 

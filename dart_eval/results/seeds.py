@@ -43,6 +43,14 @@ def mean_record(some: Sequence[Record]) -> Record:
     return dataclasses.replace(some[0], metrics=metrics)
 
 
+def mean_records(groups: Sequence[Sequence[Record]]) -> list[Record]:
+    """Return the mean record of each group; where there are means, none is labelled by the seed of one cell."""
+    made = [mean_record(some) for some in groups]
+    if all(len(some) == 1 for some in groups):
+        return made
+    return [dataclasses.replace(record, inputs={**record.inputs, "seed": None}) for record in made]
+
+
 def mean_compared(cells: Sequence[Sequence[Compared]]) -> list[Compared]:
     """Return the metrics of cells beside dense, with each document's mean over the cells.
 

@@ -52,12 +52,13 @@ def judged(rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str) ->
         return Level(tuple(rows), take=rivals[0])
     leader, stands = leader_of(rivals)
     quality = [_quality(leader, stands, rivals[0])]
-    wins, take = False, leader
+    wins, take, alone = False, leader, False
     if fitting:
         control, _ = leader_of(fitting)
         (stand,) = stand_of(leader, [control], float(len(fitting) * len(rivals)))
         wins = stand.word == AHEAD and all(s.word not in (AHEAD, SPLIT) for s in stands)
         take = control if wins else leader
+        alone = len(rivals) == 1 and stand.word == BEHIND
         more = place(control, first) < place(leader, first) and stand.word == BEHIND
         quality.append(
             f"The best rounding here ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}"
@@ -69,7 +70,7 @@ def judged(rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str) ->
     marks |= {leader.keys: BEST} if named else {}
     sentences = (" ".join(quality), *_cost(leader, [*(stand.row for stand in stands), *fitting]))
     return Level(tuple(replace(r, mark=marks.get(r.keys, "")) for r in rows), sentences, wins,
-                 replace(take, mark=marks.get(take.keys, "")))  # fmt: skip
+                 replace(take, mark=marks.get(take.keys, "")), alone)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dart_eval.results.store import Store
 from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST, Stand
 from dart_eval.sweep.jobs import RunResult
 from tests.helpers.commands import command
-from tests.helpers.records import answered, choosing, perplexities, right, save
+from tests.helpers.records import answered, choosing, perplexities, right, samples, save
 
 GENERATOR = np.random.default_rng(5)
 EASY = GENERATOR.random(200)  # how easy each question is, the same for all methods
@@ -675,3 +675,67 @@ def test_rows_that_were_not_tested_are_not_called_equal(tmp_path):
              for m, s, keep in (("dense", 0.0, 1), ("dart", 0.7, 1), ("griffin", 0.7, 0))]  # fmt: skip
     text = text_of(board_of(tmp_path, *cells))
     assert "not tested against griffin" in " ".join(text.split()) and "no row is told apart" not in text
+
+
+def test_two_perplexities_have_columns_of_their_own(tmp_path):
+    """LAMBADA's perplexity beside that of a text's words: both titles are `perplexity`."""
+
+    def lambada(times, method, sparsity):
+        values = [{"perplexity": -times * (2 + i % 3), "acc": 1.0} for i in range(30)]
+        ms = [Metric("lambada", "perplexity", float(np.exp(times * 3)), 0.1, 30, False),
+              Metric("lambada", "acc", 1.0, 0.1, 30, True)]  # fmt: skip
+        return answered("lambada", values, method, sparsity, metrics=ms)
+
+    def text(times, method, sparsity):
+        values = [{"word_perplexity": [-times * (90.0 + i % 3), 60]} for i in range(60)]
+        return answered("wikitext", values, method, sparsity, up=False)
+
+    rows = ("dense", 0.0, 1.0, 1.0), ("griffin", 0.5, 1.5, 1.1)
+    folder = save(tmp_path, *[make(t, m, s) for m, s, *ts in rows for make, t in zip((lambada, text), ts, strict=True)])
+    shown = command("tables", folder, "--metric", "perplexity")
+    (row,) = [line for line in shown.out.splitlines() if line[11:].startswith("griffin")]
+    assert row.count("4.48x") == 1 and row.count("1.16x") == 1
+    assert " word_perplexity" in shown.out
+
+
+def test_a_metric_that_is_asked_for_is_that_of_the_first_filter_as_on_the_board(tmp_path):
+    def gsm(strict, flexible, method, sparsity):
+        means = ("strict", strict), ("flexible", flexible)
+        sides = {f: [{"exact_match": float(i % 10 < 10 * v)} for i in range(60)] for f, v in means}
+        ms = [Metric("gsm", f"exact_match,{f}", v, 0.05, 60, True) for f, v in means]
+        lines = [s for f, values in sides.items() for s in samples("gsm", values, filter_=f)]
+        return answered("gsm", sides["strict"], method, sparsity, lines=lines, metrics=ms)
+
+    folder = save(tmp_path, gsm(0.6, 0.8, "dense", 0.0), gsm(0.3, 0.5, "griffin", 0.5))
+    assert command("tables", folder, "--metric", "exact_match").out == command("tables", folder).out
+
+
+def test_a_mean_over_seeds_is_not_called_by_one_of_them(tmp_path):
+    """Griffin ran under seeds 0 and 1, dart under 2 and 3, dense under all of them."""
+    dense = [choices(0.8, method="dense", seed=seed) for seed in range(4)]
+    pruned = [choices(0.6 + 0.1 * (s > 1), method="dart" if s > 1 else "griffin", seed=s) for s in range(4)]
+    made = board_of(tmp_path, *dense, *pruned)
+    assert {row.label for row in made.rows if row.keys} == {"dense", "griffin", "dart"}
+
+
+def test_a_distance_over_other_tasks_is_no_rival(tmp_path):
+    """KL was measured on one task under griffin, on another one under dart."""
+
+    def measured(task, method, kl=None):
+        values = [{"acc": float(e < 0.6), **({} if kl is None else {"kl": [10 * kl, 10]})} for e in EASY]
+        return choosing(answered(task, values, method, 0.7))
+
+    cells = [choices(0.8, task, "dense") for task in ("arc", "piqa")]
+    cells += [measured("arc", "griffin", 0.2), measured("piqa", "griffin")]
+    cells += [measured("arc", "dart"), measured("piqa", "dart", 2.0)]
+    made = board_of(tmp_path, *cells)
+    assert all(row.kl is None for row in made.rows)
+
+
+def test_a_level_keeps_the_rounding_that_beats_it(tmp_path):
+    """The method `rounding` reads less than the level that is shown, and is still its rival, as rounded weights are."""
+    rounding = choices(0.78, method="rounding", sparsity=0.72)
+    rounding.settings["granularity"] = "last bits"
+    folder = save(tmp_path, choices(0.8, method="dense"), choices(0.5, sparsity=0.5), rounding)
+    said = "Rounding is better than the best pruned row at 50 %."
+    assert said in command("tables", folder).out and said in command("tables", folder, "--level", "0.5").out

@@ -431,3 +431,12 @@ def test_settings_with_colons_are_named_as_for_a_run(tmp_path, spec, params):
     out = save(tmp_path, *(answered("arc", right(s), method, params=p) for s, p in ((0.5, params), (0.6, {"x": 1}))))
     (row,) = compare_within("method", spec, f"{method}:x=1", [out]).rows
     assert row.result.value_a < row.result.value_b
+
+
+def test_a_cell_of_one_side_is_not_called_as_one_of_both(tmp_path):
+    both = [answered("arc", right(0.9), "dense", 0.0), answered("arc", right(0.8))]
+    more = [answered("arc", right(0.7), "dense", 0.0, ffn_bits="4"), answered("arc", right(0.7), scope="all")]
+    found = compare_folders(save(tmp_path / "a", *both, *more), save(tmp_path / "b", *both))
+    (said,) = found.notes
+    assert said.startswith(f"Only in {tmp_path / 'a'}: ")
+    assert "arc under dense on 4 bits at 0 %" in said and "arc under dart (scope=all) at 50 %" in said

@@ -65,3 +65,15 @@ def test_a_task_goes_with_its_control_and_nothing_else(tmp_path):
     rows = {row[2]: row[3:] for row in table.body}
     assert rows["2 sigma"] == ["3 of 3", "20", "0.00", "60"]
     assert rows["as run"] == ["0 of 3", "-", "0.00", "60"]
+
+
+def test_rates_of_two_models_are_told_apart(tmp_path):
+    store = Store(tmp_path)
+    for model, low in (("small", 0.5), ("large", 0.9)):
+        for task, level in (("drift_x", low), ("drift_x_same", 0.9)):
+            record = cell("dart", 0.5, task, model=model, params={"remask.patience": 2})
+            lines = [written(i, "", task, drift=trace([level] * 2)) for i in range(3)]
+            store.save(f"{task}{model}", dataclasses.replace(record, samples=lines))
+    (table,) = detector.tables(Reader(tmp_path).traces, store.load())
+    found = {row[0]: row[4] for row in table.body if row[3] == "2 sigma"}
+    assert table.columns[0] == "model" and found == {"small": "3 of 3", "large": "0 of 3"}

@@ -23,7 +23,8 @@ from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import read_regular
 from tests.helpers.pages import DRIFT, FEW, HOSTILE, PARTS, Checked, folder, only, texts
-from tests.helpers.records import cell, written
+from tests.helpers.records import cell, save, written
+from tests.results.test_board import choices
 
 # -- what it says --------------------------------------------------------------------------------------------------
 
@@ -345,3 +346,37 @@ def test_options_of_the_command(tmp_path):
     assert "6 cells, 4 samples" in run.output
     assert "<title>A &amp; B</title>" in (tmp_path / "report.html").read_text()
     assert CliRunner().invoke(app, [str(tmp_path), "--samples", "-1"]).exit_code == 2
+
+
+def answer_of(folder):
+    """The section that says which method to take, and the levels that the filter offers."""
+    html = build(Store(folder), None, 0).html
+    top, _, rest = html.partition('<form id="filter"')
+    return top[top.index('id="answer"') :], re.findall(r'<option value="[^"]+">(.*?)</option>', rest)
+
+
+def test_rounding_that_wins_twice_is_one_answer_and_hides_no_level(tmp_path):
+    cells = [choices(0.5, sparsity=s) for s in (0.3, 0.5)]
+    best = choices(0.78, method="dense", read=0.3, ffn_bits="4")
+    said, levels = answer_of(save(tmp_path, choices(0.8, method="dense"), best, *cells))
+    assert "Best for the FFN bytes it reads: dense on 4 bits at 30 %.</p>" in said
+    assert said.count('<th scope="row">dense on 4 bits') == 1
+    assert levels == ["70 %", "50 %", "30 %"]
+
+
+def test_a_method_alone_that_beats_rounding_is_no_open_question(tmp_path):
+    worse = choices(0.4, method="dense", read=0.28, ffn_bits="4")
+    said, _ = answer_of(save(tmp_path, choices(0.8, method="dense"), choices(0.75), worse))
+    assert "no winner" not in said and '<span class="tag">only one</span>' in said
+    equal = choices(0.75, method="dense", read=0.28, ffn_bits="4")
+    said, _ = answer_of(save(tmp_path / "b", choices(0.8, method="dense"), choices(0.75), equal))
+    assert "At 30 % the tests find no winner" in said
+
+
+def test_the_answer_is_of_the_first_block_that_has_one(tmp_path):
+    """Rounding ran on two tasks, and a method on one of them so far."""
+    cells = [choices(0.8, task, "dense") for task in ("arc", "piqa")]
+    cells += [choices(0.7, task, "dense", read=b / 16, ffn_bits=str(b)) for task in ("arc", "piqa") for b in (4, 8)]
+    said, _ = answer_of(save(tmp_path, *cells, choices(0.7)))
+    assert "There is no pruned method" not in said and '<th scope="row">griffin' in said
+    assert "On these tasks alone: arc x 200." in said

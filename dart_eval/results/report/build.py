@@ -60,7 +60,7 @@ def build(store: Store, title: str | None = None, wanted: int = 50, follow: bool
     texts_of = {key: seen.texts for key, seen in samples_of.items()}
     samples = sum(len(d.answers) for _, of_task in shown for d in of_task)
     failed = sorted(file.stem.rpartition("-")[0] for file in (store.folder / "failed").glob("*.txt"))
-    heads = [level.take or level.rows[0] for board in made for block in board.blocks for level in block.levels]
+    heads = [level.rows[0] for board in made for block in board.blocks for level in block.levels]
     levels = {percent(row.read): row.read for row in heads if row.kind not in (CONTROL, GUESSING)}
     context = {
         "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}", "run": run,
@@ -109,9 +109,11 @@ def _model(
     """Return the page's data of one model. records: of all."""
     keys = {key for row in board.rows for key in row.keys}
     made = quality.charts(board, looks, chance) + unions.charts([r for r in records if r.key in keys], looks)
+    blocks = [_block(board, block) for block in board.blocks]
+    answered = next((i for i, b in enumerate(board.blocks) if any(level.take for level in b.levels)), 0)
     return {
-        "name": board.model, "blocks": [_block(board, block) for block in board.blocks],
-        "answer": head.answer(board.blocks[0]) if board.blocks else None, "notes": board_text.notes(board),
+        "name": board.model, "blocks": blocks, "answered": blocks[answered]["about"],
+        "answer": head.answer(board.blocks[answered]), "notes": board_text.notes(board),
         "charts": made, "reach": frontier.tables([board]) + frontier.by_time([board]),
         "speeds": quality.speeds(board),
     }  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.results import metrics
-from dart_eval.results.blocks import Block, BoardRow
+from dart_eval.results.blocks import Block, BoardRow, Level
 from dart_eval.results.board_text import columns_of, name_of, read_of
 from dart_eval.results.format import finite, sparsity
 from dart_eval.results.inputs import HASH_DIGITS, matters, model_of
@@ -26,14 +26,18 @@ PACKAGES = ("dart-eval", "python", "torch", "transformers", "lm_eval")
 
 def answer(block: Block) -> tuple[str, list[str], list[tuple[BoardRow, str, list[str]]]]:
     """Return which row to take at each level: a sentence, the heads of a table, and its rows with a remark on each."""
-    columns, taken = columns_of(block), [(level, level.take) for level in block.levels if level.take]
+    columns, taken = columns_of(block), list[tuple[Level, BoardRow]]()
+    for level in block.levels:  # one rounding may win at several levels
+        if level.take and all(level.take != row for _, row in taken):
+            taken.append((level, level.take))
     known = [c for c in columns if any(c.text(row) != "-" for _, row in taken)]
     shown = [c for c in known if c.name in FIRST] or columns[:1]
     costs = [c for c in known if c.name in COSTS]
     best: dict[str, list[str]] = {}
     unsure, rows = [], []
     for level, row in taken:
-        remark = "best" if row.mark == BEST or level.rounding_wins else "no winner" if level.sentences else "only one"
+        alone = level.alone or not level.sentences
+        remark = "best" if row.mark == BEST or level.rounding_wins else "only one" if alone else "no winner"
         best.setdefault(name_of(row, row.label), []).extend([read_of(row)] * (remark == "best"))
         unsure += [read_of(row)] * (remark == "no winner")
         cost = ", ".join(COSTS[c.name].format(text) for c in costs if (text := c.text(row)) != "-")
