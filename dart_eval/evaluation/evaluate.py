@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -106,6 +107,7 @@ def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], 
         patch.object(lm_eval.api.task, "tqdm", lambda iterable, **_: iterable),  # its own bar
         patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),  # of the working directory
         block_local_code(f"task {first}", tasks.unsafe_code),
+        redirect_stdout(sys.stderr),  # lm-eval prints that it bootstraps, and tasks print, beside --format json
     ):
         return lm_eval.simple_evaluate(
             model=lm,
@@ -211,6 +213,8 @@ def _perplexity_stderr(metric: str, pairs: list[Any]) -> float | None:
     """
     if kind_of(metric).kind not in ("log-perplexity", "bits") or len(pairs) < 2:  # pairs may be anything else
         return None
+    if metric == "perplexity" and all(isinstance(p, (int, float)) for p in pairs):  # of lm-eval: equal weights
+        pairs = [(p, 1) for p in pairs]
     if not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
         return None
     if sum(w for _, w in pairs) <= 0:
@@ -263,6 +267,7 @@ def _samples(by_task: dict[str, list[Json]], lm: PrunedLM, tasks: dict[str, Task
                 **({"drift": used.trace} if used.trace else {}),
                 **({"kl_bins": used.distance.bins} if used.distance.bins else {}),
                 **({"token_ids": written} if written is not None else {}),
+                **({"texts": texts} if (texts := sum(isinstance(r, str) for of in s["resps"] for r in of)) > 1 else {}),
             })  # fmt: skip
     return rows
 

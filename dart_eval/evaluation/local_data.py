@@ -213,9 +213,12 @@ def _fault(task: ConfigurableTask, doc: dict[str, object], local: bool) -> str |
         return "has no choices"
     if local and any(not isinstance(choice, str) or not choice.strip() for choice in choices):
         return "has a choice without text"
-    for one in gold if isinstance(gold, list) else [gold]:
-        at: object = choices.index(one) if one in choices else one
-        if not isinstance(at, (int, float)) or not 0 <= at < len(choices):
+    several = isinstance(gold, list)
+    if gold == []:
+        return "has no right answer"
+    for one in gold if several else [gold]:
+        at: object = choices.index(one) if one in choices and not several else one  # lm-eval takes texts alone
+        if not isinstance(at, int) or not 0 <= at < len(choices):
             return f"has the right answer {str(one)[:60]!r}, and {len(choices)} choices (the first is 0)"
     return None
 
@@ -223,9 +226,8 @@ def _fault(task: ConfigurableTask, doc: dict[str, object], local: bool) -> str |
 def _printed(task: ConfigurableTask) -> list[str]:
     """Return the fields that the task's texts contain verbatim; a null in one would become None."""
     config = task.config
-    templates = [config.doc_to_text, config.doc_to_target]
-    templates += config.doc_to_choice if isinstance(config.doc_to_choice, list) else [config.doc_to_choice]
-    texts = [text for text in templates if isinstance(text, str)]
+    templates = [config.doc_to_text, config.doc_to_target, config.doc_to_choice]  # a list of choices is no template
+    texts = [text for text in templates if isinstance(text, str) and "{%" not in text]  # a condition passes over a null
     return [name for text in texts for name in ([text] if text.isidentifier() else PRINTED.findall(text))]
 
 

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import lm_eval
@@ -32,8 +32,10 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
         groups += [item for item in group if isinstance(item, Group)]
     for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
         raw = task.config.to_dict(keep_callable=True)
-        more = {name: found for name, value in raw.items() if callable(value) and (found := _beyond(value)) is not None}
-        config: Json = {**task.dump_config(), **more}  # functions as source
+        config: Json = task.dump_config()  # functions as source
+        code: list[Callable[..., object]] = [type(task), *_functions(raw)]
+        if more := [found for part in code if (found := _beyond(part)) is not None]:
+            config["more"] = more
         config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below
         (config.get("metadata") or {}).pop("config_source", None)
         digest.update(json.dumps(_sourced(config), sort_keys=True, default=str).encode())
@@ -47,6 +49,15 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
             for doc in pool if pool is not None else []:
                 digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _functions(value: object) -> Iterator[Callable[..., object]]:
+    """Yield the functions in a configuration: its own, and those of metrics, filters and examples."""
+    if isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _functions(item)
+    elif callable(value):
+        yield value
 
 
 def _beyond(function: Callable[..., object]) -> object:

@@ -21,6 +21,7 @@ import lm_eval.tasks
 import numpy as np
 from datasets import Dataset
 from lm_eval.api.group import Group
+from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
@@ -231,6 +232,7 @@ class Tasks:
                     without_other_lengths(task)
                 if task.OUTPUT_TYPE == "loglikelihood_rolling":
                     weigh_scored_text(type(task))
+                if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling"):
                     without_overflow(task)
             self._loaded[name] = items
             self._local[name] = self._factory.local
@@ -377,4 +379,7 @@ def without_overflow(task: Task) -> None:
 
         return combined
 
-    setattr(task, "aggregation", lambda: {name: finite_or_infinite(f) for name, f in stock().items()})  # noqa: B010
+    def aggregation() -> Json:  # lm-eval knows the error of a mean by the function
+        return {name: f if f is mean else finite_or_infinite(f) for name, f in stock().items()}
+
+    setattr(task, "aggregation", aggregation)  # noqa: B010

@@ -249,8 +249,9 @@ def methods() -> dict[str, Pruner]:
         if not isinstance(method, Pruner):
             log.error("method %s of another package is no dart_eval.Pruner: left out", name)
         else:
-            # Records and commands call it by the name that finds it.
-            by_name.setdefault(name, dataclasses.replace(method, name=name, base=None))
+            if method.name != name:  # records and commands call it by the name that finds it
+                method = dataclasses.replace(method, name=name, base=None)
+            by_name.setdefault(name, method)
     return by_name
 
 

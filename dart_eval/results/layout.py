@@ -79,6 +79,7 @@ class Sample(TypedDict):
     ]
     responses: Annotated[list[Any], "log-likelihood and greedy flag of each candidate, or the text"]
     token_ids: NotRequired[Annotated[list[int], "the tokens of the text (the first one), with those that ended it"]]
+    texts: NotRequired[Annotated[int, "the texts that were drawn, where there are several: `tokens` are of all"]]
     kl_bins: NotRequired[
         Annotated[dict[str, int], "i -> positions whose KL is in the bin that ends at 2^(i/8) nats; -160 has all below"]
     ]

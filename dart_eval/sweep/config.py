@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +29,7 @@ from dart_eval.util.text import Json
 if TYPE_CHECKING:
     from dart_eval.models.loading import ModelSpec
 
+PATTERN = re.compile(r"[*?\[]|::")  # `datasets` looks for all files that match such a name
 RAY_DEVICES = ("auto", "cpu", "cuda")
 PATHS = ("model", "peft", "data_dir", "calibration", "output")
 RAY_OPTIONS = ("ray_address", "gpus_per_cell", "cpus_per_cell", "shards")
@@ -118,6 +120,8 @@ class RunConfig(Options):
         """
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
+        if self.data_dir is not None and PATTERN.search(place := str(Path(self.data_dir).resolve())):
+            raise UserError(f"data dir {place} would be read as a pattern", "rename it: no * ? [ and no ::")
         if self.device.startswith("cuda") and self.executor == "local" and not has_cuda():
             raise UserError(
                 f"device {self.device} is not there: this machine has no CUDA driver", "give --device cpu or auto"

@@ -36,6 +36,7 @@ from dart_eval.sweep.plan import Cell, command, environment, versions
 from dart_eval.util.bits import Rounding, bits_text, unread
 from dart_eval.util.errors import UserError, out_of_memory
 from dart_eval.util.machine import hardware, peak_memory
+from dart_eval.util.quiet import without_remarks
 from dart_eval.util.text import Json
 from dart_eval.weights import rounding
 from dart_eval.weights.rounding import Rounded
@@ -80,6 +81,18 @@ class Worker:
             think_end_token=config.think_end_token, add_bos_token=config.add_bos_token, distances=config.kl,
             read_at_batch=config.read_at_batch,
         )  # fmt: skip
+        if config.chat_template and config.system_instruction is not None:
+            self._check_system(config.system_instruction)
+
+    def _check_system(self, said: str) -> None:
+        """Refuse a system message that lm-eval would leave out, as the chat template has no place for one."""
+        asked = {"role": "user", "content": "?"}
+        with without_remarks():
+            alone = self.lm.apply_chat_template([asked])
+            whole = self.lm.apply_chat_template([{"role": "system", "content": said}, asked])
+        if whole == alone and said.strip() not in whole:
+            problem = f"the chat template of {self._identity['name']} takes no system message"
+            raise UserError(problem, "leave --system-instruction out")
 
     def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[TaskResult, Record]:
         """Evaluate one cell.

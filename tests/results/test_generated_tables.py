@@ -67,3 +67,9 @@ def test_the_report_shows_the_same_table(tmp_path):
     scored = tmp_path / "scored"
     Store(scored).save("cell", cell("dart", 0.5, "arc_easy", samples=[{**written(0, ""), "responses": [[-1.0, True]]}]))
     assert generated.NOTE not in report.build(Store(scored)).html
+
+
+def test_several_texts_of_a_document_are_counted_one_by_one(tmp_path):
+    texts = [written(i, "x", tokens=15, remasks=3, texts=3) for i in range(2)]
+    (table,) = _table(tmp_path, cell("dart", 0.5, "gsm8k", params=WATCHES, samples=texts))
+    assert table.body[0][3:7] == ["6", "5.0", "-", "-"] and table.body[0][7] == "1.00"
