@@ -118,6 +118,20 @@ def check_timeable(method: Pruner) -> None:
         raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
 
 
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raise if a prompt and the tokens after it do not fit into a model's positions.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise UserError(
+            f"prompt and steps have {tokens} tokens, the model takes {longest}",
+            "give a shorter --prompt, or fewer --steps",
+        )
+
+
 @torch.no_grad()
 def measure(
     model: PreTrainedModel,
@@ -159,8 +173,7 @@ def measure(
             bench.move(run, times.moves)
             if method.mask.remask.needs_ring:  # to compute new masks from
                 bench.remask(run, times.masks)
-        share = run.shares(1, pruned=True)
-        read, executed = float(share.read[0]), _executed(run)
+        read, executed = run.weights_read / run.share, _executed(run)
         for _ in range(max(3, rounds)):
             bench.begin(run, times.once)
         extra, state = run.executing.nbytes, run.state_bytes

@@ -91,6 +91,7 @@ def decode(
     for one in methods:
         bench.check_timeable(one)
     timed = subject(asked.model_spec, shape, layers, print_note)
+    bench.check_length(timed.model, prompt + steps)
     setting = Setting(compile, prompt, steps, rounds)
     if any(map(parse, asked.ffn_bits)):
         refuse_fixed(find_ffns(timed.model))

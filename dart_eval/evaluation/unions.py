@@ -104,5 +104,7 @@ def unites(session: AnySession) -> bool:
     """Whether the unions of what tokens read are known: not of experts, of repeated layers, and as parts say."""
     if not isinstance(session, Session):
         return True
-    parts = session.method.parts()
+    parts, remask = session.method.parts(), session.method.mask.remask
+    if session.method.choice.previews and (remask.release or remask.dense_tokens):
+        return False  # tokens that run dense read no preview, and so less of a neuron than a token that takes it
     return not any(f.routed or f.runs > 1 or any(not part.unites(f) for part in parts) for f in session.ffns)

@@ -33,7 +33,7 @@ def check_fit(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored
     method.check_ffns(ffns, sparsity)
     if not method.prunes:
         return
-    method.allocation.check_sparsity(sparsity, [f.size for f in ffns])
+    method.allocation.check_sparsity(sparsity, [*method.allocation.sizes(ffns).values()])
     if any(f.routed for f in ffns) and (part := _not_for_experts(method)) is not None:
         raise UserError(f"{part.title} is not made for experts yet", "take another method, or a dense model")
     if any(f.norm is not None for f in ffns):
@@ -45,7 +45,7 @@ def check_fit(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored
             "use allocation=uniform",
         )
     if any(f.runs > 1 for f in ffns):
-        _refuse(_counts_runs(method, [f.size for f in ffns], sparsity), "layers that run several times for a token")
+        _refuse(_counts_runs(method, ffns, sparsity), "layers that run several times for a token")
     if bits is not None:
         method.check_bits(bits)
         method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
@@ -71,11 +71,11 @@ def _needs_own_part(method: Pruner) -> str | None:
     return next((part.title for part in _inner_first(method) if not part.fits_norms), None)
 
 
-def _counts_runs(method: Pruner, sizes: Sequence[int], sparsity: float) -> str | None:
+def _counts_runs(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> str | None:
     """Return the part that would count a token once per run of a layer, or that weighs all layers alike."""
     allocation = method.allocation
     varies = allocation.needs_change or allocation.needs_scores
     if part := next((part for part in _inner_first(method) if not part.fits_repeats), None):
         return part.title
-    uneven = varies or len(set(allocation.densities(sparsity, sizes, None, slice(None)))) > 1
+    uneven = varies or len(set(allocation.of_ffns(sparsity, ffns))) > 1
     return allocation.title if uneven else None

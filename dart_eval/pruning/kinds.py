@@ -110,7 +110,7 @@ class InputSparsity(Pruner, of=Entries):
 
         if self.sized and not sparsity:
             return super().cost_terms(ffns, sparsity, unit, full_matrices)
-        densities = self.allocation.densities(sparsity, [f.size for f in ffns], None, slice(None))
+        densities = self.allocation.of_ffns(sparsity, ffns)
         share_read = attached.share_read(self.entries, ffns, densities, sparsity)
         return [(ffns[0].matrices * share_read, 0.0, 0.0, 0.0)] * len(ffns)
 
@@ -124,7 +124,7 @@ class InputSparsity(Pruner, of=Entries):
 
         if self.sized and not sparsity:
             return None
-        densities = self.allocation.densities(sparsity, [f.size for f in ffns], None, slice(None))
+        densities = self.allocation.of_ffns(sparsity, ffns)
         return attach(self.entries, ffns, densities, sparsity, calibration)
 
 

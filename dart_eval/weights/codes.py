@@ -122,6 +122,8 @@ class Packed:
         return found.round() if whole and self.rounding.bits - low < LINE else found
 
     def _mean_code(self, low: int) -> Tensor:
+        if self.scales.is_meta:  # a shape alone
+            return self.scales.new_empty(2**self.rounding.bits >> low, dtype=torch.float32)
         if self.rounding.bits - low >= LINE:
             slope, middle = self.line(low)
             first = torch.arange(2**self.rounding.bits >> low, dtype=torch.float64, device=self.scales.device)

@@ -42,6 +42,10 @@ def rounded(weight: Tensor, rounding: Rounding, order: Tensor | None = None) -> 
     Args:
         order: [in], the order of columns in which neighbours share a scale; None: their own.
     """
+    if weight.is_meta:  # a shape alone
+        shared = len(weight), -(-weight.shape[1] // (rounding.group or weight.shape[1]))
+        offset = weight.new_empty(shared, dtype=torch.float32) if rounding.k and rounding.bits > 3 else None
+        return Packed(weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(shared), rounding, offset)
     if order is not None:
         packed, place = rounded(weight[:, order], rounding), order.argsort()
         group = rounding.group or weight.shape[1]

@@ -196,10 +196,7 @@ def _as_held(module: weakref.ref[nn.Module], matrix: Tensor) -> Tensor:
 
 def _codes(weight: Tensor, wanted: Rounding, order: Tensor | None) -> Packed:
     """Return the codes of a matrix; those of a large one are cached on disk by a hash of its weights."""
-    if weight.is_meta:  # a shape alone
-        groups = -(-weight.shape[1] // (wanted.group or weight.shape[1]))
-        return Packed(weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight), groups), wanted)
-    if weight.numel() < LARGE:
+    if weight.is_meta or weight.numel() < LARGE:
         return rounded(weight, wanted, order)
     plain = weight.contiguous().cpu()
     of = {

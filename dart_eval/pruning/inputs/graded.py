@@ -217,7 +217,7 @@ def _sizes(
                 found[one].append(one.part.size(h if module is ffns[layer].down else x, one).cpu())
 
     calibration.visit(see)
-    return [torch.cat(sizes) for sizes in found.values()]
+    return [torch.cat(sizes) if sizes else torch.zeros(1) for sizes in found.values()]  # a shape has no text
 
 
 def _graded(ffn: FFN, matrices: Limited, forward: Any, look: SecondLook | None) -> Callable[..., object]:

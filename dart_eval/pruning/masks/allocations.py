@@ -31,9 +31,11 @@ class Allocation(Part):
     Attributes:
         needs_change: whether it depends on how much each FFN changes the stream in the context (`ChangeState`).
         needs_scores: whether it depends on the scores of the neurons.
+        by_layer: whether FFNs of one decoder layer have one density, such as shared and routed experts.
     """
 
     slot = "allocation"
+    by_layer: ClassVar[bool] = False
     needs_change: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
 
@@ -50,6 +52,25 @@ class Allocation(Part):
             scores: per layer [F], of these sequences, if `needs_scores`.
         """
         raise NotImplementedError
+
+    def sizes(self, ffns: Sequence[FFN]) -> dict[int, int]:
+        """Return the neurons of what has a density: of FFNs by their index, or of layers by their number."""
+        found: dict[int, int] = {}
+        for ffn in ffns:
+            found[self._place(ffn)] = found.get(self._place(ffn), 0) + ffn.size
+        return found
+
+    def of_ffns(
+        self, sparsity: float, ffns: Sequence[FFN], change: ChangeState | None = None, rows: slice = slice(None),
+        scores: Sequence[Tensor] | None = None,
+    ) -> list[float]:  # fmt: skip
+        """Return the density of each FFN: see `densities`."""
+        sizes = self.sizes(ffns)
+        found = dict(zip(sizes, self.densities(sparsity, [*sizes.values()], change, rows, scores), strict=True))
+        return [found[self._place(ffn)] for ffn in ffns]
+
+    def _place(self, ffn: FFN) -> int:
+        return ffn.number if self.by_layer else ffn.layer
 
     def start(self, batch: int, ffns: Sequence[FFN]) -> ChangeState | None:
         """Return the state of new sequences; None if it needs none."""
@@ -90,6 +111,7 @@ class Ends(ByShares):
 
     name = "ends"
     summary = "keeps the first and last layers dense, and gives all others the same density"
+    by_layer = True
     first: int = option(1, "first layers that stay dense", least=0)
     last: int = option(1, "last layers that stay dense", least=0)
 

@@ -79,7 +79,7 @@ class Prepared:
         return self._counts(change, rows, scores) if self._fixed_counts is None else self._fixed_counts
 
     def _counts(self, change: ChangeState | None, rows: slice, scores: Sequence[Tensor] | None = None) -> Counts:
-        return self._counts_at(self.method.allocation.densities(self.sparsity, self._dense.mask, change, rows, scores))
+        return self._counts_at(self.method.allocation.of_ffns(self.sparsity, self.ffns, change, rows, scores))
 
     def _counts_at(self, densities: Sequence[float]) -> Counts:
         return self.method.counts(densities, self.ffns, self.sparsity, self.read_cost)
@@ -201,7 +201,7 @@ def prepare(
         return prepared
     if mask.score is not None:
         for layer, factor in zip(prepared.layers, mask.score.factors(calibration) or (), strict=False):
-            layer.factor = factor
+            layer.factor = torch.zeros_like(factor, device="cpu") if factor.is_meta else factor  # of a shape
     if fixed:
         prepared.fix(calibration)
     if method.compensation.calibrates:

@@ -151,7 +151,11 @@ class SequenceState(PerSequence):
     @property
     def prunes(self) -> bool:
         """Whether decoding forwards run pruned: not before masks have been made, nor after they are released."""
-        return self.counted and (self.masked or self.method.mask.fixed) and not self.released
+        return self._has_masks and not self.released
+
+    @property
+    def _has_masks(self) -> bool:
+        return self.counted and (self.masked or self.method.mask.fixed)
 
     @property
     def released(self) -> bool:
@@ -165,8 +169,12 @@ class SequenceState(PerSequence):
         return remasking.dense_now if remasking is not None and remasking.part.dense_tokens else None
 
     def step(self, pruned: bool = False) -> Step:
-        """Return the weights that a decoding forward uses now. pruned: as if no sequence ran dense after an alarm."""
-        if not self.prunes:
+        """Return the weights that a decoding forward uses now.
+
+        Args:
+            pruned: as if no sequence ran dense after an alarm, and no masks were released.
+        """
+        if not (self._has_masks if pruned else self.prunes):
             return Step(*[torch.ones(self.batch, dtype=torch.float64)] * 2)
         in_mask, everything = self.mask_counts, sum(f.size for f in self.ffns)
         mask = in_mask.double().sum(1) / everything
@@ -176,6 +184,8 @@ class SequenceState(PerSequence):
         read = (terms.T[:, None] * counts).sum((0, 2)) / (self.ffns[0].matrices * everything)
         if (dense := self.dense_now) is not None and not pruned:
             read, mask = (torch.where(dense.cpu(), 1.0, share) for share in (read, mask))
+        if self.method.needs_context:  # without one, tokens run dense, and no preview is charged
+            read, mask = (torch.where(self.tokens.cpu() > 0, share, 1.0) for share in (read, mask))
         return Step(read, mask)
 
     def measured(self, valid: Tensor) -> Step | None:

@@ -94,8 +94,9 @@ class SessionStats:
     def weights_read(self) -> float:
         """FFN weight bytes that a pruned token reads / bytes in the model's own dtype, mean over sequences."""
         measured = self.steps if not self.method.exact else []
-        reads = [step.read for step in measured] or [self.shares(1, pruned=True).read]
-        return self.prepared.share * float(torch.cat(reads).mean())  # a batch may change its size
+        reads = torch.cat([step.read for step in measured] or [self.shares(1, pruned=True).read])
+        pruned = reads[reads != 1]  # others ran dense: after an alarm, or since masks were released
+        return self.prepared.share * float((pruned if len(pruned) else reads).mean())
 
     def computed(self, read: float) -> float:
         """Return the share of the FFN weights that a pruned token multiplies if it reads the share `read`."""

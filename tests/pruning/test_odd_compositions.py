@@ -1,0 +1,115 @@
+"""Compositions and models that nobody had put together: what is charged is what is read."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from dart_eval.bench import bytes_only, decode, overhead, tracing
+from dart_eval.evaluation.costs import Cost
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import scorer
+from dart_eval.evaluation.unions import unites
+from dart_eval.layers.find import find_ffns
+from dart_eval.models import shapes
+from dart_eval.pruning.masks.allocations import Ends
+from dart_eval.pruning.registry import BUILT_IN, make, parse
+from dart_eval.util.errors import UserError
+from tests.helpers.commands import command
+from tests.helpers.models import SMALL, random_tokens, save_tiny, tiny, word_tokenizer
+from tests.helpers.requests import output_head_of
+from tests.helpers.sessions import decoded, open_session, prompts_of
+from tests.matrix.types import tiny as tiny_type
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "longcat_flash"])
+def test_ends_are_layers_with_all_of_their_ffns(name):
+    """Shared experts and routed ones are two FFNs of one layer."""
+    model = tiny_type(name)
+    ffns = find_ffns(model)
+    last = ffns[-1].number
+    with open_session(model, "griffin", 0.3, execution="masked", allocation="ends") as session:
+        decoded(model, session, prompts_of(1, 12), steps=1)
+        counts = session.state.mask_counts[0].tolist()
+    assert [n == f.size for n, f in zip(counts, ffns, strict=True)] == [f.number in (0, last) for f in ffns]
+    densities = Ends().of_ffns(0.3, ffns)
+    assert sum(d * f.size for d, f in zip(densities, ffns, strict=True)) == pytest.approx(
+        0.7 * sum(f.size for f in ffns)
+    )
+    layers = f"prunes only {last - 1} of {last + 1} layers"
+    with pytest.raises(UserError, match=layers), open_session(model, "griffin", 0.9, allocation="ends"):
+        pass
+
+
+@pytest.mark.parametrize(("method", "params"), [
+    ("prox", {}), ("preview", {"image": "copy"}), ("preview", {}), ("dart-plus", {}), ("cats", {}),
+])  # fmt: skip
+def test_tokens_without_a_context_read_all_weights_and_no_preview(method, params):
+    model = tiny("llama", torch.float32)
+    with open_session(model, method, 0.5, allocation="depth", **params) as session:
+        scoring = scorer(model, output_head_of(model, session), session, 2)
+        costs = []
+        for context in (1, 9):  # all but the last token of a context make its densities
+            asked = [Request(random_tokens(context, seed=1), random_tokens(4, seed=2))]
+            costs.append(sum((a.cost for u in scoring.units(asked) for _, a in scoring.run(u)), Cost()))
+    assert (costs[0].pruned_tokens, costs[0].not_read_sum, costs[0].outside_sum) == (0, 0, 0)
+    assert costs[1].pruned_tokens == 4 and costs[1].read == pytest.approx(0.5, abs=0.01)
+    assert sum(costs, Cost()).read == costs[1].read
+
+
+@pytest.mark.parametrize(("spec", "most"), [
+    ("griffin:remask.release=4", 0.3), ("griffin:choice=top-p:choice.p=0.9:remask.release=4", 0.29),
+])  # fmt: skip
+def test_a_pruned_token_reads_no_more_after_its_masks_are_released(spec, most):
+    prompt = tracing.Passage(" ".join(f"w{4 + i}" for i in range(30)))
+    model = tiny("llama", torch.float32)
+    found = tracing.trace(model, word_tokenizer(), make(*parse(spec)), 0.7, prompt, tokens=12)
+    assert 0 < found["weights_read"] <= most + 1e-9
+    if most == 0.3:
+        assert found["weights_read"] == pytest.approx(0.3)
+        assert "a pruned token reads 30.0% of the FFN weights" in tracing.summary(found)
+    assert found["effective_sparsity"] == pytest.approx(4 * (1 - found["weights_read"]) / 12)
+
+
+def test_a_timed_choice_whose_read_varies_is_measured():
+    model, method = tiny("llama", torch.float32), make(*parse("griffin:choice=top-p:choice.p=0.5"))
+    timed = decode.measure(model, method, 0.5, prompt_tokens=8, steps=4, rounds=1)
+    counted = bytes_only.measure(model, method, 0.5, prompt_tokens=8, steps=4)
+    assert timed.weights_read == pytest.approx(counted.weights_read, abs=0.05) and timed.weights_read < 0.4
+    assert timed.weights_executed == 0.5
+
+
+SETTINGS = [
+    "griffin:score.down_norm=true",
+    "static:score=probe",
+    "dart:score.vocabulary=max",
+    "rounding:entries.bits=4",
+]
+
+
+@pytest.mark.parametrize("spec", [m.name for m in BUILT_IN if m.prunes and m.leaves_out != "experts"] + SETTINGS)
+def test_every_method_is_counted_on_a_shape(spec, monkeypatch):
+    monkeypatch.setitem(
+        shapes.SHAPES, "small", lambda: LlamaConfig(**{**SMALL, "hidden_size": 256, "intermediate_size": 512})
+    )
+    found = overhead.measure(make(*parse(spec)), "small", 0.6, (16, 40), 40)
+    assert all(n >= 0 for n in found.parts.values()) and found.state_bytes[40] == sum(found.parts.values())
+
+
+def test_a_prompt_longer_than_a_models_positions_is_refused(tmp_path):
+    folder = save_tiny(tmp_path / "model", word_tokenizer(), "gpt2")
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**json.loads((tmp_path / "model" / "config.json").read_text()), "n_positions": 256})
+    )
+    done = command("bench", "decode", "--model", folder, "--method", "griffin", "--prompt", "250", "--steps", "7")
+    assert done.code == 2 and done.err == (
+        "error: prompt and steps have 257 tokens, the model takes 256; give a shorter --prompt, or fewer --steps\n"
+    )
+
+
+def test_tokens_that_run_dense_read_less_than_a_preview_and_all_weights():
+    model = tiny("llama", torch.float32)
+    for more, wanted in (({}, True), ({"remask.release": 4}, False)):
+        with open_session(model, "griffin", 0.5, choice="preview", **{"image": "copy", **more}) as session:
+            assert unites(session) is wanted
