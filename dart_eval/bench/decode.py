@@ -118,18 +118,18 @@ def check_timeable(method: Pruner) -> None:
         raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
 
 
-def check_length(model: PreTrainedModel, tokens: int) -> None:
+def check_length(model: PreTrainedModel, tokens: int, what: str, remedy: str) -> None:
     """Raise if a prompt and the tokens after it do not fit into a model's positions.
+
+    Args:
+        tokens: of both. what: their name. remedy: of the error.
 
     Raises:
         UserError: with both numbers.
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
-        raise UserError(
-            f"prompt and steps have {tokens} tokens, the model takes {longest}",
-            "give a shorter --prompt, or fewer --steps",
-        )
+        raise UserError(f"{what} have {tokens} tokens, the model takes {longest}", remedy)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dart_eval.bench.decode import check_length
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.finite import refuse_not_finite
@@ -82,12 +83,7 @@ def trace(
         if not text_ids:
             raise UserError("the text after the prompt has no token", "give a longer text, or let the model write it")
     count = tokens if text_ids is None else len(text_ids)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and prompt.shape[1] + count > longest:
-        raise UserError(
-            f"prompt and text have {prompt.shape[1] + count} tokens, the model takes {longest}",
-            "give shorter ones, or fewer --tokens",
-        )
+    check_length(model, prompt.shape[1] + count, "prompt and text", "give shorter ones, or fewer --tokens")
     with prune(model, method, sparsity, calibration=Calibration(model, tokenizer), execution="masked") as session:
         decoded, logprobs = _decode(model, prompt, text_ids, count)
         state = session.state

@@ -91,7 +91,8 @@ def decode(
     for one in methods:
         bench.check_timeable(one)
     timed = subject(asked.model_spec, shape, layers, print_note)
-    bench.check_length(timed.model, prompt + steps)
+    fewer = "give a shorter --prompt, or fewer --steps"
+    bench.check_length(timed.model, prompt + steps, "prompt and steps", fewer)
     setting = Setting(compile, prompt, steps, rounds)
     if any(map(parse, asked.ffn_bits)):
         refuse_fixed(find_ffns(timed.model))

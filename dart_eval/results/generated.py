@@ -42,14 +42,14 @@ def of_texts(record: Record, samples: Sequence[Json]) -> dict[str, object] | Non
     tokens = [int(s.get("tokens", 0)) for s in texts.values()]
     if not sum(tokens):
         return None
-    number = sum(s.get("texts", 1) for s in texts.values())
-    alone = number == len(tokens)  # of several texts of a document only the sums are known
+    count = sum(s.get("texts", 1) for s in texts.values())
+    alone = count == len(tokens)  # of several texts of a document only the sums are known
     alarms = sum(len((s.get("drift") or {}).get("alarms") or []) for s in texts.values())
     watched = "remask.patience" in record.inputs["params"]
     return {
-        "texts": number, "mean": sum(tokens) / number, "longest": max(tokens) if alone else None,
+        "texts": count, "mean": sum(tokens) / count, "longest": max(tokens) if alone else None,
         "alarms": 100 * alarms / sum(tokens) if watched and alone else None,
-        "each": sum(s.get("remasks", 0) for s in texts.values()) / number,
+        "each": sum(s.get("remasks", 0) for s in texts.values()) / count,
         "with_remasks": with_remasks(record),
     }  # fmt: skip
 

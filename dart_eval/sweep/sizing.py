@@ -28,7 +28,7 @@ from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.jobs import Job, View, plan_all
-from dart_eval.util.errors import UserError, out_of_memory, summary
+from dart_eval.util.errors import UserError, naming, out_of_memory, summary
 from dart_eval.util.files import read_regular, write_atomically
 from dart_eval.util.machine import peak_memory
 
@@ -139,11 +139,10 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
 def _trying(job: Job) -> Iterator[None]:
     """Name the cell in errors of the block, which would fail it in a run."""
     try:
-        yield
-    except UserError as error:
-        raise UserError(f"{job.cell.title}: {error.problem}", error.remedy) from None
+        with naming(f"{job.cell.title}: "):
+            yield
     except Exception as error:
-        if out_of_memory(error):
+        if isinstance(error, UserError) or out_of_memory(error):
             raise
         remedy = "leave it out: a run would fail it alone, and keep the traceback"
         raise UserError(f"{job.cell.title} cannot be tried ({summary(error)})", remedy) from error
