@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoints, entry_points
 
@@ -44,6 +43,7 @@ from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.pruning.spelling import changed, flattened, text_of
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import settings_in
 
 log = logging.getLogger(__name__)
 
@@ -329,7 +329,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     name, colon, rest = spec.strip().partition(":")
     name = name if name.strip() in methods() else name.lower().replace("_", "-")  # GRIFFIN, dart_plus
     params = {}
-    for pair in re.split(r":(?=\s*[\w.]*\s*=)", rest) if colon else []:
+    for pair in settings_in(rest) if colon else []:
         key, sep, value = pair.partition("=")
         if not sep or not key:
             raise UserError(f"{spec!r} is not a method", "write NAME or NAME:key=value:key=value")

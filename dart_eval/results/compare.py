@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to,
 from dart_eval.results.store import UnreadSamples
 from dart_eval.results.writers import Column, Table, finite
 from dart_eval.util.errors import UserError, nearest, remark
-from dart_eval.util.text import Json, json_text
+from dart_eval.util.text import Json, json_text, settings_in
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ def _is(by: str, spec: str, cell: Cell) -> bool:
         except ValueError:
             raise UserError(f"sparsity {spec!r} is not a number", "for example 0.5; 0 is dense") from None
     name, _, rest = spec.partition(":")
-    params = re.split(r":(?=\s*[\w.]*\s*=)", rest) if rest else []  # values may hold colons, as for a run
+    params = settings_in(rest) if rest else []
     given, known = dict(p.partition("=")[::2] for p in params), {**UNSAID, **cell.inputs["params"]}
     if given.get("allocation", "").startswith("table:"):
         given["allocation"], _, given["allocation.file"] = given["allocation"].partition(":")

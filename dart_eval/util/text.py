@@ -19,6 +19,11 @@ _HIDDEN = re.compile(
 _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
 
 
+def settings_in(spelled: str) -> list[str]:
+    """Split the settings that follow a method's name. Values may hold colons: a setting begins at a name and "="."""
+    return re.split(r":(?=\s*[\w.]*\s*=)", spelled)
+
+
 def printable(text: str, lines: bool = False) -> str:
     """Return the text without characters that a terminal, a browser or an XML reader would act on.
 
