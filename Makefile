@@ -12,7 +12,7 @@
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
 # make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU,
 #                    ARGS="--minutes 60 --model DIR --data-dir DIR" for one column of a table too
-# make paper-tables  the paper's tables: on the shipped data, or with MODEL=... DATA=... LIMIT=... all that it claims
+# make paper-tables  the paper's tables: on the shipped data, or with MODEL=... DATA=... LIMIT=... the claims of its abstract and scripts
 # make clean         remove the environment and the folders of results that these make
 
 # For paper-tables: PAPER is smoke, dart or a file; OUT the folder of results.
@@ -53,10 +53,11 @@ paper-tables: $(VENV)/.demo
 
 # Bytecode is kept, whatever the environment says: compiling the tests anew takes longer than many of them.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
-test: $(VENV)/.dev
-	$(PYTEST) --dist loadfile --no-loadscope-reorder
-
 FAST := not demo and not data and not ray and not browser and not process and not surface and not slow
+# With REST=1 those alone that test-fast leaves out.
+test: $(VENV)/.dev
+	$(PYTEST) --dist loadfile --no-loadscope-reorder $(if $(REST),-m "$(subst and,or,$(subst not ,,$(FAST)))")
+
 test-fast: $(VENV)/.dev
 	$(PYTEST) --dist worksteal --ignore tests/cli -m "$(FAST)"
 
