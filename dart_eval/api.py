@@ -69,11 +69,8 @@ def evaluate(
     first = configs[0]
     with without_remarks(), _view(progress) as shown:
         view = tracked(shown, first)
-        if ready is None:
-            result = run.run_all(configs, view)
-        else:
-            with evaluating(ready.model):
-                result = run.run_all(configs, view, model=ready)
+        with contextlib.nullcontext() if ready is None else evaluating(ready.model):
+            result = run.run_all(configs, view, model=ready)
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
     if result.lost:

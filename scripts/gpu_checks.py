@@ -8,6 +8,7 @@ and is told beside it: a comparison that could not see pruning would show nothin
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import math
 import time
@@ -159,6 +160,8 @@ def compiled_as_eager(dry: bool, mode: str) -> dict[str, Any]:
     """Dense and pruned steps through torch.compile as without it, over masks that change."""
     import torch._dynamo
 
+    if dry and mode != "default":
+        raise Skip("CUDA graphs need a CUDA GPU")
     model = small(dry, layers=2)
     options: dict[str, Any] = {"backend": "eager"} if dry else {"mode": mode}
     numbers: dict[str, Any] = {}
@@ -181,16 +184,7 @@ def compiled_as_eager(dry: bool, mode: str) -> dict[str, Any]:
     return {**numbers, "said": f"{worst:.1g} from eager" + (" (dry: only traced)" if dry else "")}
 
 
-def compile(dry: bool) -> dict[str, Any]:
-    """`torch.compile` as its default is."""
-    return compiled_as_eager(dry, "default")
-
-
-def graphs(dry: bool) -> dict[str, Any]:
-    """CUDA graphs, by torch.compile."""
-    if dry:
-        raise Skip("CUDA graphs need a CUDA GPU")
-    return compiled_as_eager(dry, "reduce-overhead")
+compile, graphs = (functools.partial(compiled_as_eager, mode=mode) for mode in ("default", "reduce-overhead"))
 
 
 # -- is it fast ----------------------------------------------------------------------------------------------------

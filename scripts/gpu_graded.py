@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from gpu_models import SPARSITY, STEPS, Skip, apart, logits_of, require, small
+from gpu_models import SPARSITY, STEPS, Skip, apart, logits_of, require, seconds, small
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -103,13 +103,7 @@ def in_graph(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
     return out, microseconds(graph.replay)
 
 
-def microseconds(run: Callable[[], object], times: int = 200) -> float:
-    """Of one call among many."""
+def microseconds(run: Callable[[], object]) -> float:
+    """Of one call among many, after one that warms up."""
     run()
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begun.record()
-    for _ in range(times):
-        run()
-    ended.record()
-    torch.cuda.synchronize()
-    return 1000 * begun.elapsed_time(ended) / times
+    return 1e6 * seconds(run, torch.device("cuda"), 200)

@@ -21,6 +21,7 @@ from dart_eval.models import shapes
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session.execution import Wanted
+from dart_eval.util.machine import timed
 
 SPARSITY = 0.7
 # A detector that sees drift in every window, so that masks do change.
@@ -52,13 +53,13 @@ def card() -> dict[str, Any]:
 # -- models --------------------------------------------------------------------------------------------------------
 
 
-def small(dry: bool, layers: int = 4, attention: str = "sdpa") -> PreTrainedModel:
+def small(dry: bool, layers: int = 4) -> PreTrainedModel:
     """A model in float32 whose FFNs matter: layers as wide as Llama 3.2 1B's, or tiny ones."""
     torch.manual_seed(0)
     wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     tiny = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes: Any = {**(tiny if dry else wide), "num_hidden_layers": 2 if dry else layers}
-    others: Any = {"max_position_embeddings": 1024, "attn_implementation": attention}
+    others: Any = {"max_position_embeddings": 1024, "attn_implementation": "sdpa"}
     config = LlamaConfig(vocab_size=320 if dry else 8192, **sizes, **others)
     with torch.device("cpu" if dry else "cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -120,6 +121,16 @@ def logits_of(
         out = (model if forward is None else forward)(input_ids=ids[:, i : i + 1], use_cache=True, **past)
         found.append(out.logits[0, -1].float().clone())  # a CUDA graph writes the next ones to the same place
     return torch.stack(found)
+
+
+def seconds(run: Callable[[], object], device: torch.device, times: int) -> float:
+    """Of one call among many."""
+
+    def often() -> None:
+        for _ in range(times):
+            run()
+
+    return timed(often, device)[0] / times
 
 
 def apart(a: Tensor, b: Tensor) -> float:

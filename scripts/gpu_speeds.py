@@ -6,14 +6,13 @@ A speed-up is over the untouched weights. The most that the bytes allow is 1 / r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from gpu_graded import ffn_of, in_graph
-from gpu_models import SPARSITY, Skip, large
+from gpu_models import SPARSITY, Skip, large, seconds
 from torch import Tensor
 from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
@@ -29,6 +28,12 @@ from dart_eval.weights.rounding import rounded
 
 GOAL = 1.9  # times the compiled dense model, at 70 %
 LAYERS = 3  # FFNs that take turns, so that no weights are found in the card's cache
+# where -> the mode of torch.compile, and why tiny shapes do without it
+MODES: dict[str, tuple[str | None, str]] = {
+    "eager": (None, ""),
+    "compiled": ("default", "a compiler's times mean nothing on tiny shapes; `compile` has traced the model"),
+    "graphs": ("reduce-overhead", "CUDA graphs need a CUDA GPU"),
+}
 Product = Callable[[Tensor], Tensor]
 
 
@@ -37,25 +42,11 @@ def rate(dry: bool) -> dict[str, Any]:
     size = 2**16 if dry else 2**30
     first = torch.ones(size // 4, device="cpu" if dry else "cuda")
     second, turns = torch.empty_like(first), 1 if dry else 20
-    seconds = [min(_seconds(run, turns) for _ in range(5)) for run in (first.sum, lambda: second.copy_(first))]
-    reads, copies = size / seconds[0], 2 * size / seconds[1]
+    runs: tuple[Callable[[], object], ...] = first.sum, lambda: second.copy_(first)
+    least = [min(seconds(run, first.device, turns) for _ in range(5)) for run in runs]
+    reads, copies = size / least[0], 2 * size / least[1]
     said = f"reads {reads / 1e9:.0f} GB/s, copies {copies / 1e9:.0f} GB/s"
     return {"reads": reads, "copies": copies, "said": said}
-
-
-def _seconds(run: Callable[[], object], times: int) -> float:
-    """Of one call among many."""
-    _wait()
-    begun = time.perf_counter()
-    for _ in range(times):
-        run()
-    _wait()
-    return (time.perf_counter() - begun) / times
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 # -- one FFN -------------------------------------------------------------------------------------------------------
@@ -73,11 +64,11 @@ def ffn(dry: bool) -> dict[str, Any]:
     for what, make_one in _variants(32 if dry else 128).items():
         try:
             made, read = zip(*(make_one(layer) for layer in layers), strict=True)
-            seconds = _timed(made, x)
+            took = _timed(made, x)
         except Skip as reason:
             absent[what] = str(reason)
             continue
-        rows.append(_row(what, "one FFN", read[0] / whole, dense / seconds, whole / read[0], read[0] / seconds))
+        rows.append(_row(what, "one FFN", read[0] / whole, dense / took, whole / read[0], read[0] / took))
     said = ", ".join(f"{r['what']} {r['speedup']:.2f}x of {r['ceiling']:.2f}x" for r in rows[1:])
     return {"speeds": rows, "absent": absent, "microseconds": 1e6 * dense, "said": said}
 
@@ -88,7 +79,7 @@ def _timed(layers: Sequence[Product], x: Tensor) -> float:
     def run() -> Tensor:
         return [layer(x) for layer in layers][-1]
 
-    return (_seconds(run, 1) if x.device.type == "cpu" else 1e-6 * in_graph(run)[1]) / len(layers)
+    return (seconds(run, x.device, 1) if x.device.type == "cpu" else 1e-6 * in_graph(run)[1]) / len(layers)
 
 
 def _plain(weight: Tensor) -> Product:
@@ -166,18 +157,23 @@ def _of_model(what: str, where: str, model: PreTrainedModel, row: dict[str, Any]
     return {**_row(what, where, read, row["speedup"], row["ceiling"], rate), "control": row["control"]}
 
 
-def decoding(dry: bool, compiled: str | None, methods: tuple[str, ...], where: str) -> dict[str, Any]:
-    """`bench` of decoding at 70 %."""
+def _mode(dry: bool, where: str) -> str | None:
+    mode, reason = MODES[where]
+    if dry:
+        _need(reason)
+    return mode
+
+
+def decoding(dry: bool, where: str) -> dict[str, Any]:
+    """`bench` of decoding at 70 %: the methods one after the other; compiled, as dense is then too, griffin alone."""
+    compiled, methods = _mode(dry, where), ["griffin"]
+    if compiled is None:
+        lacking = gather.missing(torch.device("cpu" if dry else "cuda"))
+        methods += ["dart", "dart-choice", *([] if lacking else ["dart-plus"])]
     model, about = large(dry)
     prompt, steps, rounds = (8, 1, 1) if dry else (128, 30, 2)
-    rows = [
-        decode.row(
-            decode.measure(
-                model, make(name), SPARSITY, prompt_tokens=prompt, steps=steps, rounds=rounds, compiled=compiled
-            )
-        )
-        for name in methods
-    ]
+    size: Any = {"prompt_tokens": prompt, "steps": steps, "rounds": rounds, "compiled": compiled}
+    rows = [decode.row(decode.measure(model, make(name), SPARSITY, **size)) for name in methods]
     speeds = [_of_model(f"{r['method']} 70 %", where, model, r) for r in rows]
     said = ", ".join(f"{r['method']} {r['speedup']:.2f}x" for r in rows)
     said += f"; dense {rows[0]['control']:.2f}x itself, {rows[0]['dense_tokens_per_second']:.0f} tokens/s"
@@ -188,28 +184,9 @@ def decoding(dry: bool, compiled: str | None, methods: tuple[str, ...], where: s
     return {**about, "rows": rows, "speeds": speeds, "said": said}
 
 
-def decode_eager(dry: bool) -> dict[str, Any]:
-    """Without a compiler: the methods one after the other."""
-    plus = () if gather.missing(torch.device("cpu" if dry else "cuda")) else ("dart-plus",)
-    return decoding(dry, None, ("griffin", "dart", "dart-choice", *plus), "eager")
-
-
-def decode_compiled(dry: bool) -> dict[str, Any]:
-    """The dense model compiled too."""
-    if dry:
-        raise Skip("a compiler's times mean nothing on tiny shapes; `compile` has traced the model")
-    return decoding(dry, "default", ("griffin",), "compiled")
-
-
-def decode_graph(dry: bool) -> dict[str, Any]:
-    """With CUDA graphs, the dense model too."""
-    if dry:
-        raise Skip("CUDA graphs need a CUDA GPU")
-    return decoding(dry, "reduce-overhead", ("griffin",), "graphs")
-
-
-def rounding_speeds(dry: bool, compiled: str | None, where: str) -> dict[str, Any]:
+def rounding_speeds(dry: bool, where: str) -> dict[str, Any]:
     """`bench` of dense on rounded weights, by torch's packed products."""
+    compiled = _mode(dry, where)
     model, about = large(dry, copies=2.8)
     prompt, steps, rounds = (8, 2, 1) if dry else (128, 30, 2)
     speeds, absent = [], {}
@@ -225,13 +202,5 @@ def rounding_speeds(dry: bool, compiled: str | None, where: str) -> dict[str, An
     return {**about, "speeds": speeds, "absent": absent, "said": said}
 
 
-def rounding(dry: bool) -> dict[str, Any]:
-    """Without a compiler."""
-    return rounding_speeds(dry, None, "eager")
-
-
-def rounding_graph(dry: bool) -> dict[str, Any]:
-    """With CUDA graphs, the dense model too."""
-    if dry:
-        raise Skip("CUDA graphs need a CUDA GPU")
-    return rounding_speeds(dry, "reduce-overhead", "graphs")
+decode_eager, decode_compiled, decode_graph = (partial(decoding, where=where) for where in MODES)
+rounding, rounding_graph = (partial(rounding_speeds, where=where) for where in ("eager", "graphs"))

@@ -146,14 +146,16 @@ def _faster(method: Pruner) -> str:
         return "-"
     if method.upper_bound:
         return "nowhere: it is an upper bound"
-    if reason := lacking(method.at(0.3), _gated()):  # dart-plus has a kernel at 25 % of the bytes and more
+    if reason := lacking(method.at(0.3), _gated()):
         return f"nowhere yet: {reason}"
+    least = next(read for read in range(1, 31) if not lacking(method.at(read / 100), _gated()))
+    reads = f", from {least} % of the bytes" if least > 1 else ""
     if method.name in ON_SOME:
-        return f"one sequence on a CPU, on some models ({TIMES})"
+        return f"one sequence on a CPU{reads}, on some models ({TIMES})"
     if method.other is not None:
-        return f"one sequence on a CPU ({TIMES})"
+        return f"one sequence on a CPU{reads} ({TIMES})"
     which = "any batch size" if method.mask.fixed and not method.choice.chooses else "one sequence"
-    return f"{which} on a CPU ({TIMES}); the GPU kernel is not timed yet"
+    return f"{which} on a CPU{reads} ({TIMES}); the GPU kernel is not timed yet"
 
 
 @functools.cache

@@ -5,10 +5,7 @@ python scripts/records_page.py
 
 from __future__ import annotations
 
-import typing
 from pathlib import Path
-
-from typing_extensions import NotRequired
 
 from dart_eval.results import inputs, layout
 from dart_eval.results.record import SCHEMA, Metric, Record, Settings
@@ -21,20 +18,9 @@ OWN = {
 }
 
 
-def rows(type_: type) -> list[tuple[str, str]]:
-    """The fields of a type that say what they are, and what that is."""
-    found = []
-    for name, hint in typing.get_type_hints(type_, include_extras=True).items():
-        while typing.get_origin(hint) is NotRequired:
-            (hint,) = typing.get_args(hint)
-        notes = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
-        found += [(name, note) for note in notes if isinstance(note, str)]
-    return found
-
-
-def table(found: list[tuple[str, str]]) -> list[str]:
+def table(found: dict[str, str]) -> list[str]:
     """Markdown."""
-    return ["| key | meaning |", "| --- | --- |", *(f"| `{name}` | {text} |" for name, text in found), ""]
+    return ["| key | meaning |", "| --- | --- |", *(f"| `{name}` | {text} |" for name, text in found.items()), ""]
 
 
 def text() -> str:
@@ -44,17 +30,17 @@ def text() -> str:
         inputs.HOW: "how it was computed, which may move digits",
         inputs.PROVENANCE: "which code and versions produced the numbers",
     }
-    fields = [(name, f"{field.help} ({field.role})") for name, field in inputs.FIELDS.items()]
+    fields = {name: f"{field.help} ({field.role})" for name, field in inputs.FIELDS.items()}
     said = "; ".join(f"*{role}*: {words}" for role, words in roles.items())
     lines = [
-        BEGIN, "", "## A record", "", *table([*OWN.items(), *rows(Record)]),
+        BEGIN, "", "## A record", "", *table(OWN | inputs.notes(Record, str)),
         "### Its inputs", "", f"Each has a role. {said[0].upper()}{said[1:]}.", "", *table(fields),
-        "### One of its metrics", "", *table(rows(Metric)),
+        "### One of its metrics", "", *table(inputs.notes(Metric, str)),
         "### Its settings", "", "They cannot change a number. `batch_size` and `share_prefix` stand here too.", "",
-        *table(rows(Settings)),
-        "## A sample", "", *table(rows(layout.Sample)),
-        "### What a drift detector saw", "", *table(rows(layout.Drift)),
-        "## A line of `texts`", "", *table(rows(layout.Document)), END,
+        *table(inputs.notes(Settings, str)),
+        "## A sample", "", *table(inputs.notes(layout.Sample, str)),
+        "### What a drift detector saw", "", *table(inputs.notes(layout.Drift, str)),
+        "## A line of `texts`", "", *table(inputs.notes(layout.Document, str)), END,
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 
-from dart_eval.evaluation.batching import AUTO, CPU_TOKENS, budget, shared_prefixes
+from dart_eval.evaluation.batching import CPU_TOKENS, budget, shared_prefixes
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import LOGIT_BYTES, Answers
@@ -51,8 +50,9 @@ from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.ratio import Ratio, paired
 from dart_eval.results.writers import Table, markdown
+from dart_eval.sweep.values import AUTO
 from dart_eval.util.errors import UserError
-from dart_eval.util.machine import foreign_cpu, wait
+from dart_eval.util.machine import foreign_cpu, timed
 
 METRICS = ("acc", "acc_norm")  # per document, if a task has them
 
@@ -165,14 +165,12 @@ def measure(
         for _ in range(rounds):
             for i, (side, work) in enumerate(zip(sides, works, strict=True)):
                 with counted(model) as computed:
-                    start = time.perf_counter()
-                    answers[i] = work()
-                    wait(model.device)
-                    side.seconds.append(time.perf_counter() - start)
+                    seconds, answers[i] = timed(work, model.device)
+                side.seconds.append(seconds)
                 side.computed = computed
                 if i == 1:  # between our two sides, so that all three see the same machine
-                    needed, seconds = _limit(model, ours[batch_size])
-                    limits.append(seconds)
+                    needed, least = _limit(model, ours[batch_size])
+                    limits.append(least)
     by_document = [accuracies(instances, members, found) for found in answers]
     for side, found, metrics in zip(sides, answers, by_document, strict=True):
         side.ratio = statistics.median(a / b for a, b in zip(sides[0].seconds, side.seconds, strict=True))
@@ -252,20 +250,16 @@ def unit_costs(model: Any, head: Callable[[torch.Tensor], torch.Tensor], width: 
     device = model.get_input_embeddings().weight.device
     rows = max(1, (budget(AUTO, model).tokens or CPU_TOKENS) // width)
     ids = torch.randint(config.vocab_size, (rows, width), device=device)
-    start = time.perf_counter()
-    hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)[0]
-    wait(model.device)
-    token = (time.perf_counter() - start) / ids.numel()
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
+    token, out = timed(lambda: model.base_model(**given), device)
     answers = Answers(head, config.vocab_size)
-    states = hidden.flatten(0, 1)
+    states = out[0].flatten(0, 1)
     count = max(1, LOGIT_BYTES // (4 * config.vocab_size))
     for k in range(count):
         node = answers.root()
         answers.ask(node, (k % config.vocab_size,))
         answers.give([node], states[k % len(states)][None])
-    start = time.perf_counter()
-    answers.run()
-    return token, (time.perf_counter() - start) / count
+    return token / ids.numel(), timed(answers.run, device)[0] / count
 
 
 @contextmanager
@@ -281,15 +275,11 @@ def counted(model: Any) -> Iterator[Computed]:
     def logits(_module: Any, args: tuple[Any, ...]) -> None:
         computed.logits += args[0].shape[:-1].numel()
 
-    handles = [
+    with (
         decoder(model).register_forward_pre_hook(tokens, with_kwargs=True),
         model.get_output_embeddings().register_forward_pre_hook(logits),
-    ]
-    try:
+    ):
         yield computed
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def measure_methods(
@@ -315,10 +305,7 @@ def measure_methods(
         for i, method in enumerate(rows):
             with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as session:
                 lm.begin(session, {})
-                start = time.perf_counter()
-                lm.loglikelihood(instances)
-                wait(model.device)
-                times[i].append(time.perf_counter() - start)
+                times[i].append(timed(lambda: lm.loglikelihood(instances), model.device)[0])
             reads[i] = sum(lm.costs.values(), start=Cost()).read
     return [
         MethodSpeed(

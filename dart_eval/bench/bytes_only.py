@@ -15,7 +15,7 @@ from dart_eval.bench.decode import Bench, check_timeable, row
 from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
-from dart_eval.layers.shape import shape_of
+from dart_eval.layers.shape import shape_of, stored_share
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session import prepared
@@ -107,7 +107,8 @@ def measure(
         why = untimed(ffns, method, sparsity) or "it was run by masks"
     else:
         why = packed.lacking(model, rounding) or ALL_WEIGHTS
-    shape, bench = shape_of(model, ffns), Bench(model, model)
+    # As the weights lie in memory: a head that is not quantised weighs more beside FFNs that are.
+    phi, bench = stored_share(model, ffns), Bench(model, model)
     own = share(ffns) if rounding is None else 1.0  # before the block, which may serve codes in place of the weights
     with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as run:
         cache = bench.cache("pruned")
@@ -116,7 +117,7 @@ def measure(
             bench.step(model, bench.tokens(1), cache)
         # Of the model's own bytes, as timed rows have it: its weights may have few bits already.
         read, state = run.weights_read / own, run.state_bytes
-    ceiling = 1 / (1 - shape.ffn_share * (1 - read))
+    ceiling = 1 / (1 - phi * (1 - read))
     return BytesOnly(method.spec, sparsity, read, ceiling, state, why, rounding.text if rounding else None)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +36,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.session import Session
 from dart_eval.results.ratio import Ratio, paired
 from dart_eval.util.errors import UserError
-from dart_eval.util.machine import foreign_cpu, peak_memory, wait
+from dart_eval.util.machine import foreign_cpu, peak_memory, timed
 
 CHANGED = 0.2  # share of the masks' neurons that the timed re-mask replaces
 # Variants of a step that a compiler may have to know: dense, pruned and bare, for each method and each number of
@@ -264,19 +263,11 @@ class Bench:
         """Return [1, count] random token ids."""
         return torch.randint(self.vocabulary, (1, count), generator=self.generator).to(self.device)
 
-    def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Return the seconds of a call, and its result."""
-        wait(self.device)
-        start = time.perf_counter()
-        out = work()
-        wait(self.device)
-        return time.perf_counter() - start, out
-
     def step(self, model: PreTrainedModel, tokens: Tensor, cache: Any) -> tuple[float, Any]:
         """Run one forward of the pruned model or its twin, with logits at the last position."""
         kwargs = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
         forward = self._decode[id(model)] if tokens.shape[1] == 1 else model
-        return self.timed(lambda: forward(input_ids=tokens, **kwargs))
+        return timed(lambda: forward(input_ids=tokens, **kwargs), self.device)
 
     def rounds(self, run: Session | None, times: Times, prompt: int, steps: int, rounds: int) -> None:
         """Time prompts and their decoding, all variants in turn; the first round warms up and is discarded.
@@ -323,7 +314,7 @@ class Bench:
             return self.step(self.dense, token, cache)[0]
 
     def _dense(self) -> float:
-        return self.timed(lambda: self.dense(input_ids=self.tokens(1), logits_to_keep=1))[0]
+        return timed(lambda: self.dense(input_ids=self.tokens(1), logits_to_keep=1), self.device)[0]
 
     def move(self, run: Session, times: dict[str, list[float]]) -> None:
         """Time the second half of a re-mask: a fifth of every mask's neurons is replaced."""
@@ -338,7 +329,7 @@ class Bench:
             mask[outside[torch.randperm(len(outside), generator=self.generator)[:moved]]] = True
             masks.append(mask)
         times["dense"].append(self._dense())
-        changed = self.timed(lambda: [kept.select(mask) for kept, mask in zip(copies, masks, strict=True)])
+        changed = timed(lambda: [kept.select(mask) for kept, mask in zip(copies, masks, strict=True)], self.device)
         times["remask"].append(changed[0])
         for layer, kept in enumerate(copies):
             kept.select(state.layers[layer].mask[0])
@@ -350,7 +341,7 @@ class Bench:
         everyone = torch.ones(state.batch, dtype=torch.bool, device=state.device)
         times["dense"].append(self._dense())
         copied = state.select(torch.arange(state.batch, device=state.device))
-        times["remask"].append(self.timed(lambda: copied.remask(Due(everyone, "alarm")))[0])
+        times["remask"].append(timed(lambda: copied.remask(Due(everyone, "alarm")), self.device)[0])
 
     def begin(self, run: Session, times: dict[str, list[float]]) -> None:
         """Time a new copy of the weights of the masks' neurons."""
@@ -363,7 +354,7 @@ class Bench:
             run.executing.choose(1, True)
             run.executing.move(state)
 
-        times["begin"].append(self.timed(copy)[0])
+        times["begin"].append(timed(copy, self.device)[0])
 
     def cache(self, name: str) -> Any:
         """Return an empty cache; those of fixed size are reused: a compiled model knows them by their addresses."""

@@ -72,21 +72,21 @@ def measure(
     ffns = describe(model)
     sizes = shape_of(model, ffns)
     dense = sizes.decode(context + 1)
-    added = cost.overhead(method, sizes, context, 1 - sparsity)
     state: dict[int, int] = {}
     parts: dict[str, int] = {}
+    in_mask = None
     for length in sorted(prompts):
-        state[length], parts = _state(method, ffns, sparsity, length)
+        state[length], parts, in_mask = _state(method, ffns, sparsity, length)
+    added = cost.overhead(method, sizes, context, 1 - sparsity, in_mask)
     return Overhead(
         spec, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
-        added.remask / dense, method.mask.remask.every,
-        added.remask_read,
+        added.remask / dense, method.mask.remask.every, added.remask_read,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int]]:
-    """Return the bytes of state in total and by part, after a prompt of random activations."""
+def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int], float]:
+    """Return the bytes of state in total and by part after a prompt of random activations, and the mask's share."""
     numbers, unit = method.choice.serving(ffns, sparsity, None), served_bits(ffns)
     try:
         orders = None if numbers is None else numbers.begin()
@@ -120,7 +120,8 @@ def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tup
         "images": prepared.stored,
     }
     total = state.nbytes() + prepared.nbytes()
-    return total, {**parts, "other": total - sum(parts.values())}
+    in_mask = float(state.step(pruned=True).mask.mean())
+    return total, {**parts, "other": total - sum(parts.values())}, in_mask
 
 
 class Shapes(Calibration):

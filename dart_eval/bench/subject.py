@@ -99,22 +99,18 @@ class Subject:
     def speed(self, result: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
         """Return the stored part of a measurement. method: its method; `dense` for rounding alone."""
         more = {name: value for name, value in dataclasses.asdict(result).items() if name not in FIELDS}
-        bits: str | None
-        if isinstance(result, RoundedSpeed):
-            sparsity, read, bits = 0.0, result.read, result.bits
-        else:
-            sparsity, read = result.sparsity if method.sized else 0.0, result.weights_read
-            bits = result.bits if isinstance(result, BytesOnly) else None
+        row = bytes_only.as_row(result)
         times: dict[str, Any] = {"speedup": None, "control": None, "times": bytes_only.BYTES_ONLY}
         if not isinstance(result, BytesOnly):
             times = {"speedup": result.speedup, "control": result.control}
         return Speed(
-            method=method.spec, params=method.params(), sparsity=sparsity,
+            method=method.spec, params=method.params(), sparsity=row["sparsity"] if method.sized else 0.0,
             model=self.identity, dtype=self.dtype, device=self.model.device.type, hardware=self.hardware,
-            compiled=setting.compiled, prompt_tokens=setting.prompt_tokens, read=read,
-            ceiling=result.ceiling, **times,
+            compiled=setting.compiled, prompt_tokens=setting.prompt_tokens,
+            read=row["weights_read"], ceiling=result.ceiling, **times,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(), ffn_bits=bits,
+            more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(),
+            ffn_bits=row.get("bits"),
         )  # fmt: skip
 
 

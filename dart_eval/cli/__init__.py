@@ -65,8 +65,7 @@ def _print_version(wanted: bool) -> None:
 
 def _options(
     version: Annotated[
-        bool,
-        typer.Option("--version", metavar="", help="Print the version.", is_eager=True, callback=_print_version),
+        bool, typer.Option("--version", metavar="", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
     pass

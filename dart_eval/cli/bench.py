@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DecodeSpeed | RoundedSpeed | BytesOnly")
 
 
-app = typer.Typer(
-    help="Measure the decode speed of methods, or their extra memory and FLOPs.",
-    no_args_is_help=True,
-)
+app = typer.Typer(help="Measure the decode speed of methods, or their extra memory and FLOPs.", no_args_is_help=True)
 
 
 def _methods(asked: RunConfig) -> list[Pruner]:

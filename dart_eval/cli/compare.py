@@ -11,8 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli import complete
-from dart_eval.cli.options import FORMATS, one_of, own
+from dart_eval.cli.options import FORMATS, METHODS, one_of, own
 from dart_eval.cli.view import put, show
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
@@ -36,7 +35,6 @@ MODELS_HELP = (
 ROWS_HELP = "Compare row A of the board with row B. Name rows as the board does, with their sparsity."
 METRIC_HELP = r"Compare these metrics, comma-separated, or all.  \[default: the main metric of each task]"
 FORMAT_HELP = r"Output format.  \[default: the ending of --save, else a table, or md in a pipe]"
-METHODS = complete.listed(complete.methods)
 
 
 def compare(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import Field
 
 from dart_eval.pruning.method import Pruner
@@ -11,21 +10,18 @@ from dart_eval.pruning.registry import parts
 from dart_eval.pruning.spelling import plain_fields, slot_names, slots, text_of
 
 
-def tree(method: Pruner) -> list[tuple[str, str]]:
+def tree(owner: Pruner | Part, path: str = "", depth: int = 0) -> list[tuple[str, str]]:
     """Return every part and field of a method, indented: what a user types, and what it means."""
-    return [*_tree(method, "", 0)]
-
-
-def _tree(owner: Pruner | Part, path: str, depth: int) -> Iterator[tuple[str, str]]:
-    paths = {id(part): where for where, part in slots(owner, path)}
+    paths, rows = {id(part): where for where, part in slots(owner, path)}, []
     for name in slot_names(type(owner)):
         part = getattr(owner, name)
         where = paths[id(part)]
-        yield "  " * depth + f"{where}={part.name}", part.summary
+        rows.append(("  " * depth + f"{where}={part.name}", part.summary))
         for field in plain_fields(type(part)):
             value = text_of(getattr(part, field.name))
-            yield "  " * (depth + 1) + f"{where}.{field.name}={value}", _help(type(part), field)
-        yield from _tree(part, where if where not in ("mask",) else "", depth + 1)
+            rows.append(("  " * (depth + 1) + f"{where}.{field.name}={value}", _help(type(part), field)))
+        rows += tree(part, "" if where == "mask" else where, depth + 1)
+    return rows
 
 
 def part_rows(cls: type[Part]) -> list[tuple[str, str]]:

@@ -207,8 +207,7 @@ RUN = "Run this method: a name, or a name with other parts, such as griffin:rema
 TraceMethod = Annotated[str, own(RUN, PRUNING, "NAME", offers=complete.words(complete.methods))]
 TraceOutput = Annotated[Path, own("Write the trace to this JSON file, and the picture beside it.", OUTPUT, "FILE")]
 TracePlot = Annotated[
-    Path | None,
-    own(r"Draw the picture to this file: png, svg or pdf.  \[default: --output with .png]", OUTPUT, "FILE"),
+    Path | None, own(r"Draw the picture to this file: png, svg or pdf.  \[default: --output with .png]", OUTPUT, "FILE")
 ]
 TraceSaveAllocation = Annotated[
     Path | None, own("Also write the layer densities of this prompt, for allocation=table:FILE.", OUTPUT, "FILE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from dart_eval.cli import options
 from dart_eval.cli.run import finish, hush, load_libraries
 from dart_eval.cli.view import TerminalView, say, show
 from dart_eval.sweep.config import RAY_OPTIONS
-from dart_eval.util.errors import UserError
+from dart_eval.util.errors import StoreError, UserError, naming
 from dart_eval.util.text import items_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def paper(
     """
     given |= {"limit": limit, "output": output}
     hush(verbose)
+    from dart_eval.evaluation import task_names
     from dart_eval.sweep.config import config_from
     from dart_eval.sweep.paper import load
     from dart_eval.sweep.plan import command_line
@@ -63,7 +65,10 @@ def paper(
 
         show(hours(spec))
         return
-    result, records = _run(spec, verbose)
+    if spec.configs:  # a task of the last sweep would be looked up after days; without its package it is left out
+        tasks = dict.fromkeys(task for config in spec.configs for task in config.tasks)
+        task_names.check_names(tasks, needs=False)
+    result, records, refused = _run(spec, verbose)
     if result.lost or (result.failed and not result.records):
         finish(result, output)
     if not result.records:
@@ -82,26 +87,45 @@ def paper(
         say(f"{unmeasured}{' Data of your own: --data-dir.' if result.missing else ''}")
     say(f"wrote {folder} (all.md, and each table as md, csv and tex)")
     finish(result, output)
+    if refused:
+        raise refused[0]
 
 
-def _run(spec: PaperSpec, verbose: bool) -> tuple[RunResult, dict[str | None, list[Record]]]:
-    """Run all sweeps of a paper; the outcome of them together, and records by the model as it was named."""
+def _run(spec: PaperSpec, verbose: bool) -> tuple[RunResult, dict[str | None, list[Record]], list[UserError]]:
+    """Run all sweeps of a paper.
+
+    Returns:
+        The outcome of them together, records by the model as it was named, and why sweeps after the first are lacking.
+    """
     from dart_eval.sweep.jobs import RunResult
 
     records: dict[str | None, list[Record]] = {}
-    whole = RunResult([], [], {})
+    whole, refused = RunResult([], [], {}), list[UserError]()
     with TerminalView() as view:
         load_libraries(view, verbose)
         from dart_eval.cluster.run import run_all
 
+        for claim in spec.claims:
+            if claim.shape:  # what cannot be counted would take the tables with it after the last sweep
+                with naming(f"claim {claim.text!r}: "):
+                    _of_shape(replace(claim, prompt=1))
         for configs in spec.runs:
-            result = run_all(configs, view, skip_missing=True)
+            try:
+                result = run_all(configs, view, skip_missing=True)
+            except StoreError:
+                raise
+            except UserError as error:
+                if not whole.records:
+                    raise
+                view.note(f"left out: {error}")
+                refused.append(error)
+                continue
             records.setdefault(configs[0].model, []).extend(result.records)
             whole.records.extend(result.records)
             whole.failed.extend(result.failed)
             whole.missing.update(result.missing)
             whole.lost.extend(result.lost)
-    return whole, records
+    return whole, records, refused
 
 
 def _write(spec: PaperSpec, filled: Paper, folder: Path) -> list[Table]:

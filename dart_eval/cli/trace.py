@@ -64,15 +64,9 @@ def trace(
         draw(found, picture)
         say(f"wrote {output} and {picture}", err=aside)
     if save_allocation is not None:
-        ratios = [k / n for k, n in zip(found["layers"]["kept"], found["layers"]["sizes"], strict=True)]
-        write_table(
-            save_allocation,
-            ratios,
-            sizes=found["layers"]["sizes"],
-            method=method,
-            sparsity=sparsity,
-            model=chosen.model or "gemma-3-270m",
-        )
+        kept, sizes = found["layers"]["kept"], found["layers"]["sizes"]
+        ratios, model = [k / n for k, n in zip(kept, sizes, strict=True)], chosen.model or "gemma-3-270m"
+        write_table(save_allocation, ratios, sizes=sizes, method=method, sparsity=sparsity, model=model)
         say(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,23 +68,19 @@ class Shown:
     @property
     def long(self) -> list[Table]:
         """The tables of the view, without the board."""
-        view, found = self.view, list[Table]()
-        if view in ("long", ALL):
-            found += tables.quality(self.records, frame.lines(self.store, self.records, self.subtasks))
-        if view in ("flops", ALL):
-            found.append(tables.flops(self.records))
-        if view in ("memory", ALL):
-            found.append(tables.memory(self.records))
-        if view in ("detector", ALL):
-            found += [*generated.table(self.records, self.store.counts(self.records))]
-            found += detector.tables(self.store.traces, self.records)
-        if view in (FRONTIER, ALL):
-            found += frontier.tables(self.boards)
-        if view in (TIME, ALL):
-            found += frontier.by_time(self.boards)
-        if view in (BATCH, ALL):
-            found += unions.tables(self.records)
-        return found
+        store, records = self.store, self.records
+        views: dict[str, Callable[[], list[Table]]] = {
+            "long": lambda: tables.quality(records, frame.lines(store, records, self.subtasks)),
+            "flops": lambda: [tables.flops(records)],
+            "memory": lambda: [tables.memory(records)],
+            "detector": lambda: (
+                generated.table(records, store.counts(records)) + detector.tables(store.traces, records)
+            ),
+            FRONTIER: lambda: frontier.tables(self.boards),
+            TIME: lambda: frontier.by_time(self.boards),
+            BATCH: lambda: unions.tables(records),
+        }
+        return [table for name, made in views.items() if self.view in (name, ALL) for table in made()]
 
 
 def print_view(shown: Shown) -> None:

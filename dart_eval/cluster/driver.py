@@ -19,7 +19,7 @@ from dart_eval.evaluation.shard import WHOLE, Shard
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.sweep.jobs import Job, Sweep, count_requests, open_cell
-from dart_eval.util.errors import StoreError
+from dart_eval.util.errors import writing
 from dart_eval.util.text import Json
 
 PART_REQUESTS = 512  # that a part of a cell has at least, unless the user wants so many parts
@@ -170,12 +170,10 @@ class Driver:
 
     def log(self, number: int, text: str) -> None:
         path = self.logs / f"worker-{number}.log"
-        try:
+        with writing(self.store.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now().isoformat(timespec='seconds')} {text.rstrip()}\n")
-        except OSError as error:
-            raise StoreError(self.store.folder, error) from None
 
     def _close(self, key: str) -> None:
         opened = self._open.pop(key)

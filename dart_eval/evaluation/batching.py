@@ -17,7 +17,6 @@ from dart_eval.layers.quantised import input_device
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-AUTO = "auto"
 CANDIDATES_PER_CONTEXT = 4  # candidate rows per forward, in multiples of the batch size
 SHORTEST_PREFIX = 32  # tokens; a shorter prefix saves less than its bookkeeping costs
 # `auto`. On a CPU matrix products are as fast per token at some hundred tokens as they ever get, and larger batches
@@ -76,7 +75,7 @@ def budget(batch_size: int | str, model: PreTrainedModel) -> Budget:
     forward = GPU_FORWARD if gpu else CPU_FORWARD
     if isinstance(batch_size, int):
         return Budget(batch_size, CANDIDATES_PER_CONTEXT * batch_size, None, forward)
-    if batch_size != AUTO:
+    if batch_size != "auto":
         raise ValueError(batch_size)
     tokens = CPU_TOKENS
     if device.type == "cuda":

@@ -215,9 +215,7 @@ def _perplexity_stderr(metric: str, pairs: list[Any]) -> float | None:
         return None
     if metric == "perplexity" and all(isinstance(p, (int, float)) for p in pairs):  # of lm-eval: equal weights
         pairs = [(p, 1) for p in pairs]
-    if not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
-        return None
-    if sum(w for _, w in pairs) <= 0:
+    if not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs) or sum(w for _, w in pairs) <= 0:
         return None
     ratio, error = _ratio_stderr(pairs)
     if error is None:

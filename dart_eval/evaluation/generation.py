@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from torch.utils.hooks import RemovableHandle
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from dart_eval.evaluation import sampling
@@ -42,7 +42,7 @@ class Prompt:
     request: int  # its index
     name: str
     text: str
-    tokens: int
+    tokens: int  # those that are read
     cut: bool  # it did not fit in full
 
 
@@ -132,6 +132,7 @@ class Generator:
         settings = {name: value for name, value in given.items() if value is not None}
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.lm.max_gen_toks))
         odd = [name for name in ("max_length", "num_return_sequences") if kwargs.pop(name, None) not in (None, 1)]
+        odd += [name for name in ("pad_token_id", "use_cache") if name in kwargs]  # the harness gives them itself
         if odd:
             remedy = "use max_gen_toks" if odd[0] == "max_length" else "leave it out"
             raise UserError(f"{odd[0]} is no setting of a task's generation", remedy)
@@ -150,7 +151,7 @@ class Generator:
         prompts = []
         for i, (name, request) in group.items():
             text, cut = fit(self.lm, request, longest, self.documents.get(request.task_name or ""))
-            prompts.append(Prompt(i, name, text, len(self.lm.tok_encode(text)), cut))
+            prompts.append(Prompt(i, name, text, min(len(self.lm.tok_encode(text)), longest), cut))
         prompts.sort(key=lambda p: (p.tokens, p.request), reverse=True)
         for alike in self.angles.together([(p.tokens, p.tokens + new) for p in prompts]):
             sizes = [prompts[n].tokens + new for n in alike]
@@ -176,10 +177,11 @@ class Generator:
                 max_length=ids.shape[1] + unit.new_tokens, logits_processor=LogitsProcessorList([watch]), **unit.kwargs,
             )[:, ids.shape[1] :]  # fmt: skip
         self.state_bytes = max(self.state_bytes, self.session.state_bytes_each(len(prompts)))
-        texts, beams = [], int(str(unit.kwargs.get("num_beams") or 1))
+        beams = int(str(unit.kwargs.get("num_beams") or lm.model.generation_config.num_beams or 1))
+        texts, ends = [], unit.kwargs.get("eos_token_id")
         for row, prompt in enumerate(prompts):
             tokens = output[row].tolist()
-            counted = self.counted(tokens, unit.stop)  # a row that has ended may go on until its whole batch has
+            counted = self.counted(tokens, unit.stop, ends)  # a row that has ended may go on until its whole batch has
             text = self._answer(tokens[:counted], unit.stop)
             cost = log.cost(row * beams, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
             usable = watch.usable(row, counted)
@@ -195,9 +197,14 @@ class Generator:
             tokens = tokens[len(tokens) - tokens[::-1].index(end) :]
         return postprocess_generated_text(self.lm.tok_decode(tokens).lstrip(), stop, None)
 
-    def counted(self, tokens: list[int], stop: list[str]) -> int:
-        """Return the number of generated tokens up to and with the end of sequence or the first stop sequence."""
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+    def counted(self, tokens: list[int], stop: list[str], ends: object = None) -> int:
+        """Return the number of generated tokens up to and with the end of sequence or the first stop sequence.
+
+        Args:
+            ends: `eos_token_id` of the request's settings: one token that ends a text, too, or several.
+        """
+        last = {*self.ends, *(ends if isinstance(ends, (list, tuple)) else [ends])}
+        end = next((i + 1 for i, token in enumerate(tokens) if token in last), len(tokens))
 
         def stopped(count: int) -> bool:
             # Special tokens count, too: <|im_end|> may be a stop sequence of a base model.
@@ -226,14 +233,9 @@ class GenerationLog:
         self.session = session
         self._parts: list[tuple[list[Step], list[Json]]] = []  # steps and events since each prefill
 
-    @contextmanager
-    def watching(self, model: PreTrainedModel) -> Iterator[None]:
-        """Log the forwards inside, which generate the batch."""
-        handle = decoder(model).register_forward_hook(self._note)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def watching(self, model: PreTrainedModel) -> RemovableHandle:
+        """Log the forwards inside the returned context, which generate the batch."""
+        return decoder(model).register_forward_hook(self._note)
 
     def _note(self, *_: object) -> None:
         if not self._parts or self._parts[-1][0] is not self.session.steps:

@@ -190,7 +190,7 @@ class PrunedLM(HFLM):
         """
         first: dict[object, Any] = {}
         for one in asked:
-            first.setdefault(one.context if isinstance(one, Request) else one[0], one)
+            first.setdefault(one.context if isinstance(one, Request) else one[1].args[0], one)
         for one in [*first.values()][: unions.room]:
             if isinstance(one, Request):
                 scoring = scorer(self.model, self._head, self.session, 1, share_prefix=False)
@@ -229,6 +229,22 @@ class PrunedLM(HFLM):
             self._record(request, score.cost, cut)
         self._asked_once()
         return answers
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Return the tokens of a text.
+
+        Raises:
+            UserError: one of them, such as a special token of a chat, lies beyond the model's embeddings.
+        """
+        tokens: list[int] = super().tok_encode(string, *args, **kwargs)
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if (largest := max(tokens, default=0)) >= rows:
+            raise UserError(
+                f"a prompt has the token {self.tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}, and the "
+                f"model {rows} embeddings",
+                "give the model its own tokenizer, or save it after resize_token_embeddings",
+            )
+        return tokens
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         before, after = super()._encode_pair(context, continuation)

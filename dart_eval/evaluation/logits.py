@@ -29,7 +29,6 @@ class Answers:
     def __init__(self, head: Callable[[Tensor], Tensor], vocabulary: int, distances: bool = False) -> None:
         self.head, self.vocabulary, self.distances = head, vocabulary, distances
         self._children: dict[tuple[int, int], int] = {}  # (node, token) -> node
-        self._nodes = 0
         self._wanted: list[set[int]] = []  # per node: requested tokens
         self._hidden: dict[int, Tensor] = {}  # nodes whose head has not run: [D]
         self._results: dict[tuple[int, int], tuple[float, bool]] = {}  # (node, token) -> log-probability, the likeliest
@@ -39,8 +38,7 @@ class Answers:
     def root(self) -> int:
         """Begin a tree: return the node that predicts a first token."""
         self._wanted.append(set())
-        self._nodes += 1
-        return self._nodes - 1
+        return len(self._wanted) - 1
 
     def ask(self, root: int, continuation: Sequence[int]) -> list[int]:
         """Request the probability of every token; return the node of each."""

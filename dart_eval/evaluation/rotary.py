@@ -10,12 +10,11 @@ these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from dart_eval.util.errors import UserError
@@ -68,16 +67,11 @@ class Angles:
     def held(self, angles: int) -> Iterator[None]:
         """Turn by the angles of rows of that many tokens inside (see `least_length`). The rows may be shorter."""
         self.reset()
-        handles: list[RemovableHandle] = []
-        if angles:
-            for module in self._modules:
-                handles.append(module.register_forward_pre_hook(_longer(angles), with_kwargs=True))
-                handles.append(module.register_forward_hook(_without_last))
-        try:
+        with ExitStack() as hooks:
+            for module in self._modules if angles else ():
+                hooks.enter_context(module.register_forward_pre_hook(_longer(angles), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(_without_last))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def reset(self) -> None:
         """Forget the lengths of earlier forwards."""

@@ -16,8 +16,7 @@ from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from dart_eval.util.errors import UserError
-
-LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # max_gen_toks wins in lm-eval
+from dart_eval.util.text import LENGTHS
 
 
 def draws(kwargs: Mapping[str, object]) -> bool:
@@ -30,14 +29,18 @@ def overridden(own: Mapping[str, object], given: Mapping[str, object]) -> dict[s
     """Return a task's settings of generation with the user's before them, whatever name a length goes by.
 
     Raises:
-        UserError: a temperature without effect, as the task draws no tokens.
+        UserError: a temperature without effect, as the task draws no tokens; or draws at the task's temperature of 0.
     """
-    settings = {name: value for name, value in own.items() if not (name in LENGTHS and LENGTHS & given.keys())}
+    settings = {name: value for name, value in own.items() if not (name in LENGTHS and given.keys() & {*LENGTHS})}
     settings.update(given)
     if given.get("temperature") and settings.get("do_sample") is False:
         raise UserError(
             f"gen_kwargs temperature={given['temperature']} has no effect with do_sample=false",
             "give do_sample=true, or leave it out",
+        )
+    if given.get("do_sample") and "temperature" not in given and settings.get("temperature") == 0:
+        raise UserError(
+            "gen_kwargs do_sample=true draws tokens, and the task's own temperature 0 draws none", "add temperature=1"
         )
     return settings
 

@@ -113,12 +113,13 @@ def config_of(name: str) -> dict[str, object]:
         return {}
 
 
-def check_names(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
+def check_names(asked: Iterable[str], folders: Sequence[str] = (), needs: bool = True) -> None:
     """Refuse unknown names of tasks.
 
     Args:
         asked: as a user types them.
         folders: of `--include-path`.
+        needs: whether to refuse tasks whose packages are missing, too.
 
     Raises:
         UserError: names the nearest names, or a missing package of a task.
@@ -132,7 +133,7 @@ def check_names(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
         for name in wanted:
             if name not in known and not (is_pattern(name) and fnmatch.filter(known, name)):
                 raise unknown(name, known)
-    for name in wanted:
+    for name in wanted if needs else ():
         if path := own().get(name) or (lm_evals().get(name) if name not in short else None):
             task_needs.check_needs(name, path)
 

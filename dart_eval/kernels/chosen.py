@@ -176,7 +176,7 @@ class ChosenRows(MaskRows):
         if self.kernels:
             out = self.kernels.write_rows(self.rows, rows, values)
         else:
-            out = weighted_rows(self.rows, rows[None], values[None])[0]
+            out = weighted_rows(self.rows, rows[None], values[None].to(self.rows.dtype))[0]  # under autocast others
         if self._modules[2].bias is not None:
             out = out + self._modules[2].bias.to(out.dtype)
         return out.to(h.dtype).view(*h.shape[:-1], -1)

@@ -35,18 +35,12 @@ if triton is not None:
         tl.store(out + n, total, mask=n < count)
 
 
-def _packed(values: Tensor) -> Tensor:
-    """Return [F, ceil(D / 2)] uint8: two 4-bit numbers in a byte, the first one low. values: [F, D]."""
-    wide = pad(values.to(torch.uint8), (0, values.shape[1] % 2)).unflatten(1, (-1, 2))
-    return wide[..., 0] | wide[..., 1] << 4
-
-
 @dataclass(frozen=True)
 class CopyCodes:
     """A 4-bit copy of a matrix [F, D].
 
     Attributes:
-        codes: [F, ceil(D / 2)] uint8, two codes in a byte, with an offset of 8.
+        codes: [F, ceil(D / 2)] uint8, two codes in a byte, the first one low, with an offset of 8.
         scales: [F, groups] fp16.
         group: weights that share a scale.
         width: D.
@@ -61,7 +55,8 @@ class CopyCodes:
     def of(cls, held: Packed) -> CopyCodes:
         """Pack a matrix that was rounded to 4 bits."""
         width = held.codes.shape[1]
-        codes = _packed(held.codes + 8)
+        wide = pad((held.codes + 8).to(torch.uint8), (0, width % 2)).unflatten(1, (-1, 2))
+        codes = wide[..., 0] | wide[..., 1] << 4
         return cls(codes, held.scales.contiguous(), min(held.rounding.group, width) or width, width)
 
     def times(self, x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Routed:
         rows, columns = experts.down_proj.shape[1:]
         self.inner, self.width = (rows, columns) if experts.is_transposed else (columns, rows)
         self.size = self.count * self.inner
-        self.up, self.down = _Up(self), _Down(self)
+        self.up, self.down = _Up(self, self.width, self.size), _Down(self, self.size, self.width)
         self.index: Tensor = torch.empty(0, self.count, dtype=torch.long)
         self.weights: Tensor = torch.empty(0, self.count)
         self.inward: Tensor | None = None
@@ -129,10 +129,9 @@ class Routed:
 
     def gather(self, mask: Tensor, batch: int) -> Tensor:
         """Select the neurons of each token's experts in the current forward: [B or 1, pool] -> [B, T, F]."""
-        mask, width = mask.expand(batch, -1), self.count * self.inner
-        index = self._index(batch)
+        mask, index = mask.expand(batch, -1), self._index(batch)
         own = mask.view(batch, -1, self.inner).gather(1, index.reshape(batch, -1, 1).expand(-1, -1, self.inner))
-        return own.view(batch, -1, width)
+        return own.view(batch, -1, self.size)
 
     def spread(self, h: Tensor, some: slice, tokens: int | None) -> Tensor:
         """See `ffn.FFN.spread`."""
@@ -223,10 +222,9 @@ class Routed:
 class _Step(Step):
     """One of the two steps: a module with the experts' parameters, so that it can be hooked."""
 
-    def __init__(self, routed: Routed) -> None:
+    def __init__(self, routed: Routed, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.routed = routed
-        self.in_features, self.out_features = routed.width, routed.size
+        self.routed, self.in_features, self.out_features = routed, in_features, out_features
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.routed.experts.parameters(recurse)
@@ -266,10 +264,6 @@ class _Up(_Step):
 
 class _Down(_Step):
     """h of each token's experts [N, F] -> their output [N, D]."""
-
-    def __init__(self, routed: Routed) -> None:
-        super().__init__(routed)
-        self.in_features, self.out_features = routed.size, routed.width
 
     @property
     def held(self) -> nn.Parameter:
@@ -378,19 +372,9 @@ def give_back(before: list[tuple[Any, Any]]) -> None:
 
 
 @contextmanager
-def taken_over(model: nn.Module) -> Iterator[None]:
-    """Let our function compute the model's experts inside."""
-    before = take_over(model)
-    try:
-        yield
-    finally:
-        give_back(before)
-
-
-@contextmanager
-def as_written(model: nn.Module) -> Iterator[None]:
-    """Let the modules' own code compute the model's experts inside, in any dtype."""
-    before = _hand_to(model, "eager")
+def taken_over(model: nn.Module, as_written: bool = False) -> Iterator[None]:
+    """Let our function compute the model's experts inside; `as_written`: the modules' own code, in any dtype."""
+    before = _hand_to(model, "eager") if as_written else take_over(model)
     try:
         yield
     finally:

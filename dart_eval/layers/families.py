@@ -102,15 +102,12 @@ LAYOUTS = (
         ("feed_forward.act_fn", "feed_forward.activation_fn"), gate="feed_forward.gate_proj",
         factors=("feed_forward.gate_multiplier",),
     ),
-    *(_gated(block) for block in ("mlps.0", "mlps.1", "shared_transf.feed_forward")),  # LongCat; Zamba
+    # LongCat; Zamba; RecurrentGemma
+    *(_gated(block) for block in ("mlps.0", "mlps.1", "shared_transf.feed_forward", "mlp_block")),
     # LFM2, LFM3
     Layout("feed_forward", "feed_forward.w3", "feed_forward.w2", (nn.functional.silu,), gate="feed_forward.w1"),
     # Granite 4.0
     Layout("shared_mlp", "shared_mlp.input_linear", "shared_mlp.output_linear", ("shared_mlp.activation",), fused=True),
-    # RecurrentGemma
-    Layout(
-        "mlp_block", "mlp_block.up_proj", "mlp_block.down_proj", ("mlp_block.act_fn",), gate="mlp_block.gate_proj",
-    ),
     Layout("mixer", "mixer.up_proj", "mixer.down_proj", ("mixer.act_fn",)),  # Nemotron-H
     Layout("ffn", "ffn.up_proj", "ffn.down_proj", ("ffn.act",)),  # MPT
     Layout("ffn", "ffn.0", "ffn.2", ("ffn.1",)),  # CTRL

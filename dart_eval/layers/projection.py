@@ -83,6 +83,12 @@ def encoded(linear: nn.Module) -> str | None:
     return None
 
 
+def adapter_state(module: nn.Module) -> list[str]:
+    """Return what decides, beside weights, what a layer of peft computes."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    return [str(getattr(module, name, None)) for name in names]
+
+
 def stored_bits(linear: nn.Module) -> float:
     """Return the bits of a weight of a quantised projection, or of experts, as it is in memory, without adapters."""
     if isinstance(linear, Step):

@@ -7,6 +7,7 @@ and softmax do not count, as in torch's own flop counter; a test compares the tw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from torch import nn
 from dart_eval.layers import quantised
 from dart_eval.layers.families import ATTENTION_OUTPUTS, decoder, decoder_layers, first
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.projection import features, is_conv1d
+from dart_eval.layers.projection import encoded, features, is_conv1d, stored_bits
+from dart_eval.util.bits import OWN_BITS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,6 +37,7 @@ class ModelShape:
         attention_widths: for each layer, heads * (width of a head's keys + width of its values).
         windows: tokens that each layer attends to, the current one included; None for all.
         weight_bytes: bytes of all parameters, tied ones once.
+        ffn_pools: all neurons of every layer; with routed experts more than a token has.
     """
 
     layers: int
@@ -46,6 +49,7 @@ class ModelShape:
     attention_widths: tuple[int, ...]
     windows: tuple[int | None, ...]
     weight_bytes: int
+    ffn_pools: tuple[int, ...] = ()
 
     @property
     def ffn_weights(self) -> int:
@@ -77,12 +81,7 @@ class ModelShape:
 
 def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
     """Return the sizes of a loaded Hugging Face causal language model."""
-    ffn_modules = {id(part) for f in ffns for m in f.projections for part in m.modules()}  # of peft, its base too
-    other = 0
-    for module in decoder(model).modules():  # some project before and after their layers (OPT-350m)
-        if id(module) not in ffn_modules and _is_projection(module) and not hasattr(module, "base_layer"):
-            n_in, n_out = features(module)
-            other += n_in * n_out
+    other = sum(math.prod(features(module)) for module in _others(model, ffns))
     config: Any = model.config
     config = config.get_text_config()
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -92,8 +91,31 @@ def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
         other_weights=other, head_weights=n_in * n_out,
         attention_widths=tuple(map(_attention_width, decoder_layers(model))),
         windows=_windows(config, len(decoder_layers(model))),
-        weight_bytes=quantised.nbytes(model),
+        weight_bytes=quantised.nbytes(model), ffn_pools=tuple(f.pool for f in ffns),
     )  # fmt: skip
+
+
+def _others(model: nn.Module, ffns: Sequence[FFN]) -> list[nn.Module]:
+    """Return the decoder's projections outside its FFNs."""
+    own = {id(part) for f in ffns for m in f.projections for part in m.modules()}  # of peft, its base too
+    return [  # some project before and after their layers (OPT-350m)
+        m for m in decoder(model).modules()
+        if id(m) not in own and _is_projection(m) and not hasattr(m, "base_layer")
+    ]  # fmt: skip
+
+
+def stored_share(model: nn.Module, ffns: Sequence[FFN]) -> float:
+    """Return the share of the FFNs in the bytes that a decoded token reads of the weights as they lie in memory."""
+
+    def bits(module: nn.Module) -> float:
+        return stored_bits(module) if encoded(module) else OWN_BITS
+
+    own = 0.0
+    for f in ffns:
+        into = [bits(m) for m in (f.gate, f.up) if m is not None]
+        own += f.size * f.width * ((f.matrices - 1) * sum(into) / len(into) + bits(f.down))
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return own / (own + sum(bits(m) * math.prod(features(m)) for m in [*_others(model, ffns), head]))
 
 
 def _windows(config: PretrainedConfig, layers: int) -> tuple[int | None, ...]:

@@ -125,7 +125,7 @@ def _check_experts(model: nn.Module) -> None:
     handles = [m.register_forward_hook(_same, with_kwargs=True) for m in model.modules() if experts.is_routed(m)]
     try:
         if handles:
-            with experts.as_written(model):
+            with experts.taken_over(model, as_written=True):
                 _forward(model)
     finally:
         for handle in handles:

@@ -22,11 +22,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def lies_in(source: str, revision: str | None) -> bool:
-    """Whether a folder, or a name on the hub, has an adapter."""
-    return model_file(source, CONFIG, revision) is not None
-
-
 def refuse_alone(source: str, revision: str | None = None) -> None:
     """Refuse an adapter in place of a model.
 

@@ -15,7 +15,7 @@ from dart_eval.util.errors import UserError, out_of_memory
 from dart_eval.util.files import feed, reason
 
 WEIGHTS = (".safetensors", ".bin")
-HASHED = (".json", ".jinja", ".model", ".txt", *WEIGHTS, ".py")  # weights, configuration, tokenizer
+HASHED = (".json", ".jinja", ".model", ".txt", ".tiktoken", *WEIGHTS, ".py")  # weights, configuration, tokenizer
 _BEGUN: dict[Path, Future[str]] = {}
 
 

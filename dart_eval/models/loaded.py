@@ -5,23 +5,25 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dart_eval.layers import quantised
 from dart_eval.layers.guard import refuse_second
+from dart_eval.layers.projection import adapter_state
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.util.errors import UserError
 from dart_eval.util.source import source_hash
 from dart_eval.weights.checkpoint import check_tokenizer
 
 PASSING = ("_name_or_path", "transformers_version")  # origin of a configuration
+LIBRARIES = ("transformers", "torch")  # whose versions are part of the key
 OF_A_CALL = ("padding", "truncation")  # settings that a tokenizer's last call leaves behind
 
 
@@ -93,9 +95,10 @@ def _hash(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         "attention": model.config._attn_implementation,
         "generation": {k: v for k, v in generation.items() if k not in PASSING},
         "code": _code(type(model)),
+        "modules": _modules(model),
         "tokenizer": _tokens(tokenizer),
     }
-    if adapters := {name: _adapter(m) for name, m in model.named_modules() if hasattr(m, "base_layer")}:
+    if adapters := {name: adapter_state(m) for name, m in model.named_modules() if hasattr(m, "base_layer")}:
         settings["adapters"] = adapters
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, part in _weights(model):
@@ -104,12 +107,6 @@ def _hash(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         if isinstance(part, torch.Tensor):
             digest.update(_bytes(part))
     return digest.hexdigest()
-
-
-def _adapter(module: nn.Module) -> list[str]:
-    """Return what decides, beside weights, what a layer of peft computes."""
-    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-    return [str(getattr(module, name, None)) for name in names]
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
@@ -157,11 +154,23 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def _modules(model: PreTrainedModel) -> dict[str, str]:
+    """Return the class of each part of a model, and the settings of parts without weights, such as activations."""
+    code = {kind: _code(kind) for kind in {type(part) for part in model.modules()}}
+    found: dict[str, str] = {}
+    for name, part in model.named_modules():
+        own = {k: v for k, v in vars(part).items() if k != "training" and isinstance(v, (bool, int, float, str))}
+        bare = next(itertools.chain(part.children(), part.parameters(), part.buffers()), None) is None
+        settings = f" {sorted((k, v) for k, v in own.items() if not k.startswith('_'))}" if bare else ""
+        found[name] = code[type(part)] + settings
+    return found
+
+
 def _code(cls: type[object]) -> str:
-    """Return the class of a model, with a hash of its module if it is not from transformers."""
+    """Return the class of a model or of its part, with a hash of its module if it is from neither library."""
     module = inspect.getmodule(cls)
     where = f"{cls.__module__}.{cls.__qualname__}"
-    if module is None or cls.__module__.split(".")[0] == "transformers":
+    if module is None or cls.__module__.split(".")[0] in LIBRARIES:
         return where
     try:
         return f"{where} {source_hash(inspect.getsource(module))}"

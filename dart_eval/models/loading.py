@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,23 +22,16 @@ from transformers import (
 )
 
 from dart_eval.layers import experts
-from dart_eval.models import adapters, demo_model, digest, hub
+from dart_eval.models import adapters, demo_model, digest
 from dart_eval.models.device import choose_device
+from dart_eval.models.explained import explain, untrusted
 from dart_eval.models.hub import commit_of, work_offline_if_unreachable
-from dart_eval.util.errors import UserError, nearest, out_of_memory
+from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.files import check_name
 from dart_eval.util.quiet import muted
 from dart_eval.util.text import Json
 from dart_eval.weights import gguf, grids, stored
-from dart_eval.weights.checkpoint import (
-    check_layers,
-    check_tokenizer,
-    load_whole,
-    no_tensors,
-    own_code,
-    unknown_word,
-    weights_dtype,
-)
+from dart_eval.weights.checkpoint import check_layers, check_tokenizer, load_whole, model_file, own_code, weights_dtype
 
 if TYPE_CHECKING:  # their modules take seconds
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,12 +131,13 @@ class Resolved:
                 )  # fmt: skip
                 stored.expand(model)
                 if self.adapter is not None:
-                    model = adapters.merged(model, self.adapter, self._adapter_revision)
+                    revision = self.identity.revision if self.adapter == self.source else None  # another's: the newest
+                    model = adapters.merged(model, self.adapter, revision)
                     notes.append(f"model {name}: the adapter of {self.adapter} is merged into its weights")
         except UserError:
             raise
         except Exception as error:  # each library has errors of its own
-            raise _explain(name, error, self.config.to_dict()) from error
+            raise explain(name, error, self.config.to_dict()) from error
         if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may force another dtype
             raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
         check_tokenizer(name, model, tokenizer)
@@ -163,12 +156,7 @@ class Resolved:
         try:
             return AutoTokenizer.from_pretrained(self.spec.tokenizer or self.source, **kwargs)
         except Exception as error:  # as in `load`
-            raise _explain(self.spec.tokenizer or self.identity.name, error) from error
-
-    @property
-    def _adapter_revision(self) -> str | None:
-        """The commit of an adapter beside the weights; another's is the newest."""
-        return self.identity.revision if self.adapter == self.source else None
+            raise explain(self.spec.tokenizer or self.identity.name, error) from error
 
     def _kwargs(self) -> dict[str, object]:
         """Return the arguments of transformers' loaders beside the source."""
@@ -187,16 +175,18 @@ class Resolved:
         """Return the model without weights: its modules with their sizes, and their bits in the checkpoint.
 
         Raises:
-            UserError: no model can be built from its configuration.
+            UserError: no model can be built from its configuration, or its files are damaged.
         """
         trust = self.spec.trust_remote_code
         try:
             with torch.device("meta"):
                 model = _loader(self.config).from_config(self.config, trust_remote_code=trust)
-        except Exception as error:  # as in `load`
-            raise _explain(self.identity.name, error, self.config.to_dict()) from error
-        stored.note_forms(self.config, model)
-        self._note(model)
+            stored.note_forms(self.config, model)
+            self._note(model)
+        except UserError:
+            raise
+        except Exception as error:  # as in `load`, and of damaged files
+            raise explain(self.identity.name, error, self.config.to_dict()) from error
         return model
 
     def _place(self, model: PreTrainedModel) -> None:
@@ -238,6 +228,8 @@ def resolve(spec: ModelSpec) -> Resolved:
     spec, name = dataclasses.replace(spec, tokenizer=tokenizer, peft=peft), spec.name
     for what, value in (("tokenizer", tokenizer), ("peft", peft)):
         with digest.readable(f"{what} {value}"):
+            if value and Path(value).is_file():
+                raise UserError(f"--{what} {value} is a file", "give the folder that it lies in, or a name on the hub")
             if value and not Path(value).exists():
                 if value.startswith((".", "/", "~")):
                     raise UserError(f"--{what} {value} is not there", "give a folder, or a name on the hub")
@@ -250,12 +242,15 @@ def resolve(spec: ModelSpec) -> Resolved:
             )
         name = demo_model.ALIAS
     if name == demo_model.ALIAS:
+        _refuse_revision(spec, name)
         folder = demo_model.folder()
         return _resolved(spec, str(folder), name, digest.of_folder(folder))
     check_name(name, "--model")
     path = Path(os.path.expanduser(name))
     with digest.readable(f"model {name}"):
-        if path.suffix == gguf.SUFFIX and path.is_file():
+        if path.exists():
+            _refuse_revision(spec, name)
+        if path.suffix.lower() == gguf.SUFFIX and path.is_file():
             source = gguf.folder(path)
             return _resolved(spec, str(source), path.stem, digest.of_folder(source))
         if path.is_dir():
@@ -266,6 +261,15 @@ def resolve(spec: ModelSpec) -> Resolved:
             )
     work_offline_if_unreachable()
     return _resolved(spec, name, name, None)
+
+
+def _refuse_revision(spec: ModelSpec, name: str) -> None:
+    """Refuse a revision of a model on this machine, which would have no effect. `main` is lm-eval's default."""
+    if spec.revision not in (None, "main"):
+        raise UserError(
+            f"--revision {spec.revision} is of a model on the hub, and {name} is on this machine",
+            "leave it out, or give the model's name on the hub",
+        )
 
 
 def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> Resolved:
@@ -285,7 +289,7 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
     except Exception as error:  # the model's own code may run here
         if not settings:
             adapters.refuse_alone(source, spec.revision)
-        raise _explain(name, error, settings) from error
+        raise explain(name, error, settings) from error
     if not supported:  # transformers would take the weights for plain ones
         method = stored.method_of(config)
         raise UserError(
@@ -293,8 +297,8 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
             "correct quantization_config, or remove it if the weights are not quantised",
         )
     if code is not None and "/" in code and not spec.trust_remote_code:
-        raise _untrusted(name, code)
-    adapter = spec.peft or (source if adapters.lies_in(source, commit) else None)
+        raise untrusted(name, code)
+    adapter = spec.peft or (source if model_file(source, adapters.CONFIG, commit) else None)
     if spec.load_in is not None:
         if adapter is not None or _is_quantised(source, config):
             raise UserError(
@@ -323,7 +327,7 @@ def _adapted(
             f"model {name} is quantised, and --peft merges only into plain weights", "give the unquantised model"
         )
     whole = hashlib.sha256(f"{weights or commit} {merged}".encode()).hexdigest()
-    return (name if adapter == source else f"{name}+{Path(adapter).name}"), whole
+    return (name if adapter == source else f"{name}+{Path(os.path.abspath(adapter)).name}"), whole
 
 
 def _is_quantised(source: str, config: PretrainedConfig) -> bool:
@@ -352,43 +356,9 @@ def _check_folder(path: Path) -> str:
     if not (path / "config.json").is_file():
         adapters.refuse_alone(str(path))
         raise UserError(f"model folder {path} has no config.json", "give a folder made by save_pretrained")
-    if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
+    if all(file.name in adapters.WEIGHTS for pattern in WEIGHTS for file in path.glob(pattern)):
+        adapters.refuse_alone(str(path))  # some trainers leave the base model's config.json beside it
         raise UserError(
             f"model folder {path} has no weights (*.safetensors)", "save the model there with save_pretrained"
         )
     return digest.of_folder(path)
-
-
-def _untrusted(name: str, code: str) -> UserError:
-    return UserError(
-        f"model {name!r} has its own code ({code}), which runs only with your consent",
-        "read the code; if you trust it, add --trust-remote-code",
-    )
-
-
-def _explain(name: str, error: BaseException, settings: Mapping[str, object] = {}) -> UserError:
-    """Return the user's message for an error of a library. settings: of config.json."""
-    text = " ".join(str(error).split())
-    if isinstance(error, pickle.UnpicklingError):
-        return no_tensors(name, error)
-    if isinstance(error, KeyError) and (unknown := unknown_word(settings, error.args[0])):
-        return UserError(f"config.json of model {name} says {unknown}, which transformers does not know", "correct it")
-    if out_of_memory(error):
-        return UserError(f"memory ran out while model {name!r} was loaded", "free memory, or use a smaller model")
-    if "trust_remote_code" in text:
-        return _untrusted(name, "auto_map or custom_generate")
-    if hub.UNREACHABLE.search(text):
-        return UserError(
-            f"model {name!r} is not a local folder, and the hub cannot be reached",
-            f"give a local folder, or the demo alias {demo_model.ALIAS}, or check the network (HF_ENDPOINT)",
-        )
-    if "not a valid model identifier" in text or "Repository Not Found" in text:
-        return UserError(
-            f"model {name!r} was found neither as a folder nor on the hub", "check the name and your access"
-        )
-    if isinstance(error, ImportError):  # a library for quantised weights is missing
-        return UserError(f"model {name!r} cannot be loaded ({text[:300]})", "install the packages that it needs")
-    return UserError(
-        f"model {name!r} cannot be loaded ({text[:300]})",
-        "it must be a complete causal language model with its tokenizer",
-    )

@@ -20,8 +20,9 @@ class Overhead:
         remask: FLOPs of one re-mask. From the ring: gate and up, dense on the ring's inputs, and their observation.
             From dense tokens: their observation, and their FLOPs beyond those of a pruned token. Compensation adds
             one product with the pruned neurons' columns of down.
-        remask_read: FFN weights that a re-mask reads / all FFN weights. The ring reads each weight once, for all of
-            its inputs; dense tokens count with what they read beyond a pruned token.
+        remask_read: FFN weights that a re-mask reads / those of a dense token. The ring reads each weight once, for
+            all of its inputs, whose experts count as different ones (at most all of a layer); compensation reads the
+            pruned neurons of all experts. Dense tokens count with what they read beyond a pruned token.
     """
 
     prefill: int
@@ -41,13 +42,15 @@ def overhead(
         in_mask: share of the neurons in the mask, if it was measured; None: what follows from `weights_read`.
     """
     neurons, remask = sum(shape.ffn_sizes), method.mask.remask
+    pools = shape.ffn_pools or shape.ffn_sizes
+    of_all = sum(pools) / neurons  # neurons of all experts / of a token's
     if in_mask is None:
         in_mask = method.choice.mask_share(weights_read, shape.ffn_matrices)
     mask = 1.0 if method.mask.holds_all else in_mask
     observing = neurons * sum(part.flops_per_neuron for part in method.observers)
     # Down's columns of the pruned neurons, once.
     at_once = method.compensation.adds and not (method.mask.fixed and method.compensation.calibrates)
-    constants = round(2 * shape.width * (neurons - mask * neurons)) if at_once else 0
+    constants = round(2 * shape.width * of_all * (neurons - mask * neurons)) if at_once else 0
     parts = method.parts()
     prefill = tokens * (observing + sum(part.flops_per_token(shape) for part in parts)) + constants
     step = sum(part.flops_per_step(shape, mask * neurons) for part in parts)
@@ -55,12 +58,13 @@ def overhead(
     if remask.needs_ring:
         read = (shape.ffn_matrices - 1) / shape.ffn_matrices
         flops = remask.ring * (round(2 * shape.ffn_weights * read) + observing)
+        read *= sum(min(n, remask.ring * size) for n, size in zip(pools, shape.ffn_sizes, strict=True)) / neurons
     elif remask.alarms_remask and remask.dense_tokens:
         read = remask.dense_tokens * (1 - weights_read)
         flops = remask.dense_tokens * observing + round(2 * shape.ffn_weights * read)
     if flops:
         flops += 3 * neurons + constants  # old and recent scores blended
-        read += (1 - mask) / shape.ffn_matrices if constants else 0.0
+        read += of_all * (1 - mask) / shape.ffn_matrices if constants else 0.0
     return Overhead(round(prefill), step, flops, read)
 
 

@@ -21,7 +21,7 @@ from dart_eval.pruning.inputs.entries import Entries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.masks.allocations import Allocation, ByShares, Global, Uniform
 from dart_eval.pruning.masks.compensations import Compensation, Nothing
-from dart_eval.pruning.masks.counts import Counts, ReadCost
+from dart_eval.pruning.masks.counts import Counts
 from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.mask import Everything, FromPrompt, OfTokens, Static
 from dart_eval.pruning.method import CostTerms, Pruner, kind_of_parts
@@ -99,9 +99,7 @@ class InputSparsity(Pruner, of=Entries):
             for rows, n in ((width, size), (size, width)):  # down, which has fewer rows, needs more beside its codes
                 self.entries.check_read(1 - sparsity, rows, n)
 
-    def counts(
-        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, read_cost: ReadCost | None
-    ) -> Counts:
+    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], *_: object) -> Counts:
         sizes = [f.size for f in ffns]
         return Counts(sizes, sizes, sizes, 0)
 
@@ -149,9 +147,7 @@ class ExpertChoice(Pruner, of=Routing):
         for module in (m for f in ffns if f.routed for m in f.projections):
             self.routing.check_bits(stored_of(module))
 
-    def counts(
-        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, read_cost: ReadCost | None
-    ) -> Counts:
+    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, *_: object) -> Counts:
         experts = self.routing.counts(sparsity, ffns)
         some = [n * f.routed.inner if f.routed and n else f.size for n, f in zip(experts, ffns, strict=True)]
         return Counts(some, some, some, 0)

@@ -73,13 +73,10 @@ class Pruner:
 
     def __post_init__(self) -> None:
         check_slots(self, self._title)
-        if (
-            self.choice.calibrates
-            and not self.choice.exact
-            and (not self.mask.holds_all or self.allocation.needs_context)
-        ):
+        choice = self.choice
+        if choice.calibrates and not choice.exact and (not self.mask.holds_all or self.allocation.needs_context):
             raise UserError(
-                f"{self.choice.title} with a calibrated threshold chooses among all neurons, as many for every prompt",
+                f"{choice.title} with a calibrated threshold chooses among all neurons, as many for every prompt",
                 "use mask=everything and allocation=uniform, or choice.threshold=none",
             )
 
@@ -230,10 +227,6 @@ class Pruner:
         """Refuse weights of these bits, before a model is loaded."""
         if self.other is not None:
             self.other.check_bits(bits)
-
-    def multiplied(self, read: float) -> float:
-        """Return the share of the FFN weights that a token multiplies. read: share of their bytes that it reads."""
-        return read if self.other is None else self.other.multiplied(read)
 
     def scales_read(self, ffns: Sequence[FFN]) -> float:
         """Return the share of the weight bytes that every token of `other` reads beside its weights: their scales."""

@@ -34,7 +34,7 @@ from dart_eval.results.frame import Compared
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.labels import grouped, labels
 from dart_eval.results.record import Metric, Record
-from dart_eval.results.speeds import Speed, of_cell
+from dart_eval.results.speeds import Speed, of_cell, unlike
 from dart_eval.results.store import Store
 from dart_eval.util.bits import LAST_BITS
 
@@ -102,8 +102,9 @@ def _board(
     ]
     columns = {task: m.metric for row in drafts for task, m in row.values.items()}
     return Board(
-        model, about(records), columns, tuple(blocks), (*notes, *seeds.remark(together), *_versions(records), *problems)
-    )
+        model, about(records), columns, tuple(blocks),
+        (*notes, *seeds.remark(together), *_versions(records), *problems, *unlike(row.speed for row in drafts)),
+    )  # fmt: skip
 
 
 def about(records: Sequence[Record]) -> str:

@@ -37,14 +37,15 @@ EXPLAINED = (
     "x dense: perplexity / dense's on the same documents, geometric mean over texts.",
     "flips: share of items whose likeliest answer is not dense's, right or wrong.",
     "KL: KL(dense || row) of the next token, mean over scored positions, in nats; rows on rounded weights have none.",
-    "memory: extra memory beside the model. work: FLOPs that the method adds to a decoded token / FLOPs of dense.",
+    "memory: what the method keeps beside the model; codes that can stand for the weights do not count. work: FLOPs "
+    "that it adds to a decoded token / FLOPs of dense.",
     "speed today: decode speed / dense's, measured by `dart-eval bench decode`; none yet: no kernel turns the saved "
     "bytes into time.",
     "Value ± its own standard error: rows share documents, so the paired tests compare them. * best pruned row of its "
     "level. ~ no significant difference from it: paired tests of the first metric, perplexity and the log-likelihood "
     "of right answers, Holm-adjusted over rows and metrics, p < .05.",
-    "Rounding rounds the weights for all tokens, the prompt included; pruning leaves the prompt dense. The method "
-    "`rounding` rounds them for decoded tokens only.",
+    "Rounding rounds the weights for all tokens, the prompt included; pruning leaves the prompt dense, "
+    "but methods with codes run it on these. The method `rounding` rounds the weights for decoded tokens only.",
 )  # fmt: skip
 
 
@@ -93,22 +94,22 @@ def _of_metric(metric: str, first: bool, block: Block) -> list[BoardColumn]:
     perplexity = metrics.kind_of(metric).group == metrics.PERPLEXITY
     value = BoardColumn(
         "value" if perplexity else title, (title, "(mean)" if many else ""),
-        lambda r: _text(r, metric, lambda q: short(metric, q.value, q.stderr)),
+        lambda r: short(metric, q.value, q.stderr) if (q := r.quality.get(metric)) else "-",
         lambda r: _key(r, metric, lambda q: -(q.better.value if perplexity and q.better else q.value)),
     )  # fmt: skip
     if perplexity:
         times = BoardColumn(
-            "perplexity", (title, "x dense"), lambda r: _times(r, metric, first),
+            "perplexity", (title, "x dense"), lambda r: _of_dense(r, metric, first),
             lambda r: _key(r, metric, lambda q: -q.better.value if q.better else None),
-            lambda r: _times(r, metric, False),
+            lambda r: _of_dense(r, metric, False),
         )  # fmt: skip
         return [value, times] if first else [times]
     if not first or not any(r.quality[metric].share for r in block.rows if metric in r.quality and r.keys):
         return [value]
     name, head = ("above", ("above", "guessing")) if metrics.kind_of(metric).chance else ("of dense", ("of", "dense"))
     part = BoardColumn(
-        name, head, lambda r: _share(r, metric, True),
-        lambda r: _key(r, metric, lambda q: -q.share.value if q.share else None), lambda r: _share(r, metric, False),
+        name, head, lambda r: _of_dense(r, metric, True),
+        lambda r: _key(r, metric, lambda q: -q.share.value if q.share else None), lambda r: _of_dense(r, metric, False),
     )  # fmt: skip
     return [value, part]
 
@@ -119,30 +120,18 @@ def _title(metric: str, block: Block) -> str:
     return title if [*map(metrics.title_of, block.tasks)].count(title) == 1 else metric
 
 
-def _text(row: BoardRow, metric: str, text: Callable[[Quality], str]) -> str:
-    return text(row.quality[metric]) if metric in row.quality else "-"
-
-
 def _key(row: BoardRow, metric: str, key: Callable[[Quality], float | None]) -> float | None:
     return key(row.quality[metric]) if metric in row.quality else None
 
 
-def _share(row: BoardRow, metric: str, ends: bool) -> str:
-    quality = row.quality.get(metric)
-    if quality is None or quality.share is None:
+def _of_dense(row: BoardRow, metric: str, ends: bool) -> str:
+    """Return the share of dense's quality, of a perplexity its multiple. ends: with those of the interval."""
+    times, quality = metrics.kind_of(metric).group == metrics.PERPLEXITY, row.quality.get(metric)
+    found = None if quality is None else quality.times if times else quality.share
+    if found is None:
         return "-"
-    text, interval = percent(quality.share.value), quality.share.interval
-    if not ends or interval is None or row.kind in (CONTROL, GUESSING):
-        return text
-    return f"{text} [{', '.join(percent(end)[:-2] for end in interval)}]"
-
-
-def _times(row: BoardRow, metric: str, ends: bool) -> str:
-    quality = row.quality.get(metric)
-    if quality is None or quality.times is None:
-        return "-"
-    value, interval = quality.times
-    return multiple(value, *((interval or ()) if ends and row.kind != CONTROL else ()))
+    shown = (found.interval or ()) if ends and row.kind not in (CONTROL, GUESSING) else ()
+    return (multiple if times else percent)(found.value, *shown)
 
 
 def _beside(row: BoardRow, text: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from dart_eval.results import metrics, stats
 from dart_eval.results.estimates import Estimate, mean, share
 from dart_eval.results.format import number
-from dart_eval.results.paper_layout import FIELDS, MEAN, PaperColumn, TableLayout
+from dart_eval.results.paper_layout import FIELDS, MEAN, TableLayout
 from dart_eval.results.paper_tables import Paper
 from dart_eval.results.writers import Table
 
@@ -98,9 +98,11 @@ class Sides:
     def text(self, claim: Claim) -> str:
         """What was measured, in words."""
         if claim.times is not None:
-            ratio = share(self.a, self.b)
+            ratio, chance = share(self.a, self.b), metrics.kind_of(self.metric).chance
+            if ratio is None and self.b.value < 0 and not chance:
+                return "no ratio: of this metric the smaller value is the better one"
             if ratio is None:
-                return "no ratio: the second row is not above 0 by more than noise"
+                return f"no ratio: the second row is not above {'guessing' if chance else '0'} by more than noise"
             value, *ends = _written([ratio.value, *(ratio.interval or ())], claim.times, ".", 2)
             unit = " times"
         else:
@@ -142,7 +144,7 @@ def _of_shape(claim: Claim, cost: float) -> Finding:
     return _within(claim.at_most, cost, f"{float(f'{cost:.2g}'):g}", f" {claim.column.split()[-1]}, counted")
 
 
-def _within(limit: float, cost: float, short: str, unit: str = "") -> Finding:
+def _within(limit: float, cost: float, short: str, unit: str) -> Finding:
     """Return the verdict on a cost. short: it as text, which more digits replace where it reads as the limit."""
     text = short if float(short) != limit else f"{cost:g}"
     return Finding(text + unit, 0, HOLDS if cost <= limit else FAILS)
@@ -151,13 +153,22 @@ def _within(limit: float, cost: float, short: str, unit: str = "") -> Finding:
 def _of_table(claim: Claim, paper: Paper, layout: TableLayout) -> Finding:
     if claim.at_most is not None:
         column = next(c for c in layout.columns if c.head == claim.column)
-        return _cost(claim, column, paper.cost(layout, claim.rows[0], claim.sparsity, claim.column))
+        cost = paper.cost(layout, claim.rows[0], claim.sparsity, claim.column)
+        if cost is None or cost != cost:
+            return Finding("not measured", 0, OPEN)
+        _, digits, unit = FIELDS[column.field]
+        return _within(claim.at_most, cost, number(cost, digits), unit)
     columns = [c for c in layout.columns if c.metric and c.metric == (claim.metric or c.metric)]
     several = claim.column in (ANY, MEAN)
     heads = [c.head for c in columns] if several else [claim.column]
     found = (paper.sides(layout, claim.rows, claim.sparsity, h, claim.times is not None) for h in heads)
     sides = [Sides(*one) for one in found if one is not None]
     part = f"{len(sides)} of {len(heads)} columns" if several and len(sides) < len(heads) else ""
+    if not sides and any(
+        all(paper.cost(layout, row, claim.sparsity, head) is not None for row in claim.rows) for head in heads
+    ):
+        why = "its metric has no direction, no known level of guessing, or does not follow from single documents"
+        return Finding(f"not tested: {why}", 0, OPEN)
     return judged(claim, _mean(sides) if claim.column == MEAN else sides, part)
 
 
@@ -167,13 +178,6 @@ def _mean(sides: Sequence[Sides]) -> list[Sides]:
     if a is None or b is None:
         return []
     return [Sides(MEAN, a, b, sum(one.n for one in sides), sides[0].metric)]
-
-
-def _cost(claim: Claim, column: PaperColumn, cost: float | None) -> Finding:
-    if cost is None or cost != cost or claim.at_most is None:
-        return Finding("not measured", 0, OPEN)
-    _, digits, unit = FIELDS[column.field]
-    return _within(claim.at_most, cost, number(cost, digits), unit)
 
 
 def judged(claim: Claim, sides: Sequence[Sides], part: str = "") -> Finding:

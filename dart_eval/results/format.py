@@ -75,9 +75,10 @@ def sparsity(value: float) -> str:
     return f"{100 * value:.4g} %"
 
 
-def percent(value: float) -> str:
-    """A share of 1 in whole per cent: `30 %`."""
-    return f"{round(100 * value) + 0} %"
+def percent(value: float, *ends: float) -> str:
+    """A share of 1 in whole per cent, with the ends of its interval: `30 %`, `30 % [25, 36]`."""
+    whole, *others = (f"{round(100 * x) + 0}" for x in (value, *ends))
+    return f"{whole} %" + (f" [{', '.join(others)}]" if others else "")
 
 
 def multiple(value: float, *ends: float) -> str:

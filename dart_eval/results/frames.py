@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dart_eval.results import documents
 from dart_eval.results import frame as comparisons
 from dart_eval.results.labels import labels
-from dart_eval.results.rows import metrics_frame, typed
+from dart_eval.results.rows import metrics_frame, of_tasks, typed
 from dart_eval.results.store import Store
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def records(folder: str | Path, subtasks: bool = False) -> pd.DataFrame:
     Raises:
         UserError: there are no results in the folder.
     """
-    store = Store(folder)
+    store = Store(Path(folder).expanduser())
     return metrics_frame(comparisons.lines(store, store.load(), subtasks))
 
 
@@ -60,11 +60,11 @@ def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:
     """
     import pandas as pd
 
-    store = Store(folder)
+    store = Store(Path(folder).expanduser())
     records = store.load()
     names = labels(records)
     made = []
-    for record in (r for r in records if task in (None, r.inputs["task"])):
+    for record in of_tasks(records, None if task is None else [task], {}):
         found = documents.documents(store.samples(record))
         index = {name: [key[i] for key in found.index] for i, name in enumerate(documents.INDEX)}
         columns = {name: pd.Series(values, dtype=object) for name, values in found.columns.items()}

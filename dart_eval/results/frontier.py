@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dart_eval.results import metrics
 from dart_eval.results.blocks import CONTROL, GUESSING, Block, Board, BoardRow
 from dart_eval.results.format import multiple, percent
+from dart_eval.results.speeds import unlike
 from dart_eval.results.writers import Table
 
 SHARES = (0.95, 0.9, 0.75)  # of dense's quality above guessing
@@ -98,6 +99,8 @@ def _by_time(model: str, block: Block) -> Table:
     down, body, best, better = by_times(block), list[list[str]](), None, "-"
     timed = [row for rows in curves(block, step_time).values() for row in rows]
     for at, row in sorted(timed, key=lambda r: r[0]):
+        if at > 1 and (best is None or (best > 1 if down else best < 1)):  # dense is faster, and better so far
+            best, better = 1.0, f"dense ({multiple(1.0) if down else percent(1.0)})"
         found, ratio = quality(block, row), row.speed.speedup if row.speed else None
         assert found is not None and ratio is not None  # a row of `curves`
         ahead = best is None or (found < best if down else found > best)
@@ -109,13 +112,14 @@ def _by_time(model: str, block: Block) -> Table:
             best, better = found, f"{row.name} ({text})"
     rest = [row.name for row in block.rows if step_time(row) is None and quality(block, row) is not None]
     what = _what(block)
-    note = (
+    note = [
         f"step time: a decoded token's / dense's; speed: its inverse [quartiles]. {what}: on {_tasks(block)}. "
         "faster and better: the best faster row, if it is at least as good; no faster row beats a row with an empty "
-        "cell, apart from noise." + (f" Without a speed: {', '.join(rest)}." if rest else "")
-    )
+        "cell, apart from noise.",
+        *unlike(row.speed for _, row in timed), *([f"Without a speed: {', '.join(rest)}."] if rest else []),
+    ]  # fmt: skip
     heads = ["method", "read", "step time", "speed", what, "KL", "faster and better"]
-    return Table(f"Quality at equal time, {model}", heads, body, note)
+    return Table(f"Quality at equal time, {model}", heads, body, " ".join(note))
 
 
 SAID = {"above guessing": "share of what dense has above guessing", "of dense": "share of dense's quality"}

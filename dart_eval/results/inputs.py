@@ -10,7 +10,7 @@ import json
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
@@ -24,6 +24,7 @@ PRUNING = ("method", "params", "sparsity", "ffn_bits")  # inputs in which a prun
 UNLIKE_DENSE = (*PRUNING, "scope")  # the same with the scope, which does not matter to a dense cell
 CALIBRATED = ("calibration", "calibration_tokens", "calibration_seed")  # by these a method has other masks
 HASH_DIGITS = 8
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,16 +136,17 @@ class CellInputs(TypedDict):
     versions: NotRequired[Annotated[dict[str, str | None] | None, Role(PROVENANCE, "of the libraries underneath")]]
 
 
-def _roles() -> dict[str, Role]:
-    found = {}
-    for name, hint in typing.get_type_hints(CellInputs, include_extras=True).items():
+def notes(type_: type, kind: type[T]) -> dict[str, T]:
+    """Return the fields of a type that are annotated with something of a kind, and that."""
+    found: dict[str, T] = {}
+    for name, hint in typing.get_type_hints(type_, include_extras=True).items():
         while typing.get_origin(hint) is NotRequired:
             (hint,) = typing.get_args(hint)
-        found[name] = next(item for item in typing.get_args(hint)[1:] if isinstance(item, Role))
+        found.update((name, note) for note in getattr(hint, "__metadata__", ()) if isinstance(note, kind))
     return found
 
 
-FIELDS = _roles()
+FIELDS = notes(CellInputs, Role)
 
 
 def names(role: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from dart_eval.results import layout
-from dart_eval.util.errors import StoreError
+from dart_eval.util.errors import writing
 from dart_eval.util.files import read_regular
 from dart_eval.util.text import Json
 
@@ -61,7 +61,7 @@ class Journal(Json):
         self._total_seconds += seconds
         if self.path is None:
             return
-        try:
+        with writing(self.path.parent.parent):
             if self._file is not None and not self._is_there(self._file.fileno()):  # somebody has deleted it
                 self.close()
                 answers, state_bytes, seconds = self, self.state_bytes, self._total_seconds
@@ -74,8 +74,6 @@ class Journal(Json):
             while written < len(line):  # an unbuffered file may take a part, then report a full disk
                 written += self._file.write(line[written:])
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise StoreError(self.path.parent.parent, error) from None
 
     def close(self) -> None:
         """Close the file, which stays on disk."""

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -23,11 +22,13 @@ from dart_eval.results.paper_layout import FIELDS, MEAN, PaperColumn, PaperRow, 
 from dart_eval.results.record import Record
 from dart_eval.results.rows import cells_frame, metrics_frame
 from dart_eval.results.store import Store
-from dart_eval.results.tables import cut_prompts
+from dart_eval.results.tables import cut_prompts, upper_bounds
 from dart_eval.results.writers import Table, csv_text
+from dart_eval.util.bits import LAST_BITS
 from dart_eval.util.errors import UserError
 
 PLACE = ["line", "column"]  # of a number
+ALIKE = 0.05  # effective sparsities within this of the highest one are compared: a method may run dense for long
 CSV = ("table", "row", "method", "params", "sparsity", "column", "tasks", "metric", "value", "stderr", "n", "p", "bold")
 
 
@@ -89,12 +90,15 @@ class Paper:
             body.append([label, percent(sparsity), *cells, "", ""])
         sizes = numbers[(numbers["n"] > 0) & (numbers["column"] != MEAN)].groupby("column")["n"].agg(set)
         counted = [f"{h} (n={min(sizes[h])})" if h in sizes and len(sizes[h]) == 1 else h for h in heads]
+        at, guessing = sum(block == 0 for block, *_ in lines), _guessing(layout, heads, numbers)
+        body[at:at] = guessing  # below the unpruned rows
+        place = [i + len(guessing) * (i >= at) for i in range(len(lines))]
         best = numbers[numbers["bold"]]
-        bold = {(line, 2 + heads.index(head)) for line, head in zip(best["line"], best["column"], strict=True)}
-        rules = {i for i in range(1, len(lines)) if lines[i][0] != lines[i - 1][0]}
+        bold = {(place[line], 2 + heads.index(head)) for line, head in zip(best["line"], best["column"], strict=True)}
+        rules = {place[i] for i in range(1, len(lines)) if lines[i][0] != lines[i - 1][0]}
         columns = ["method", "sparsity", *counted, "effective", "read"]
-        made = Table(layout.title, columns, body, self._note(layout, numbers), frozenset(bold), frozenset(rules))
-        return self._with_guessing(made, layout, heads, numbers), numbers
+        note = self._note(layout, numbers)
+        return Table(layout.title, columns, body, note, frozenset(bold), frozenset(rules)), numbers
 
     def measured(self, layout: TableLayout) -> bool:
         """Return whether a table has a number."""
@@ -134,25 +138,6 @@ class Paper:
         known = self._metrics["metric"][self._metrics["task"].isin(column.tasks)]
         return "" if column.metric in set(known) else f"{column.head}: its cells have no metric {column.metric}."
 
-    def _with_guessing(
-        self, table: Table, layout: TableLayout, heads: Sequence[str], numbers: pd.DataFrame
-    ) -> Table:  # fmt: skip
-        """Return the table with a line of the quality of guessing, below the unpruned rows, if a column has one.
-
-        heads: of the table's columns of numbers.
-        """
-        chance = numbers[numbers["chance"] > 0].groupby("column")["chance"].first()
-        if chance.empty:
-            return table
-        at = sum(block == 0 for block, *_ in layout.lines)
-        names = [layout.parts[h][0].metric if h in chance else "" for h in heads]
-        cells = [short(m, chance[h], None) if m else "" for h, m in zip(heads, names, strict=True)]
-        body = [*table.body[:at], ["guessing", "", *cells, "", ""], *table.body[at:]]
-        return replace(
-            table, body=body, bold=frozenset((i + (i >= at), j) for i, j in table.bold),
-            rules=frozenset(i + (i >= at) for i in table.rules),
-        )  # fmt: skip
-
     # -- numbers ---------------------------------------------------------------------------------------------
 
     def _numbers(self, layout: TableLayout) -> pd.DataFrame:
@@ -179,10 +164,31 @@ class Paper:
             value=by["value"].agg(_sum), stderr=by["stderr"].agg(_sum) ** 0.5, n=by["n"].sum().astype(int),
             chance=by["chance"].agg(_sum), **{name: by[name].agg(tuple) for name in ("key", "share", "task")},
         ).reset_index()  # fmt: skip
+        for i, one in numbers[[len({*tasks}) < len(tasks) for tasks in numbers["task"]]].iterrows():
+            numbers.loc[i, "stderr"] = self._shared_error(one)
         numbers["text"] = [_text(*v) for v in zip(numbers["metric"], numbers["value"], numbers["stderr"], strict=True)]
-        numbers = numbers.assign(tasks=numbers["task"].map("+".join))
+        sparse = self._cells["effective_sparsity"].to_dict()
+        means = [sum(sparse[key] for key in keys) / len(keys) for keys in numbers["key"]]
+        rival = [b > 0 and all(map(self._rival, k)) for b, k in zip(numbers["block"], numbers["key"], strict=True)]
+        numbers = numbers.assign(tasks=numbers["task"].map("+".join), effective=means, rival=rival)
         self._known.append((layout, numbers))
         return numbers
+
+    def _rival(self, key: str) -> bool:
+        """Whether a cell is of a pruner that can be used: neither a control nor an upper bound."""
+        inputs, settings = self._records[key].inputs, self._records[key].settings
+        return (
+            inputs["method"] != DENSE and settings.get("granularity") != LAST_BITS and not settings.get("upper_bound")
+        )
+
+    def _shared_error(self, one: pd.Series) -> float:
+        """Return the standard error of a mean over cells that share documents; NaN if a cell's do not give it."""
+        found = self._compared(one, one)
+        if found is None or any(c.measure.kind != "mean" for c in found):
+            return math.nan
+        first, *rest = (c.estimate(c.pairs.a, False).times(s) for c, s in zip(found, one["share"], strict=True))
+        stderr = sum(rest, first).stderr
+        return math.nan if stderr is None else stderr
 
     def _wanted(self, layout: TableLayout) -> pd.DataFrame:
         """Return the cells that each number of a layout needs, a row each, with key None for a missing cell."""
@@ -196,11 +202,13 @@ class Paper:
                 asked = {**self._common.get(part.model, {}), **part.asked, **row.asked, **cell}
                 if row.method == DENSE:
                     asked["scope"] = "scored"  # no other matters to it
+                same = asked.get("ffn_bits") == part.asked.get("ffn_bits")
+                apart = not same and part.metric.partition(",")[0] in metrics.BY_SECOND_FORWARD  # from its own dense
                 wanted.append({
                     "table": layout.name, "row": row.label, **cell, "column": head, "line": line, "block": block,
                     "metric": part.metric or part.field, "share": 1 / (len(parts) * len(part.tasks)),
-                    "prunes": row.prunes, "scope": str(asked.get("scope")),
-                    "key": keys.get(identity(asked)) if "model" in asked else None,
+                    "prunes": row.prunes, "scope": str(asked.get("scope")), "bits": str(asked.get("ffn_bits")),
+                    "key": keys.get(identity(asked)) if "model" in asked and not apart else None,
                 })  # fmt: skip
         return pd.DataFrame(wanted)
 
@@ -254,11 +262,19 @@ class Paper:
     def _with_best(self, numbers: pd.DataFrame) -> pd.DataFrame:
         """Return the numbers with `p` and `bold` set for the best pruned number of each column and scope.
 
+        Rows that run dense for so long that their effective sparsity is lower by more than `ALIKE` take no part.
+
         `p` is its largest p against the other numbers, after Holm; it is bold if `p` is below `stats.ALPHA`.
         """
-        numbers = numbers.assign(p=float("nan"), bold=False)
-        rivals_of = numbers[numbers["prunes"] & (numbers["better"] != 0)].groupby(["block", "column", "scope"])
+        numbers = numbers.assign(p=float("nan"), bold=False, alike=True)
+        rivals_of = numbers[numbers["rival"].astype(bool) & (numbers["better"] != 0)].groupby(
+            ["block", "column", "scope"]
+        )
         for _, rivals in rivals_of:
+            most = rivals.groupby("bits")["effective"].transform("max")  # what rounding saves is no sparsity
+            alike = ~(rivals["effective"] < most - ALIKE)
+            numbers.loc[rivals.index, "alike"] = alike
+            rivals = rivals[alike]
             if len(rivals) < 2 or rivals["value"].isna().any():
                 continue
             best = (rivals["better"] * rivals["value"]).idxmax()
@@ -296,6 +312,8 @@ class Paper:
                 "Value ± standard error.",
                 "Bold: better than every other pruned row of its sparsity by the paired test, Holm-adjusted p < .05.",
             ]
+        if not numbers["alike"].all():
+            parts.append(f"A row whose effective sparsity is more than {ALIKE} lower takes no part in it.")
         if any(metrics.kind_of(name).percent for name in numbers["metric"]):
             parts.append("Accuracies and similarities are in per cent.")
         if layout.mean:
@@ -311,7 +329,7 @@ class Paper:
             parts.append(f"Columns without a number are left out: {', '.join(without)}.")
         parts += self._missing([layout])
         records = [self._records[key] for key in dict.fromkeys(key for keys in numbers["key"] for key in keys)]
-        parts += cut_prompts(records)
+        parts += [*upper_bounds(records), *cut_prompts(records)]
         parts += [f"[{i + 1}] reported, not ours: {source}." for i, source in enumerate(layout.sources)]
         return " ".join([*parts, self._provenance(records)])
 
@@ -331,6 +349,13 @@ class Paper:
             f"{' and '.join(devices)}, scope {' and '.join(scopes)}, seed {', '.join(seeds)}, {', '.join(versions)}, "
             f"code {', '.join(c[:8] for c in codes)}, {records[0].created[:10]} to {last.created[:10]}: {self.command}"
         )
+
+
+def _guessing(layout: TableLayout, heads: Sequence[str], numbers: pd.DataFrame) -> list[list[str]]:
+    """Return a line of the quality of guessing, if a column has one. heads: of the columns of numbers."""
+    chance = numbers[numbers["chance"] > 0].groupby("column")["chance"].first()
+    cells = [short(layout.parts[h][0].metric, chance[h], None) if h in chance else "" for h in heads]
+    return [] if chance.empty else [["guessing", "", *cells, "", ""]]
 
 
 def _sum(values: pd.Series) -> float:

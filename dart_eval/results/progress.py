@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from dart_eval.util.errors import StoreError
+from dart_eval.util.errors import writing
 from dart_eval.util.files import read_regular, write_atomically
 
 ANEW = "--force"  # the first line of a note of cells that are made anew
@@ -35,15 +35,13 @@ def at_work(folder: Path, records: Iterable[Path], anew: bool = False) -> Iterat
     """
     note = folder / ".locks" / f"{uuid.uuid4().hex}.run"
     lock = FileLock(note.with_suffix(".lock"))
-    try:
+    with writing(folder):
         note.parent.mkdir(parents=True, exist_ok=True)
         for old in note.parent.glob("*.run"):
             if not _held(old):
                 _remove(old)
         lock.acquire()
         write_atomically(note, "".join(f"{line}\n" for line in [*[ANEW] * anew, *(record.name for record in records)]))
-    except OSError as error:
-        raise StoreError(folder, error) from None
     try:
         yield
     finally:

@@ -28,7 +28,10 @@ def together(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def mean_record(some: Sequence[Record]) -> Record:
-    """Return the first record, with the means of all metrics. Errors are over documents, for any number of seeds."""
+    """Return the first record, with the means of all metrics, reads and FLOPs.
+
+    Errors are over documents, for any number of seeds.
+    """
     if len(some) == 1:
         return some[0]
     found = {(m.task, m.metric): [m] for m in some[0].metrics}
@@ -40,7 +43,9 @@ def mean_record(some: Sequence[Record]) -> Record:
         errors = [m.stderr for m in same if m.stderr is not None]
         value, stderr = statistics.mean(m.value for m in same), statistics.mean(errors) if errors else None
         metrics.append(dataclasses.replace(same[0], value=value, stderr=stderr))
-    return dataclasses.replace(some[0], metrics=metrics)
+    flops = {n: statistics.mean(float({n: x, **r.flops}[n]) for r in some) for n, x in some[0].flops.items()}
+    read = statistics.mean(r.weights_read for r in some)
+    return dataclasses.replace(some[0], metrics=metrics, weights_read=read, flops=flops)
 
 
 def mean_records(groups: Sequence[Sequence[Record]]) -> list[Record]:

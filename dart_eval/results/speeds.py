@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -115,6 +115,16 @@ def of_cell(speeds: Sequence[Speed], inputs: Json) -> Speed | None:
     """
     own = [speed for speed in reversed(speeds) if speed.is_of(inputs)]
     return next((speed for speed in own if speed.speedup is not None), own[0] if own else None)
+
+
+def unlike(speeds: Iterable[Speed | None]) -> list[str]:
+    """Return a remark if measured speeds are of several machines or compilers."""
+    where = {
+        f"{s.device}, {s.hardware}" + (f", torch.compile ({s.compiled})" if s.compiled else "")
+        for s in speeds if s is not None and s.speedup is not None
+    }  # fmt: skip
+    said = f"Speeds of different machines or compilers do not compare: {'; '.join(sorted(where))}."
+    return [said] if len(where) > 1 else []
 
 
 def _which(model: Json) -> tuple[object, ...]:

@@ -155,7 +155,14 @@ def paired(
         if spread > 1e-12 * abs(difference):
             effect = difference / (n * spread)
         units: Values = np.bincount(labels, influence, count).astype(float)
-        found = _test(x, y, labels, units, difference, binary)
+        if count < MIN_CLUSTERS:
+            found = Tested(reason=f"{count} independent units, fewer than {MIN_CLUSTERS}")
+        elif binary:
+            found = _test_proportions(x - y, labels, units, difference)
+        elif np.array_equal(x, y):
+            found = Tested(1.0, 1.0, 1.0, 0.0, 0.0, "all values equal", "all values equal")
+        else:
+            found = replace(bootstrap_t(units, difference), test=BOOTSTRAP, interval=BOOTSTRAP)
     ratio = None
     if kind == "log-perplexity":
         value_a, value_b, ratio = exp(value_a), exp(value_b), exp(difference)
@@ -179,27 +186,6 @@ class Tested:
     test: str = ""
     interval: str = ""
     reason: str = ""
-
-
-def _test(x: Values, y: Values, labels: NDArray[np.int_], units: Values, difference: float, binary: bool) -> Tested:
-    """The test that fits the values.
-
-    Args:
-        x: values under A.
-        y: values under B.
-        labels: [n] the number of each document's cluster.
-        units: [K] influence values of the clusters.
-        difference: the estimate that `units` belong to.
-        binary: all values are 0 or 1.
-    """
-    count = len(units)
-    if count < MIN_CLUSTERS:
-        return Tested(reason=f"{count} independent units, fewer than {MIN_CLUSTERS}")
-    if binary:
-        return _test_proportions(x - y, labels, units, difference)
-    if np.array_equal(x, y):
-        return Tested(1.0, 1.0, 1.0, 0.0, 0.0, "all values equal", "all values equal")
-    return replace(bootstrap_t(units, difference), test=BOOTSTRAP, interval=BOOTSTRAP)
 
 
 def _test_proportions(differences: Values, labels: NDArray[np.int_], units: Values, estimate: float) -> Tested:

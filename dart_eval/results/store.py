@@ -23,7 +23,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
@@ -32,12 +32,11 @@ from dart_eval.results import layout
 from dart_eval.results.format import sparsity
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
-from dart_eval.util.errors import StoreError, UserError, remark
+from dart_eval.util.errors import UserError, remark, writing
 from dart_eval.util.files import check_name, read_regular, reason, safe, write_atomically
 from dart_eval.util.text import Json
 
 SAMPLE, DOCUMENT = TypeAdapter(layout.Sample), TypeAdapter(layout.Document)
-T = TypeVar("T")
 Kind = Literal["cells", "samples", "partial", "failed", ".locks"]  # folders with a file for each cell
 ENDINGS: dict[Kind, str] = {
     "cells": "json", "samples": "jsonl", "partial": "jsonl", "failed": "txt", ".locks": "lock",
@@ -95,14 +94,6 @@ class Store:
         except OSError:
             return False
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Raise StoreError for this folder if the block cannot write."""
-        try:
-            yield
-        except OSError as error:
-            raise StoreError(self.folder, error) from None
-
     # -- running cells ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -116,7 +107,7 @@ class Store:
         """
         path = self.file(".locks", name, key)
         lock = FileLock(path)
-        with self._writing(), contextlib.suppress(Timeout):
+        with writing(self.folder), contextlib.suppress(Timeout):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         try:
@@ -126,7 +117,7 @@ class Store:
 
     def journal(self, name: str, key: str) -> Journal:
         """Return the journal of an unfinished cell; its claim must be held."""
-        with self._writing():
+        with writing(self.folder):
             return Journal(self.file("partial", name, key))
 
     def get(self, name: str, key: str) -> Record | None:
@@ -177,7 +168,7 @@ class Store:
             StoreError: the folder cannot be written.
         """
         path = self.file("samples", name, record.key)  # whose stem half-written files of this cell begin with
-        with self._writing():
+        with writing(self.folder):
             files = {"samples": _write_lines(path, record.samples, path.stem)}
             if texts:
                 digest = hashlib.sha256(_lines(texts).encode()).hexdigest()
@@ -192,7 +183,7 @@ class Store:
     def failed(self, name: str, key: str, text: str) -> Path:
         """Write why a cell failed; return the file."""
         path = self.file("failed", name, key)
-        with self._writing():
+        with writing(self.folder):
             write_atomically(path, text)
         return path
 

@@ -70,8 +70,7 @@ def _changes(axes: Axes, trace: Json, tokens: int) -> QuadMesh | None:
         axes.text(0.5, 0.5, "the mask never changed", ha="center", transform=axes.transAxes, color=LIMIT)
         return None
     ends = [*(r["token"] for r in remasks[1:]), tokens]
-    edges, columns = [0.0], [[0.0] * layers]
-    edges.append(remasks[0]["token"])
+    edges, columns = [0.0, remasks[0]["token"]], [[0.0] * layers]
     for remask, end in zip(remasks, ends, strict=True):
         columns.append([1 - o for o in remask["overlap"]])
         edges.append(max(end, edges[-1] + 0.5))

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from dart_eval.sweep import values
 from dart_eval.sweep.options import DEFAULTS, option_of, typed
 from dart_eval.sweep.values import short_repr
 from dart_eval.util.errors import UserError, nearest
-from dart_eval.util.text import Json
+from dart_eval.util.text import LENGTHS, Json
 
 # Other names of options, accepted without a note.
 SYNONYMS = {
@@ -41,6 +39,7 @@ ANSWERS = {
     "--wandb-config-args": "write --log wandb --log-project NAME",
     "--trackio-args": "write --log wandb --log-project NAME",
     "--quiet": "progress goes to stderr: add 2>/dev/null",
+    **dict.fromkeys(map(option_of, ("tokens", *LENGTHS)), "write --gen-kwargs max_gen_toks=N"),
 }
 FORMATS = {"--json": "json", "--csv": "csv", "--markdown": "md", "--latex": "tex"}
 FORMAT_WORDS = {"latex": "tex", "markdown": "md"}
@@ -138,7 +137,7 @@ def translate(given: Json) -> None:
         UserError: one has no counterpart here, or both are given.
     """
     found = [(ours, given.pop(theirs)) for theirs, ours in SYNONYMS.items() if theirs in given and ours in DEFAULTS]
-    model_args = _model_args(given.pop("model_args", {}))
+    model_args = values.pairs("model_args", given.pop("model_args", {}))
     backend = given.get("model")
     if backend in OTHER_BACKENDS and not Path(str(backend)).exists():
         name = model_args.get("pretrained", "NAME")
@@ -161,12 +160,3 @@ def translate(given: Json) -> None:
             raise UserError(
                 f"{name} is given twice: {short_repr(given[name])} and {short_repr(value)}", "leave one of them out"
             )
-
-
-def _model_args(given: object) -> Json:
-    """Return `--model-args` as keys and values: `pretrained=NAME,dtype=bfloat16`, or JSON."""
-    text = ",".join(given) if isinstance(given, list) and all(isinstance(item, str) for item in given) else given
-    if isinstance(text, str) and text.lstrip().startswith("{"):
-        with contextlib.suppress(ValueError):
-            given = json.loads(text)
-    return values.pairs("model_args", given)

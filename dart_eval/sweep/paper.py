@@ -26,7 +26,7 @@ from dart_eval.sweep.paper_claims import SEE, claims_of
 from dart_eval.sweep.plan import methods_of, settings_of
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError, naming, nearest, summary
-from dart_eval.util.text import Json, short_repr
+from dart_eval.util.text import LENGTHS, Json, short_repr
 from dart_eval.util.yamls import known, read_mapping
 
 SHIPPED = Path(__file__).parents[1] / "data"
@@ -108,14 +108,16 @@ def load(name: str, base: RunConfig) -> PaperSpec:
     known(data, FILE_KEYS, str(path), SEE)
     if not isinstance(data.get("tables"), list) or not data["tables"]:
         raise UserError(f"{path} has no tables", SEE)
+    typed = {"model"} if base.model is not None else set()  # the command line goes before the file's own
+    typed |= {"chat_template", "apply_chat_template"} if base.chat_template else set()
     layouts: list[TableLayout] = []
     sweeps: dict[str, list[RunConfig]] = {}
     for table in data["tables"]:
         where = f"{path}, table {short_repr(table.get('name'))}" if isinstance(table, dict) else f"{path}, a table"
         known(table, TABLE_KEYS, where, SEE)
-        common = {key: data[key] for key in ("methods", "sparsity", *SETTINGS) if key in data}
+        common = {key: data[key] for key in ("methods", "sparsity", *SETTINGS) if key in data and key not in typed}
         with _placed(where):
-            layout, found = _layout({**common, **table}, base)
+            layout, found = _layout(_nearest(common, table), base)
         layouts.append(layout)
         sweeps[layout.name] = found
     if len(sweeps) < len(layouts):
@@ -217,7 +219,7 @@ def _reported(entry: Any, heads: Sequence[str]) -> Reported:
 
 def _column(head: str, column: Any, settings: Json, base: RunConfig) -> tuple[PaperColumn, RunConfig]:
     """A column and the configuration of its cells; the limit of the command goes before its own."""
-    asked = {**settings, **known(column, COLUMN_KEYS, f"column {head!r}", SEE)}
+    asked = _nearest(settings, known(column, COLUMN_KEYS, f"column {head!r}", SEE))
     metric, field = (str(asked.get(k) or "") for k in ("metric", "field"))
     if not asked.get("task") or bool(metric) == bool(field):
         raise UserError(f"column {head!r} needs a task and either a metric or a field", SEE)
@@ -231,6 +233,14 @@ def _column(head: str, column: Any, settings: Json, base: RunConfig) -> tuple[Pa
     short = aliases(base.include_path)
     tasks = tuple(task for name in names for task in short.get(name, (name,)))
     return PaperColumn(head, tasks, metric, field, said, config.model), config
+
+
+def _nearest(far: Json, near: Json) -> Json:
+    """Return settings on top of others, without those of the others that say the same by another name."""
+    gone = {"chat_template", "apply_chat_template"} if {"chat_template", "apply_chat_template"} & near.keys() else set()
+    if set(LENGTHS) & values.pairs("gen_kwargs", near.get("gen_kwargs") or {}).keys():
+        gone |= {NEW_TOKENS}
+    return {**{key: value for key, value in far.items() if key not in gone}, **near}
 
 
 def _settled(asked: Json, base: RunConfig) -> RunConfig:

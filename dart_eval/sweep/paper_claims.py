@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dart_eval.pruning.masks.counts import check_sparsity
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results import metrics
 from dart_eval.results.claims import ANY, SHAPED, Claim
@@ -53,6 +54,7 @@ def _claim(one: dict[str, Any], tables: dict[str, TableLayout]) -> Claim | None:
         for name, known_ones in ((named["shape"], [*SHAPES]), (named["column"], [*SHAPED])):
             if name not in known_ones:
                 raise UserError(f"claim {text!r}: unknown shape or cost {name!r}", nearest(name, known_ones))
+        check_sparsity(numbers["sparsity"])
         make(*parse(named["method"]))
         return Claim(text, str(one.get("source", "")), prompt=int(one.get("prompt", 1024)), **named, **numbers)
     layout = tables.get(str(one["table"]))

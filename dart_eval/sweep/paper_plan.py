@@ -11,13 +11,12 @@ from dart_eval.sweep.paper import PaperSpec
 from dart_eval.sweep.plan import methods_of
 from dart_eval.sweep.values import pairs
 from dart_eval.util.errors import UserError
-from dart_eval.util.text import Json
+from dart_eval.util.text import LENGTHS, Json
 
 SHAPES = {"8B": "llama-3.1-8b", "3B": "llama-3.2-3b"}
 FLOPS, BANDWIDTH = 989e12, 3.35e12  # H100 SXM, dense bfloat16 and HBM3, by its data sheet
 SHARE = 0.3  # of these that a step reaches; guessed, since nothing has been timed on a GPU
 ROWS = 16  # texts that are generated together
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # as lm-eval ranks them
 NOTE = (
     "GPU hours of one H100 for the shapes of Llama-3.1-8B and Llama-3.2-3B, bfloat16. Each cell counts once, in the "
     "first table that needs it. Prompts: {share:.0f} % of {flops:.0f} TFLOPS. New tokens, {rows} texts at a time: "

@@ -128,10 +128,9 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
         flops = tokens * per_token + requests * 2 * worker.shape.head_weights
         finished = store.get(cell.name, cell.key) is not None and not job.config.force
         memory, cached = base.memory + more.get(method, 0), round(kept * max((c.cached for c in base.calls), default=0))
-        sized = CellSize(
+        found.append(CellSize(
             cell.key, cell.name, cell.title, requests, tokens, flops, memory, seconds, finished, cached
-        )  # fmt: skip
-        found.append(sized)
+        ))  # fmt: skip
     return found
 
 
@@ -168,8 +167,6 @@ def _pilot(worker: Worker, job: Job, ending: float = 0.0) -> _Timed:
 
 def _extrapolated(call: Call) -> float:
     """Return the seconds of all units: the first as measured, the others by their sizes."""
-    if not call.seconds:
-        return 0.0
     rest = {place: seconds for place, seconds in call.seconds.items() if place}
     first = call.seconds.get(0, 0.0)
     if not rest:

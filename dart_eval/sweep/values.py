@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import json
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from pydantic import ValidationInfo
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError
-from dart_eval.util.text import Json, items_of, short_repr
+from dart_eval.util.text import LENGTHS, Json, items_of, short_repr
 
 FIELDS = "griffin:remask=drift:remask.window=8"  # an example
 MOST = 2**32  # no count of anything is as large
@@ -36,6 +37,17 @@ DATA_SET_TOKENS = 16384  # that a calibration reads of one
 DTYPES = {
     "bf16": "bfloat16", "fp16": "float16", "half": "float16", "f16": "float16", "fp32": "float32", "float": "float32",
     "f32": "float32", "full": "float32",
+}  # fmt: skip
+SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of generation: what each may be, and that in words
+    "do_sample": (lambda v: isinstance(v, int) and v in (0, 1), "true or false"),
+    "temperature": (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool), "a number"),
+    "until": (
+        lambda v: isinstance(v, str) or (isinstance(v, (list, tuple)) and all(isinstance(t, str) for t in v)),
+        "a text or a list of texts, in quotes",
+    ),
+    **dict.fromkeys(LENGTHS, (
+        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and v == int(v), "a whole number",
+    )),
 }  # fmt: skip
 DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
 
@@ -151,8 +163,14 @@ def generation(value: object, info: ValidationInfo) -> str | None:
         return None
     found = pairs(str(info.field_name), value)
     for name, item in found.items():
+        if name in SETTINGS and name != "until" and isinstance(item, str):  # in YAML 1e-1 and '64' are texts
+            found[name] = item = _guessed(item.strip())
         if not _finite(item):
             raise UserError(f"{name} {short_repr(item)} in {info.field_name} is not finite", "give a number")
+        if item is not None and name in SETTINGS and not SETTINGS[name][0](item):
+            raise UserError(f"{name} {short_repr(item)} in {info.field_name} must be {SETTINGS[name][1]}")
+    if isinstance(found.get("do_sample"), int):  # 1 and true are one setting, and one key
+        found["do_sample"] = bool(found["do_sample"])
     return ",".join(f"{name}={_literal(found[name])}" for name in sorted(found)) or None
 
 
@@ -163,7 +181,7 @@ def _finite(item: object) -> bool:
 
 
 def pairs(name: str, value: object) -> Json:
-    """Return the values of `a=1,b=[2, 3]` as lm-eval reads it, in one text or several, or of a mapping.
+    """Return the values of `a=1,b=[2, 3]` or JSON as lm-eval reads it, in one text or several, or of a mapping.
 
     Args:
         name: of the option, for messages.
@@ -172,13 +190,17 @@ def pairs(name: str, value: object) -> Json:
     if isinstance(value, dict):
         return {_text(f"a key of {name}", key): item for key, item in value.items()}
     found: Json = {}
-    for item in _apart(",".join(_text(name, text) for text in (value if isinstance(value, list) else [value]))):
-        key, equals, said = item.partition("=")
+    said = ",".join(_text(name, text) for text in (value if isinstance(value, list) else [value]))
+    if said.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):
+            return dict(json.loads(said))
+    for item in _apart(said):
+        key, equals, told = item.partition("=")
         if not equals or not key.strip():
             raise UserError(f"{name} {item!r} is not KEY=VALUE", example)
         if key.strip() in found:
             raise UserError(f"{key.strip()} is given twice in {name}", "leave one of them out")
-        found[key.strip()] = _guessed(said.strip())
+        found[key.strip()] = _guessed(told.strip())
     return found
 
 

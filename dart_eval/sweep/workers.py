@@ -7,6 +7,7 @@ its cell to the next one, with every batch that was finished. A cell at which wo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -21,11 +22,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from dart_eval.results.record import Record
-from dart_eval.results.store import StoreError
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.jobs import Job, RunResult, Sweep, View, begin_sweep, made_anew
 from dart_eval.sweep.plan import Cell
-from dart_eval.util.errors import UserError
+from dart_eval.util.errors import UserError, writing
 
 TRIES = 3
 # An empty entry of the path is the working directory, which nothing is imported from.
@@ -102,11 +102,9 @@ class _Workers:
         threads = max(1, len(os.sched_getaffinity(0)) // self.count) if hasattr(os, "sched_getaffinity") else 1
         card = {"CUDA_VISIBLE_DEVICES": self.cards[place % len(self.cards)]} if self.cards else {}
         settings = {} if self.cards else {"OMP_NUM_THREADS": str(threads)}
-        try:
+        with writing(self.sweep.store.folder):
             log.parent.mkdir(parents=True, exist_ok=True)
             opened = log.open("ab")
-        except OSError as error:
-            raise StoreError(self.sweep.store.folder, error) from None
         with opened as file:
             process = subprocess.Popen(
                 [sys.executable, "-c", BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
@@ -115,11 +113,9 @@ class _Workers:
         worker = self.workers[place] = _Worker(place, process)
         assert process.stdin is not None
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died; the thread that listens says so
             pickle.dump(self.asked, process.stdin)
             process.stdin.close()
-        except BrokenPipeError:
-            pass  # it died; the thread that listens says so
 
     def _log(self, place: int) -> Path:
         return self.sweep.store.folder / "logs" / f"worker-{place + 1}.log"

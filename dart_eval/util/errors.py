@@ -45,6 +45,15 @@ class StoreError(UserError):
         )
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise StoreError for this folder if the block cannot write."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(folder, error) from None
+
+
 def remark(text: str) -> None:
     """Print a one-line note on stderr."""
     print(f"note: {' '.join(printable(text).split())}", file=sys.stderr)

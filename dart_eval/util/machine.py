@@ -10,10 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -68,6 +70,15 @@ def wait(device: torch.device) -> None:
         import torch
 
         torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Return the seconds of a call, until the device has finished, and its result."""
+    wait(device)
+    start = time.perf_counter()
+    result = work()
+    wait(device)
+    return time.perf_counter() - start, result
 
 
 @contextlib.contextmanager

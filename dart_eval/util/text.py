@@ -9,6 +9,8 @@ import reprlib
 from typing import Any
 
 Json = dict[str, Any]  # an object of JSON or YAML: inputs of a cell, a sample, settings of a checkpoint
+# Names of a text's greatest length, as lm-eval ranks them.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 # Characters that act on a display instead of being visible: controls (C0, C1), marks of the writing direction,
 # invisible letters, surrogates and noncharacters.

@@ -26,6 +26,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    """Return a whole number. `4:32` is a text here: YAML 1.1 would read it as 4 * 60 + 32."""
+    return str(node.value) if ":" in node.value else int(loader.construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
+
+
 def read_mapping(
     path: str | Path, what: str, example: str, remedy: str = "give a YAML file", empty: bool = False
 ) -> Json:

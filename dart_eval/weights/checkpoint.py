@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SHOWN = 3  # names in a message
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # as configurations call their number
 MOST_LAYERS = 4096  # more than any model has; building a model of 10^8 would not end
+SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "SCB")  # of quantised weights, in a file
 SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -36,10 +37,11 @@ def weights_dtype(source: str, revision: str | None) -> str:
     """
     problem = "has no weights"
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if not (files := weight_files(source, name, revision)):
-            continue
-        file = files[0]
+        file = Path(f"{name}.index.json")  # what is read first, if there are shards
         try:
+            if not (files := weight_files(source, name, revision)):
+                continue
+            file = files[0]
             if file.suffix == ".bin":
                 weights = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
                 dtypes = [str(w.dtype).removeprefix("torch.") for w in weights.values()]
@@ -146,7 +148,7 @@ def load_whole(
         source, kwargs: of `from_pretrained`.
 
     Raises:
-        UserError: weights are missing, or have another shape.
+        UserError: weights are missing, have another shape, or are quantised without a word in config.json.
     """
     # We merge an adapter in the folder ourselves: transformers would report only the adapter's weights.
     kwargs["adapter_kwargs"] = {"subfolder": "none"}
@@ -169,6 +171,13 @@ def _check_weights(name: str, info: Json) -> list[str]:
         raise UserError(
             f"model {name} lacks {len(missing)} weights ({_few(missing)}){instead}",
             "save the whole model itself, not a wrapper of it, with save_pretrained; config.json must fit it",
+        )
+    parts = ((key, *key.rpartition(".")[::2]) for key in unused)
+    if scales := [key for key, module, part in parts if part in SCALES and f"{module}.weight" not in unused]:
+        raise UserError(
+            f"model {name} has quantised weights, and its config.json names no quantization_config that would read "
+            f"their {len(scales)} scales ({_few(scales)})",
+            "give it that of the checkpoint, or a checkpoint that transformers can read",
         )
     if unused:
         return [f"model {name}: {len(unused)} weights of the checkpoint are not used ({_few(unused)})"]

@@ -53,7 +53,9 @@ def folder(file: Path) -> Path:
     """
     if find_spec("gguf") is None:
         raise UserError(f"{file} needs the package gguf", "run pip install gguf")
-    target = cache_dir() / f"{file.stem}-{_sha256(file)[:8]}-gguf{CONVERSION}"
+    digest = hashlib.sha256()
+    feed(digest, file)
+    target = cache_dir() / f"{file.stem}-{digest.hexdigest()[:8]}-gguf{CONVERSION}"
     return converted(target, lambda work: convert(file, work, bits=True))
 
 
@@ -223,9 +225,3 @@ def _codes(module: nn.Module, file: Path, keys: Sequence[str], kind: str) -> Pac
         held = torch.cat([opened.get_tensor(key) for key in keys])
     bits, group, unsigned = gguf_codes.GRIDS[kind]
     return codes.fitted(held, weight_matrix(module), Rounding(bits, group), unsigned)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    feed(digest, file)
-    return digest.hexdigest()

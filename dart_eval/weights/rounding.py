@@ -114,11 +114,6 @@ class Served:
     packed: Packed | None = None
 
     @property
-    def bits(self) -> float:
-        """Bits of a weight, with its part of a scale."""
-        return self.stored.total
-
-    @property
     def values(self) -> Tensor:
         """[out, in] fp32, the values that tokens multiply, rounded to the dtype of the weights."""
         return self.weight.float() if self.packed is None else self.packed.decoded(self.weight.dtype).float()
@@ -177,7 +172,7 @@ def served_output(ffn: FFN) -> Served:
 
 def served_bits(ffns: Sequence[FFN]) -> float:
     """Return the mean bits of an FFN weight as served now, scales included."""
-    return _mean_bits(ffns, served_bits_of)
+    return _mean_bits(ffns, lambda module: stored_of(module).total)
 
 
 def rounded_bits(ffns: Sequence[FFN], rounding: Rounding) -> float:
@@ -189,11 +184,6 @@ def _mean_bits(ffns: Sequence[FFN], bits_of: Callable[[nn.Module], float]) -> fl
     """Return the mean bits of a weight over all layers. bits_of: bits of a projection's weight."""
     terms = [(bits_of(m), weights) for f in ffns for m, weights in _projections(f)]
     return sum(bits * weights for bits, weights in terms) / sum(weights for _, weights in terms)
-
-
-def served_bits_of(linear: nn.Module) -> float:
-    """Return the bits of a projection's weight as served now, scales included."""
-    return stored_of(linear).total
 
 
 def stored_of(linear: nn.Module) -> Stored:

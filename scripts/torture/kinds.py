@@ -95,10 +95,8 @@ class Methods(Kind):
         super().__init__(folder, place)
         from dart_eval.pruning.registry import methods, parts
 
-        self.names, self.values = (
-            [*methods()],
-            ["1", "0.5", "true", "-1", "nan", "1e400", "2:4", "", "0x5", "9" * 40, "max"],
-        )
+        self.names = [*methods()]
+        self.values = ["1", "0.5", "true", "-1", "nan", "1e400", "2:4", "", "0x5", "9" * 40, "max"]
         self.paths = sorted({path for method in methods().values() for path in method.params()})
         self.values += [name for named in parts().values() for name in named]
 

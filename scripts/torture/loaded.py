@@ -76,23 +76,10 @@ class DataRows(Kind):
         (folder / "train.jsonl").write_bytes(good)
         for split in ("validation", "test"):
             (folder / f"{split}.jsonl").write_bytes(data)
-        self.told = (
-            f"{name}: {next((a for a, b in zip(data.splitlines(), good.splitlines()) if a != b), b'cut')[:300]!r}"  # noqa: B905
-        )
-        self.words = [
-            "run",
-            "--data-dir",
-            "data",
-            "--tasks",
-            name,
-            "--limit",
-            "3",
-            "--method",
-            "dense",
-            "--output",
-            "out",
-        ]
-        self.words += ["--model", str(self.folder / "model")]
+        first = next((a for a, b in zip(data.splitlines(), good.splitlines()) if a != b), b"cut")  # noqa: B905
+        self.told = f"{name}: {first[:300]!r}"
+        self.words = ["run", "--data-dir", "data", "--tasks", name, "--limit", "3", "--method", "dense"]
+        self.words += ["--output", "out", "--model", str(self.folder / "model")]
         tasks = Tasks(self.place / "data")
         tasks.check_task(name, None)
         (task,) = leaves(tasks.load(name))

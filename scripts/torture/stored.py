@@ -20,16 +20,8 @@ from tests.helpers.commands import Done, Watch, command, results, run_local
 from tests.helpers.records import sealed
 
 SAME = (
-    "value",
-    "stderr",
-    "n",
-    "tokens",
-    "effective_sparsity",
-    "weights_read",
-    "mask_sparsity",
-    "remasks",
-    "memory_state",
-)
+    "value", "stderr", "n", "tokens", "effective_sparsity", "weights_read", "mask_sparsity", "remasks", "memory_state",
+)  # fmt: skip
 
 
 class Shown(Kind):
@@ -103,11 +95,8 @@ class Records(Shown):
         check = ("out", "--baseline", self.baseline, "--junit", "junit.xml")
         self.asked("check", *check, "--github") if forged else self.checked(*check)
         to = random.choice(["lm-eval", "every-eval-ever"])
-        self.asked(
-            *random.choice(
-                [("report", "out", "--output", "report.html"), ("export", "out", "--to", to, "--output", "to")]
-            )
-        )
+        report, export = ("report", "out", "--output", "report.html"), ("export", "out", "--to", to, "--output", "to")
+        self.asked(*random.choice([report, export]))
         shutil.rmtree(self.place / "to", ignore_errors=True)
         if tree(self.place / "out") != before:
             raise Wrong(f"a file of the results has changed: {self.told}")
@@ -178,9 +167,8 @@ class Journals(Kind):
         half.parent.mkdir(parents=True)
         damaged = self._forged(random, data) if forged else of_bytes(random, data)
         half.write_bytes(damaged)
-        self.told = (
-            f"{'forged' if forged else 'damaged'} {next((a for a, b in _lines(damaged, data) if a != b), b'')[:300]!r}"
-        )
+        first = next((a for a, b in _lines(damaged, data) if a != b), b"")
+        self.told = f"{'forged' if forged else 'damaged'} {first[:300]!r}"
         view = Watch()
         run_local(config, view)
         if view.broken:

@@ -73,7 +73,7 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
     model = tiny("llama", dtype)
     reference = copy.deepcopy(model)
     # Which forwards are timed, and as what, shows nowhere outside.
-    dense, ran, timed, forward = [], [], decode.Bench.timed, LlamaForCausalLM.forward
+    dense, ran, timed, forward = [], [], decode.timed, LlamaForCausalLM.forward
 
     @functools.wraps(forward)
     def keep(module, **kwargs):
@@ -81,9 +81,9 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
         ran.append((module, kwargs["input_ids"], output.logits, kwargs.get(cache_argument(module))))
         return output
 
-    def watched(self, work):
+    def watched(work, device):
         ran.clear()
-        found = timed(self, work)
+        found = timed(work, device)
         for module, ids, logits, cache in ran:
             # Torch shows in no public way whether a module has hooks.
             if not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules()):
@@ -96,7 +96,7 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
         return found
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", keep)
-    monkeypatch.setattr(decode.Bench, "timed", watched)
+    monkeypatch.setattr(decode, "timed", watched)
     found = decode.measure(model, make("griffin"), 0.7, prompt_tokens=20, steps=5, rounds=2)
     # Three rounds: the prompt for each cache that begins dense (one is of our own product, in bfloat16), five tokens
     # twice; then before the changes of every re-mask, and before all rows are copied.

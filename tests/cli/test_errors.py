@@ -125,18 +125,13 @@ def test_other_options_without_sense_are_refused(refused, model_folder, option, 
 # -- models --------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_folder_without_weights_is_refused(refused, model_folder):
-    (model_folder / "model.safetensors").unlink()
+@pytest.mark.parametrize(("file", "words"), [
+    ("model.safetensors", "has no weights (*.safetensors)"), ("config.json", "has no config.json"),
+])  # fmt: skip
+def test_a_model_folder_that_lacks_a_file_is_refused(refused, model_folder, file, words):
+    (model_folder / file).unlink()
     message = refused("run", "--tasks", "arc", "--model", model_folder)
-    assert "has no weights (*.safetensors)" in message
-    assert "save_pretrained" in message
-
-
-def test_a_model_folder_without_configuration_is_refused(refused, model_folder):
-    (model_folder / "config.json").unlink()
-    message = refused("run", "--tasks", "arc", "--model", model_folder)
-    assert "has no config.json" in message
-    assert "save_pretrained" in message
+    assert words in message and "save_pretrained" in message
 
 
 def test_a_model_folder_that_does_not_exist_is_not_sought_on_the_hub(refused):

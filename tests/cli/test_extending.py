@@ -1,6 +1,6 @@
-"""docs/extending.md holds a whole package, and docs/methods.md what the registry knows."""
+"""docs/extending.md holds a whole package; docs/methods.md and docs/options.md hold what the code says."""
 
-import os
+import importlib
 import re
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from dart_eval.pruning.registry import make, offered
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.plan import plan
 from dart_eval.util.errors import UserError
+from tests.helpers.commands import program
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending.md"
@@ -54,13 +55,14 @@ def test_a_score_is_20_lines_and_a_choice_40():
 def test_the_pages_package_runs_by_the_pages_commands(package, saved_llama, tmp_path):
     lines = re.search(r"```console\n(.*?)```", PAGE.read_text(), re.S)[1].splitlines()
     said = []
+    (tmp_path / "begin.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(package)!r})\nfrom dart_eval import cli\n"
+        "from dart_eval.pruning.registry import offered\noffered.cache_clear()\ncli.main()\n"
+    )
     for line in lines:
         words = line.split()[1:]
         more = ["--model", saved_llama, "--output", "out"] if words[0] == "run" else []
-        done = subprocess.run(
-            [sys.executable, "-c", "from dart_eval.cli import main; main()", *words, *more], cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}, capture_output=True, text=True,
-        )  # fmt: skip
+        done = program(*words, *more, cwd=tmp_path, script=tmp_path / "begin.py")
         assert done.returncode == 0, done.stderr
         said.append(done.stdout + done.stderr)
     tree, ran = said
@@ -82,10 +84,10 @@ def test_their_code_is_in_the_key_and_their_fields_are_checked():
         make("griffin", {"score": "often", "score.share": 2})
 
 
-@pytest.mark.skipif(build.missing() is not None, reason=f"the page names kernels: {build.missing()}")
-def test_the_page_of_methods_is_what_the_registry_knows():
-    made = subprocess.run(
-        [sys.executable, "-c", "import methods_page; print(methods_page.page(), end='')"], cwd=ROOT / "scripts",
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert made == (ROOT / "docs" / "methods.md").read_text(), "run scripts/methods_page.py"
+@pytest.mark.parametrize("name", ["methods", "options"])
+def test_a_page_is_what_the_code_says(name, monkeypatch):
+    if name == "methods" and build.missing() is not None:
+        pytest.skip(f"the page names kernels: {build.missing()}")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    made = importlib.import_module(f"{name}_page").page()
+    assert made == (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), f"run scripts/{name}_page.py"

@@ -54,6 +54,8 @@ ANSWERED = [  # typed after `dart-eval`, and words of the answer
     ("run --tasks smoke --wandb_config_args x", "write --log wandb --log-project NAME"),
     ("run --tasks smoke --wandb_args name=x", "wandb_args name is not known here; write --log wandb"),
     ("run --tasks smoke --metadata x", "set it in a task's YAML file in a folder of --include-path"),
+    ("run --max-new-tokens 8", "there is no --max-new-tokens here; write --gen-kwargs max_gen_toks=N"),
+    ("run --max_gen_toks 8", "there is no --max_gen_toks here; write --gen-kwargs max_gen_toks=N"),
     ("run --tasks smoke --quiet", "progress goes to stderr: add 2>/dev/null"),
     ("run --tasks list", "unknown task 'list'; `dart-eval ls tasks` lists them"),
     ("run --tasks mmmmlu_*", "unknown task 'mmmmlu_*'"),

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 
 import pytest
 from lm_eval.api.instance import Instance
@@ -108,8 +109,12 @@ def test_a_method_that_looks_ahead_needs_something_to_look_at(tmp_path, model):
 def test_perplexities_count_the_text_that_was_scored(tmp_path, model, tasks):
     args = {"method": "griffin", "sparsity": 0.5}
     theirs, _ = by_lm_eval(tmp_path / "theirs", model, "pages", "method=griffin,sparsity=0.5", "--include_path", tasks)
-    ours, _ = by_run(tmp_path / "ours", model, "pages", args, "--include-path", tasks)
+    ours, samples = by_run(tmp_path / "ours", model, "pages", args, "--include-path", tasks)
     assert theirs == pytest.approx({name: ours[name] for name in theirs}, rel=1e-6) and theirs["word_perplexity"] > 1
+    scored = [sample["metrics"]["word_perplexity"] for sample in samples]  # words, by the bytes of second halves
+    assert [weight for _, weight in scored] == pytest.approx([5 * 8 / 14, 2 * 3 / 6, 7 * 15 / 25])
+    total = sum(ll for ll, _ in scored) / sum(weight for _, weight in scored)
+    assert ours["word_perplexity"] == pytest.approx(math.exp(-total), rel=1e-5)
     weigh_scored_text()  # once more changes nothing
     again, _ = by_lm_eval(tmp_path / "again", model, "pages", "method=griffin,sparsity=0.5", "--include_path", tasks)
     assert again == theirs

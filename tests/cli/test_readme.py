@@ -1,15 +1,19 @@
 """README and docs/start.md are run as printed: commands of `console` blocks as processes, the Python block.
 
 Blocks marked `sh` need a network or a user's own files; their options are checked, not their results. `make demo` and
-`make test` are run by .ci/run.
+`make test` are run by .ci/run. The many commands of docs/start.md take a tiny model for the demo model: README's few
+show that the demo model runs.
 """
 
+import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
+from dart_eval.models import demo_model
 from dart_eval.sweep.config import config_from
 from tests.helpers.commands import program
 
@@ -23,24 +27,32 @@ def _blocks(language, page=README):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
 
 
-CONSOLE = [
-    line for page in (README, START) for block in _blocks("console", page) for line in block.splitlines() if line
-]
-COMMANDS = list(dict.fromkeys(line for line in CONSOLE if line.startswith("dart-eval ")))
+COMMANDS = [
+    (page, line) for page in (README, START) for block in _blocks("console", page) for line in block.splitlines()
+    if line.startswith("dart-eval ")
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One folder for all commands, which build on each other."""
+    """One folder for the commands of all pages; those of a page build on each other."""
     return tmp_path_factory.mktemp("readme")
 
 
-def _run(line, folder):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, saved_llama):
+    """The environment of commands for which a tiny model is the demo model."""
+    cache = tmp_path_factory.mktemp("cache")
+    shutil.copytree(saved_llama, cache / demo_model.place().name)
+    return os.environ | {"DART_EVAL_CACHE": str(cache)}
+
+
+def _run(line, folder, env=None):
     """Run a line as a shell would: it has nothing in it that a shell would take for more than words."""
     assert not re.search(r"[|&;<>()$`*?\[\]{}~!#\n]", line), line
     name, *words = shlex.split(line)
     assert name == "dart-eval"
-    done = program(*words, cwd=folder)
+    done = program(*words, cwd=folder, env=env)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -50,15 +62,17 @@ def test_the_readme_is_one_page():
 
 
 def test_the_readme_has_its_commands():
-    assert CONSOLE[:2] == ["make demo", "make test"]
+    assert _blocks("console")[0].splitlines() == ["make demo", "make test"]
     assert len(COMMANDS) >= 5
 
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, folder, demo_installed):
-    done = _run(command, folder)
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[line for _, line in COMMANDS])
+def test_command(page, command, folder, small, demo_installed):
+    place = folder / page.stem
+    place.mkdir(exist_ok=True)
+    done = _run(command, place, None if page == README else small)
     assert done.stdout.strip()
     assert not re.search("(?i)error|warning|traceback", done.stderr)  # progress and notes alone
 
@@ -66,7 +80,8 @@ def test_command(command, folder, demo_installed):
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_second_run_skips_finished_cells(folder, demo_installed):
-    first = next(c for c in COMMANDS if c.startswith("dart-eval run"))
+    folder /= "README"
+    first = next(c for _, c in COMMANDS if c.startswith("dart-eval run"))
     cells = {p: p.read_bytes() for p in (folder / "out" / "cells").glob("*.json")}
     done = _run(first, folder)
     assert "4 of 4 cells are finished already" in done.stderr
@@ -154,10 +169,6 @@ def _commands(text):
         joined = re.sub(r"\\?\n\s+(?=--)", " ", block)
         found += re.findall(r"(?:^|bin/)(dart-eval .*?)(?:  #.*)?$", joined, flags=re.M)
     return found
-
-
-def _yaml_blocks(page):
-    return re.findall(r"```yaml\n(.*?)```", (README.parent / "docs" / page).read_text(encoding="utf-8"), flags=re.S)
 
 
 COMMANDS_OF_DOCS = [(p.name, c) for p in DOCS for c in _commands(p.read_text(encoding="utf-8"))]

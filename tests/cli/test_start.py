@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -150,15 +149,6 @@ def test_every_option_of_a_run_is_in_its_help_and_says_what_it_means():
     assert {*DEFAULTS} <= {*found}
     for name in DEFAULTS:
         assert help_of(name)[-1] == "." and help_of(name) in found[name].help
-
-
-@pytest.mark.process
-def test_the_page_of_options_is_that_of_the_code():
-    made = subprocess.run(
-        [sys.executable, "-c", "import options_page; print(options_page.page(), end='')"], cwd=ROOT / "scripts",
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert made == (ROOT / "docs" / "options.md").read_text(encoding="utf-8"), "run scripts/options_page.py"
 
 
 def test_words_that_an_option_may_be_are_those_of_the_code():

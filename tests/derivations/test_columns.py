@@ -191,7 +191,7 @@ def test_weights_of_few_bits_are_refused():
 def test_a_token_multiplies_all_that_it_reads():
     """Fewer bits are no fewer products."""
     for method in ("grinqh", "rounding", "teal"):
-        assert make(method).multiplied(0.3) == (0.3 if method == "teal" else 1.0)
+        assert make(method).other.multiplied(0.3) == (0.3 if method == "teal" else 1.0)
 
 
 @pytest.mark.parametrize("method", ["grinqh", "graded-layers"])

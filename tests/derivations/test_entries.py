@@ -222,6 +222,6 @@ def test_without_a_text_there_are_no_thresholds():
 def test_of_a_short_last_four_two_are_kept(width, kept):
     part = WandaEntries(pattern="2:4")
     sizes = Inputs(width, sizes=torch.ones(width))
-    assert part.weight_mask(torch.randn(7, width), sizes).sum(1).tolist() == [kept] * 7
+    assert part.as_read(torch.randn(7, width), sizes).ne(0).sum(1).tolist() == [kept] * 7
     assert part.bytes_read(0.5, Stored.of(16), 7, width) == pytest.approx(kept * (16 + 2) / (16 * width))
     assert part.multiplied(0.5625) == 0.5 and WandaEntries().multiplied(0.5) == 0.5

@@ -1,8 +1,9 @@
 """The demo model on shipped and real items: parity with stock lm-eval, per sample."""
 
+from contextlib import nullcontext
+
 import lm_eval
 import pytest
-import torch
 from lm_eval.models.huggingface import HFLM
 
 from dart_eval.evaluation.evaluate import evaluate_task
@@ -11,7 +12,6 @@ from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks, documents
 from dart_eval.evaluation.truncation import fit
 from dart_eval.models import demo_model
-from dart_eval.pruning.calibration.calibration import Calibration, Passages
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.journal import Journal
@@ -63,7 +63,7 @@ def test_dense_equals_stock_lm_eval_on_the_shipped_tasks(ours, stock, name):
 
 @pytest.mark.parametrize(
     ("name", "num_fewshot"),
-    [("arc_easy", None), ("hellaswag", None), ("boolq", None), ("winogrande", None), ("medmcqa", 2), ("xsum", None)],
+    [("arc_easy", None), ("hellaswag", None), ("boolq", None), ("winogrande", None), ("medmcqa", 2)],
 )
 def test_dense_equals_stock_lm_eval_on_real_items(ours, stock, data_dir, indexed, name, num_fewshot):
     _compare(ours, stock, Tasks(data_dir, gen_kwargs=FEW), name, num_fewshot)
@@ -83,43 +83,14 @@ def test_a_long_document_loses_its_end_and_nothing_that_stands_around_it(ours, d
     assert 500 < len(ours.tok_encode(short)) <= 512
 
 
-def test_real_perplexity_is_that_of_the_second_half(ours, stock, data_dir, indexed):
-    """Stock conditional log-likelihood of each chunk's second half given its first, weighted by the text scored."""
-    tasks = Tasks(data_dir)
-    ours.chunk = 256
-    outcome = evaluate_task(ours, DenseSession(), tasks, "wikitext", EvalSettings(limit=1), Journal())
-    ours.chunk = 2048
-    (task,) = tasks.load("wikitext")
-    text = task.doc_to_target(task.eval_docs[0])
-    ids = ours.tok_encode(text)[1:]
-    chunks = [[2, *ids[i : i + 255]] for i in range(0, len(ids), 255)]
-    pairs = [(("", ""), c[: (len(c) + 1) // 2], c[(len(c) + 1) // 2 :]) for c in chunks if len(c) > 1]
-    # lm-eval's public call takes texts and cuts them otherwise; these are our chunks.
-    expected = sum(v for v, _ in stock._loglikelihood_tokens(pairs, disable_tqdm=True))
-    loglikelihood, weight = outcome.samples[0]["metrics"]["word_perplexity"]
-    assert loglikelihood == pytest.approx(expected, abs=2e-2)
-    words = len(task.eval_docs[0]["page"].split())
-    assert 0.4 < weight / words < 0.6
-    (value,) = [m.value for m in outcome.metrics if m.metric == "word_perplexity"]
-    assert value == pytest.approx(float(torch.tensor(-expected / weight).exp()), rel=1e-4)
-
-
 def test_scores_learn_from_the_prompt(demo, ours):
     """At 50 % the prompt's scores lose far less than random neurons do: perplexity after a switch of topic."""
-    model, tokenizer = demo
     values = {}
-    for method in (None, "griffin", "dart", "wanda-sp", "random"):
-        settings = EvalSettings(limit=1)
-        if method is None:
-            outcome = evaluate_task(ours, DenseSession(), Tasks(), "smoke_drift", settings, Journal())
-        else:
-            with prune(
-                model, method, 0.5, calibration=Calibration(model, tokenizer, passages=Passages(1024))
-            ) as session:
-                outcome = evaluate_task(ours, session, Tasks(), "smoke_drift", settings, Journal())
+    for method in (None, "griffin", "random"):
+        with prune(demo[0], method, 0.5) if method else nullcontext(DenseSession()) as session:
+            outcome = evaluate_task(ours, session, Tasks(), "smoke_drift", EvalSettings(limit=1), Journal())
         values[method] = outcome.metrics[0].value
-    assert values[None] < min(values["griffin"], values["dart"], values["wanda-sp"])
-    assert values["random"] > 5 * max(values["griffin"], values["dart"], values["wanda-sp"])
+    assert values[None] < values["griffin"] < values["random"] / 5
 
 
 def test_the_demo_model_is_converted_once(demo, monkeypatch):

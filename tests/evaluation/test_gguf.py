@@ -22,7 +22,7 @@ from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import plan_all
 from dart_eval.util.errors import UserError
 from dart_eval.weights import gguf
-from dart_eval.weights.rounding import coded, served_bits, served_bits_of
+from dart_eval.weights.rounding import coded, served_bits, stored_of
 from tests.helpers import gguf_files
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.gguf_damage import damaged, differing
@@ -49,7 +49,7 @@ def test_a_file_becomes_a_model_with_its_values_and_its_bits(file):
         # Q4_0: 32 codes of 4 bits and a scale of 16; Q8_0: 32 codes of 8 bits and a scale.
         for side, bits in {"gate": 4 + 16 / 32, "up": 4 + 16 / 32, "down": 8 + 16 / 32}.items():
             tensor, module = held[f"blk.{i}.ffn_{side}.weight"], getattr(ffn, side)
-            assert served_bits_of(module) == bits
+            assert stored_of(module).total == bits
             assert torch.equal(module.weight, torch.tensor(dequantize(tensor.data, tensor.tensor_type)))
 
 
@@ -57,6 +57,7 @@ def test_a_file_is_converted_once(file, monkeypatch):
     first = resolve(ModelSpec(str(file)))
     monkeypatch.setattr(gguf, "convert", lambda *args, **kwargs: pytest.fail("converted again"))
     assert resolve(ModelSpec(str(file))).identity == first.identity
+    assert resolve(ModelSpec(str(file.rename(file.with_suffix(".GGUF"))))).identity == first.identity
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(file, tmp_path, monkeypatch):
@@ -137,7 +138,7 @@ def test_without_the_package_it_is_named(file, monkeypatch):
 def test_experts_and_the_ffn_beside_them_have_their_own_bits(file):
     model = resolve(ModelSpec(str(write(file, experts=True)))).load()[0]
     for ffn in find_ffns(model):
-        own = [served_bits_of(module) for module in ffn.projections]
+        own = [stored_of(module).total for module in ffn.projections]
         assert own == ([4.5, 8.5] if ffn.routed else [8.5, 8.5, 4.5])
         assert all((coded(module) is None) == bool(ffn.routed) for module in ffn.projections)
     with open_session(model, "griffin", 0.5) as session:

@@ -6,7 +6,7 @@ import warnings
 import bitsandbytes
 import pytest
 import torch
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
@@ -15,7 +15,7 @@ from dart_eval.bench import bytes_only
 from dart_eval.layers import quantised
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import weight_matrix
-from dart_eval.layers.shape import shape_of
+from dart_eval.layers.shape import stored_share
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.registry import make
 from dart_eval.results.board import boards
@@ -23,7 +23,7 @@ from dart_eval.results.store import Store
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import plan_all
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import coded, served_bits, served_bits_of
+from dart_eval.weights.rounding import coded, served_bits, stored_of
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.models import VOCAB, tiny
 from tests.helpers.sessions import open_session
@@ -77,7 +77,7 @@ def _loaded(folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits_are_those_of_the_checkpoint(checkpoints, kind):
     (first, *_) = ffns = find_ffns(_loaded(checkpoints[kind]))
-    assert (served_bits_of(first.gate), served_bits_of(first.down)) == BITS[kind]
+    assert (stored_of(first.gate).total, stored_of(first.down).total) == BITS[kind]
     assert served_bits(ffns) == (2 * BITS[kind][0] + BITS[kind][1]) / 3
 
 
@@ -129,10 +129,21 @@ def test_memory_is_what_lies_there(checkpoints, kind):
 def test_a_ceiling_is_held_against_the_model_itself(checkpoints, kind):
     model = _loaded(checkpoints[kind])
     found = bytes_only.measure(model, make("griffin"), 0.5, prompt_tokens=8, steps=1)
-    phi = shape_of(model, find_ffns(model)).ffn_share
+    phi = stored_share(model, find_ffns(model))
     into, down = BITS[kind]
     read = (into + down // 1 / 2 + down % 1) / (2 * into + down)  # half of all but the scales of down
     assert found.ceiling == pytest.approx(1 / (1 - phi * (1 - read))) and found.weights_read == pytest.approx(read)
+
+
+def test_a_head_of_16_bits_lowers_the_ceiling_of_quantised_ffns():
+    model = tiny("llama", torch.bfloat16)
+    quantize_(model.model, Int8WeightOnlyConfig())
+    found = bytes_only.measure(model, make("griffin"), 0.5, prompt_tokens=8, steps=1)
+    ours = {id(m) for f in find_ffns(model) for m in f.projections}
+    size = {id(m): 8 * m.in_features * m.out_features + 40 * m.out_features  # codes; a scale and a zero point a row
+            for m in model.model.modules() if isinstance(m, torch.nn.Linear)}  # fmt: skip
+    own, everything = sum(size[i] for i in ours), sum(size.values()) + 16 * model.lm_head.weight.numel()
+    assert found.ceiling == pytest.approx(1 / (1 - own / everything * (1 - found.weights_read)))
 
 
 def test_a_model_that_is_served_in_codes_reads_of_its_own_bytes():

@@ -19,7 +19,7 @@ from dart_eval.results.store import Store
 from dart_eval.sweep.config import config_from
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import coded, served_bits, served_bits_of, served_inputs
+from dart_eval.weights.rounding import coded, served_bits, served_inputs, stored_of
 from dart_eval.weights.stored import Files, _bits
 from tests.helpers import stored
 from tests.helpers.commands import Watch, run_local
@@ -102,7 +102,7 @@ def test_bits_are_those_of_the_files(checkpoint, kind):
     told = []
     ffns = find_ffns(_loaded(checkpoint(kind)[0], kind, told))
     into, down = KINDS[kind][3:]
-    assert all(served_bits_of(f.projections[0]) == into and served_bits_of(f.down) == down for f in ffns)
+    assert all(stored_of(f.projections[0]).total == into and stored_of(f.down).total == down for f in ffns)
     assert served_bits(ffns) == pytest.approx((2 * into + down) / 3)
     assert told == []
 

@@ -17,7 +17,10 @@ from tests.helpers.nursery import LOCAL
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-SWEEP = {"tasks": "smoke", "method": "dense,griffin,dart", "sparsity": "0.5", "limit": 6, "batch_size": 2}
+SWEEP = {
+    "tasks": "smoke", "method": "dense,griffin,dart", "sparsity": "0.5", "limit": 6, "batch_size": 2,
+    "gen_kwargs": "max_gen_toks=16",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import STOPS, program, results, started, until
+from tests.helpers.commands import program, results, started, until
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.process, pytest.mark.slow, pytest.mark.usefixtures("quick_workers")]
+# Those that Ray has its own ways with; the end of a terminal: test_resume.py.
+STOPS = pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
 
 
 def _command(folder, tmp_path, *more):

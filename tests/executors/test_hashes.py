@@ -220,6 +220,7 @@ WITHOUT_NUMBERS = {
     "kernels/products.py": "is not run",
     "layers/finite.py": "refuses",
     "models/demo_model.py": "makes a model, whose files are hashed",
+    "models/explained.py": "says what a user is told",
     "models/device.py": "names a device, which is part of a key",
     "models/digest.py": "hashes a model's files",
     "models/hub.py": "asks whether the hub is there, and for commits",

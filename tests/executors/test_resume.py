@@ -33,7 +33,7 @@ SWEEP = {
     "method": "dense,dart:remask.window=3:remask.min_windows=1:remask.ring=5", "sparsity": "0.5", "limit": 6,
     "batch_size": 2, "tasks": "smoke_questions,smoke_summary",
 }  # fmt: skip
-KILLS = 20
+KILLS = 10
 
 
 def _config(folder, output, **changes):
@@ -230,7 +230,7 @@ def _command(folder, tmp_path):
     """A run of many small batches."""
     return [
         *("run", "--model", folder, "--output", str(tmp_path / "out")),
-        *("--tasks", "smoke_summary", "--method", "dense", "--limit", "30", "--batch-size", "1"),
+        *("--tasks", "smoke_summary", "--method", "dense", "--limit", "12", "--batch-size", "1"),
     ]
 
 

@@ -28,8 +28,6 @@ EQUIVALENT: dict[str, str] = {
         "another way to the same number, which is only faster",
     "Order.settle: not self.own and self.count < index.shape[1] -> (not self.own)":
         "the best k of k experts are all of them",
-    "rerouted: part.calibrates and calibration is not None -> (part.calibrates)":
-        "a method that calibrates is refused without a calibration before",
     "DriftDetector.observe: self.prompt_sum[row : row + 1] / size -> (self.prompt_sum[row : row + 1])":
         "a cosine does not depend on the length of a window's mean",
     "Layer._best: sums.mean(0, keepdim=True) -> sums.sum(0, keepdim=True)":

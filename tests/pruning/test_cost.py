@@ -118,3 +118,22 @@ def test_the_record_of_dart_plus_has_the_work_of_its_read(tmp_path):
     dart_eval.evaluate(model, word_tokenizer(), method="dart-plus", sparsity="0.7,0.9", **asked)
     work = {r.inputs["sparsity"]: r.flops["overhead_decode_step"] for r in Store(tmp_path).load()}
     assert work[0.9] < 0.9 * work[0.7]
+
+
+def test_the_ring_reads_all_experts_that_its_tokens_had():
+    """Two of four experts a token: a ring of several inputs has all of them, a ring of one has two."""
+    model = typed("qwen3_moe")
+    ffns = find_ffns(model)
+    shape = shape_of(model, ffns)
+    assert overhead(make("dart"), shape, 100, 0.5).remask_read == pytest.approx(2 / 3 * 4 / 2)
+    assert overhead(make("dart", {"remask.ring": 1}), shape, 100, 0.5).remask_read == pytest.approx(2 / 3)
+    more, plain = (overhead(make("griffin", p), shape, 100, 0.5, 0.5).prefill for p in ({"compensation": "mean"}, {}))
+    # The constants are those of the pruned neurons of all experts.
+    assert more - plain == 100 * 2 * sum(shape.ffn_sizes) + 2 * shape.width * sum(f.pool for f in ffns) // 2
+
+
+def test_what_writes_through_an_image_is_overhead_and_no_product():
+    with open_session(tiny("llama"), "dart-plus", 0.7, execution="masked") as run:
+        generate(run.model, torch.tensor([random_tokens(9)]), 2)
+        assert run.state.written.sum() > run.state.taken.sum()
+        assert run.computed(0.3) == pytest.approx(float(run.state.taken.sum()) / sum(3 * f.size for f in run.ffns) * 3)

@@ -16,7 +16,7 @@ from dart_eval.layers.projection import stored_bits, weight_matrix
 from dart_eval.layers.quantised import nbytes, values
 from dart_eval.layers.shape import shape_of
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import rounded_ffns, rows, served_bits, served_bits_of, share
+from dart_eval.weights.rounding import rounded_ffns, rows, served_bits, share, stored_of
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens, tiny
 from tests.helpers.sessions import cache_of, generate, open_session
@@ -193,12 +193,12 @@ def test_projections_without_a_weight_count_as_others_do():
 def test_bits_are_those_that_are_stored():
     model = tiny("llama")
     (gate, *_), (up, *_), (down, *_) = ([getattr(f, n) for f in find_ffns(model)] for n in ("gate", "up", "down"))
-    assert served_bits_of(gate) == 16  # as models are served
+    assert stored_of(gate).total == 16  # as models are served
     _eighths(up)  # rows of 32 weights in 8 bits, with a scale of 64 bits each
     _pack(down)  # plain numbers under another name
-    assert served_bits_of(up) == 8 + 64 / 32 and served_bits_of(down) == 16
+    assert stored_of(up).total == 8 + 64 / 32 and stored_of(down).total == 16
     _box(gate)
-    assert served_bits_of(gate) == 8 + 64 / 32
+    assert stored_of(gate).total == 8 + 64 / 32
 
 
 def test_weights_that_torch_packs_are_counted_and_read_as_they_are_packed():

@@ -119,6 +119,14 @@ def test_prox_by_first_bits_reads_codes_and_not_the_weights():
         assert all(f.gate in serving.rounding._PACKED for f in find_ffns(model))
 
 
+def test_a_plan_prices_weights_as_the_codes_that_a_session_makes():
+    model = tiny("llama")
+    with open_session(model, "dart-plus", 0.7) as session:
+        choice, ffns, unit = session.method.choice, session.ffns, session.prepared.unit
+        inside = choice.read_costs(ffns, False, unit)
+    assert choice.read_costs(ffns, False, unit) == inside
+
+
 def test_a_rougher_image_may_have_no_bits():
     """First bits of one bit, and one fewer of other columns."""
     model = tiny("llama")
@@ -128,7 +136,6 @@ def test_a_rougher_image_may_have_no_bits():
 
 def test_numbers_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("dart_eval.pruning.calibration.stats_cache.folder", lambda: tmp_path / "calibration")
-    monkeypatch.setattr(serving, "LARGE", 100)
     made = []
     monkeypatch.setattr(serving, "rounded", lambda *a: made.append(a[0].shape) or rounded(*a))
     tokens = torch.tensor([random_tokens(9)])
@@ -139,6 +146,10 @@ def test_numbers_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_p
             return model(tokens).logits
 
     first = run(tiny("llama"))
+    assert len(made) == 9 and not (tmp_path / "codes").exists()  # no matrix is large
+    made.clear()
+    monkeypatch.setattr(serving, "LARGE", 100)
+    assert torch.equal(run(tiny("llama")), first)
     assert len(made) == 9 and len(list((tmp_path / "codes").iterdir())) == 9
     assert torch.equal(run(tiny("llama")), first) and len(made) == 9  # another model with the same weights
     other = tiny("llama")

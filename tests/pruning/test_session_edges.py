@@ -16,6 +16,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
+from dart_eval.weights import codes
 from dart_eval.weights.rounding import on_grid, rounded
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import odd_llama, random_tokens, tiny
@@ -454,6 +455,12 @@ def test_values_decoded_in_inference_mode_serve_gradients_later():
 
 def test_a_layer_without_parameters_has_no_codes():
     assert on_grid(torch.nn.Identity()) is False
+
+
+def test_an_outline_may_have_codes_that_weights_turn_out_not_to_have():
+    linear = torch.nn.Linear(32, 8)
+    codes.note(linear, lambda _: None)
+    assert not on_grid(linear) and on_grid(linear.to("meta"))
 
 
 @pytest.mark.parametrize(("method", "shared"), [("probe", False), ("griffin", True)])

@@ -16,6 +16,7 @@ from dart_eval.results.labels import exact
 from dart_eval.results.ratio import Ratio
 from dart_eval.results.record import Metric
 from dart_eval.results.report import charts
+from dart_eval.results.seeds import mean_record
 from dart_eval.results.store import Store
 from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST, Stand
 from dart_eval.sweep.jobs import RunResult
@@ -478,6 +479,30 @@ def test_rows_are_held_against_faster_ones(tmp_path):
     drawn = {line.label: [p.read for p in line.points] for line in chart.lines}
     assert drawn == {"flap": [0.625], "glass": [1 / 1.43], "griffin": [0.8, 0.5]}
     assert [text for _, text in chart.ticks] == ["50 %", "60 %", "70 %", "80 %"]
+
+
+def test_a_row_slower_than_dense_is_held_against_it(tmp_path):
+    rows = [choices(q, method=m, sparsity=s, params={"choice": m}) for q, m, s in (
+        (0.8, "dense", 0.0), (0.7, "griffin", 0.5), (0.5, "flap", 0.5),
+    )]  # fmt: skip
+    made = board_of(tmp_path, *rows, speeds=[
+        speeds.Speed(r.inputs["method"], r.inputs["params"], 0.5, r.inputs["model"], "float32", *where, None, 8, 0.5,
+                     Ratio(x, x, x, 9), None, 2.0, "2026-01-01")
+        for r, x, where in zip(rows[1:], (0.6, 1.5), (("cpu", "1 thread"), ("cuda", "H100")), strict=True)
+    ])  # fmt: skip
+    (table,) = frontier.by_time([made])
+    assert [(row[0], row[-1]) for row in table.body] == [("flap", ""), ("griffin", "dense (100 %)")]
+    said = "Speeds of different machines or compilers do not compare: cpu, 1 thread; cuda, H100."
+    assert said in table.note and said in made.notes
+
+
+def test_costs_of_several_seeds_are_means_too():
+    a, b = (
+        dataclasses.replace(choices(0.5, read=read, seed=seed), flops={"overhead_share": share})
+        for seed, (read, share) in enumerate(((0.3, 0.1), (0.4, 0.3)))
+    )
+    found = mean_record([a, b])
+    assert (found.weights_read, found.flops["overhead_share"]) == pytest.approx((0.35, 0.2))
 
 
 @pytest.mark.surface

@@ -231,10 +231,11 @@ def test_empty_results_are_refused(fallen, cli, tmp_path):
 
 def test_the_yaml_of_the_documentation_is_what_it_says(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "ci.md").read_text(encoding="utf-8")
-    thresholds, workflow = (block.partition("```")[0] for block in text.split("```yaml\n")[1:])
+    thresholds, workflow, quality = (block.partition("```")[0] for block in text.split("```yaml\n")[1:])
     (tmp_path / "t.yaml").write_text(thresholds)
     assert thresholds_from(tmp_path / "t.yaml") == Thresholds(tasks={"smoke_drift": Limits(recovery=0.95)})
     (step,) = yaml.safe_load(workflow)["jobs"]["quality"]["steps"][1:]
+    assert config_from(None, yaml.safe_load(quality)).method == ("dense", "griffin")
     inputs = yaml.safe_load((Path(__file__).parents[2] / "action.yml").read_text(encoding="utf-8"))["inputs"]
     assert step["uses"] == f"OWNER/dart-eval@v{dart_eval.__version__}"
     assert {name for name, field in inputs.items() if field.get("required")} <= step["with"].keys() <= inputs.keys()

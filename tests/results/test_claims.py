@@ -100,6 +100,9 @@ def test_no_ratio_decides_nothing():
     assert found.verdict == OPEN and found.text.startswith("no ratio")
     worse, better = -0.29 + 0.1 * draw.standard_normal(N), -0.21 + 0.1 * draw.standard_normal(N)  # of flips
     assert judged(_claim(times=2), [_sides(worse, better, metric="flips")]).verdict == OPEN
+    for metric, said in (("acc", "not above guessing by"), ("flips", "smaller value"), ("rougeL", "not above 0 by")):
+        below = none - none.mean() + (0.001 if metric == "rougeL" else -0.05)
+        assert said in judged(_claim(times=0.9), [_sides(high, below, metric=metric)]).text
 
 
 @pytest.mark.parametrize("gap", [0.92, 0.955, 0.99])

@@ -2,9 +2,13 @@
 
 import math
 
+import pytest
+
+import dart_eval
 from dart_eval.results import documents
 from dart_eval.results.outcomes import Measure, rows_of, value
-from tests.helpers.records import samples
+from dart_eval.util.errors import UserError
+from tests.helpers.records import answered, right, samples, save
 
 
 def test_a_document_without_a_value_is_left_out_and_nan_stays_nan():
@@ -23,3 +27,12 @@ def test_of_two_lines_on_one_document_the_last_counts_and_no_metric_hides_a_hash
     assert len(found) == 1 and found.columns["acc"] == [1.0]
     assert documents.documents(lines).columns["doc_hash"] == [lines[0]["doc_hash"]]
     assert len(documents.documents([])) == 0
+
+
+def test_samples_of_a_task_that_is_not_there(tmp_path, monkeypatch):
+    """A frame without columns would say nothing; and ~ is the home folder, as for `evaluate`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "out", answered("arc_easy", right(0.6), "griffin"))
+    with pytest.raises(UserError, match="no cell of task 'arc_eazy'"):
+        dart_eval.samples("~/out", task="arc_eazy")
+    assert len(dart_eval.samples("~/out", task="arc_easy")) == 60 and len(dart_eval.records("~/out")) == 1

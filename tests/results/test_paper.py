@@ -34,7 +34,9 @@ DENSE, A, B = PaperRow("Dense", "dense", {}, False), PaperRow("A", "a", {}, True
 ACC = PaperColumn("Easy", ("easy",), "acc")
 
 
-def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=None, gpu=None, choices=0):
+def _cell(
+    store, method, right, task="easy", params=None, sparsity=0.5, loss=None, gpu=None, choices=0, effective=0.4321
+):
     """A record with one 0/1 value per document: `right` of them 1; and a perplexity where `loss` is given."""
     values = [1.0] * right + [0.0] * (N - right)
     metrics = [Metric(task, "acc", right / N, 0.05, N, True)]
@@ -52,7 +54,9 @@ def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=Non
     made = record(method=method, sparsity=sparsity, params=params, metrics=metrics, key=f"{task}-{method}-{sparsity}")
     inputs = {**made.inputs, "task": task, "limit": None, "device": "cpu", "code": "c0de" * 4}
     environment = {"gpu": gpu} if gpu else {}
-    made = dataclasses.replace(made, inputs=inputs, samples=samples, environment=environment)
+    made = dataclasses.replace(
+        made, inputs=inputs, samples=samples, environment=environment, effective_sparsity=effective
+    )
     return store.save(f"{task}-{method}", made, [{"task": task, "doc_id": i, "target": "a text"} for i in range(N)])
 
 
@@ -98,6 +102,21 @@ def test_the_best_is_bold_only_where_the_test_says_so(tmp_path):
     alone = _paper(tmp_path / "alone", ("a", 30, {}))
     table, numbers = alone.table(_layout(rows=(A,)))
     assert table.bold == frozenset() and numbers.p.isna().all()
+
+
+def test_a_row_that_runs_dense_for_long_is_not_the_best_of_its_sparsity(tmp_path):
+    often = {"params": {"x": 1}, "effective": 0.38}
+    paper = _paper(tmp_path / "two", ("dense", 40, {"sparsity": 0.0}), ("a", 10, {}), ("b", 30, often))
+    table, numbers = paper.table(_layout())
+    assert table.bold == frozenset() and numbers.p.isna().all()
+    assert "more than 0.05 lower takes no part" in table.note
+    c = PaperRow("C", "c", {}, True)
+    three = _paper(tmp_path / "three", ("a", 10, {}), ("b", 39, often), ("c", 30, {}))
+    table, _ = three.table(_layout(rows=(A, B, c)))
+    assert table.bold == {(2, 2)}  # C, held against A alone
+    near = _paper(tmp_path / "near", ("a", 10, {}), ("b", 30, {"params": {"x": 1}, "effective": 0.39}))
+    table, _ = near.table(_layout(rows=(A, B)))
+    assert table.bold == {(1, 2)} and "takes no part" not in table.note
 
 
 def test_among_three_the_best_must_beat_both(tmp_path):

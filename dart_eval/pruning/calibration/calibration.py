@@ -5,6 +5,7 @@ They are computed when a method asks, and with a `StatsCache` only once for a mo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -102,12 +103,10 @@ class Calibration:
         def enter(layer: int) -> Callable[..., None]:
             return lambda _module, args: inputs.update({layer: args[0].reshape(-1, args[0].shape[-1])})
 
-        handles = [f.block.register_forward_pre_hook(enter(f.layer)) for f in self.ffns]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for f in self.ffns:
+                hooks.enter_context(f.block.register_forward_pre_hook(enter(f.layer)))
             self._run(lambda layer, h: see(layer, inputs.pop(layer)[-len(h) :], h))
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def once(self, name: str | None, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return a statistic on the CPU, from the cache if possible. name: its cache key; None: not cached."""
@@ -180,19 +179,18 @@ class Calibration:
 
             return hook
 
-        handles = [f.into.register_forward_pre_hook(watch(f.layer)) for f in self.ffns]
         base = getattr(self.model, "base_model", self.model)
         device = input_device(self.model)
         config: Any = self.model.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or SEGMENT + skip
-        try:
-            with evaluating(self.model), experts.taken_over(self.model):
-                for segment in self.passages.cut(ids, max(1, min(SEGMENT, positions - skip))):
-                    start = torch.tensor([bos] * skip, dtype=segment.dtype)
-                    base(input_ids=torch.cat([start, segment])[None].to(device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as inside:
+            for f in self.ffns:
+                inside.enter_context(f.into.register_forward_pre_hook(watch(f.layer)))
+            inside.enter_context(evaluating(self.model))
+            inside.enter_context(experts.taken_over(self.model))
+            for segment in self.passages.cut(ids, max(1, min(SEGMENT, positions - skip))):
+                start = torch.tensor([bos] * skip, dtype=segment.dtype)
+                base(input_ids=torch.cat([start, segment])[None].to(device), use_cache=False)
 
 
 @dataclass(frozen=True)

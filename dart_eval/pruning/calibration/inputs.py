@@ -16,44 +16,30 @@ LOW_BITS = 13  # of a float32, ignored in a bin: 10 bits of the mantissa stay, a
 BINS = 1 << (31 - LOW_BITS)
 
 
-class Distribution:
-    """A histogram of magnitudes, in bins by the leading bits of a float32.
+class Quantile:
+    """The threshold that as many magnitudes of all tokens exceed as the tokens are to take.
 
-    The bit patterns of positive numbers have the order of the numbers, so the bins need no range.
+    Magnitudes are counted in bins by the leading bits of a float32. The bit patterns of positive numbers have the order
+    of the numbers, so the bins need no range.
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.int64)
-
-    def add(self, values: Tensor) -> None:
-        """Count these numbers, any shape."""
-        patterns = values.float().abs().reshape(-1).view(torch.int32) >> LOW_BITS
-        self.counts += torch.bincount(patterns, minlength=BINS).cpu()
-
-    def quantile(self, share: float) -> float:
-        """Return the lower edge of the bin that reaches this share of the numbers: at most the share lies below it."""
-        if share <= 0:
-            return BELOW_ALL
-        reached = self.counts.cumsum(0) >= math.ceil(share * int(self.counts.sum()) - 1e-6)  # .6 * 5 is 3
-        edge = reached.int().argmax().to(torch.int32) << LOW_BITS
-        return float(edge.view(torch.float32))
-
-
-class Quantile:
-    """The threshold that as many magnitudes of all tokens exceed as the tokens are to take."""
-
-    def __init__(self) -> None:
-        self.distribution, self.share = Distribution(), 0.0
+        self.counts, self.share = torch.zeros(BINS, dtype=torch.int64), 0.0
 
     def add(self, values: Tensor, k: int) -> None:
-        """Count tokens, [T, F], that are to take k neurons each."""
-        self.distribution.add(values)
+        """Count tokens, [T, F], that are to take k neurons (or inputs) each."""
+        patterns = values.float().abs().reshape(-1).view(torch.int32) >> LOW_BITS
+        self.counts += torch.bincount(patterns, minlength=BINS).cpu()
         self.share = 1 - k / values.shape[-1]
 
     @property
     def threshold(self) -> float:
-        """The quantile."""
-        return self.distribution.quantile(self.share)
+        """The lower edge of the bin that reaches the share of what is not taken: at most the share lies below it."""
+        if self.share <= 0:
+            return BELOW_ALL
+        reached = self.counts.cumsum(0) >= math.ceil(self.share * int(self.counts.sum()) - 1e-6)  # .6 * 5 is 3
+        edge = reached.int().argmax().to(torch.int32) << LOW_BITS
+        return float(edge.view(torch.float32))
 
 
 class MeanLeast:

@@ -23,15 +23,18 @@ class WeightCache(Generic[T]):
 
     def get(self, module: nn.Module, weights: Sequence[Tensor], how: object, make: Callable[[], T]) -> T:
         """Return the module's value, computed anew if its weights, their contents or `how` have changed."""
-        key = how, *((w.data_ptr(), w._version, str(w.dtype), _sample(w)) for w in weights)
+        key = how, *((w.data_ptr(), w._version, str(w.dtype), sample(w)) for w in weights)
         entry = self._entries.get(module)
         if entry is None or entry[0] != key:
-            self._entries[module] = entry = key, make()
+            kind = next((w.device.type for w in weights), "cpu")
+            # The value outlives the user's autocast, which some devices do not know.
+            with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+                self._entries[module] = entry = key, make()
             release()
         return entry[1]
 
 
-def _sample(weight: Tensor) -> bytes:
+def sample(weight: Tensor) -> bytes:
     """Return some of a weight's bytes: an edit through `.data` makes no new version.
 
     They are evenly spread, and one at least of each row and column, since single neurons are edited so.
@@ -39,9 +42,10 @@ def _sample(weight: Tensor) -> bytes:
     if weight.is_meta or type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
         return b""
     some = weight.detach()[:: max(1, len(weight) // ROWS)] if weight.dim() else weight.detach()
-    some = some[..., :: max(1, some.shape[-1] // ROWS)].flatten() if weight.dim() > 1 else some
+    parts = [some[..., :: max(1, some.shape[-1] // ROWS)].flatten() if weight.dim() > 1 else some]
     if weight.dim() > 1 and weight.numel():
         diagonal = torch.arange(max(weight.shape[-2:]), device=weight.device)
         crossed = weight.detach()[..., diagonal % weight.shape[-2], diagonal % weight.shape[-1]]
-        some = torch.cat([some, crossed.flatten()])
-    return some.contiguous().view(torch.uint8).cpu().numpy().tobytes() if some.numel() else b""
+        parts.append(crossed.flatten())
+    # Not one tensor: under autocast torch refuses to join some dtypes.
+    return b"".join(p.contiguous().view(torch.uint8).cpu().numpy().tobytes() for p in parts if p.numel())

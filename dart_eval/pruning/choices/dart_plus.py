@@ -51,10 +51,7 @@ class DartPlus(Previewing):
     )
     tile: int = option(64, "columns that are read or skipped together", least=1)
     known: float = option(
-        0.2,
-        "weight of the previewed h^2 beside its uncertainty, in the choice of exact neurons",
-        least=0,
-        most=1,
+        0.2, "weight of the previewed h^2 beside its uncertainty, in the choice of exact neurons", least=0, most=1
     )
     coarse: float = option(
         1.0, "neurons that write their previewed values, as a multiple of the exact neurons", least=0
@@ -158,9 +155,7 @@ def graded_counts(budget: Budget, ratio: float, title: str = "the choice") -> Co
     Raises:
         UserError: the image takes more than the sparsity leaves.
     """
-    densities, sizes, sparsity, matrices, read_cost = (
-        budget.densities, budget.sizes, budget.sparsity, budget.matrices, budget.read_cost,
-    )  # fmt: skip
+    densities, sizes, sparsity, matrices, _, read_cost = budget
     assert read_cost is not None and read_cost.approximated is not None
     everything, rough = sum(sizes), read_cost.approximated
     before = read_cost.in_mask + read_cost.always  # of each neuron

@@ -78,8 +78,7 @@ def hold_codes_alone(ffn: FFN, choice: DartPlus) -> None:
     """Free an FFN's codes but for those of its kernel. The model's own weights are not needed."""
     kernel = packed(choice, ffn)
     assert isinstance(kernel, ffns.GradedFFN)
-    for which, module in enumerate((ffn.gate, ffn.up, ffn.down)):
-        assert module is not None
+    for which, module in enumerate(ffn.projections):
         held = coded(module)
         assert held is not None
         move(held, functools.partial(packing.unpacked, kernel.codes, which))

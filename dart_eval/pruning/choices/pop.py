@@ -57,7 +57,7 @@ class Candidates(AnyChoice):
         return min(1.0, taken + self.width * (1 - taken))
 
     def counts(self, budget: Budget) -> Counts:
-        densities, sizes, sparsity, matrices = budget.densities, budget.sizes, budget.sparsity, budget.matrices
+        densities, sizes, sparsity, matrices, *_ = budget
         everything, whole = sum(sizes), matrices - 1
         kept = round((1 - sparsity) * everything)
         if kept == everything:

@@ -115,7 +115,8 @@ class PreviewedRows(ChosenRows):
     def rows_read(self) -> tuple[float, ...]:
         size, width, image, rows = self.ffn.size, self.ffn.width, self.image, self.ffn.size if self._all else self.taken
         gate, up = (
-            (image.bits_of(m.stored, size, width) * size + m.bits * rows) / m.bits for m in served_inputs(self.ffn)
+            (image.bits_of(m.stored, size, width) * size + m.stored.total * rows) / m.stored.total
+            for m in served_inputs(self.ffn)
         )
         return gate, up, self.written
 

@@ -152,6 +152,11 @@ class Serving:
             held.dropped = True
             held.own = held.parameter.data = held.own.new_zeros(1).expand(held.own.shape)
 
+    def put_back(self) -> None:
+        """Give parameters the weights that they have between forwards."""
+        for held in self._held:
+            held.parameter.data = held.own
+
     def end(self) -> None:
         """Give the model its own weights, or what is left of them (`drop`), and no codes."""
         for held in self._held:

@@ -135,7 +135,8 @@ def rerouted(part: Routing, sparsity: float, ffns: Sequence[FFN], calibration: C
     """Return a part attached to a model's routers."""
     own = not isinstance(part, Fewer) or part.weights == "own"
     available: list[Tensor | None] = [None] * len(ffns)
-    if part.calibrates and calibration is not None:
+    if part.calibrates:
+        assert calibration is not None
         available = [_best(part, f, s) for f, s in zip(ffns, saliency(ffns, calibration), strict=True)]
     orders = {
         f.layer: Order(routed, count, own, some)

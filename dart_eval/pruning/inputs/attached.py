@@ -13,7 +13,7 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import plain_matrix, weight_matrix
 from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.calibration.inputs import Distribution, all_squares
+from dart_eval.pruning.calibration.inputs import Quantile, all_squares
 from dart_eval.pruning.inputs.entries import Entries, Graded, Inputs, Share
 from dart_eval.pruning.inputs.graded import GradedInputs
 from dart_eval.pruning.masks.counts import keep_counts
@@ -76,12 +76,9 @@ class AttachedInputs:
 
     @torch.no_grad()
     def __init__(
-        self,
-        part: Entries,
-        ffns: Sequence[FFN],
-        input_counts: Sequence[tuple[int, int]],
+        self, part: Entries, ffns: Sequence[FFN], input_counts: Sequence[tuple[int, int]],
         calibration: Calibration | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.part, self.ffns = part, ffns
         thresholds, sizes = _statistics(part, ffns, input_counts, calibration)
         self.inputs: list[list[Inputs]] = []
@@ -198,24 +195,18 @@ def _statistics(
         return nothing, nothing
     if part.by_token:
         name = f"quantiles of inputs, {[*input_counts]} read"
-        return calibration.once(name, lambda: [_quantiles(ffns, input_counts, calibration)])[0].tolist(), nothing
+        return calibration.once(name, lambda: [_quantiles(input_counts, calibration)])[0].tolist(), nothing
     squares = all_squares(ffns, calibration)
     return nothing, [[s.sqrt() for s in squares[i : i + 2]] for i in range(0, len(squares), 2)]
 
 
-def _quantiles(ffns: Sequence[FFN], input_counts: Sequence[tuple[int, int]], calibration: Calibration) -> Tensor:
+def _quantiles(input_counts: Sequence[tuple[int, int]], calibration: Calibration) -> Tensor:
     """Return [L, 2] fp64 thresholds for x and h that leave these numbers of inputs on the text."""
-    distributions = [[Distribution(), Distribution()] for _ in ffns]
+    quantiles = [[Quantile(), Quantile()] for _ in input_counts]
 
-    def see(layer: int, x: Tensor, h: Tensor) -> None:
-        for distribution, values in zip(distributions[layer], (x, h), strict=True):
-            distribution.add(values)
+    def see(layer: int, *sides: Tensor) -> None:
+        for quantile, values, count in zip(quantiles[layer], sides, input_counts[layer], strict=True):
+            quantile.add(values, count)
 
     calibration.visit(see)
-    return torch.tensor(
-        [
-            [one.quantile(1 - k / n) for one, k, n in zip(both, layer, (f.width, f.size), strict=True)]
-            for both, layer, f in zip(distributions, input_counts, ffns, strict=True)
-        ],
-        dtype=torch.float64,
-    )
+    return torch.tensor([[one.threshold for one in both] for both in quantiles], dtype=torch.float64)

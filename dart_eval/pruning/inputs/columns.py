@@ -44,18 +44,9 @@ class GradedColumns(Graded):
     granularity = "bits of input channels"
     replaces = True
     levels: Literal[
-        "0-2-3-4-5-6-8",
-        "0-1-2-3-4-5-6-7-8",
-        "0-2-3-4-5-6",
-        "0-2-4-6-8",
-        "0-2-4-8",
-        "0-4-8",
-        "0-8",
-        "2-4-8",
-        "3-7",
-        "4-8",
-        "8",
-    ] = option("0-2-4-6-8", "bits in which a column may be read; the last number is a code's bits")
+        "0-2-3-4-5-6-8", "0-1-2-3-4-5-6-7-8", "0-2-3-4-5-6", "0-2-4-6-8", "0-2-4-8", "0-4-8", "0-8", "2-4-8", "3-7",
+        "4-8", "8",
+    ] = option("0-2-4-6-8", "bits in which a column may be read; the last number is a code's bits")  # fmt: skip
     group: int = option(128, "number of weights that share a scale; 0: a whole row", least=0)
 
     def lacking(self, ffn: FFN) -> str | None:

@@ -91,13 +91,9 @@ class Entries(Part):
         """Return [..., n] bool, the columns that each token reads. x: [..., n], the inputs of the matrix."""
         raise NotImplementedError
 
-    def weight_mask(self, weight: Tensor, inputs: Inputs) -> Tensor:
-        """Return [out, n] bool, the weights that every token reads. weight: [out, n]."""
-        raise NotImplementedError
-
     def as_read(self, weight: Tensor, inputs: Inputs) -> Tensor:
         """Return [out, n], the matrix that every token reads. weight: [out, n]."""
-        return weight * self.weight_mask(weight, inputs)
+        raise NotImplementedError
 
 
 class Coded:

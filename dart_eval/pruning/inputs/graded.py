@@ -54,7 +54,8 @@ class GradedInputs:
                 raise
             raise UserError(f"in one of the layers {error.problem}", "use allocation=uniform") from None
         found: Any = itertools.repeat(None)
-        if part.calibrates and calibration is not None:
+        if part.calibrates:
+            assert calibration is not None
             name = f"sizes of inputs by {part!r}, {[*densities]} read"
             found = iter(calibration.once(name, lambda: _sizes(made, ffns, calibration)))
         self.layers = [
@@ -224,10 +225,10 @@ def _graded(ffn: FFN, matrices: Limited, forward: Any, look: SecondLook | None) 
     """Return the hook of a projection. look: receives its products, or None."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        state = forward.state
-        if forward.phase != "decode" or state is None:
+        if forward.phase != "decode":
             replaced = matrices[0][0].part.replaces
             return torch.cat([matrix.whole(args[0]) for matrix, _ in matrices], -1) if replaced else None
+        state = forward.state
         x, position = forward.in_batch(args[0]), state.positions(forward.valid)
         made = [(matrix, limit, *matrix(x, limit, position)) for matrix, limit in matrices]
         if look is not None:

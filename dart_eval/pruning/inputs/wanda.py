@@ -46,7 +46,7 @@ class WandaEntries(Entries):
     def multiplied(self, read: float) -> float:
         return read if self.sized else 0.5  # places are no products
 
-    def weight_mask(self, weight: Tensor, inputs: Inputs) -> Tensor:
+    def as_read(self, weight: Tensor, inputs: Inputs) -> Tensor:
         import torch
 
         from dart_eval.kernels.top import top_k_mask
@@ -54,7 +54,7 @@ class WandaEntries(Entries):
         assert inputs.sizes is not None
         score = weight.float().abs() * inputs.sizes.to(weight.device)
         if self.sized:
-            return top_k_mask(score, torch.full((len(score),), inputs.count))
+            return weight * top_k_mask(score, torch.full((len(score),), inputs.count))
         width = score.shape[1]
         fours = torch.nn.functional.pad(score, (0, -width % 4), value=-1.0).reshape(-1, 4)
-        return top_k_mask(fours, torch.full((len(fours),), 2)).view(len(score), -1)[:, :width]
+        return weight * top_k_mask(fours, torch.full((len(fours),), 2)).view(len(score), -1)[:, :width]

@@ -92,10 +92,7 @@ class Uniform(ByShares):
     name = "uniform"
     summary = "gives every layer the same density"
 
-    def densities(
-        self, sparsity: float, sizes: Sequence[int], change: ChangeState | None, rows: slice,
-        scores: Sequence[Tensor] | None = None,
-    ) -> list[float]:  # fmt: skip
+    def densities(self, sparsity: float, sizes: Sequence[int], *_: object) -> list[float]:
         return [1 - sparsity] * len(sizes)
 
 
@@ -115,10 +112,7 @@ class Ends(ByShares):
     first: int = option(1, "first layers that stay dense", least=0)
     last: int = option(1, "last layers that stay dense", least=0)
 
-    def densities(
-        self, sparsity: float, sizes: Sequence[int], change: ChangeState | None, rows: slice,
-        scores: Sequence[Tensor] | None = None,
-    ) -> list[float]:  # fmt: skip
+    def densities(self, sparsity: float, sizes: Sequence[int], *_: object) -> list[float]:
         self.check_sparsity(sparsity, sizes)
         layers, pruned = len(sizes), self._pruned(sizes)
         density = 1 - sparsity * sum(sizes) / sum(pruned) if pruned else 1.0
@@ -224,15 +218,24 @@ class FromTable(ByShares):
         shipped = shipped_tables().get(self.file)
         return [json.dumps(shipped).encode() if shipped else Path(self.file).read_bytes()]
 
-    def densities(
-        self, sparsity: float, sizes: Sequence[int], change: ChangeState | None, rows: slice,
-        scores: Sequence[Tensor] | None = None,
-    ) -> list[float]:  # fmt: skip
+    def densities(self, sparsity: float, sizes: Sequence[int], *_: object) -> list[float]:
         self.check_sparsity(sparsity, sizes)
         return self.table
 
     def check_sparsity(self, sparsity: float, sizes: Sequence[int] | None = None) -> None:
-        check_table(self.table, sparsity, sizes, self._read[1])
+        """Refuse a table for another sparsity or, if the neurons of the model's layers are known, for another model."""
+        ratios, own = self._read  # own: neurons of the layers that it was made for; None: all alike
+        if sizes is not None and len(ratios) != len(sizes):
+            raise UserError(
+                f"the allocation table has {len(ratios)} layers, the model {len(sizes)}", "make one for this model"
+            )
+        weights = sizes or own or [1] * len(ratios)
+        mean = sum(r * n for r, n in zip(ratios, weights, strict=True)) / sum(weights)
+        if abs(mean - (1 - sparsity)) > TABLE_TOLERANCE:
+            raise UserError(
+                f"the allocation table keeps {mean:.3f} of the neurons, sparsity {sparsity:g} keeps {1 - sparsity:.3f}",
+                f"run it at --sparsity {1 - mean:.3g}, or make a table for {sparsity:g}",
+            )
 
 
 @functools.cache
@@ -275,27 +278,3 @@ def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> N
     """
     text = json.dumps({**about, "keep": [round(float(r), 6) for r in ratios]}, indent=1) + "\n"
     write(path, text)
-
-
-def check_table(
-    ratios: Sequence[float], sparsity: float, sizes: Sequence[int] | None = None, own: Sequence[int] | None = None
-) -> None:
-    """Refuse a table for another sparsity or, if the neurons of the model's layers are known, for another model.
-
-    Args:
-        sizes: neurons of the model's layers. own: of the layers that the table was made for; None: all alike.
-
-    Raises:
-        UserError: it has another number of layers or another mean.
-    """
-    if sizes is not None and len(ratios) != len(sizes):
-        raise UserError(
-            f"the allocation table has {len(ratios)} layers, the model {len(sizes)}", "make one for this model"
-        )
-    weights = sizes or own or [1] * len(ratios)
-    mean = sum(r * n for r, n in zip(ratios, weights, strict=True)) / sum(weights)
-    if abs(mean - (1 - sparsity)) > TABLE_TOLERANCE:
-        raise UserError(
-            f"the allocation table keeps {mean:.3f} of the neurons, sparsity {sparsity:g} keeps {1 - sparsity:.3f}",
-            f"run it at --sparsity {1 - mean:.3g}, or make a table for {sparsity:g}",
-        )

@@ -18,14 +18,13 @@ class ChangeState(PerSequence):
 
     Attributes:
         numbers: the decoder layer of each FFN.
-        sizes: neurons of each FFN.
     """
 
     def __init__(self, batch: int, ffns: Sequence[FFN], residual: bool) -> None:
         import torch
 
         layers, self.residual = len(ffns), residual
-        self.numbers, self.sizes = tuple(f.number for f in ffns), tuple(f.size for f in ffns)
+        self.numbers = tuple(f.number for f in ffns)
         self.tokens = torch.zeros(batch)
         self.cosine = torch.zeros(batch, layers)  # sum over tokens of cos(y, z), on the CPU
         self.change = torch.zeros(batch, layers)  # sum over tokens of ||z - y|| / ||y||

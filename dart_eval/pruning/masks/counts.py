@@ -7,6 +7,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dart_eval.util.errors import UserError
 
@@ -105,8 +106,7 @@ class ReadCost:
     always: float = 0.0
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """The bytes that tokens may read.
 
     Attributes:
@@ -175,9 +175,7 @@ def chosen_counts(
     Raises:
         UserError: what is read before the choice exceeds what the sparsity leaves.
     """
-    densities, sizes, sparsity, matrices, preview = (
-        allowed.densities, allowed.sizes, allowed.sparsity, allowed.matrices, allowed.read_cost,
-    )  # fmt: skip
+    densities, sizes, sparsity, matrices, _, preview = allowed
     everything, cost = sum(sizes), preview or ReadCost(full_matrices, matrices - 1 - full_matrices)
     n_kept, unit = round((1.0 - sparsity) * everything), cost.written  # from here on in columns of down
     if n_kept == everything:

@@ -33,6 +33,7 @@ class DepthAware(Allocation):
 
     name = "depth"
     summary = "keeps more in layers that change the residual stream more, and protects early and late layers"
+    by_layer = True  # FFNs of one layer change the stream together
     needs_context = True
     needs_change = True
     sensitivity: Literal["ffn", "residual"] = option(
@@ -47,13 +48,7 @@ class DepthAware(Allocation):
     ) -> list[float]:  # fmt: skip
         assert change is not None
         sensitivity = dict(zip(change.numbers, change.sensitivity(rows, self.magnitude), strict=True))
-        together = dict.fromkeys(sensitivity, 0)  # FFNs of one layer change the stream together, and have one density
-        for number, size in zip(change.numbers, change.sizes, strict=True):
-            together[number] += size
-        normalised = normalise_sensitivity([*sensitivity.values()])
-        densities = depth_aware(normalised, sparsity, self.protect, [*together.values()])
-        of_layer = dict(zip(sensitivity, densities, strict=True))
-        return [of_layer[number] for number in change.numbers]
+        return depth_aware(normalise_sensitivity([*sensitivity.values()]), sparsity, self.protect, sizes)
 
     def start(self, batch: int, ffns: Sequence[FFN]) -> ChangeState | None:
         return ChangeState(batch, ffns, self.sensitivity == "residual")

@@ -46,14 +46,11 @@ class Calls:
         self._inside: int | None = None  # the thread that generates or runs a forward
         self._before: list[tuple[nn.Module, str, object]] = []  # earlier entries of a module's `__dict__`
 
-    def __deepcopy__(self, _memo: object) -> object:
-        """Refuse the copy of a module, all of which hold this object."""
-        raise UserError(
-            "a copy of a model under prune() would act on the original", "copy it before the block, or after it"
-        )
-
-    def watch(self) -> None:
+    def watch(self, settle: Callable[[], None]) -> None:
         """Replace the methods.
+
+        Args:
+            settle: called after each `generate`, however it ended.
 
         Raises:
             UserError: another session is at work on this model.
@@ -65,11 +62,12 @@ class Calls:
             # `_apply` is what `to`, `half`, `cuda` and the like end in.
             self._put(module, "_apply", functools.partial(_leaves_alone, module))
             self._put(module, "load_state_dict", _refuse_weights)
+            self._put(module, "__reduce_ex__", _refuse_copy)  # copy.deepcopy and pickle ask the object for it
         for name in CONTINUOUS:
             if hasattr(self.model, name):
                 self._put(self.model, name, _refuse_continuous_batching)
         if callable(generate):
-            self._put(self.model, "generate", functools.partial(self._generate, generate))
+            self._put(self.model, "generate", functools.partial(self._generate, generate, settle))
 
     def _put(self, module: nn.Module, name: str, value: object) -> None:
         self._before.append((module, name, module.__dict__.get(name, ABSENT)))
@@ -104,9 +102,14 @@ class Calls:
         """End a forward."""
         self._inside = self._generating
 
-    def _generate(self, generate: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+    def _generate(
+        self, generate: Callable[..., object], settle: Callable[[], None], *args: Any, **kwargs: Any
+    ) -> object:
         with self.alone:
-            return self._generate_alone(generate, *args, **kwargs)
+            try:
+                return self._generate_alone(generate, *args, **kwargs)
+            finally:
+                settle()
 
     def _generate_alone(self, generate: Callable[..., object], *args: Any, **kwargs: Any) -> object:
         self.enter()
@@ -154,6 +157,12 @@ def _leaves_alone(
 def _refuse_weights(*_args: object, **_kwargs: object) -> object:
     raise UserError(
         "the weights of a model under prune() must stay as they are", "move, cast or load them before the block"
+    )
+
+
+def _refuse_copy(*_args: object) -> object:
+    raise UserError(
+        "a copy of a model under prune() would act on the original", "copy or pickle it before the block, or after it"
     )
 
 

@@ -95,7 +95,8 @@ class Prepared:
         for ffn, mask, taken, written, (always, seen, chosen, last) in zip(
             self.ffns, counts.mask, counts.taken, counts.written, terms, strict=True
         ):
-            products += full * mask + (matrices - 1 - full) * taken + written
+            exact = taken if self.method.choice.adds else written  # what the image of down writes is overhead
+            products += full * mask + (matrices - 1 - full) * taken + exact
             fixed += always * ffn.size + seen * mask * images
             moving += seen * mask * (not images) + chosen * taken + last * written
         everything = matrices * sum(f.size for f in self.ffns)
@@ -107,9 +108,9 @@ class Prepared:
         Args:
             read: share of the FFN weights that it reads.
         """
-        if self.method.other is not None:
+        if (other := self.method.other) is not None:
             scales = self.method.scales_read(self.ffns)
-            return self.method.multiplied((read - scales) / (1 - scales))
+            return other.multiplied((read - scales) / (1 - scales))
         if (self.read_cost is not None and self.method.choice.exact) or not self._moving:
             return self._products
         return self._products * (read - self._fixed) / self._moving

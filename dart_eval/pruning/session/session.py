@@ -16,6 +16,7 @@ before the session. The evaluation sets phases itself with `context()` and `deco
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dart_eval.layers.find import find_ffns, hold, let_go, unchanged
+from dart_eval.layers.projection import adapter_state
 from dart_eval.pruning.calibration.calibration import Calibration
+from dart_eval.pruning.calibration.weight_cache import sample
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.cache import CacheWatch, cache_in, check_cache, real_tokens
 from dart_eval.pruning.session.calls import Calls
@@ -72,7 +75,8 @@ class Session(SessionStats):
         self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0  # tokens need h, sliced or not
         self._forced: Phase | None = None
         self._given_valid: Tensor | None = None
-        self._tally, self._prompting = Tally(), False
+        self._tally = Tally()
+        self._prompting: int | None = None  # the thread inside `prompt`
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls, self._left = Calls(model), False
         self.block: object = None
@@ -91,11 +95,11 @@ class Session(SessionStats):
     @contextmanager
     def prompt(self) -> Iterator[None]:
         """Treat forwards inside as prompt, even on a filled cache (a chunk, a further turn): dense, then new masks."""
-        self._prompting = True
+        self._prompting = threading.get_ident()  # of this thread's forwards alone
         try:
             yield
         finally:
-            self._prompting = False
+            self._prompting = None
 
     # -- phases set by the evaluation ------------------------------------------------------------------------
 
@@ -165,9 +169,11 @@ class Session(SessionStats):
         forward.going = forward.valid
         chunk = bool(past) and forward.last == "context" and forward.turn == self._calls.turn
         forward.turn = self._calls.turn
-        if not past:
+        if past:
+            self.executing.widen()  # an exception may have left it sliced
+        else:
             self.log = Log()
-        self.executing.widen()  # an exception may have left it sliced
+            self._settle()
         self._begin_sequences(batch, tokens.device, past)
         if forward.phase == "decode":
             self._begin_decode(tokens, batch, length)
@@ -184,15 +190,32 @@ class Session(SessionStats):
             return args, {**kwargs, "logits_to_keep": 0}
         return None
 
-    def _edits(self) -> list[int]:
-        """Return the number of changes in place of each FFN weight, of which copies and previews may be held."""
-        parameters = (p for f in self.ffns for m in f.projections for p in m._parameters.values() if p is not None)
-        return [0 if p.is_inference() else p._version for p in parameters]
+    def _settle(self) -> None:
+        """Give the projections their own weights, which an exception inside a forward has left replaced."""
+        self.executing.widen()
+        if self.serving is not None and not self._left:
+            self.serving.put_back()
+
+    def _edits(self) -> list[tuple[nn.Parameter, object]]:
+        """Return each FFN weight, with what an edit changes: copies and previews of it may be held."""
+        weights = (p for f in self.ffns for m in f.projections for p in m.parameters() if not p.is_meta)
+        return [(p, (0 if p.is_inference() else p._version, sample(p) if p.dim() == 2 else b"")) for p in weights]
+
+    def _adapters(self) -> list[list[str]]:
+        """Return the state of the FFNs' adapters, if masks, codes or thresholds were made from weights with them."""
+        made = self.method.calibrates or self.prepared.nbytes()
+        return [adapter_state(m) for f in self.ffns for m in f.projections if made and hasattr(m, "base_layer")]
+
+    def _edited_since(self) -> bool:
+        """Whether FFN weights have changed since the session was attached."""
+        now, before = self._edits(), self._edited
+        alike = len(now) == len(before) and all(p is q and m == n for (p, m), (q, n) in zip(now, before, strict=True))
+        return not alike or self._adapters() != self._adapted
 
     def _begin_sequences(self, batch: int, device: torch.device, past: int) -> None:
         """Set the execution and the state for the sequences of a forward."""
         by_hand = self._forced is None
-        if not past and by_hand and self._edits() != self._edited:
+        if not past and by_hand and self._edited_since():
             raise UserError(
                 "FFN weights have changed inside prune()", "change them before the block; after it, prune() again"
             )
@@ -239,7 +262,7 @@ class Session(SessionStats):
             self.forward.phase = self._forced
             return
         self._cache.check_tokens(cache, past, self.state is not None and self.method.keeps_state)
-        decodes = past >= max(self._calls.prompt, 1) and not self._prompting
+        decodes = past >= max(self._calls.prompt, 1) and self._prompting != threading.get_ident()
         if decodes and length > 1:
             raise UserError(
                 f"a forward of {length} tokens after {past} cached ones does not tell prune() whether they are prompt, "
@@ -301,11 +324,10 @@ class Session(SessionStats):
 
     def _finish_decode(self, state: SequenceState, attention: Tensor | None) -> None:
         """Run the detector, and make the new masks that are due."""
-        detector = state.remasking.detector if state.remasking is not None else None
-        watching = detector is not None and attention is not None
-        changes = state.finish_decode(attention if watching else None, self.forward.going)
-        if watching and detector is not None and state.remasking is not None and not state.released:
-            self.log.watched(detector, state.remasking.alarms)
+        remasking = state.remasking
+        changes = state.finish_decode(attention, self.forward.going)
+        if attention is not None and remasking is not None and remasking.detector is not None and not state.released:
+            self.log.watched(remasking.detector, remasking.alarms)
         if changes or self.method.mask.remask.dense_tokens or state.released:
             self._step = None
         if changes:
@@ -316,9 +338,9 @@ class Session(SessionStats):
     def attach(self) -> None:
         """Install the hooks that the method needs."""
         if self.prunes:
-            self._calls.watch()
+            self._calls.watch(self._settle)
             hold(self.model)
-            self._edited = self._edits()
+            self._edited, self._adapted = self._edits(), self._adapters()
             self._hooks.install(self._begin, self._end)
 
     @contextmanager

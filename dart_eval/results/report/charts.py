@@ -235,9 +235,8 @@ def of_block(block: Block, looks: Mapping[str, int], note: str = "", cost: Cost 
                 continue
             value, ends = found
             low, high = ends or (value, value)
-            text = multiple(value, *(ends or ()))
+            text = (multiple if times else percent)(value, *(ends or ()))
             if not times:
-                text = percent(value) + (f" [{percent(low)[:-2]}, {percent(high)[:-2]}]" if ends else "")
                 value, low, high = 100 * value, 100 * low, 100 * high
             lines.setdefault(label, []).append(Point(at, value, low, high, f"{label} at {percent(at)}: {text}"))
     if not lines:

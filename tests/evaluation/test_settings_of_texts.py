@@ -1,0 +1,129 @@
+"""Settings of generation: their types, ends of their own, cut prompts in plans, and repeats in reads at batch."""
+
+import pytest
+from lm_eval.api.instance import Instance
+
+from dart_eval.evaluation import sampling
+from dart_eval.evaluation.generation import Generator
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.rotary import Angles
+from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.sweep.config import config_from, made
+from dart_eval.util.errors import UserError
+from tests.helpers.models import random_tokens, tiny, word_tokenizer
+from tests.helpers.requests import TextRequest, words
+from tests.helpers.sessions import open_session
+
+
+def _asked(lm, session=None, **settings):
+    """Ask three prompts in one batch; return the token ids and the counted tokens of each."""
+    lm.begin(session or DenseSession(), {})
+    requests = [TextRequest(words(random_tokens(5 + i, seed=i)), i) for i in range(3)]
+    for request in requests:
+        request.args = (request.args[0], {**request.args[1], **settings})
+    lm.generate_until(requests)
+    return [lm.token_ids["t", i] for i in range(3)], [lm.costs["t", i].tokens for i in range(3)]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_end_among_the_settings_ends_what_is_counted(several):
+    """What pads a row after `eos_token_id` of --gen-kwargs is no token of its text."""
+    lm = PrunedLM(tiny("llama").float(), word_tokenizer(), batch_size=3, max_length=64)
+    whole, _ = _asked(lm)
+    end = whole[0][2]
+    expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in whole]
+    assert len(expected[0]) < len(whole[0]) and expected[1:] == whole[1:]
+    found, counts = _asked(lm, eos_token_id=[end] if several else end)
+    assert found == expected
+    assert counts == [len(ids) for ids in expected]
+
+
+def test_beams_of_a_checkpoints_own_settings_are_those_of_a_request():
+    """Each text's costs are of its own beams, not of another text's."""
+    model = tiny("llama").float()
+    lm = PrunedLM(model, word_tokenizer(), batch_size=3, max_length=64)
+
+    def costs(**settings):
+        with open_session(model, "top-p", execution="masked") as session:
+            return _asked(lm, session, **settings), [lm.costs["t", i] for i in range(3)]
+
+    expected = costs(num_beams=3)
+    model.generation_config.num_beams = 3
+    assert costs() == expected
+
+
+def test_a_plan_counts_the_tokens_of_a_cut_prompt_that_are_read():
+    """A prompt longer than the model is cut from the left, so most of its tokens never run."""
+    lm = PrunedLM(tiny("llama"), word_tokenizer(), max_length=64)
+    generator = Generator(lm, DenseSession(), lm.planned, Angles(lm.model), {})
+    (unit,) = generator.units([("a", TextRequest(words(random_tokens(200)), 0, tokens=8))])
+    assert (unit.tokens, unit.cached, unit.prompts[0].cut) == (64, 64, True)
+
+
+def test_repeats_of_a_prompt_are_one_sequence_of_a_read_at_batch():
+    """Draws of one prompt share its mask, so their union would say that a batch reads no more than a sequence."""
+    lm = PrunedLM(tiny("llama"), word_tokenizer(), read_at_batch=True)
+    settings = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
+    requests = [
+        Instance("generate_until", {}, (words(random_tokens(9, seed=n)), dict(settings)), 0, metadata=("t", n, 8))
+        for n in range(4) for _ in range(8)
+    ]  # fmt: skip
+    with open_session(lm.model, "griffin", execution="masked") as session:
+        lm.begin(session, {})
+        lm.generate_until(requests)
+    found = lm.unions.result(1.0)["sequences"]
+    assert {n: of[2] for n, of in found.items()} == {"1": 4, "2": 2, "4": 1}
+    assert found["2"][0] > found["1"][0]
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ("do_sample=no", "do_sample 'no' in gen_kwargs must be true or false"),
+    ({"do_sample": "off"}, "do_sample 'off' in gen_kwargs must be true or false"),
+    ("max_gen_toks=abc", "max_gen_toks 'abc' in gen_kwargs must be a whole number"),
+    ("max_new_tokens=10.5", "max_new_tokens 10.5 in gen_kwargs must be a whole number"),
+    ("temperature=high,do_sample=true", "temperature 'high' in gen_kwargs must be a number"),
+    ("until=5", "until 5 in gen_kwargs must be a text or a list of texts"),
+    ("until={'a', 'b'}", "in gen_kwargs must be a text or a list of texts"),
+])  # fmt: skip
+def test_settings_of_other_types_are_refused_before_anything_is_loaded(given, message):
+    """`do_sample=no` is a text, and so true: it drew tokens. Others ended in tracebacks of their libraries."""
+    with pytest.raises(UserError, match=message):
+        made({"gen_kwargs": given})
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ("do_sample=0", "do_sample=false"), ("do_sample=1", "do_sample=true"), ("do_sample=False", "do_sample=false"),
+    ("max_gen_toks=1e3", "max_gen_toks=1000.0"), ("until=None", "until=None"), ("until=a", "until=a"),
+    ({"do_sample": "false"}, "do_sample=false"), ({"max_gen_toks": "64"}, "max_gen_toks=64"),
+    ({"temperature": "1e-1"}, "temperature=0.1"),
+    ('{"temperature": 0.5, "until": ["a=b"]}', "temperature=0.5,until=['a=b']"),
+    ({"until": ["\n", "b"], "temperature": 1}, "temperature=1,until=['\\n', 'b']"), ("temperature=None", None),
+])  # fmt: skip
+def test_settings_of_their_types_pass(given, expected):
+    """A number for a truth value is the truth value, so that it has the same key. lm-eval takes JSON, too."""
+    assert made({"gen_kwargs": given}).gen_kwargs == (expected or given)
+
+
+def test_draws_at_a_tasks_own_temperature_of_0_are_refused_with_what_helps():
+    """gsm8k has temperature 0.0 itself: the user who types do_sample=true cannot leave it out."""
+    own = {"do_sample": False, "temperature": 0.0}
+    with pytest.raises(UserError, match="temperature 0 draws none; add temperature=1"):
+        sampling.overridden(own, {"do_sample": True})
+    assert sampling.overridden(own, {"do_sample": True, "temperature": 0.5})["temperature"] == 0.5
+    assert sampling.overridden(own, {"do_sample": False}) == own
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "use_cache"])
+def test_settings_that_the_harness_gives_itself_are_refused(name):
+    """`generate` got them twice, and failed with a TypeError."""
+    lm = PrunedLM(tiny("llama"), word_tokenizer(), max_length=64)
+    with pytest.raises(UserError, match=f"{name} is no setting of a task's generation; leave it out"):
+        _asked(lm, **{name: 0})
+
+
+def test_groups_of_rounded_weights_are_no_times_of_day(tmp_path):
+    """YAML 1.1 reads 4:16 as 256, and the error named a number that nobody had typed."""
+    file = tmp_path / "run.yaml"
+    file.write_text("ffn_bits: 4:16\ntasks: arc\nlimit: 30\n", encoding="utf-8")
+    config = config_from(file, {"output": str(tmp_path / "out")})
+    assert (config.ffn_bits, config.limit) == (("4:16",), 30)
