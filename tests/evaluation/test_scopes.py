@@ -60,7 +60,7 @@ def test_batch_size_and_order_do_not_matter(model, method, scope):
             found.append(numbers(scored(model, session, requests[::order], scope, batch_size)[::order]))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
-            assert a == pytest.approx(b, rel=1e-6, abs=1e-6)  # sums of 60 nats in fp32: batches round apart
+            assert a == pytest.approx(b, rel=1e-6, abs=1e-6)  # compensation adds in fp32
 
 
 def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, saved_llama):
