@@ -42,7 +42,7 @@ class Overhead:
         scoring_share: FLOPs per prompt token (scores, sensitivity, detector) over those of a dense token.
         remask_tokens: FLOPs of one re-mask of all layers, in dense tokens.
         remask_every: tokens between steady re-masks, 0 if there are none; those after alarms depend on the text.
-        remask_read: FFN weights that one re-mask reads / all FFN weights (see `cost.Overhead`).
+        remask_read: FFN weights that one re-mask reads / those of a dense token (see `cost.Overhead`).
     """
 
     method: str

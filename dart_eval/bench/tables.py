@@ -164,7 +164,7 @@ def work(results: list[Overhead]) -> Table:
     note = (
         "FLOPs that the method adds to a decoded token and to a prompt token, over the FLOPs of a dense decoded token "
         "at 1024 tokens of context. Re-mask: FLOPs of one re-mask over all layers, in dense tokens. Re-mask reads: FFN "
-        "weights that one re-mask reads / all FFN weights. Steady re-masks come at a fixed interval, and add this "
-        "share to each token. Re-masks after an alarm come on top, as often as the text drifts."
+        "weights that one re-mask reads / those that a dense token reads. Steady re-masks come at a fixed interval, "
+        "and add this share to each token. Re-masks after an alarm come on top, as often as the text drifts."
     )
     return Table("Work", columns, body, note)

@@ -34,6 +34,11 @@ from dart_eval.pruning.session.log import Step
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
+GIVEN = (  # settings of `generate` that the harness gives itself
+    "pad_token_id", "use_cache", "stop", "stopping_criteria", "logits_processor", "context", "input_ids",
+    "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -132,9 +137,9 @@ class Generator:
         settings = {name: value for name, value in given.items() if value is not None}
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.lm.max_gen_toks))
         odd = [name for name in ("max_length", "num_return_sequences") if kwargs.pop(name, None) not in (None, 1)]
-        odd += [name for name in ("pad_token_id", "use_cache") if name in kwargs]  # the harness gives them itself
+        odd += [name for name in GIVEN if name in kwargs]
         if odd:
-            remedy = "use max_gen_toks" if odd[0] == "max_length" else "leave it out"
+            remedy = {"max_length": "use max_gen_toks", "stop": "use until"}.get(odd[0], "leave it out")
             raise UserError(f"{odd[0]} is no setting of a task's generation", remedy)
         if kwargs.get("do_sample"):
             kwargs["temperature"] = float(kwargs.get("temperature", 1.0))  # not 0, as `HFLM` would have it

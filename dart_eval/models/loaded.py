@@ -24,6 +24,9 @@ from dart_eval.weights.checkpoint import check_tokenizer
 
 PASSING = ("_name_or_path", "transformers_version")  # origin of a configuration
 LIBRARIES = ("transformers", "torch")  # whose versions are part of the key
+OF_FORWARDS = ("training", "gradient_checkpointing", "max_seq_len_cached")  # settings of parts that come and go
+PLAIN = (bool, int, float, str)
+MOVING = ("dynamic", "longrope")  # kinds of rotary angles that a long text changes
 OF_A_CALL = ("padding", "truncation")  # settings that a tokenizer's last call leaves behind
 
 
@@ -110,9 +113,9 @@ def _hash(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
-    """Yield the state of a model, each plain tensor once; other buffers follow from the configuration."""
+    """Yield the state of a model and its other buffers, each plain tensor once."""
     seen = set()
-    for name, weight in _state(model):
+    for name, weight in itertools.chain(_state(model), _buffers(model)):
         if isinstance(weight, torch.Tensor) and not weight.is_quantized and not hasattr(weight, "__tensor_flatten__"):
             if (place := (weight.data_ptr(), weight.shape, weight.stride())) in seen:  # tied
                 continue
@@ -128,6 +131,12 @@ def _state(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
     yield from model.named_parameters()  # a state dict would change such weights: see `quantised`
     for name, module in quantised_modules:
         yield from ((f"{name}.{i}", tensor) for i, tensor in enumerate(quantised.held(module)))
+
+
+def _buffers(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
+    for name, part in model.named_modules():
+        if not any(kind in str(getattr(part, "rope_type", "")) for kind in MOVING):
+            yield from ((f"{name}.{own}", buffer) for own, buffer in part.named_buffers(recurse=False))
 
 
 def _parts(name: str, value: object) -> Iterator[tuple[str, object]]:
@@ -155,14 +164,12 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _modules(model: PreTrainedModel) -> dict[str, str]:
-    """Return the class of each part of a model, and the settings of parts without weights, such as activations."""
+    """Return the class of each part of a model, and its settings: those of an activation, the epsilon of a norm."""
     code = {kind: _code(kind) for kind in {type(part) for part in model.modules()}}
     found: dict[str, str] = {}
     for name, part in model.named_modules():
-        own = {k: v for k, v in vars(part).items() if k != "training" and isinstance(v, (bool, int, float, str))}
-        bare = next(itertools.chain(part.children(), part.parameters(), part.buffers()), None) is None
-        settings = f" {sorted((k, v) for k, v in own.items() if not k.startswith('_'))}" if bare else ""
-        found[name] = code[type(part)] + settings
+        own = {k: v for k, v in vars(part).items() if not k.startswith("_") and k not in OF_FORWARDS}
+        found[name] = f"{code[type(part)]} {sorted((k, v) for k, v in own.items() if isinstance(v, PLAIN))}"
     return found
 
 

@@ -74,8 +74,8 @@ def describe(
 ) -> Json:  # fmt: skip
     """Return the costs that a record holds, in FLOPs.
 
-    `overhead_decode_step` includes the observed re-masks, spread over the tokens. `remask_reads` is the share of
-    the FFN weights that these re-masks read, per decoded token.
+    `overhead_decode_step` includes the observed re-masks, spread over the tokens. `remask_reads` is what these
+    re-masks read, per decoded token, over the FFN weights of a dense token.
 
     Args:
         context: mean length of the contexts.

@@ -100,7 +100,7 @@ class Sides:
         if claim.times is not None:
             ratio, chance = share(self.a, self.b), metrics.kind_of(self.metric).chance
             if ratio is None and self.b.value < 0 and not chance:
-                return "no ratio: of this metric the smaller value is the better one"
+                return "no ratio: the second row is below 0, or the smaller value is the better one"
             if ratio is None:
                 return f"no ratio: the second row is not above {'guessing' if chance else '0'} by more than noise"
             value, *ends = _written([ratio.value, *(ratio.interval or ())], claim.times, ".", 2)

@@ -312,8 +312,10 @@ class Paper:
                 "Value ± standard error.",
                 "Bold: better than every other pruned row of its sparsity by the paired test, Holm-adjusted p < .05.",
             ]
-        if not numbers["alike"].all():
-            parts.append(f"A row whose effective sparsity is more than {ALIKE} lower takes no part in it.")
+            if not numbers["alike"].all():
+                parts.append(
+                    f"Rows with an effective sparsity over {ALIKE} below the highest take no part in the test."
+                )
         if any(metrics.kind_of(name).percent for name in numbers["metric"]):
             parts.append("Accuracies and similarities are in per cent.")
         if layout.mean:

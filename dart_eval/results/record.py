@@ -100,8 +100,8 @@ class Record:
         Json, Holds(dict[str, Number]),
         "at `context_tokens` (the mean context): `prefill`, `decode_step_dense`, `decode_step_pruned`, "
         "`overhead_prefill`, `overhead_decode_step` (re-masks included), `overhead_share` (of a dense step), `remask`, "
-        "`remask_reads` (FFN weights that re-masks read per decoded token / all FFN weights), `remask_bytes` (the same "
-        "in bytes, of the model's own dtype), `ffn_share`",
+        "`remask_reads` (FFN weights that re-masks read per decoded token / those that a dense token reads), "
+        "`remask_bytes` (the same in bytes, of the model's own dtype), `ffn_share`",
     ]  # fmt: skip
     memory: Annotated[
         dict[str, int], Holds(dict[str, Number]),

@@ -35,7 +35,7 @@ FLOPS_NOTE = (
     "FLOPs are counted from shapes (a multiply-add is two) at the mean context length of the cell. decode: FLOPs of a "
     "decoded token; ratio: decode / dense. overhead: FLOPs that the method adds to a decoded token, re-masks included, "
     "/ dense. in prefill: FLOPs that it adds to the whole prompt. re-mask reads: FFN weights that re-masks read per "
-    "decoded token / all FFN weights. "
+    "decoded token / those that a dense token reads. "
     "Runs multiply by masks, so these FLOPs count a model that skips the pruned neurons; they are not time saved."
 )
 MEMORY = (

@@ -255,6 +255,8 @@ def _settled(asked: Json, base: RunConfig) -> RunConfig:
         settings["gen_kwargs"] = checked("gen_kwargs", {**told, "max_gen_toks": int(new_tokens)})
     if base.limit is not None:
         settings["limit"] = base.limit * share if base.limit < 1 else max(1, round(base.limit * share))
+    if base.model is not None and settings.get("model", base.model) != base.model:
+        settings["revision"] = None  # which is of the command's model
     return dataclasses.replace(base, **settings)
 
 

@@ -16,6 +16,7 @@ from dart_eval.util.text import Json
 from dart_eval.util.yamls import known
 
 SEE = "see docs/paper.md"
+LONGEST = 1 << 20  # tokens of a prompt whose cost is counted
 KEYS = (
     "claim", "source", "table", "column", "metric", "sparsity", "rows", "by", "times", "at_most", "shape", "method",
     "prompt",
@@ -55,8 +56,10 @@ def _claim(one: dict[str, Any], tables: dict[str, TableLayout]) -> Claim | None:
             if name not in known_ones:
                 raise UserError(f"claim {text!r}: unknown shape or cost {name!r}", nearest(name, known_ones))
         check_sparsity(numbers["sparsity"])
+        if not 1 <= (prompt := int(one.get("prompt", 1024))) <= LONGEST:
+            raise UserError(f"claim {text!r}: a prompt has 1 to {LONGEST:,} tokens, not {prompt}")
         make(*parse(named["method"]))
-        return Claim(text, str(one.get("source", "")), prompt=int(one.get("prompt", 1024)), **named, **numbers)
+        return Claim(text, str(one.get("source", "")), prompt=prompt, **named, **numbers)
     layout = tables.get(str(one["table"]))
     if layout is None:
         raise UserError(f"claim {text!r}: unknown table {one['table']!r}", nearest(str(one["table"]), tables))

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -169,7 +169,9 @@ def generation(value: object, info: ValidationInfo) -> str | None:
             raise UserError(f"{name} {short_repr(item)} in {info.field_name} is not finite", "give a number")
         if item is not None and name in SETTINGS and not SETTINGS[name][0](item):
             raise UserError(f"{name} {short_repr(item)} in {info.field_name} must be {SETTINGS[name][1]}")
-    if isinstance(found.get("do_sample"), int):  # 1 and true are one setting, and one key
+        if name in LENGTHS and isinstance(item, float):  # 8.0 and 8 are one setting, and one key
+            found[name] = int(item)
+    if isinstance(found.get("do_sample"), int):  # so are 1 and true
         found["do_sample"] = bool(found["do_sample"])
     return ",".join(f"{name}={_literal(found[name])}" for name in sorted(found)) or None
 
@@ -189,18 +191,30 @@ def pairs(name: str, value: object) -> Json:
     example = f"write {name.replace('_', '-')} as KEY=VALUE,KEY=VALUE"
     if isinstance(value, dict):
         return {_text(f"a key of {name}", key): item for key, item in value.items()}
-    found: Json = {}
     said = ",".join(_text(name, text) for text in (value if isinstance(value, list) else [value]))
     if said.lstrip().startswith("{"):
         with contextlib.suppress(ValueError):
-            return dict(json.loads(said))
+            return pairs(name, json.loads(said, object_pairs_hook=functools.partial(_once, name)))
+    found: list[tuple[str, Any]] = []
     for item in _apart(said):
         key, equals, told = item.partition("=")
         if not equals or not key.strip():
             raise UserError(f"{name} {item!r} is not KEY=VALUE", example)
-        if key.strip() in found:
-            raise UserError(f"{key.strip()} is given twice in {name}", "leave one of them out")
-        found[key.strip()] = _guessed(told.strip())
+        found.append((key.strip(), _guessed(told.strip())))
+    return _once(name, found)
+
+
+def _once(name: str, items: Sequence[tuple[str, Any]]) -> Json:
+    """Return keys with their values. name: of the option.
+
+    Raises:
+        UserError: a key is given twice.
+    """
+    found: Json = {}
+    for key, value in items:
+        if key in found:
+            raise UserError(f"{key} is given twice in {name}", "leave one of them out")
+        found[key] = value
     return found
 
 

@@ -100,6 +100,7 @@ def test_a_process_that_has_computed_nothing_ends_without_a_search_for_garbage(m
     (["run", "--force", "smoke"], "--force takes no value, not 'smoke'; leave it out"),
     (["check", "out"], "missing option '--baseline'; see dart-eval check -h"),
     (["ls", "parts", "--foo"], "dart-eval ls parts has no option --foo; see dart-eval ls parts -h"),
+    (["ls", "tasks", "--tasks", "x"], "dart-eval ls tasks has no option --tasks; known: --all, --include-path"),
     (["run", "--prompt-length", "5"], "dart-eval run has no option --prompt-length; see dart-eval run -h"),
 ])  # fmt: skip
 def test_words_that_no_command_takes_are_answered_in_one_line(words, said):

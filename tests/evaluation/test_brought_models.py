@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models import adapters
@@ -17,7 +17,7 @@ from dart_eval.models.loaded import loaded
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.util.errors import UserError
-from tests.helpers.models import tiny
+from tests.helpers.models import SMALL, VOCAB, made, tiny
 from tests.helpers.requests import TextRequest
 
 
@@ -49,6 +49,37 @@ def test_another_activation_in_memory_is_another_model(tokenizer):
             model(input_ids=torch.tensor([[4, 5]]))
         assert loaded(model.train().eval(), tokenizer).identity.weights == found[-1]
     assert len(set(found)) == 4
+
+
+def test_other_settings_or_angles_of_a_part_in_memory_are_another_model(tokenizer):
+    """A norm's epsilon, a scaling of attention and rotary frequencies are no weights, and decide the answers, too."""
+
+    def scale(model):
+        model.model.layers[1].self_attn.scaling *= 2
+
+    def norm(model):
+        model.model.norm.variance_epsilon *= 2
+
+    def turn(model):
+        model.model.rotary_emb.inv_freq *= 2
+
+    found = []
+    for edit in (lambda _model: None, scale, norm, turn):
+        model = tiny("llama", dtype=torch.float32)
+        edit(model)
+        found.append(loaded(model, tokenizer).identity.weights)
+    assert len(set(found)) == 4
+
+
+def test_a_long_text_does_not_make_another_model(tokenizer):
+    """Its angles stay for the next text, until that is short."""
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = made(lambda: LlamaConfig(**{**SMALL, "max_position_embeddings": 16}, rope_parameters=dynamic))
+    before, angles = loaded(model, tokenizer).identity.weights, model.model.rotary_emb.inv_freq.clone()
+    with torch.no_grad():
+        model(input_ids=torch.arange(40)[None] % VOCAB)
+    assert not torch.equal(model.model.rotary_emb.inv_freq, angles)
+    assert loaded(model, tokenizer).identity.weights == before
 
 
 def test_quantised_weights_without_a_word_in_the_configuration_are_refused(folder):

@@ -93,7 +93,8 @@ def test_settings_of_other_types_are_refused_before_anything_is_loaded(given, me
 
 @pytest.mark.parametrize(("given", "expected"), [
     ("do_sample=0", "do_sample=false"), ("do_sample=1", "do_sample=true"), ("do_sample=False", "do_sample=false"),
-    ("max_gen_toks=1e3", "max_gen_toks=1000.0"), ("until=None", "until=None"), ("until=a", "until=a"),
+    ("max_gen_toks=1e3", "max_gen_toks=1000"), ("max_gen_toks=8.0", "max_gen_toks=8"),
+    ("until=None", "until=None"), ("until=a", "until=a"),
     ({"do_sample": "false"}, "do_sample=false"), ({"max_gen_toks": "64"}, "max_gen_toks=64"),
     ({"temperature": "1e-1"}, "temperature=0.1"),
     ('{"temperature": 0.5, "until": ["a=b"]}', "temperature=0.5,until=['a=b']"),
@@ -113,12 +114,20 @@ def test_draws_at_a_tasks_own_temperature_of_0_are_refused_with_what_helps():
     assert sampling.overridden(own, {"do_sample": False}) == own
 
 
-@pytest.mark.parametrize("name", ["pad_token_id", "use_cache"])
-def test_settings_that_the_harness_gives_itself_are_refused(name):
+@pytest.mark.parametrize(("name", "remedy"), [
+    ("pad_token_id", "leave it out"), ("use_cache", "leave it out"), ("stop", "use until"),
+    ("attention_mask", "leave it out"), ("return_dict_in_generate", "leave it out"),
+])  # fmt: skip
+def test_settings_that_the_harness_gives_itself_are_refused(name, remedy):
     """`generate` got them twice, and failed with a TypeError."""
     lm = PrunedLM(tiny("llama"), word_tokenizer(), max_length=64)
-    with pytest.raises(UserError, match=f"{name} is no setting of a task's generation; leave it out"):
+    with pytest.raises(UserError, match=f"{name} is no setting of a task's generation; {remedy}"):
         _asked(lm, **{name: 0})
+
+
+def test_a_key_of_json_counts_once():
+    with pytest.raises(UserError, match="max_gen_toks is given twice in gen_kwargs"):
+        made({"gen_kwargs": '{"max_gen_toks": 4, "max_gen_toks": 8}'})
 
 
 def test_groups_of_rounded_weights_are_no_times_of_day(tmp_path):

@@ -1,5 +1,6 @@
 """What a server does with an attached model: edits, interrupts, autocast, threads, adapters, copies."""
 
+import contextvars
 import copy
 import pickle
 import threading
@@ -23,8 +24,12 @@ def _through_data(down):
     down.weight.data.copy_(down.weight.data.flip(1) * 2)
 
 
-@pytest.mark.parametrize("edit", [_new_parameter, _through_data])
-@pytest.mark.parametrize("method", ["griffin", "magnitude"])
+def _other_data(down):
+    down.weight.data = down.weight.detach().flip(1) * 2
+
+
+@pytest.mark.parametrize("edit", [_new_parameter, _through_data, _other_data])
+@pytest.mark.parametrize("method", ["griffin", "magnitude", "dart-plus"])
 def test_weights_that_are_edited_inside_the_block_are_noticed(llama, method, edit):
     """Copies of the earlier ones would be multiplied, and would come back in place of the user's."""
     session = attach(llama, method, 0.5)
@@ -98,6 +103,20 @@ def test_a_prompt_said_by_one_thread_is_none_of_another(llama):
         thread.join(20)
     assert torch.equal(found[0], wanted)
     session.detach()
+
+
+def test_a_prompt_goes_on_in_a_thread_that_takes_the_context_along(llama):
+    """As `asyncio.to_thread` does. A block that has ended in another thread ends no other one."""
+    ids, chunk = prompts_of(1, 12), prompts_of(1, 3)
+    with open_session(llama, "griffin", 0.6) as session, torch.no_grad():
+        cache = llama(ids, use_cache=True).past_key_values
+        with session.prompt():
+            threading.Thread(target=lambda: session.prompt().__enter__()).start()
+            taken = contextvars.copy_context()
+            thread, found = in_thread(lambda: taken.run(llama, chunk, past_key_values=cache).logits)
+            thread.join(20)
+        assert session.forward.last == "context"
+    assert torch.allclose(found[0], llama(torch.cat([ids, chunk], 1)).logits[:, 12:])
 
 
 @pytest.mark.parametrize("part", [lambda m: m, lambda m: m.model.layers[0].mlp])

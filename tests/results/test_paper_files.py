@@ -59,6 +59,22 @@ def test_a_shape_that_cannot_be_counted_is_refused_before_the_first_cell(tmp_pat
         command._run(load(_file(tmp_path, claims=[cats]), config_from(None, BASE)), False)
     with pytest.raises(UserError, match="sparsity"):
         load(_file(tmp_path, claims=[{**SHAPE, "sparsity": 70}]), config_from(None, BASE))
+    for prompt in (0, -5, 10**10):
+        with pytest.raises(UserError, match=f"claim 'c': a prompt has 1 to 1,048,576 tokens, not {prompt}"):
+            load(_file(tmp_path, claims=[{**SHAPE, "prompt": prompt}]), config_from(None, BASE))
+
+
+def test_the_commands_revision_is_that_of_the_commands_model(tmp_path):
+    own = {
+        "name": "own",
+        "title": "O",
+        "model": "gemma-3-270m",
+        "columns": {"S": {"task": "smoke_stories", "metric": "acc"}},
+    }
+    file = _file(tmp_path, tables=[*SMALL["tables"], own])
+    found = load(file, config_from(None, {**BASE, "model": "org/x", "revision": "step1000"})).sweeps
+    revisions = {(config.model, config.revision) for configs in found.values() for config in configs}
+    assert revisions == {("org/x", "step1000"), ("gemma-3-270m", None)}
 
 
 def test_the_divergence_from_a_rounded_model_stands_beside_no_other(tmp_path):

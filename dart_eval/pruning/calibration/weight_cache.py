@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ class WeightCache(Generic[T]):
 
     def get(self, module: nn.Module, weights: Sequence[Tensor], how: object, make: Callable[[], T]) -> T:
         """Return the module's value, computed anew if its weights, their contents or `how` have changed."""
-        key = how, *((w.data_ptr(), w._version, str(w.dtype), sample(w)) for w in weights)
+        key = how, *((w.data_ptr(), w._version, str(w.dtype)) for w in weights), sample(weights)
         entry = self._entries.get(module)
         if entry is None or entry[0] != key:
             kind = next((w.device.type for w in weights), "cpu")
@@ -34,18 +34,22 @@ class WeightCache(Generic[T]):
         return entry[1]
 
 
-def sample(weight: Tensor) -> bytes:
-    """Return some of a weight's bytes: an edit through `.data` makes no new version.
+def sample(weights: Iterable[Tensor]) -> bytes:
+    """Return some of the bytes of weights: an edit through `.data` makes no new version.
 
-    They are evenly spread, and one at least of each row and column, since single neurons are edited so.
+    They are evenly spread, and one at least of each row and column, since single neurons are edited so. A device is
+    waited for once.
     """
-    if weight.is_meta or type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
-        return b""
-    some = weight.detach()[:: max(1, len(weight) // ROWS)] if weight.dim() else weight.detach()
-    parts = [some[..., :: max(1, some.shape[-1] // ROWS)].flatten() if weight.dim() > 1 else some]
-    if weight.dim() > 1 and weight.numel():
-        diagonal = torch.arange(max(weight.shape[-2:]), device=weight.device)
-        crossed = weight.detach()[..., diagonal % weight.shape[-2], diagonal % weight.shape[-1]]
-        parts.append(crossed.flatten())
-    # Not one tensor: under autocast torch refuses to join some dtypes.
-    return b"".join(p.contiguous().view(torch.uint8).cpu().numpy().tobytes() for p in parts if p.numel())
+    parts: dict[torch.device, list[Tensor]] = {}
+    for weight in weights:
+        if weight.is_meta or type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
+            continue
+        some = weight.detach()[:: max(1, len(weight) // ROWS)] if weight.dim() else weight.detach()
+        found = [some[..., :: max(1, some.shape[-1] // ROWS)].flatten() if weight.dim() > 1 else some]
+        if weight.dim() > 1 and weight.numel():
+            diagonal = torch.arange(max(weight.shape[-2:]), device=weight.device)
+            crossed = weight.detach()[..., diagonal % weight.shape[-2], diagonal % weight.shape[-1]]
+            found.append(crossed.flatten())
+        raw = (p.reshape(-1).contiguous().view(torch.uint8) for p in found if p.numel())
+        parts.setdefault(weight.device, []).extend(raw)
+    return b"".join(torch.cat(p).cpu().numpy().tobytes() for p in parts.values() if p)

@@ -107,6 +107,16 @@ class _Held:
     packed: Packed
     values: Decoded
     dropped: bool = False
+    shown: bool = False  # the parameter has the codes' values
+
+    def show(self, *_: object) -> None:
+        """Give the parameter the values of the codes."""
+        self.shown, self.parameter.data = True, self.values()
+
+    def hide(self, *_: object) -> None:
+        """Give the parameter what it has between forwards. What the user has put there meanwhile stays."""
+        if self.shown:
+            self.shown, self.parameter.data = False, self.own
 
 
 class Serving:
@@ -142,8 +152,8 @@ class Serving:
     def watch(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Install the hooks that replace a projection's weights by decoded values while it runs."""
         for held in self._held:
-            yield held.module.register_forward_pre_hook(_putting(held.parameter, held.values))
-            yield held.module.register_forward_hook(_putting(held.parameter, functools.partial(getattr, held, "own")))
+            yield held.module.register_forward_pre_hook(torch.compiler.disable(held.show))
+            yield held.module.register_forward_hook(torch.compiler.disable(held.hide))
             yield held.block.register_state_dict_pre_hook(functools.partial(_refuse_to_save, held))
 
     def drop(self) -> None:
@@ -153,30 +163,26 @@ class Serving:
             held.own = held.parameter.data = held.own.new_zeros(1).expand(held.own.shape)
 
     def put_back(self) -> None:
-        """Give parameters the weights that they have between forwards."""
+        """Give parameters the weights that they have between forwards, if an exception has left others there."""
         for held in self._held:
-            held.parameter.data = held.own
+            held.hide()
 
     def end(self) -> None:
         """Give the model its own weights, or what is left of them (`drop`), and no codes."""
         for held in self._held:
             rounding.serve(held.module, None)
+            held.hide()
             if held.dropped:
-                held.own, held.dropped = held.values(), False
-            held.parameter.data = held.own
+                held.dropped = False
+                if held.parameter.data_ptr() == held.own.data_ptr():
+                    held.parameter.data = held.values()
+                held.own = held.parameter.data
 
 
 def _refuse_to_save(held: _Held, *_: object) -> None:
     """Refuse a state dict in which weights that are gone would be zeros."""
     if held.dropped:
         raise UserError("serve='codes' keeps no FFN weights that could be saved", "save the model after the block")
-
-
-def _putting(parameter: nn.Parameter, values: Callable[[], Tensor]) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        parameter.data = values()
-
-    return torch.compiler.disable(hook)
 
 
 _CACHE: WeightCache[tuple[Packed, Decoded]] = WeightCache()

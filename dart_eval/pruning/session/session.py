@@ -16,9 +16,9 @@ before the session. The evaluation sets phases itself with `context()` and `deco
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ from dart_eval.pruning.session.state import SequenceState
 from dart_eval.pruning.session.stats import SessionStats
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import served_bits
+
+_PROMPTING: ContextVar[tuple[object, ...]] = ContextVar("prompting", default=())  # sessions whose `prompt` is entered
 
 
 class Session(SessionStats):
@@ -76,7 +78,6 @@ class Session(SessionStats):
         self._forced: Phase | None = None
         self._given_valid: Tensor | None = None
         self._tally = Tally()
-        self._prompting: int | None = None  # the thread inside `prompt`
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls, self._left = Calls(model), False
         self.block: object = None
@@ -94,12 +95,15 @@ class Session(SessionStats):
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
-        """Treat forwards inside as prompt, even on a filled cache (a chunk, a further turn): dense, then new masks."""
-        self._prompting = threading.get_ident()  # of this thread's forwards alone
+        """Treat forwards inside as prompt, even on a filled cache (a chunk, a further turn): dense, then new masks.
+
+        Forwards of this thread or asyncio task count, and those in `asyncio.to_thread`.
+        """
+        before = _PROMPTING.set((*_PROMPTING.get(), self))
         try:
             yield
         finally:
-            self._prompting = None
+            _PROMPTING.reset(before)
 
     # -- phases set by the evaluation ------------------------------------------------------------------------
 
@@ -196,21 +200,19 @@ class Session(SessionStats):
         if self.serving is not None and not self._left:
             self.serving.put_back()
 
-    def _edits(self) -> list[tuple[nn.Parameter, object]]:
-        """Return each FFN weight, with what an edit changes: copies and previews of it may be held."""
-        weights = (p for f in self.ffns for m in f.projections for p in m.parameters() if not p.is_meta)
-        return [(p, (0 if p.is_inference() else p._version, sample(p) if p.dim() == 2 else b"")) for p in weights]
-
-    def _adapters(self) -> list[list[str]]:
-        """Return the state of the FFNs' adapters, if masks, codes or thresholds were made from weights with them."""
+    def _edits(self) -> tuple[list[nn.Parameter], object]:
+        """Return the FFN weights, and what an edit changes: copies, previews, codes or thresholds come from them."""
+        modules = [m for f in self.ffns for m in f.projections]
+        weights = [p for m in modules for p in m.parameters() if not p.is_meta]
+        versions = [p.is_inference() or p._version for p in weights]
         made = self.method.calibrates or self.prepared.nbytes()
-        return [adapter_state(m) for f in self.ffns for m in f.projections if made and hasattr(m, "base_layer")]
+        adapters = [adapter_state(m) for m in modules if made and hasattr(m, "base_layer")]
+        return weights, (versions, sample(p for p in weights if p.dim() == 2), adapters)
 
     def _edited_since(self) -> bool:
-        """Whether FFN weights have changed since the session was attached."""
-        now, before = self._edits(), self._edited
-        alike = len(now) == len(before) and all(p is q and m == n for (p, m), (q, n) in zip(now, before, strict=True))
-        return not alike or self._adapters() != self._adapted
+        """Whether FFN weights, or adapters that masks depend on, have changed since the session was attached."""
+        (now, state), (before, old) = self._edits(), self._edited
+        return len(now) != len(before) or any(p is not q for p, q in zip(now, before, strict=True)) or state != old
 
     def _begin_sequences(self, batch: int, device: torch.device, past: int) -> None:
         """Set the execution and the state for the sequences of a forward."""
@@ -262,7 +264,7 @@ class Session(SessionStats):
             self.forward.phase = self._forced
             return
         self._cache.check_tokens(cache, past, self.state is not None and self.method.keeps_state)
-        decodes = past >= max(self._calls.prompt, 1) and self._prompting != threading.get_ident()
+        decodes = past >= max(self._calls.prompt, 1) and self not in _PROMPTING.get()
         if decodes and length > 1:
             raise UserError(
                 f"a forward of {length} tokens after {past} cached ones does not tell prune() whether they are prompt, "
@@ -340,7 +342,7 @@ class Session(SessionStats):
         if self.prunes:
             self._calls.watch(self._settle)
             hold(self.model)
-            self._edited, self._adapted = self._edits(), self._adapters()
+            self._edited = self._edits()
             self._hooks.install(self._begin, self._end)
 
     @contextmanager
