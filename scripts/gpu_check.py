@@ -91,6 +91,7 @@ def prepare(dry: bool) -> None:
     from dart_eval.util.quiet import hush_warnings
 
     hush_warnings()
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # it touches the GPU, and no fork may have
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as tiny shapes have it

@@ -59,6 +59,12 @@ def _row(f: DecodeSpeed | RoundedSpeed | BytesOnly) -> list[str]:
     ]  # fmt: skip
 
 
+def _counted(where: str) -> str:
+    return (
+        " float32 weights count as 16 bits: ceilings of rows that read codes are too low." if "float32" in where else ""
+    )
+
+
 def _reasons(results: Sequence[object]) -> str:
     """Return the reason why rows have no times; empty if all have."""
     why = {f.why: None for f in results if isinstance(f, BytesOnly)}
@@ -93,7 +99,7 @@ def speeds(results: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
         note += f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
     else:
         note += ". Ceiling: the most that the bytes of this model would allow at that read."
-    return Table("Decoding", ["method", "read", *HEADS], body, note + _reasons(results))
+    return Table("Decoding", ["method", "read", *HEADS], body, note + _counted(where) + _reasons(results))
 
 
 def costs(results: list[DecodeSpeed]) -> Table:

@@ -252,7 +252,8 @@ def _samples(by_task: dict[str, list[Json]], lm: PrunedLM, tasks: dict[str, Task
     for name, samples in sorted(by_task.items()):
         for s in samples:
             used = lm.costs.get((name, s["doc_id"]), Cost())
-            written = lm.token_ids.get((name, s["doc_id"]))
+            ids = lm.token_ids.get((name, s["doc_id"]))
+            texts = [r for of in s["resps"] for r in of if isinstance(r, str)]
             metrics = {m: _plain(s[m]) for m in s["metrics"]} | used.distance.pairs()
             gold = _gold(tasks[name], s["doc"])
             if gold is not None:
@@ -264,8 +265,9 @@ def _samples(by_task: dict[str, list[Json]], lm: PrunedLM, tasks: dict[str, Task
                 "tokens": used.tokens, "remasks": used.remasks, "effective_sparsity": used.effective_sparsity,
                 **({"drift": used.trace} if used.trace else {}),
                 **({"kl_bins": used.distance.bins} if used.distance.bins else {}),
-                **({"token_ids": written} if written is not None else {}),
-                **({"texts": texts} if (texts := sum(isinstance(r, str) for of in s["resps"] for r in of)) > 1 else {}),
+                **({"token_ids": ids} if ids is not None else {}),
+                **({"texts": len(texts)} if len(texts) > 1 else {}),
+                **({"written": texts} if texts and s["filter"] != "none" else {}),
             })  # fmt: skip
     return rows
 

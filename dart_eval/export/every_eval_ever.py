@@ -18,10 +18,10 @@ from dart_eval.export.datasets import Dataset, of_task
 from dart_eval.export.facts import Facts
 from dart_eval.export.teller import Teller
 from dart_eval.export.writing import NO_PLACE, LeftOut, Piece
-from dart_eval.results.documents import answers
+from dart_eval.results.documents import answers, written
 from dart_eval.results.format import finite
 from dart_eval.results.labels import grouped
-from dart_eval.results.metrics import kind_of
+from dart_eval.results.metrics import DISTANCE, kind_of
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import remark
 from dart_eval.util.files import safe
@@ -238,11 +238,16 @@ def _row(cell: Facts, metric: Metric, sample: Json, asked: Json, score: float) -
         "sample_id": str(sample["doc_id"]), "sample_hash": hashlib.sha256(hashed.encode()).hexdigest(),
         "interaction_type": "single_turn",
         "input": {"raw": prompt, "reference": reference, **({"choices": choices} if choices else {})},
-        "output": {"raw": [r if isinstance(r, str) else json.dumps(r) for r in sample["responses"]]},
+        "output": {"raw": [r if isinstance(r, str) else json.dumps(r) for r in written(sample)]},
         "answer_attribution": _attribution(metric, sample, choices),
-        "evaluation": {"score": score, "is_correct": score == 1.0},
+        "evaluation": {"score": score, "is_correct": _judges(metric) and score == 1.0},
         "metadata": _words({name: sample.get(name) for name in kept}),
     }  # fmt: skip
+
+
+def _judges(metric: Metric) -> bool:
+    """Whether a metric says that an answer is right: `empty` and agreement with dense do not."""
+    return bool(metric.higher_is_better) and kind_of(metric.metric).group != DISTANCE
 
 
 def _attribution(metric: Metric, sample: Json, choices: Sequence[str] | None) -> list[Json]:

@@ -22,7 +22,7 @@ from dart_eval.util.files import safe
 from dart_eval.util.text import Json
 
 BOOTSTRAPS = 1000  # the resamples that `evaluation.evaluate` asks lm-eval for
-NAMED = ("task", "doc_id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "responses")
+NAMED = ("task", "doc_id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "responses", "written")
 # Inputs in which the cells of one run may differ: their tasks, and settings that the task alone decides.
 OF_A_TASK = ("task", "task_hash", "batch_size", "share_prefix")
 
@@ -110,7 +110,8 @@ def _sample(sample: Json, asked: Json) -> Json:
         "arguments": {
             f"gen_args_{i}": {f"arg_{j}": value for j, value in enumerate(row)} for i, row in enumerate(arguments)
         },
-        "resps": [[answer] for answer in answers], "filtered_resps": answers, "filter": sample["filter"],
+        "resps": [[answer] for answer in sample.get("written", answers)],
+        "filtered_resps": answers, "filter": sample["filter"],
         "metrics": list(sample["metrics"]),
         **{name: sample[name] for name in ("doc_hash", "prompt_hash", "target_hash")},
         **sample["metrics"],

@@ -8,6 +8,7 @@ needs a CUDA GPU, or its interpreter (TRITON_INTERPRET=1), which is slow and for
 from __future__ import annotations
 
 import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ def missing(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton's kernels need a CUDA GPU, not {device.type}"
+    if device.type == "cuda" and not any(map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang"))):
+        return "Triton needs a C compiler (gcc or clang) on the PATH"
     return None
 
 

@@ -39,6 +39,7 @@ class CheckRow:
         p_holm: one-sided (now is worse), adjusted over all rows.
         verdict: `ok`, `FELL` or `missing`.
         why: the reason in words.
+        alone: `recovery` if no test decides.
     """
 
     cell: str
@@ -51,10 +52,11 @@ class CheckRow:
     p_holm: float | None = None
     verdict: str = MISSING
     why: str = ""
+    alone: float | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return flat data: then, now and the rest of the test beside the row's own fields."""
-        data = {k: v for k, v in vars(self).items() if k != "result"}
+        data = {k: v for k, v in vars(self).items() if k not in ("result", "alone")}
         if self.result is not None:
             test = dataclasses.asdict(self.result)
             data |= {"now": test.pop("value_a"), "then": test.pop("value_b"), **test}
@@ -181,10 +183,12 @@ def _row(name: str, measure: Measure, both: Pair, dense: Compared | None) -> Che
         return CheckRow(name, measure.task, measure.metric, why="the results lack this metric")
     (one,) = made
     # Sums of log-likelihoods over long answers say little as a share of dense's.
-    level = None if dense is None or measure.name == GOLD else _recovery(dense)
+    level = None if dense is None or measure.name == GOLD else _recovery(dense, dense.test.p is not None)
     moved = ~(abs(one.pairs.a - one.pairs.b) <= CHANGED)
     changed = int(moved.reshape(len(moved), -1).any(1).sum())
-    return CheckRow(name, measure.task, measure.metric, _recovery(one), level, changed, _beyond_resamples(one))
+    shares = _recovery(one, one.test.p is not None), _recovery(one, tested=False)
+    test = _beyond_resamples(one)
+    return CheckRow(name, measure.task, measure.metric, shares[0], level, changed, test, alone=shares[1])
 
 
 def _beyond_resamples(one: Compared) -> stats.Paired:
@@ -203,23 +207,23 @@ def _testable(row: CheckRow, level: float) -> CheckRow:
     if test is None or test.p_worse is None or 0.5**test.clusters < level:
         return row
     reason = f"{test.clusters} independent units, too few for so many rows"
-    return dataclasses.replace(row, result=dataclasses.replace(test, p_worse=None, reason=reason))
+    return dataclasses.replace(row, recovery=row.alone, result=dataclasses.replace(test, p_worse=None, reason=reason))
 
 
-def _recovery(one: Compared) -> float | None:
+def _recovery(one: Compared, tested: bool) -> float | None:
     """Return the share above guessing for choices, `recovery` for other metrics, None for distances to dense.
 
-    It is None too if the earlier quality was not above guessing by more than noise; then the test decides alone.
+    It is None too if the earlier quality was not above guessing by more than noise, and a test decides in its place.
     """
     now, then = one.test.value_a, one.test.value_b
     if metrics.kind_of(one.measure.name).group == metrics.DISTANCE:
         return None
     if not one.chance:
         share = recovery(one.measure, now, then)
-        if share is None and one.test.p is None and not one.lost.value <= 0:  # no test decides in its place
+        if share is None and not tested and not one.lost.value <= 0:
             share = 1 - one.lost.value / max(abs(now), abs(then))
         return share
-    known = one.recovery is not None or one.test.p is None
+    known = one.recovery is not None or not tested
     return (now - one.chance) / (then - one.chance) if known and then > one.chance else None
 
 

@@ -143,16 +143,25 @@ def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, st
     models = sorted({model_of(c.inputs["model"]) for c in side})
     if by == "model" and len(models) > 1:
         raise UserError(f"{spec} stands for several models: {', '.join(models)}", "give one of these names")
-    places: dict[str, Cell] = {}
-    typed = exact(everything)
-    for cell in side if by == "method" else ():
-        first = places.setdefault(identity(cell.inputs, FREE[by]), cell)
-        if first is not cell:
+    if by == "method" and (several := _alike(side)):
+        side = [c for c in side if _trait(by, c) == spec]  # `dart` beside `dart:allocation=uniform`
+        if not side or _alike(side):
+            typed = exact(everything)
             raise UserError(
-                f"{spec} stands for several cells: {labelled[first.key]}, {labelled[cell.key]}",
-                f"say which: {' or '.join(sorted({typed[c.key] for c in (first, cell)}))}",
+                f"{spec} stands for several cells: {', '.join(labelled[c.key] for c in several)}",
+                f"say which: {' or '.join(sorted({typed[c.key] for c in several}))}",
             )
     return side
+
+
+def _alike(side: Sequence[Cell]) -> tuple[Cell, Cell] | None:
+    """Return two cells that differ in their method alone, if there are any."""
+    places: dict[str, Cell] = {}
+    for cell in side:
+        first = places.setdefault(identity(cell.inputs, FREE["method"]), cell)
+        if first is not cell:
+            return first, cell
+    return None
 
 
 def names(cells: Sequence[Cell], model: bool = False) -> dict[str, str]:
@@ -162,7 +171,7 @@ def names(cells: Sequence[Cell], model: bool = False) -> dict[str, str]:
     return {
         c.key: " ".join([
             *([c.inputs["model"]["name"]] if many else []), known[c.key],
-            *([] if c.inputs["method"] == DENSE else [sparsity(c.inputs["sparsity"])]),
+            *([sparsity(c.inputs["sparsity"])] if c.inputs["sparsity"] else []),
         ])
         for c in cells
     }  # fmt: skip

@@ -46,6 +46,11 @@ def answers(sample: Mapping[str, Any]) -> list[Any]:
     return found[: len(found) // 2] if "acc_mutual_info" in sample["metrics"] else found
 
 
+def written(sample: Mapping[str, Any]) -> list[Any]:
+    """Return what the model answered, before a filter."""
+    return sample.get("written") or answers(sample)
+
+
 def documents(samples: Iterable[Json]) -> Documents:
     """Return samples (`layout.Sample`) as documents.
 

@@ -78,6 +78,9 @@ class Sample(TypedDict):
         "sums over the scored positions of all answers, each with the number of positions",
     ]
     responses: Annotated[list[Any], "log-likelihood and greedy flag of each candidate, or the text"]
+    written: NotRequired[
+        Annotated[list[str], "the texts as they were written, where a filter has made `responses` of them"]
+    ]
     token_ids: NotRequired[Annotated[list[int], "the tokens of the text (the first one), with those that ended it"]]
     texts: NotRequired[Annotated[int, "the texts that were drawn, where there are several: `tokens` are of all"]]
     kl_bins: NotRequired[

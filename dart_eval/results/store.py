@@ -83,7 +83,7 @@ class Store:
         """Return the path of a cell's file of a kind; `name` is for readers, the key decides."""
         ending = f"-{key[:16]}.{ENDINGS[kind]}"
         path = self.folder / kind / f"{safe(name)}{ending}"
-        if kind != "cells" or path.exists():
+        if path.exists():
             return path
         return next(path.parent.glob(f"*{ending}"), path)  # made under another spelling of the method
 
@@ -105,7 +105,7 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        path = self.file(".locks", name, key)
+        path = self.file(".locks", "cell", key)  # one for all spellings of a method
         lock = FileLock(path)
         with writing(self.folder), contextlib.suppress(Timeout):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -110,6 +110,24 @@ def test_every_eval_ever_finds_its_files_valid_and_the_pruner_in_them(out):
     assert [r["evaluation"]["is_correct"] for r in (first, last)] == [True, False]
 
 
+def test_texts_are_exported_as_they_were_written_and_no_empty_one_is_right(tmp_path):
+    """A filter takes the answer from a text; `empty` is 1 for a text without one."""
+    metrics = [Metric("gsm8k", name, 1.0, None, 1, up) for name, up in (("exact_match,strict", True), ("empty,strict", False))]
+    text = {"filter": "strict", "written": ["So it is 5."], "metrics": {"exact_match": 1.0, "empty": 1.0}}
+    made = cell("griffin", 0.5, "gsm8k", metrics, "me/tiny", [written(0, "5", "gsm8k", **text)], params=PARAMS)
+    made.settings["method"] = SPEC
+    Store(tmp_path / "out").save("gsm8k", made, texts("gsm8k", 1, None, "Text {}", "5"))
+    _, folder = _export(tmp_path / "out", "every-eval-ever")
+    ((path, _),) = _valid(folder)
+    rows = _lines(path.with_name(f"{path.stem}_samples.jsonl"))
+    assert [row["evaluation"]["is_correct"] for row in rows] == [True, False]
+    assert {*(text for row in rows for text in row["output"]["raw"])} == {"So it is 5."}
+    assert {row["answer_attribution"][0]["extracted_value"] for row in rows} == {"5"}
+    _, folder = _export(tmp_path / "out", "lm-eval")
+    ((line,),) = (_lines(p) for p in folder.rglob("samples_*"))
+    assert (line["resps"], line["filtered_resps"]) == ([["So it is 5."]], ["5"])
+
+
 def test_the_hub_reads_eval_results_with_the_pruner_in_its_notes(out):
     from huggingface_hub import parse_eval_result_entries
 

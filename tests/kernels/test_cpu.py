@@ -184,6 +184,14 @@ def product_of(level):
     return lambda x: product(x.bfloat16())
 
 
+def test_a_layer_without_neurons_writes_zeros_for_every_token(level):
+    """No element in several tokens is not one token: the others' outputs were what lay in memory."""
+    product = RowsProduct(torch.empty(90, 0, dtype=torch.bfloat16), None, level)
+    for _ in range(3):
+        torch.full((2, 1, 90), torch.nan, dtype=torch.bfloat16)  # what may lie there
+        assert torch.equal(product(torch.empty(2, 1, 0, dtype=torch.bfloat16)), torch.zeros(2, 1, 90).bfloat16())
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [0, 77, 149])
 def test_what_is_no_number_stays_none(level, bad, place):

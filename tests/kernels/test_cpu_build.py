@@ -37,6 +37,19 @@ def fails():
 
 
 @has_compiler
+def test_a_library_that_is_there_needs_no_temporary_folder(small, monkeypatch):
+    fresh()
+
+    def full(*_args, **_kwargs):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(build.tempfile, "TemporaryDirectory", full)
+    assert fresh().cpu_level() == 1
+    next(small.glob("*.so")).unlink()
+    assert fails() == "there is no folder to build the kernels in (No usable temporary directory found)"
+
+
+@has_compiler
 def test_it_is_built_once_and_kept_by_what_it_is_made_of(small, monkeypatch):
     assert fresh().cpu_level() == 1
     (file,) = small.iterdir()

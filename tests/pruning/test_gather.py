@@ -65,3 +65,9 @@ def a_batch_after_one_sequence():
 @pytest.mark.parametrize("check", [kernels, gathering_equals_masks, a_batch_after_one_sequence])
 def test_in_the_interpreter(check, tmp_path):
     interpreted(check, tmp_path)
+
+
+def test_a_gpu_without_a_compiler_of_c_gives_a_reason(monkeypatch):
+    """Triton builds its driver on first use, and slim images have no compiler: the first token ended in a traceback."""
+    monkeypatch.setattr(gather.shutil, "which", lambda _name: None)
+    assert gather.missing(torch.device("cuda")) == "Triton needs a C compiler (gcc or clang) on the PATH"

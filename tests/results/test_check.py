@@ -287,6 +287,18 @@ def test_a_loss_of_every_answer_falls_however_many_rows_there_are(documents, row
     assert not checked(then, then).bad
 
 
+def test_a_loss_that_is_left_untested_for_many_rows_has_the_threshold():
+    """Eight answers do not show that a baseline is above guessing, and seven tasks leave them no test either."""
+    sides = []
+    for good in (0, 5):
+        values = [{"acc": float(i < good), "gold_ll": -1.0} for i in range(8)]
+        sides.append([choosing(answered(f"t{i}", values)) for i in range(7)])
+    acc = [r for r in checked(*sides).rows if r.metric == "acc"]
+    assert {r.verdict for r in acc} == {FELL} and all("by the threshold alone" in r.why for r in acc)
+    scores = ([answered(f"t{i}", [{"score": v}] * 6) for i in range(4)] for v in (-0.5, 0.5))
+    assert {r.verdict for r in checked(*scores).rows} == {FELL}
+
+
 @pytest.mark.parametrize(("then", "now", "verdict"), [
     (-1.0, -50.0, FELL), (0.5, -0.5, FELL), (-1.0, -1.001, "ok"), (-50.0, -1.0, "ok"), (-1.0, -1.0, "ok"),
 ])  # fmt: skip

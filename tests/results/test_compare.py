@@ -192,6 +192,23 @@ def test_rows_of_the_board_differ_in_whatever_they_do(tmp_path):
         compare_within("row", "dart 70 %", "dense on 3 bits", [out])
 
 
+def test_a_method_as_it_was_typed_goes_before_others_that_it_could_mean(tmp_path):
+    """`dart` beside `dart:allocation=uniform`, as in --help."""
+    made = [
+        answered("arc", right(share), params={"allocation": how}) for how, share in (("depth", 0.9), ("uniform", 0.5))
+    ]
+    for record, method in zip(made, ("dart", "dart:allocation=uniform"), strict=True):
+        record.settings["method"] = method
+    (row,) = compare_within("method", "dart", "dart:allocation=uniform", [save(tmp_path, *made)]).rows
+    assert (row.contrast, row.better) == ("dart 50 % vs dart:allocation=uniform 50 %", "A")
+
+
+def test_a_method_without_a_sparsity_is_named_as_on_the_board(tmp_path):
+    out = save(tmp_path, answered("arc", right(0.9), "rounding", 0.0), answered("arc", right(0.5), "dense", 0.0))
+    (row,) = compare_within("row", "rounding", "dense", [out]).rows
+    assert row.contrast == "rounding vs dense"
+
+
 @pytest.mark.parametrize(("by", "a", "b", "words"), [
     ("method", "dart", "griffin", "dart stands for several cells: dart:allocation=.* 50 %, dart:allocation=.* 50 %;"),
     ("method", "grifin", "dart", "no cell of method grifin in .*; did you mean griffin"),

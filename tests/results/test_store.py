@@ -1,5 +1,6 @@
 """The folder of results: what is written whole, found again, claimed, set aside; and the journal of a running cell."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -334,4 +335,9 @@ def test_a_cell_is_found_under_another_spelling_of_its_method(tmp_path):
     found = store.get("arc_easy-dart-0.5", "k1")
     assert found is not None and found.key == "k1" and store.missing("arc_easy-dart-0.5", found) == []
     store.save("arc_easy-dart-0.5", made)
-    assert len(list((tmp_path / "cells").iterdir())) == 1
+    assert len(list((tmp_path / "cells").iterdir())) == len(list((tmp_path / "samples").iterdir())) == 1
+    with store.claim("arc_easy-griffin-0.5", "k2") as ours, store.claim("arc_easy-dart-0.5", "k2") as theirs:
+        assert (ours, theirs) == (True, False)
+        with contextlib.closing(store.journal("arc_easy-griffin-0.5", "k2")) as journal:
+            journal.add({"a": 1}, 0, 0.0)
+        assert store.journal("arc_easy-dart-0.5", "k2") == {"a": 1}

@@ -97,11 +97,11 @@ def _load(folder: Path | None) -> ctypes.CDLL:
     compiler, version = _compiler()
     sources = [file.read_bytes() for file in sorted(SOURCE.parent.glob("*.[ch]"))]
     of = b"\0".join([*sources, version, " ".join(FLAGS).encode()])
-    with tempfile.TemporaryDirectory(prefix="dart-eval-") as place:
-        file = (folder or Path(place)) / f"kernels-{hashlib.sha256(of).hexdigest()[:32]}.so"
+    with contextlib.ExitStack() as stack:
+        file = (folder or stack.enter_context(_place())) / f"kernels-{hashlib.sha256(of).hexdigest()[:32]}.so"
         with _alone(folder):  # workers that begin together do not all compile
             if folder is None or not _whole(file):
-                content = _built(compiler, Path(place))
+                content = _built(compiler, stack.enter_context(_place()))
                 try:
                     write_atomically(file, content + hashlib.sha256(content).digest())
                 except OSError:
@@ -112,6 +112,17 @@ def _load(folder: Path | None) -> ctypes.CDLL:
             if folder is not None:
                 return _load(None)
             raise Missing(f"the kernels cannot be loaded ({error})") from None
+
+
+@contextlib.contextmanager
+def _place() -> Iterator[Path]:
+    """A folder for a library that does not stay."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="dart-eval-")
+    except OSError as error:
+        raise Missing(f"there is no folder to build the kernels in ({error})") from None
+    with made as place:
+        yield Path(place)
 
 
 @contextlib.contextmanager

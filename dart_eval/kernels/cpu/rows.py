@@ -33,7 +33,7 @@ class RowsProduct:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., rows]."""
         rows, width = self.weight.shape
-        one = x.numel() == width and x.dtype == torch.bfloat16 and not x.requires_grad
+        one = x.numel() == width > 0 and x.dtype == torch.bfloat16 and not x.requires_grad
         if not one or torch.compiler.is_compiling():
             return linear(x, self.weight, self.bias)
         x, out = x.contiguous(), x.new_empty(*x.shape[:-1], rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dart_eval.results import metrics
-from dart_eval.results.documents import answers
+from dart_eval.results.documents import answers, written
 from dart_eval.results.format import finite, number
 from dart_eval.results.report.cells import ReportCell
 from dart_eval.results.report.reader import CellSamples
@@ -112,7 +112,8 @@ def _answer(cell: ReportCell, s: Mapping[str, Any]) -> Answer:
         made.scores = [_score(v) for v in scores]
         made.chosen = scores.index(max(scores)) if len(scores) > 1 else None
     else:
-        texts = [r if isinstance(r, str) else str(r[0]) if isinstance(r, list) and r else str(r) for r in responses]
+        of = written(s)
+        texts = [r if isinstance(r, str) else str(r[0]) if isinstance(r, list) and r else str(r) for r in of]
         made.text = _short("\n\n".join(texts))
     return made
 
