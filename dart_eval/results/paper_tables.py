@@ -314,7 +314,7 @@ class Paper:
             ]
             if not numbers["alike"].all():
                 parts.append(
-                    f"Rows with an effective sparsity over {ALIKE} below the highest take no part in the test."
+                    f"Rows whose effective sparsity is more than {ALIKE} below the highest take no part."
                 )
         if any(metrics.kind_of(name).percent for name in numbers["metric"]):
             parts.append("Accuracies and similarities are in per cent.")

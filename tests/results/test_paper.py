@@ -109,7 +109,7 @@ def test_a_row_that_runs_dense_for_long_is_not_the_best_of_its_sparsity(tmp_path
     paper = _paper(tmp_path / "two", ("dense", 40, {"sparsity": 0.0}), ("a", 10, {}), ("b", 30, often))
     table, numbers = paper.table(_layout())
     assert table.bold == frozenset() and numbers.p.isna().all()
-    assert "more than 0.05 lower takes no part" in table.note
+    assert "effective sparsity is more than 0.05 below the highest take no part" in table.note
     c = PaperRow("C", "c", {}, True)
     three = _paper(tmp_path / "three", ("a", 10, {}), ("b", 39, often), ("c", 30, {}))
     table, _ = three.table(_layout(rows=(A, B, c)))

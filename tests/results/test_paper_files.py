@@ -120,7 +120,7 @@ def test_a_row_on_rounded_weights_takes_no_other_row_out_of_the_test(tmp_path):
     made = dataclasses.replace(made, key="4", inputs=inputs, effective_sparsity=0.86, samples=store.samples(made))
     rows = (A, B, PaperRow("C on 4 bits", "c", {}, True, {"ffn_bits": "4"}))
     shown, _ = Paper(store, {None: [*cells, store.save("4", made)]}, {}, "x").table(_layout(rows=rows))
-    assert shown.bold == {(0, 2)} and "takes no part" not in shown.note
+    assert shown.bold == {(0, 2)} and "no part" not in shown.note
 
 
 def test_a_measured_number_that_no_test_takes_is_not_called_unmeasured(tmp_path):
