@@ -313,9 +313,7 @@ class Paper:
                 "Bold: better than every other pruned row of its sparsity by the paired test, Holm-adjusted p < .05.",
             ]
             if not numbers["alike"].all():
-                parts.append(
-                    f"Rows whose effective sparsity is more than {ALIKE} below the highest take no part."
-                )
+                parts.append(f"Rows whose effective sparsity is more than {ALIKE} below the highest take no part.")
         if any(metrics.kind_of(name).percent for name in numbers["metric"]):
             parts.append("Accuracies and similarities are in per cent.")
         if layout.mean:

@@ -112,7 +112,9 @@ def test_every_eval_ever_finds_its_files_valid_and_the_pruner_in_them(out):
 
 def test_texts_are_exported_as_they_were_written_and_no_empty_one_is_right(tmp_path):
     """A filter takes the answer from a text; `empty` is 1 for a text without one."""
-    metrics = [Metric("gsm8k", name, 1.0, None, 1, up) for name, up in (("exact_match,strict", True), ("empty,strict", False))]
+    metrics = [
+        Metric("gsm8k", name, 1.0, None, 1, up) for name, up in (("exact_match,strict", True), ("empty,strict", False))
+    ]
     text = {"filter": "strict", "written": ["So it is 5."], "metrics": {"exact_match": 1.0, "empty": 1.0}}
     made = cell("griffin", 0.5, "gsm8k", metrics, "me/tiny", [written(0, "5", "gsm8k", **text)], params=PARAMS)
     made.settings["method"] = SPEC
