@@ -165,9 +165,8 @@ def _misused(error: Any) -> UserError:
     remedy = f"see {command} -h"
     if name := getattr(error, "option_name", None) if type(error).__name__ == "NoSuchOption" else None:
         there = [o for p in known if not p.hidden for o in p.opts if o.startswith("-")]
-        words = [
-            word.partition("=")[0] for word in sys.argv if word.startswith("--")
-        ]  # the parser knows a synonym by our name
+        # The parser knows a synonym by our name.
+        words = [word.partition("=")[0] for word in sys.argv if word.startswith("--")]
         given = next((word for word in words if f"--{spelled(word[2:])}" == name), name)
         return UserError(f"{command} has no option {given}", (there and nearest(name, there)) or remedy)
     said = error.format_message().rstrip(".")
