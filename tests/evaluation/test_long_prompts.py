@@ -20,14 +20,14 @@ LENGTH = 200
 
 
 class Largest(TorchDispatchMode):
-    """Notes how many elements the largest tensor has that an operation makes."""
+    """Notes how many numbers the largest tensor of floats has that an operation makes."""
 
     most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for made in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(made, torch.Tensor):
+            if isinstance(made, torch.Tensor) and made.is_floating_point():
                 self.most = max(self.most, made.numel())
         return out
 
