@@ -197,7 +197,7 @@ class Session(SessionStats):
     def _settle(self) -> None:
         """Give the projections their own weights, which an exception inside a forward has left replaced."""
         self.executing.widen()
-        if self.serving is not None and not self._left:
+        if self.serving is not None:
             self.serving.put_back()
 
     def _edits(self) -> tuple[list[nn.Parameter], object]:
