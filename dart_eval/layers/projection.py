@@ -94,8 +94,13 @@ def stored_bits(linear: nn.Module) -> float:
     if isinstance(linear, Step):
         return quantised.bits([linear.held], math.prod(linear.held.shape))
     if isinstance(own := getattr(linear, "base_layer", None), nn.Module):
-        return stored_bits(own) if encoded(own) else OWN_BITS
+        return bits_in_memory(own)
     return quantised.bits(quantised.held(linear), math.prod(features(linear)))
+
+
+def bits_in_memory(linear: nn.Module) -> float:
+    """Return the bits of a weight of a projection as it is in memory; plain ones have `OWN_BITS`."""
+    return stored_bits(linear) if encoded(linear) else OWN_BITS
 
 
 def is_conv1d(linear: object) -> bool:

@@ -17,8 +17,7 @@ from torch import nn
 from dart_eval.layers import quantised
 from dart_eval.layers.families import ATTENTION_OUTPUTS, decoder, decoder_layers, first
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.projection import encoded, features, is_conv1d, stored_bits
-from dart_eval.util.bits import OWN_BITS
+from dart_eval.layers.projection import bits_in_memory, features, is_conv1d
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -106,16 +105,13 @@ def _others(model: nn.Module, ffns: Sequence[FFN]) -> list[nn.Module]:
 
 def stored_share(model: nn.Module, ffns: Sequence[FFN]) -> float:
     """Return the share of the FFNs in the bytes that a decoded token reads of the weights as they lie in memory."""
-
-    def bits(module: nn.Module) -> float:
-        return stored_bits(module) if encoded(module) else OWN_BITS
-
     own = 0.0
     for f in ffns:
-        into = [bits(m) for m in (f.gate, f.up) if m is not None]
-        own += f.size * f.width * ((f.matrices - 1) * sum(into) / len(into) + bits(f.down))
+        into = [bits_in_memory(m) for m in (f.gate, f.up) if m is not None]
+        own += f.size * f.width * ((f.matrices - 1) * sum(into) / len(into) + bits_in_memory(f.down))
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return own / (own + sum(bits(m) * math.prod(features(m)) for m in [*_others(model, ffns), head]))
+    others = [*_others(model, ffns), head]
+    return own / (own + sum(bits_in_memory(m) * math.prod(features(m)) for m in others))
 
 
 def _windows(config: PretrainedConfig, layers: int) -> tuple[int | None, ...]:

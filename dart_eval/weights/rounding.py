@@ -20,7 +20,7 @@ from dart_eval.layers import quantised
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.guard import GUARD, refuse_second
-from dart_eval.layers.projection import Step, encoded, is_conv1d, plain_matrix, stored_bits
+from dart_eval.layers.projection import Step, bits_in_memory, is_conv1d, plain_matrix
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored, parse
 from dart_eval.util.errors import UserError
 from dart_eval.weights import k_quants
@@ -191,7 +191,7 @@ def stored_of(linear: nn.Module) -> Stored:
     if (held := _PACKED.get(linear)) is not None:
         return held.rounding.stored(held.shape[1])
     if (bits := quantised.noted(linear)) is None:
-        bits = stored_bits(linear) if encoded(linear) else OWN_BITS
+        bits = bits_in_memory(linear)
     return Stored.of(bits)
 
 
