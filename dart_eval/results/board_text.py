@@ -39,7 +39,7 @@ EXPLAINED = (
     "KL: KL(dense || row) of the next token, mean over scored positions, in nats; rows on rounded weights have none.",
     "memory: what the method keeps beside the model; codes that can stand for the weights do not count. work: FLOPs "
     "that it adds to a decoded token / FLOPs of dense.",
-    "speed today: decode speed / dense's, measured by `dart-eval bench decode`; none yet: no kernel turns the saved "
+    "speed today: decode speed / dense's, measured by `dart-eval bench decode`; none: no kernel turns the saved "
     "bytes into time.",
     "Value ± its own standard error: rows share documents, so the paired tests compare them. * best pruned row of its "
     "level. ~ no significant difference from it: paired tests of the first metric, perplexity and the log-likelihood "
@@ -145,7 +145,7 @@ def _ratio(row: BoardRow) -> float:
 def _speed(row: BoardRow) -> str:
     if row.kind == CONTROL:
         return "1.00x"
-    return "-" if row.speed is None else f"{_ratio(row):.2f}x" if row.speed.speedup else "none yet"
+    return "-" if row.speed is None else f"{_ratio(row):.2f}x" if row.speed.speedup else "none"
 
 
 def lines(

@@ -41,7 +41,7 @@ def answer(block: Block) -> tuple[str, list[str], list[tuple[BoardRow, str, list
         best.setdefault(name_of(row, row.label), []).extend([read_of(row)] * (remark == "best"))
         unsure += [read_of(row)] * (remark == "no winner")
         cost = ", ".join(COSTS[c.name].format(text) for c in costs if (text := c.text(row)) != "-")
-        cost = cost.replace("none yet as fast", "not faster yet")
+        cost = cost.replace("none as fast", "not faster yet")
         rows.append((row, remark, [read_of(row), *(c.text(row) for c in shown), cost]))
     said = [f"{name} at {listed(reads)}" for name, reads in best.items() if reads]
     sentence = f"Best for the FFN bytes it reads: {'; '.join(said)}." if said else ""

@@ -67,7 +67,7 @@ def speeds(board: Board) -> Table | None:
     body = [
         [
             row.label, number(row.read, 2),
-            f"{s.speedup.median:.2f}x [{s.speedup.low:.2f}, {s.speedup.high:.2f}]" if s.speedup else "none yet",
+            f"{s.speedup.median:.2f}x [{s.speedup.low:.2f}, {s.speedup.high:.2f}]" if s.speedup else "none",
             f"{s.control.median:.2f}x" if s.control else "-", f"{s.ceiling:.2f}x",
             f"{s.device}, {s.hardware}, after {s.prompt_tokens} tokens",
         ]
@@ -75,7 +75,7 @@ def speeds(board: Board) -> Table | None:
     ]  # fmt: skip
     note = (
         "speed: of decoding, over dense, as dart-eval bench decode measured it [quartiles]. control: dense over dense, "
-        "so speeds as near to 1 are noise. ceiling: the largest speed that the model's bytes allow. none yet: no "
+        "so speeds as near to 1 are noise. ceiling: the largest speed that the model's bytes allow. none: no "
         "kernel there turns the saved bytes into time."
     )
     heads = ["method", "read", "speed", "control", "ceiling", "measured on"]
