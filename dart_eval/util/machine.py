@@ -58,6 +58,38 @@ def _peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory(root: Path = Path("/")) -> tuple[int, int] | None:
+    """Return the bytes of memory that this process may still take, and the total; None if unknown.
+
+    They are the machine's, or those of the control group (a container, a job of a cluster) that leaves least.
+
+    Args:
+        root: of the file system.
+    """
+    try:
+        import resource
+
+        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+            return None  # address space, of which we do not know what is taken
+        with open(root / "proc/meminfo", encoding="ascii") as stream:
+            sizes = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in stream)}
+        found = [(sizes["MemAvailable"], sizes["MemTotal"])]
+        with open(root / "proc/self/cgroup", encoding="utf-8") as stream:
+            groups = [line.rstrip("\n").split(":", 2) for line in stream]
+        for _, controllers, path in groups:
+            if controllers not in ("", "memory"):  # "" is version 2, which has one group for all
+                continue
+            top = root / "sys/fs/cgroup" / controllers
+            limit, usage = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+            for group in (top / path[1:], *(top / path[1:]).parents[: path.rstrip("/").count("/")]):
+                with contextlib.suppress(OSError, ValueError):  # the root of version 2 has none, and "max" is no limit
+                    most, taken = (int((group / f"memory.{name}").read_text()) for name in (limit, usage))
+                    found.append((most - taken, most))
+    except (ImportError, OSError, ValueError, KeyError):  # not Linux
+        return None
+    return min(found)
+
+
 def release() -> None:
     """Return freed memory to the system: glibc keeps blocks of up to 32 MB between others in use."""
     with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -176,6 +176,7 @@ def held_in_tensors() -> int:
 def test_dart_plus_holds_whole_numbers_and_what_they_stand_for(room, sparsity, wanted, monkeypatch):
     """Numbers have half of the weights' bytes. What they and their first bits stand for is kept where there is room."""
     monkeypatch.setattr(serving, "_ROOM", serving.Room(room))
+    monkeypatch.setattr(serving.machine, "memory", lambda: None)
     sizes = {"hidden_size": 160, "intermediate_size": 480, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=96)).bfloat16()
     weights = sum(p.nbytes for name, p in model.named_parameters() if "mlp" in name)

@@ -53,6 +53,7 @@ def test_first_bits_stand_for_what_they_leave_open(code_bits, first, group, widt
 def test_prompts_multiply_whole_numbers_and_the_model_keeps_its_weights(family, room, monkeypatch):
     """As `rounded_ffns` has them. After each projection its own weights are back, and after an error, too."""
     monkeypatch.setattr(serving._ROOM, "free_bytes", room)
+    monkeypatch.setattr(serving.machine, "memory", lambda: None)
     model, prompts = tiny(family, dtype=torch.float32), prompts_of(2, 9)
     before, dense = bits(model), model(prompts).logits
     with dart_eval.rounded_ffns(model, "8:128"):
@@ -86,6 +87,18 @@ def test_room_is_given_back():
     assert before - serving._ROOM.free_bytes == 2 * weights  # what numbers stand for, and their first bits
     del model
     assert serving._ROOM.free_bytes == before
+
+
+@pytest.mark.parametrize(("found", "cached"), [((10**9, 10**9), True), ((5 * 10**8, 10**9), False), (None, False)])
+def test_values_are_cached_while_half_of_the_memory_stays_free(found, cached, monkeypatch):
+    monkeypatch.setattr(serving._ROOM, "free_bytes", 0)
+    monkeypatch.setattr(serving.machine, "memory", lambda: found)
+    values = serving.Decoded(rounded(torch.randn(6, 32), Rounding(8)), torch.float32)
+    first = values()
+    assert (values() is first) == cached and torch.equal(values(), first)
+    assert serving._ROOM.free_bytes == (-first.nbytes if cached else 0)
+    del values
+    assert serving._ROOM.free_bytes == 0
 
 
 def test_sparsities_below_what_whole_numbers_read_are_refused_in_one_line():

@@ -1,8 +1,8 @@
 """16-bit FFN weights served as integer codes while a session runs, to prompts too.
 
 The model keeps its weights, which are back in place between the forwards of each projection, so nothing can be lost.
-A projection decodes its codes when it runs. Decoded values are cached while there is room (`ROOM`): they take twice the
-bytes of the codes.
+A projection decodes its codes when it runs. Decoded values take twice the bytes of the codes or more. They are cached
+up to `ROOM`, and beyond that in a CPU's memory while half of it stays free: decoding takes longer than a product.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, plain_matrix
 from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.calibration.weight_cache import WeightCache
+from dart_eval.util import machine
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.weights import k_quants, rounding
 from dart_eval.weights.codes import Packed
 from dart_eval.weights.rounding import as_held, parameter_of, rounded
 
-ROOM = 900_000_000  # bytes of cached values
+ROOM = 900_000_000  # bytes of cached values, however little memory is free
 LARGE = 1 << 20  # weights of a matrix whose codes are cached on disk, too
 
 
 class Room:
-    """Bytes that are free for cached values, over all models."""
+    """Bytes that are free for cached values, over all models; below 0 once the machine's spare memory is in use."""
 
     def __init__(self, size: int) -> None:
         self.free_bytes = size
 
-    def reserve(self, owner: object, size: int) -> bool:
-        """Reserve bytes until the owner is deleted; return whether there is room."""
-        if size > self.free_bytes:
+    def reserve(self, owner: object, size: int, device: torch.device) -> bool:
+        """Reserve bytes of a device until the owner is deleted; return whether there is room."""
+        if size > self.free_bytes and not (device.type == "cpu" and _spare(size)):
             return False
         self.free_bytes -= size
         weakref.finalize(owner, self._back, size)
@@ -47,6 +48,12 @@ class Room:
 
     def _back(self, size: int) -> None:
         self.free_bytes += size
+
+
+def _spare(size: int) -> bool:
+    """Whether half of the machine's memory stays free if `size` bytes of it are taken."""
+    found = machine.memory()
+    return found is not None and found[0] - size >= found[1] / 2
 
 
 _ROOM = Room(ROOM)
@@ -80,7 +87,7 @@ class Decoded:
             values = self.packed.decoded(self.dtype, self.first, self.whole)
             if self._shape is not None:
                 values = self._shape(values)
-        if not self.packed.moved and _ROOM.reserve(self, values.nbytes):
+        if not self.packed.moved and _ROOM.reserve(self, values.nbytes, values.device):
             self._values = values
         return values
 
