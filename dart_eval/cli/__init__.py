@@ -13,6 +13,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 from typing import Annotated, Any
 
 # Set before anything imports the libraries underneath: no progress bars and no telemetry of theirs.
@@ -86,6 +87,15 @@ def _stop(number: int, _frame: object) -> None:
     raise _Stopped(number)
 
 
+def _stop_again(lost: sys.UnraisableHookArgs) -> None:
+    """Send a stop once more that was raised in a destructor or a callback, where Python drops exceptions."""
+    if not isinstance(lost.exc_value, _Stopped):
+        return sys.__unraisablehook__(lost)
+    again = threading.Timer(0.02, os.kill, (os.getpid(), lost.exc_value.number))
+    again.daemon = True
+    again.start()
+
+
 def _stop_behind(error: BaseException | None) -> _Stopped | None:
     """Return the stop that led to an error: Ray's compiled code wraps it, and a closed terminal refuses writes."""
     while error is not None and not isinstance(error, _Stopped):
@@ -95,9 +105,11 @@ def _stop_behind(error: BaseException | None) -> _Stopped | None:
 
 def main() -> None:
     """Entry point: wrong input becomes one line and status 2, a signal status 128 plus its number."""
+    before, sys.unraisablehook = sys.unraisablehook, _stop_again
     try:
         _run()
     finally:
+        sys.unraisablehook = before
         for name in STOPS:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is _stop:

@@ -259,6 +259,29 @@ def test_a_signal_while_a_line_is_called_off_leaves_nothing_locked(monkeypatch):
             monkeypatch.setattr(threading.Condition, "__enter__", threading.Condition._real)
 
 
+@pytest.mark.process
+def test_a_signal_in_a_destructor_stops_the_command_all_the_same():
+    """Python drops exceptions of destructors and of callbacks of compiled code, so the stop is sent once more."""
+    program = """
+import os, signal, time
+from dart_eval import cli
+
+class Going:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+def app(*_, **__):
+    Going()
+    time.sleep(30)
+
+cli.application = lambda word: app
+cli.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=25)
+    assert (ended.returncode, ended.stdout) == (130, "") and ended.stderr.strip() == "interrupted"
+
+
 def test_a_log_says_what_lasts_once_and_nothing_of_what_does_not(capsys, monkeypatch):
     monkeypatch.setattr(view, "LASTS", 0.05)
     with view.TerminalView() as shown:
