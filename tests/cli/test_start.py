@@ -268,7 +268,7 @@ from dart_eval import cli
 
 class Going:
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
 
 def app(*_, **__):
@@ -279,7 +279,7 @@ cli.application = lambda word: app
 cli.main()
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=25)
-    assert (ended.returncode, ended.stdout) == (130, "") and ended.stderr.strip() == "interrupted"
+    assert (ended.returncode, ended.stdout) == (143, "") and ended.stderr.strip() == "terminated"
 
 
 def test_a_log_says_what_lasts_once_and_nothing_of_what_does_not(capsys, monkeypatch):
