@@ -80,8 +80,9 @@ def memory(root: Path = Path("/")) -> tuple[int, int] | None:
             if controllers not in ("", "memory"):  # "" is version 2, which has one group for all
                 continue
             top = root / "sys/fs/cgroup" / controllers
+            own = top / path[1:]
             limit, usage = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
-            for group in (top / path[1:], *(top / path[1:]).parents[: path.rstrip("/").count("/")]):
+            for group in (own, *own.parents[: path.rstrip("/").count("/")]):
                 with contextlib.suppress(OSError, ValueError):  # the root of version 2 has none, and "max" is no limit
                     most, taken = (int((group / f"memory.{name}").read_text()) for name in (limit, usage))
                     found.append((most - taken, most))
