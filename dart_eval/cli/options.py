@@ -23,7 +23,7 @@ METHODS = complete.listed(complete.methods)
 NAMES = {"tasks": complete.listed(complete.tasks), "method": METHODS}  # what a shell looks up
 SHAPES = ("llama-3.1-8b", "llama-3.2-3b", "llama-3.2-1b", "qwen2.5-1.5b")  # of `models.shapes`, which imports torch
 FORMATS = ("table", "md", "csv", "tex", "json")  # of what a verb prints
-BOARD, FRONTIER, TIME, BATCH, ALL = "board", "frontier", "time", "batch", "all"  # views of `tables`
+BOARD, FRONTIER, TIME, ALL = "board", "frontier", "time", "all"  # views of `tables`
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 Several = list[str] | None  # values with commas between them, or the option again: they add up (`text.items_of`)

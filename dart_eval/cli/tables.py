@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.options import ALL, BATCH, BOARD, FORMATS, FRONTIER, TIME, one_of, own
+from dart_eval.cli.options import ALL, BOARD, FORMATS, FRONTIER, TIME, one_of, own
 from dart_eval.cli.view import put
 from dart_eval.evaluation.task_names import ALIASES
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
 
-DRAWN = (FRONTIER, TIME, BATCH)
+DRAWN = (FRONTIER, TIME)
 VIEWS = (BOARD, "long", "flops", "memory", "detector", *DRAWN, ALL)
 PICTURES = (".png", ".svg", ".pdf")
 FORMAT_HELP = (
@@ -24,9 +24,8 @@ FORMAT_HELP = (
 VIEW_HELP = (
     "View to show. board; long: every metric with n; flops; memory; detector: alarms and re-masks over generated "
     "texts, and drift tasks; frontier: how far a method can go; time: quality beside the time of a step, where `bench "
-    "decode` measured it; batch: what a step of several sequences reads, where `run --read-at-batch` measured it "
-    "(--save FILE.svg draws these three); all. json and csv always have every number, each with dense's on the same "
-    "documents."
+    "decode` measured it (--save FILE.svg draws these two); all. json and csv always have every number, each with "
+    "dense's on the same documents."
 )
 SORTS = ("accuracy", "above", "perplexity", "flips", "kl", "memory", "work", "speed")
 SORT_HELP = f"Order the rows of a level by this column: {', '.join(SORTS)}. By default the best row comes first."
@@ -61,7 +60,6 @@ def tables(
     dart-eval tables out --format tex --save tables.tex
     """
     from dart_eval.cli.views import Shown, as_data, draw, print_view, render  # statistics: not for `--help`
-    from dart_eval.results.report import unions
     from dart_eval.results.report.reader import Reader
     from dart_eval.results.rows import of_tasks
 
@@ -72,8 +70,6 @@ def tables(
         check_target(save)
         format = None if picture else format_of(save, format, FORMATS[1:])
     records = of_tasks(store.load(), tasks, ALIASES)
-    if view == BATCH and not any(r.read_at_batch for r in records):
-        raise UserError(f"no cell of {folder} has a read at batch", unions.REMEDY)
     shown = Shown(view, store, records, subtasks, metric, level, sort, explain)
     if picture and save is not None:
         draw(shown, save)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import mean
 
-from dart_eval.cli.options import ALL, BATCH, BOARD, FRONTIER, TIME
+from dart_eval.cli.options import ALL, BOARD, FRONTIER, TIME
 from dart_eval.cli.view import say, show
 from dart_eval.results import board_text, detector, frame, frontier, generated, speeds, tables, writers
 from dart_eval.results.blocks import WIDTH_OF_LEVEL, Board
@@ -18,7 +18,6 @@ from dart_eval.results.board import boards, by_row
 from dart_eval.results.board_text import LEVEL_SHOWN
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.record import Record
-from dart_eval.results.report import unions
 from dart_eval.results.report.reader import Reader
 from dart_eval.results.writers import Table
 from dart_eval.util.bits import LAST_BITS
@@ -78,7 +77,6 @@ class Shown:
             ),
             FRONTIER: lambda: frontier.tables(self.boards),
             TIME: lambda: frontier.by_time(self.boards),
-            BATCH: lambda: unions.tables(records),
         }
         return [table for name, made in views.items() if self.view in (name, ALL) for table in made()]
 
@@ -111,7 +109,7 @@ def as_data(shown: Shown, form: str) -> str:
 
 
 def draw(shown: Shown, path: Path) -> None:
-    """Draw quality against bytes read or the time of a step, or bytes read against sequences, into a file.
+    """Draw quality against bytes read or the time of a step into a file.
 
     Raises:
         UserError: the folder has several models, or nothing that could be drawn.
@@ -123,7 +121,7 @@ def draw(shown: Shown, path: Path) -> None:
     from dart_eval.results.report import charts  # matplotlib is loaded only where it draws
 
     cost = frontier.step_time if shown.view == TIME else frontier.bytes_read
-    if shown.view != BATCH and not any(frontier.curves(block, cost) for block in made[0].blocks):
+    if not any(frontier.curves(block, cost) for block in made[0].blocks):
         problem, remedy = f"{shown.store.folder} has nothing to draw", "run dense and a pruned method on the same tasks"
         weak = sorted({task for block in made[0].blocks for task in block.at_chance if not frontier.curves(block)})
         if weak:
@@ -132,12 +130,5 @@ def draw(shown: Shown, path: Path) -> None:
         elif shown.view == TIME:
             remedy += f", then `bench decode --output {shown.store.folder}`"
         raise UserError(problem, remedy)
-    form, model = path.suffix[1:], made[0].model
-    tasks = {str(r.inputs["task"]) for r in shown.records if r.read_at_batch}
-    if shown.view == BATCH and len(tasks) > 1:
-        raise UserError(
-            f"a picture shows one task, and {shown.store.folder} has reads at batch of {len(tasks)}", "add --tasks NAME"
-        )
-    batch = unions.charts(shown.records, {}) if shown.view == BATCH else []
-    write(path, charts.drawn(batch[0], model, form) if batch else charts.picture(made[0], form, cost))
+    write(path, charts.picture(made[0], path.suffix[1:], cost))
     say(f"wrote {path}")

@@ -25,7 +25,6 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.shard import PartDone, Pilot, Shard
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
-from dart_eval.evaluation.unions import Unions
 from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.pruning.session.dense import AnySession
 from dart_eval.results.journal import Journal
@@ -43,7 +42,6 @@ class TaskResult:
     Attributes:
         prompts: per lm-eval task: number of `documents`, number of `cut` prompts, and most tokens of prompt and
             answer (`length`).
-        unions: what steps of several sequences read, if asked for.
     """
 
     metrics: list[Metric]
@@ -53,7 +51,6 @@ class TaskResult:
     by_task: dict[str, Cost]
     prompts: dict[str, dict[str, int]]
     state_bytes: int
-    unions: Unions | None
 
 
 def evaluate_task(
@@ -82,7 +79,7 @@ def evaluate_task(
     cost = sum(lm.costs.values(), Cost())
     metrics = _metrics(results)
     metrics += _distances(metrics, results.get("group_subtasks") or {}, lm.costs)
-    return TaskResult(metrics, samples, texts, cost, by_task, prompts, journal.state_bytes, lm.unions)
+    return TaskResult(metrics, samples, texts, cost, by_task, prompts, journal.state_bytes)
 
 
 def answer_part(

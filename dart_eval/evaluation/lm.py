@@ -8,12 +8,11 @@ cache must not be used with it, since its key contains neither the model nor the
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -33,7 +32,6 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.shard import WHOLE, Call, PartDone, Pilot, Shard
 from dart_eval.evaluation.tasks import RollingLogLikelihood
 from dart_eval.evaluation.truncation import truncated
-from dart_eval.evaluation.unions import STEPS, Unions
 from dart_eval.evaluation.unusable import Unusable
 from dart_eval.pruning.session.dense import AnySession, DenseSession
 from dart_eval.results.journal import Journal
@@ -58,14 +56,12 @@ class PrunedLM(HFLM):
         think_end_token: an answer is what a text says after it; its text, or its id in digits.
         add_bos_token: whether prompts begin with the tokenizer's first token; None: as the tokenizer does.
         distances: how far the pruned model lies from dense at the scored positions, too (`scoring.scorer`).
-        read_at_batch: whether the first sequences of a cell run again, for what steps of several read (`unions`).
 
     Attributes:
         scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts have
             only `scored`.
         token_ids: (task, doc_id) -> the tokens of its text, or of the first of several.
         cut: (task, doc_id) of the cell's documents whose prompt does not fit in full.
-        unions: what steps of several sequences read; None unless asked for.
         planned: sizes of forwards by which units are planned, the same for all workers of a cell.
         budget: sizes of forwards in use. After memory has run out they are smaller, and units run in pieces.
     """
@@ -83,7 +79,6 @@ class PrunedLM(HFLM):
         think_end_token: str | None = None,
         distances: bool = False,
         add_bos_token: bool | None = None,
-        read_at_batch: bool = False,
     ) -> None:
         # HFLM's own batch size is never used, and its `auto` would try sizes out.
         # And it would tie an output head that its owner has untied.
@@ -94,7 +89,7 @@ class PrunedLM(HFLM):
                 **({} if add_bos_token is None else {"add_bos_token": add_bos_token}),
             )  # fmt: skip
         self.planned = self.budget = budget(batch_size, model)
-        self.share_prefix, self.distances, self._read_at_batch = share_prefix, distances, read_at_batch
+        self.share_prefix, self.distances = share_prefix, distances
         self.chunk = chunk
         self.on_progress = on_progress
         self._head, self._angles = output_head(model), Angles(model)
@@ -128,7 +123,6 @@ class PrunedLM(HFLM):
         self.costs: dict[tuple[str, int], Cost] = defaultdict(Cost)  # of each (task, doc_id)
         self.cut: set[tuple[str, int]] = set()
         self.token_ids: dict[tuple[str, int], list[int]] = {}  # of each document's first text
-        self.unions = Unions(session) if self._read_at_batch and part.unsharded else None
         self._clock = time.monotonic()
 
     def _asked_once(self) -> None:
@@ -177,30 +171,6 @@ class PrunedLM(HFLM):
                 self.on_progress(len(answers), True)
             call.seconds[place] = time.monotonic() - start
         unusable.check_usable(over=True)
-        if self.unions is not None:
-            with torch.random.fork_rng():
-                self._unite(self.unions, asked, make)
-
-    def _unite(self, unions: Unions, asked: Sequence[Any], make: Callable[[Budget], Scoring | Generator]) -> None:
-        """Add the first sequences of a call to the unions: they decode their first tokens again, one by one.
-
-        Args:
-            asked: as `Scoring.units` or `Generator.units` takes them. Several requests may share a context.
-            make: see `_ask`.
-        """
-        first: dict[object, Any] = {}
-        for one in asked:
-            first.setdefault(one.context if isinstance(one, Request) else one[1].args[0], one)
-        for one in [*first.values()][: unions.room]:
-            if isinstance(one, Request):
-                scoring = scorer(self.model, self._head, self.session, 1, share_prefix=False)
-                cut = Request(one.context, one.continuation[:STEPS])
-                unions.add(functools.partial(scoring.score, [cut]))
-                continue
-            generator = make(self.budget)
-            (unit,) = generator.units([one])
-            unit = dataclasses.replace(unit, new_tokens=min(unit.new_tokens, STEPS + 1))
-            unions.add(functools.partial(generator.run, unit))
 
     def _keep(self, answers: Mapping[str, Score | Text], state_bytes: int) -> None:
         """Write a finished batch into the journal, with the time since the last one."""

@@ -100,10 +100,6 @@ class Part:
         """Return why no kernel runs it on an FFN, or None."""
         return f"{self.title} has no kernel"
 
-    def unites(self, ffn: FFN) -> bool:
-        """Whether what several tokens read of an FFN together follows from what each of them reads."""
-        return True
-
     def multiplied(self, read: float) -> float:
         """Return the share of the weights that a token multiplies. read: share of the bytes that it reads."""
         return read

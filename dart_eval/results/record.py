@@ -121,11 +121,6 @@ class Record:
         dict[str, Json], Holds(dict[str, File]),
         "`samples` and `texts`, each with its `name`, its number of lines `n` and its `sha256`",
     ] = field(default_factory=dict)  # fmt: skip
-    read_at_batch: Annotated[
-        Json | None, Holds(dict[str, dict[str, tuple[Number, Number | None, int]]] | None),
-        "for `sequences` that decode together and for consecutive `tokens` of one, by number. Each has the share of "
-        "the FFN weights read together, its standard error, and the groups measured; null if not asked for",
-    ] = None  # fmt: skip
     cut: Annotated[int | None, "documents whose prompt was cut to the context, over all tasks"] = None
     samples: list[dict[str, object]] = field(default_factory=list, repr=False)
 

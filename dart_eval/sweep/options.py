@@ -129,9 +129,6 @@ class Options:
     kl: Annotated[Flag, option(TASKS, "", DECIDES,
         "Measure KL divergence and top-1 agreement of scored tokens with dense; finished cells need --force.",
         off="Do not measure KL divergence and top-1 agreement with dense: scoring takes less time.")] = True
-    read_at_batch: Annotated[Flag, option(TASKS, "", DECIDES,
-        "Also measure what a step of 1 to 32 sequences reads, for `tables --view batch`: the first 32 of a cell decode "
-        "up to 16 tokens again. Finished cells need --force.")] = False
     seed: Annotated[Whole, option(TASKS, "N", KEY,
         "Seed few-shot sampling, and methods that draw at random. Several seeds make one cell each.", ge=0)] = 0
     max_length: Annotated[Whole | None, option(TASKS, "N", KEY,

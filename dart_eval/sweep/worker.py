@@ -79,7 +79,6 @@ class Worker:
             self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, on_progress=advanced,
             share_prefix=config.share_prefix, enable_thinking=config.enable_thinking,
             think_end_token=config.think_end_token, add_bos_token=config.add_bos_token, distances=config.kl,
-            read_at_batch=config.read_at_batch,
         )  # fmt: skip
         if config.chat_template and config.system_instruction is not None:
             self._check_system(config.system_instruction)
@@ -241,7 +240,6 @@ class Worker:
             environment={**environment(), **hardware({p.device for p in self.model.parameters()})},
             measured=measured,
             cut=sum(p["cut"] for p in outcome.prompts.values()),
-            read_at_batch=None if outcome.unions is None else outcome.unions.result(share),
             samples=[{**s, "effective_sparsity": unread(s["effective_sparsity"], share)} for s in outcome.samples],
         )
 

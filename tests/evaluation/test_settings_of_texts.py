@@ -1,7 +1,6 @@
-"""Settings of generation: their types, ends of their own, cut prompts in plans, and repeats in reads at batch."""
+"""Settings of generation: their types, ends of their own, and cut prompts in plans."""
 
 import pytest
-from lm_eval.api.instance import Instance
 
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.generation import Generator
@@ -58,22 +57,6 @@ def test_a_plan_counts_the_tokens_of_a_cut_prompt_that_are_read():
     generator = Generator(lm, DenseSession(), lm.planned, Angles(lm.model), {})
     (unit,) = generator.units([("a", TextRequest(words(random_tokens(200)), 0, tokens=8))])
     assert (unit.tokens, unit.cached, unit.prompts[0].cut) == (64, 64, True)
-
-
-def test_repeats_of_a_prompt_are_one_sequence_of_a_read_at_batch():
-    """Draws of one prompt share its mask, so their union would say that a batch reads no more than a sequence."""
-    lm = PrunedLM(tiny("llama"), word_tokenizer(), read_at_batch=True)
-    settings = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
-    requests = [
-        Instance("generate_until", {}, (words(random_tokens(9, seed=n)), dict(settings)), 0, metadata=("t", n, 8))
-        for n in range(4) for _ in range(8)
-    ]  # fmt: skip
-    with open_session(lm.model, "griffin", execution="masked") as session:
-        lm.begin(session, {})
-        lm.generate_until(requests)
-    found = lm.unions.result(1.0)["sequences"]
-    assert {n: of[2] for n, of in found.items()} == {"1": 4, "2": 2, "4": 1}
-    assert found["2"][0] > found["1"][0]
 
 
 @pytest.mark.parametrize(("given", "message"), [

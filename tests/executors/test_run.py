@@ -63,21 +63,6 @@ def test_a_sweep_and_its_records(saved_llama, tmp_path):
     assert _numbers(second.records) == _numbers(result.records)
 
 
-def test_a_run_may_measure_what_steps_of_several_sequences_read(saved_llama, tmp_path):
-    """Of the bytes of 16-bit weights, where the model's are rounded."""
-    asked = {"method": "dense,griffin", "sparsity": "0.5", "tasks": "smoke_questions", "ffn_bits": "16,4"}
-    config = _config(saved_llama, tmp_path, read_at_batch=True, **asked)
-    records = run_local(config, Watch()).records
-    assert len(records) == 4 and all("--read-at-batch" in r.settings["command"] for r in records)
-    for record in [*records, *run_local(config, Watch()).records]:  # as they were written, and as they are read
-        sequences = record.read_at_batch["sequences"]
-        assert sequences["1"][0] == pytest.approx(record.weights_read) and sequences["1"][2] == 3
-        assert sequences["2"][2] == 1 and sequences["2"][0] >= sequences["1"][0]
-    plain = run_local(_config(saved_llama, tmp_path, force=True, **asked), Watch()).records
-    assert [r.key for r in plain] == [r.key for r in records] and {r.read_at_batch for r in plain} == {None}
-    assert _numbers(plain) == _numbers(records)
-
-
 @pytest.mark.slow
 def test_two_runs_give_the_same_numbers_at_any_batch_size(saved_llama, tmp_path):
     a, b, c = (

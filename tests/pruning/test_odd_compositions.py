@@ -10,7 +10,6 @@ from dart_eval.bench import bytes_only, decode, overhead, tracing
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.evaluation.unions import unites
 from dart_eval.layers.find import describe, find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.models import shapes
@@ -121,10 +120,3 @@ def test_a_prompt_longer_than_a_models_positions_is_refused(tmp_path):
     assert done.code == 2 and done.err == (
         "error: prompt and steps have 257 tokens, the model takes 256; give a shorter --prompt, or fewer --steps\n"
     )
-
-
-def test_tokens_that_run_dense_read_less_than_a_preview_and_all_weights():
-    model = tiny("llama", torch.float32)
-    for more, wanted in (({}, True), ({"remask.release": 4}, False)):
-        with open_session(model, "griffin", 0.5, choice="preview", **{"image": "copy", **more}) as session:
-            assert unites(session) is wanted

@@ -64,9 +64,6 @@ class Token:
     threshold: float | None = None
 
 
-WHOLE = 3  # the level of a neuron that is read whole, see `AnyChoice.levels`
-
-
 def of_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     """Select neurons: [..., F] -> [..., K]. rows: None for all."""
     return x if rows is None else x.index_select(-1, rows)
@@ -235,26 +232,6 @@ class AnyChoice(Part):
         if bool((token.written < token.taken).any()):
             chosen = largest(token.h.abs(), chosen, token.written)
         return chosen
-
-    def levels(self, token: Token, chosen: Tensor) -> Tensor:
-        """Return how much a token reads of each neuron, [B, T, F]: each level reads more than the one before.
-
-        The levels are 0 (out of the mask), 1 (in it), 2 (taken), 3 (written, too). If the choice `adds`, 2 is a neuron
-        that writes its previewed value, and 3 one that is taken.
-
-        Args:
-            token: that chose.
-            chosen: [B, T, F] bool, what it chose.
-        """
-        from dart_eval.kernels.top import largest
-
-        assert token.allowed is not None and token.taken is not None and token.written is not None
-        taken = chosen
-        if self.adds:
-            taken = chosen | self.approximated(token, chosen)
-        elif bool((token.written < token.taken).any()):
-            taken = largest(self.importance(token), token.allowed, token.taken)
-        return token.allowed.byte() + taken.byte() + chosen.byte()
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
         return 3 * mask if self.chooses else 0.0  # a score, its factor, and |h| of the taken neurons

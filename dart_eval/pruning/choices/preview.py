@@ -88,9 +88,6 @@ class Previewing(Choice):
     def lacking(self, ffn: FFN) -> str | None:
         return f"{self.title} with {self.image.title} has no kernel"
 
-    def unites(self, ffn: FFN) -> bool:
-        return self.columns(ffn.width) == Columns()  # else a union previews more columns, and less of a row is left
-
     def columns(self, width: int) -> Columns:
         """Return the shares of the columns of gate and up that a preview reads. width: D."""
         return Columns()

@@ -125,9 +125,7 @@ class AttachedInputs:
         columns = self.part.columns_read(x, self.inputs[ffn.layer][matrix])
         share = columns.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
         bits = self.bits[ffn.layer][matrix]
-        layer = state.layers[ffn.layer]
-        layer.add_read(self._cost(ffn, bits, share))
-        layer.fitted.note(columns, lambda: [self._cost(ffn, bits, s) / x.shape[-1] for s in (0.0, 1.0)], matrix)
+        state.layers[ffn.layer].add_read(self._cost(ffn, bits, share))
         return x * columns
 
     def _cost(self, ffn: FFN, bits: Stored, share: Share) -> Share:

@@ -60,9 +60,6 @@ class GradedBoth(GradedColumns):
     def lacking(self, ffn: FFN) -> str | None:
         return f"{self.title} has no kernel"
 
-    def unites(self, ffn: FFN) -> bool:
-        return False  # bits follow rows and columns at once
-
     @property
     def fewest(self) -> float:
         more = self.more if self.second == "rows" else min(self.more, self.bits[-1] - self.bits[0])

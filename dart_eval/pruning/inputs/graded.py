@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -148,10 +147,6 @@ class GradedMatrix(Coded):
         bits = torch.tensor(self.part.bits, device=chosen.device)[chosen].sum(-1, dtype=torch.float64)
         return bits + self.width * self.scale
 
-    def costs(self, neuron: int) -> list[float]:
-        """Return the bits of a column at each level, in neurons. neuron: bits of one."""
-        return [self.rows * (bits + self.scale) / neuron for bits in self.part.bits]
-
 
 Limited = Sequence[tuple[GradedMatrix, float]]  # matrices of a projection, and what each may read (`Graded.limit`)
 
@@ -235,8 +230,6 @@ def _graded(ffn: FFN, matrices: Limited, forward: Any, look: SecondLook | None) 
             look.see(x, made)
         layer, neuron = state.layers[ffn.layer], OWN_BITS * ffn.matrices * ffn.width
         layer.add_read(sum(matrix.rows * matrix.row_bits(chosen).cpu() for matrix, _, _, chosen in made) / neuron)
-        for matrix, _, _, chosen in made:
-            layer.fitted.note(chosen, functools.partial(matrix.costs, neuron), matrix)
         return torch.cat([product for _, _, product, _ in made], -1).to(output.dtype).view(output.shape)
 
     return torch.compiler.disable(hook)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +9,9 @@ from torch import Tensor
 
 from dart_eval.layers.expert_pool import write_all
 from dart_eval.layers.ffn import FFN, device_of
-from dart_eval.pruning.choices.choice import WHOLE, ChoiceLayer
+from dart_eval.pruning.choices.choice import ChoiceLayer
 from dart_eval.pruning.method import CostTerms, Pruner
 from dart_eval.pruning.session.sequence import nbytes
-
-# By matrix (None for neurons): the cost of each level in neurons, fp64, and per forward the levels [B, T, n] uint8.
-Noted = dict[object, tuple[Tensor, list[Tensor]]]
 
 
 @dataclass
@@ -30,7 +25,6 @@ class Fitted:
         mean: [pool] fp32, each neuron's mean on the calibration text, if it replaces the neuron; else None.
         constant: [1, D] fp32, the compensation of the neurons outside a fixed mask; None.
         chooser: the choice at work; None if tokens compute the whole mask.
-        noted: what decoded tokens read, see `note`; None while nothing is noted.
     """
 
     method: Pruner
@@ -41,7 +35,6 @@ class Fitted:
     mean: Tensor | None = None
     constant: Tensor | None = None
     chooser: ChoiceLayer | None = None
-    noted: Noted | None = None
 
     @property
     def masked(self) -> Tensor:
@@ -70,32 +63,3 @@ class Fitted:
         left_out = torch.where(mask, 0.0, mean.to(mask.device)).to(dtype)
         routed = self.ffn.routed
         return write_all(routed, left_out).float() if routed else self.ffn.write(left_out)
-
-    def note(self, levels: Tensor, costs: Callable[[], Sequence[float]], matrix: object = None) -> None:
-        """Note how much tokens read of each neuron or column, if asked (`SessionStats.noting`).
-
-        Args:
-            levels: [B, T, n], from 0. A higher level reads what a lower one reads, and more.
-            costs: returns the bytes of a neuron or column at each level, in neurons.
-            matrix: of the columns.
-        """
-        if self.noted is not None:
-            if matrix not in self.noted:
-                self.noted[matrix] = torch.tensor(costs(), dtype=torch.float64), []
-            self.noted[matrix][1].append(levels.to("cpu", torch.uint8))
-
-    def note_neurons(self, levels: Callable[[], Tensor], dense: Tensor | None = None) -> None:
-        """Note how much tokens read of each neuron, if asked.
-
-        Args:
-            levels: returns [B, T, F], see `AnyChoice.levels`.
-            dense: [B] bool, sequences that run dense now; None: none.
-        """
-        if self.noted is None or self.method.other is not None:
-            return
-        always, in_mask, taken, written = self.cost_terms
-        more = (written, taken) if self.method.choice.adds else (taken, written)
-        costs = [cost / self.ffn.matrices for cost in itertools.accumulate((always, in_mask, *more))]
-        found = levels()
-        whole = found if dense is None else found.masked_fill(dense.to(found.device)[:, None, None], WHOLE)
-        self.note(whole, lambda: costs)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dart_eval.layers.expert_pool import present, under
 from dart_eval.layers.ffn import device_of
-from dart_eval.pruning.choices.choice import WHOLE, ChoiceLayer, Token, of_rows
+from dart_eval.pruning.choices.choice import ChoiceLayer, Token, of_rows
 from dart_eval.pruning.masks.scores import FIRST_TOKEN, alone
 from dart_eval.pruning.part import Part
 from dart_eval.pruning.session.fitted import Fitted
@@ -188,9 +188,7 @@ class Layer(PerSequence):
         else:
             mask = self.ffn.of_token(self.mask.to(h.device), len(h))
         if self.fitted.chooser is not None:
-            mask = self._chosen(self.fitted.chooser, h, gate, up, x, rows, mask, dense)
-        else:
-            self.fitted.note_neurons(lambda: WHOLE * mask.expand(h.shape).to(torch.uint8), dense)
+            mask = self._chosen(self.fitted.chooser, h, gate, up, x, rows, mask)
         if dense is not None:
             mask = mask | dense.to(h.device)[:, None, None]
         mean = self._means() if self.method.compensation.fills else None
@@ -203,7 +201,7 @@ class Layer(PerSequence):
 
     def _chosen(
         self, chooser: ChoiceLayer, h: Tensor, gate: Tensor | None, up: Tensor | None, x: Tensor | None,
-        rows: Tensor | None, allowed: Tensor, dense: Tensor | None,
+        rows: Tensor | None, allowed: Tensor,
     ) -> Tensor:  # fmt: skip
         """Return the neurons of the mask that each token computes: [B, T, F] bool."""
         score = self.method.mask.score
@@ -217,7 +215,6 @@ class Layer(PerSequence):
             factor = None if factor is None else of_rows(factor.to(h.device), rows)
             token.alone = functools.partial(alone, score, h * allowed, factor)
         chosen = chooser.choose(token)
-        self.fitted.note_neurons(lambda: self.method.choice.levels(token, chosen), dense)
         if not self.method.choice.exact:
             self.neurons_read = self.fitted.neurons_read(chosen.sum(-1, dtype=torch.float64).cpu())
         return chosen

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dart_eval.layers.ffn import FFN
-from dart_eval.pruning.choices.choice import WHOLE
 from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.remask import Due, RemaskState
 from dart_eval.pruning.session.layer import Layer
@@ -220,12 +219,10 @@ class SequenceState(PerSequence):
         """Return h of a layer without its pruned neurons: see `Layer.prune`. going: [B, T] bool, not yet ended."""
         one, dense = self.layers[layer], self.dense_now
         if not self.prunes or (rows is not None and not self.method.choice.chooses and dense is None):
-            one.fitted.note_neurons(lambda: torch.full(h.shape, WHOLE))
             return h
         if dense is not None and bool(dense.any()):
             one.gather(h, (going & dense[:, None]).float())
             if bool(dense.all()):
-                one.fitted.note_neurons(lambda: torch.full(h.shape, WHOLE))
                 return h
         return one.prune(h, gate, up, x, rows, dense)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +13,6 @@ if TYPE_CHECKING:
     from dart_eval.kernels.mask_rows import MaskRows
     from dart_eval.pruning.method import Pruner
     from dart_eval.pruning.session.execution import Execution
-    from dart_eval.pruning.session.fitted import Noted
     from dart_eval.pruning.session.hooks import Forward
     from dart_eval.pruning.session.log import Log, Step, Tally
     from dart_eval.pruning.session.prepared import Prepared
@@ -130,15 +127,3 @@ class SessionStats:
         """Return the detector's trace of one sequence since its context: see `Log.trace`."""
         remasking = self.state.remasking if self.state else None
         return self.log.trace(remasking.detector if remasking else None, row, tokens)
-
-    @contextmanager
-    def noting(self) -> Iterator[list[Noted]]:
-        """Note inside what decoded tokens read, per layer: nothing where weights are read alike by all tokens."""
-        layers = self.prepared.layers
-        for layer in layers:
-            layer.noted = {}
-        try:
-            yield [layer.noted for layer in layers if layer.noted is not None]
-        finally:
-            for layer in layers:
-                layer.noted = None

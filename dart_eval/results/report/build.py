@@ -12,7 +12,7 @@ from dart_eval.results.board import boards, newest
 from dart_eval.results.format import percent
 from dart_eval.results.progress import progress
 from dart_eval.results.record import Record
-from dart_eval.results.report import charts, head, page, quality, unions
+from dart_eval.results.report import charts, head, page, quality
 from dart_eval.results.report.cells import ReportCell, cells_of, looks
 from dart_eval.results.report.drift import drift_of
 from dart_eval.results.report.explorer import Texts, documents
@@ -72,7 +72,7 @@ def build(store: Store, title: str | None = None, wanted: int = 50, follow: bool
         "detectors": detector.tables(reader.traces, records), "tasks": shown, "kept": reader.most,
         "left_out": len(set[Any]().union(*(seen.left_out for seen in samples_of.values()))),
         "numbers": [
-            *tables.tables(every), *unions.tables(every), *generated.table(records, texts_of), *_commands(cells),
+            *tables.tables(every), *generated.table(records, texts_of), *_commands(cells),
         ],
         "cells": len(found.records), "explained": board_text.EXPLAINED,
     }  # fmt: skip
@@ -107,8 +107,7 @@ def _model(
     board: Board, looks: Mapping[str, int], chance: Mapping[str, float], records: Sequence[Record]
 ) -> dict[str, Any]:
     """Return the page's data of one model. records: of all."""
-    keys = {key for row in board.rows for key in row.keys}
-    made = quality.charts(board, looks, chance) + unions.charts([r for r in records if r.key in keys], looks)
+    made = quality.charts(board, looks, chance)
     blocks = [_block(board, block) for block in board.blocks]
     answered = next((i for i, b in enumerate(board.blocks) if any(level.take for level in b.levels)), 0)
     return {
