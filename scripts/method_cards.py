@@ -73,10 +73,6 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
                          "(b_high - b_low), b bits by the read", "layers", ()),
     "wanda": ("weights with the largest |W_ij| || (x_tj)_t || of each row i", "entries", ("thinned",)),
     "rounding": ("W rounded, for decoded tokens", "", ()),
-    "fewer-experts": ("the k experts e with the largest router weight g_e", "routings", ("with_count",)),
-    "drop-experts": ("s_e = mean_t g_e(x_t) ||f_e(x_t)||, t in a calibration text", "routings", ("saliency_by_hand",)),
-    "graded-experts": ("expert e in its first b_e bits, with least sum_e g_e^2 E(b_e), E = 1 - (1 - ||W - W(b)||^2 / "
-                       "||W||^2)^3", "graded_experts", ("by_hand", "lost")),
     "oracle": ("griffin's s_j, t in the scored tokens", "griffin", ("griffin",)),
 }  # fmt: skip
 
@@ -115,19 +111,15 @@ def _needs(method: Pruner) -> str:
         found.append("16-bit weights or codes")
     if isinstance(method.other, Levels | RoundedEntries):
         found.append("16-bit weights")
-    if method.leaves_out == "experts":
-        found.append("routed experts")
     return ", ".join(found) or "nothing"
 
 
 def _lowest_read(method: Pruner) -> str:
     """In per cent of the bytes, on the shape of Llama 3.1 8B."""
-    if not method.prunes or method.name == "drop-experts":
-        return "100 %" if not method.prunes else "100 % (it saves memory)"
+    if not method.prunes:
+        return "100 %"
     if not method.sized:
         return "set by its fields, not by a sparsity"
-    if method.leaves_out == "experts":
-        return "any" if method.granularity else "one expert a layer"
     shape = shape_of(model := shapes.without_weights(SHAPE), describe(model))
     least = 0.01
     while least < 1:

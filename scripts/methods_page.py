@@ -25,7 +25,6 @@ SLOTS = {
     "allocation": "how the sparsity is spread over layers",
     "compensation": "what replaces the neurons that are left out",
     "entries": "which weights of a matrix a token reads, in methods that do not prune neurons",
-    "routing": "which of its experts a token uses",
 }
 TABLES = """`dart:allocation=table:llama-3.1-8b-70` takes a shipped table, at `--sparsity 0.7`. These are the tables of
 the public code of DART. A name gives the model, the pruned percentage and the ablation: `no-mag` is
@@ -46,7 +45,7 @@ def page() -> str:
         lines.append(f"| `{method.name}` | {escaped(method.summary)} | {escaped(named)} |")
     lines.append(
         "\nThe defaults are `mask=everything`, `choice=none`, `allocation=uniform` and `compensation=none`. A method "
-        "with `entries` has no other part but an allocation, and one with a `routing` has no other part.\n"
+        "with `entries` has no other part but an allocation.\n"
     )
     lines.append("## One by one\n")
     lines.append(

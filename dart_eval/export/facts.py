@@ -55,7 +55,7 @@ class Facts:
 
     @property
     def prunes(self) -> bool:
-        """Whether the model is not the dense one: `drop-experts` reads as much as that."""
+        """Whether the model is not the dense one."""
         return self.record.weights_read < 1 or self.inputs["method"] != DENSE
 
     @property

@@ -23,7 +23,6 @@ from dart_eval.util.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Multiply = Callable[[Tensor, str, int, Tensor, Tensor], Tensor]  # see `Routed.product`
 NAME = "dart_eval"  # of the function, in `config._experts_implementation`
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
 
@@ -38,8 +37,6 @@ class Routed:
         size: neurons of a token's experts.
         width: D.
         silent: leave out biases of down.
-        settle: replaces the experts that the router chose, or None.
-        multiply: replaces `times`, or None.
         index: [N, count], experts of N tokens; -1: none.
         weights: [N, count], the router's weight of each.
         inward: [N, count], factor on x for each expert (Llama 4, in place of the weights), or None.
@@ -58,8 +55,6 @@ class Routed:
         self.inward: Tensor | None = None
         self.projected: Tensor | None = None
         self.silent = False
-        self.settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-        self.multiply: Multiply | None = None
 
     @property
     def experts(self) -> Any:
@@ -73,7 +68,7 @@ class Routed:
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[N, D] -> [N, D], as stock experts."""
-        self.index, self.weights = (index, weights) if self.settle is None else self.settle(index, weights)
+        self.index, self.weights = index, weights
         if isinstance(self.experts, View) and self.experts.weighs_input:
             self.inward, self.weights = self.weights, torch.ones_like(self.weights)
         self.up(x)
@@ -183,36 +178,10 @@ class Routed:
                 tokens, places = (index == expert).nonzero(as_tuple=True)
                 yield expert, tokens, places
 
-    def product(self, x: Tensor, name: str, expert: int, tokens: Tensor, places: Tensor) -> Tensor:
-        """Return the product of some tokens with one of an expert's matrices, which is at `places` among theirs."""
-        return self.times(x, name, expert) if self.multiply is None else self.multiply(x, name, expert, tokens, places)
-
     def times(self, x: Tensor, name: str, expert: int) -> Tensor:
         """Return the product with one of an expert's matrices."""
         weight = getattr(self.experts, name)[expert]
         return x @ weight if self.experts.is_transposed else nn.functional.linear(x, weight)
-
-    def write(self, h: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield each expert's output with its bias: places among the tokens' experts [n], tokens [n], output [n, D].
-
-        Args:
-            h: [N, count, I] of the last N tokens, with the router's weight.
-        """
-        index, weights = self.index[-len(h) :], self.weights[-len(h) :]
-        for expert, tokens, places in self.each(index):
-            written = self.product(h[tokens, places], "down_proj", expert, tokens, places)
-            bias = self.bias("down_proj", expert)
-            if bias is not None and not self.silent:
-                written = written + bias * weights[tokens, places, None].to(bias.dtype)
-            yield places, tokens, written
-
-    def written(self, h: Tensor) -> Tensor:
-        """Return the norm of the output of each expert of the last N tokens: [N, F] -> [N, count] fp32."""
-        norms = torch.zeros(len(h), self.count, device=h.device)
-        h = h.to(self.experts.down_proj.dtype).view(len(h), self.count, self.inner)
-        for places, tokens, written in self.write(h):
-            norms[tokens, places] = written.float().norm(dim=-1)
-        return norms
 
     def bias(self, name: str, expert: int) -> Tensor | None:
         """Return the bias of an expert's matrix, or None."""
@@ -249,7 +218,7 @@ class _Up(_Step):
         name = "gate_up_proj" if routed.experts.has_gate else "up_proj"
         projected = x.new_zeros(len(x), routed.count, routed.inner * (2 if routed.experts.has_gate else 1))
         for expert, tokens, places in routed.each(routed.index[-len(x) :]):
-            out = routed.product(x[tokens], name, expert, tokens, places)
+            out = routed.times(x[tokens], name, expert)
             bias = routed.bias(name, expert)
             projected[tokens, places] = out if bias is None else out + bias
         if routed.inward is not None:
@@ -280,8 +249,12 @@ class _Down(_Step):
     def forward(self, h: Tensor) -> Tensor:
         routed, shape = self.routed, h.shape[:-1]
         h = h.reshape(-1, routed.count, routed.inner)
-        out = h.new_zeros(len(h), routed.width)
-        for _, tokens, written in routed.write(h):
+        out, weights = h.new_zeros(len(h), routed.width), routed.weights[-len(h) :]
+        for expert, tokens, places in routed.each(routed.index[-len(h) :]):
+            written = routed.times(h[tokens, places], "down_proj", expert)
+            bias = routed.bias("down_proj", expert)
+            if bias is not None and not routed.silent:
+                written = written + bias * weights[tokens, places, None].to(bias.dtype)
             out.index_add_(0, tokens, written.to(out.dtype))
         return out.reshape(*shape, -1)
 

@@ -15,7 +15,7 @@ from dart_eval.util.errors import UserError
 def anywhere(method: Pruner) -> bool:
     """Whether a method fits all FFNs that run once for a token, whatever they are, at any sparsity."""
     fits_all_layers = type(method.allocation).check_sparsity is Allocation.check_sparsity
-    if method.reads_most or method.leaves_out == "experts" or not fits_all_layers:
+    if method.reads_most or not fits_all_layers:
         return False
     return not method.prunes or (_not_for_experts(method) is None and _needs_own_part(method) is None)
 
@@ -30,7 +30,6 @@ def check_fit(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored
     Raises:
         UserError: names the part and what it does not fit.
     """
-    method.check_ffns(ffns, sparsity)
     if not method.prunes:
         return
     method.allocation.check_sparsity(sparsity, [*method.allocation.sizes(ffns).values()])

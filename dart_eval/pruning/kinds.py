@@ -6,7 +6,6 @@
 | `StaticMask` | one mask for all (score) x an allocation that needs no prompt x compensation x choice |
 | `TokenChoice` | a choice among all neurons x an allocation that needs no scores x compensation |
 | `InputSparsity` | inputs or single weights that are skipped x an allocation that needs no prompt |
-| `ExpertChoice` | routed experts, or bits of them, that are skipped |
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dart_eval.pruning.choices.choice import All, AnyChoice, Choice
-from dart_eval.pruning.experts.routings import Fewer, Routing
 from dart_eval.pruning.inputs.entries import Entries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.masks.allocations import Allocation, ByShares, Global, Uniform
@@ -124,44 +122,6 @@ class InputSparsity(Pruner, of=Entries):
             return None
         densities = self.allocation.of_ffns(sparsity, ffns)
         return attach(self.entries, ffns, densities, sparsity, calibration)
-
-
-@dataclass(frozen=True)
-class ExpertChoice(Pruner, of=Routing):
-    """Tokens skip some of their routed experts, or some of their bits."""
-
-    leaves_out = "experts"
-    prunes = True
-    routing: Routing = Fewer()
-
-    @property
-    def other(self) -> Routing:
-        return self.routing
-
-    def check_ffns(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        self.routing.check_experts(sparsity, ffns)
-
-    def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        from dart_eval.weights.rounding import stored_of
-
-        for module in (m for f in ffns if f.routed for m in f.projections):
-            self.routing.check_bits(stored_of(module))
-
-    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, *_: object) -> Counts:
-        experts = self.routing.counts(sparsity, ffns)
-        some = [n * f.routed.inner if f.routed and n else f.size for n, f in zip(experts, ffns, strict=True)]
-        return Counts(some, some, some, 0)
-
-    def cost_terms(self, ffns: Sequence[FFN], sparsity: float, unit: float, full_matrices: float) -> list[CostTerms]:
-        if (shares := self.routing.shares(sparsity, ffns)) is not None:
-            return [(f.matrices * share, 0.0, 0.0, 0.0) for f, share in zip(ffns, shares, strict=True)]
-        costs = super().cost_terms(ffns, sparsity, unit, full_matrices)
-        return [(0.0, mask, taken, written + scales) for scales, mask, taken, written in costs]  # scales per expert
-
-    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
-        from dart_eval.pruning.experts.graded import attach
-
-        return attach(self.routing, sparsity, ffns, calibration)
 
 
 def kind_with(method: Pruner, parts: Sequence[type[Part]]) -> type[Pruner]:

@@ -21,13 +21,11 @@ from dart_eval.util.errors import UserError
 if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.calibration.calibration import Calibration
-    from dart_eval.pruning.experts.rerouted import Ordered
-    from dart_eval.pruning.experts.routings import Routing
     from dart_eval.pruning.inputs.attached import AttachedInputs
     from dart_eval.pruning.inputs.entries import Entries
     from dart_eval.pruning.inputs.graded import GradedInputs
 
-    Beside = AttachedInputs | GradedInputs | Ordered
+    Beside = AttachedInputs | GradedInputs
 
 CostTerms = tuple[float, float, float, float]  # read per neuron: always, if in the mask, if taken, if written
 
@@ -81,8 +79,8 @@ class Pruner:
             )
 
     @property
-    def other(self) -> Entries | Routing | None:
-        """The part that leaves out inputs, weights or experts; None for methods that leave out neurons."""
+    def other(self) -> Entries | None:
+        """The part that leaves out inputs or weights; None for methods that leave out neurons."""
         return None
 
     @property
@@ -208,13 +206,6 @@ class Pruner:
             terms.append((scales, into * full, into * (matrices - 1 - full), down - scales))
         return terms
 
-    def check_ffns(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        """Refuse FFNs or a sparsity that methods of this kind do not support.
-
-        Raises:
-            UserError: with the reason.
-        """
-
     def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
         """Refuse weights that it does not support.
 
@@ -233,7 +224,7 @@ class Pruner:
         return 0.0
 
     def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
-        """Attach the part that leaves out inputs, weights or experts to a model; None for other methods."""
+        """Attach the part that leaves out inputs or weights to a model; None for other methods."""
         return None
 
     def at(self, read: float, bits: float = OWN_BITS) -> Pruner:

@@ -49,8 +49,8 @@ class Part:
     """Base of all parts.
 
     Attributes:
-        slot: the kind of part: `score`, `mask`, `draw`, `remask`, `choice`, `image`, `allocation`, `compensation`,
-            `entries` or `routing`.
+        slot: the kind of part: `score`, `mask`, `draw`, `remask`, `choice`, `image`, `allocation`, `compensation`
+            or `entries`.
         name: the word that a user types (`remask=drift`).
         summary: one line of help.
         observes: whether it sums over the tokens of a context (`observe`).

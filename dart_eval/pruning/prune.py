@@ -14,7 +14,6 @@ from torch import nn
 from dart_eval.layers.guard import refuse_second
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.choices.choice import AnyChoice
-from dart_eval.pruning.experts.routings import Routing
 from dart_eval.pruning.inputs.entries import Entries
 from dart_eval.pruning.masks.allocations import Allocation
 from dart_eval.pruning.masks.compensations import Compensation
@@ -74,7 +73,6 @@ def prune(
     allocation: Allocation | PartSpec | None = None,
     compensation: Compensation | PartSpec | None = None,
     entries: Entries | PartSpec | None = None,
-    routing: Routing | PartSpec | None = None,
 ) -> Iterator[Session]:
     """Prune the FFN neurons of `model` while the block runs. Afterwards the model is as it was, bit for bit.
 
@@ -91,8 +89,8 @@ def prune(
         execution: `masked` saves no time; `copied` multiplies copies of one mask's weights; `auto`: as they allow.
         shared_mask: all sequences of a batch have one mask.
         serve: `codes` frees the FFN weights: `dart-plus` runs on its codes, whose values the model has afterwards.
-        mask, score, remask, choice, allocation, compensation, entries, routing: another part in that slot, as an
-            object (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
+        mask, score, remask, choice, allocation, compensation, entries: another part in that slot, as an object
+            (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
 
     Yields:
         The `Session`, with effective sparsity, state bytes and re-masks.
@@ -104,7 +102,7 @@ def prune(
     refuse_second(model)
     method = _method_with(
         method, mask=mask, score=score, remask=remask, choice=choice, allocation=allocation,
-        compensation=compensation, entries=entries, routing=routing,
+        compensation=compensation, entries=entries,
     )  # fmt: skip
     if calibration is None or isinstance(calibration, str | Path):
         calibration = Calibration(model, tokenizer, calibration)

@@ -21,8 +21,6 @@ from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
-from dart_eval.pruning.experts.by_weight import ByWeight
-from dart_eval.pruning.experts.routings import Fewer, Without
 from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.layers import GradedLayers
@@ -30,7 +28,7 @@ from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
 from dart_eval.pruning.inputs.wina import ByNorms
-from dart_eval.pruning.kinds import ExpertChoice, InputSparsity, NeuronMask, StaticMask, TokenChoice, kind_with
+from dart_eval.pruning.kinds import InputSparsity, NeuronMask, StaticMask, TokenChoice, kind_with
 from dart_eval.pruning.masks.allocations import Ends, FromTable, Global, Uniform
 from dart_eval.pruning.masks.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.masks.depth import DepthAware
@@ -210,20 +208,6 @@ BUILT_IN: tuple[Pruner, ...] = (
         name="rounding", summary="rounds the weights of decoded tokens; prompts read the original ones (control)",
         entries=RoundedEntries(),
     ),
-    ExpertChoice(
-        name="fewer-experts", summary="gives each token fewer of its routed experts (control)",
-        routing=Fewer(),
-    ),
-    ExpertChoice(
-        name="drop-experts", paper="2510.13999",
-        summary="removes half of the experts, as REAP does: it saves memory, and no reads",
-        routing=Without(),
-    ),
-    ExpertChoice(
-        name="graded-experts", paper="2504.15299",
-        summary="reads more bits of a token's experts with larger router weights (idea of D2MoE)",
-        routing=ByWeight(),
-    ),
     NeuronMask(
         name="oracle", summary="makes the mask from the same tokens that then run under it (upper bound)",
         mask=Ahead(score=GRIFFIN),
@@ -232,10 +216,9 @@ BUILT_IN: tuple[Pruner, ...] = (
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, DartPlus, Prox, Candidates)
 ALLOCATIONS = (Uniform, DepthAware, Ends, Global, FromTable)
 ENTRIES = (GradedColumns, GradedBoth, GradedLayers, Above, ByNorms, WandaEntries, RoundedEntries)
-ROUTINGS = (Fewer, Without, ByWeight)
 PARTS: tuple[type[Part], ...] = (
     *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS,
-    *COMPENSATIONS, *ENTRIES, *ROUTINGS,
+    *COMPENSATIONS, *ENTRIES,
 )  # fmt: skip
 
 

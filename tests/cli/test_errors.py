@@ -91,7 +91,6 @@ def test_no_tasks_are_answered_with_an_example(refused):
 
 @pytest.mark.parametrize(("method", "words"), [
     ("dense,grifin", "unknown method 'grifin'; did you mean griffin, grinqh?"),
-    ("fewer-experts:allocation=ends", "this method has no allocation"),
     ("dart:remask.window=ten", "dart: remask.window is 'ten'; it must be a whole number"),
 ])  # fmt: skip
 def test_a_wrong_method_is_refused_before_the_tasks_are_looked_up(refused, method, words):

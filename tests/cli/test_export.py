@@ -1,7 +1,6 @@
 """`dart-eval export`: other projects' own packages read what it writes, and nothing is half-written."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import math
@@ -341,16 +340,6 @@ def test_a_document_has_a_distance_of_its_own(tmp_path):
     ((path, _),) = _valid(_export(tmp_path / "out", "every-eval-ever")[1])
     rows = _lines(path.with_name(f"{path.stem}_samples.jsonl"))
     assert [r["evaluation"]["score"] for r in rows] == [0, 0.5 / 4, 1 / 5]
-
-
-def test_a_model_without_half_of_its_experts_is_not_the_dense_one(tmp_path):
-    """It reads as much."""
-    made = dataclasses.replace(cell("drop-experts", 0.0, params={"routing": "without"}), weights_read=1.0)
-    made.settings["method"] = "drop-experts"
-    Store(tmp_path / "out").save("cell", made, texts("arc_easy", 3))
-    _, folder = _export(tmp_path / "out", "lm-eval")
-    (file,) = folder.rglob("results_*.json")
-    assert json.loads(file.read_text())["model_name"] == "tiny@drop-experts"
 
 
 WRONG = {

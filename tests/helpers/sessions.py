@@ -63,7 +63,7 @@ def fitting(method, family, sparsity):
         return min(max(sparsity, 0.56), 0.7)
     if method in (
         "preview", "dart-plus", "graded-both", "graded-rows", "grinqh", "graded-layers",
-        "oracle-layers", "bits-by-position", "graded-experts",
+        "oracle-layers", "bits-by-position",
     ):  # fmt: skip
         return max(sparsity, 0.5)
     return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity

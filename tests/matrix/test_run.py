@@ -41,21 +41,6 @@ def test_a_run_scores_and_generates(name, tmp_path, tokenizer):
         assert all(m.n == 2 for m in record.metrics)
 
 
-@pytest.mark.slow
-def test_a_run_has_the_controls_of_experts(tmp_path, tokenizer):
-    """What no whole expert meets is left out with a line; a dense model has neither control."""
-    tiny("qwen3_moe").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    given = {"method": "fewer-experts,drop-experts", "sparsity": "0.3,0.7", "tasks": "smoke_questions", "limit": 1}
-    given |= {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
-    watch = Watch()
-    result = run_local(config_from(None, given), watch)
-    assert not result.failed
-    read = {r.inputs["method"]: (r.weights_read, r.settings.get("granularity")) for r in result.records}
-    assert read == {"fewer-experts": (0.625, None), "drop-experts": (1.0, "experts")}  # of two experts 1, 1, 1 and 2
-    assert any("fewer-experts at sparsity 0.7 is left out" in note for note in watch.notes)
-
-
 def test_what_is_not_made_for_experts_is_left_out_with_a_line(tmp_path, tokenizer):
     """Before anything runs; where nothing else was asked for, the run ends with that line."""
     tiny("qwen3_moe").save_pretrained(tmp_path / "model")

@@ -26,8 +26,6 @@ RUN = 100  # of them
 EQUIVALENT: dict[str, str] = {
     "_least: x.device.type == \"cpu\" and x.dtype in (torch.float32, tor... -> (x.device.type == \"cpu\")":
         "another way to the same number, which is only faster",
-    "Order.settle: not self.own and self.count < index.shape[1] -> (not self.own)":
-        "the best k of k experts are all of them",
     "DriftDetector.observe: self.prompt_sum[row : row + 1] / size -> (self.prompt_sum[row : row + 1])":
         "a cosine does not depend on the length of a window's mean",
     "Layer._best: sums.mean(0, keepdim=True) -> sums.sum(0, keepdim=True)":

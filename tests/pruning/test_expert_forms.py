@@ -9,7 +9,7 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded_ffns
 from tests.helpers.models import random_tokens
-from tests.helpers.sessions import generate, open_session
+from tests.helpers.sessions import open_session
 from tests.matrix.types import tiny
 
 NAMES = ("llama4_text", "inkling_text", "longcat_flash", "dbrx", "jetmoe")
@@ -117,26 +117,6 @@ def test_a_forward_of_somebody_elses_is_put_back():
     with open_session(model, "griffin", 0.5, execution="masked"):
         assert block.__dict__["forward"] is not theirs
     assert block.__dict__["forward"] is theirs
-
-
-@pytest.mark.parametrize(("name", "sparsity"), [("llama4_text", 0.1), ("dbrx", 0.5), ("jetmoe", 0.5)])
-def test_fewer_of_these_experts(name, sparsity):
-    model, prompt = tiny(name), torch.tensor([random_tokens(9)])
-    with open_session(model, "fewer-experts", sparsity, execution="masked") as session:
-        generate(model, prompt, 4)
-        assert all(1 - sparsity - 0.1 < float(step.read[0]) < 1 for step in session.steps)
-    for routed in (f.routed for f in find_ffns(model) if f.routed):
-        assert routed.settle is None
-
-
-def test_a_router_that_also_chooses_nothing_is_left_alone():
-    model, prompt = tiny("longcat_flash"), torch.tensor([random_tokens(9)])
-    for method in ("fewer-experts", "drop-experts"):
-        with (
-            open_session(model, method, 0.1 if method == "fewer-experts" else 0.0, execution="masked"),
-            pytest.raises(UserError, match="router of LongcatFlashMoE chooses experts in a way that is not understood"),
-        ):
-            generate(model, prompt, 4)
 
 
 @pytest.mark.parametrize("name", NAMES)

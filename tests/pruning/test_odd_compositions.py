@@ -89,7 +89,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("spec", [m.name for m in BUILT_IN if m.prunes and m.leaves_out != "experts"] + SETTINGS)
+@pytest.mark.parametrize("spec", [m.name for m in BUILT_IN if m.prunes] + SETTINGS)
 def test_every_method_is_counted_on_a_shape(spec, monkeypatch):
     monkeypatch.setitem(
         shapes.SHAPES, "small", lambda: LlamaConfig(**{**SMALL, "hidden_size": 256, "intermediate_size": 512})

@@ -16,8 +16,6 @@ from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
-from dart_eval.pruning.experts.by_weight import ByWeight
-from dart_eval.pruning.experts.routings import Fewer, Without
 from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.layers import GradedLayers
@@ -42,7 +40,7 @@ from dart_eval.util.errors import UserError
 
 METHODS = [m.name for m in BUILT_IN]
 FIELDS = [(cls, field) for cls in PARTS if cls is not FromTable for field in plain_fields(cls)]
-SLOTS = ("mask", "score", "draw", "remask", "choice", "image", "allocation", "compensation", "entries", "routing")
+SLOTS = ("mask", "score", "draw", "remask", "choice", "image", "allocation", "compensation", "entries")
 
 
 def made(spec):
@@ -176,9 +174,6 @@ def test_the_built_in_methods_are_these_compositions():
         "bits-by-position": Pruner(entries=GradedLayers(levels="near", group=128, by="position", length=256)),
         "wanda": Pruner(entries=WandaEntries(pattern="none")),
         "rounding": Pruner(entries=RoundedEntries(bits="q4_k")),
-        "fewer-experts": Pruner(routing=Fewer(weights="own")),
-        "drop-experts": Pruner(routing=Without(share=0.5)),
-        "graded-experts": Pruner(routing=ByWeight(levels="0-1-2-3-4-5-6-7-8", group=128, rank="weight")),
         "oracle": Pruner(Ahead(score=l2)),
     }
     assert [*methods()][: len(METHODS)] == METHODS and set(METHODS) == set(wanted)
@@ -194,7 +189,7 @@ def test_what_a_composition_is_follows_from_its_parts():
     choosing = {"cats", "m-countdown", "preview", "prox", "dart-plus", "top-p", "oracle-token"}
     prompted = {"griffin", "dart", "dart-code", "dart-choice", "coreinfer", "glass", "probe", "pop"}
     assert those("prunes") == set(METHODS) - {"dense"}
-    assert those("sized") == set(METHODS) - {"dense", "top-p", "rounding", "drop-experts"}
+    assert those("sized") == set(METHODS) - {"dense", "top-p", "rounding"}
     assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-choice", "pop"}
     assert all(m.spec == m.name for m in BUILT_IN)
     assert those("looks_ahead") == {"oracle"}
@@ -222,7 +217,6 @@ def test_what_a_composition_is_follows_from_its_parts():
     ("teal:mask=prompt",
      "the method leaves out inputs or weights, but mask=prompt leaves out neurons; .*dense:mask=prompt"),
     ("griffin:entries=norms", "the method leaves out neurons, but entries=norms leaves out inputs or weights"),
-    ("cats:routing=fewer", "the method leaves out neurons, but routing=fewer leaves out experts"),
     ("teal:allocation=depth", "allocation=depth does not go with entries=threshold"),
     ("cats:choice=candidates", "choice=candidates does not go with mask=everything; give one of gate, "),
     ("random:choice=candidates", "choice=candidates does not go with mask=static"),
@@ -379,10 +373,8 @@ def test_what_fits_into_a_slot_is_what_its_kind_takes():
 
 
 def test_every_combination_of_the_parts_that_the_kinds_take_can_be_made(tmp_path):
-    """docs/architecture.md says how many there are."""
     table = tmp_path / "table.json"
     table.write_text('{"keep": [0.5, 0.5]}')
-    made = 0
     for kind in KINDS.values():
         slots_of_it = slot_names(kind)
         fitting = [[cls for cls in PARTS if issubclass(cls, takes(kind, slot))] for slot in slots_of_it]
@@ -390,5 +382,3 @@ def test_every_combination_of_the_parts_that_the_kinds_take_can_be_made(tmp_path
             parts_of_it = [cls(file=str(table)) if cls is FromTable else cls() for cls in classes]
             method = Pruner(**dict(zip(slots_of_it, parts_of_it, strict=True)))
             assert type(method) is kind
-            made += 1
-    assert made == 540

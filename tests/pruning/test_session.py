@@ -25,7 +25,7 @@ from tests.helpers.sessions import (
     same,
 )
 
-PRUNERS = [m.name for m in BUILT_IN if m.prunes and not m.looks_ahead and m.leaves_out != "experts"]
+PRUNERS = [m.name for m in BUILT_IN if m.prunes and not m.looks_ahead]
 SIZED = [m.name for m in BUILT_IN if m.name in PRUNERS and m.sized]  # what they read follows from the sparsity
 MASKS = [m.name for m in BUILT_IN if m.name in PRUNERS and not m.choice.chooses and m.leaves_out == "neurons"]
 

@@ -73,7 +73,7 @@ class Levels:
         them alone are one step. (Two bits of weights among much larger ones may be worse than none.)
 
         Args:
-            errors: [levels], the squared error of a column (or expert) at each level.
+            errors: [levels], the squared error of a column at each level.
         """
         import torch
 
@@ -86,10 +86,10 @@ class Levels:
         return torch.stack(found) if found else errors[:0]
 
     def chosen(self, x: Tensor, gains: Tensor, bits: int) -> Tensor:
-        """Return [..., n] long, the level of each column (or expert), counted from 0.
+        """Return [..., n] long, the level of each column, counted from 0.
 
         Args:
-            x: [..., n], the inputs (or the router's weights). gains: see `gains`. bits: that a token reads of all.
+            x: [..., n], the inputs. gains: see `gains`. bits: that a token reads of all.
         """
         import torch
 

@@ -33,7 +33,7 @@ class Prepared:
         unit: mean bits of an FFN weight, of which the sparsity leaves out a share.
         share: the same / bits of the model's own dtype.
         layers: the method on each FFN.
-        beside: the attached part that leaves out inputs, weights or experts; None.
+        beside: the attached part that leaves out inputs or weights; None.
         read_cost: mean read cost of a neuron, if there are previews; None.
         stored: bytes of previews beside the model.
     """
