@@ -134,7 +134,7 @@ ModelArgs = Annotated[
     own("Give the model in lm-eval's form: pretrained=NAME, peft=ADAPTER, dtype=TYPE and others.", MODEL, "K=V,..."),
 ]
 Config = Annotated[Path | None, own("Read options from a YAML file; the command line overrides it.", OUTPUT, "FILE")]
-PLAN = "Time a few batches and estimate the tokens, FLOPs, memory and time of the run. No cell runs."
+PLAN = "Print the cells, their documents, and which are finished already. No cell runs."
 Plan = Annotated[bool, own(PLAN, OUTPUT, "", "--plan")]
 RunFormat = Annotated[str, one_of(("table", "json"), "format", "Print the board, or every number as JSON.", OUTPUT)]
 Verbose = Annotated[bool, own("Show the libraries' messages and tracebacks.", OUTPUT, "", "--verbose")]
@@ -175,12 +175,6 @@ PaperName = Annotated[
         metavar="NAME",
         help="Make these tables: smoke (shipped data), dart (all of the DART paper's claims), or a YAML file's.",
         autocompletion=complete.words(("smoke", "dart")),
-    ),
-]
-PaperPlan = Annotated[
-    bool,
-    own(
-        "Estimate each table's GPU hours for Llama 3 shapes, without data or model. No cell runs.", TASKS, "", "--plan"
     ),
 ]
 PaperTables = Annotated[

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dart_eval.cli import options
-from dart_eval.cli.run import finish, hush, load_libraries
+from dart_eval.cli.run import finish, hush, load_libraries, show_plan
 from dart_eval.cli.view import TerminalView, say, show
 from dart_eval.sweep.config import RAY_OPTIONS
 from dart_eval.util.errors import StoreError, UserError, naming
@@ -33,7 +33,7 @@ REMEDY = "free disk space or choose another --output; finished cells remain"
 @options.takes(*SHARED)
 def paper(
     name: options.PaperName = "smoke", limit: options.PaperLimit = None, output: options.PaperOutput = "paper",
-    tables: options.PaperTables = None, plan: options.PaperPlan = False, verbose: options.Verbose = False,
+    tables: options.PaperTables = None, plan: options.Plan = False, verbose: options.Verbose = False,
     **given: Any,
 ) -> None:  # fmt: skip
     """Run the cells that a paper's tables need, write the tables, and give a verdict on its claims.
@@ -60,14 +60,12 @@ def paper(
     if tables is not None:
         spec = spec.only(items_of(tables))
         given["tables"] = ",".join(spec.sweeps)
-    if plan:
-        from dart_eval.sweep.paper_plan import hours
-
-        show(hours(spec))
-        return
     if spec.configs:  # a task of the last sweep would be looked up after days; without its package it is left out
         tasks = dict.fromkeys(task for config in spec.configs for task in config.tasks)
         task_names.check_names(tasks, needs=False)
+    if plan:
+        show_plan(spec.runs, verbose, skip_missing=True)
+        return
     result, records, refused = _run(spec, verbose)
     if result.lost or (result.failed and not result.records):
         finish(result, output)

@@ -8,7 +8,6 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
@@ -18,8 +17,9 @@ from dart_eval.cli.view import TerminalView, put, say, show
 from dart_eval.models import digest
 from dart_eval.results.writers import Table
 from dart_eval.sweep.options import DEFAULTS
+from dart_eval.util.errors import UserError
 from dart_eval.util.quiet import hush_warnings, silence
-from dart_eval.util.text import Json, json_text
+from dart_eval.util.text import Json, counted, json_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from dart_eval.results.record import Record
     from dart_eval.sweep.config import RunConfig
     from dart_eval.sweep.jobs import RunResult
-    from dart_eval.sweep.sizing import CellSize
 
 # Loggers with many messages of little use.
 NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "asyncio", "lm_eval.tasks")
@@ -53,7 +52,7 @@ def run(
     hush(verbose)
     configs = understood(config, {"model_args": model_args, **given})
     if plan:
-        show_plan(configs, verbose, format)
+        show_plan([configs], verbose, format)
     else:
         run_cells(configs, verbose, format)
 
@@ -70,60 +69,51 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
         digest.begin(first.model)
         load_libraries(terminal, verbose)
         from dart_eval.cluster.run import run_all
-        from dart_eval.sweep.sizing import held_against
         from dart_eval.sweep.tracking import tracked
 
         result = run_all(configs, tracked(terminal, first))
-        if line := held_against(first.output, result.records):
-            terminal.note(line)
     show_results(result, first.output, format)
     finish(result, first.output)
 
 
-def show_plan(configs: list[RunConfig], verbose: bool, format: str = "table") -> None:
-    """Time a few batches of every task, and print what the sweep will take, or each cell's numbers as JSON.
+def show_plan(
+    runs: Sequence[list[RunConfig]], verbose: bool, format: str = "table", skip_missing: bool = False
+) -> None:
+    """Print the cells of sweeps, their documents and whether they are finished, or the same as JSON.
+
+    Args:
+        runs: sweeps, those together that share a model and a folder. skip_missing: see `cluster.run.run_all`.
 
     Raises:
         UserError: the input is wrong.
     """
     with TerminalView() as view:
         load_libraries(view, verbose)
-        from dart_eval.cluster.run import estimate_all
-        from dart_eval.sweep.sizing import keep
+        from dart_eval.results.store import Store
+        from dart_eval.sweep.jobs import documents, plan_all
 
-        sizes, workers = estimate_all(configs, view)
+        cells: list[Json] = []
+        for configs in runs:
+            try:
+                jobs, missing = plan_all(configs, view, skip_missing)
+            except UserError as error:
+                if not cells:
+                    raise
+                view.note(f"left out: {error}")
+                continue
+            for text in missing.values():
+                view.note(f"left out: {text}")
+            store, anew = Store(configs[0].output), configs[0].force
+            for key, job in jobs.items():
+                finished = not anew and store.get(job.cell.name, key) is not None
+                cells.append({"cell": job.cell.title, "key": key, "documents": documents(job), "finished": finished})
     if format == "json":
-        put(json_text([asdict(size) for size in sizes]) + "\n")
-    else:
-        show(plan_table(sizes, workers))
-    keep(configs[0].output, sizes, workers)
-
-
-def plan_table(sizes: list[CellSize], workers: int) -> Table:
-    """Return a table of what a sweep will take: each cell, and their sum."""
-    from dart_eval.sweep.sizing import duration
-
-    def line(name: str, cells: Sequence[CellSize], time: str) -> list[str]:
-        flops = sum(s.flops for s in cells) / 1e12
-        memory, cache = (max((getattr(s, what) for s in cells), default=0) / 10**9 for what in ("memory", "cache"))
-        counts = f"{sum(s.requests for s in cells)}", f"{sum(s.tokens for s in cells)}"
-        return [name, *counts, f"{flops:.1f}", f"{memory:.2f}", f"{cache:.2f}", time]
-
-    todo = [s for s in sizes if not s.finished]
-    work = sum(s.seconds for s in todo)
-    body = [line(s.title, [s], "finished" if s.finished else duration(s.seconds)) for s in sizes]
-    body.append(line(f"{len(todo)} to run", todo, duration(work)))
-    spread = f", about {duration(work / workers)} on {workers} workers, and their start" if workers > 1 else ""
-    note = (
-        "Tokens: tokens to compute; generated texts count at full length. TFLOPs: products with the weights (masks "
-        "save none). GB: peak memory of a few batches on one worker, the largest batch included; previews and rounding "
-        "need up to two more copies of the FFN weights. "
-        "Cache: GB of keys and values in the peak; it grows with --batch-size and with the tokens of a row. "
-        f"Time: extrapolated from a few batches of every task, on one worker; in all {duration(work)}{spread}. The run "
-        "reports the error of this estimate."
-    )
-    columns = ["cell", "requests", "tokens", "TFLOPs", "GB", "cache", "time"]
-    return Table("Plan", columns, body, note, rules=frozenset({len(body) - 1}))
+        put(json_text(cells) + "\n")
+        return
+    todo = [cell for cell in cells if not cell["finished"]]
+    body = [[c["cell"], str(c["documents"]), "finished" if c["finished"] else "to run"] for c in cells]
+    body.append([counted(len(cells), "cell"), str(sum(c["documents"] for c in todo)), f"{len(todo)} to run"])
+    show(Table("Plan", ["cell", "documents", "state"], body, rules=frozenset({len(cells)})))
 
 
 def show_results(result: RunResult, output: str, format: str = "table") -> None:

@@ -17,20 +17,16 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dart_eval.cluster.driver import Driver
 from dart_eval.cluster.pool import Pool
-from dart_eval.cluster.worker import POLL, CellWorker, settle
+from dart_eval.cluster.worker import CellWorker
 from dart_eval.evaluation.unsafe import away_from_this_folder
-from dart_eval.results.store import Store
 from dart_eval.sweep.config import RunConfig
-from dart_eval.sweep.jobs import RunResult, Silent, View, begin_sweep
+from dart_eval.sweep.jobs import RunResult, View, begin_sweep
 from dart_eval.sweep.plan import methods_of
-from dart_eval.util.errors import UserError, summary
-
-if TYPE_CHECKING:
-    from dart_eval.sweep.sizing import CellSize
+from dart_eval.util.errors import UserError
 
 
 def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
@@ -154,43 +150,3 @@ def _placed(config: RunConfig, options: dict[str, float]) -> RunConfig:
 def _threads(options: dict[str, float]) -> int | None:
     """Return torch's threads in an actor; None: torch's default."""
     return None if options["num_gpus"] else max(1, int(options["num_cpus"]))
-
-
-def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSize], int]:
-    """Return `sizing.estimate` of a node of the cluster, and the number of workers.
-
-    Raises:
-        UserError: the input is wrong, or there is no such cluster.
-    """
-    view.status("connecting to Ray")
-    with _connected(configs[0]):
-        import ray
-
-        size, options = _room(configs[0])
-        view.status("trying a few batches of every task")
-        tried: Any = ray.remote(_estimate).options(max_retries=0, **options)
-        placed = [_placed(c, options) for c in configs]
-        try:
-            found = tried.remote(placed, _threads(options), os.getcwd())
-            while not ray.wait([found], timeout=POLL)[0]:  # not for long at a time: Ray would keep Ctrl-C back
-                pass
-            sizes: list[CellSize] = ray.get(found)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
-        except ray.exceptions.RayError as error:
-            raise UserError(
-                f"the worker that tried a few batches was lost ({summary(error)})", "try a smaller --batch-size"
-            ) from None
-    store = Store(configs[0].output)  # here: the node may not see it
-    force = configs[0].force
-    return [dataclasses.replace(s, finished=not force and store.get(s.name, s.key) is not None) for s in sizes], size
-
-
-def _estimate(configs: list[RunConfig], threads: int | None, folder: str) -> list[CellSize]:
-    """Return `sizing.estimate` on this node."""
-    from dart_eval.sweep.sizing import estimate
-
-    settle(threads, folder)
-    return estimate(configs, Silent(), configs[0].device)

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from dart_eval.models.loaded import Loaded
     from dart_eval.sweep.config import RunConfig
     from dart_eval.sweep.jobs import RunResult, View
-    from dart_eval.sweep.sizing import CellSize
 
 
 def run_all(
@@ -34,18 +33,3 @@ def run_all(
     if configs[0].workers > 1:
         return workers.run_all(configs, view, skip_missing)
     return local.run_all(configs, view, skip_missing, model)
-
-
-def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSize], int]:
-    """Return the size of every cell, and the number of workers that would share them.
-
-    Raises:
-        UserError: the input is wrong.
-    """
-    if configs[0].executor == "ray":
-        from dart_eval.cluster import cluster
-
-        return cluster.estimate_all(configs, view)
-    from dart_eval.sweep import sizing
-
-    return sizing.estimate(configs, view), configs[0].workers

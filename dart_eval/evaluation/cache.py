@@ -29,17 +29,6 @@ def _is_plain(cache: Cache) -> bool:
     return type(cache) is DynamicCache and all(type(layer) in PLAIN for layer in cache.layers)
 
 
-def bytes_of_a_token(cache: Cache) -> float:
-    """Return a cache's bytes of keys and values per token, over all layers.
-
-    Args:
-        cache: of some tokens of one sequence. A sliding layer counts in full: it holds no more than its window.
-    """
-    held = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    tokens = max(1, int(cache.get_seq_length()))
-    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor)) / tokens
-
-
 def fork(cache: Any, rows: Tensor | None = None) -> Any:
     """Return an independent copy for the given rows (indices, repeats allowed; None: all)."""
     if not _is_plain(cache):

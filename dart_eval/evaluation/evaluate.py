@@ -23,7 +23,7 @@ from dart_eval.evaluation import distance
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.settings import EvalSettings
-from dart_eval.evaluation.shard import PartDone, Pilot, Shard
+from dart_eval.evaluation.shard import PartDone, Shard
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
 from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.pruning.session.dense import AnySession
@@ -84,7 +84,7 @@ def evaluate_task(
 
 def answer_part(
     lm: PrunedLM, session: AnySession, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal,
-    part: Shard | Pilot,
+    part: Shard,
 ) -> None:  # fmt: skip
     """Answer one of several parts of a task's requests; the answers go into the journal.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from dart_eval.evaluation.cache import bytes_of_a_token, can_pad, new_cache
+from dart_eval.evaluation.cache import can_pad, new_cache
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.layers.families import base_of, cache_argument
@@ -58,13 +58,6 @@ class Forwards:
         """Cut tokens into the forwards that run on a filled cache: one, or one per token."""
         size = self.room or max(tokens, 1)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-
-    @torch.no_grad()
-    def bytes_of_a_token(self) -> float:
-        """Return the bytes of keys and values of one token, in the model's own dtype."""
-        tokens, cache = torch.zeros(1, 2, dtype=torch.long, device=self.device), new_cache(self.model)
-        self(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(2, device=self.device)[None], cache)
-        return bytes_of_a_token(cache)
 
     def answers(self, distances: bool = False) -> Answers:
         """Return a new `Answers` on the output head. distances: whether to measure distances from dense."""

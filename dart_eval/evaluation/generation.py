@@ -75,21 +75,6 @@ class Prompts:
         """Indices of its requests."""
         return [p.request for p in self.prompts]
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of the prompts, and the most new ones."""
-        return sum(p.tokens + self.new_tokens for p in self.prompts)
-
-    @property
-    def cached(self) -> int:
-        """Tokens in the KV cache at the end, padding included."""
-        return len(self.prompts) * (max(p.tokens for p in self.prompts) + self.new_tokens)
-
-    @property
-    def forwards(self) -> int:
-        """Number of forwards: one per new token."""
-        return self.new_tokens
-
 
 class Generator:
     """Continues prompts on one model under a session.

@@ -29,7 +29,7 @@ from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.requests import A, Request, Score, Scoring, Text, holds, stored_answer
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.evaluation.shard import WHOLE, Call, PartDone, Pilot, Shard
+from dart_eval.evaluation.shard import WHOLE, PartDone, Shard
 from dart_eval.evaluation.tasks import RollingLogLikelihood
 from dart_eval.evaluation.truncation import truncated
 from dart_eval.evaluation.unusable import Unusable
@@ -102,7 +102,7 @@ class PrunedLM(HFLM):
         documents: Mapping[str, str],
         journal: Journal | None = None,
         scope: str = "scored",
-        part: Shard | Pilot = WHOLE,
+        part: Shard = WHOLE,
         kinds: int = 0,
         whole_tokens: bool = False,
     ) -> None:
@@ -119,14 +119,15 @@ class PrunedLM(HFLM):
         self.session, self.documents, self.scope = session, documents, scope
         self.journal = Journal() if journal is None else journal  # an empty journal is falsy
         self.part, self._kinds = part, kinds
-        self.calls: list[Call] = []
+        self.kinds: list[str] = []  # of the calls of the model so far
+        self._units = 0  # of these calls
         self.costs: dict[tuple[str, int], Cost] = defaultdict(Cost)  # of each (task, doc_id)
         self.cut: set[tuple[str, int]] = set()
         self.token_ids: dict[tuple[str, int], list[int]] = {}  # of each document's first text
         self._clock = time.monotonic()
 
     def _asked_once(self) -> None:
-        if not self.part.unsharded and len(self.calls) == self._kinds:
+        if not self.part.unsharded and len(self.kinds) == self._kinds:
             raise PartDone
 
     def _ask(
@@ -136,7 +137,7 @@ class PrunedLM(HFLM):
         """Run this worker's requests of a call that have no answer yet. The answers go into the journal.
 
         Args:
-            kind: of the requests, see `Call`.
+            kind: `loglikelihood`, `loglikelihood_rolling` or `generate_until`.
             requests: by their names in the journal.
             make: returns the scorer or generator for a size of forwards.
             answer: type of the answers; anything else in the journal does not count.
@@ -145,22 +146,20 @@ class PrunedLM(HFLM):
             UserError: answers are NaN or infinite.
         """
         names, asked, answering = list(requests), list(requests.values()), make(self.planned)
-        units, before = answering.units(asked), sum(len(c.sizes) for c in self.calls)
-        sizes = [unit.tokens + unit.forwards * self.planned.forward for unit in units]
-        cached = max((unit.cached for unit in units), default=0)
-        call = Call(kind, len(names), sizes, sum(unit.tokens for unit in units), cached=cached)
+        units, before = answering.units(asked), self._units
         unusable = Unusable(len(names))
-        self.calls.append(call)
+        self.kinds.append(kind)
+        self._units += len(units)
         for name in names:
             if name in self.journal and not holds(self.journal[name], answer):
                 del self.journal[name]
         for place, unit in enumerate(units):
-            if not self.part.takes(before + place, place, len(units)):
+            if not self.part.takes(before + place):
                 continue
             if all(names[i] in self.journal for i in unit.requests):
                 self.on_progress(len(unit.requests), False)
                 continue
-            start, open_requests, pieces = time.monotonic(), [*range(len(names))], [unit]
+            open_requests, pieces = [*range(len(names))], [unit]
             if self.budget is not self.planned:
                 open_requests = [i for i in unit.requests if names[i] not in self.journal]
                 answering = make(self.budget)
@@ -169,7 +168,6 @@ class PrunedLM(HFLM):
                 answers = {names[open_requests[i]]: answer for i, answer in answering.run(piece)}
                 self._keep(unusable.sift(answers), answering.state_bytes)
                 self.on_progress(len(answers), True)
-            call.seconds[place] = time.monotonic() - start
         unusable.check_usable(over=True)
 
     def _keep(self, answers: Mapping[str, Score | Text], state_bytes: int) -> None:

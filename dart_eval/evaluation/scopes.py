@@ -52,22 +52,11 @@ class Inputs:
     inputs: list[tuple[int, ...]]
     targets: list[list[tuple[int, tuple[int, ...]]]]
     angles: int
-    forwards = 1  # what it takes beside its tokens, about
 
     @property
     def requests(self) -> list[int]:
         """Indices of the requests that it answers."""
         return [i for found in self.targets for i, _ in found]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to compute, without padding."""
-        return sum(len(i) for i in self.inputs)
-
-    @property
-    def cached(self) -> int:
-        """Tokens whose keys and values it holds at once."""
-        return len(self.inputs) * len(self.inputs[0])
 
     @property
     def answers(self) -> list[int]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from dart_eval.evaluation.batching import CANDIDATES_PER_CONTEXT, Budget, Group, budget, padded_batches, shared_prefixes
+from dart_eval.evaluation.batching import Budget, Group, budget, padded_batches, shared_prefixes
 from dart_eval.evaluation.cache import can_share_prefix, fork, from_prefix, new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
@@ -58,35 +58,17 @@ class Batch:
         """Tokens of the contexts after the prefix, and of the continuations."""
         return sum(len(c) - self.prefix + sum(len(answer) for _, answer in self.asked[c]) for c in self.contexts)
 
-    @property
-    def cached(self) -> int:
-        """Tokens whose keys and values it holds at once: the contexts', and their copies with the candidates."""
-        longest, rows = len(self.contexts[0]), len(self.contexts)
-        answers = [len(answer) for c in self.contexts for _, answer in self.asked[c]]
-        return rows * longest + min(len(answers), CANDIDATES_PER_CONTEXT * rows) * (longest + max(answers))
-
 
 @dataclass(frozen=True)
 class Unit:
     """Batches whose hidden states go through the output head together. Nothing runs across units."""
 
     batches: list[Batch]
-    forwards = 1  # what it takes beside its tokens, about
 
     @property
     def requests(self) -> list[int]:
         """Indices of the requests that it answers."""
         return [i for b in self.batches for found in b.asked.values() for i, _ in found]
-
-    @property
-    def cached(self) -> int:
-        """Tokens whose keys and values it holds at once."""
-        return max(b.cached for b in self.batches)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to compute, without padding; a prefix that several batches share is left out."""
-        return sum(b.tokens for b in self.batches)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -200,6 +199,11 @@ def count_requests(items: Sequence[Task | Group], limit: float | None) -> int:
     return total
 
 
+def documents(job: Job) -> int:
+    """Return the number of documents that a cell asks."""
+    return sum(number_asked(task, job.config.limit) for task in leaves(job.tasks.load(job.cell.task)))
+
+
 def _warn_shared_data(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:
     """Note the tasks whose documents come from the data set on which methods calibrate."""
     settled = [method.at(1 - sparsity) for method in methods_of(config) for sparsity in config.sparsity]
@@ -295,15 +299,10 @@ def _about(jobs: Sequence[Job]) -> str:
     """Return a line about a sweep: model, number format, device, cells, documents, folder."""
     config, inputs = jobs[0].config, jobs[0].cell.inputs
 
-    @functools.cache  # many cells ask the same
-    def asked(tasks: Tasks, name: str, limit: float | None) -> int:
-        return sum(number_asked(task, limit) for task in leaves(tasks.load(name)))
-
-    documents = sum(asked(job.tasks, job.cell.task, job.config.limit) for job in jobs)
     threads = f", {counted(torch.get_num_threads(), 'thread')}" if inputs["device"] == "cpu" else ""
     return (
         f"{inputs['model']['name']}, {inputs['dtype']}, {inputs['device']}{threads}: {counted(len(jobs), 'cell')}, "
-        f"{counted(documents, 'document')}; results in {config.output}"
+        f"{counted(sum(map(documents, jobs)), 'document')}; results in {config.output}"
     )
 
 

@@ -36,12 +36,11 @@ SETTINGS = (
     "model", "scope", "ffn_bits", "num_fewshot", "limit", "max_length", "chat_template", "apply_chat_template", "cue",
     "gen_kwargs", NEW_TOKENS, "limit_share",
 )  # fmt: skip
-FILE_KEYS = ("about", "methods", "sparsity", "tables", "claims", "sizes", *SETTINGS)
+FILE_KEYS = ("about", "methods", "sparsity", "tables", "claims", *SETTINGS)
 TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note", "picture", *SETTINGS)
 COLUMN_KEYS = ("task", "metric", "field", *SETTINGS)
 ROW_KEYS = ("method", "sparsity", "scope", "ffn_bits", "only")
 REPORTED_KEYS = ("label", "sparsity", "values", "source")
-SIZE_KEYS = ("items", "prompt", "answers", "answer", "new", "members")
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,12 @@ class PaperSpec:
 
     Attributes:
         sweeps: table -> its sweeps.
-        sizes: task -> the size of its whole test set, for a plan without data.
     """
 
     about: str
     sweeps: Mapping[str, Sequence[RunConfig]]
     layouts: tuple[TableLayout, ...]
     claims: tuple[Claim, ...] = ()
-    sizes: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
     def only(self, names: Sequence[str]) -> PaperSpec:
         """Return a paper of some of the tables, and of the claims on them.
@@ -124,12 +121,10 @@ def load(name: str, base: RunConfig) -> PaperSpec:
         raise UserError(f"{path}: two tables have the same name", "rename one: names become file names")
     with _placed(f"{path}, claims"):
         claims = claims_of(data.get("claims") or [], layouts)
-    with _placed(f"{path}, sizes"):
-        sizes = {str(t): _size(str(t), size) for t, size in (data.get("sizes") or {}).items()}
     shown = {column.metric.partition(",")[0] for layout in layouts for column in layout.columns}
     if not shown & BY_SECOND_FORWARD:  # no table needs it, and scoring takes less time without
         sweeps = {name: [dataclasses.replace(config, kl=False) for config in some] for name, some in sweeps.items()}
-    return PaperSpec(str(data.get("about", "")), sweeps, tuple(layouts), claims, sizes)
+    return PaperSpec(str(data.get("about", "")), sweeps, tuple(layouts), claims)
 
 
 @contextlib.contextmanager
@@ -140,14 +135,6 @@ def _placed(where: str) -> Iterator[None]:
             yield
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}: a value is of the wrong kind ({summary(error)})", SEE) from None
-
-
-def _size(task: str, size: Any) -> Json:
-    """A task's size in numbers."""
-    found = {key: float(value) for key, value in known(size, SIZE_KEYS, f"the size of {task}", SEE).items()}
-    if lacking := [key for key in ("items", "prompt") if key not in found]:
-        raise UserError(f"the size of {task} needs {lacking[0]}", SEE)
-    return found
 
 
 def _layout(table: Json, base: RunConfig) -> tuple[TableLayout, list[RunConfig]]:

@@ -16,7 +16,7 @@ import torch
 from dart_eval.evaluation.calibration_text import calibration_text
 from dart_eval.evaluation.evaluate import TaskResult, answer_part, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.evaluation.shard import Pilot, Shard
+from dart_eval.evaluation.shard import Shard
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
@@ -119,7 +119,7 @@ class Worker:
         }
         return outcome, self._record(job, method, outcome, state, measured, share, inputs, computed)
 
-    def answer(self, job: Job, journal: Journal, part: Shard | Pilot, shrink: int = 0) -> None:
+    def answer(self, job: Job, journal: Journal, part: Shard, shrink: int = 0) -> None:
         """Answer a part of one cell into the journal; `shrink` as in `run`."""
         with contextlib.ExitStack() as stack:
             session = self._attach(stack, job.cell)
@@ -188,7 +188,7 @@ class Worker:
 
     def _scored(self) -> bool:
         """Whether the last cell scored given answers: generated texts have no KL to measure."""
-        return any(call.kind != "generate_until" for call in self.lm.calls)
+        return any(kind != "generate_until" for kind in self.lm.kinds)
 
     def _record(
         self, job: Job, method: Pruner, outcome: TaskResult, state: int, measured: Json, share: float,

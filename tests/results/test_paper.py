@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -24,7 +23,6 @@ from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, latex, markdown
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.paper import SHIPPED, load
-from dart_eval.sweep.paper_plan import _works, hours
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.records import record, table_body
@@ -364,8 +362,6 @@ def test_limit_overrides_the_file(tmp_path):
          "a column cannot be named 'read'"),
         ({"tables": [{"name": "x", "title": "X", "columns": {"Q": {"task": "smoke_*", "metric": "acc"}}}]},
          r"column 'Q': smoke_\* is a pattern; name the tasks"),
-        ({"sizes": {"t": {"items": 3}}}, "sizes: the size of t needs prompt"),
-        ({"sizes": {"t": {"items": "many", "prompt": 3}}}, "sizes: a value is of the wrong kind"),
         ({"methods": {"A": {"method": "dart", "only": "llama"}}}, "no row of the table is for this model"),
         (
             {"tables": [{**SMALL["tables"][0], "reported": [
@@ -557,28 +553,6 @@ def test_columns_of_two_models_stand_side_by_side(tmp_path):
     assert "model tiny@f00d and other@0ther" in table.note
 
 
-def test_a_plan_counts_each_cell_once_and_scales(tmp_path):
-    """Two tables share their cells: by hand, for the shape of an 8B model."""
-    sizes = {
-        "smoke_questions": {"items": 1000, "prompt": 90, "answers": 2, "answer": 5},
-        "smoke_summary": {"items": 64, "prompt": 500, "new": 40},
-    }
-    asked = _file(tmp_path, sizes=sizes)
-    text = Path(asked).read_text().replace("limit: 3", "limit: null").replace("limit: 2", "limit: null")
-    Path(asked).write_text(text)
-    body = {row[0]: row[1:] for row in hours(load(asked, config_from(None, BASE))).body}
-    # dense, dart and griffin; 1000 questions of 100 tokens, 64 texts of 500 and 40 tokens
-    assert body["one"][:3] == ["6", f"{3 * (100_000 + 32_000) / 1e6:.1f} M", f"{3 * 64 * 40 / 1e6:.1f} M"]
-    assert body["two"][:3] == ["0", "0.0 M", "0.0 M"] and body["all"] == body["one"]
-    works = [w for c in load(asked, config_from(None, BASE)).configs for w in _works(c, sizes, set())]
-    weights, size = 7.5e9, 16e9
-    seconds = sum(w.seconds(weights, size) for w in works[:6]) * 0.3
-    by_hand = 3 * (132_000 * 2 * weights / 989e12 + 64 * 40 / 16 * size / 3.35e12)
-    assert seconds == pytest.approx(by_hand)
-    with pytest.raises(UserError, match="no size of task smoke_questions"):
-        hours(load(_file(tmp_path), config_from(None, BASE)))
-
-
 def test_the_picture_has_a_line_for_each_pruned_row(tmp_path):
     cells = [("dense", 30, {"sparsity": 0.0}), *(
         (name, right, {"sparsity": s, **more}) for s in (0.5, 0.7) for name, right, more in
@@ -660,16 +634,3 @@ def test_only_columns_without_a_number_are_not_measured_and_each_has_its_reason(
     paper = _paper(tmp_path / "spelt", ("a", 20, {}))
     said = paper.unmeasured([_layout((PaperColumn("E", ("easy",), "acc_nrom"),), (A,))])
     assert said == "Tables without a number: t. E: its cells have no metric acc_nrom."
-
-
-def test_a_plan_tells_chats_apart_and_knows_every_name_of_a_length(tmp_path):
-    sizes = {"boolq": {"items": 1000, "prompt": 100}, "xsum": {"items": 1000, "prompt": 500, "new": 64}}
-    chats = {str(on): {"task": "boolq", "metric": "acc", "chat_template": on} for on in (False, True)}
-    tables = [{"name": "chat", "title": "T", "columns": chats}]
-    for name in ("max_gen_toks", "max_new_tokens", "max_tokens"):
-        column = {"task": "xsum", "metric": "rougeL", "gen_kwargs": {name: 1000}}
-        tables.append({"name": name, "title": "T", "columns": {"X": column}})
-    asked = _file(tmp_path, methods={"Dense": "dense"}, sizes=sizes, tables=tables)
-    body = {row[0]: row[1:4] for row in hours(load(asked, config_from(None, BASE))).body}
-    assert body["chat"] == ["2", "0.2 M", "0.0 M"]
-    assert body["max_gen_toks"] == body["max_new_tokens"] == body["max_tokens"] == ["1", "0.5 M", "1.0 M"]
