@@ -13,7 +13,6 @@ import itertools
 import os
 import signal
 import sys
-import threading
 from typing import Annotated, Any
 
 # Set before anything imports the libraries underneath: no progress bars and no telemetry of theirs.
@@ -74,6 +73,7 @@ def _options(
 
 # Ctrl-C; what schedulers send before they kill; what a closed terminal or a lost connection sends.
 STOPS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal is gone"}
+RESUMES = "; the same command resumes the run"
 
 
 class _Stopped(BaseException):
@@ -87,15 +87,6 @@ def _stop(number: int, _frame: object) -> None:
     raise _Stopped(number)
 
 
-def _stop_again(lost: sys.UnraisableHookArgs) -> None:
-    """Send a stop once more that was raised in a destructor or a callback, where Python drops exceptions."""
-    if not isinstance(lost.exc_value, _Stopped):
-        return sys.__unraisablehook__(lost)
-    again = threading.Timer(0.02, os.kill, (os.getpid(), lost.exc_value.number))
-    again.daemon = True
-    again.start()
-
-
 def _stop_behind(error: BaseException | None) -> _Stopped | None:
     """Return the stop that led to an error: Ray's compiled code wraps it, and a closed terminal refuses writes."""
     while error is not None and not isinstance(error, _Stopped):
@@ -105,31 +96,19 @@ def _stop_behind(error: BaseException | None) -> _Stopped | None:
 
 def main() -> None:
     """Entry point: wrong input becomes one line and status 2, a signal status 128 plus its number."""
-    before, sys.unraisablehook = sys.unraisablehook, _stop_again
+    view.settle_streams()
+    numbers = [number for name in STOPS if (number := getattr(signal, name, None)) is not None]  # Windows has no SIGHUP
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
+    for number in heeded:
+        signal.signal(number, _stop)
     try:
         _run()
     finally:
-        sys.unraisablehook = before
-        for name in STOPS:
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is _stop:
-                signal.signal(number, _end)
-
-
-def _end(number: int, _frame: object) -> None:
-    """Exit on a stop while Python shuts down: nothing is left to stop, and nothing would catch an exception."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # no reader, a flush under way, a closed stream
-            stream.flush()
-    os._exit(128 + number)
+        for number in heeded:  # while Python shuts down, nothing would catch an exception
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run() -> None:
-    view.settle_streams()
-    for name in STOPS:
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _stop)
     try:
         words = sys.argv[1:]
         app = application(words[0] if words and words[0] in VERBS else None)
@@ -141,8 +120,9 @@ def _run() -> None:
         stop = _stop_behind(error)
         if stop is not None:
             with contextlib.suppress(OSError):
-                resumes = view.stopped if sys.argv[1:2] in (["run"], ["paper"]) else ""
-                view.print_note(STOPS[signal.Signals(stop.number).name] + resumes)
+                resumes = sys.argv[1:2] in (["run"], ["paper"])
+                anew = "; with --force the same command begins anew" if "--force" in sys.argv else RESUMES
+                view.print_note(STOPS[signal.Signals(stop.number).name] + (anew if resumes else ""))
             _leave(128 + stop.number)
         if isinstance(error, BrokenPipeError):
             _leave(0)  # `dart-eval tables out | head`

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
 
-from dart_eval.cli import options, view
+from dart_eval.cli import options
 from dart_eval.cli.view import TerminalView, put, say, show
-from dart_eval.models import digest
 from dart_eval.results.writers import Table
 from dart_eval.sweep.options import DEFAULTS
 from dart_eval.util.errors import UserError
@@ -64,9 +60,7 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
         typer.Exit: cells failed.
     """
     first = configs[0]
-    view.stopped = view.ANEW if first.force else view.RESUMES
     with TerminalView() as terminal:
-        digest.begin(first.model)
         load_libraries(terminal, verbose)
         from dart_eval.cluster.run import run_all
         from dart_eval.sweep.tracking import tracked
@@ -171,27 +165,9 @@ def understood(file: Path | None, given: Json) -> list[RunConfig]:
 def load_libraries(view: TerminalView, verbose: bool) -> None:
     """Import what takes seconds, once everything that can be refused without it has been."""
     view.status("loading torch and lm-eval")
-    atexit.register(leave_garbage)
-    gc.disable()  # what is imported stays: to look through it again and again takes a sixth of the time
-    try:
-        if not verbose:
-            silence()
-        from dart_eval.sweep import jobs  # noqa: F401
-    finally:
-        if not gc.get_freeze_count():
-            gc.freeze()  # nor at every cell; `leave_garbage` takes it back
-        gc.enable()
-
-
-def leave_garbage() -> None:
-    """Keep Python from looking through all libraries as a process ends that has computed nothing: it takes a second.
-
-    Triton would report what was not freed.
-    """
-    if {"dart_eval.sweep.worker", "triton"} & {*sys.modules}:
-        gc.unfreeze()
-    else:
-        gc.freeze()
+    if not verbose:
+        silence()
+    from dart_eval.sweep import jobs  # noqa: F401
 
 
 def finish(result: RunResult, output: str) -> None:

@@ -44,8 +44,6 @@ NAMES = ("method", "claim", "cell", "cells")  # columns that may go over several
 SHORTEST = 24  # characters of such a line
 BESIDE = 46  # characters of a line of progress beside its title
 EVERY = 30.0  # seconds between lines of a log on how far a cell is
-RESUMES, ANEW = "; the same command resumes the run", "; with --force the same command begins anew"
-stopped = RESUMES  # what is said of a stopped run
 LASTS = 5.0  # seconds between lines of a log on what a run waits for
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 
 def hush_warnings() -> None:
@@ -23,32 +21,10 @@ def silence() -> None:
     import datasets
     import transformers
 
-    _list_models_once()
     hush_warnings()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def _list_models_once() -> None:
-    """Import `transformers.models` with the list of its models that `transformers` has made.
-
-    It would make the list again, from 3000 files, in a quarter of a second: its own cache holds 128 of 500 folders.
-    """
-    from transformers.utils import import_utils
-
-    stock = import_utils.define_import_structure
-    with contextlib.suppress(AttributeError, TypeError):  # of another version, which may have mended it
-        found = stock(Path(import_utils.__file__).parents[1] / "models", prefix="models")
-        ours = {
-            needs: {name.removeprefix("models."): what for name, what in names.items() if name.startswith("models.")}
-            for needs, names in found.items()
-        }
-        setattr(import_utils, "define_import_structure", lambda *_: ours)  # noqa: B010 - for mypy it is another type
-    try:
-        importlib.import_module("transformers.models")
-    finally:
-        import_utils.define_import_structure = stock
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """How a command begins: help and wrong input at once, names of tasks without lm-eval, a word on what it waits for."""
 
 import contextlib
-import importlib
 import re
 import subprocess
 import sys
@@ -13,14 +12,11 @@ from types import SimpleNamespace
 import pytest
 import typer
 import yaml
-from transformers.utils import import_utils
 
 from dart_eval import cli
 from dart_eval.cli import complete, options, view
-from dart_eval.cli import run as run_module
 from dart_eval.evaluation import task_names
 from dart_eval.sweep.options import DEFAULTS, choices_of, help_of
-from dart_eval.util import quiet
 from tests.helpers.commands import command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,41 +50,6 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     assert done.stderr.count("unknown device 'gpu'; auto, cpu, cuda, cuda:1, mps\n") == 3
     assert "error: dart-eval run has no option --sparsty; did you mean --sparsity, " in done.stderr
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
-
-
-def test_transformers_models_are_listed_once_and_as_transformers_does(monkeypatch):
-    models = importlib.import_module("transformers.models")
-    listed = []
-    monkeypatch.setattr(
-        quiet.importlib, "import_module", lambda name: listed.append(import_utils.define_import_structure(name))
-    )
-    stock = import_utils.define_import_structure
-    reads = []
-    monkeypatch.setattr(import_utils, "create_import_structure_from_path", reads.append)
-    stock(Path(models.__file__).parent, prefix="models")  # as `import transformers` has called it
-    quiet._list_models_once()
-    assert not reads and import_utils.define_import_structure is stock
-    monkeypatch.undo()
-    assert listed == [stock(models.__file__)] and len(listed[0]) > 5
-
-
-def test_a_process_that_has_computed_nothing_ends_without_a_search_for_garbage(monkeypatch):
-    registered, frozen = [], []
-    monkeypatch.setattr(run_module.atexit, "register", registered.append)
-    monkeypatch.setattr(run_module.gc, "freeze", lambda: frozen.append(0))
-    monkeypatch.setattr(run_module.gc, "unfreeze", lambda: None)
-    run_module.load_libraries(SimpleNamespace(status=lambda text: None), False)
-    (leave,) = registered
-    frozen.clear()
-    for there in ("dart_eval.sweep.worker", "triton"):
-        monkeypatch.delitem(sys.modules, there, raising=False)
-    leave()
-    assert len(frozen) == 1
-    for there in ("dart_eval.sweep.worker", "triton"):
-        monkeypatch.setitem(sys.modules, there, run_module)
-        leave()
-        monkeypatch.delitem(sys.modules, there)
-    assert len(frozen) == 1
 
 
 @pytest.mark.parametrize(("words", "said"), [
@@ -257,29 +218,6 @@ def test_a_signal_while_a_line_is_called_off_leaves_nothing_locked(monkeypatch):
             shown.planned(1, 0)
         finally:
             monkeypatch.setattr(threading.Condition, "__enter__", threading.Condition._real)
-
-
-@pytest.mark.process
-def test_a_signal_in_a_destructor_stops_the_command_all_the_same():
-    """Python drops exceptions of destructors and of callbacks of compiled code, so the stop is sent once more."""
-    program = """
-import os, signal, time
-from dart_eval import cli
-
-class Going:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-
-def app(*_, **__):
-    Going()
-    time.sleep(30)
-
-cli.application = lambda word: app
-cli.main()
-"""
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=25)
-    assert (ended.returncode, ended.stdout) == (143, "") and ended.stderr.strip() == "terminated"
 
 
 def test_a_log_says_what_lasts_once_and_nothing_of_what_does_not(capsys, monkeypatch):

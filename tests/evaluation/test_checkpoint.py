@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import dart_eval
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.layers.find import describe
-from dart_eval.models import digest
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.sweep.config import config_from
@@ -365,20 +364,3 @@ def test_every_model_and_tokenizer_is_loaded_with_a_word_on_its_code():
         for call in re.finditer(r"\b(?!PeftConfig)\w+\.from_pretrained\(", text):
             rest = text[call.end() : call.end() + 300]
             assert "trust_remote_code=" in rest or "**kwargs" in rest, f"{file}: {call[0]}"
-
-
-def test_a_hash_that_was_begun_early_is_taken_once_and_is_that_of_the_files(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    plain = digest.of_folder(tmp_path)
-    digest.begin(str(tmp_path))
-    assert digest.of_folder(tmp_path) == plain
-    (tmp_path / "config.json").write_text("[]")
-    assert digest.of_folder(tmp_path) != plain
-
-
-def test_a_file_that_cannot_be_read_is_an_error_where_the_hash_is_asked_for(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(digest, "feed", lambda *_: (_ for _ in ()).throw(OSError("no disk")))
-    digest.begin(str(tmp_path))
-    with pytest.raises(OSError, match="no disk"):
-        digest.of_folder(tmp_path)
