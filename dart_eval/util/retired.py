@@ -1,0 +1,54 @@
+"""Words that have left the program, each with the nearest word that stays. There are no aliases."""
+
+from __future__ import annotations
+
+from dart_eval.util.errors import UserError
+
+PAGE = "docs/findings.md#retired"
+VERSION = "0.3"
+METHODS = {
+    **dict.fromkeys(("dart-plus", "preview", "prox"), "grinqh reads as few bytes"),
+    "dart-choice": "grinqh reads as few bytes", "pop": "griffin is as good", "coreinfer": "griffin is as good",
+    "glass": "griffin is as good", "probe": "griffin is as good", "mag-sp": "magnitude is its like",
+    "top-p": "oracle-token is the upper bound", "graded-rows": "graded-both is better",
+    "graded-layers": "--ffn-bits q4_k is level with it", "oracle-layers": "--ffn-bits q4_k is level with it",
+    "bits-by-position": "--ffn-bits q4_k is level with it", "wanda": "wanda-sp leaves out neurons",
+    "fewer-experts": "griffin chooses neurons inside experts", "drop-experts": "griffin chooses neurons inside experts",
+    "graded-experts": "grinqh reads as few bytes",
+}  # fmt: skip
+PARTS = {
+    "choice": "a token's choice is a method: cats, m-countdown, oracle-token", "image": "previews have left",
+    "every": "re-masks are remask=drift or remask=never", "ends": "allocation=depth or allocation=uniform",
+    "votes": "score=activation is griffin's", "ranks": "score=activation is griffin's",
+    "mean-token": "compensation=mean is flap's", "routing": "griffin chooses neurons inside experts",
+}  # fmt: skip
+OPTIONS = {
+    "log": "dart_eval.records() gives the results to wandb (docs/recipes.md)",
+    "log-project": "dart_eval.records() gives the results to wandb (docs/recipes.md)",
+    "share-prefix": "prefixes are always shared", "read-at-batch": "results/README.md has its page",
+    "calibration-tokens": "cut the file of --calibration", "calibration-seed": "cut the file of --calibration",
+    "allocation": "write METHOD:allocation=NAME", "cue": "write a task of your own for --include-path",
+    "executor": "--ray ADDRESS runs cells on Ray", "ray-address": "--ray ADDRESS runs cells on Ray",
+    "cpus-per-cell": "--gpus-per-cell stays", "shards": "a cell is one task: give more cells",
+}  # fmt: skip
+VIEWS = {
+    "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view long has re-masks",
+    "frontier": "--save FILE.svg draws it", "time": "the board has the speed",
+    "batch": "results/README.md has its page",
+    "all": "--view board, long and costs",
+}  # fmt: skip
+KINDS = {"method": METHODS, "part": PARTS, "option": OPTIONS, "view": VIEWS}
+
+
+def retired(kind: str, word: str) -> UserError | None:
+    """Return the answer to a word that has left; None if it never was one.
+
+    Args:
+        kind: "method", "part", "option" or "view".
+        word: as typed, without dashes before an option.
+    """
+    nearest = KINDS[kind].get(word)
+    if nearest is None:
+        return None
+    numbers = "its numbers: " if kind == "method" else ""
+    return UserError(f"{word} left in {VERSION} ({numbers}{PAGE})", nearest)
