@@ -1,0 +1,63 @@
+"""The boards and the numbers of the folders in results/board are those of tests/golden/boards, to the last digit.
+
+A file there changes only in a commit that says why. A board is compared as text; numbers of JSON may differ by 1e-9, as
+sums of another processor do.
+"""
+
+import json
+import lzma
+import math
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import command
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHIVES = sorted(ROOT.glob("results/board/*.tar.xz"))
+GOLDEN = ROOT / "tests" / "golden" / "boards"
+KEYS = ("model", "label", "scope", "task", "metric", "seed")  # what tells a row to a reader of a failure
+
+
+@pytest.fixture(scope="module", params=ARCHIVES, ids=lambda archive: archive.name.partition(".")[0])
+def archive(request, tmp_path_factory):
+    """The name of an archive, and its folder of results."""
+    folder = tmp_path_factory.mktemp("archive") / "out"
+    with tarfile.open(request.param) as packed:
+        packed.extractall(folder, filter="data")
+    return request.param.name.removesuffix(".tar.xz"), folder
+
+
+def same(here, there):
+    if isinstance(here, float) and isinstance(there, float):
+        return math.isclose(here, there, rel_tol=1e-9, abs_tol=1e-12) or (math.isnan(here) and math.isnan(there))
+    if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        return all(map(same, here, there))
+    return here == there
+
+
+@pytest.mark.slow
+def test_board_is_the_golden_one(archive):
+    name, folder = archive
+    assert command("tables", folder).out.splitlines() == (GOLDEN / f"{name}.txt").read_text("utf-8").splitlines()
+
+
+@pytest.mark.slow
+def test_numbers_are_the_golden_ones(archive):
+    name, folder = archive
+    rows = json.loads(command("tables", folder, "--format", "json").out)
+    golden = json.loads(lzma.decompress((GOLDEN / f"{name}.json.xz").read_bytes()))
+    assert [[row.get(key) for key in KEYS] for row in rows] == [[row[key] for key in KEYS] for row in golden]
+    moved = [
+        f"{', '.join(str(then[key]) for key in KEYS)}: {field} {then[field]!r} -> {now.get(field)!r}"
+        for now, then in zip(rows, golden, strict=True)
+        for field in then
+        if not same(now.get(field), then[field])
+    ]
+    assert not moved, "\n".join(moved[:20])
+
+
+def test_every_archive_has_its_golden_files():
+    names = {archive.name.removesuffix(".tar.xz") for archive in ARCHIVES}
+    assert names and {file.name.partition(".json")[0].removesuffix(".txt") for file in GOLDEN.iterdir()} == names
