@@ -50,7 +50,6 @@ def evaluate(
     from dart_eval.results.frame import lines
     from dart_eval.results.store import Store
     from dart_eval.sweep.config import configs_from
-    from dart_eval.sweep.tracking import tracked
     from dart_eval.util.quiet import without_remarks
 
     given = {name: value for name, value in {"tasks": tasks, **options}.items() if value is not None}
@@ -67,10 +66,9 @@ def evaluate(
         _check(configs[0])
         ready = loaded(model, tokenizer)
     first = configs[0]
-    with without_remarks(), _view(progress) as shown:
-        view = tracked(shown, first)
-        with contextlib.nullcontext() if ready is None else evaluating(ready.model):
-            result = run.run_all(configs, view, model=ready)
+    model_in_use = contextlib.nullcontext() if ready is None else evaluating(ready.model)
+    with without_remarks(), _view(progress) as view, model_in_use:
+        result = run.run_all(configs, view, model=ready)
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
     if result.lost:

@@ -63,9 +63,8 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
     with TerminalView() as terminal:
         load_libraries(terminal, verbose)
         from dart_eval.cluster.run import run_all
-        from dart_eval.sweep.tracking import tracked
 
-        result = run_all(configs, tracked(terminal, first))
+        result = run_all(configs, terminal)
     show_results(result, first.output, format)
     finish(result, first.output)
 

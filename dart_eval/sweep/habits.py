@@ -36,8 +36,7 @@ ANSWERS = {
     "--max-batch-size": "--batch-size auto takes what fits",
     "--hf-hub-log-args": "`dart-eval export` writes results for the hub",
     "--metadata": "set it in a task's YAML file in a folder of --include-path",
-    "--wandb-config-args": "write --log wandb --log-project NAME",
-    "--trackio-args": "write --log wandb --log-project NAME",
+    **dict.fromkeys(("--wandb-args", "--wandb-config-args", "--trackio-args"), "docs/recipes.md has a tracker's lines"),
     "--quiet": "progress goes to stderr: add 2>/dev/null",
     **dict.fromkeys(map(option_of, ("tokens", *LENGTHS)), "write --gen-kwargs max_gen_toks=N"),
 }
@@ -72,8 +71,7 @@ def spelled(name: str) -> str:
 def rewritten(words: Sequence[str]) -> list[str]:
     """Return the words of a command line as its parser knows them.
 
-    `run -t arc hellaswag --wandb_args project=p --json` -> `run --tasks arc,hellaswag --log wandb --log-project p
-    --format json`.
+    `run -t arc hellaswag --json` -> `run --tasks arc,hellaswag --format json`.
 
     Raises:
         UserError: an option of lm-eval that is missing here, with its counterpart.
@@ -91,8 +89,6 @@ def rewritten(words: Sequence[str]) -> list[str]:
                 rest.pop(0)
         elif words[0] == "run" and option in ANSWERS:
             raise UserError(f"there is no {name} here", ANSWERS[option])
-        elif words[0] == "run" and option == "--wandb-args":
-            made += _logger(value if equals else rest.pop(0) if rest else "")
         elif option == "--verbosity":
             level = value if equals else rest.pop(0) if rest else ""
             made += ["--verbose"] if level.upper() == "DEBUG" else []
@@ -119,15 +115,6 @@ def _joined(rest: list[str]) -> Iterator[str]:
         items.append(rest.pop(0))
     if items:
         yield ",".join(item.strip(",") for item in items) if len(items) > 1 else items[0]
-
-
-def _logger(given: str) -> list[str]:
-    """Return our options for lm-eval's `--wandb-args`, of which only the project has one."""
-    found = values.pairs("wandb_args", given) if given else {}
-    project = found.pop("project", None)
-    if found:
-        raise UserError(f"wandb_args {next(iter(found))} is not known here", "write --log wandb --log-project NAME")
-    return ["--log", "wandb", *(["--log-project", str(project)] if project is not None else [])]
 
 
 def translate(given: Json) -> None:

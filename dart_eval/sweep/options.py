@@ -179,9 +179,6 @@ class Options:
     shards: Annotated[Whole | None, option(CLUSTER, "N", RUN,
         "Split every cell into this many shards; a Ray worker runs one at a time.",
         "one per worker, if each gets 512 requests", ge=1)] = None
-    log: Annotated[Literal["wandb"] | None, option(OUTPUT, "wandb", RUN,
-        "Also log finished cells to Weights & Biases.")] = None
-    log_project: Annotated[Text, option(OUTPUT, "NAME", RUN, "Log to this project.")] = "dart-eval"
     # fmt: on
 
 

@@ -18,7 +18,7 @@ SCRIPT = ROOT / "scripts" / "gpu_check.py"
 # What the project installs beside torch, transformers, accelerate and Triton, and a plain CUDA image does not have.
 ABSENT = (
     "lm_eval", "typer", "rich", "datasets", "evaluate", "ray", "matplotlib", "scipy", "sacrebleu", "rouge_score",
-    "wandb", "gguf", "hypothesis",
+    "gguf", "hypothesis",
 )  # fmt: skip
 PLAIN = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))\n"
 

@@ -23,7 +23,6 @@ WORKS = [  # typed after `dart-eval`, and what it means
     ("run --log_samples --resume --check_integrity --tasks arc", "run --tasks arc"),
     ("run --cache_requests true --tasks arc", "run --tasks arc"),
     ("run --cache_requests --tasks arc", "run --tasks arc"),
-    ("run --wandb_args project=p --tasks arc", "run --log wandb --log-project p --tasks arc"),
     ("run --verbosity DEBUG", "run --verbose"), ("run --verbosity INFO", "run"),
     ("run --dry-run --overwrite --output_path o", "run --plan --force --output o"),
     ("run --apply_chat_template", "run --chat-template"),
@@ -51,8 +50,7 @@ ANSWERED = [  # typed after `dart-eval`, and words of the answer
     ("run --tasks smoke --show_config", "every record in --output has its configuration"),
     ("run --tasks smoke --max_batch_size 4", "--batch-size auto takes what fits"),
     ("run --tasks smoke --hf_hub_log_args x", "`dart-eval export` writes results for the hub"),
-    ("run --tasks smoke --wandb_config_args x", "write --log wandb --log-project NAME"),
-    ("run --tasks smoke --wandb_args name=x", "wandb_args name is not known here; write --log wandb"),
+    ("run --tasks smoke --wandb_args name=x", "docs/recipes.md has a tracker's lines"),
     ("run --tasks smoke --metadata x", "set it in a task's YAML file in a folder of --include-path"),
     ("run --max-new-tokens 8", "there is no --max-new-tokens here; write --gen-kwargs max_gen_toks=N"),
     ("run --max_gen_toks 8", "there is no --max_gen_toks here; write --gen-kwargs max_gen_toks=N"),
@@ -107,7 +105,7 @@ def test_names_of_methods_may_have_capitals(name):
 
 
 def test_a_suggestion_is_alike_or_there_is_none():
-    assert nearest("--log-samples", ["--log-project", "--log", "--scope"] + ["--x"] * 20) == ""
+    assert nearest("--log-samples", ["--limit", "--load-in", "--scope"] + ["--x"] * 20) == ""
     assert nearest("griffn", ["griffin"] + ["teal"] * 30) == "did you mean griffin?"
 
 
@@ -118,7 +116,7 @@ def test_every_option_of_lm_eval_is_known_here():
     parser = argparse.ArgumentParser()
     options = [o for a in Run(parser.add_subparsers())._parser._actions for o in a.option_strings if o[:2] == "--"]
     assert len(options) > 25
-    others = {*habits.NEEDLESS, *habits.ANSWERS, "--wandb-args", "--verbosity", "--config", "--model-args", "--help"}
+    others = {*habits.NEEDLESS, *habits.ANSWERS, "--verbosity", "--config", "--model-args", "--help"}
     for option in options:
         name = habits.spelled(option[2:])
         assert name.replace("-", "_") in DEFAULTS or f"--{name}" in others, option
