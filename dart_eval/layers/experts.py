@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dart_eval.layers.expert_forms import Output, View, form_of
+from dart_eval.layers import llama4
 from dart_eval.layers.projection import Step
 from dart_eval.util.errors import UserError
 
@@ -37,14 +37,14 @@ class Routed:
         size: neurons of a token's experts.
         width: D.
         silent: leave out biases of down.
-        index: [N, count], experts of N tokens; -1: none.
+        index: [N, count], experts of N tokens.
         weights: [N, count], the router's weight of each.
-        inward: [N, count], factor on x for each expert (Llama 4, in place of the weights), or None.
+        inward: [N, count], factor on x for each expert (of Llama 4, in place of the weights), or None.
     """
 
     def __init__(self, experts: Any) -> None:
         # A weak reference, as the module is the key in `_KNOWN`.
-        self._experts = (lambda: experts) if isinstance(experts, View) else weakref.ref(experts)
+        self._experts = (lambda: experts) if isinstance(experts, llama4.Llama4Experts) else weakref.ref(experts)
         self.count = _routed(experts.config)
         rows, columns = experts.down_proj.shape[1:]
         self.inner, self.width = (rows, columns) if experts.is_transposed else (columns, rows)
@@ -61,15 +61,10 @@ class Routed:
         """transformers' module."""
         return self._experts()
 
-    @property
-    def title(self) -> str:
-        """The class of the module, for messages."""
-        return self.experts.title if isinstance(self.experts, View) else type(self.experts).__name__
-
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[N, D] -> [N, D], as stock experts."""
         self.index, self.weights = index, weights
-        if isinstance(self.experts, View) and self.experts.weighs_input:
+        if isinstance(self.experts, llama4.Llama4Experts):
             self.inward, self.weights = self.weights, torch.ones_like(self.weights)
         self.up(x)
         projected, self.projected = self.projected, None
@@ -120,7 +115,7 @@ class Routed:
     def _index(self, batch: int, tokens: int | None = None) -> Tensor:
         """Return [B, T, count], the experts of the last `tokens` tokens of each sequence; None: of all."""
         count = len(self.index) if tokens is None else batch * tokens
-        return self.index[len(self.index) - count :].view(batch, -1, self.count).clamp_min(0)
+        return self.index[len(self.index) - count :].view(batch, -1, self.count)
 
     def gather(self, mask: Tensor, batch: int) -> Tensor:
         """Select the neurons of each token's experts in the current forward: [B or 1, pool] -> [B, T, F]."""
@@ -174,9 +169,8 @@ class Routed:
     def each(self, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each expert that some token has: expert, the tokens, and its places among their experts."""
         for expert in index.unique().tolist():
-            if 0 <= expert < self.all:
-                tokens, places = (index == expert).nonzero(as_tuple=True)
-                yield expert, tokens, places
+            tokens, places = (index == expert).nonzero(as_tuple=True)
+            yield expert, tokens, places
 
     def times(self, x: Tensor, name: str, expert: int) -> Tensor:
         """Return the product with one of an expert's matrices."""
@@ -279,9 +273,9 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, Routed] = weakref.WeakKeyDictionary
 
 
 def is_routed(module: nn.Module) -> bool:
-    """Whether a module is experts that transformers hands to a registered function, or has a known form."""
+    """Whether a module is experts that transformers hands to a registered function, or a block of Llama 4."""
     interface = hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
-    return interface or form_of(module) is not None
+    return interface or llama4.is_block(module)
 
 
 def routed(experts: Any) -> Routed:
@@ -290,11 +284,11 @@ def routed(experts: Any) -> Routed:
     Raises:
         UserError: the module has a norm between an expert's output and the router's weight.
     """
-    form = form_of(experts)
-    if form is None and experts.has_post_expert_norm:
+    block = llama4.is_block(experts)
+    if not block and experts.has_post_expert_norm:
         raise UserError(f"{type(experts).__name__} has a norm behind each expert", "such experts are not supported")
     if experts not in _KNOWN:
-        _KNOWN[experts] = Routed(experts if form is None else View(experts, form))
+        _KNOWN[experts] = Routed(llama4.Llama4Experts(experts) if block else experts)
     return _KNOWN[experts]
 
 
@@ -302,12 +296,11 @@ def _forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
     return routed(experts)(hidden_states, top_k_index, top_k_weights)
 
 
-def ours(experts: nn.Module) -> Callable[..., Output]:
+def ours(experts: nn.Module) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """Return the function that computes a module of experts in our two steps, with its forward's arguments."""
-    form = form_of(experts)
-    return (
-        functools.partial(_forward, experts) if form is None else functools.partial(form.run, experts, routed(experts))
-    )
+    if llama4.is_block(experts):
+        return functools.partial(llama4.run, experts, routed(experts))
+    return functools.partial(_forward, experts)
 
 
 def take_over(model: nn.Module) -> list[tuple[Any, object]]:
@@ -317,7 +310,7 @@ def take_over(model: nn.Module) -> list[tuple[Any, object]]:
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
     before = _hand_to(model, NAME)
     for module in model.modules():
-        if form_of(module) is not None:
+        if llama4.is_block(module):
             before.append((module, module.__dict__.get("forward")))
             module.__dict__["forward"] = ours(module)
     return before
@@ -326,7 +319,7 @@ def take_over(model: nn.Module) -> list[tuple[Any, object]]:
 def _hand_to(model: nn.Module, name: str) -> list[tuple[object, object]]:
     """Let a function of transformers' table compute the experts. Return the former settings."""
     before = []
-    configs: list[Any] = [m.config for m in model.modules() if is_routed(m) and form_of(m) is None]
+    configs: list[Any] = [m.config for m in model.modules() if is_routed(m) and not llama4.is_block(m)]
     for config in {id(c): c for c in configs}.values():
         before.append((config, config._experts_implementation_internal))
         config._experts_implementation_internal = name

@@ -102,8 +102,7 @@ LAYOUTS = (
         ("feed_forward.act_fn", "feed_forward.activation_fn"), gate="feed_forward.gate_proj",
         factors=("feed_forward.gate_multiplier",),
     ),
-    # LongCat; Zamba; RecurrentGemma
-    *(_gated(block) for block in ("mlps.0", "mlps.1", "shared_transf.feed_forward", "mlp_block")),
+    *(_gated(block) for block in ("shared_transf.feed_forward", "mlp_block")),  # Zamba; RecurrentGemma
     # LFM2, LFM3
     Layout("feed_forward", "feed_forward.w3", "feed_forward.w2", (nn.functional.silu,), gate="feed_forward.w1"),
     # Granite 4.0
@@ -131,8 +130,7 @@ ATTENTION_OUTPUTS = (
     "self_attn.o_proj", "self_attn.o_b_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj", "attn.out_proj",
     "attn.Wo",
     "attn.attention.out_proj", "attention.dense", "self_attention.dense", "multi_head_attention.dense",
-    "temporal_block.o_proj", "mixer.o_proj", "self_attn.1.o_proj", "norm_attn_norm.attn.out_proj",
-    "shared_transf.self_attn.o_proj", "self_attention",
+    "temporal_block.o_proj", "mixer.o_proj", "shared_transf.self_attn.o_proj",
 )  # fmt: skip
 # In place of attention: state spaces, linear attention, short convolutions. They keep no keys and values of tokens.
 RECURRENT_OUTPUTS = (

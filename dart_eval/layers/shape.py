@@ -129,13 +129,10 @@ def _attention_width(layer: nn.Module) -> int:
     output = first(layer, ATTENTION_OUTPUTS)
     if output is None:
         return 0
-    if not _is_projection(output):  # JetMoE: the heads of a token are its experts'
-        return 2 * int(output.num_heads) * int(output.head_dim)
     values, _ = features(output)
     attention = next(m for m in layer.modules() if any(part is output for part in m.children()))
     head, compared = getattr(attention, "v_head_dim", None), getattr(attention, "qk_head_dim", None)
-    count = sum(type(m) is type(attention) for m in layer.modules())  # LongCat has two
-    return count * (2 * values if not head or not compared else values + values // head * compared)
+    return 2 * values if not head or not compared else values + values // head * compared
 
 
 def _is_projection(module: nn.Module) -> bool:

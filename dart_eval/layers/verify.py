@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dart_eval.layers import experts
-from dart_eval.layers.expert_forms import Output
 from dart_eval.layers.families import COMPARED, STREAMS
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.finite import refuse_not_finite
@@ -132,14 +131,16 @@ def _check_experts(model: nn.Module) -> None:
             handle.remove()
 
 
-def _same(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Output) -> None:
+def _same(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor | tuple[Tensor, Tensor]
+) -> None:
     theirs, ours = (
         _rows(out[0] if isinstance(out, tuple) else out) for out in (output, experts.ours(module)(*args, **kwargs))
     )
     if not _alike(ours, theirs):
         raise UserError(
             f"{type(module).__name__} computes something else than the experts that would be pruned",
-            "add how it holds and calls its experts to dart_eval/layers/expert_forms.py",
+            "take another model",
         )
 
 

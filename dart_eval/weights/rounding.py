@@ -272,17 +272,10 @@ def parameter_of(module: nn.Module) -> nn.Parameter:
     """Return the parameter of a projection, or of experts, whose weights can be replaced.
 
     Raises:
-        UserError: they are quantised, or experts whose matrix is not one parameter.
+        UserError: they are quantised.
     """
     plain_matrix(module)
-    if not isinstance(module, Step):
-        return module.weight  # type: ignore[return-value]
-    if not isinstance(module.held, nn.Parameter):
-        raise UserError(
-            f"the weights of {module.routed.title} are in no parameter of their own: none can stand in their place",
-            "use a method that leaves weights as they are, such as griffin or prox",
-        )
-    return module.held
+    return module.held if isinstance(module, Step) else module.weight  # type: ignore[return-value]
 
 
 def as_held(module: nn.Module, values: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """A whole run on tiny checkpoints of hybrids and of mixtures of experts: scored and generated, from a folder."""
 
-import re
-
 import pytest
 
 from dart_eval.sweep.config import config_from
@@ -56,24 +54,6 @@ def test_what_is_not_made_for_experts_is_left_out_with_a_line(tmp_path, tokenize
     ]
     with pytest.raises(UserError, match=r"pop at sparsity 0\.5: choice=candidates is not made for experts yet"):
         run_local(config_from(None, given | {"method": "pop"}), Watch())
-
-
-@pytest.mark.parametrize("name", ["dbrx", "inkling_text", "longcat_flash"])
-def test_weights_that_none_can_stand_in_for_are_known_before_the_first_cell(name, tmp_path, tokenizer):
-    tiny(name).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    given = {"method": "griffin,prox,dart-plus", "sparsity": 0.5, "tasks": "smoke_questions", "limit": 1}
-    given |= {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
-    watch = Watch()
-    result = run_local(config_from(None, given), watch)
-    assert not result.failed and [r.inputs["method"] for r in result.records] == ["griffin", "prox"]
-    (note,) = (note for note in watch.notes if "left out" in note)
-    assert re.fullmatch(
-        r"dart-plus at sparsity 0\.5 is left out: the weights of \w+ are in no parameter of their own: none can "
-        "stand in their place; use a method that leaves weights as they are, such as griffin or prox", note,
-    )  # fmt: skip
-    with pytest.raises(UserError, match=r"^--ffn-bits 4: the weights of \w+ are in .*; leave --ffn-bits out, or load"):
-        run_local(config_from(None, given | {"ffn_bits": "4"}), Watch())
 
 
 def test_what_does_not_fit_a_norm_of_neurons_is_left_out_too(tmp_path, tokenizer):
