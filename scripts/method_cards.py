@@ -29,7 +29,6 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "dense": ("y = down h", "", ()),
     "random": ("s = a seeded random order", "", ()),
     "magnitude": ("s_j = ||gate_j|| ||up_j||, rows of neuron j", "static", ("magnitude",)),
-    "mag-sp": ("s_j = ||down_j||, column of neuron j", "static", ("mag_sp",)),
     "static": ("s_j = || (h_tj / ||h_t||)_t ||, t in a calibration text", "static", ("static",)),
     "wanda-sp": ("s_j = mean_i |down_ij| || (h_tj)_t ||, t in a calibration text", "wanda_sp", ("wanda_sp",)),
     "flap": ("s_j = var_t(h_tj) ||down_j||^2, standardised per layer, one ranking over all layers", "flap",
@@ -38,12 +37,6 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "dart": ("s_j = sum_t h_tj^2; densities by how much a layer changes the stream; re-mask when the attention output "
              "drifts from the prompt's mean", "dart_drift", ("Detector", "dart")),
     "dart-code": ("as dart, with the settings of the public code", "dart_allocation", ("sensitivity", "pruned_shares")),
-    "coreinfer": ("s_j = number of tokens t with h_tj in the largest fifth of the positive ones", "prompt_rivals",
-                  ("votes",)),
-    "glass": ("s_j = w rank_j(prompt) + (1 - w) rank_j(calibration text), ranks by griffin's score", "prompt_rivals",
-              ("ranks",)),
-    "probe": ("s_j = (p_j^2 + q_j^2) / (p_j + q_j) sqrt(sum_i down_ij^4), p on the prompt, q on a calibration text",
-              "prompt_rivals", ("fused",)),
     "pop": ("s_j = mean_i |down_ij| ||h_j||: the core by the prompt, then the candidates by the token", "candidates",
             ("pop",)),
     "dart-plus": ("exact: largest (E - P^2 + .2 P^2) ||down_j||^2, with E = E[h_j^2] and P = h_j by the preview; "

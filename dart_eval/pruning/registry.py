@@ -34,7 +34,6 @@ from dart_eval.pruning.masks.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.draws import DRAWS
 from dart_eval.pruning.masks.mask import MASKS, Ahead, FromPrompt, Static
-from dart_eval.pruning.masks.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
 from dart_eval.pruning.masks.remasks import REMASKS, OnDrift
 from dart_eval.pruning.masks.scores import SCORES, Activation, Fluctuation, Random, Wanda, Weights
 from dart_eval.pruning.method import Pruner
@@ -57,11 +56,6 @@ BUILT_IN: tuple[Pruner, ...] = (
         name="magnitude", paper="2404.01365",
         summary="keeps the neurons with the largest norms of gate and up rows, the same for every text",
         mask=Static(score=Weights()),
-    ),
-    StaticMask(
-        name="mag-sp", paper="2312.11983",
-        summary="keeps the neurons with the largest norms of down columns, the same for every text",
-        mask=Static(score=Weights(of="down")),
     ),
     StaticMask(
         name="static", summary="keeps the neurons with the highest griffin scores on a calibration text",
@@ -96,21 +90,6 @@ BUILT_IN: tuple[Pruner, ...] = (
         mask=FromPrompt(remask=OnDrift(
             window=5, sigma=0.1, patience=1, cooldown=0, min_windows=2, skip_first=False, dense_tokens=30, blend=0.0,
         )), allocation=DepthAware(),
-    ),
-    NeuronMask(
-        name="coreinfer", paper="2410.18311",
-        summary="keeps the neurons that were most often among the most active ones of a prompt token",
-        mask=FromPrompt(score=Votes()),
-    ),
-    NeuronMask(
-        name="glass", paper="2508.14302",
-        summary="keeps the neurons that rank high in the prompt and on a calibration text (from the abstract)",
-        mask=FromPrompt(score=Ranks()),
-    ),
-    NeuronMask(
-        name="probe", paper="2502.15618",
-        summary="keeps neurons by down columns and by activations in the prompt and on a calibration text",
-        mask=FromPrompt(score=Probe()),
     ),
     NeuronMask(
         name="pop", paper="2602.06822",
@@ -217,8 +196,7 @@ CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, DartPlus, Prox,
 ALLOCATIONS = (Uniform, DepthAware, Ends, Global, FromTable)
 ENTRIES = (GradedColumns, GradedBoth, GradedLayers, Above, ByNorms, WandaEntries, RoundedEntries)
 PARTS: tuple[type[Part], ...] = (
-    *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS,
-    *COMPENSATIONS, *ENTRIES,
+    *SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS, *COMPENSATIONS, *ENTRIES,
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from tests.helpers.sessions import RESTLESS
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("griffin", {}), ("dart", RESTLESS), ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("dart-plus", {}),
     ("dart-choice", {**RESTLESS, "remask.every": 4}), ("pop", {"remask": "drift", **RESTLESS}), ("flap", {}),
-    ("probe", {"draw": "sample", "remask": "every", "remask.tokens": 3, "remask.ring": 5}), ("cats", {}), ("prox", {}),
+    ("griffin", {"draw": "sample", "remask": "drift", **RESTLESS}), ("cats", {}), ("prox", {}),
     ("teal", {}), ("wanda", {"entries.pattern": "2:4"}), ("magnitude", {"choice": "gate-up"}),
 )  # fmt: skip
 DENSE = ("pop", "flap", "teal", "wanda")  # not made for experts

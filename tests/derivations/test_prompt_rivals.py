@@ -1,19 +1,13 @@
-"""Rivals that make a mask from the prompt's tokens t = 1 ... N: coreinfer, glass, probe, and griffin's draws.
+"""GRIFFIN's draws, and layers that stay dense.
 
 A layer has F neurons with activations h_tj and a down projection W (column j is what neuron j writes); (1 - sparsity) F
 are kept of each, in whole numbers as in test_griffin.
 
-coreinfer  (arXiv 2410.18311) Each token has as many votes as 0.2 of its positive activations, rounded down: for its
-           largest h_tj, signed. A neuron's score is the number of its votes.
-glass      (after the abstract of arXiv 2508.14302) Neurons are ranked by GRIFFIN's score on the prompt, and on a
-           calibration text; the score is the weighted mean of the two ranks.
-probe      (arXiv 2502.15618) p_j is the mean of h_tj^2 over the prompt's tokens, or over every second one from the
-           first on, q_j the same over a calibration text; (p^2 + q^2) / (p + q) * sqrt(sum_i W_ij^4), 0 if p = q = 0.
 griffin    Its code can also draw the mask: each neuron with a chance in proportion to its score (GRIFFIN's is a root),
            without replacement; or half of it, the other half being the neurons with the highest scores.
 ends       The first a and the last b of L layers are dense, the others keep 1 - sparsity L / (L - a - b).
 
-The calibration text and its pieces are those of test_wanda_sp. All is computed with numpy.
+All is computed with numpy.
 """
 
 import math
@@ -24,12 +18,10 @@ import torch
 
 from dart_eval.pruning.masks.allocations import Ends
 from dart_eval.pruning.masks.draws import Sample
-from dart_eval.pruning.masks.prompt_scores import Votes
 from dart_eval.pruning.masks.scores import Activation
 from dart_eval.util.errors import UserError
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
-from tests.derivations.test_wanda_sp import OneText, passages
 from tests.helpers.models import biased, random_tokens
 
 
@@ -42,11 +34,6 @@ def prompt_of(model, prompt):
     return [seen.h.numpy() for seen in plain.seen], [(w.T if turned else w).detach().numpy() for w in down]
 
 
-def text_of(model):
-    """Per layer h [N, F] of the calibration text."""
-    return [np.concatenate(pieces) for pieces in passages(model)]
-
-
 def masks_of(scores, sparsity, densities=None):
     """The masks of all layers. scores: L x [F]."""
     sizes = [len(s) for s in scores]
@@ -55,77 +42,18 @@ def masks_of(scores, sparsity, densities=None):
     return [largest(torch.tensor(s), k) for s, k in zip(scores, keep, strict=True)]
 
 
-def votes(h, share):
-    found = np.zeros(h.shape[1])
-    for token in h:
-        best = sorted(range(len(token)), key=lambda j: (-token[j], j))
-        found[best[: math.floor(share * int((token > 0).sum()) + 1e-9)]] += 1
-    return found
-
-
 def griffin(h):
     return ((h / np.linalg.norm(h, axis=1, keepdims=True)) ** 2).sum(0)
-
-
-def ranks(scores):
-    """1 for the smallest."""
-    found = np.empty(len(scores))
-    found[np.argsort(scores)] = np.arange(1, len(scores) + 1)
-    return found
-
-
-def fused(p, q, w):
-    return (p**2 + q**2) / np.maximum(p + q, 1e-300) * np.sqrt((w**4).sum(0))
 
 
 def check(model, method, masks, prompt, sparsity, **params):
     """The package's masks, and what a token says under them."""
     decoded = random_tokens(4, seed=9)
-    found = ours.run(model, method, prompt, decoded, sparsity, tokenizer=OneText(), **params)
+    found = ours.run(model, method, prompt, decoded, sparsity, **params)
     assert all(ours.same_masks(now, masks) for now in found.masks)
     plain = Plain(model)
     rows = [plain.run(prompt), *(plain.run([token], lambda layer, h: h * masks[layer]) for token in decoded)]
     assert torch.allclose(found.logprobs, torch.cat(rows), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(("family", "sparsity", "share"), [
-    ("llama", 0.5, 0.2), ("gemma3", 0.63, 0.7), ("gpt2", 0.5, 0.2), ("opt", 0.7, 0.7),
-])  # fmt: skip
-def test_coreinfer_is_its_formula(family, sparsity, share):
-    model, prompt = biased(family), random_tokens(40, seed=1)
-    h, _ = prompt_of(model, prompt)
-    check(
-        model, "coreinfer", masks_of([votes(x, share) for x in h], sparsity), prompt, sparsity, **{"score.share": share}
-    )
-
-
-@pytest.mark.parametrize(("family", "local"), [("llama", 0.5), ("gpt2", 0.25)])
-def test_glass_is_its_formula(family, local):
-    model, prompt = biased(family), random_tokens(20, seed=2)
-    h, _ = prompt_of(model, prompt)
-    mixed = [
-        local * ranks(griffin(x))
-        + (1 - local) * ranks(griffin(y))
-        + 1e-9 * np.arange(x.shape[1], 0, -1)  # equal: first
-        for x, y in zip(h, text_of(model), strict=True)
-    ]
-    check(model, "glass", masks_of(mixed, 0.5), prompt, 0.5, **{"score.local": local})
-
-
-@pytest.mark.parametrize(("family", "share"), [("llama", 1.0), ("gemma3", 0.5), ("opt", 0.5)])
-def test_probe_is_its_formula(family, share):
-    model, prompt = biased(family), random_tokens(21, seed=4)
-    h, w = prompt_of(model, prompt)
-    step = round(1 / share)
-    scores = [fused((x[::step] ** 2).mean(0), (y**2).mean(0), v) for x, y, v in zip(h, text_of(model), w, strict=True)]
-    check(model, "probe", masks_of(scores, 0.63), prompt, 0.63, **{"score.share": share})
-
-
-def test_probe_of_all_tokens_without_history_is_the_score_of_all_tokens():
-    model, prompt = biased("llama"), random_tokens(21, seed=4)
-    h, w = prompt_of(model, prompt)
-    scores = [(x**2).sum(0) * np.linalg.norm(v**2, axis=0) for x, v in zip(h, w, strict=True)]
-    check(model, "probe", masks_of(scores, 0.5), prompt, 0.5, **{"score.history": False})
 
 
 @pytest.mark.parametrize(("first", "last", "density"), [(1, 1, 0.1), (1, 0, 0.55), (0, 0, 0.7), (0, 1, 0.55)])
@@ -134,24 +62,14 @@ def test_layers_at_both_ends_stay_dense(first, last, density):
     model, prompt = biased("llama"), random_tokens(21, seed=5)
     h, _ = prompt_of(model, prompt)
     densities = [1.0] * first + [density] * (3 - first - last) + [1.0] * last
-    masks = masks_of([votes(x, 0.2) for x in h], 0.3, densities)
+    masks = masks_of([griffin(x) for x in h], 0.3, densities)
     ends = {"allocation": "ends", "allocation.first": first, "allocation.last": last}
-    check(model, "coreinfer", masks, prompt, 0.3, **ends)
+    check(model, "griffin", masks, prompt, 0.3, **ends)
     assert Ends(first=first, last=last).densities(0.3, [20] * 3, None, slice(None)) == pytest.approx(densities)
     with pytest.raises(
         UserError, match=r"allocation=ends prunes only 1 of 3 layers, too few.*use a sparsity up to 0.33"
     ):
-        ours.run(model, "coreinfer", prompt, [], 0.5, allocation="ends")
-
-
-def test_votes_do_not_depend_on_the_pieces_that_a_context_comes_in():
-    torch.manual_seed(0)
-    h, weight, score = torch.randn(2, 31, 50).relu().to(torch.bfloat16).float(), torch.ones(2, 31), Votes()
-    weight[0, :7] = 0
-    pieces = [score.observe(h[:, a:b], None, weight[:, a:b]) for a, b in ((0, 1), (1, 12), (12, 31))]
-    whole = score.observe(h, None, weight)
-    assert whole.dtype == torch.float32 and torch.equal(sum(pieces), whole)
-    assert np.array_equal(whole[0].numpy(), votes(h[0, 7:].numpy(), 0.2))
+        ours.run(model, "griffin", prompt, [], 0.5, allocation="ends")
 
 
 def drawn(scores, count, seed, best):

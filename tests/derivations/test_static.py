@@ -4,10 +4,6 @@
 
     s_j = ||w_j||_2 * ||v_j||_2
 
-`mag-sp` of FLAP (arXiv 2312.11983): the column of down d_j, which is what the neuron writes, has
-
-    s_j = ||d_j||_2
-
 `static` is GRIFFIN's score with the tokens t of a calibration text in place of those of a prompt:
 
     s_j = || ( h_tj / ||h_t||_2 )_t ||_2
@@ -45,22 +41,15 @@ def magnitude(model, layer):
     return np.prod([np.sqrt((w**2).sum(1)) for w in rows], axis=0)
 
 
-def mag_sp(model, layer):
-    _, down = rows_and_column(model, layer)
-    return np.sqrt((down**2).sum(1))
-
-
 def static(model, layer):
     votes = (h / np.sqrt((h**2).sum(1, keepdims=True)) for h in passages(model)[layer])
     return np.sqrt(sum((v**2).sum(0) for v in votes))
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), in_turn(["llama", "opt", "gpt2", "phi3"], ["magnitude", "mag-sp", "static"])
-)
+@pytest.mark.parametrize(("family", "name"), in_turn(["llama", "opt", "gpt2", "phi3"], ["magnitude", "static"]))
 def test_one_mask_for_all_texts_is_its_formula(family, name):
     model, sparsity = biased(family), 0.63
-    score = {"magnitude": magnitude, "mag-sp": mag_sp, "static": static}[name]
+    score = {"magnitude": magnitude, "static": static}[name]
     scores = [score(model, layer) for layer in range(len(Plain(model).layers))]
     sizes = [len(s) for s in scores]
     keep = counts([(1 - sparsity) * f for f in sizes], round((1 - sparsity) * sum(sizes)))

@@ -90,7 +90,7 @@ def test_tasks_that_ask_documents_of_the_same_data_set_are_found(name, tasks):
 def test_a_run_says_so_where_a_method_calibrates(tmp_path):
     folder = data_set(tmp_path, [{"text": "one"}], "Salesforce__wikitext/default")
     loaded = SimpleNamespace(load=lambda name: TASKS)
-    for method, count in (("griffin", 0), ("griffin,flap", 1), ("glass", 1)):
+    for method, count in (("griffin", 0), ("griffin,flap", 1)):
         notes = []
         config = RunConfig(method=method, calibration="Salesforce/wikitext", data_dir=folder)
         jobs._warn_shared_data(config, loaded, ["any"], SimpleNamespace(note=notes.append))

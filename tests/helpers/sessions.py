@@ -28,7 +28,7 @@ REMASKED = [
               "compensation": "mean"}),
     ("griffin", {"remask": "drift", **RESTLESS}),
     ("griffin", {"remask": "every", "remask.tokens": 3, "remask.ring": 5, "remask.blend": 0.2}),
-    ("probe", {"score.share": 0.5, "draw": "sample", "remask": "every", "remask.tokens": 3, "remask.ring": 5}),
+    ("griffin", {"draw": "sample", "remask": "drift", **RESTLESS}),
 ]  # fmt: skip
 # Every choice, inside every kind of mask.
 CHOOSING = [

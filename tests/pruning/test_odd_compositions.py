@@ -83,7 +83,6 @@ def test_a_timed_choice_whose_read_varies_is_measured():
 
 SETTINGS = [
     "griffin:score.down_norm=true",
-    "static:score=probe",
     "dart:score.vocabulary=max",
     "rounding:entries.bits=4",
 ]

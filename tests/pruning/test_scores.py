@@ -10,7 +10,6 @@ from dart_eval.layers.families import final_norm
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.vocabulary import gain, project
-from dart_eval.pruning.masks.prompt_scores import Probe
 from dart_eval.pruning.masks.scores import Activation, Random, activations, decayed
 from tests.helpers.models import SMALL, tiny
 from tests.helpers.sessions import state_of
@@ -176,11 +175,3 @@ def test_random_neurons_differ_from_layer_to_layer_and_from_seed_to_seed(llama):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])
     assert not any(torch.equal(a, b) for a in first for b in other)
-
-
-@pytest.mark.parametrize("share", [0.5, 0.3])
-def test_a_spaced_probe_is_the_same_in_whatever_pieces_the_context_comes(share):
-    valid = torch.ones(1, 11, dtype=torch.bool)
-    whole, _ = Probe(share=share).token_weights(valid, torch.zeros(1))
-    later, _ = Probe(share=share).token_weights(valid[:, 4:], torch.tensor([4.0]))
-    assert torch.equal(later, whole[:, 4:]) and 0 < later.sum() < 7

@@ -463,13 +463,13 @@ def test_an_outline_may_have_codes_that_weights_turn_out_not_to_have():
     assert not on_grid(linear) and on_grid(linear.to("meta"))
 
 
-@pytest.mark.parametrize(("method", "shared"), [("probe", False), ("griffin", True)])
-def test_densities_by_scores_do_not_depend_on_the_chunks_of_a_prompt(method, shared):
+@pytest.mark.parametrize("shared", [False, True])
+def test_densities_by_scores_do_not_depend_on_the_chunks_of_a_prompt(shared):
     model, found = tiny("llama", dtype=torch.float64), []
     ids, mask = torch.cat([prompt(24, 1), prompt(24, 2)]), torch.ones(2, 24, dtype=torch.long)
     mask[0, :9] = 0
     for first in (24, 10):
-        with open_session(model, method, 0.5, allocation="global", shared_mask=shared, execution="masked") as run:
+        with open_session(model, "griffin", 0.5, allocation="global", shared_mask=shared, execution="masked") as run:
             out = model(ids[:, :first], attention_mask=mask[:, :first], use_cache=True)
             if first < 24:
                 with run.prompt():

@@ -193,35 +193,17 @@ class Calibration:
                 base(input_ids=torch.cat([start, segment])[None].to(device), use_cache=False)
 
 
-@dataclass(frozen=True)
-class Counting:
-    """`observe`, [B, F], with the sum of the tokens' weights in one more column."""
-
-    observe: Observe
-
-    def __call__(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
-        sums = self.observe(h, up, weight)
-        assert sums is not None
-        return torch.cat([sums, weight.sum(1, keepdim=True)], 1)
-
-
-def means(calibration: Calibration, observe: Observe) -> list[Tensor]:
-    """Return per layer [F] fp32 the mean of `observe` over the calibration text's tokens."""
-    return [sums[:-1] / sums[-1] for sums in calibration.sums(Counting(observe))]
-
-
 def statistic_name(method: Callable[..., object]) -> str | None:
     """Return the cache key of a part's statistics: its class and fields, and its code if it is not built in.
 
     Args:
         method: a method of the part; the result is None for other callables.
     """
-    counting = isinstance(method, Counting)
-    part = getattr(method.observe if isinstance(method, Counting) else method, "__self__", None)
+    part = getattr(method, "__self__", None)
     module = inspect.getmodule(type(part))
     if part is None or module is None:
         return None
-    name = f"{type(part).__module__}.{type(part).__qualname__} {part!r}{' and a count' if counting else ''}"
+    name = f"{type(part).__module__}.{type(part).__qualname__} {part!r}"
     if type(part).__module__.split(".")[0] == PACKAGE:
         return name
     try:

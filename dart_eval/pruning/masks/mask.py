@@ -57,8 +57,7 @@ class Static(Mask):
         super().__post_init__()
         if self.score.weighs_tokens:
             raise UserError(
-                "score.average=ema, score.skip_first and a score.share below 1 weigh the tokens of a context, "
-                "and mask=static has none",
+                "score.average=ema and score.skip_first weigh the tokens of a context, and mask=static has none",
                 "leave them out, or use mask=prompt",
             )
 

@@ -24,24 +24,22 @@ class AnyScore(Part):
     """Base of all scores: sums over tokens (`observe`), factors that no token changes, or both.
 
     Attributes:
-        per_token: whether `combine` needs the mean over tokens; if not, any multiple of it will do.
         weighs_tokens: whether some tokens of a context count more than others.
     """
 
     slot = "score"
     observes = True
-    per_token: ClassVar[bool] = False
     weighs_tokens: ClassVar[bool] = False
 
     def factors(self, calibration: Calibration) -> list[Tensor] | None:
-        """Return the factors that no token changes: per layer [F] fp32, or several such rows; None without factors."""
+        """Return the factors that no token changes: per layer [F] fp32; None without factors."""
         return None
 
     def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
         """Return the score: [B, F]. The highest are kept, so only the order within a layer counts.
 
         Args:
-            sums: [B, F] sums over tokens, or their mean; None for a score of weights alone.
+            sums: [B, F] sums over tokens; None for a score of weights alone.
             factor: [F] of this layer from `factors`, or None.
         """
         assert sums is not None
@@ -171,20 +169,13 @@ class WeightScore(AnyScore):
 class Weights(WeightScore):
     """score_j = the product of the L2 norms of neuron j's rows in gate and up (up alone in a plain FFN).
 
-    The static baseline of GRIFFIN's paper (arXiv 2404.01365). With `of=down` it is the L2 norm of the neuron's column
-    of down: `mag-sp` of FLAP (arXiv 2312.11983; CASIA-IVA-Lab/FLAP, 3bb57db, `lib/prune.py`), which keeps equally many
-    neurons in every layer as here, and prunes attention heads too, which is left out here.
+    The static baseline of GRIFFIN's paper (arXiv 2404.01365).
     """
 
     name = "weights"
-    summary = "ranks neurons by the norms of their gate and up rows, or of their down columns"
-    of: Literal["gate-up", "down"] = option(
-        "gate-up", "rank by the product of the norms of the gate and up rows, or by the norm of the down column"
-    )
+    summary = "ranks neurons by the norms of their gate and up rows"
 
     def factors(self, calibration: Calibration) -> list[Tensor]:
-        if self.of == "down":
-            return [norm.sqrt() for norm in down_norms(calibration.ffns)]
         return [
             math.prod((w.float().norm(dim=1) for w in ffn.input_weights()), start=1.0)  # type: ignore[misc]
             for ffn in calibration.ffns

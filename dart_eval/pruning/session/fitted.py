@@ -20,7 +20,7 @@ class Fitted:
 
     Attributes:
         cost_terms: read cost of a neuron, see `Pruner.cost_terms`.
-        factor: [F] fp32 (or several such rows), the score's factor that no token changes; None.
+        factor: [F] fp32, the score's factor that no token changes; None.
         mask: [1, pool] bool, the mask of all sequences, unless it holds every neuron; else None.
         mean: [pool] fp32, each neuron's mean on the calibration text, if it replaces the neuron; else None.
         constant: [1, D] fp32, the compensation of the neurons outside a fixed mask; None.

@@ -121,9 +121,8 @@ class Layer(PerSequence):
 
     def per_token(self) -> Tensor:
         """Return [B, pool] sums of the score, per token if sequences are compared (else only the order counts)."""
-        score, sums = self.method.mask.score, self.sums["score"]
-        wanted = self.shared or (score is not None and score.per_token)
-        return sums / self._tokens(sums)[:, None] if wanted else sums
+        sums = self.sums["score"]
+        return sums / self._tokens(sums)[:, None] if self.shared else sums
 
     def scores(self, rows: slice) -> Tensor:
         """Return [pool], the scores of these sequences together."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import compatibility
-from dart_eval.pruning.calibration.calibration import Calibration, means
+from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.counts import Counts, mean_cost
 from dart_eval.pruning.method import CostTerms, Pruner
@@ -125,7 +125,7 @@ class Prepared:
         score, sums = self.method.mask.score, None
         assert score is not None
         if score.observes:
-            sums = means(calibration, score.observe) if score.per_token else calibration.sums(score.observe)
+            sums = calibration.sums(score.observe)
         scores = [
             score.combine(None if sums is None else sums[i][None], layer.factor) for i, layer in enumerate(self.layers)
         ]
