@@ -24,7 +24,7 @@ cells() { # TASKS LIMIT OTHER-OPTIONS: one run; what is finished is kept and ski
 
 drift="drift_xsum,drift_cnn_dailymail"
 choice="arc_easy,arc_challenge,boolq,winogrande,openbookqa,rte,hellaswag"
-graded="grinqh,graded-both,graded-rows"
+graded="grinqh,graded-both"
 
 # .30 and .16 of the bytes and rounding, then .50 and .10: what each method claims for itself.
 first() { # TASKS LIMIT
@@ -43,7 +43,6 @@ second() { # TASKS LIMIT
 rivals() { # TASKS LIMIT
   cells "$1" "$2" --method prox,oracle-token --sparsity 0.7,0.5
   cells "$1" "$2" --method cats,m-countdown,teal,wina --sparsity 0.5
-  cells "$1" "$2" --method graded-layers,oracle-layers,bits-by-position --sparsity 0.7
   cells "$1" "$2" --method decdec --sparsity 0.7
   cells "$1" "$2" --method teal --ffn-bits 4 --sparsity 0.5
   cells "$1" "$2" --method dart,dart-choice,pop,flap --sparsity 0.7,0.5

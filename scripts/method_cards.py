@@ -56,14 +56,6 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "decdec": ("3 bits of all columns, 7 of those with the largest |x_i|", "columns", ("raised",)),
     "graded-both": ("grinqh with fewer bits of gate and up, then 2 bits more of the neurons with the largest "
                     "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
-    "graded-rows": ("grinqh with fewer bits of gate and up, then 6 bits of the rows with the largest "
-                    "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
-    "graded-layers": ("b_high bits of a matrix where ||x|| > t, else b_low; t per matrix", "layers",
-                      ("size", "threshold")),
-    "oracle-layers": ("b_high bits of a matrix where ||(W_high - W_low) x|| > t, else b_low; t per matrix", "layers",
-                      ("size", "threshold")),
-    "bits-by-position": ("b_high bits for the first r * 256 decoded tokens, else b_low; r = (b - b_low) / "
-                         "(b_high - b_low), b bits by the read", "layers", ()),
     "wanda": ("weights with the largest |W_ij| || (x_tj)_t || of each row i", "entries", ("thinned",)),
     "rounding": ("W rounded, for decoded tokens", "", ()),
     "oracle": ("griffin's s_j, t in the scored tokens", "griffin", ("griffin",)),

@@ -18,7 +18,7 @@ from dart_eval.layers.find import describe
 from dart_eval.layers.shape import shape_of
 from dart_eval.models import shapes
 from dart_eval.pruning import cost
-from dart_eval.pruning.calibration.calibration import Calibration, Counting
+from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.moments import Moments
 from dart_eval.pruning.calibration.vocabulary import Projection
 from dart_eval.pruning.method import Pruner
@@ -135,7 +135,7 @@ class Shapes(Calibration):
         return self._ffns
 
     def sums(self, observe: Any) -> list[Tensor]:
-        return [torch.ones(f.size + isinstance(observe, Counting)) for f in self.ffns]
+        return [torch.ones(f.size) for f in self.ffns]
 
     def moments(self) -> list[Moments]:
         return [Moments(*(torch.zeros(f.size) for _ in range(3))) for f in self.ffns]

@@ -32,14 +32,13 @@ class EvalSettings:
 
 
 def check_released(method: Pruner, scope: str) -> None:
-    """Refuse a method that counts decoded tokens, where inputs run pruned at once.
+    """Refuse a method whose masks are released after some tokens, where inputs run pruned at once.
 
     Raises:
         UserError: the remedy.
     """
-    release = bool(method.mask.remask.release)
-    if scope in SHARES and (release or (method.counts_tokens and scope != "all")):
+    if scope in SHARES and method.mask.remask.release:
         raise UserError(
             f"{method.spec} counts decoded tokens, and under --scope {scope} whole inputs run pruned",
-            "use --scope scored" + ", or leave remask.release out" * release,
+            "use --scope scored, or leave remask.release out",
         )

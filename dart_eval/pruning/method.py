@@ -142,15 +142,10 @@ class Pruner:
         score = None if self.mask.fixed else self.mask.score
         return tuple(p for p in (score, self.choice, self.compensation) if p is not None and p.observes)
 
-    @functools.cached_property
-    def counts_tokens(self) -> bool:
-        """Whether what a token reads depends on its place among the decoded tokens."""
-        return any(part.counts_tokens for part in self.parts())
-
     @property
     def keeps_state(self) -> bool:
         """Whether it keeps state per sequence."""
-        return not self.mask.fixed or bool(self.observers) or self.allocation.needs_change or self.counts_tokens
+        return not self.mask.fixed or bool(self.observers) or self.allocation.needs_change
 
     @property
     def reads_most(self) -> bool:

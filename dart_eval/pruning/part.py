@@ -60,7 +60,6 @@ class Part:
         fits_norms: whether it supports FFNs with a norm over all neurons, behind which no neuron has a contribution
             of its own.
         fits_repeats: whether it counts a token once when a layer runs several times for it.
-        counts_tokens: whether a token's place among the decoded tokens matters.
         upper_bound: whether it uses what is known only after the weights are read.
         flops_per_neuron: elementwise operations per neuron and observed token.
     """
@@ -74,7 +73,6 @@ class Part:
     fits_experts: ClassVar[bool] = True
     fits_norms: ClassVar[bool] = True
     fits_repeats: ClassVar[bool] = True
-    counts_tokens: ClassVar[bool] = False
     upper_bound: ClassVar[bool] = False
     flops_per_neuron: ClassVar[int] = 0
 

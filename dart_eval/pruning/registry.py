@@ -23,7 +23,6 @@ from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
-from dart_eval.pruning.inputs.layers import GradedLayers
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
@@ -159,26 +158,6 @@ BUILT_IN: tuple[Pruner, ...] = (
         entries=GradedBoth(),
     ),
     InputSparsity(
-        name="graded-rows",
-        summary="reads more bits of the columns with larger inputs, then whole rows of neurons left uncertain",
-        entries=GradedBoth(second="rows", neurons=0.1, more=6),
-    ),
-    InputSparsity(
-        name="graded-layers", paper="2508.06041",
-        summary="reads one more bit of a matrix for tokens whose input is large, a threshold for each matrix",
-        entries=GradedLayers(),
-    ),
-    InputSparsity(
-        name="oracle-layers",
-        summary="reads one more bit of a matrix for tokens where the error is large, known in advance (upper bound)",
-        entries=GradedLayers(by="error"),
-    ),
-    InputSparsity(
-        name="bits-by-position", paper="2410.13461",
-        summary="reads one more bit for the first tokens of a text; the read is met at 256 tokens (control)",
-        entries=GradedLayers(by="position"),
-    ),
-    InputSparsity(
         name="wanda", paper="2306.11695",
         summary="leaves out single weights by |W| times input norm on a calibration text, not neurons",
         entries=WandaEntries(),
@@ -194,7 +173,7 @@ BUILT_IN: tuple[Pruner, ...] = (
 )  # fmt: skip
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, DartPlus, Prox, Candidates)
 ALLOCATIONS = (Uniform, DepthAware, Ends, Global, FromTable)
-ENTRIES = (GradedColumns, GradedBoth, GradedLayers, Above, ByNorms, WandaEntries, RoundedEntries)
+ENTRIES = (GradedColumns, GradedBoth, Above, ByNorms, WandaEntries, RoundedEntries)
 PARTS: tuple[type[Part], ...] = (
     *SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS, *COMPENSATIONS, *ENTRIES,
 )  # fmt: skip

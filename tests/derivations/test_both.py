@@ -1,4 +1,4 @@
-"""graded-both and graded-rows: more bits of columns and of neurons, of codes of 8 bits as `grinqh` has them.
+"""graded-both: more bits of columns and of neurons, of codes of 8 bits as `grinqh` has them.
 
 The read leaves b = 16 (1 - s) bits of a weight, less the scales'. Of gate and up (a plain FFN's up) a token first
 reads b - .25 * 2 bits of a weight, columns raised as in `grinqh`. With h~ and the products g, u by these bits,
@@ -8,9 +8,6 @@ reads b - .25 * 2 bits of a weight, columns raised as in `grinqh`. With h~ and t
 
 the quarter of the neurons with the largest E[h^2] - .8 h~^2 is read again, at 2 bits of a weight more and 8 at most. If
 all 8 bits are read then, the first look has what the read leaves. Down is read with b bits, columns raised by h.
-
-graded-rows: a tenth of the neurons is read again in whole rows of 6 bits, which the read pays in full: a column has the
-more of the bits that the two looks read.
 """
 
 import numpy as np
@@ -24,7 +21,7 @@ from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded
 from tests.derivations import ours
 from tests.derivations.test_columns import on_codes, raised, read_at, slopes
-from tests.derivations.test_entries import D, F, ffns_of, thinned
+from tests.derivations.test_entries import F, ffns_of, thinned
 from tests.helpers.models import biased, random_tokens, tiny
 from tests.helpers.sessions import bits, open_session, same
 
@@ -62,10 +59,10 @@ class Matrix:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "opt"])
-@pytest.mark.parametrize(("sparsity", "rows"), [(0.47, False), (0.5, False), (0.6, False), (0.7, False), (0.6, True)])
-def test_columns_then_neurons_are_read_in_more_bits(family, sparsity, rows):
+@pytest.mark.parametrize("sparsity", [0.47, 0.5, 0.6, 0.7])
+def test_columns_then_neurons_are_read_in_more_bits(family, sparsity):
     model, used, chosen = biased(family), [], {}
-    count = int((0.1 if rows else 0.25) * F)
+    count = int(0.25 * F)
 
     def kept_of(i, k, weight, x):
         act, parts = ffns_of(model)[i]
@@ -75,7 +72,7 @@ def test_columns_then_neurons_are_read_in_more_bits(family, sparsity, rows):
             at, made = one.at(int(len(x) * room + 1e-9))
             used.append((sum(LEVELS[j] for j in at) + one.scale * len(x)) * len(weight) / 16)
             return made / torch.where(weight == 0, 1.0, weight)
-        first = room - 0.6 if rows else room - 0.5 if room - 0.5 + 2 <= 8 else (room - 2) / 0.75
+        first = room - 0.5 if room - 0.5 + 2 <= 8 else (room - 2) / 0.75
         limit = int(len(x) * first + 1e-9)
         ins = [Matrix(w, b, x) for w, b in parts[:-1]]
         looks = [one.at(limit) for one in ins]
@@ -89,19 +86,16 @@ def test_columns_then_neurons_are_read_in_more_bits(family, sparsity, rows):
             chosen[i] = wanted.argsort(descending=True, stable=True)[:count]
         (at, made), one = looks[k], ins[k]
         further, again = one.at(min(8 * len(x), limit + 2 * len(x)))
-        if rows:
-            further = [max(a, LEVELS.index(6)) for a in at]
-            again = torch.stack([one.read[LEVELS[b]][:, c] for c, b in enumerate(further)], 1)
         made = made.clone()
         made[chosen[i]] = again[chosen[i]]
-        more = 6 * len(x) if rows else sum(LEVELS[b] - LEVELS[a] for a, b in zip(at, further, strict=True))
+        more = sum(LEVELS[b] - LEVELS[a] for a, b in zip(at, further, strict=True))
         spent = F * sum(LEVELS[j] for j in at) + count * more
         used.append((spent + F * one.scale * len(x)) / 16)
         return made / torch.where(weight == 0, 1.0, weight)
 
     prompt, decoded = random_tokens(12, 1), random_tokens(6, 2)
     before = bits(model)
-    run = ours.run(model, "graded-rows" if rows else "graded-both", prompt, decoded, sparsity, "masked")
+    run = ours.run(model, "graded-both", prompt, decoded, sparsity, "masked")
     assert same(model, before)
     wanted, _ = thinned(model, prompt, decoded, kept_of, on_codes(model, parse("8:128")))
     assert torch.allclose(run.logprobs, wanted, rtol=0, atol=4e-6)
@@ -156,19 +150,3 @@ def test_a_second_look_ends_at_all_bits():
 def test_neurons_of_a_second_look_are_whole():
     """.29 * 6400 is 1855.9999999999998 in floating point."""
     assert GradedBoth(neurons=0.29).count(6400) == 1856
-
-
-def test_rows_are_read_in_a_level_from_a_copy_of_their_own():
-    with pytest.raises(
-        UserError, match=r"entries.more is 3, which is no level above .*; give one of the levels 0-2-4-6-8 above 0"
-    ):
-        GradedBoth(second="rows", more=3)
-    with pytest.raises(UserError, match="give one of the levels 2-4-8 above 2"):
-        GradedBoth(second="rows", levels="2-4-8", more=2)
-    model = tiny("llama")
-    sizes = []
-    for method in ("graded-both", "graded-rows"):
-        with open_session(model, make(method), 0.6) as session:
-            sizes.append(session.state_bytes)
-    weights = 3 * 2 * F * D
-    assert sizes[1] - sizes[0] == weights * 6 / 8  # with the scales of the codes

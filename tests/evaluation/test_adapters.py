@@ -173,7 +173,7 @@ def test_an_adapter_that_is_injected_counts_or_is_refused(lora, saved_llama):
                                       return_dict_in_generate=True, min_length=13)  # fmt: skip
                 found.append((method, torch.cat(made.logits), run.weights_read))
         if not merge:
-            for method in ("grinqh", "graded-layers", "dart-plus"):
+            for method in ("grinqh", "dart-plus"):
                 with pytest.raises(UserError, match=r"carry an adapter.*merge adapters"), prune(model, method, 0.5):
                     pass
     plain = AutoModelForCausalLM.from_pretrained(saved_llama)

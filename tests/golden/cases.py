@@ -142,9 +142,6 @@ SETTINGS = {
     "grinqh": Setting("grinqh", 0.7, decodes=False, families=TWO),
     "decdec": Setting("decdec", 0.75, decodes=False, families=TWO),
     "graded-both": Setting("graded-both", 0.7, decodes=False, families=TWO),
-    "graded-rows": Setting("graded-rows", 0.7, decodes=False, families=TWO),
-    "graded-layers": Setting("graded-layers", 0.72, decodes=False, families=TWO),
-    "bits-by-position": Setting("bits-by-position", 0.72, decodes=False, families=TWO),
     "griffin, gate's choice, re-masks": Setting("griffin:remask=every:remask.tokens=6:choice=gate", 0.4, families=TWO),
 }
 

@@ -44,7 +44,6 @@ CHOOSING = [
 FINER = [
     ("teal", {}), ("wina", {"entries.weigh": "all"}), ("wanda", {"entries.pattern": "2:4"}), ("grinqh", {}),
     ("graded-both", {"entries.neurons": 0.4}),
-    ("bits-by-position", {"entries.length": 8}),
 ]  # fmt: skip
 # All of these: masks or choices that change while a sequence is decoded.
 VARIED = [*REMASKED, *CHOOSING, *FINER]
@@ -62,8 +61,7 @@ def fitting(method, family, sparsity):
     if method == "decdec":
         return min(max(sparsity, 0.56), 0.7)
     if method in (
-        "preview", "dart-plus", "graded-both", "graded-rows", "grinqh", "graded-layers",
-        "oracle-layers", "bits-by-position",
+        "preview", "dart-plus", "graded-both", "grinqh",
     ):  # fmt: skip
         return max(sparsity, 0.5)
     return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity

@@ -18,7 +18,6 @@ from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
-from dart_eval.pruning.inputs.layers import GradedLayers
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
@@ -156,17 +155,9 @@ def test_the_built_in_methods_are_these_compositions():
         "oracle-token": Pruner(choice=ByHidden()),
         "teal": Pruner(entries=Above()),
         "wina": Pruner(entries=ByNorms(weigh="gate")),
-        "graded-both": Pruner(
-            entries=GradedBoth(levels="0-2-4-6-8", group=128, neurons=0.25, more=2.0, second="columns", known=0.2)
-        ),
-        "graded-rows": Pruner(
-            entries=GradedBoth(levels="0-2-4-6-8", group=128, neurons=0.1, more=6.0, second="rows", known=0.2)
-        ),
+        "graded-both": Pruner(entries=GradedBoth(levels="0-2-4-6-8", group=128, neurons=0.25, more=2.0, known=0.2)),
         "grinqh": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128)),
         "decdec": Pruner(entries=GradedColumns(levels="3-7", group=128)),
-        "graded-layers": Pruner(entries=GradedLayers(levels="near", group=128, by="norm", length=256)),
-        "oracle-layers": Pruner(entries=GradedLayers(levels="near", group=128, by="error", length=256)),
-        "bits-by-position": Pruner(entries=GradedLayers(levels="near", group=128, by="position", length=256)),
         "wanda": Pruner(entries=WandaEntries(pattern="none")),
         "rounding": Pruner(entries=RoundedEntries(bits="q4_k")),
         "oracle": Pruner(Ahead(score=l2)),
@@ -188,9 +179,9 @@ def test_what_a_composition_is_follows_from_its_parts():
     assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-choice", "pop"}
     assert all(m.spec == m.name for m in BUILT_IN)
     assert those("looks_ahead") == {"oracle"}
-    assert those("upper_bound") == {"oracle", "top-p", "oracle-token", "oracle-layers"}
+    assert those("upper_bound") == {"oracle", "top-p", "oracle-token"}
     assert those("needs_context") == {*prompted, "oracle"}
-    assert those("keeps_state") == {*prompted, "oracle", "bits-by-position"}
+    assert those("keeps_state") == {*prompted, "oracle"}
     # What any part of it needs or does, all of it needs or does.
     for spec, tells, value in (
         ("cats:allocation=depth", "needs_context", True), ("cats:allocation=depth", "keeps_state", True),

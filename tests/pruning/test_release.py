@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dart_eval.bench.decode import check_timeable
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.evaluation.settings import SHARES, check_released
+from dart_eval.evaluation.settings import SHARES
 from dart_eval.layers.families import cache_argument
 from dart_eval.pruning.registry import make
 from dart_eval.results.inputs import without_legacy_defaults
@@ -143,9 +143,6 @@ def test_scopes_without_decoded_tokens_are_refused(llama, scope):
         if scope == "last":  # one token runs pruned, the first
             assert scorer(llama, head, session, 2, scope).scope == "last"
             return
-        with pytest.raises(UserError, match=r"bits-by-position counts decoded tokens, .*; use --scope scored$"):
-            check_released(make("bits-by-position"), "last-50")
-        check_released(make("bits-by-position"), "all")
         with pytest.raises(UserError, match=r"griffin:remask.release=4 counts decoded tokens, and under --scope"):
             scorer(llama, head, session, 2, scope)
 

@@ -14,7 +14,8 @@ from dart_eval.layers.projection import plain_matrix, weight_matrix
 from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.inputs import Quantile, all_squares
-from dart_eval.pruning.inputs.entries import Entries, Graded, Inputs, Share
+from dart_eval.pruning.inputs.columns import GradedColumns
+from dart_eval.pruning.inputs.entries import Entries, Inputs, Share
 from dart_eval.pruning.inputs.graded import GradedInputs
 from dart_eval.pruning.masks.counts import keep_counts
 from dart_eval.util.bits import Stored
@@ -54,8 +55,8 @@ def attach(
     part: Entries, ffns: Sequence[FFN], densities: Sequence[float], sparsity: float, calibration: Calibration | None
 ) -> AttachedInputs | GradedInputs:
     """Return a part attached to a model. densities: per layer, the share of its bytes that a token reads."""
-    if isinstance(part, Graded):
-        return GradedInputs(part, ffns, densities, calibration)
+    if isinstance(part, GradedColumns):
+        return GradedInputs(part, ffns, densities)
     return AttachedInputs(part, ffns, counts(ffns, densities, sparsity), calibration)
 
 

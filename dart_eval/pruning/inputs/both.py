@@ -1,13 +1,12 @@
-"""graded-both, graded-rows: more bits of columns with larger inputs, then of the neurons left most uncertain."""
+"""graded-both: more bits of columns with larger inputs, then of the neurons left most uncertain."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.part import option
-from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from dart_eval.layers.ffn import FFN
     from dart_eval.layers.shape import ModelShape
-    from dart_eval.pruning.inputs.entries import Coded
+    from dart_eval.pruning.inputs.graded import GradedMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class GradedBoth(GradedColumns):
 
     So bits follow rows and columns at once. The choice of neurons is dart-plus's, with one error for all rows. This
     project's own. The bits of a second look lie apart in both directions: no layout of memory lets a kernel read them
-    alone. `second=rows` (graded-rows) reads whole rows once more, in their first `more` bits, from a copy by rows.
+    alone.
     """
 
     name = "both"
@@ -42,61 +41,35 @@ class GradedBoth(GradedColumns):
     granularity = "bits of input channels and neurons"
     neurons: float = option(0.25, "share of the neurons of which a token reads more bits", above=0, most=0.9)
     more: float = option(2.0, "bits of a weight that a second look reads, on average", above=0, most=8)
-    second: Literal["columns", "rows"] = option(
-        "columns", "what a second look reads: the next bits of single columns, or whole rows (where more is a level)"
-    )
     known: float = option(
         0.2, "weight of the previewed h^2 beside its uncertainty, in the choice of neurons", least=0, most=1
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.second == "rows" and self.more not in self.bits[1:]:
-            raise UserError(
-                f"entries.more is {self.more:g}, which is no level above the first, and rows are read in one",
-                f"give one of the levels {self.levels} above {self.bits[0]}",
-            )
 
     def lacking(self, ffn: FFN) -> str | None:
         return f"{self.title} has no kernel"
 
     @property
     def fewest(self) -> float:
-        more = self.more if self.second == "rows" else min(self.more, self.bits[-1] - self.bits[0])
-        return self.bits[0] + self.neurons * more
-
-    @property
-    def copied(self) -> float:  # type: ignore[override]
-        return self.more if self.second == "rows" else 0
+        return self.bits[0] + self.neurons * min(self.more, self.bits[-1] - self.bits[0])
 
     def first_look(self, room: float) -> float:
         few, most = self.neurons, self.bits[-1]
-        if self.second == "rows":
-            return room - few * self.more
         return max(room - few * self.more, (room - few * most) / (1 - few))  # a second look ends at all bits
 
-    def second_look(self, x: Tensor, matrix: Coded, limit: float, level: Tensor) -> Tensor:
+    def second_look(self, x: Tensor, matrix: GradedMatrix) -> Tensor:
         """Return [..., n] long, the level of each column of the neurons of the second look, after both looks.
 
         Args:
-            x: [..., n], the inputs. limit: bits of a row that the first look may read.
-            level: [..., n], after the first look.
+            x: [..., n], the inputs.
         """
-        if self.second == "rows":
-            return level.clamp(min=self.bits.index(int(self.more)))
-        return self.level(
-            x, matrix, min(int(limit + self.more * matrix.width + 1e-9), self.bits[-1] * matrix.width), None
-        )
-
-    def read_again(self, first: Tensor, both: Tensor, width: int) -> Tensor:
-        """Return the bits of a row that a second look reads, [...] fp64. first, both: its bits after the looks."""
-        return both - first if self.second == "columns" else both.new_full(both.shape, self.more * width)
+        most = min(int(matrix.limit + self.more * matrix.width + 1e-9), self.bits[-1] * matrix.width)
+        return self.chosen(x, matrix.gains, most)
 
     def count(self, neurons: int) -> int:
         """Return the neurons of a second look."""
         return int(self.neurons * neurons + 1e-9)
 
-    def unread(self, x: Tensor, matrix: Coded, level: Tensor) -> Tensor:
+    def unread(self, x: Tensor, matrix: GradedMatrix, level: Tensor) -> Tensor:
         """Return [..., 1] fp32, the error of a product with a row after a look: the root of its mean square over rows.
 
         The square is sum_i x_i^2 (E(b_i) - E(all bits)) / rows, E on its convex hull (`Levels.gains`).

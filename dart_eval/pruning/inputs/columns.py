@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dart_eval.pruning.inputs.entries import Coded, Graded
+from dart_eval.pruning.inputs.entries import Entries
+from dart_eval.pruning.inputs.levels import TOLERANCE, Levels
 from dart_eval.pruning.part import option
 from dart_eval.util.bits import OWN_BITS
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradedColumns(Graded):
+class GradedColumns(Levels, Entries):
     """A token reads the first b_i bits of column i of a matrix: more bits where |x_i| is larger.
 
     The bits b_i, each one of `levels`, make the expected squared error of the product small within the bits that the
@@ -42,7 +43,8 @@ class GradedColumns(Graded):
     name = "columns"
     summary = "reads more bits of the columns whose inputs are larger, equally many for every token"
     granularity = "bits of input channels"
-    replaces = True
+    by_token = True
+    in_bits = True
     levels: Literal[
         "0-2-3-4-5-6-8", "0-1-2-3-4-5-6-7-8", "0-2-3-4-5-6", "0-2-4-6-8", "0-2-4-8", "0-4-8", "0-8", "2-4-8", "3-7",
         "4-8", "8",
@@ -56,25 +58,34 @@ class GradedColumns(Graded):
             return "the kernel reads columns in 0, 2, 4, 6 or 8 bits, with scales of 128 weights or of a row"
         return blocks.lacking(ffn)
 
+    def first_look(self, room: float) -> float:
+        """Return the bits of a weight that a token reads of all rows of gate and up. room: that the read leaves."""
+        return room
+
+    @property
+    def fewest(self) -> float:
+        """Bits of a weight, of codes, that a token reads at least."""
+        return self.bits[0]
+
+    def check_read(self, share: float, rows: int, width: int) -> None:
+        least, most = ((bits + self.scale(width)) / OWN_BITS for bits in (self.fewest, self.bits[-1]))
+        if share < least or share > most + TOLERANCE:
+            raise self.out_of_reach(least, most, share)
+
     def fit(self, weight: Tensor, packed: Packed) -> Tensor:
+        """Return what each step of a matrix to the next level saves for a bit. weight: [out, n]. packed: its codes."""
         import torch
 
-        read = (packed.decoded(torch.float32, bits, whole=self.replaces) if bits else 0.0 for bits in self.bits)
+        read = (packed.decoded(torch.float32, bits, whole=True) if bits else 0.0 for bits in self.bits)
         errors = torch.stack([(weight.float() - values).square().sum(0).mean() for values in read])
         return self.gains(errors)
 
-    def limit(self, matrix: Coded, sizes: Tensor | None) -> int:
-        return self._row_bits(matrix.width, matrix.room)
-
-    def level(self, x: Tensor, matrix: Coded, limit: float, position: Tensor | None) -> Tensor:
-        return self.chosen(x, matrix.gains.to(x.device), int(limit))
-
-    def _row_bits(self, width: int, room: float) -> int:
+    def limit(self, width: int, room: float) -> int:
         """Return the bits of codes that a token may read of a row. room: bits of a weight, without its scale."""
         return min(int(width * room + 1e-9), self.bits[-1] * width)
 
     def bytes_read(self, density: float, bits: Stored, rows: int, width: int) -> float:
-        read = self._row_bits(width, OWN_BITS * density - self.scale(width))
+        read = self.limit(width, OWN_BITS * density - self.scale(width))
         if self.step:  # of other levels a token may find no step that fits the last bits
             read -= (read - self.bits[0] * width) % self.step
         return (read / width + self.scale(width)) / OWN_BITS

@@ -1,8 +1,7 @@
-"""Parts that read first bits of codes at work on a model (`entries.Graded`)."""
+"""Columns in graded bits at work on a model."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +13,10 @@ from dart_eval.kernels.cpu import blocks, columns
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import plain_matrix
 from dart_eval.layers.quantised import bias_of
-from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.pruning.choices.serving import Decoded
 from dart_eval.pruning.inputs.both import GradedBoth
-from dart_eval.pruning.inputs.entries import Coded, Graded
+from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import parameter_of, rounded
@@ -34,42 +32,29 @@ class GradedInputs:
         densities: per layer, the share of its bytes that a token reads.
 
     Attributes:
+        replaces: whether codes replace the weights, so that prompts run on them, too.
         swapped: None, as no weights change (see `attached.AttachedInputs`).
+        layers: per FFN, the matrices of each projection.
     """
 
+    replaces = True
     swapped = None
 
     @torch.no_grad()
-    def __init__(
-        self, part: Graded, ffns: Sequence[FFN], densities: Sequence[float], calibration: Calibration | None
-    ) -> None:
+    def __init__(self, part: GradedColumns, ffns: Sequence[FFN], densities: Sequence[float]) -> None:
         self.part, self.ffns = part, ffns
         try:
-            made = [
+            self.layers = [
                 [(m, _matrices(part, f, m, d)) for m in f.projections] for f, d in zip(ffns, densities, strict=True)
             ]
         except UserError as error:
             if max(densities) - min(densities) < 1e-9:
                 raise
             raise UserError(f"in one of the layers {error.problem}", "use allocation=uniform") from None
-        found: Any = itertools.repeat(None)
-        if part.calibrates:
-            assert calibration is not None
-            name = f"sizes of inputs by {part!r}, {[*densities]} read"
-            found = iter(calibration.once(name, lambda: _sizes(made, ffns, calibration)))
-        self.layers = [
-            [(m, [(one, one.part.limit(one, next(found))) for one in matrices]) for m, matrices in layer]
-            for layer in made
-        ]
-
-    @property
-    def replaces(self) -> bool:
-        """Whether codes replace the weights, so that prompts run on them, too."""
-        return self.part.replaces
 
     def nbytes(self) -> int:
-        """Return the bytes beside the model: limits, gains, copies. Serving would need codes alone."""
-        return sum(one.nbytes for layer in self.layers for _, matrices in layer for one, _ in matrices)
+        """Return the bytes beside the model: gains. Serving would need codes alone."""
+        return sum(one.gains.nbytes for layer in self.layers for _, matrices in layer for one in matrices)
 
     def rows_of(self, ffn: FFN) -> blocks.BlockRows:
         """Return an FFN of whose columns a single token reads the chosen bits alone; cached for the next session."""
@@ -77,11 +62,11 @@ class GradedInputs:
         gate, up, down = (held[id(m)] for m in (ffn.gate, ffn.up, ffn.down))
 
         def make() -> columns.ColumnsFFN:
-            made = [columns.ColumnsMatrix(m.packed, m.gains.tolist(), int(bits)) for m, bits in (gate, up, down)]
+            made = [columns.ColumnsMatrix(m.packed, m.gains.tolist(), m.limit) for m in (gate, up, down)]
             return columns.ColumnsFFN(made, blocks.act_of(ffn) or "")
 
         own = [parameter_of(m) for m in ffn.projections]
-        return blocks.BlockRows(ffn, _KERNELS.get(ffn.up, own, (self.part, gate[1], down[1]), make))
+        return blocks.BlockRows(ffn, _KERNELS.get(ffn.up, own, (self.part, gate.limit, down.limit), make))
 
     def watch(self, add: Callable[[RemovableHandle], None], forward: object) -> None:
         """Install the hooks that replace the products of decoded tokens.
@@ -91,7 +76,10 @@ class GradedInputs:
             forward: the current forward (`hooks.Forward`).
         """
         for ffn, layer in zip(self.ffns, self.layers, strict=True):
-            look = SecondLook(ffn, self.part, forward, layer) if isinstance(self.part, GradedBoth) else None
+            look = None
+            if isinstance(self.part, GradedBoth):
+                inputs = [one for module, matrices in layer if module is not ffn.down for one in matrices]
+                look = SecondLook(ffn, self.part, forward, inputs)
             for module, matrices in layer:
                 of_inputs = look if module is not ffn.down else None
                 add(module.register_forward_hook(_graded(ffn, matrices, forward, of_inputs)))
@@ -99,27 +87,29 @@ class GradedInputs:
                 add(ffn.into.register_forward_pre_hook(torch.compiler.disable(look.refine)))
 
 
-class GradedMatrix(Coded):
+class GradedMatrix:
     """A matrix of which tokens read first bits.
 
     Args:
         part: the rule. weight: [out, n]. bias: [out]; None. share: of the bytes of 16-bit weights, which a token reads.
         down: whether its inputs are neurons.
+
+    Attributes:
+        rows, width: its outputs, and n, its inputs.
+        limit: bits of codes that a token may read of a row.
+        values: of each level's first bits, [out, n]; None for 0 bits.
+        gains: what each step to the next level saves for a bit (`Levels.gains`).
     """
 
-    def __init__(self, part: Graded, weight: Tensor, bias: Tensor | None, share: float, down: bool) -> None:
-        self.bias, (self.rows, self.width) = bias, weight.shape
+    def __init__(self, part: GradedColumns, weight: Tensor, bias: Tensor | None, share: float, down: bool) -> None:
+        self.part, self.bias, (self.rows, self.width) = part, bias, weight.shape
         part.check_read(share, self.rows, self.width)
         self.scale = part.scale(self.width)
-        room, copied = OWN_BITS * share - self.scale, 0 if down else part.copied
-        self.room = room if down else part.first_look(room)
-        self.part = part.at(self.room)
-        self.packed = rounded(weight, self.part.rounding)
-        self.values = [
-            Decoded(self.packed, weight.dtype, bits, whole=part.replaces) if bits else None for bits in self.part.bits
-        ]
-        self.gains = self.part.fit(weight, self.packed)
-        self.nbytes = 4 * part.calibrates + self.gains.nbytes + int(weight.numel() * copied / 8)  # beside its codes
+        room = OWN_BITS * share - self.scale
+        self.limit = part.limit(self.width, room if down else part.first_look(room))
+        self.packed = rounded(weight, part.rounding)
+        self.values = [Decoded(self.packed, weight.dtype, bits, whole=True) if bits else None for bits in part.bits]
+        self.gains = part.fit(weight, self.packed)
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the product with all bits of the codes, [..., out]. x: [..., n]."""
@@ -127,9 +117,9 @@ class GradedMatrix(Coded):
         assert values is not None
         return nn.functional.linear(x, values(), self.bias)
 
-    def __call__(self, x: Tensor, limit: float, position: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the product, [..., out], and the level of each column, [..., n] long. For the rest: `Graded.level`."""
-        chosen = self.part.level(x, self, limit, position)
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the product, [..., out], and the level of each column, [..., n] long. x: [..., n]."""
+        chosen = self.part.chosen(x, self.gains, self.limit)
         return self.product(x, chosen), chosen
 
     def product(self, x: Tensor, chosen: Tensor) -> Tensor:
@@ -148,22 +138,18 @@ class GradedMatrix(Coded):
         return bits + self.width * self.scale
 
 
-Limited = Sequence[tuple[GradedMatrix, float]]  # matrices of a projection, and what each may read (`Graded.limit`)
-
-
 class SecondLook:
     """The second look of decoded tokens at gate and up of one FFN, before their h enters what follows."""
 
-    def __init__(self, ffn: FFN, part: GradedBoth, forward: Any, layer: Sequence[tuple[nn.Module, Limited]]) -> None:
-        self.ffn, self.part, self.forward = ffn, part, forward
-        self.matrices = [one for module, matrices in layer if module is not ffn.down for one, _ in matrices]
-        self.first: dict[GradedMatrix, tuple[float, Tensor, Tensor]] = {}  # limit, product, levels
+    def __init__(self, ffn: FFN, part: GradedBoth, forward: Any, matrices: Sequence[GradedMatrix]) -> None:
+        self.ffn, self.part, self.forward, self.matrices = ffn, part, forward, matrices
+        self.first: dict[GradedMatrix, tuple[Tensor, Tensor]] = {}  # product, levels
         self.x: Tensor | None = None
 
-    def see(self, x: Tensor, made: Sequence[tuple[GradedMatrix, float, Tensor, Tensor]]) -> None:
+    def see(self, x: Tensor, made: Sequence[tuple[GradedMatrix, Tensor, Tensor]]) -> None:
         """Take the first look's products. x: [B, T, D]."""
         self.x = x
-        self.first |= {matrix: (limit, product, levels) for matrix, limit, product, levels in made}
+        self.first |= {matrix: (product, levels) for matrix, product, levels in made}
 
     def refine(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Replace the h of neurons that have a second look: a hook."""
@@ -172,13 +158,13 @@ class SecondLook:
             return None
         part, ffn = self.part, self.ffn
         looks = [(matrix, *first[matrix]) for matrix in self.matrices]  # a model may call up before gate
-        errors = [part.unread(x, matrix, levels) for matrix, _, _, levels in looks]
-        chosen = part.least_known([product for _, _, product, _ in looks], errors, ffn.act, ffn.lift)
+        errors = [part.unread(x, matrix, levels) for matrix, _, levels in looks]
+        chosen = part.least_known([product for _, product, _ in looks], errors, ffn.act, ffn.lift)
         products, more, layer = [], [], self.forward.state.layers[ffn.layer]
-        for matrix, limit, _, levels in looks:
-            further = part.second_look(x, matrix, limit, levels)
+        for matrix, _, levels in looks:
+            further = part.second_look(x, matrix)
             products.append(matrix.product(x, further).to(x.dtype))
-            more.append(part.read_again(matrix.row_bits(levels), matrix.row_bits(further), matrix.width).cpu())
+            more.append((matrix.row_bits(further) - matrix.row_bits(levels)).cpu())
         layer.add_read(sum(more) * part.count(ffn.size) / (OWN_BITS * ffn.matrices * ffn.width))
         a = ffn.act(products[0])
         again = a if len(products) == 1 else a * ffn.lifted(products[1])
@@ -186,7 +172,7 @@ class SecondLook:
         return (h.view(args[0].shape), *args[1:])
 
 
-def _matrices(part: Graded, ffn: FFN, module: nn.Module, share: float) -> list[GradedMatrix]:
+def _matrices(part: GradedColumns, ffn: FFN, module: nn.Module, share: float) -> list[GradedMatrix]:
     """Return the matrices of a projection, cached for the next session."""
     down = module is ffn.down
     parts = 2 if ffn.fused and not down else 1
@@ -201,35 +187,18 @@ def _matrices(part: Graded, ffn: FFN, module: nn.Module, share: float) -> list[G
     return _CACHE.get(module, held, (part, share), make)
 
 
-def _sizes(
-    layers: Sequence[Sequence[tuple[nn.Module, Sequence[GradedMatrix]]]], ffns: Sequence[FFN], calibration: Calibration
-) -> list[Tensor]:
-    """Return for each matrix the sizes of the text's tokens, [T], in the order of `layers`."""
-    found: dict[GradedMatrix, list[Tensor]] = {one: [] for layer in layers for _, ms in layer for one in ms}
-
-    def see(layer: int, x: Tensor, h: Tensor) -> None:
-        for module, matrices in layers[layer]:
-            for one in matrices:
-                found[one].append(one.part.size(h if module is ffns[layer].down else x, one).cpu())
-
-    calibration.visit(see)
-    return [torch.cat(sizes) if sizes else torch.zeros(1) for sizes in found.values()]  # a shape has no text
-
-
-def _graded(ffn: FFN, matrices: Limited, forward: Any, look: SecondLook | None) -> Callable[..., object]:
+def _graded(ffn: FFN, matrices: Sequence[GradedMatrix], forward: Any, look: SecondLook | None) -> Callable[..., object]:
     """Return the hook of a projection. look: receives its products, or None."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if forward.phase != "decode":
-            replaced = matrices[0][0].part.replaces
-            return torch.cat([matrix.whole(args[0]) for matrix, _ in matrices], -1) if replaced else None
-        state = forward.state
-        x, position = forward.in_batch(args[0]), state.positions(forward.valid)
-        made = [(matrix, limit, *matrix(x, limit, position)) for matrix, limit in matrices]
+            return torch.cat([matrix.whole(args[0]) for matrix in matrices], -1)
+        x = forward.in_batch(args[0])
+        made = [(matrix, *matrix(x)) for matrix in matrices]
         if look is not None:
             look.see(x, made)
-        layer, neuron = state.layers[ffn.layer], OWN_BITS * ffn.matrices * ffn.width
-        layer.add_read(sum(matrix.rows * matrix.row_bits(chosen).cpu() for matrix, _, _, chosen in made) / neuron)
-        return torch.cat([product for _, _, product, _ in made], -1).to(output.dtype).view(output.shape)
+        layer, neuron = forward.state.layers[ffn.layer], OWN_BITS * ffn.matrices * ffn.width
+        layer.add_read(sum(matrix.rows * matrix.row_bits(chosen).cpu() for matrix, _, chosen in made) / neuron)
+        return torch.cat([product for _, product, _ in made], -1).to(output.dtype).view(output.shape)
 
     return torch.compiler.disable(hook)

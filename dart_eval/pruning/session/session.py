@@ -314,8 +314,6 @@ class Session(SessionStats):
             state.finish_context(forward.valid)
             self.executing.move(state)
             return
-        if state.decoded is not None:
-            state.decoded = state.decoded + forward.valid.sum(1)
         measured = state.measured(forward.valid)
         if measured is not None:
             self.log.steps[-1] = measured

@@ -30,7 +30,6 @@ class SequenceState(PerSequence):
         tokens: [B] context tokens seen.
         weight: [B], their total weight.
         remasks: [B] long, number of re-masks.
-        decoded: [B] long, tokens decoded since the context, if the method counts them; None.
         change: how much FFNs change the stream, if the allocation needs it.
         remasking: the state of re-masks, if there are any.
     """
@@ -43,7 +42,6 @@ class SequenceState(PerSequence):
         self.counted = False
         self.tokens, self.weight = torch.zeros(batch, device=device), torch.zeros(batch, device=device)
         self.remasks = torch.zeros(batch, dtype=torch.long)
-        self.decoded = torch.zeros(batch, dtype=torch.long, device=device) if self.method.counts_tokens else None
         self.layers = [Layer(fitted, self.weight, shared) for fitted in prepared.layers]
         self.change: ChangeState | None = self.method.allocation.start(batch, ffns)
         watched = remask.needs_ring or remask.watches or remask.release
@@ -90,7 +88,6 @@ class SequenceState(PerSequence):
         weight, shrink = self._token_weights(valid)
         self.weight = self.weight * (1 if shrink is None else shrink) + weight.sum(1)
         self.tokens = self.tokens + valid.sum(1)
-        self.decoded = None if self.decoded is None else torch.zeros_like(self.decoded)
         if self.change is not None:
             self.change.finish(valid)
         if self.remasking is not None:
@@ -207,10 +204,6 @@ class SequenceState(PerSequence):
         return self.remasking.room() if self.remasking is not None and self.masked else None
 
     # -- decoded tokens --------------------------------------------------------------------------------------
-
-    def positions(self, valid: Tensor) -> Tensor | None:
-        """Return [B, T] long, decoded tokens before each of these; None if they are not counted. valid: [B, T] bool."""
-        return None if self.decoded is None else self.decoded[:, None] + valid.cumsum(1) - valid.long()
 
     def prune(
         self, layer: int, h: Tensor, going: Tensor, gate: Tensor | None = None, up: Tensor | None = None,
