@@ -48,7 +48,6 @@ rivals() { # TASKS LIMIT
   cells "$1" "$2" --method dart,dart-choice,pop,flap --sparsity 0.7,0.5
   cells "$1" "$2" --method preview,preview:image=copy --sparsity 0.7
   cells "$1" "$2" --method wanda-sp,static --sparsity 0.7,0.5
-  cells "$1" "$2" --method wanda,wanda:entries.pattern=2:4 --sparsity 0.5
   cells "$1" "$2" --method rounding,rounding:entries.bits=5
   cells "$1" "$2" --method griffin,dart-plus,cats,prox --sparsity 0.3
   cells "$1" "$2" --method griffin:draw=sample,griffin:draw=sample:draw.best=0.5 --sparsity 0.5
@@ -75,7 +74,7 @@ speeds() { # OPTIONS
   one bench decode --model "$model" --dtype bfloat16 --output "$output" --steps 12 --rounds 3 "$@"
 }
 speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,grinqh,dart,dart-choice,static,oracle-token
-speeds --sparsity 0.5 --method griffin,dart-plus,grinqh,prox,pop,cats,m-countdown,teal,wina,wanda --ffn-bits 8,4,3,2
+speeds --sparsity 0.5 --method griffin,dart-plus,grinqh,prox,pop,cats,m-countdown,teal,wina --ffn-bits 8,4,3,2
 speeds --sparsity 0.843 --method dart-plus,grinqh
 speeds --sparsity 0.9 --method dart-plus,grinqh
 speeds --sparsity 0.442 --method griffin --ffn-bits 4

@@ -56,7 +56,6 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "decdec": ("3 bits of all columns, 7 of those with the largest |x_i|", "columns", ("raised",)),
     "graded-both": ("grinqh with fewer bits of gate and up, then 2 bits more of the neurons with the largest "
                     "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
-    "wanda": ("weights with the largest |W_ij| || (x_tj)_t || of each row i", "entries", ("thinned",)),
     "rounding": ("W rounded, for decoded tokens", "", ()),
     "oracle": ("griffin's s_j, t in the scored tokens", "griffin", ("griffin",)),
 }  # fmt: skip

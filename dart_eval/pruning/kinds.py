@@ -5,7 +5,7 @@
 | `NeuronMask` | a mask for each sequence (score, draw, re-mask) x allocation x compensation x choice |
 | `StaticMask` | one mask for all (score) x an allocation that needs no prompt x compensation x choice |
 | `TokenChoice` | a choice among all neurons x an allocation that needs no scores x compensation |
-| `InputSparsity` | inputs or single weights that are skipped x an allocation that needs no prompt |
+| `InputSparsity` | inputs, or bits of weights, that are skipped x an allocation that needs no prompt |
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class TokenChoice(Pruner, of=Everything):
 
 @dataclass(frozen=True)
 class InputSparsity(Pruner, of=Entries):
-    """Each token skips some inputs of each matrix, or all tokens skip some of its weights."""
+    """Each token skips some inputs of each matrix, or bits of its weights."""
 
     leaves_out = "inputs or weights"
     prunes = True

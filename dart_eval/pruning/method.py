@@ -21,11 +21,11 @@ from dart_eval.util.errors import UserError
 if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.calibration.calibration import Calibration
-    from dart_eval.pruning.inputs.attached import AttachedInputs
+    from dart_eval.pruning.inputs.attached import AttachedInputs, SwappedWeights
     from dart_eval.pruning.inputs.entries import Entries
     from dart_eval.pruning.inputs.graded import GradedInputs
 
-    Beside = AttachedInputs | GradedInputs
+    Beside = AttachedInputs | GradedInputs | SwappedWeights
 
 CostTerms = tuple[float, float, float, float]  # read per neuron: always, if in the mask, if taken, if written
 

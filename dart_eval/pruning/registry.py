@@ -25,7 +25,6 @@ from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
-from dart_eval.pruning.inputs.wanda import WandaEntries
 from dart_eval.pruning.inputs.wina import ByNorms
 from dart_eval.pruning.kinds import InputSparsity, NeuronMask, StaticMask, TokenChoice, kind_with
 from dart_eval.pruning.masks.allocations import Ends, FromTable, Global, Uniform
@@ -158,11 +157,6 @@ BUILT_IN: tuple[Pruner, ...] = (
         entries=GradedBoth(),
     ),
     InputSparsity(
-        name="wanda", paper="2306.11695",
-        summary="leaves out single weights by |W| times input norm on a calibration text, not neurons",
-        entries=WandaEntries(),
-    ),
-    InputSparsity(
         name="rounding", summary="rounds the weights of decoded tokens; prompts read the original ones (control)",
         entries=RoundedEntries(),
     ),
@@ -173,7 +167,7 @@ BUILT_IN: tuple[Pruner, ...] = (
 )  # fmt: skip
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, DartPlus, Prox, Candidates)
 ALLOCATIONS = (Uniform, DepthAware, Ends, Global, FromTable)
-ENTRIES = (GradedColumns, GradedBoth, Above, ByNorms, WandaEntries, RoundedEntries)
+ENTRIES = (GradedColumns, GradedBoth, Above, ByNorms, RoundedEntries)
 PARTS: tuple[type[Part], ...] = (
     *SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS, *COMPENSATIONS, *ENTRIES,
 )  # fmt: skip

@@ -21,9 +21,9 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("griffin", {}), ("dart", RESTLESS), ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("dart-plus", {}),
     ("dart-choice", {**RESTLESS, "remask.every": 4}), ("pop", {"remask": "drift", **RESTLESS}), ("flap", {}),
     ("griffin", {"draw": "sample", "remask": "drift", **RESTLESS}), ("cats", {}), ("prox", {}),
-    ("teal", {}), ("wanda", {"entries.pattern": "2:4"}), ("magnitude", {"choice": "gate-up"}),
+    ("teal", {}), ("rounding", {}), ("magnitude", {"choice": "gate-up"}),
 )  # fmt: skip
-DENSE = ("pop", "flap", "teal", "wanda")  # not made for experts
+DENSE = ("pop", "flap", "teal", "rounding")  # not made for experts
 FAMILIES = ("llama", "gemma3", "gpt2", "opt", "phi3", "mixtral", "qwen3_moe", "falcon_h1")
 ROUNDS, EVERY, TOKENS, LENGTH = 250, 7, 8, 12
 SLACK, OBJECTS = 8 << 20, 200  # bytes and objects by which a process may grow from its second lap to its last

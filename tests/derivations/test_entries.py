@@ -1,4 +1,4 @@
-"""Methods that leave out other things than neurons: teal, wina and wanda, on the three matrices of an FFN.
+"""Methods that leave out other things than neurons: teal, wina and rounding, on the three matrices of an FFN.
 
 Gate and up [F, D] multiply x, down [D, F] multiplies h. At sparsity s a token keeps of n inputs (D of x, F of h) over
 all L layers round((1 - s) n L), each layer its share, rounded down, the rest one by one.
@@ -7,11 +7,9 @@ teal   of a text of n tokens the threshold of a layer is the quantile s of |x| o
        (cut to 10 bits of mantissa). A token keeps the inputs with a larger magnitude.
 wina   a token keeps the k inputs with the largest magnitude; of gate's (a plain FFN's up's), the largest |x_i| times
        the L2 norm of column i. `weigh=all`: of all three.
-wanda  of each row of a matrix the k weights with the largest |W_ij| * sqrt(sum over the text of x_j^2) are kept; with
-       2:4 two of every four neighbours.
 rounding of every weight what `--ffn-bits` would round it to is read: prompts run on the weights as they are.
 
-Read is what is kept of the three matrices, all alike in size; 2:4 has 2 bits more for each weight that is kept.
+Read is what is kept of the three matrices, all alike in size.
 """
 
 import contextlib
@@ -21,11 +19,9 @@ import torch
 
 import dart_eval
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.inputs.entries import Inputs
-from dart_eval.pruning.inputs.wanda import WandaEntries
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session.prepared import prepare
-from dart_eval.util.bits import Stored, parse
+from dart_eval.util.bits import parse
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.derivations.test_thresholds import TEXT, quantile, text
@@ -151,24 +147,6 @@ def test_wina_reads_columns_with_the_largest_inputs_times_norms(family, sparsity
     assert run.read == pytest.approx([1 - sparsity] * 6, abs=0.01)
 
 
-@pytest.mark.parametrize(("family", "sparsity", "pattern"), in_turn(EACH, ["none", "2:4"]))
-def test_wanda_leaves_out_the_least_weights_of_each_row(family, sparsity, pattern):
-    model = biased(family)
-    last = 1 if family in PLAIN else 2
-    kept = kept_counts(sparsity)
-    sizes = [[v.float().square().sum(0).sqrt() for v in both] for both in by_hand(model)]
-
-    def kept_of(i, k, weight, _x):
-        score = weight.float().abs() * sizes[i][k == last]
-        if pattern == "none":
-            return torch.stack([largest(row, kept[i][k == last]) for row in score])
-        return torch.stack([torch.cat([largest(four, 2) for four in row.split(4)]) for row in score])
-
-    shares = [(last * of_x / D + of_h / F) / (last + 1) for of_x, of_h in kept]
-    read = sum(shares) / LAYERS if pattern == "none" else (2 * 16 + 2 * 2) / (4 * 16)
-    check(model, "wanda", sparsity, kept_of, read, **{"entries.pattern": pattern})
-
-
 @pytest.mark.parametrize(
     ("text", "bits"), [("4", 4 + 16 / 32), ("q4_k", 4 + (12 + 32) / 32), ("q3_k", 3 + (12 + 16) / 32)]
 )
@@ -198,10 +176,10 @@ def test_weights_that_are_rounded_already_are_not_rounded_again():
         prepare(make("rounding"), find_ffns(model), 0.0, None)
 
 
-@pytest.mark.parametrize("method", ["teal", "wina", "wanda"])
+@pytest.mark.parametrize("method", ["teal", "wina", "rounding"])
 def test_bytes_beside_the_model(method):
-    """Of wina the norms of gate's columns, of teal two thresholds a layer, of wanda nothing."""
-    wanted = {"teal": 3 * 2 * 4, "wina": 3 * D * 4, "wanda": 0}
+    """Of wina the norms of gate's columns, of teal two thresholds a layer, of rounding nothing."""
+    wanted = {"teal": 3 * 2 * 4, "wina": 3 * D * 4, "rounding": 0}
     with open_session(biased("llama"), method, 0.5) as session:
         assert session.state_bytes == wanted[method]
 
@@ -213,15 +191,6 @@ def test_neurons_and_other_things_are_not_left_out_together(spec):
 
 
 def test_without_a_text_there_are_no_thresholds():
-    for name, params in (("teal", {}), ("wanda", {}), ("cats", {"choice.threshold": "calibrated"})):
+    for name, params in (("teal", {}), ("cats", {"choice.threshold": "calibrated"})):
         with pytest.raises(dart_eval.UserError, match="needs a calibration"):
             prepare(make(name, params), find_ffns(biased("llama")), 0.5, None)
-
-
-@pytest.mark.parametrize(("width", "kept"), [(5, 3), (33, 17), (34, 18), (35, 18), (36, 18)])
-def test_of_a_short_last_four_two_are_kept(width, kept):
-    part = WandaEntries(pattern="2:4")
-    sizes = Inputs(width, sizes=torch.ones(width))
-    assert part.as_read(torch.randn(7, width), sizes).ne(0).sum(1).tolist() == [kept] * 7
-    assert part.bytes_read(0.5, Stored.of(16), 7, width) == pytest.approx(kept * (16 + 2) / (16 * width))
-    assert part.multiplied(0.5625) == 0.5 and WandaEntries().multiplied(0.5) == 0.5

@@ -152,7 +152,7 @@ def test_depth_goes_by_what_all_experts_of_a_layer_add(name):
 
 # Said in one line: `compatibility._not_for_experts`.
 NOT_MADE = {
-    "flap", "pop", "teal", "wina", "graded-both", "grinqh", "decdec", "wanda", "rounding",
+    "flap", "pop", "teal", "wina", "graded-both", "grinqh", "decdec", "rounding",
 }  # fmt: skip
 EVERY_METHOD = [m for m in BUILT_IN if m.prunes and not m.looks_ahead and m.name not in NOT_MADE]
 

@@ -33,7 +33,7 @@ from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions, words
 from tests.helpers.sessions import RESTLESS, open_session
 
-METHODS = [("random", {}), ("griffin", {}), ("dart", RESTLESS), ("dart-plus", {}), ("teal", {}), ("wanda", {})]
+METHODS = [("random", {}), ("griffin", {}), ("dart", RESTLESS), ("dart-plus", {}), ("teal", {}), ("rounding", {})]
 
 
 def _scores(model, session, batch_size=4, scope="scored", share=True, distances=True, requests=None):

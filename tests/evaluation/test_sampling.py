@@ -44,7 +44,7 @@ def keys(batch_size, dtype="float32", method="dart-choice", drawn=(), settings=N
         ("dart-choice", "float32", (), True), ("dart", "float32", (), False), ("dense", "float32", (), False),
         ("dense", "float32", ("t",), True), ("dart", "float32", ("other",), False), ("dart", "bfloat16", (), True),
         ("dart:choice=gate-up", "float32", (), True), ("teal", "float32", (), True), ("wina", "float32", (), True),
-        ("wanda", "float32", (), False),
+        ("rounding", "float32", (), False),
     ],
 )  # fmt: skip
 def test_the_batch_size_is_part_of_the_key_where_it_moves_numbers(method, dtype, drawn, moves):

@@ -158,7 +158,7 @@ def by_hand(model, session, request, scope):
 
 # Choices, inputs that are left out, images, constants, thresholds; the last two have masks from their prompts.
 KINDS = [
-    ("teal", {}), ("wina", {}), ("wanda", {}), ("m-countdown", {}), ("top-p", {"choice.p": 0.7}), ("dart-plus", {}),
+    ("teal", {}), ("wina", {}), ("m-countdown", {}), ("top-p", {"choice.p": 0.7}), ("dart-plus", {}),
     ("preview", {"image": "copy"}), ("cats", {"choice.threshold": "calibrated"}), ("flap", {}), ("griffin", {}),
     ("dart-choice", {}),
 ]  # fmt: skip

@@ -42,7 +42,7 @@ CHOOSING = [
 ]  # fmt: skip
 # What leaves out something else than neurons.
 FINER = [
-    ("teal", {}), ("wina", {"entries.weigh": "all"}), ("wanda", {"entries.pattern": "2:4"}), ("grinqh", {}),
+    ("teal", {}), ("wina", {"entries.weigh": "all"}), ("rounding", {}), ("grinqh", {}),
     ("graded-both", {"entries.neurons": 0.4}),
 ]  # fmt: skip
 # All of these: masks or choices that change while a sequence is decoded.

@@ -137,7 +137,7 @@ def test_a_statistic_is_measured_once():
         ("flap", {}),
         *(
             pytest.param(*more, marks=pytest.mark.slow)
-            for more in (("prox", {"choice.threshold": "calibrated"}), ("teal", {}), ("wanda", {}))
+            for more in (("prox", {"choice.threshold": "calibrated"}), ("teal", {}))
         ),
     ],
 )

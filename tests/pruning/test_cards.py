@@ -101,10 +101,10 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_ll
 
 @pytest.mark.parametrize(
     ("family", "method", "params", "shared"),
-    # The tensors of these cards do not take other data (`wanda`'s weights, or the whole numbers of `dart-plus`).
+    # The tensors of these cards do not take other data (`rounding`'s weights, or the whole numbers of `dart-plus`).
     product(
         FAMILIES,
-        [*((*m, False) for m in VARIED if m[0] not in ("wanda", "dart-plus")), ("dart", RESTLESS, True)],
+        [*((*m, False) for m in VARIED if m[0] not in ("rounding", "dart-plus")), ("dart", RESTLESS, True)],
         every=8,
     ),
 )

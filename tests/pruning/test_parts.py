@@ -20,7 +20,6 @@ from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
-from dart_eval.pruning.inputs.wanda import WandaEntries
 from dart_eval.pruning.inputs.wina import ByNorms
 from dart_eval.pruning.kinds import kind_with
 from dart_eval.pruning.masks.allocations import FromTable, Global, Uniform
@@ -158,7 +157,6 @@ def test_the_built_in_methods_are_these_compositions():
         "graded-both": Pruner(entries=GradedBoth(levels="0-2-4-6-8", group=128, neurons=0.25, more=2.0, known=0.2)),
         "grinqh": Pruner(entries=GradedColumns(levels="0-2-4-6-8", group=128)),
         "decdec": Pruner(entries=GradedColumns(levels="3-7", group=128)),
-        "wanda": Pruner(entries=WandaEntries(pattern="none")),
         "rounding": Pruner(entries=RoundedEntries(bits="q4_k")),
         "oracle": Pruner(Ahead(score=l2)),
     }

@@ -151,7 +151,6 @@ def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, ch
     [
         (_box, "dart-plus", "needs FFN weights of 16 bits, or codes on an even grid"),
         (_box, "rounding", "what is rounded are 16-bit weights, and these have"),
-        (_box, "wanda", "others cannot stand in their place; load the model unquantised"),
         (_pack, "dart-plus", "others cannot stand in their place; load the model unquantised"),
     ],
 )

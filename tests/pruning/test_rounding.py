@@ -197,9 +197,6 @@ BY_HAND = {
     "cats": ("cats", {}, lambda state: of_neurons(state, whole=1), 1),
     "wanda-sp": ("wanda-sp", {}, of_neurons, 1),
     # Half of the inputs of each matrix, whose scales stand for 32 of them.
-    "wanda": ("wanda", {}, lambda state: LAYERS * 3 * WIDTH * SIZE * 4 / 2, 3),
-    # Two codes of four, and one bit a weight that says which.
-    "wanda 2:4": ("wanda", {"entries.pattern": "2:4"}, lambda state: LAYERS * 3 * WIDTH * SIZE * (4 / 2 + 1), 3),
     "wina": ("wina", {}, lambda state: LAYERS * 3 * WIDTH * SIZE * 4 / 2, 3),
 }
 

@@ -357,7 +357,7 @@ def test_weights_that_come_for_each_forward_alone_are_no_changed_layer(llama, pa
         assert session.effective_sparsity == pytest.approx(0.5 * 7 / 8)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "flap", "cats", "dart-plus", "wanda"])
+@pytest.mark.parametrize("method", ["magnitude", "flap", "cats", "dart-plus", "rounding"])
 def test_methods_that_read_weights_are_refused_where_these_are_offloaded(llama, method):
     pytest.importorskip("accelerate").cpu_offload(llama)
     with pytest.raises(UserError, match="weights of Linear are offloaded"), open_session(llama, method, 0.5):

@@ -440,7 +440,6 @@ def test_the_terminal_table_keeps_every_column(sweep, capsys):
 
 
 @pytest.mark.parametrize(("spec", "params"), [
-    ("wanda:entries.pattern=2:4", {"entries.pattern": "2:4"}),
     ("dart:allocation=table:a.json", {"allocation": "table", "allocation.file": "a.json"}),
 ])  # fmt: skip
 def test_settings_with_colons_are_named_as_for_a_run(tmp_path, spec, params):

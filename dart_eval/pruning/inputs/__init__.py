@@ -1,1 +1,1 @@
-"""Inputs and single weights that a token leaves out."""
+"""Inputs, and bits of weights, that a token leaves out."""

@@ -1,4 +1,4 @@
-"""Parts of the slot `entries` at work on a model: they leave out inputs or single weights, not neurons."""
+"""Parts of the slot `entries` at work on a model: they leave out inputs or bits, not neurons."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import plain_matrix, weight_matrix
 from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.calibration.inputs import Quantile, all_squares
+from dart_eval.pruning.calibration.inputs import Quantile
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.entries import Entries, Inputs, Share
 from dart_eval.pruning.inputs.graded import GradedInputs
+from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.masks.counts import keep_counts
 from dart_eval.util.bits import Stored
 from dart_eval.weights.rounding import as_held, parameter_of, served_bits, stored_inputs, stored_of
@@ -53,10 +54,12 @@ def _bits(ffn: FFN) -> list[Stored]:
 
 def attach(
     part: Entries, ffns: Sequence[FFN], densities: Sequence[float], sparsity: float, calibration: Calibration | None
-) -> AttachedInputs | GradedInputs:
+) -> AttachedInputs | GradedInputs | SwappedWeights:
     """Return a part attached to a model. densities: per layer, the share of its bytes that a token reads."""
     if isinstance(part, GradedColumns):
         return GradedInputs(part, ffns, densities)
+    if isinstance(part, RoundedEntries):
+        return SwappedWeights(part, ffns)
     return AttachedInputs(part, ffns, counts(ffns, densities, sparsity), calibration)
 
 
@@ -70,10 +73,11 @@ class AttachedInputs:
         inputs: per layer and matrix, down last.
         bits: bits of a served weight, likewise.
         mean: mean bits of a weight over all matrices.
-        swapped: the weights of decoding forwards, if single weights are left out; else None.
+        swapped: None, as no weights change.
     """
 
     replaces = False  # see `GradedInputs`
+    swapped = None
 
     @torch.no_grad()
     def __init__(
@@ -81,29 +85,22 @@ class AttachedInputs:
         calibration: Calibration | None,
     ) -> None:  # fmt: skip
         self.part, self.ffns = part, ffns
-        thresholds, sizes = _statistics(part, ffns, input_counts, calibration)
+        thresholds = _thresholds(part, input_counts, calibration)
         self.inputs: list[list[Inputs]] = []
         self.mean = served_bits(ffns)
         self.bits = [_bits(f) for f in ffns]
-        for ffn, least, size, (of_x, of_h) in zip(ffns, thresholds, sizes, input_counts, strict=True):
+        for ffn, least, (of_x, of_h) in zip(ffns, thresholds, input_counts, strict=True):
             last, norms = ffn.matrices - 1, [None] * ffn.matrices
             if any(map(part.weighs, range(ffn.matrices))):
                 weights = [*ffn.input_weights(), ffn.output_weight()]
                 norms = [w.float().norm(dim=0) if part.weighs(i) else None for i, w in enumerate(weights)]
-            sides = [(of_x, least[0], size[0])] * last + [(of_h, least[1], size[1])]
-            self.inputs.append([Inputs(n, t, norm, s) for (n, t, s), norm in zip(sides, norms, strict=True)])
-        self.swapped = None if part.by_token else SwappedWeights([held for f in ffns for held in self._held(f)])
-
-    def _held(self, ffn: FFN) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
-        inputs = self.inputs[ffn.layer]
-        made = [(m, self.part.as_read(plain_matrix(m), inputs[-1 if m is ffn.down else 0])) for m in ffn.projections]
-        return [(parameter_of(m), parameter_of(m).data, as_held(m, read)) for m, read in made]
+            sides = [(of_x, least[0])] * last + [(of_h, least[1])]
+            self.inputs.append([Inputs(*side, norm) for side, norm in zip(sides, norms, strict=True)])
 
     def nbytes(self) -> int:
-        """Return the bytes beside the model: norms and thresholds. Serving would need one copy of the weights."""
-        every = [one for layer in self.inputs for one in layer if self.part.by_token]
-        norms = sum(one.norms.numel() * 4 for one in every if one.norms is not None)
-        return norms + 8 * len(self.inputs) * (self.part.by_token and self.part.calibrates)
+        """Return the bytes beside the model: norms and thresholds."""
+        norms = sum(one.norms.nbytes for layer in self.inputs for one in layer if one.norms is not None)
+        return norms + 8 * len(self.inputs) * self.part.calibrates
 
     def watch(self, add: Callable[[RemovableHandle], None], forward: object) -> None:
         """Install the hooks that thin the inputs of every matrix while tokens are decoded.
@@ -112,7 +109,7 @@ class AttachedInputs:
             add: called with the handle of each hook.
             forward: the current forward (`hooks.Forward`).
         """
-        for ffn in self.ffns if self.part.by_token else ():
+        for ffn in self.ffns:
             last = ffn.matrices - 1
             add(ffn.down.register_forward_pre_hook(self._thin(ffn, last, forward)))
             if ffn.fused:
@@ -161,15 +158,34 @@ class AttachedInputs:
 
 
 class SwappedWeights:
-    """FFN weights of which decoding forwards read a part; prompts read all of them.
+    """FFN weights that decoding forwards read rounded; prompts read them as they are.
 
     Attributes:
         held: each projection's parameter, its own weights, and the weights that decoding forwards read.
     """
 
-    def __init__(self, held: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
-        self.held = held
+    replaces = False
+
+    @torch.no_grad()
+    def __init__(self, part: RoundedEntries, ffns: Sequence[FFN]) -> None:
+        self.held = [
+            (parameter_of(m), parameter_of(m).data, as_held(m, part.as_read(plain_matrix(m))))
+            for f in ffns
+            for m in f.projections
+        ]
         self.in_place = False
+
+    @property
+    def swapped(self) -> SwappedWeights:
+        """Itself."""
+        return self
+
+    def nbytes(self) -> int:
+        """Return the bytes beside the model: none, as serving would need the rounded weights alone."""
+        return 0
+
+    def watch(self, add: Callable[[RemovableHandle], None], forward: object) -> None:
+        """Install no hooks."""
 
     def begin(self) -> None:
         """Swap in the weights of decoding forwards."""
@@ -184,19 +200,14 @@ class SwappedWeights:
         self.in_place = False
 
 
-@torch.no_grad()
-def _statistics(
-    part: Entries, ffns: Sequence[FFN], input_counts: Sequence[tuple[int, int]], calibration: Calibration | None
-) -> tuple[list[list[float | None]], list[list[Tensor | None]]]:
-    """Return per layer, for x and h: the threshold on the text, and each input's root of the sum of squares."""
-    nothing: list[list[Any]] = [[None, None] for _ in ffns]
+def _thresholds(
+    part: Entries, input_counts: Sequence[tuple[int, int]], calibration: Calibration | None
+) -> list[list[Any]]:
+    """Return per layer, for x and h, the threshold on the text; None without one."""
     if not part.calibrates or calibration is None:
-        return nothing, nothing
-    if part.by_token:
-        name = f"quantiles of inputs, {[*input_counts]} read"
-        return calibration.once(name, lambda: [_quantiles(input_counts, calibration)])[0].tolist(), nothing
-    squares = all_squares(ffns, calibration)
-    return nothing, [[s.sqrt() for s in squares[i : i + 2]] for i in range(0, len(squares), 2)]
+        return [[None, None] for _ in input_counts]
+    name = f"quantiles of inputs, {[*input_counts]} read"
+    return calibration.once(name, lambda: [_quantiles(input_counts, calibration)])[0].tolist()
 
 
 def _quantiles(input_counts: Sequence[tuple[int, int]], calibration: Calibration) -> Tensor:

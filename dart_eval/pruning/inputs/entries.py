@@ -1,7 +1,7 @@
 """Entries: the weights inside the matrices that a token reads, at another granularity than neurons.
 
-A part leaves out columns of a matrix, by the inputs of a token, or single weights, for all tokens alike. A kernel must
-gather columns or skip single weights. `rounded` leaves out the last bits of every weight, `columns` of some.
+A part leaves out columns of a matrix, by the inputs of a token, which a kernel must gather. `rounded` leaves out the
+last bits of every weight, `columns` of some.
 """
 
 from __future__ import annotations
@@ -24,16 +24,14 @@ class Inputs:
     """Statistics of the n inputs of a matrix, before any prompt.
 
     Attributes:
-        count: inputs that a token, or each output, is to read.
+        count: inputs that a token is to read.
         threshold: the number that `count` magnitudes exceed on the calibration text; None without one.
         norms: [n] fp32, norms of the matrix's columns, if the part uses them.
-        sizes: [n] fp32, root of the sum of squares of each input over the calibration text; None without one.
     """
 
     count: int
     threshold: float | None = None
     norms: Tensor | None = None
-    sizes: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,7 @@ class Entries(Part):
 
     Attributes:
         granularity: the unit that is left out.
-        by_token: whether each token reads columns of its own; else single weights are 0 for all tokens.
+        by_token: whether each token reads columns of its own.
         sized: whether the sparsity sets how much is left out.
         in_bits: whether it sets bits of weights, and not a number of columns.
     """
@@ -71,7 +69,7 @@ class Entries(Part):
         """Return the bytes that a token reads of a matrix / all its bytes.
 
         Args:
-            density: share that the sparsity leaves: of its columns, of the weights of its rows, or of its bits.
+            density: share that the sparsity leaves: of its columns, or of its bits.
             bits: bits of a served weight.
             rows: outputs of the matrix.
             width: its inputs.
@@ -84,8 +82,4 @@ class Entries(Part):
 
     def columns_read(self, x: Tensor, inputs: Inputs) -> Tensor:
         """Return [..., n] bool, the columns that each token reads. x: [..., n], the inputs of the matrix."""
-        raise NotImplementedError
-
-    def as_read(self, weight: Tensor, inputs: Inputs) -> Tensor:
-        """Return [out, n], the matrix that every token reads. weight: [out, n]."""
         raise NotImplementedError

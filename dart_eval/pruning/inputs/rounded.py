@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dart_eval.pruning.inputs.entries import Entries, Inputs
+from dart_eval.pruning.inputs.entries import Entries
 from dart_eval.pruning.part import option
 from dart_eval.util.bits import LAST_BITS, OWN_BITS, Rounding, parse
 from dart_eval.util.errors import UserError
@@ -50,7 +50,8 @@ class RoundedEntries(Entries):
     def multiplied(self, read: float) -> float:
         return 1.0
 
-    def as_read(self, weight: Tensor, inputs: Inputs) -> Tensor:
+    def as_read(self, weight: Tensor) -> Tensor:
+        """Return [out, n], the matrix that decoded tokens read. weight: [out, n]."""
         from dart_eval.weights.rounding import rounded
 
         return rounded(weight, self._rounding).values.to(weight.dtype)
