@@ -162,7 +162,7 @@ NAMED = [name for name, field in FIELDS.items() if field.named]
 # same question.
 UNSAID = {
     "entries": "all", "draw": "best", "compensation.over": "context", "choice.threshold": "none",
-    "score.of": "gate-up", "routing": "own", "remask.release": 0,
+    "entries.second": "columns", "score.of": "gate-up", "routing": "own", "remask.release": 0,
 }  # fmt: skip
 
 
