@@ -106,14 +106,9 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
-# Validates exports in the tests. It asks for Python 3.12 and an older huggingface-hub than transformers does, and needs neither
-# for what the tests use of it: so it stands here, and not in the extra [dev]. Without it these tests are skipped.
-VALIDATOR := 'every-eval-ever>=0.3,<0.4'
-
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@echo "installing dart-eval and what its tests need into $(VENV) (about 2 GB, a few minutes) ..."
 	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python $(VALIDATOR)
 	@touch $(VENV)/.demo $@
 
 clean:

@@ -34,7 +34,7 @@ ANSWERS = {
     "--show-config": "every record in --output has its configuration",
     "--samples": "give --limit N: the first N items",
     "--max-batch-size": "--batch-size auto takes what fits",
-    "--hf-hub-log-args": "`dart-eval export` writes results for the hub",
+    "--hf-hub-log-args": "`dart-eval export` writes files as lm-eval does",
     "--metadata": "set it in a task's YAML file in a folder of --include-path",
     **dict.fromkeys(("--wandb-args", "--wandb-config-args", "--trackio-args"), "docs/recipes.md has a tracker's lines"),
     "--quiet": "progress goes to stderr: add 2>/dev/null",

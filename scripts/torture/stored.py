@@ -94,8 +94,7 @@ class Records(Shown):
         self.asked("compare", "out", "--method", "griffin,dart-plus", "--format", "json")
         check = ("out", "--baseline", self.baseline, "--junit", "junit.xml")
         self.asked("check", *check, "--github") if forged else self.checked(*check)
-        to = random.choice(["lm-eval", "every-eval-ever"])
-        report, export = ("report", "out", "--output", "report.html"), ("export", "out", "--to", to, "--output", "to")
+        report, export = ("report", "out", "--output", "report.html"), ("export", "out", "--output", "to")
         self.asked(*random.choice([report, export]))
         shutil.rmtree(self.place / "to", ignore_errors=True)
         if tree(self.place / "out") != before:

@@ -49,7 +49,7 @@ ANSWERED = [  # typed after `dart-eval`, and words of the answer
     ("run --tasks smoke -w", "prompts and answers are in --output"),
     ("run --tasks smoke --show_config", "every record in --output has its configuration"),
     ("run --tasks smoke --max_batch_size 4", "--batch-size auto takes what fits"),
-    ("run --tasks smoke --hf_hub_log_args x", "`dart-eval export` writes results for the hub"),
+    ("run --tasks smoke --hf_hub_log_args x", "`dart-eval export` writes files as lm-eval does"),
     ("run --tasks smoke --wandb_args name=x", "docs/recipes.md has a tracker's lines"),
     ("run --tasks smoke --metadata x", "set it in a task's YAML file in a folder of --include-path"),
     ("run --max-new-tokens 8", "there is no --max-new-tokens here; write --gen-kwargs max_gen_toks=N"),
