@@ -11,7 +11,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 FROM python:3.12-slim
 # Where torch comes from: its builds without CUDA, or those with it.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# The kernels for CPUs, and what Triton launches, are compiled on first use.
+# The kernels for CPUs are compiled on first use.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 # hadolint ignore=DL3013

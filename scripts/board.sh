@@ -28,28 +28,27 @@ graded="grinqh,graded-both"
 
 # .30 and .16 of the bytes and rounding, then .50 and .10: what each method claims for itself.
 first() { # TASKS LIMIT
-  cells "$1" "$2" --method dense,griffin,dart-plus --sparsity 0.7
+  cells "$1" "$2" --method dense,griffin,dart --sparsity 0.7
   cells "$1" "$2" --method dense --ffn-bits q4_k,4,3,4:128,8:128
-  cells "$1" "$2" --method dart-plus,$graded --sparsity 0.843
+  cells "$1" "$2" --method $graded --sparsity 0.843
   cells "$1" "$2" --method $graded --sparsity 0.7
 }
 second() { # TASKS LIMIT
-  cells "$1" "$2" --method griffin,dart-plus,grinqh --sparsity 0.5
+  cells "$1" "$2" --method griffin,grinqh --sparsity 0.5
   cells "$1" "$2" --method dense --ffn-bits 5,6,2,8,6:128,5:128
-  cells "$1" "$2" --method dart-plus,$graded --sparsity 0.9
+  cells "$1" "$2" --method $graded --sparsity 0.9
   cells "$1" "$2" --method griffin --ffn-bits 4 --sparsity 0.442
 }
 # All rivals at .30 and .50, those first that choose for each token.
 rivals() { # TASKS LIMIT
-  cells "$1" "$2" --method prox,oracle-token --sparsity 0.7,0.5
+  cells "$1" "$2" --method oracle-token --sparsity 0.7,0.5
   cells "$1" "$2" --method cats,m-countdown,teal,wina --sparsity 0.5
   cells "$1" "$2" --method decdec --sparsity 0.7
   cells "$1" "$2" --method teal --ffn-bits 4 --sparsity 0.5
   cells "$1" "$2" --method dart,dart-choice,pop,flap --sparsity 0.7,0.5
-  cells "$1" "$2" --method preview,preview:image=copy --sparsity 0.7
   cells "$1" "$2" --method wanda-sp,static --sparsity 0.7,0.5
   cells "$1" "$2" --method rounding,rounding:entries.bits=5
-  cells "$1" "$2" --method griffin,dart-plus,cats,prox --sparsity 0.3
+  cells "$1" "$2" --method griffin,cats --sparsity 0.3
   cells "$1" "$2" --method griffin:draw=sample,griffin:draw=sample:draw.best=0.5 --sparsity 0.5
   cells "$1" "$2" --method magnitude --sparsity 0.7
 }
@@ -66,15 +65,15 @@ for tasks in "wikitext 8" "medmcqa 200" "mmlu 4" "xsum,cnn_dailymail 40"; do
   second "$1" "$2"
 done
 [ "${GENERATE:-0}" = 0 ] ||
-  cells gsm8k 64 --chat-template --method dense,dart-plus,grinqh,griffin --sparsity 0.7,0.5
+  cells gsm8k 64 --chat-template --method dense,grinqh,griffin --sparsity 0.7,0.5
 rivals "$choice" 200
 
 # Speed, where a kernel makes bytes into time; the machine should have nothing else to do.
 speeds() { # OPTIONS
   one bench decode --model "$model" --dtype bfloat16 --output "$output" --steps 12 --rounds 3 "$@"
 }
-speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,grinqh,dart,dart-choice,static,oracle-token
-speeds --sparsity 0.5 --method griffin,dart-plus,grinqh,prox,pop,cats,m-countdown,teal,wina --ffn-bits 8,4,3,2
-speeds --sparsity 0.843 --method dart-plus,grinqh
-speeds --sparsity 0.9 --method dart-plus,grinqh
+speeds --sparsity 0.7 --method griffin,pop,flap,grinqh,dart,dart-choice,static,oracle-token
+speeds --sparsity 0.5 --method griffin,grinqh,pop,cats,m-countdown,teal,wina --ffn-bits 8,4,3,2
+speeds --sparsity 0.843 --method grinqh
+speeds --sparsity 0.9 --method grinqh
 speeds --sparsity 0.442 --method griffin --ffn-bits 4

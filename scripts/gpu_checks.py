@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from gpu_column import column, sweep
-from gpu_graded import graded
 from gpu_models import (
     PROMPT,
     RESTLESS,
@@ -34,22 +33,18 @@ from gpu_models import (
     tokens_for,
     tolerance,
 )
-from gpu_speeds import decode_compiled, decode_eager, decode_graph, ffn, rate, rounding, rounding_graph
+from gpu_speeds import decode_compiled, decode_eager, decode_graph, ffn, rate
 from transformers import PreTrainedModel
 
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.kernels import gather, image_kernels
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session.dense import DenseSession
-from dart_eval.util.bits import Rounding
-from dart_eval.weights import rounding as dart_rounding
 
 __all__ = [
-    "Skip", "card", "column", "decode_compiled", "decode_eager", "decode_graph", "ffn", "graded", "rate", "rounding",
-    "rounding_graph", "sweep",
+    "Skip", "card", "column", "decode_compiled", "decode_eager", "decode_graph", "ffn", "rate", "sweep",
 ]  # fmt: skip
 
 
@@ -78,18 +73,17 @@ def parity(dry: bool) -> dict[str, Any]:
 
 
 def executions(dry: bool) -> dict[str, Any]:
-    """masked = copied, by Triton's kernels where tokens choose: in float32 to its digits, in bfloat16 to its own."""
+    """masked = copied: in float32 to its digits, in bfloat16 to its own."""
     numbers: dict[str, Any] = {}
     model = small(dry)
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, tolerance(model, torch.bfloat16))):
         low = copy.deepcopy(model).to(dtype)
-        for method, params in (("griffin", {}), ("dart", RESTLESS), ("dart-choice", RESTLESS)):
+        for method, params in (("griffin", {}), ("dart", RESTLESS)):
             ours, session = pruned(low, method, "copied", **params)
             theirs, reference = pruned(low, method, "masked", **params)
             name = f"{method} {str(dtype).removeprefix('torch.')}"
             numbers[name] = apart(ours, theirs)
-            # Rounding moves which neurons a token chooses, at the edge of what it may: they are the smallest.
-            require(numbers[name], 4 * most if method == "dart-choice" else most, f"{name}, copied and masked")
+            require(numbers[name], most, f"{name}, copied and masked")
             if [e["token"] for e in session.events] != [e["token"] for e in reference.events]:
                 raise AssertionError(f"{name}: re-masks came at other tokens")
             if params and not session.events:
@@ -101,35 +95,8 @@ def executions(dry: bool) -> dict[str, Any]:
             texts.append(low.generate(tokens_for(low, PROMPT), max_new_tokens=STEPS, do_sample=False))
     if not torch.equal(*texts):
         raise AssertionError("generate says something else on copies than by masks")
-    numbers["triton"] = gather.missing(low.device) or "its kernels ran"
-    numbers["said"] = f"dart {numbers['dart float32']:.1g} apart in float32; Triton: {numbers['triton']}"
+    numbers["said"] = f"dart {numbers['dart float32']:.1g} apart in float32"
     return numbers
-
-
-def kernels(dry: bool) -> dict[str, Any]:
-    """Triton's kernels against torch, on the shapes of Llama 3.1 8B and ragged ones."""
-    device = torch.device("cpu" if dry else "cuda")
-    if reason := gather.missing(device):
-        raise Skip(reason)
-    worst, generator = 0.0, torch.Generator().manual_seed(0)
-    for size, width in ((300, 128), (77, 200)) if dry else ((14336, 4096), (8192, 2048), (1001, 777)):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            weight = (torch.randn(size, width, generator=generator) * width**-0.5).to(device, dtype)
-            for count in (0, 1, size // 3, size):
-                rows = torch.randperm(size, generator=generator)[:count].to(device)
-                x = torch.randn(width, generator=generator).to(device, dtype)
-                h = torch.randn(count, generator=generator).to(device, dtype)
-                exact = weight.double()[rows]
-                for ours, theirs in (
-                    (gather.read_rows(weight, rows, x), exact @ x.double()),
-                    (gather.write_rows(weight, rows, h), h.double() @ exact),
-                ):
-                    if count:
-                        worst = max(worst, apart(ours.double(), theirs))
-        held = dart_rounding.rounded(weight, Rounding(4, 64))
-        worst = max(worst, apart(image_kernels.CopyCodes.of(held).times(x).double(), held.values.double() @ x.double()))
-    require(worst, 1e-5, "kernels and torch in float64 (they sum in float32)")
-    return {"worst": worst, "said": f"{worst:.1g} from float64"}
 
 
 def flash(dry: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from gpu_models import SPARSITY, Skip, small
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ["dense", "griffin", "dart", "dart-plus"]
+METHODS = ["dense", "griffin", "dart", "grinqh"]
 
 
 def sweep(dry: bool) -> dict[str, Any]:

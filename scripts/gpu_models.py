@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
-from dart_eval.kernels import gather
 from dart_eval.layers.families import cache_argument
 from dart_eval.models import shapes
 from dart_eval.pruning.prune import prune
@@ -46,7 +45,6 @@ def card() -> dict[str, Any]:
         "card": torch.cuda.get_device_name(0), "memory_gb": round(torch.cuda.mem_get_info(0)[1] / 1e9, 1),
         "capability": ".".join(map(str, torch.cuda.get_device_capability(0))), "torch": torch.__version__,
         "cuda": torch.version.cuda, "transformers": transformers.__version__,
-        "triton": None if gather.triton is None else gather.triton.__version__,
     }  # fmt: skip
 
 

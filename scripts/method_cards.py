@@ -18,12 +18,10 @@ from dart_eval.pruning.inputs.levels import Levels
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.kernels import lacking
-from dart_eval.util.bits import OWN_BITS, Stored
 from dart_eval.util.errors import UserError
 
 TESTS = Path(__file__).parents[1] / "tests" / "derivations"
 SHAPE = "llama-3.1-8b"
-TIMES, ON_SOME = "[times](../results/speed.md)", ("prox",)  # measured there
 # Formula, file of tests/derivations, and the functions of it that are the method's second program.
 CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "dense": ("y = down h", "", ()),
@@ -39,14 +37,10 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "dart-code": ("as dart, with the settings of the public code", "dart_allocation", ("sensitivity", "pruned_shares")),
     "pop": ("s_j = mean_i |down_ij| ||h_j||: the core by the prompt, then the candidates by the token", "candidates",
             ("pop",)),
-    "dart-plus": ("exact: largest (E - P^2 + .2 P^2) ||down_j||^2, with E = E[h_j^2] and P = h_j by the preview; "
-                  "the next by E ||down_j||^2 write P", "dart_plus", ("by_hand",)),
     "dart-choice": ("|a_j| rms_t(u_tj) inside a wide mask chooses rows of up, then |h_j| columns of down",
                     "dart_choice", ("dart_choice",)),
     "cats": ("largest |act(gate x)_j|", "choices", ("chosen",)),
     "m-countdown": ("largest |(up x)_j|", "choices", ("chosen",)),
-    "preview": ("largest E[h_j^2] by the first bits of gate and up", "", ()),
-    "prox": ("largest |h_j| by 4-bit copies of gate and up and the largest half of x", "thresholds", ("shown",)),
     "top-p": ("fewest j with sum |h_j| >= p sum |h|", "choices", ("fewest",)),
     "oracle-token": ("largest |h_j|", "choices", ("chosen",)),
     "teal": ("columns i with |x_i| > t, one t per layer for x (gate, up), one for h (down)", "entries", ("thinned",)),
@@ -91,8 +85,6 @@ def _needs(method: Pruner) -> str:
         found.append("the text that is scored" if method.looks_ahead else "a prompt")
     if method.calibrates:
         found.append("a calibration text")
-    if method.choice.previews and method.choice.adds:
-        found.append("16-bit weights or codes")
     if isinstance(method.other, Levels | RoundedEntries):
         found.append("16-bit weights")
     return ", ".join(found) or "nothing"
@@ -108,8 +100,7 @@ def _lowest_read(method: Pruner) -> str:
     least = 0.01
     while least < 1:
         try:
-            bits = Stored(OWN_BITS)
-            method.check_reach(1 - least, shape.ffn_sizes, shape.width, shape.ffn_matrices, bits)
+            method.check_reach(1 - least, shape.ffn_sizes, shape.width, shape.ffn_matrices)
         except UserError:
             least += 0.01
         else:
@@ -122,16 +113,10 @@ def _faster(method: Pruner) -> str:
         return "-"
     if method.upper_bound:
         return "nowhere: it is an upper bound"
-    if reason := lacking(method.at(0.3), _gated()):
+    if reason := lacking(method, _gated()):
         return f"nowhere yet: {reason}"
-    least = next(read for read in range(1, 31) if not lacking(method.at(read / 100), _gated()))
-    reads = f", from {least} % of the bytes" if least > 1 else ""
-    if method.name in ON_SOME:
-        return f"one sequence on a CPU{reads}, on some models ({TIMES})"
-    if method.other is not None:
-        return f"one sequence on a CPU{reads} ({TIMES})"
-    which = "any batch size" if method.mask.fixed and not method.choice.chooses else "one sequence"
-    return f"{which} on a CPU{reads} ({TIMES}); the GPU kernel is not timed yet"
+    which = "any batch size" if method.mask.fixed and method.other is None else "one sequence"
+    return f"{which} on a CPU ([times](../results/speed.md))"
 
 
 @functools.cache

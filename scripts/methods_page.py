@@ -21,7 +21,6 @@ SLOTS = {
     "draw": "how scores become a mask from the prompt",
     "remask": "when decoding replaces the mask from the prompt, and from which tokens",
     "choice": "which neurons of the mask a token computes, matrix by matrix",
-    "image": "the preview: what a token reads of gate and up before it chooses",
     "allocation": "how the sparsity is spread over layers",
     "compensation": "what replaces the neurons that are left out",
     "entries": "which weights of a matrix a token reads, in methods that do not prune neurons",

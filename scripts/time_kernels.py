@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from dart_eval.kernels.cpu import packing
-from dart_eval.kernels.cpu.ffns import CodedFFN, GradedFFN
+from dart_eval.kernels.cpu.ffns import CodedFFN
 from dart_eval.kernels.cpu.rows import RowsProduct
-from dart_eval.kernels.products import product
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.codes import Packed
 
@@ -35,13 +34,7 @@ def codes(rows: int, width: int, rounding: Rounding) -> Packed:
     return Packed(made, torch.rand(rows, groups).mul(0.1 / half).add(0.05 / half).half(), rounding)
 
 
-def columns(neurons: int, run: int) -> Tensor:
-    """[F], by which the neurons that dart-plus takes lie in runs of so many neighbours."""
-    order = torch.randperm(-(-neurons // run)).repeat_interleave(run)[:neurons]
-    return 10.0 ** (-60.0 * order / order.max()) if run > 1 else torch.rand(neurons)
-
-
-def layer(width: int, neurons: int, level: str | None, run: int) -> Runs:
+def layer(width: int, neurons: int, level: str | None) -> Runs:
     """What is timed, with the share of the bytes that it reads."""
     held = packing.empty((neurons, width), (neurons, width), (width, neurons), dtype=torch.bfloat16)
     gate, up, down = (w.copy_(torch.randn(w.shape) * 0.02) for w in held)
@@ -62,22 +55,6 @@ def layer(width: int, neurons: int, level: str | None, run: int) -> Runs:
         matrices = codes(neurons, width, rounding), codes(neurons, width, rounding), codes(width, neurons, rounding)
         coded = CodedFFN(*matrices, level=level)
         runs[f"coded {text}"] = coded, coded.bytes_read / whole
-        if rounding == Rounding(4, 128):
-            g, u, d = (product(m, None, torch.bfloat16) for m in matrices)
-            packed: Any = lambda x, g=g, u=u, d=d: d(silu(g(x)) * u(x))  # noqa: E731
-            runs["torch int4pack"] = packed, coded.bytes_read / whole
-        if rounding.bits in (6, 8):
-            first, ffn = (
-                GradedFFN(*matrices, torch.rand(2, neurons) * 0.004, columns(neurons, run), 1, 1, level=level)
-                for _ in range(2)
-            )
-            one = ffn.bytes_read
-            for each in (first, ffn):
-                each.grade(0, 0)
-            runs[f"dart-plus {text}, first bits alone"] = first, first.bytes_read / whole
-            count = int((READ * whole - ffn.bytes_read) / (one - ffn.bytes_read))  # as many exactly as coarsely
-            ffn.grade(count, count)
-            runs[f"dart-plus {text}"] = ffn, ffn.bytes_read / whole
     return runs
 
 
@@ -87,9 +64,8 @@ def main() -> None:
         parser.add_argument(option, type=int, default=value)
     parser.add_argument("--level", choices=("avx2", "avx512"))
     parser.add_argument("--only", default="", help="begins of names, by commas")
-    parser.add_argument("--run", type=int, default=1, help="neighbours that dart-plus takes together")
     given = parser.parse_args()
-    layers = [layer(given.width, given.neurons, given.level, given.run) for _ in range(2)]
+    layers = [layer(given.width, given.neurons, given.level) for _ in range(2)]
     names = [n for n in layers[0] if n in ("torch", "dense") or n.startswith(tuple(given.only.split(",")))]
     x, times = torch.randn(1, given.width).bfloat16(), {name: np.zeros(given.rounds) for name in names}
     for turn in range(-1, given.rounds):

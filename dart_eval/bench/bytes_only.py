@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel
 from dart_eval.bench import packed
 from dart_eval.bench.decode import Bench, check_timeable, row
 from dart_eval.bench.packed import RoundedSpeed
-from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of, stored_share
 from dart_eval.pruning.method import Pruner
@@ -22,10 +20,10 @@ from dart_eval.pruning.session import prepared
 from dart_eval.pruning.session.kernels import lacking
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import served_bits, share
+from dart_eval.weights.rounding import share
 
 BYTES_ONLY = "bytes only"  # stands in place of times
-ALL_WEIGHTS = "torch's packed products read all weights of a matrix"
+ALL_WEIGHTS = "packed products read all weights of a matrix"
 
 
 @dataclass(frozen=True)
@@ -71,18 +69,13 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
         tokenizer: of the model, for methods that calibrate on a text; None if it has none.
     """
     ffns = find_ffns(model)
-    if method.at(1 - sparsity, served_bits(ffns)).calibrates and tokenizer is None:
+    if method.calibrates and tokenizer is None:
         return UserError("it calibrates on a text, and random weights have no tokenizer", "give a model")
     try:
         prepared.check(method, ffns, sparsity)
     except UserError as error:
         return error
     return None
-
-
-def untimed(ffns: Sequence[FFN], method: Pruner, sparsity: float) -> str | None:
-    """Return why no kernel turns the bytes that a method leaves out at this sparsity into time, or None."""
-    return lacking(method.at(1 - sparsity, served_bits(ffns)), ffns)
 
 
 @torch.no_grad()
@@ -104,12 +97,12 @@ def measure(
     check_timeable(method)
     ffns = find_ffns(model)
     if rounding is None:
-        why = untimed(ffns, method, sparsity) or "it was run by masks"
+        why = lacking(method, ffns) or "it was run by masks"
     else:
         why = packed.lacking(model, rounding) or ALL_WEIGHTS
     # As the weights lie in memory: a head that is not quantised weighs more beside FFNs that are.
     phi, bench = stored_share(model, ffns), Bench(model, model)
-    own = share(ffns) if rounding is None else 1.0  # before the block, which may serve codes in place of the weights
+    own = share(ffns) if rounding is None else 1.0
     with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as run:
         cache = bench.cache("pruned")
         bench.step(model, bench.tokens(prompt_tokens), cache)

@@ -26,7 +26,6 @@ from dart_eval.pruning.session.prepared import prepare
 from dart_eval.pruning.session.sequence import nbytes
 from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import served_bits
 
 CHUNK = 64  # prompt tokens fed at a time
 
@@ -67,7 +66,6 @@ def measure(
     """
     if not method.prunes:
         raise UserError(f"{method.name} keeps and computes nothing", "choose a method that prunes")
-    spec, method = method.spec, method.at(1 - sparsity)
     model = shapes.without_weights(shape)
     ffns = describe(model)
     sizes = shape_of(model, ffns)
@@ -79,7 +77,7 @@ def measure(
         state[length], parts, in_mask = _state(method, ffns, sparsity, length)
     added = cost.overhead(method, sizes, context, 1 - sparsity, in_mask)
     return Overhead(
-        spec, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
+        method.spec, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
         added.remask / dense, method.mask.remask.every, added.remask_read,
     )  # fmt: skip
 
@@ -87,13 +85,7 @@ def measure(
 @torch.no_grad()
 def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int], float]:
     """Return the bytes of state in total and by part after a prompt of random activations, and the mask's share."""
-    numbers, unit = method.choice.serving(ffns, sparsity, None), served_bits(ffns)
-    try:
-        orders = None if numbers is None else numbers.begin()
-        prepared = prepare(method, ffns, sparsity, Shapes(ffns), unit, orders)
-    finally:
-        if numbers is not None:
-            numbers.end()
+    prepared = prepare(method, ffns, sparsity, Shapes(ffns))
     state = SequenceState(prepared, 1, torch.device("cpu"))
     width = ffns[0].width
     for start in range(0, tokens, CHUNK):
@@ -117,7 +109,6 @@ def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tup
         ),
         "recent inputs": nbytes(remasking.ring if remasking else None),
         "detector": nbytes(remasking.detector if remasking else None),
-        "images": prepared.stored,
     }
     total = state.nbytes() + prepared.nbytes()
     in_mask = float(state.step(pruned=True).mask.mean())

@@ -1,28 +1,25 @@
 """Rounded FFN weights in products of few bits, so that rounding as a control has its real speed too.
 
-On a CPU our own kernel runs FFNs of 4, 5, 6 and 8 bits in groups of 128 or a row (`kernels.cpu`). Elsewhere torch's
-packed products multiply, of 4 bits in groups and of 8 bits with a scale a row (`kernels.products`).
+Our own kernel for CPUs runs FFNs of 4, 5, 6 and 8 bits in groups of 128 or a row (`kernels.cpu`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dart_eval.bench.decode import Bench, Times, many_variants
+from dart_eval.bench.decode import Bench, Times
 from dart_eval.bench.dense_copy import own_bytes, twin
-from dart_eval.kernels import products
 from dart_eval.kernels.cpu import blocks, packing
 from dart_eval.kernels.cpu.ffns import CodedFFN
 from dart_eval.kernels.forward import Forward
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import plain_matrix
-from dart_eval.layers.quantised import bias_of
 from dart_eval.layers.shape import shape_of
 from dart_eval.results.ratio import Ratio, paired
 from dart_eval.util.bits import OWN_BITS, Rounding
@@ -34,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+REMEDY = "use 4:128, 5:128, 6:128 or 8:128"
+
+
 @dataclass(frozen=True)
 class RoundedSpeed:
     """The dense model on rounded FFN weights; times as ratios to the model's own.
@@ -42,7 +42,6 @@ class RoundedSpeed:
         bits: as a user types them. read: FFN weight bytes / those of the model's own dtype.
         speedup: dense step / rounded step. control: dense step / dense step.
         over_kernel: step of the dense model in our own product / rounded step; None where there is none.
-        product: whose product multiplies, `our own` or `torch's`.
         ceiling: the most that the bytes of this model allow. achieved_over_ceiling: see `decode.DecodeSpeed`.
         dense_tokens_per_second, tokens_per_second: for orientation.
         foreign_cores: processors that other processes kept busy meanwhile, on average (None: not known here).
@@ -54,7 +53,6 @@ class RoundedSpeed:
     speedup: Ratio
     control: Ratio
     over_kernel: Ratio | None
-    product: str
     ceiling: float
     achieved_over_ceiling: float
     dense_tokens_per_second: float
@@ -69,35 +67,28 @@ def share(model: nn.Module, rounding: Rounding) -> float:
 
 
 def lacking(model: nn.Module, rounding: Rounding) -> str | None:
-    """Return why a model on rounded FFN weights decodes no faster, or None if it can."""
+    """Return why our kernel does not run a model's FFNs on rounded weights, or None."""
     ffns = find_ffns(model)
     if any(f.routed for f in ffns):
         return "experts have no packed products here"
-    matrices = [plain_matrix(m) for f in ffns for m in f.projections]
-    reasons = (products.lacking(rounding, m.shape[1], m.device, m.dtype) for m in matrices)
-    of_torch = next(filter(None, reasons), None)
-    return of_torch if not_ours(model, rounding) else None
-
-
-def not_ours(model: nn.Module, rounding: Rounding) -> str | None:
-    """Return why our own kernel does not run a model's FFNs on rounded weights, or None."""
-    ffns = find_ffns(model)
     reasons = (packing.lacking(rounding, width) for f in ffns for width in (f.width, f.size))
     return next(filter(None, reasons), None) or next(filter(None, map(blocks.lacking, ffns)), None)
 
 
 @contextmanager
 def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
-    """Make a model's FFNs multiply rounded weights through packed products inside the block.
-
-    Our own kernel runs single tokens; prompts run on the model's own weights.
+    """Run a model's FFNs on rounded weights inside the block: single tokens, while prompts run on the model's own.
 
     Raises:
-        UserError: there is no such product (`lacking`), or the weights are quantised.
+        UserError: no kernel runs them (`lacking`), or the weights are quantised.
     """
     if reason := lacking(model, rounding):
-        raise UserError(reason, f"take a dense model, and {products.REMEDY}")
-    made = [(Forward(module), product) for module, product in _products(model, rounding)]
+        raise UserError(reason, f"take a dense model, and {REMEDY}")
+    made = []
+    for ffn in find_ffns(model):
+        gate, up, down = (rounded(plain_matrix(m), rounding) for m in ffn.projections)
+        kernel = CodedFFN(gate, up, down, blocks.act_of(ffn) or "")
+        made.append((Forward(ffn.block), blocks.single(ffn, kernel)))
     try:
         for forward, product in made:
             forward.replace(product)
@@ -107,38 +98,23 @@ def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
             forward.put_back()
 
 
-def _products(model: nn.Module, rounding: Rounding) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """Yield modules, and the forwards that replace theirs."""
-    ours = not_ours(model, rounding) is None
-    for ffn in find_ffns(model):
-        held = [rounded(plain_matrix(m), rounding) for m in ffn.projections]
-        if ours:
-            gate, up, down = held
-            yield ffn.block, blocks.single(ffn, CodedFFN(gate, up, down, blocks.act_of(ffn) or ""))
-            continue
-        for module, packed in zip(ffn.projections, held, strict=True):
-            yield module, products.product(packed, bias_of(module), plain_matrix(module).dtype)
-
-
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, rounding: Rounding, *, prompt_tokens: int = 128, steps: int = 30, rounds: int = 3,
-    compiled: str | None = None,
-) -> RoundedSpeed:  # fmt: skip
+    model: PreTrainedModel, rounding: Rounding, *, prompt_tokens: int = 128, steps: int = 30, rounds: int = 3
+) -> RoundedSpeed:
     """Time the dense model on rounded FFN weights, on one sequence of random tokens, beside itself unrounded.
 
     Args:
         prompt_tokens: the length of each round's prompt. steps: the tokens decoded in each round.
         rounds: how many rounds are timed, after one that warms up.
-        compiled: see `decode.measure`; torch's products alone can be compiled.
 
     Raises:
         UserError: see `packed_ffns`.
     """
     ffns = find_ffns(model)
     shape = shape_of(model, ffns)
-    bench, times = Bench(model, twin(model), compiled, prompt_tokens + steps), Times()
-    with many_variants(compiled is not None), foreign_cpu() as foreign, packed_ffns(model, rounding):
+    bench, times = Bench(model, twin(model)), Times()
+    with foreign_cpu() as foreign, packed_ffns(model, rounding):
         bench.rounds(None, times, prompt_tokens, steps, rounds)
     read = share(model, rounding)
     dense, again, ours = (times.steps[name] for name in ("dense", "again", "pruned"))
@@ -147,7 +123,6 @@ def measure(
     return RoundedSpeed(
         bits=rounding.text, read=read, speedup=speedup, control=paired(dense, again), ceiling=ceiling,
         over_kernel=over_kernel,
-        product="torch's" if not_ours(model, rounding) else "our own",
         achieved_over_ceiling=(over_kernel or speedup).median / ceiling,
         dense_tokens_per_second=1 / sorted(dense)[len(dense) // 2],
         tokens_per_second=1 / sorted(ours)[len(ours) // 2], foreign_cores=foreign(), twin_bytes=own_bytes(model),

@@ -19,6 +19,7 @@ from dart_eval.models import shapes
 from dart_eval.models.device import choose_device
 from dart_eval.models.loading import DTYPES, ModelSpec, resolve
 from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.session.kernels import lacking
 from dart_eval.results.speeds import Speed
 from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding
@@ -79,7 +80,7 @@ class Subject:
 
     def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
         """Time one method (`decode.measure`), or count its reads if there is nothing to time."""
-        if bytes_only.untimed(find_ffns(self.model), method, sparsity):  # no kernel turns its bytes into time
+        if lacking(method, find_ffns(self.model)):  # no kernel turns its bytes into time
             return self.count(method, sparsity, setting)
         return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **dataclasses.asdict(setting))
 
@@ -94,7 +95,9 @@ class Subject:
         """Time the dense model on rounded FFN weights (`packed.measure`), or count its reads."""
         if why := packed.lacking(self.model, rounding):
             return bytes_only.alone(self.model, rounding, why)
-        return packed.measure(self.model, rounding, **dataclasses.asdict(setting))
+        return packed.measure(
+            self.model, rounding, prompt_tokens=setting.prompt_tokens, steps=setting.steps, rounds=setting.rounds
+        )
 
     def speed(self, result: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
         """Return the stored part of a measurement. method: its method; `dense` for rounding alone."""

@@ -13,7 +13,7 @@ from dart_eval.results.ratio import Ratio
 from dart_eval.results.writers import Table
 from dart_eval.util.machine import huge_pages
 
-PARTS = ("scores", "masks", "compensation", "recent inputs", "detector", "images")
+PARTS = ("scores", "masks", "compensation", "recent inputs", "detector")
 HEADS = ("speed-up", "over kernel", "ceiling", "share", "control")
 RATIOS = (
     "Speed-up: speed / the untouched model's, median [quartiles] of neighbouring steps. Over kernel: speed / dense in "
@@ -35,10 +35,7 @@ def rounding(results: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
             "of 16-bit weights. "
         )
     if timed:
-        whose = sorted({f.product for f in timed})
-        note += (
-            f"Times are those of {' and '.join(whose)} kernel for few bits, {timed[0].speedup.n} steps a row. {RATIOS} "
-        )
+        note += f"Times are those of our own kernel for few bits, {timed[0].speedup.n} steps a row. {RATIOS} "
     note += "Dense on rounded weights is the control that a pruner must beat at equal bytes."
     return Table("On rounded weights", ["method", "read", *HEADS], body, note + _reasons(results))
 

@@ -41,7 +41,7 @@ def _methods(asked: RunConfig) -> list[Pruner]:
     """
     if methods := methods_of(asked):
         return methods
-    raise UserError("no method given", "add one, for example --method dart,dart-choice")
+    raise UserError("no method given", "add one, for example --method dart,griffin")
 
 
 @app.command("decode")
@@ -70,7 +70,7 @@ def decode(
     [bold]Examples[/bold]
     dart-eval bench decode --method griffin,dart
     dart-eval bench decode --method griffin --sparsity 0.5 --output out
-    dart-eval bench decode --shape llama-3.2-1b --layers 4 --ffn-bits 4
+    dart-eval bench decode --shape llama-3.2-1b --layers 4 --ffn-bits 4:128
     dart-eval bench decode --method dart --compile default --format json
     """
     hush(False)
@@ -171,7 +171,7 @@ def overhead(
     \b
     [bold]Examples[/bold]
     dart-eval bench overhead
-    dart-eval bench overhead --shape qwen2.5-1.5b --method dart,dart-choice
+    dart-eval bench overhead --shape qwen2.5-1.5b --method dart,grinqh
     dart-eval bench overhead --sparsity 0.5 --format json
     """
     hush(False)

@@ -20,7 +20,7 @@ from dart_eval.util.text import items_of
 OUT = Path("out")
 EXAMPLES = {
     "method": "dart,griffin", "sparsity": "0.5,0.7", "model": "model@1a2b3c4d,model@5e6f7a8b",
-    "row": "'dart-plus 70 %,dense on 4 bits'",
+    "row": "'grinqh 70 %,dense on 4 bits'",
 }  # fmt: skip
 FOLDERS_HELP = (
     "Two folders of results. With --method, --sparsity, --model or --row: one folder, or several that "
@@ -60,7 +60,7 @@ def compare(
     dart-eval compare out --method dart,dart:allocation=uniform --metric acc
     dart-eval compare out --sparsity 0,0.5 --format json
     dart-eval compare out --model model@1a2b3c4d,model@5e6f7a8b
-    dart-eval compare out --row 'dart-plus 70 %,dense on 4 bits'
+    dart-eval compare out --row 'grinqh 70 %,dense on 4 bits'
     """
     given = [Path(folder) for folder in folders or []]
     if save is not None:

@@ -144,9 +144,9 @@ Verbose = Annotated[bool, own("Show the libraries' messages and tracebacks.", OU
 OneSparsity = Annotated[float, own("Share of FFN weight bytes that a decoded token does not read.", PRUNING, "SHARE")]
 Packed = Annotated[
     Several,
-    own("Also measure dense and methods on FFN weights rounded to these bits: 4, 8:row or 4,3.", PRUNING, "BITS"),
+    own("Also measure dense and methods on FFN weights rounded to these bits: 4:128 or 8:row,3.", PRUNING, "BITS"),
 ]
-METHODS_MEASURED = ("griffin", "dart", "dart-code", "dart-choice", "dart-plus")
+METHODS_MEASURED = ("griffin", "dart", "dart-code", "grinqh")
 MEASURED = (
     "Measure these methods, comma-separated, spelled as for `dart-eval run`.  "
     rf"\[default: {','.join(METHODS_MEASURED)}]"

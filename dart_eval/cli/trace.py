@@ -34,7 +34,7 @@ def trace(
 
     \b
     [bold]Examples[/bold]
-    dart-eval trace --method dart-choice
+    dart-eval trace --method dart-code
     dart-eval trace "The history of the bicycle is" --tokens 50
     dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
     """

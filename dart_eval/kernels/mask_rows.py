@@ -84,10 +84,7 @@ class MaskRows:
 
     Attributes:
         neurons: [K] long, the neuron of each row; None before there is a mask.
-        chooses: whether a token chooses among the rows.
     """
-
-    chooses = False
 
     def __init__(self, ffn: FFN) -> None:
         self.ffn = ffn
@@ -142,12 +139,6 @@ class MaskRows:
         self._change(rows, new)
         self.neurons = held.index_copy(0, rows, new)
         return len(new)
-
-    def prepare(self, norm: Tensor, taken: int, written: int) -> None:
-        """Set what a token chooses by: the norm, [K] fp32 by row, and the number of neurons that it takes and writes.
-
-        The norm is the root mean square of up x of the mask's neurons.
-        """
 
     def _copy(self, neurons: Tensor) -> None:
         for slot in self._slots:

@@ -41,17 +41,6 @@ def present(routed: Routed, h: Tensor, some: slice, tokens: int) -> Tensor:
     return (index >= 0).float().repeat_interleave(routed.inner, -1)
 
 
-def input_biases(routed: Routed) -> tuple[Tensor | None, ...]:
-    """Return the biases of gate and up (or of up alone) of all experts, [pool] each, or None."""
-    experts = routed.experts
-    if not experts.has_bias:
-        return (None,) * (2 if experts.has_gate else 1)
-    if not experts.has_gate:
-        return (experts.up_proj_bias.reshape(-1),)
-    gate, up = routed.halves(experts.gate_up_proj_bias)
-    return gate.reshape(-1), up.reshape(-1)
-
-
 def write_all(routed: Routed, h: Tensor) -> Tensor:
     """Return the output of all experts' neurons together, without a bias: [b, pool] -> [b, D]."""
     each = h.view(len(h), -1, routed.inner)

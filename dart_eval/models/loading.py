@@ -30,7 +30,7 @@ from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.files import check_name
 from dart_eval.util.quiet import muted
 from dart_eval.util.text import Json
-from dart_eval.weights import gguf, grids, stored
+from dart_eval.weights import gguf, stored
 from dart_eval.weights.checkpoint import check_layers, check_tokenizer, load_whole, model_file, own_code, weights_dtype
 
 if TYPE_CHECKING:  # their modules take seconds
@@ -166,9 +166,8 @@ class Resolved:
         return kwargs
 
     def _note(self, model: PreTrainedModel) -> list[str]:
-        """Note the bits of the model's FFN weights in its files, and how their codes are found. Return notes."""
+        """Note the bits of the model's FFN weights in its files. Return notes."""
         files = stored.Files(self.source, self.identity.revision)
-        grids.note_codes(self.config, files, model)
         return [*gguf.note_bits(self.source, model), *stored.note_bits(self.config, files, model)]
 
     def outline(self) -> PreTrainedModel:

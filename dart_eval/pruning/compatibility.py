@@ -47,7 +47,7 @@ def check_fit(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored
         _refuse(_counts_runs(method, ffns, sparsity), "layers that run several times for a token")
     if bits is not None:
         method.check_bits(bits)
-        method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
+        method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices)
 
 
 def _refuse(part: str | None, what: str) -> None:

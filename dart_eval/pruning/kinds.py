@@ -24,7 +24,6 @@ from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.mask import Everything, FromPrompt, OfTokens, Static
 from dart_eval.pruning.method import CostTerms, Pruner, kind_of_parts
 from dart_eval.pruning.part import Part
-from dart_eval.util.bits import Stored
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,12 +91,12 @@ class InputSparsity(Pruner, of=Entries):
             if not self.entries.by_token:  # the weights themselves are swapped
                 parameter_of(module)
 
-    def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
+    def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int) -> None:
         for size in {*sizes} if sparsity else ():
             for rows, n in ((width, size), (size, width)):  # down, which has fewer rows, needs more beside its codes
                 self.entries.check_read(1 - sparsity, rows, n)
 
-    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], *_: object) -> Counts:
+    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float) -> Counts:
         sizes = [f.size for f in ffns]
         return Counts(sizes, sizes, sizes, 0)
 

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dart_eval.pruning.choices.choice import All, AnyChoice
 from dart_eval.pruning.masks.allocations import Allocation, Uniform
 from dart_eval.pruning.masks.compensations import Compensation, Nothing
-from dart_eval.pruning.masks.counts import Budget, Counts, ReadCost
+from dart_eval.pruning.masks.counts import Budget, Counts
 from dart_eval.pruning.masks.mask import Everything, Mask
 from dart_eval.pruning.part import Part, check_slots
 from dart_eval.pruning.spelling import changed_settings, plain_fields, slots, text_of
-from dart_eval.util.bits import OWN_BITS, Stored
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from dart_eval.pruning.inputs.attached import AttachedInputs, SwappedWeights
     from dart_eval.pruning.inputs.entries import Entries
     from dart_eval.pruning.inputs.graded import GradedInputs
+    from dart_eval.util.bits import Stored
 
     Beside = AttachedInputs | GradedInputs | SwappedWeights
 
@@ -149,39 +149,32 @@ class Pruner:
 
     @property
     def reads_most(self) -> bool:
-        """Whether a high sparsity may be out of reach, since whole matrices or a preview are read before the choice."""
-        whole = self.mask.holds_all and bool(self.choice.reads_whole)
-        return whole or self.choice.previews or self.choice.ranks
+        """Whether a high sparsity may be out of reach, since whole matrices are read before the choice."""
+        return (self.mask.holds_all and bool(self.choice.reads_whole)) or self.choice.ranks
 
-    def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
+    def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int) -> None:
         """Refuse a sparsity that leaves fewer bytes than are read before the choice.
 
         Args:
             sizes: [L] neurons per layer.
             width: D of the model.
             matrices: 3 for gated FFNs, 2 for plain ones.
-            bits: bits of a served weight.
 
         Raises:
             UserError: names the highest possible sparsity.
         """
-        if not self.reads_most:
-            return
-        choice = self.at(1 - sparsity, bits.total).choice
-        read_cost = choice.worst_read_cost(sizes, width, matrices, bits)
-        choice.counts(Budget([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, self.mask.holds_all, read_cost))
+        if self.reads_most:
+            densities = [1.0 - sparsity] * len(sizes)
+            self.choice.counts(Budget(densities, sizes, sparsity, matrices, self.mask.holds_all))
 
-    def counts(
-        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, read_cost: ReadCost | None
-    ) -> Counts:
+    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float) -> Counts:
         """Return the neurons per layer: in the mask, taken by a token, and written by it.
 
         Args:
             densities: [L] share of each layer's weights that is read.
-            read_cost: read cost of a neuron, if there is a preview.
         """
         sizes, holds_all = [f.size for f in ffns], self.mask.holds_all
-        counts = self.choice.counts(Budget(densities, sizes, sparsity, ffns[0].matrices, holds_all, read_cost))
+        counts = self.choice.counts(Budget(densities, sizes, sparsity, ffns[0].matrices, holds_all))
         if holds_all or not any(f.routed for f in ffns):
             return counts
         return counts.in_steps(sizes, [f.routed.count if f.routed else 1 for f in ffns])
@@ -207,7 +200,6 @@ class Pruner:
         Raises:
             UserError: with the reason.
         """
-        self.choice.check_weights(ffns, sparsity)
 
     def check_bits(self, bits: Stored) -> None:
         """Refuse weights of these bits, before a model is loaded."""
@@ -221,16 +213,6 @@ class Pruner:
     def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
         """Attach the part that leaves out inputs or weights to a model; None for other methods."""
         return None
-
-    def at(self, read: float, bits: float = OWN_BITS) -> Pruner:
-        """Return the method with the settings that depend on the share of the weight bytes that is read.
-
-        Args:
-            read: share of the weight bytes.
-            bits: bits of a served weight. Below 16 nothing depends on `read`.
-        """
-        choice = self.choice.at(read) if bits == OWN_BITS else self.choice
-        return self if choice is self.choice else dataclasses.replace(self, choice=choice, base=self.base or self)  # type: ignore[call-arg]
 
     def parts(self) -> list[Part]:
         """All parts of the method, with those inside other parts."""

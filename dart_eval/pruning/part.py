@@ -49,8 +49,7 @@ class Part:
     """Base of all parts.
 
     Attributes:
-        slot: the kind of part: `score`, `mask`, `draw`, `remask`, `choice`, `image`, `allocation`, `compensation`
-            or `entries`.
+        slot: the kind of part: `score`, `mask`, `draw`, `remask`, `choice`, `allocation`, `compensation` or `entries`.
         name: the word that a user types (`remask=drift`).
         summary: one line of help.
         observes: whether it sums over the tokens of a context (`observe`).

@@ -24,7 +24,7 @@ from dart_eval.pruning.masks.scores import AnyScore
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session.execution import Served, Wanted
+from dart_eval.pruning.session.execution import Wanted
 from dart_eval.pruning.session.session import Session
 from dart_eval.util.errors import UserError
 
@@ -65,7 +65,6 @@ def prune(
     calibration: Calibration | str | Path | None = None,
     execution: Wanted = "auto",
     shared_mask: bool = False,
-    serve: Served = "weights",
     mask: Mask | PartSpec | None = None,
     score: AnyScore | PartSpec | None = None,
     remask: Remask | PartSpec | None = None,
@@ -88,7 +87,6 @@ def prune(
         tokenizer, calibration: of methods that read a text (`wanda-sp`): another file, or a ready `Calibration`.
         execution: `masked` saves no time; `copied` multiplies copies of one mask's weights; `auto`: as they allow.
         shared_mask: all sequences of a batch have one mask.
-        serve: `codes` frees the FFN weights: `dart-plus` runs on its codes, whose values the model has afterwards.
         mask, score, remask, choice, allocation, compensation, entries: another part in that slot, as an object
             (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
 
@@ -106,7 +104,7 @@ def prune(
     )  # fmt: skip
     if calibration is None or isinstance(calibration, str | Path):
         calibration = Calibration(model, tokenizer, calibration)
-    session = Session(model, method, sparsity, calibration, execution, shared_mask, serve)
+    session = Session(model, method, sparsity, calibration, execution, shared_mask)
     try:
         try:
             session.attach()

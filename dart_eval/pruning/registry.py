@@ -14,13 +14,9 @@ from importlib.metadata import EntryPoints, entry_points
 from dart_eval.pruning.choices.cats import ByGate
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.countdown import ByUp
-from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.gate_up import GateUp
-from dart_eval.pruning.choices.images import IMAGES
 from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.pop import Candidates
-from dart_eval.pruning.choices.preview import ByPreview
-from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.rounded import RoundedEntries
@@ -38,6 +34,7 @@ from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.pruning.spelling import changed, flattened, text_of
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.retired import retired
 from dart_eval.util.text import settings_in
 
 log = logging.getLogger(__name__)
@@ -94,11 +91,6 @@ BUILT_IN: tuple[Pruner, ...] = (
         summary="keeps core neurons from the prompt, and lets each token choose candidates (from the abstract)",
         mask=FromPrompt(score=Wanda()), choice=Candidates(),
     ),
-    # These two are ours. The setting of dart-plus was chosen on the shipped texts (results/setting.md).
-    TokenChoice(
-        name="dart-plus", summary="reads more bits of the neurons that matter more to each token",
-        choice=DartPlus(),
-    ),
     NeuronMask(
         name="dart-choice", summary="lets tokens choose in a wide mask, re-masks on drift, adds the rest's mean output",
         mask=FromPrompt(score=GRIFFIN, remask=OnDrift(floor=0.05, ring=8, blend=0.8, old="running")),
@@ -113,15 +105,6 @@ BUILT_IN: tuple[Pruner, ...] = (
         name="m-countdown", paper="2505.17701",
         summary="reads all of up, and lets each token choose the neurons with the largest |up x|",
         choice=ByUp(),
-    ),
-    TokenChoice(
-        name="preview", summary="lets each token choose the largest |h|, estimated from first bits of gate and up",
-        choice=ByPreview(),
-    ),
-    TokenChoice(
-        name="prox", paper="2607.27591",
-        summary="lets tokens choose the largest |h|, estimated from 4-bit copies and half of x (from the abstract)",
-        choice=Prox(),
     ),
     TokenChoice(
         name="top-p", summary="lets each token choose the fewest neurons that reach a share of sum |h| (upper bound)",
@@ -165,11 +148,11 @@ BUILT_IN: tuple[Pruner, ...] = (
         mask=Ahead(score=GRIFFIN),
     ),
 )  # fmt: skip
-CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, DartPlus, Prox, Candidates)
+CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, Candidates)
 ALLOCATIONS = (Uniform, DepthAware, Ends, Global, FromTable)
 ENTRIES = (GradedColumns, GradedBoth, Above, ByNorms, RoundedEntries)
 PARTS: tuple[type[Part], ...] = (
-    *SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS, *COMPENSATIONS, *ENTRIES,
+    *SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *ALLOCATIONS, *COMPENSATIONS, *ENTRIES,
 )  # fmt: skip
 
 
@@ -234,7 +217,9 @@ def make(name: str, params: Mapping[str, object] | None = None) -> Pruner:
     """
     by_name = methods()
     if name not in by_name:
-        raise UserError(f"unknown method {name!r}", nearest(name, by_name) or "`dart-eval ls methods` lists them")
+        raise retired("method", name) or UserError(
+            f"unknown method {name!r}", nearest(name, by_name) or "`dart-eval ls methods` lists them"
+        )
     if not params:
         return by_name[name]
     settings = dict(params)
@@ -261,7 +246,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     Values may hold colons (`allocation=table:FILE`): one separates parameters only where a name and "=" follow.
     """
     name, colon, rest = spec.strip().partition(":")
-    name = name if name.strip() in methods() else name.lower().replace("_", "-")  # GRIFFIN, dart_plus
+    name = name if name.strip() in methods() else name.lower().replace("_", "-")  # GRIFFIN, wanda_sp
     params = {}
     for pair in settings_in(rest) if colon else []:
         key, sep, value = pair.partition("=")

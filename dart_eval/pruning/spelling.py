@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 from dart_eval.pruning.part import Part, cast, kind_of, slot_of
 from dart_eval.util.errors import UserError, naming, nearest
+from dart_eval.util.retired import retired
 
 # Slots of parts, addressed by their names alone.
-OWNERS = {"score": "mask", "draw": "mask", "remask": "mask", "image": "choice"}
+OWNERS = {"score": "mask", "draw": "mask", "remask": "mask"}
 
 Method = TypeVar("Method", bound=Any)
 Tree = dict[str, Any]  # slot -> {"part": its name, field or inner slot -> the same}
@@ -132,7 +133,9 @@ def _part(current: Part, slot: str, tree: Tree, catalog: Catalog, path: str) -> 
         current, cls = wanted, type(wanted)
     elif wanted is not None:
         if str(wanted) not in catalog[slot]:
-            raise UserError(f"there is no {path}={wanted}", nearest(str(wanted), catalog[slot]))
+            raise retired("part", str(wanted)) or UserError(
+                f"there is no {path}={wanted}", nearest(str(wanted), catalog[slot])
+            )
         cls = catalog[slot][str(wanted)]
     return _filled(current, cls, tree, catalog, path)
 
@@ -143,7 +146,7 @@ def _unknown(cls: type[Any], name: str, path: str, where: str, catalog: Catalog)
     if slot is None and name in catalog:
         return UserError(f"this method has no {name}", "see its parts with `dart-eval ls methods`")
     if slot is None:
-        return UserError(f"there is no {where!r}", nearest(name, catalog))
+        return retired("part", name) or UserError(f"there is no {where!r}", nearest(name, catalog))
     owners = [f"{path}={other}" for other, part in catalog[slot].items() if name in _fields(part)]
     if owners or not fields:
         remedy = f"{' and '.join(owners)} {'has' if len(owners) == 1 else 'have'} it" if owners else "it has none"

@@ -101,7 +101,7 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
         by: `method`, `sparsity`, `model` or `row`: a row of the board, which may differ in its bits, too.
         a, b: methods (`dart`, `dart:allocation=uniform`), sparsities (0 is dense) or models (`NAME`, or `NAME@` and
             first digits of the weights' hash or the commit, where several have one name), or rows as the board calls
-            them, with their sparsity (`dart-plus on 4 bits 44.2 %`).
+            them, with their sparsity (`griffin on 4 bits 44.2 %`).
 
     Raises:
         UserError: no or several such cells, nothing in common, or not the same documents.

@@ -136,7 +136,7 @@ def _differences(a: BoardRow, b: BoardRow) -> Iterator[tuple[str, Estimate]]:
 
 
 def _quality(leader: BoardRow, stands: Sequence[Stand], first: BoardRow) -> str:
-    """`At 30 % dart-plus is the best pruned row: 100 % of what dense has above guessing [83, 117]; better than ...`"""
+    """`At 30 % grinqh is the best pruned row: 100 % of what dense has above guessing [83, 117]; better than ...`"""
     behind, level, untested = ([s for s in stands if s.word == word] for word in (BEHIND, LEVEL, UNTESTED))
     against = [s for s in stands if s.word in (AHEAD, SPLIT)]
     at, amount = f"At {percent(leader.read)}", _amounts(leader, ends=True)

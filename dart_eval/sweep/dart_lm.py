@@ -56,7 +56,7 @@ class DartLM(PrunedLM):
     """
 
     def __init__(
-        self, pretrained: str | None = None, method: str = "dart-plus", sparsity: float = 0.7,
+        self, pretrained: str | None = None, method: str = "dart", sparsity: float = 0.7,
         scope: str = "scored", ffn_bits: str | int | None = None, calibration: str | None = None,
         batch_size: int | str = 8, max_length: int | None = None, device: str | None = None,
         max_batch_size: int | None = None, **others: Any,

@@ -12,7 +12,6 @@ from dart_eval.results.store import Store
 from dart_eval.sweep.plan import Cell
 from dart_eval.util.bits import bits_text
 from dart_eval.util.errors import UserError
-from dart_eval.weights import stored
 from dart_eval.weights.rounding import refuse_fixed
 
 
@@ -39,7 +38,6 @@ def drop_infeasible(
         return list(cells)
     status("looking at the model's layers")
     ffns = describe(model.outline())
-    known = stored.method_of(model.config) not in stored.IN_MEMORY  # only loaded weights show their scales
     fixed: UserError | None = None  # why no weights can be rounded
     try:
         if any(cell.rounding for cell in cells):
@@ -54,7 +52,7 @@ def drop_infeasible(
             continue
         try:
             if cell.rounding is None:
-                prepared.check(cell.method, ffns, cell.sparsity, known)
+                prepared.check(cell.method, ffns, cell.sparsity)
             else:
                 compatibility.check_fit(cell.method, ffns, cell.sparsity, cell.rounding.stored(ffns[0].width))
             kept.append(cell)

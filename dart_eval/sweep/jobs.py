@@ -206,8 +206,7 @@ def documents(job: Job) -> int:
 
 def _warn_shared_data(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:
     """Note the tasks whose documents come from the data set on which methods calibrate."""
-    settled = [method.at(1 - sparsity) for method in methods_of(config) for sparsity in config.sparsity]
-    if config.calibration is None or not any(method.calibrates for method in settled):
+    if config.calibration is None or not any(method.calibrates for method in methods_of(config)):
         return
     data_set = calibration_text(config.calibration, config.data_dir).data_set
     shared = [task for name in names for task in sharing(tasks.load(name), data_set)] if data_set else []

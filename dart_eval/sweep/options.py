@@ -95,7 +95,7 @@ class Options:
         "Allow the model's own Python code to run. Without this option it is refused.")] = False
     method: Annotated[tuple[str, ...], BeforeValidator(values.methods), option(PRUNING, "NAMES", CELL,
         "Run these methods, comma-separated: a name, or a name with other parts, such as griffin:remask=drift. "
-        "`dart-eval ls methods` lists them.")] = ("dense", "griffin", "dart", "dart-plus")
+        "`dart-eval ls methods` lists them.")] = ("dense", "griffin", "dart", "grinqh")
     sparsity: Annotated[tuple[float, ...], BeforeValidator(values.sparsities), option(PRUNING, "SHARES", CELL,
         "Run at these sparsities, comma-separated, from 0 to below 1: the share of FFN weight bytes that a decoded "
         "token does not read. 0.5:0.9:0.1 means 0.5 to 0.9 in steps of 0.1, both ends included.")] = (0.5,)
@@ -121,7 +121,7 @@ class Options:
         "name runs only with --confirm-run-unsafe-code.")] = ()
     batch_size: Annotated[int | str, BeforeValidator(values.batch_size), option(TASKS, "N|auto", DECIDES,
         "Run this many contexts per forward; auto runs as many as fit. In float32 it changes only last digits, "
-        "except where tokens choose what they read (dart-plus, cats, teal, routed experts) or answers are sampled.",
+        "except where tokens choose what they read (grinqh, cats, teal, routed experts) or answers are sampled.",
         offers=("auto",))] = 8
     share_prefix: Annotated[Flag, option(TASKS, "", DECIDES,
         "Run a prefix that contexts share, such as few-shot examples, only once.",

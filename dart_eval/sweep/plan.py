@@ -21,7 +21,7 @@ from dart_eval.results.format import sparsity as percent
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.hashes import code_hash
 from dart_eval.sweep.options import DECIDES, DEFAULTS, GIVEN, KEY, of_role, option_of
-from dart_eval.util.bits import OWN_BITS, Rounding
+from dart_eval.util.bits import Rounding
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.source import PACKAGE, source_hash
 from dart_eval.util.text import Json
@@ -111,7 +111,6 @@ def plan(
         sparsities = dict.fromkeys(config.sparsity) if method.sized else (0.0,)
         for sparsity, bits in itertools.product(sparsities, config.ffn_bits):
             rounding = parse_bits(bits)
-            calibrates = method.at(1 - sparsity, OWN_BITS if rounding is None else rounding.bits).calibrates
             inputs = {
                 "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
                 "method": method.name, "params": method.params(), "sparsity": sparsity,
@@ -119,10 +118,10 @@ def plan(
                 "execution": "masked", "task": task, "task_hash": hashes[task],
                 "batch_size": config.batch_size if moves or task in drawn else None,
                 "share_prefix": config.share_prefix if moves else None,
-                "calibration": text if calibrates else None, "code": code_hash(tasks_dir()),
+                "calibration": text if method.calibrates else None, "code": code_hash(tasks_dir()),
                 "method_code": _method_code(method), "versions": versions(),
                 "method_files": [hashlib.sha256(content).hexdigest() for content in method.contents()],
-                **(passages if calibrates else {}),
+                **(passages if method.calibrates else {}),
                 **({} if rounding is None else {"ffn_bits": rounding.text}),
             }  # fmt: skip
             cells.append(Cell(method, sparsity, task, inputs, rounding))

@@ -111,13 +111,12 @@ class Worker:
             )
             state = max(outcome.state_bytes, session.state_bytes if session.state is None else 0)
             computed = session.computed(outcome.cost.read)
-            method = getattr(session, "method", job.cell.method)  # with the settings of this read (`Pruner.at`)
         measured = {
             "seconds": earlier + time.monotonic() - start,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "peak": peak(),
         }
-        return outcome, self._record(job, method, outcome, state, measured, share, inputs, computed)
+        return outcome, self._record(job, outcome, state, measured, share, inputs, computed)
 
     def answer(self, job: Job, journal: Journal, part: Shard, shrink: int = 0) -> None:
         """Answer a part of one cell into the journal; `shrink` as in `run`."""
@@ -191,9 +190,8 @@ class Worker:
         return any(kind != "generate_until" for kind in self.lm.kinds)
 
     def _record(
-        self, job: Job, method: Pruner, outcome: TaskResult, state: int, measured: Json, share: float,
-        inputs: float, computed: float,
-    ) -> Record:  # fmt: skip
+        self, job: Job, outcome: TaskResult, state: int, measured: Json, share: float, inputs: float, computed: float
+    ) -> Record:
         """Return the record of a cell.
 
         Args:
@@ -204,7 +202,7 @@ class Worker:
         cell, config = job.cell, job.config
         used = outcome.cost
         per_token = used.remasks / used.tokens if used.tokens else 0.0
-        flops = cost.describe(method, self.shape, used.mean_context, computed, per_token, 1 - used.mask_sparsity)
+        flops = cost.describe(cell.method, self.shape, used.mean_context, computed, per_token, 1 - used.mask_sparsity)
         return Record(
             key=cell.key,
             inputs=cell.inputs,
@@ -246,8 +244,4 @@ class Worker:
 
 def _made_for(method: Pruner) -> str:
     """Return the step that takes its time before a method can run."""
-    if method.calibrates:
-        return f"calibrating {method.spec}"
-    if method.choice.previews:
-        return f"making the preview of the FFN weights for {method.spec}"
-    return f"preparing {method.spec}"
+    return f"{'calibrating' if method.calibrates else 'preparing'} {method.spec}"

@@ -1,12 +1,11 @@
 """GGUF files: converted once into a Hugging Face folder in the cache, under a lock, and loaded from there in seconds.
 
 The weights are expanded to plain numbers. The bits of an FFN weight in the file are stored beside them, so that reads
-count the bytes of the file's own kernels, and so is its type, by which its codes are found.
+count the bytes of the file's own kernels.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -15,30 +14,25 @@ import shutil
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from filelock import FileLock
-from safetensors import safe_open
-from torch import nn
+from numpy.typing import DTypeLike
 
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError, out_of_memory, summary
 from dart_eval.util.files import cache_dir, feed, reason
-from dart_eval.weights import gguf_codes
 from dart_eval.weights.checkpoint import load_whole
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
     from transformers import PreTrainedModel
 
-    from dart_eval.weights.codes import Packed
-
 SUFFIX = ".gguf"
-KINDS = "ffn_kinds.json"  # in a converted folder: layer -> side -> bits of a weight in the file, and its type there
-CONVERSION = 4  # raise when the conversion changes, so that old folders are not used
+BITS = "ffn_bits.json"  # in a converted folder: layer -> side -> bits of a weight in the file
+CONVERSION = 5  # raise when the conversion changes, so that old folders are not used
 NOTES = "notes.json"  # in a converted folder: notes on the file for the user, if any
-CODES = "ffn_codes.safetensors"  # in a converted folder: `layer.side` -> [out, in] int8, the file's own codes
 WHOLE = "download or convert it again; a file that was split must be merged first (llama-gguf-split --merge)"
 EXPERTS, SHARED = "_exps", "_shexp"  # ends of sides: routed experts, and the shared FFN beside them
 BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -103,7 +97,7 @@ def convert(file: Path, target: Path, bits: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        reader = gguf_codes.reader(file)
+        reader = _reader(file)
         _check(file, reader)
         read, notes = load_whole(
             AutoModelForCausalLM, file.name, file.parent, gguf_file=file.name, trust_remote_code=False
@@ -127,8 +121,21 @@ def convert(file: Path, target: Path, bits: bool) -> None:
     if notes:
         (target / NOTES).write_text(json.dumps(notes), encoding="utf-8")
     if bits:
-        gguf_codes.write(reader.tensors, target / CODES, FFN_TENSOR)
-        (target / KINDS).write_text(json.dumps(_kinds(reader.tensors), indent=1), encoding="utf-8")
+        (target / BITS).write_text(json.dumps(_bits(reader.tensors), indent=1), encoding="utf-8")
+
+
+def _reader(file: Path) -> GGUFReader:
+    """Return the gguf package's reader of a file, with an error for more entries than the file has room for."""
+    from gguf import GGUFReader
+
+    class Whole(GGUFReader):
+        def _get(self, offset: int, dtype: DTypeLike, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:
+            entries = super()._get(offset, dtype, count, *args, **kwargs)
+            if len(entries) < int(count):
+                raise ValueError(f"it ends before byte {offset + int(count) * entries.itemsize}")
+            return entries
+
+    return Whole(file)
 
 
 def _check(file: Path, reader: GGUFReader) -> None:
@@ -168,32 +175,30 @@ def _unused(name: str, tensors: Sequence[ReaderTensor], model: PreTrainedModel) 
     return [f"model {name}: {unused} numbers of the file are in no weight of the model{which}"]
 
 
-def _kinds(tensors: Sequence[ReaderTensor]) -> dict[str, dict[str, tuple[float, str]]]:
-    """Return layer -> gate, up, down -> bits of a weight, scales included, and the type's name."""
-    kinds: dict[str, dict[str, tuple[float, str]]] = {}
+def _bits(tensors: Sequence[ReaderTensor]) -> dict[str, dict[str, float]]:
+    """Return layer -> gate, up, down -> bits of a weight, scales included."""
+    found: dict[str, dict[str, float]] = {}
     for tensor in tensors:
         if match := FFN_TENSOR.fullmatch(tensor.name):
             layer, side = match.groups()
-            bits = 8 * int(tensor.n_bytes) / int(tensor.n_elements)
-            kinds.setdefault(layer, {})[side] = bits, tensor.tensor_type.name
-    return kinds
+            found.setdefault(layer, {})[side] = 8 * int(tensor.n_bytes) / int(tensor.n_elements)
+    return found
 
 
 def note_bits(source: str, model: PreTrainedModel) -> list[str]:
-    """Note the bits of a converted model's FFN weights in the file, and how the codes of plain projections are found.
+    """Note the bits of a converted model's FFN weights in the file.
 
     Returns:
         Notes for the user: on the file, and on projections without bits.
     """
-    kinds_file, notes_file = Path(source) / KINDS, Path(source) / NOTES
+    bits_file, notes_file = Path(source) / BITS, Path(source) / NOTES
     notes: list[str] = json.loads(notes_file.read_text(encoding="utf-8")) if notes_file.is_file() else []
-    if not kinds_file.is_file():
+    if not bits_file.is_file():
         return notes
     from dart_eval.layers import quantised
     from dart_eval.layers.find import describe
-    from dart_eval.weights import codes
 
-    layers, unknown = json.loads(kinds_file.read_text(encoding="utf-8")), 0
+    layers, unknown = json.loads(bits_file.read_text(encoding="utf-8")), 0
     for ffn in describe(model):
         sides = layers.get(str(ffn.number), {})
         end = EXPERTS if ffn.routed else SHARED if f"down{SHARED}" in sides else ""
@@ -205,23 +210,7 @@ def note_bits(source: str, model: PreTrainedModel) -> list[str]:
                 unknown += 1
                 continue
             # 32 bits count as 16: a bfloat16 model holds the same weights (`OWN_BITS`).
-            quantised.note(module, sum(min(sides[name][0], OWN_BITS) for name in names) / len(names))
-            kinds = {sides[name][1] for name in names}
-            if len(kinds) == 1 and kinds <= gguf_codes.GRIDS.keys() and not ffn.routed:
-                keys = [f"{ffn.number}.{name}" for name in names]
-                codes.note(module, functools.partial(_codes, file=Path(source) / CODES, keys=keys, kind=kinds.pop()))
+            quantised.note(module, sum(min(sides[name], OWN_BITS) for name in names) / len(names))
     if not unknown:
         return notes
     return [*notes, f"the file does not say how many bits {unknown} FFN projections have: their reads count 16"]
-
-
-def _codes(module: nn.Module, file: Path, keys: Sequence[str], kind: str) -> Packed | None:
-    """Return the codes of a projection, whose halves may be separate in the file."""
-    from dart_eval.layers.projection import weight_matrix
-    from dart_eval.util.bits import Rounding
-    from dart_eval.weights import codes
-
-    with safe_open(file, framework="pt") as opened:
-        held = torch.cat([opened.get_tensor(key) for key in keys])
-    bits, group, unsigned = gguf_codes.GRIDS[kind]
-    return codes.fitted(held, weight_matrix(module), Rounding(bits, group), unsigned)

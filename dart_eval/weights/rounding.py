@@ -6,12 +6,9 @@ keeps its dtype and holds the rounded values, so that every execution runs on th
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +21,7 @@ from dart_eval.layers.projection import Step, bits_in_memory, is_conv1d, plain_m
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored, parse
 from dart_eval.util.errors import UserError
 from dart_eval.weights import k_quants
-from dart_eval.weights.codes import Packed, expected, noted
+from dart_eval.weights.codes import Packed
 
 # Scales that are tried, as factors on the one that just reaches a group's largest weight.
 FACTORS = (1.14, 1.07, 1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
@@ -32,24 +29,17 @@ CHUNK = 1 << 22  # weights that are rounded at a time
 
 
 @torch.no_grad()
-def rounded(weight: Tensor, rounding: Rounding, order: Tensor | None = None) -> Packed:
+def rounded(weight: Tensor, rounding: Rounding) -> Packed:
     """Round a matrix [out, in] so that the squared error of each group is small.
 
     The group's largest weight sets the first scale, with the sign that gives it the code -2^(bits - 1), which has no
     positive counterpart. `FACTORS` times that scale are tried, each fitted to its codes by least squares, and the best
     is taken.
-
-    Args:
-        order: [in], the order of columns in which neighbours share a scale; None: their own.
     """
     if weight.is_meta:  # a shape alone
         shared = len(weight), -(-weight.shape[1] // (rounding.group or weight.shape[1]))
         offset = weight.new_empty(shared, dtype=torch.float32) if rounding.k and rounding.bits > 3 else None
         return Packed(weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(shared), rounding, offset)
-    if order is not None:
-        packed, place = rounded(weight[:, order], rounding), order.argsort()
-        group = rounding.group or weight.shape[1]
-        return dataclasses.replace(packed, codes=packed.codes[:, place].contiguous(), groups=place // group)
     rows, width = weight.shape
     group = min(rounding.group, width) or width
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
@@ -98,76 +88,14 @@ def _best_scale(groups: Tensor, bits: int) -> Tensor:
 
 
 ROUNDS = (_group_codes, _codes, _best_scale)  # the functions of `rounded`, whose code is hashed
-AS_THEY_ARE = Stored(OWN_BITS)
-
-
-@dataclass(frozen=True)
-class Served:
-    """A matrix as it would be served: its values [out, in], and its codes if it is rounded.
-
-    Attributes:
-        stored: bits of a weight.
-    """
-
-    weight: Tensor
-    stored: Stored = AS_THEY_ARE
-    packed: Packed | None = None
-
-    @property
-    def values(self) -> Tensor:
-        """[out, in] fp32, the values that tokens multiply, rounded to the dtype of the weights."""
-        return self.weight.float() if self.packed is None else self.packed.decoded(self.weight.dtype).float()
-
-
 # -- on a model ------------------------------------------------------------------------------------------------------
 
-_PACKED: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
-
-
-def coded(linear: nn.Module) -> Packed | None:
-    """Return the codes of a projection: those it is rounded to, else those of its checkpoint on a grid; or None."""
-    if (held := _PACKED.get(linear)) is not None:
-        return held
-    codes = noted(linear)
-    return codes if codes is not None and stored_of(linear).code == codes.rounding.bits else None
-
-
-def serve(linear: nn.Module, packed: Packed | None) -> None:
-    """Set the codes of a projection, whatever its parameter holds. packed: None for its own."""
-    if packed is None:
-        _PACKED.pop(linear, None)
-    else:
-        _PACKED[linear] = packed
-
-
-def on_grid(linear: nn.Module) -> bool:
-    """Whether a projection has codes or, without weights, whether its checkpoint may have them."""
-    if linear in _PACKED:
-        return True
-    first = next(itertools.chain(linear.parameters(), linear.buffers()), None)
-    held = linear.held if isinstance(linear, Step) else first
-    return expected(linear) if held is not None and held.is_meta else coded(linear) is not None
-
-
-def served_inputs(ffn: FFN) -> list[Served]:
-    """Return the matrices that make h (gate and up, or up alone), as they would be served."""
-    matrices = []
-    for module in (m for m in (ffn.gate, ffn.up) if m is not None):
-        held, parts = coded(module), 2 if ffn.fused else 1
-        halves = [None] * parts if held is None else held.chunk(parts)
-        for weight, half in zip(ffn.matrix(module).chunk(parts), halves, strict=True):
-            matrices.append(Served(weight, stored_of(module), half))
-    return matrices
+_ROUNDED: weakref.WeakKeyDictionary[nn.Module, Stored] = weakref.WeakKeyDictionary()  # the bits of rounded weights
 
 
 def stored_inputs(ffn: FFN) -> list[Stored]:
     """Return the bits of a served weight of each matrix that makes h."""
     return [stored_of(m) for m in (ffn.gate, ffn.up) if m is not None for _ in range(2 if ffn.fused else 1)]
-
-
-def served_output(ffn: FFN) -> Served:
-    """Return the down projection, [D, F], as it would be served; experts' are stacked, [E D, I]."""
-    return Served(ffn.matrix(ffn.down), stored_of(ffn.down), coded(ffn.down))
 
 
 def served_bits(ffns: Sequence[FFN]) -> float:
@@ -188,8 +116,8 @@ def _mean_bits(ffns: Sequence[FFN], bits_of: Callable[[nn.Module], float]) -> fl
 
 def stored_of(linear: nn.Module) -> Stored:
     """Return the bits of a projection's weight as served now: of its code, and of scales."""
-    if (held := _PACKED.get(linear)) is not None:
-        return held.rounding.stored(held.shape[1])
+    if (rounded_to := _ROUNDED.get(linear)) is not None:
+        return rounded_to
     if (bits := quantised.noted(linear)) is None:
         bits = bits_in_memory(linear)
     return Stored.of(bits)
@@ -247,24 +175,27 @@ class Rounded:
     """
 
     def __init__(self, model: nn.Module, rounding: Rounding) -> None:
-        self._held: list[tuple[nn.Module, nn.Parameter, Tensor, Tensor, Packed]] = []
+        self._held: list[tuple[nn.Module, nn.Parameter, Tensor, Tensor, Stored]] = []
         for module in (m for f in find_ffns(model) for m in f.projections):
-            matrix = plain_matrix(module)
-            held, parameter = rounded(matrix, rounding), parameter_of(module)
-            self._held.append((module, parameter, parameter.data, as_held(module, held.decoded(matrix.dtype)), held))
+            matrix, parameter = plain_matrix(module), parameter_of(module)
+            values = as_held(module, rounded(matrix, rounding).decoded(matrix.dtype))
+            self._held.append((module, parameter, parameter.data, values, rounding.stored(matrix.shape[1])))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Give the model rounded weights inside the block; restore its own, to the bit, afterwards."""
-        before = [_PACKED.get(module) for module, *_ in self._held]  # of a block around this one
+        before = [_ROUNDED.get(module) for module, *_ in self._held]  # of a block around this one
         try:
-            for module, parameter, _, values, held in self._held:
+            for module, parameter, _, values, bits in self._held:
                 parameter.data = values
-                serve(module, held)
+                _ROUNDED[module] = bits
             yield
         finally:
-            for (module, parameter, own, _, _), packed in zip(self._held, before, strict=True):
-                serve(module, packed)
+            for (module, parameter, own, _, _), bits_before in zip(self._held, before, strict=True):
+                if bits_before is None:
+                    _ROUNDED.pop(module, None)
+                else:
+                    _ROUNDED[module] = bits_before
                 parameter.data = own.to(parameter.device, parameter.dtype)  # the user may have moved the model
 
 
@@ -289,7 +220,7 @@ def as_held(module: nn.Module, values: Tensor) -> Tensor:
 def rounded_ffns(model: nn.Module, bits: int | str) -> Iterator[None]:
     """Round the FFN weights of a model while the block runs; `prune()` may begin inside.
 
-        with dart_eval.rounded_ffns(model, 4), dart_eval.prune(model, "dart-plus", 0.5):
+        with dart_eval.rounded_ffns(model, 4), dart_eval.prune(model, "griffin", 0.5):
             model.generate(**inputs)
 
     Args:

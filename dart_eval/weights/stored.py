@@ -195,14 +195,6 @@ class Files:
                 total += entries * min(_width(dtype), OWN_BITS if entries == weights else math.inf)
         return total
 
-    def tensor(self, name: str, part: str) -> Tensor | None:
-        """Return a tensor of a module by the last part of its name, or None."""
-        for key in self.tensors_of(name):
-            if key.endswith(f".{part}"):
-                with safe_open(self._held[key][0], framework="pt") as opened:
-                    return opened.get_tensor(key)
-        return None
-
 
 def _width(dtype: str) -> int:
     """Return the bits of a file's dtype: F8_E4M3, BF16, I32, BOOL."""

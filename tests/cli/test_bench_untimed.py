@@ -18,7 +18,7 @@ from tests.helpers.models import tiny
 from tests.matrix import types
 
 FEW = ("--prompt", "16", "--steps", "2", "--rounds", "1", "--sparsity", "0.5")
-UNTIMED = "dart-plus:image.group=32,preview,cats,teal"
+UNTIMED = "decdec,oracle-token,cats,teal"
 
 
 def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
@@ -40,7 +40,7 @@ def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
     table = command(*words, "--format", "md").out
     assert table.count("| bytes only ") == 4 and "choice=gate chooses" in table
     (costs,) = [part for part in table.split("###") if "Other costs of a method" in part]
-    assert "griffin" in costs and "preview" not in costs
+    assert "griffin" in costs and "oracle-token" not in costs
 
 
 def test_where_nothing_can_be_timed_a_line_says_so(saved_llama):
@@ -51,7 +51,7 @@ def test_where_nothing_can_be_timed_a_line_says_so(saved_llama):
         saved_llama,
         *FEW,
         "--method",
-        "dart-plus:image.group=32,oracle-token",
+        "decdec,oracle-token",
         "--format",
         "md",
     )
@@ -72,7 +72,7 @@ def test_a_text_that_nothing_can_read_leaves_one_method_out():
     model = tiny("llama", torch.float32)
     assert "no tokenizer" in str(bytes_only.refused(model, make("teal"), 0.5, None))
     assert bytes_only.refused(model, make("teal"), 0.5, object()) is bytes_only.refused(
-        model, make("preview"), 0.5, None
+        model, make("griffin"), 0.5, None
     )
 
 
@@ -81,18 +81,18 @@ def test_what_does_not_fit_a_model_is_left_out_too():
     assert "allocation=depth does not fit this model" in str(depth)
     model = types.tiny("qwen3_moe")
     assert "choice=candidates is not made for experts" in str(bytes_only.refused(model, make("pop"), 0.5, object()))
-    assert bytes_only.refused(model, make("dart-plus"), 0.5, object()) is None
+    assert bytes_only.refused(model, make("griffin"), 0.5, object()) is None
 
 
 @pytest.mark.parametrize(("method", "why"), [
     ("griffin", None), ("dart-choice", None), ("griffin:choice=gate", None), ("cats:choice=gate-up", None),
-    ("flap:compensation=mean-token", "compensation=mean-token"), ("dart-plus", build.missing()),
-    ("dart-plus:image.group=32", "groups of 128"),
+    ("flap:compensation=mean-token", "compensation=mean-token"), ("grinqh", build.missing()),
+    ("grinqh:entries.group=32", "scales of 128 weights"),
     ("cats", "choice=gate"), ("top-p", "choice=top-p"), ("wina", "entries=norms"),
 ])  # fmt: skip
 def test_which_methods_have_kernels(method, why):
     model = tiny("llama", torch.float32)
-    found = lacking(make(*parse(method)).at(0.5), find_ffns(model))
+    found = lacking(make(*parse(method)), find_ffns(model))
     assert found is None if why is None else why in found
 
 

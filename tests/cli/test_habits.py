@@ -97,7 +97,7 @@ def test_several_seeds_are_several_cells():
     assert [config.seed for config in configs_from(None, {"seed": [0, 1]})] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["GRIFFIN", "Dart", "dart_plus", "Wanda-SP:allocation=uniform"])
+@pytest.mark.parametrize("name", ["GRIFFIN", "Dart", "wanda_sp", "Wanda-SP:allocation=uniform"])
 def test_names_of_methods_may_have_capitals(name):
     from dart_eval.pruning.registry import make, parse
 

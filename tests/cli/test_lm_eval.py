@@ -67,7 +67,7 @@ def by_run(folder, model, task, args, *more):
 
 CASES = [
     {"method": "griffin", "sparsity": 0.5}, {"method": "griffin", "sparsity": 0.5, "scope": "all"},
-    {"method": "dart-plus", "sparsity": 0.6}, {"method": "dense"}, {"method": "dense", "ffn_bits": "4:row"},
+    {"method": "grinqh", "sparsity": 0.6}, {"method": "dense"}, {"method": "dense", "ffn_bits": "4:row"},
     {"method": "dart:remask.window=4", "sparsity": 0.6},
 ]  # fmt: skip
 

@@ -244,7 +244,7 @@ def test_what_a_cell_waits_for_is_said_until_its_first_answers(capsys, monkeypat
         shown.planned(2, 0)
         for cell in (SimpleNamespace(key=i, title=f"cell {i}") for i in range(2)):
             shown.started(cell, 8)
-            shown.status("making the preview")
+            shown.status("preparing dart")
             time.sleep(0.15)
             shown.status(f"running {cell.title}")
             bars.append(shown._bar is not None)
@@ -256,5 +256,5 @@ def test_what_a_cell_waits_for_is_said_until_its_first_answers(capsys, monkeypat
             time.sleep(0.1)
     assert bars == [live, False] * 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" ...")]
-    each = ["making the preview ...", "running cell 0 ...", "making the preview ...", "running cell 1 ..."]
+    each = ["preparing dart ...", "running cell 0 ...", "preparing dart ...", "running cell 1 ..."]
     assert said == ([] if live else each)

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from dart_eval.evaluation.batching import CACHED_TOKENS, token_bytes
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.inputs.both import GradedBoth
 from tests.derivations.plain import cache_name
 from tests.helpers.models import CONFIGS, FAMILIES, STREAMS, random_model, random_tokens, tiny
@@ -82,14 +81,6 @@ def test_a_cache_has_keys_and_values_of_every_head_and_layer():
     c = model.config
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * 4
     assert token_bytes(model) == cache * (1 + CACHED_TOKENS) + 4 * (4 * c.intermediate_size + 8 * c.hidden_size)
-
-
-@pytest.mark.parametrize("thin", [1.0, 0.5])
-def test_a_preview_by_copies_multiplies_the_columns_that_are_left(thin):
-    """Gate and up, two operations a weight; three more a neuron to choose by."""
-    model = tiny("llama", torch.float32)
-    shape, neurons = shape_of(model, find_ffns(model)), 120
-    assert Prox(thin=thin).flops_per_step(shape, neurons) == 2 * neurons * thin * shape.width * 2 + 3 * neurons
 
 
 def test_a_second_look_multiplies_rows_once_more():

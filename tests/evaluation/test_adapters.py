@@ -167,13 +167,13 @@ def test_an_adapter_that_is_injected_counts_or_is_refused(lora, saved_llama):
     for merge in (False, True):
         model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved_llama).eval(), lora)
         model = model.merge_and_unload() if merge else model.base_model.model
-        for method in ("wina", "griffin", "prox"):
+        for method in ("wina", "griffin", "cats"):
             with prune(model, method, 0.5, execution="masked") as run:
                 made = model.generate(IDS, max_new_tokens=4, do_sample=False, output_logits=True,
                                       return_dict_in_generate=True, min_length=13)  # fmt: skip
                 found.append((method, torch.cat(made.logits), run.weights_read))
         if not merge:
-            for method in ("grinqh", "dart-plus"):
+            for method in ("grinqh", "decdec"):
                 with pytest.raises(UserError, match=r"carry an adapter.*merge adapters"), prune(model, method, 0.5):
                     pass
     plain = AutoModelForCausalLM.from_pretrained(saved_llama)

@@ -33,7 +33,7 @@ from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions, words
 from tests.helpers.sessions import RESTLESS, open_session
 
-METHODS = [("random", {}), ("griffin", {}), ("dart", RESTLESS), ("dart-plus", {}), ("teal", {}), ("rounding", {})]
+METHODS = [("random", {}), ("griffin", {}), ("dart", RESTLESS), ("grinqh", {}), ("teal", {}), ("rounding", {})]
 
 
 def _scores(model, session, batch_size=4, scope="scored", share=True, distances=True, requests=None):
@@ -135,7 +135,7 @@ def test_neither_batches_nor_shared_prefixes_move_them(family, scope):
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_nothing_pruned_is_at_no_distance(llama, scope):
-    for method in ("griffin", "dart-plus"):
+    for method in ("griffin", "grinqh"):
         with open_session(llama, method, 0.0) as session:
             for score in _scores(llama, session, scope=scope):
                 far = score.cost.distance

@@ -1,7 +1,5 @@
 """GGUF files as models: what they hold, what it costs, and files that are none."""
 
-import contextlib
-import itertools
 import json
 import shutil
 import signal
@@ -16,13 +14,10 @@ from hypothesis import strategies as st
 
 from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.pruning.prune import prune
-from dart_eval.pruning.registry import parse
 from dart_eval.sweep.config import config_from
-from dart_eval.sweep.jobs import plan_all
 from dart_eval.util.errors import UserError
 from dart_eval.weights import gguf
-from dart_eval.weights.rounding import coded, served_bits, stored_of
+from dart_eval.weights.rounding import served_bits, stored_of
 from tests.helpers import gguf_files
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.gguf_damage import damaged, differing
@@ -140,73 +135,17 @@ def test_experts_and_the_ffn_beside_them_have_their_own_bits(file):
     for ffn in find_ffns(model):
         own = [stored_of(module).total for module in ffn.projections]
         assert own == ([4.5, 8.5] if ffn.routed else [8.5, 8.5, 4.5])
-        assert all((coded(module) is None) == bool(ffn.routed) for module in ffn.projections)
     with open_session(model, "griffin", 0.5) as session:
         generate(model, torch.tensor([random_tokens(12)]), 3)
     codes, scales = (2 * 4 + 8) * INNER + (2 * 8 + 4) * INNER_SHARED, (INNER + INNER_SHARED) / 2
     read = codes / 2 + 2 * scales / 2 + scales  # half of everything but the scales of down
     assert session.weights_read == pytest.approx(read / (16 * 3 * (INNER + INNER_SHARED)), rel=2e-3)
-    with pytest.raises(UserError, match="no such codes were found"), open_session(model, "dart-plus", 0.3):
-        pass
-
-
-def test_what_needs_codes_is_left_out_of_experts_before_the_first_cell(file, tmp_path):
-    write(file, experts=True)
-    given = {"tasks": "smoke_questions", "model": str(file), "output": str(tmp_path / "out")}
-    watch = Watch()
-    jobs, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
-    assert [job.cell.method.name for job in jobs.values()] == ["dense", "griffin", "dart"]
-    assert any(
-        "dart-plus at sparsity 0.5 is left out: choice=graded needs FFN weights of 16 bits" in note
-        for note in watch.notes
-    )
-    jobs, _ = plan_all([config_from(None, given | {"ffn_bits": "4", "method": "dart-plus"})], watch, skip_missing=False)
-    assert len(jobs) == 1  # rounded weights are codes
-
-
-@pytest.mark.parametrize("kinds", ["codes", "16 bits beside codes"])
-def test_a_plan_keeps_what_prune_takes(file, tmp_path, monkeypatch, kinds):
-    """Codes of 4.5, 4.5 and 8.5 bits, of which a preview reads some first; or codes of 8 bits that a session makes."""
-    methods = ("dart-plus", "prox", "griffin")
-    if kinds != "codes":
-        monkeypatch.setattr(gguf_files, "KINDS", {"ffn_gate": "F16", "ffn_up": "F16", "ffn_down": "Q8_0"})
-        write(file)
-        methods = ("dart-plus:image.code=8", "prox", "griffin")
-    given = {"tasks": "smoke_questions", "model": str(file), "output": str(tmp_path / "out"), "dtype": "bfloat16"}
-    given |= {"method": ["dense", *methods], "sparsity": "0.1,0.2,0.3,0.5,0.64,0.7,0.8,0.9"}
-    watch = Watch()
-    jobs, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
-    planned = {(job.cell.method.spec, job.cell.sparsity) for job in jobs.values()} - {("dense", 0.0)}
-    model, tokenizer = resolve(ModelSpec(str(file), dtype="bfloat16")).load()
-    taken = set()
-    sparsities = map(float, given["sparsity"].split(","))
-    for method, sparsity in itertools.product(methods, sparsities):
-        with contextlib.suppress(UserError), prune(model, method, sparsity, tokenizer=tokenizer):
-            taken.add((method, sparsity))
-    assert planned == taken and len(taken) == 24 - sum("is left out" in note for note in watch.notes)
 
 
 def test_weights_of_32_bits_count_as_16(file, monkeypatch):
     monkeypatch.setattr(gguf_files, "KINDS", dict.fromkeys(gguf_files.KINDS, "F32"))
     model = resolve(ModelSpec(str(write(file)))).load()[0]
     assert served_bits(find_ffns(model)) == 16
-
-
-def test_matrices_of_16_bits_among_codes_are_read_as_codes_or_refused(file, monkeypatch):
-    """A preview of their own bits would be the weights themselves, at half of their bytes."""
-    monkeypatch.setattr(gguf_files, "KINDS", {"ffn_gate": "F16", "ffn_up": "F16", "ffn_down": "Q8_0"})
-    model = resolve(ModelSpec(str(write(file)), dtype="bfloat16")).load()[0]
-    refused = r"needs codes, and only some FFN weights of this model have fewer than 16 bits; give image.code=8"
-    for method, image in (
-        ("dart-plus", "first-bits"),
-        ("griffin:choice=preview", "first-bits"),
-        ("prox", "first-bits"),
-    ):
-        name, given = parse(method)
-        with pytest.raises(UserError, match=refused):
-            open_session(model, name, 0.5, **{**given, "image": image}).__enter__()
-    with open_session(model, "dart-plus", 0.5, **{"image.code": 8}) as session:
-        assert session.serving and coded(find_ffns(model)[0].gate) is not None
 
 
 def test_a_converted_folder_without_its_weights_is_made_anew(file):
@@ -218,8 +157,8 @@ def test_a_converted_folder_without_its_weights_is_made_anew(file):
 def test_bits_that_the_file_does_not_say_are_told(file):
     told = []
     known = resolve(ModelSpec(str(file)))
-    kept = Path(known.source) / gguf.KINDS
-    kept.write_text(json.dumps({**json.loads(kept.read_text()), "1": {"up": [4.5, "Q4_0"]}}))
+    kept = Path(known.source) / gguf.BITS
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "1": {"up": 4.5}}))
     known.load(note=told.append)
     assert told == ["the file does not say how many bits 2 FFN projections have: their reads count 16"]
 

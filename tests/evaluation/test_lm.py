@@ -100,7 +100,7 @@ def test_generated_tokens_but_the_first_are_pruned(lm):
     assert lm.journal.state_bytes > 0
 
 
-@pytest.mark.parametrize("method", ["flap", "dart-plus"])
+@pytest.mark.parametrize("method", ["flap", "grinqh"])
 def test_what_is_kept_once_for_all_sequences_is_not_divided_by_them(method, tokenizer):
     """Side by side and alone they need as much, up to counts and sums of whole batches."""
     kept = []

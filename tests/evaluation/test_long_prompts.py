@@ -28,7 +28,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("method", [None, "griffin", "dart", "dart-plus"])
+@pytest.mark.parametrize("method", [None, "griffin", "dart", "grinqh"])
 def test_no_tensor_has_all_layers_or_all_logits_of_a_prompt(tokenizer, method):
     model = tiny("llama")
     lm = PrunedLM(model, tokenizer, batch_size=1)

@@ -10,7 +10,6 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, qua
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
-import dart_eval
 from dart_eval.bench import bytes_only
 from dart_eval.layers import quantised
 from dart_eval.layers.find import find_ffns
@@ -23,10 +22,9 @@ from dart_eval.results.store import Store
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import plan_all
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import coded, served_bits, stored_of
+from dart_eval.weights.rounding import served_bits, stored_of
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.models import VOCAB, tiny
-from tests.helpers.sessions import open_session
 
 WIDTH, SIZE = 64, 128
 KINDS = {
@@ -102,18 +100,6 @@ def _dequantised(kind, module):
     return bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
 
 
-@pytest.mark.parametrize("kind", ["torchao-8", "torchao-4"])
-def test_the_codes_of_torchao_are_previewed_by_their_high_bits(checkpoints, kind):
-    model = _loaded(checkpoints[kind])
-    ffn = find_ffns(model)[0]
-    for module in ffn.projections:
-        assert torch.equal(coded(module).codes, module.weight.qdata)
-    share = (2 * BITS[kind][0] + BITS[kind][1]) / 3 / 16
-    with dart_eval.prune(model, "dart-plus", 0.3) as session:
-        model.generate(torch.tensor([[1, 5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert 0.97 * 0.7 * share < session.weights_read <= 0.7 * share
-
-
 @pytest.mark.parametrize("kind", ["torchao-8", "bitsandbytes-8"])
 def test_memory_is_what_lies_there(checkpoints, kind):
     model = _loaded(checkpoints[kind])
@@ -146,27 +132,9 @@ def test_a_head_of_16_bits_lowers_the_ceiling_of_quantised_ffns():
     assert found.ceiling == pytest.approx(1 / (1 - own / everything * (1 - found.weights_read)))
 
 
-def test_a_model_that_is_served_in_codes_reads_of_its_own_bytes():
-    """Inside the session its weights have 8 bits."""
-    found = bytes_only.measure(tiny("llama"), make("prox", {"image": "first-bits"}), 0.5, prompt_tokens=8, steps=2)
-    assert found.weights_read == pytest.approx(0.5, abs=0.01)
-
-
-def test_what_runs_on_bitsandbytes_is_planned(checkpoints, tmp_path):
-    """An outline of it knows no scales."""
-    given = {"tasks": "smoke_questions", "model": str(checkpoints["bitsandbytes-4"]), "output": str(tmp_path / "out")}
-    jobs, _ = plan_all([config_from(None, {**given, "method": "prox", "sparsity": "0.5,0.6"})], Watch(), False)
-    model = _loaded(checkpoints["bitsandbytes-4"])
-    taken = []
-    for sparsity in (0.5, 0.6):
-        with open_session(model, "prox", sparsity):
-            taken.append(sparsity)
-    assert [job.cell.sparsity for job in jobs.values()] == taken == [0.5, 0.6]
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_needs_codes_or_plain_weights_is_left_out_before_the_first_cell(checkpoints, kind, tmp_path):
-    """torchao's codes lie on an even grid, so dart-plus runs; nothing can stand in for either's weights."""
+def test_what_needs_plain_weights_is_left_out_before_the_first_cell(checkpoints, kind, tmp_path):
+    """Nothing can stand in for their weights."""
 
     def planned(**more):
         given = {"tasks": "smoke_questions", "model": str(checkpoints[kind]), "output": str(tmp_path / "out"), **more}
@@ -174,20 +142,12 @@ def test_what_needs_codes_or_plain_weights_is_left_out_before_the_first_cell(che
         jobs, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
         return [job.cell.method.name for job in jobs.values()], [note for note in watch.notes if "left out" in note]
 
-    library, _, bits = kind.partition("-")
-    needs = "choice=graded needs FFN weights of 16 bits, or codes on an even grid: those of this model have "
+    library = kind.partition("-")[0]
     fixed = rf"--ffn-bits 4{{}} the weights of Linear are quantised \({library}\): others cannot stand in their place; "
     fixed += "leave --ffn-bits out, or load the model unquantised"
     methods, notes = planned()
-    if library == "torchao":
-        assert methods == ["dense", "griffin", "dart", "dart-plus"] and not notes
-    else:
-        assert methods == ["dense", "griffin", "dart"]
-        assert [n.startswith(f"dart-plus at sparsity 0.5 is left out: {needs}{bits} bits") for n in notes] == [True]
-        with pytest.raises(
-            UserError, match=rf"dart-plus at sparsity 0\.5: {needs}{bits} bits, and no such codes were "
-        ):
-            planned(method="dart-plus")
+    assert methods == ["dense", "griffin", "dart"]
+    assert [note.startswith("grinqh at sparsity 0.5 is left out: ") for note in notes] == [True]
     with pytest.raises(UserError, match=r"^rounding at sparsity .*load the model unquantised"):
         planned(method="rounding")
     with pytest.raises(UserError, match=f"^{fixed.format(':')}$"):

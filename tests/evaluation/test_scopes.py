@@ -156,10 +156,10 @@ def by_hand(model, session, request, scope):
     return forwards.head(torch.stack(hidden[first:])), not_read
 
 
-# Choices, inputs that are left out, images, constants, thresholds; the last two have masks from their prompts.
+# Choices, inputs that are left out, codes, constants, thresholds; the last two have masks from their prompts.
 KINDS = [
-    ("teal", {}), ("wina", {}), ("m-countdown", {}), ("top-p", {"choice.p": 0.7}), ("dart-plus", {}),
-    ("preview", {"image": "copy"}), ("cats", {"choice.threshold": "calibrated"}), ("flap", {}), ("griffin", {}),
+    ("teal", {}), ("wina", {}), ("m-countdown", {}), ("top-p", {"choice.p": 0.7}), ("grinqh", {}),
+    ("cats", {"choice.threshold": "calibrated"}), ("flap", {}), ("griffin", {}),
     ("dart-choice", {}),
 ]  # fmt: skip
 

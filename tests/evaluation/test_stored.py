@@ -17,9 +17,8 @@ from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import config_from
-from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import coded, served_bits, served_inputs, stored_of
+from dart_eval.weights.rounding import served_bits, stored_of
 from dart_eval.weights.stored import Files, _bits
 from tests.helpers import stored
 from tests.helpers.commands import Watch, run_local
@@ -126,38 +125,6 @@ def test_weights_are_what_the_codes_stand_for(checkpoint, kind):
                 wanted = torch.stack([torch.cat([values[f"{root}.{e}.{p}.weight"] for p in parts]) for e in range(4)])
                 found = module.held
             assert torch.allclose(found.float(), wanted, rtol=2**-7, atol=1e-3)  # rounded to 16 bits
-
-
-@pytest.mark.parametrize("kind", ["fp8", "fp8 experts", "mxfp4"])
-def test_weights_on_no_even_grid_have_no_plane(checkpoint, kind):
-    model = _loaded(checkpoint(kind)[0], kind)
-    with (
-        pytest.raises(UserError, match=r"have (8\.03|4\.25) bits, and no such codes"),
-        dart_eval.prune(model, "dart-plus", 0.5),
-    ):
-        pass
-
-
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=GPTQ) if k in ("gptq", "awq") else k for k in GRIDS])
-def test_codes_of_an_even_grid_are_found_and_pruned_by_their_high_bits(checkpoint, kind):
-    folder, values = checkpoint(kind)
-    model = _loaded(folder, kind)
-    names = {id(module): name for name, module in model.named_modules()}
-    into, down = KINDS[kind][3:]
-    for ffn in find_ffns(model):
-        for module in ffn.projections:
-            held = coded(module)
-            assert held.rounding == Rounding(*GRIDS[kind])
-            wanted = values[f"{names[id(module)]}.weight"]
-            assert torch.allclose(held.values, wanted, atol=2**-8 * float(wanted.abs().max()))  # of 16-bit weights
-        inputs = served_inputs(ffn)
-        assert len(inputs) == 2  # gate and up, fused or not, each with its own part of the codes
-        for m in inputs:
-            assert torch.allclose(m.packed.values, m.weight.float(), atol=2**-8 * float(m.weight.abs().max()))
-    with dart_eval.prune(model, "dart-plus", 0.3) as session:
-        model.generate(torch.tensor([[1, 5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
-    share = (2 * into + down) / 3 / 16
-    assert 0.97 * 0.7 * share < session.weights_read <= 0.7 * share
 
 
 def test_inputs_that_are_quantised_stay_so(checkpoint):

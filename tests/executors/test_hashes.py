@@ -121,7 +121,7 @@ def folders(tmp_path):
     texts = {
         "weights/codes.py": "a = 1", "sweep/plan.py": "a = 1", "pruning/session/session.py": "a = 1",
         "pruning/session/execution.py": "a = 1", "evaluation/task_names.py": "a = 1",
-        "pruning/methods/mine.py": "a = 1", "pruning/session/kernels.py": "a = 1", "kernels/gather.py": "a = 1",
+        "pruning/methods/mine.py": "a = 1", "pruning/session/kernels.py": "a = 1", "kernels/mask_rows.py": "a = 1",
         "evaluation/lm.py": "a = 1", "sweep/worker.py": "a = 1", "sweep/local.py": "a = 1",
     }  # fmt: skip
     for name, text in texts.items():
@@ -137,7 +137,7 @@ def folders(tmp_path):
     ("weights/codes.py", True), ("pruning/session/session.py", True), ("pruning/session/execution.py", True),
     ("evaluation/lm.py", True), ("evaluation/task_names.py", False),
     ("pruning/methods/mine.py", True), ("sweep/worker.py", True), ("sweep/plan.py", False),
-    ("sweep/local.py", False), ("pruning/session/kernels.py", False), ("kernels/gather.py", False),
+    ("sweep/local.py", False), ("pruning/session/kernels.py", False), ("kernels/mask_rows.py", False),
 ])  # fmt: skip
 def test_only_a_change_of_numeric_code_that_is_run_moves_the_hash(folders, name, moves):
     before = hash_of(contents(*folders))
@@ -203,7 +203,6 @@ WITHOUT_NUMBERS = {
     "evaluation/task_hash.py": "hashes",
     "evaluation/task_names.py": "names",
     "evaluation/task_needs.py": "refuses",
-    "kernels/chosen.py": "is not run",
     "kernels/cpu/blocks.py": "is not run",
     "kernels/cpu/build.py": "is not run",
     "kernels/cpu/columns.py": "is not run",
@@ -212,20 +211,13 @@ WITHOUT_NUMBERS = {
     "kernels/cpu/packing.py": "is not run",
     "kernels/cpu/rows.py": "is not run",
     "kernels/forward.py": "is not run",
-    "kernels/gather.py": "is not run",
-    "kernels/graded_kernels.py": "is not run",
-    "kernels/graded_triton.py": "is not run",
-    "kernels/image_kernels.py": "is not run",
     "kernels/mask_rows.py": "is not run",
-    "kernels/products.py": "is not run",
     "layers/finite.py": "refuses",
     "models/demo_model.py": "makes a model, whose files are hashed",
     "models/explained.py": "says what a user is told",
     "models/device.py": "names a device, which is part of a key",
     "models/digest.py": "hashes a model's files",
     "models/hub.py": "asks whether the hub is there, and for commits",
-    "pruning/choices/graded.py": "is not run",
-    "pruning/choices/previewed.py": "is not run",
     "pruning/session/kernels.py": "is not run",
     "results/format.py": "messages",
     "results/inputs.py": "describes what it was given",

@@ -132,7 +132,7 @@ def test_a_sparsity_out_of_a_methods_reach_is_left_out_with_a_word(saved_llama, 
     (said,) = view.notes
     assert said.startswith("cats at sparsity 0.7 is left out: choice=gate reads 1 of the FFN's 3 matrices whole")
     assert "use a sparsity up to 0.66" in said
-    view, others = Watch(), "griffin:choice=preview,dart:allocation=ends:allocation.first=9,griffin"
+    view, others = Watch(), "grinqh,decdec,griffin"
     config = _config(saved_llama, tmp_path / "other", method=others, sparsity="0.3", tasks="smoke_questions")
     assert len(run_local(config, view).records) == 1 and not view.broken
     assert [note.partition(" at ")[0] for note in view.notes] == others.split(",")[:2]
@@ -158,11 +158,11 @@ def test_a_run_says_what_it_makes_before_a_cell_has_answers(saved_llama, tmp_pat
         def status(self, text):
             said.append(text)
 
-    changes = {"method": "dense,griffin,dart-plus", "ffn_bits": "16,4", "tasks": "smoke_questions", "sparsity": "0.46"}
+    changes = {"method": "dense,griffin,wanda-sp", "ffn_bits": "16,4", "tasks": "smoke_questions", "sparsity": "0.46"}
     run_local(_config(saved_llama, tmp_path, dtype="bfloat16", limit=1, **changes), Told())
     said = said[len(said) - said[::-1].index("looking at the model's layers") :]
     cells = ["running smoke_questions dense", "running smoke_questions griffin 46 %"]
-    plus = ["making the preview of the FFN weights for dart-plus", "running smoke_questions dart-plus 46 %"]
+    plus = ["calibrating wanda-sp", "running smoke_questions wanda-sp 46 %"]
     on4 = [f"{text} on 4-bit weights" if text.startswith("running") else text for text in (*cells, *plus)]
     assert said == [
         cells[0], "rounding the FFN weights to 4 bits", on4[0], "preparing griffin",
@@ -277,20 +277,18 @@ def test_where_memory_runs_out_batches_are_halved(saved_llama, tmp_path, monkeyp
 def test_methods_run_on_rounded_weights_and_read_counts_their_bits(saved_llama, tmp_path):
     """In turn on the one model, which has its own weights in between."""
     config = config_from(None, {
-        "model": saved_llama, "method": "griffin,dense,dart-plus", "sparsity": "0.46", "ffn_bits": "4,16,8", "limit": 2,
+        "model": saved_llama, "method": "griffin,dense,magnitude", "sparsity": "0.46", "ffn_bits": "4,16,8", "limit": 2,
         "tasks": "smoke_questions", "output": str(tmp_path),
     })  # fmt: skip
     result = run_local(config, Watch())
     found = {(r.inputs["method"], r.inputs.get("ffn_bits")): r for r in result.records}
     bits = {"4": 4.6, "8": 8.6, None: 16}  # rows of 40 in down have two scales, where those of 32 have one
-    assert set(found) == {(m, b) for m in ("griffin", "dense", "dart-plus") for b in bits}
+    assert set(found) == {(m, b) for m in ("griffin", "dense", "magnitude") for b in bits}
     for (method, own), record in found.items():
         whole = bits[own] / 16
-        if method == "dart-plus":
-            assert 0.44 * whole < record.weights_read <= 0.542 * whole
-        else:  # the scales of down are read whole: .8 bits of a weight of one matrix of three
-            pruned = 0.54 * whole + 0.46 * (0 if own is None else 0.8) / 3 / 16
-            assert record.weights_read == pytest.approx(pruned if method == "griffin" else whole, rel=0.02)
+        # the scales of down are read whole: .8 bits of a weight of one matrix of three
+        pruned = 0.54 * whole + 0.46 * (0 if own is None else 0.8) / 3 / 16
+        assert record.weights_read == pytest.approx(whole if method == "dense" else pruned, rel=0.02)
         assert record.effective_sparsity == pytest.approx(1 - record.weights_read)
         assert all(s["effective_sparsity"] == pytest.approx(1 - record.weights_read) for s in record.samples)
         command = record.settings["command"]

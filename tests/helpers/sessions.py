@@ -33,7 +33,7 @@ REMASKED = [
 # Every choice, inside every kind of mask.
 CHOOSING = [
     ("cats", {}), ("m-countdown", {}), ("oracle-token", {}), ("top-p", {"choice.p": 0.7}),
-    ("cats", {"choice.threshold": "calibrated"}), ("prox", {}), ("dart-plus", {}),
+    ("cats", {"choice.threshold": "calibrated"}),
     ("magnitude", {"choice": "gate-up", "choice.write_share": 0.7}),
     ("griffin", {"choice": "up", "choice.mask_ratio": 1.3, "remask": "drift", **RESTLESS}),
     ("dart-code", {**RESTLESS, "remask.dense_tokens": 2, "choice": "gate", "score.vocabulary": "mean"}),
@@ -61,7 +61,7 @@ def fitting(method, family, sparsity):
     if method == "decdec":
         return min(max(sparsity, 0.56), 0.7)
     if method in (
-        "preview", "dart-plus", "graded-both", "grinqh",
+        "graded-both", "grinqh",
     ):  # fmt: skip
         return max(sparsity, 0.5)
     return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity

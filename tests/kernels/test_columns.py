@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
+from transformers import LlamaForCausalLM
 
-from dart_eval.kernels.cpu import build
+from dart_eval.kernels.cpu import blocks, build
 from dart_eval.kernels.cpu.columns import ColumnsFFN, ColumnsMatrix
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.inputs.columns import GradedColumns
@@ -14,6 +15,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session.kernels import lacking
 from dart_eval.util.bits import Rounding
+from dart_eval.util.errors import UserError
 from tests.helpers.models import odd_llama, random_tokens
 from tests.helpers.twins import ACTS, SHAPES, apart, coded, matrices, token
 
@@ -143,3 +145,37 @@ def test_what_a_token_reads_is_the_label(model):
 def test_what_settings_have_a_kernel(model, spec, reason):
     found = lacking(make(*parse(spec)), find_ffns(model))
     assert found is None if reason is None else reason in found
+
+
+def doubled(ffn):
+    ffn.block.forward = lambda x: 2 * ffn.down(ffn.intermediate(x))
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda f: f.down.to("meta"), "for plain weights on a CPU"),
+    (lambda f: setattr(f, "act", torch.nn.Tanh()), "has no Tanh"),
+    (lambda f: setattr(f.up, "bias", torch.nn.Parameter(torch.ones(301))), "without norms and biases"),
+    (doubled, "LlamaMLP does more than its projections"),
+])  # fmt: skip
+def test_what_the_kernel_cannot_run_has_a_reason(model, change, reason):
+    ffn = find_ffns(LlamaForCausalLM(model.config).bfloat16().eval())[1]
+    assert blocks.lacking(ffn) is None
+    change(ffn)
+    assert reason in blocks.lacking(ffn)
+    assert reason in lacking(make("grinqh"), [ffn]) or ffn.down.weight.is_meta
+
+
+@pytest.mark.parametrize("act", blocks.ACTS)
+def test_activations_are_known_by_their_values(model, act):
+    ffn = find_ffns(model)[0]
+    twin = blocks.TWINS[blocks.ACTS.index(act)]
+    assert blocks.act_of(type("F", (), {"act": staticmethod(twin)})()) == act
+    assert blocks.act_of(type("F", (), {"act": staticmethod(lambda x: twin(x) * 1.001)})()) is None
+    assert blocks.act_of(ffn) == "silu"
+
+
+def test_copies_that_a_machine_cannot_have_say_why(model, monkeypatch):
+    monkeypatch.setattr(build, "missing", lambda: "no C compiler is on the PATH")
+    expected = pytest.raises(UserError, match="no C compiler is on the PATH; use execution='masked'")
+    with expected, prune(model, "grinqh", 0.5, execution="copied"):
+        pass

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from dart_eval.kernels.cpu import build, library
-from dart_eval.kernels.cpu.ffns import CodedFFN, GradedFFN
+from dart_eval.kernels.cpu import build
+from dart_eval.kernels.cpu.ffns import CodedFFN
 from dart_eval.kernels.cpu.packing import lacking
-from dart_eval.kernels.cpu.rows import RowsProduct, read_rows, write_rows
+from dart_eval.kernels.cpu.rows import RowsProduct
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.codes import Packed
 from dart_eval.weights.rounding import rounded
-from tests.helpers.twins import SHAPES, Twin, apart, check, coded, dense, image, lines, matrices, size, token, values
+from tests.helpers.twins import SHAPES, apart, coded, dense, matrices, size, token, values
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
 
@@ -49,32 +49,11 @@ def test_rows_are_multiplied_as_by_torch(level, width, rows, seed, kind, biased,
     assert apart(found[0], expected, (weight.double() * x.double()).norm()) < HALF
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    width=SHAPES["width"], rows=SHAPES["neurons"], seed=SHAPES["seed"], kind=SHAPES["kind"], share=st.floats(0, 1),
-    threads=st.integers(1, 3),
-)  # fmt: skip
-def test_chosen_rows_are_read_and_added_up_as_by_torch(level, width, rows, seed, kind, share, threads):
-    weight, x = matrices(width, rows, seed, kind)[0], token(width, seed, kind).bfloat16()[0]
-    index = torch.randperm(rows)[: int(share * rows)]
-    h, chosen, before = torch.randn(len(index)).bfloat16(), weight[index].double(), torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        read, written = read_rows(weight, index, x, level), write_rows(weight, index, h, level)
-    finally:
-        torch.set_num_threads(before)
-    assert apart(read, chosen @ x.double(), (chosen * x.double()).norm()) < HALF
-    assert apart(written, h.double() @ chosen, (h.double()[:, None] * chosen).norm()) < HALF
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_times_what_is_no_number_is_none(level, bad):
     x = token(150).bfloat16()
     x[0, 77] = bad
-    weight, index = matrices(150, 90)[0], torch.arange(0, 90, 7)
-    assert not RowsProduct(weight, None, level)(x).isfinite().any()
-    assert not read_rows(weight, index, x[0], level).isfinite().any()
-    assert not write_rows(weight, index, x[0, 65:78], level).isfinite().any()
+    assert not RowsProduct(matrices(150, 90)[0], None, level)(x).isfinite().any()
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,54 +85,13 @@ def test_every_bit_of_every_code_counts(level, rounding):
             assert apart(ffn(x), expected) < CLOSE, place
 
 
-# -- dart-plus -------------------------------------------------------------------------------------------------------
-
-
-def graded(packed, taken, coarse, act, level, known=0.2):
-    twin = Twin(packed, taken, coarse, act, known)
-    ffn = GradedFFN(*packed, twin.doubts, twin.columns, taken, coarse, known, act, level)
-    assert ffn.lines == lines(packed)
-    return ffn, twin
-
-
-def own_scores(ffn):
-    """Scores and h as the kernel had them for the last token: [F] each."""
-    padded, size = ffn._job.padded, ffn.size
-    work = library._ROOM[0]
-    return work[4 * padded : 4 * padded + size].clone(), work[6 * padded : 6 * padded + size].clone()
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    **SHAPES, rounding=st.sampled_from([r for r in ROUNDINGS if r.bits > 4]),
-    shares=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)), known=st.floats(0, 1),
-)  # fmt: skip
-def test_dart_plus_chooses_and_writes_as_its_twin(level, width, neurons, seed, kind, act, rounding, shares, known):
-    packed, x = coded(*matrices(width, neurons, seed, kind), rounding), token(width, seed, kind)
-    taken, coarse = (int(share * neurons) for share in shares)
-    ffn, twin = graded(packed, taken, coarse, act, level, known)
-    check(ffn(x), *own_scores(ffn), ffn.chosen, twin, x, limit(kind))
-
-
-def test_ties_go_to_the_lower_index(level):
-    packed = coded(*matrices(64, 100, kind="equal"), Rounding(8, 128))
-    ffn, _ = graded(packed, 30, 20, "silu", level)
-    ffn(token(64))
-    assert ffn.chosen[0].tolist() == [*range(30)] and ffn.chosen[1].tolist() == [*range(30, 50)]
-
-
-@pytest.mark.parametrize("rounding", [Rounding(8, 128), Rounding(6, 128), Rounding(5, 0)], ids=lambda r: r.text)
-def test_all_neurons_exactly_are_the_ffn_of_all_bits(level, rounding):
-    packed, x = coded(*matrices(300, 260), rounding), token(300)
-    ffn, _ = graded(packed, 260, 0, "silu", level)
-    assert apart(ffn(x), dense(x, *values(packed))) < CLOSE
-
-
 def test_first_bits_stand_for_the_kernels_line():
     """And nearly for the means of the codes that begin so."""
     held = coded(*matrices(512, 256), Rounding(8, 128))[0]
     line = held.decoded(torch.float32, 4)
-    assert torch.allclose(line, image(held, held.line(4)).float(), atol=1e-6)
+    slope, offset = held.line(4)
+    image = slope * ((held.codes.int() + 128) >> 4).double() + offset
+    assert torch.allclose(line, (image * held.scales.double().repeat_interleave(128, 1)).float(), atol=1e-6)
     begin = held.codes >> 4
     means = torch.stack([held.codes[begin == b].double().mean() for b in range(-8, 8)])[begin.long() + 8]
     means = means * held.scales.double().repeat_interleave(128, 1)
@@ -165,8 +103,6 @@ def test_bytes_are_those_of_the_format(level):
     weights = 3 * 256 * 2048
     scales = 2 * (2 * 256 * 16 + 2048 * 2)
     assert CodedFFN(*packed, level=level).bytes_read == weights + scales
-    ffn, _ = graded(packed, 60, 50, "silu", level)
-    assert ffn.bytes_read == 256 * 2048 + 60 * (2048 + 2048) + 50 * 1024 + scales + 6 * 256
 
 
 # -- odd input -------------------------------------------------------------------------------------------------------
@@ -175,7 +111,6 @@ def test_bytes_are_those_of_the_format(level):
 def every(level, width=150, neurons=90):
     packed = coded(*matrices(width, neurons), Rounding(8, 128))
     yield CodedFFN(*packed, level=level)
-    yield graded(packed, 30, 30, "silu", level)[0]
 
 
 def product_of(level):
@@ -209,8 +144,6 @@ def test_tiny_and_huge_numbers_end_and_stay_inside(level, size):
         assert out.shape == (1, 150)
         if size < 1:
             assert out.abs().max() <= 1e-18
-        if isinstance(ffn, GradedFFN):
-            assert all(len(c.unique()) == 30 and c.min() >= 0 and c.max() < 90 for c in ffn.chosen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -275,11 +208,6 @@ def test_other_weights_and_tokens_are_refused(level):
     for x in (torch.zeros(2, 64), torch.zeros(1, 63), torch.zeros(64)):
         with pytest.raises(ValueError, match="one token of width 64"):
             ffn(x)
-    with pytest.raises(ValueError, match="read at once"):
-        GradedFFN(*coded(gate, up, down, Rounding(4, 128)), torch.zeros(2, 40), torch.zeros(40), 1, 1, level=level)
-    for taken, others in ((41, 0), (30, 20), (-1, 2)):
-        with pytest.raises(ValueError, match="of 40 neurons"):
-            GradedFFN(*packed, [torch.zeros(40)] * 2, torch.zeros(40), taken, others, level=level)
 
 
 @pytest.mark.parametrize("text", ["3", "7:128", "8:32", "4:64", "q4_k"])

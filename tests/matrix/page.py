@@ -15,10 +15,9 @@ computes something other than its family's FFN is refused, too.
 **masked**: a token decoded under a mask gives the same logits as in a model without the pruned neurons. **generation**:
 at sparsity 0 the text is the model's own, and at 50 % every decoded token reads half of the FFN. **scoring**: answers
 in batches, with padding and a shared context, score the same as each one alone and as in plain forwards. **choices**:
-tokens choose their neurons, and a choice by |h| takes exactly the largest. **previews**: tokens choose by the first
-bits of the weights. **dart**: sparsity is spread by depth (for several FFNs in one layer, by what they add together),
-and re-masks happen while decoding. **copied**: multiplying copies of the mask's weights gives the same numbers; so do
-kernels that read only the rows that a token chooses.
+tokens choose their neurons, and a choice by |h| takes exactly the largest. **dart**: sparsity is spread by depth (for
+several FFNs in one layer, by what they add together), and re-masks happen while decoding. **copied**: multiplying
+copies of the mask's weights gives the same numbers.
 
 In a mixture of experts, sparsity is the share of the routed neurons (those of a token's experts) that the token does
 not read. Activations count with the router's weight. A mask has equally many neurons of each expert of a layer. Layers
@@ -26,10 +25,10 @@ with one more or one fewer make up for rounding, and no token reads more than th
 neurons by the prompt tokens that used it, even if only one did. If none did, it ranks them by the norms of their down
 columns. Experts that every token uses are ordinary FFNs.
 
-{right} of {all} types pass the first four checks, and {good} all seven.
+{right} of {all} types pass the first four checks, and {good} all six.
 
-| type | FFN | masked | generation | scoring | choices | previews | dart | copied |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| type | FFN | masked | generation | scoring | choices | dart | copied |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 REFUSED = """
 ## Refused

@@ -7,10 +7,10 @@ from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local
 from tests.matrix.types import tiny
 
-METHODS = ("dense", "griffin", "dart", "dart-plus")  # other choices of tokens: test_matrix.py
-# Where depth has no meaning, and where a norm of all neurons comes before down (docs/models.md).
+METHODS = ("dense", "griffin", "dart")  # other choices of tokens: test_matrix.py
+# Where depth has no meaning (docs/models.md).
 UNIFORM = {"dart": "dart:allocation=uniform"}
-OTHERWISE = {"deepseek_v4": UNIFORM, "inkling2_text": UNIFORM, "bitnet": {"dart-plus": "cats"}}
+OTHERWISE = {"deepseek_v4": UNIFORM, "inkling2_text": UNIFORM}
 
 # Hybrids, a recurrence that takes one token at a time, no padding, a norm of neurons, experts of all forms, words that
 # embeddings alone know.
@@ -59,13 +59,13 @@ def test_what_is_not_made_for_experts_is_left_out_with_a_line(tmp_path, tokenize
 def test_what_does_not_fit_a_norm_of_neurons_is_left_out_too(tmp_path, tokenizer):
     tiny("bitnet").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    given = {"method": "griffin,dart-plus", "sparsity": 0.5, "tasks": "smoke_questions", "limit": 1}
+    given = {"method": "griffin,teal", "sparsity": 0.5, "tasks": "smoke_questions", "limit": 1}
     watch = Watch()
     result = run_local(
         config_from(None, given | {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}), watch
     )
     assert not result.failed and [r.inputs["method"] for r in result.records] == ["griffin"]
     assert any(
-        "dart-plus at sparsity 0.5 is left out: choice=graded does not fit an FFN that has a norm" in note
+        "teal at sparsity 0.5 is left out: entries=threshold does not fit an FFN that has a norm" in note
         for note in watch.notes
     )

@@ -6,7 +6,7 @@ from torch import nn
 
 from dart_eval.layers.activations import Act, Lift, swish
 from dart_eval.layers.find import find_ffns, unchanged
-from dart_eval.pruning.choices.look import expected_square
+from dart_eval.pruning.inputs.both import expected_square
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import generate, open_session
@@ -62,7 +62,7 @@ def test_gates_that_are_compared_with_each_other_are_refused_by_what_they_do():
         find_ffns(tiny("gemma3n_text"))
 
 
-@pytest.mark.parametrize("method", ["dart-choice", "dart-plus", "teal"])
+@pytest.mark.parametrize("method", ["dart-choice", "teal"])
 def test_what_needs_a_neurons_own_part_does_not_fit_a_norm(method):
     params = {"compensation": "mean"} if method == "dart-choice" else {}
     with (
@@ -110,7 +110,7 @@ def test_what_counts_a_token_once_does_not_fit_layers_that_run_more_often(method
 
 
 @pytest.mark.parametrize("up", [0.5, 2.5])
-def test_what_a_preview_misses_of_up_is_bounded_with_it(up):
+def test_what_a_look_misses_of_up_is_bounded_with_it(up):
     """By hand: an up of 0.5 or 2.5 that is off by 0.25 either way, doubled and bounded by 2; the gate is known."""
     lift = Lift((2.0,), 2.0, 0.0)
     seen, errors = [torch.tensor([3.0]), torch.tensor([up])], [torch.zeros(1), torch.tensor([0.25])]

@@ -13,7 +13,6 @@ import dart_eval
 from dart_eval import UserError, attach, prune
 from dart_eval.layers.find import HELD
 from dart_eval.layers.guard import GUARD
-from dart_eval.weights.rounding import coded
 from tests.helpers.models import biased, tiny, word_tokenizer
 from tests.helpers.sessions import RESTLESS, bits, generate, hooked, prompts_of, same
 
@@ -119,14 +118,14 @@ def test_one_session_a_model(llama):
 
 
 def test_detaching_twice_leaves_the_next_session_alone(llama):
-    first = attach(llama.float(), "dart-plus", sparsity=0.6)
+    first = attach(llama.float(), "grinqh", sparsity=0.6)
     first.detach()
-    second = attach(llama, "dart-plus", sparsity=0.6)
+    second = attach(llama, "grinqh", sparsity=0.6)
     wanted = logits(llama, prompts_of(1, 12))
     first.detach()
     del first
     gc.collect()
-    assert hooked(llama) and all(coded(m) is not None for f in second.ffns for m in f.projections)
+    assert hooked(llama)
     assert torch.equal(logits(llama, prompts_of(1, 12)), wanted)
     second.detach()
     assert not hooked(llama)

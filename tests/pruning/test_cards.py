@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from dart_eval.layers import projection
 from dart_eval.models.loading import ModelSpec, Resolved, resolve
-from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.sweep import jobs, local
 from dart_eval.sweep.config import config_from
 from dart_eval.util.errors import UserError
@@ -101,10 +100,10 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_ll
 
 @pytest.mark.parametrize(
     ("family", "method", "params", "shared"),
-    # The tensors of these cards do not take other data (`rounding`'s weights, or the whole numbers of `dart-plus`).
+    # The tensors of these cards do not take other data (`rounding`'s weights).
     product(
         FAMILIES,
-        [*((*m, False) for m in VARIED if m[0] not in ("rounding", "dart-plus")), ("dart", RESTLESS, True)],
+        [*((*m, False) for m in VARIED if m[0] != "rounding"), ("dart", RESTLESS, True)],
         every=8,
     ),
 )
@@ -124,16 +123,6 @@ def test_a_spread_model_decodes_as_one_that_is_not(family, method, params, share
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1:] == found[1][1:]
     assert bool(found[0][1]) == makes_new_masks(params)  # masks did change
-
-
-def test_columns_in_a_stored_order_are_found_on_the_card():
-    """The order is made on the CPU, once for a model."""
-    part, order = DartPlus(fine=0.4, rough=0.3, tile=16), torch.randperm(96)
-    x = torch.randn(2, 3, 96)
-    wanted = part.parts_of(x, order)
-    with Cards():
-        found = part.parts_of(x.to("lazy:0"), order)
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_what_cards_would_refuse_is_refused():

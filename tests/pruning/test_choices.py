@@ -18,8 +18,6 @@ from dart_eval.pruning.choices.choice import Choice, Token
 from dart_eval.pruning.choices.countdown import ByUp
 from dart_eval.pruning.choices.gate_up import GateUp
 from dart_eval.pruning.choices.oracle import ByHidden, TopP
-from dart_eval.pruning.choices.preview import ByPreview
-from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.cost import overhead
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import CHOICES, make
@@ -28,10 +26,8 @@ from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, biased, random_tokens, tiny
 from tests.helpers.sessions import PLAIN, RESTLESS, cache_of, decoded, generate, open_session, prompts_of, state_of
 
-EXACT = [cls for cls in CHOICES if cls.chooses and cls().exact and not cls.adds and not cls.ranks]
-LOOKS = {
-    ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate", ByPreview: "expected", Prox: "preview",
-}  # fmt: skip
+EXACT = [cls for cls in CHOICES if cls.chooses and cls().exact and not cls.ranks]
+LOOKS = {ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate"}
 
 
 def tokens_of(seed, size, tokens, ties, usual=False):
@@ -45,8 +41,7 @@ def tokens_of(seed, size, tokens, ties, usual=False):
     gate, up = numbers(2, tokens, size), numbers(2, tokens, size)
     mask = torch.rand(2, 1, size, generator=generator) < 0.7
     usual = numbers(2, 1, size).abs() if usual else None
-    preview, expected = numbers(2, tokens, size), numbers(2, tokens, size).abs()
-    return Token(gate * up, gate, up, usual, preview=preview, expected=expected, allowed=mask), mask
+    return Token(gate * up, gate, up, usual, allowed=mask), mask
 
 
 def take(choice, token, taken=None, written=None):
@@ -55,8 +50,8 @@ def take(choice, token, taken=None, written=None):
     return choice.choose(dataclasses.replace(token, allowed=allowed, taken=taken, written=written))
 
 
-def seen(h, expected=None):
-    return Token(h, h, h, preview=h, expected=h if expected is None else expected)
+def seen(h):
+    return Token(h, h, h)
 
 
 def best(scores, among, count):
@@ -96,7 +91,7 @@ def test_each_token_takes_exactly_its_count_inside_the_mask_and_the_most_importa
 @pytest.mark.parametrize("cls", [*EXACT, TopP])
 def test_a_choice_takes_activations_of_any_dtype_and_sign(cls, dtype):
     h = torch.tensor([[[-4.0, 1.0, -2.0, 0.0, 3.5]]]).to(dtype)
-    kept = take(cls(), seen(h, h.float().square()), torch.tensor([3]), torch.tensor([3]))
+    kept = take(cls(), seen(h), torch.tensor([3]), torch.tensor([3]))
     assert kept.nonzero()[:, 2].tolist() == [0, 2, 4]  # the share 0.9 of a sum of 10.5 needs three, too
 
 
@@ -316,13 +311,3 @@ def test_a_threshold_is_not_rounded_to_the_models_dtype():
     token = Token(h=up, gate=None, up=up, allowed=torch.ones_like(up, dtype=torch.bool), threshold=1.005,
                   taken=torch.tensor([1]), written=torch.tensor([1]))  # fmt: skip
     assert choice.choose(token).tolist() == [[[True, False]]]
-
-
-def test_rough_columns_cost_nothing_where_none_is_fine():
-    """All columns are read in all bits of the preview then."""
-    model = tiny("llama")
-    states = []
-    for params in ({}, {"choice.rough": 0.5}):
-        with open_session(model, "dart-plus", 0.5, **{"image.code": 8, **params}) as session:
-            states.append(session.state_bytes)
-    assert states[0] == states[1]

@@ -25,7 +25,7 @@ from tests.helpers.sessions import (
 
 STATIC = [("magnitude", {}), ("wanda-sp", {})]
 TWO_STAGES = ("dart-choice", {**RESTLESS, "choice.write_share": 1.0})
-COPIED = [case for case in CHOOSING[::2] if case[0] != "dart-plus"]  # its choice has no kernels yet
+COPIED = CHOOSING[::2]
 METHODS = [*REMASKED, *COPIED, *STATIC, TWO_STAGES, ("dart", {"allocation": "uniform"})]
 
 

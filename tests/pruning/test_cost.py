@@ -6,15 +6,13 @@ FLOPs: tests/derivations/test_flops.py.
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
 
 import dart_eval
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.cost import describe, overhead
 from dart_eval.pruning.registry import make
-from dart_eval.results.store import Store
-from tests.helpers.models import made, random_tokens, tiny, word_tokenizer
+from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import generate, open_session
 from tests.matrix.types import tiny as typed
 
@@ -94,32 +92,6 @@ def test_scales_that_every_token_reads_are_no_products(bits, method, sparsity):
         assert run.computed(read) == pytest.approx(expected, abs=0.01)
 
 
-def test_products_of_a_choice_that_varies_follow_its_read(llama):
-    """Its copies are read whatever it takes."""
-    with open_session(llama, "prox", 0.5, execution="masked", **{"choice.threshold": "calibrated"}) as run:
-        label = float(run.shares(1).read[0])
-        assert run.computed(label) < run.computed(label + 0.1) < 1
-
-
-def test_a_mask_that_was_measured_stands_before_its_estimate(llama):
-    shape = shape_of(llama, find_ffns(llama))
-    half, most = (
-        overhead(make("griffin", {"choice": "shown"}), shape, 10, 0.3, in_mask=m).decode_step for m in (0.5, 1.0)
-    )
-    assert most == pytest.approx(2 * half)
-
-
-def test_the_record_of_dart_plus_has_the_work_of_its_read(tmp_path):
-    """It skips columns below 19 % of the bytes."""
-    asked = {"tasks": "smoke_questions", "limit": 2, "output": tmp_path, "progress": False}
-    config = LlamaConfig(vocab_size=96, hidden_size=264, intermediate_size=301, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    model = made(lambda: config, scale=1, dtype=torch.bfloat16)
-    dart_eval.evaluate(model, word_tokenizer(), method="dart-plus", sparsity="0.7,0.9", **asked)
-    work = {r.inputs["sparsity"]: r.flops["overhead_decode_step"] for r in Store(tmp_path).load()}
-    assert work[0.9] < 0.9 * work[0.7]
-
-
 def test_the_ring_reads_all_experts_that_its_tokens_had():
     """Two of four experts a token: a ring of several inputs has all of them, a ring of one has two."""
     model = typed("qwen3_moe")
@@ -130,10 +102,3 @@ def test_the_ring_reads_all_experts_that_its_tokens_had():
     more, plain = (overhead(make("griffin", p), shape, 100, 0.5, 0.5).prefill for p in ({"compensation": "mean"}, {}))
     # The constants are those of the pruned neurons of all experts.
     assert more - plain == 100 * 2 * sum(shape.ffn_sizes) + 2 * shape.width * sum(f.pool for f in ffns) // 2
-
-
-def test_what_writes_through_an_image_is_overhead_and_no_product():
-    with open_session(tiny("llama"), "dart-plus", 0.7, execution="masked") as run:
-        generate(run.model, torch.tensor([random_tokens(9)]), 2)
-        assert run.state.written.sum() > run.state.taken.sum()
-        assert run.computed(0.3) == pytest.approx(float(run.state.taken.sum()) / sum(3 * f.size for f in run.ffns) * 3)

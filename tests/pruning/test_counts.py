@@ -5,12 +5,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dart_eval.pruning.choices.choice import All
-from dart_eval.pruning.choices.dart_plus import graded_counts
 from dart_eval.pruning.choices.oracle import ByHidden, TopP
-from dart_eval.pruning.masks.counts import Budget, Counts, ReadCost, chosen_counts, in_steps, keep_counts
+from dart_eval.pruning.masks.counts import Budget, Counts, chosen_counts, in_steps, keep_counts
 from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
 from dart_eval.pruning.registry import CHOICES, make
-from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from tests.helpers.models import tiny
 from tests.helpers.sessions import generate, open_session, prompts_of
@@ -105,7 +103,7 @@ def test_every_layer_reads_its_share(shares, sparsity, spread, read_whole, down)
 
 
 @pytest.mark.parametrize("matrices", [2, 3])
-@pytest.mark.parametrize("cls", [c for c in CHOICES if not c.previews and not c.ranks])  # test_preview counts bits
+@pytest.mark.parametrize("cls", [c for c in CHOICES if not c.ranks])
 def test_a_choice_counts_what_it_says_that_it_reads(cls, matrices):
     choice, half = cls(), ([0.5, 0.5], [100, 100], 0.5, matrices)
     alone, everything, inside = [50, 50], [100, 100], [80, 80]
@@ -152,69 +150,3 @@ def test_a_sparsity_that_what_is_read_whole_does_not_leave_is_refused(method, fa
         assert session.weights_read == round((1 - most) * 120) / 120
     with open_session(model, "griffin", 0.9, choice=make(method).choice.name):  # inside a mask any may be met
         pass
-
-
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("sparsity", [0.5, 0.55, 0.6])
-@pytest.mark.parametrize("size", [40, 301])
-def test_what_a_layer_cannot_take_goes_to_the_others(size, sparsity, ratio):
-    """Graded choices: a dense layer reads all of its codes, and they are about half of its bytes."""
-    layers, cost = 8, ReadCost(0.0, 0.5, 0.5, 0.25, always=0.55)  # rows of three matrices; all codes are 1.55
-    densities = [1.0, *[1 - sparsity * layers / (layers - 2)] * (layers - 2), 1.0]  # allocation=ends
-    found = graded_counts(Budget(densities, [size] * layers, sparsity, 3, read_cost=cost), ratio)
-    taken, coarse = sum(found.taken), sum(found.written) - sum(found.taken)
-    room = 3 * round((1 - sparsity) * size * layers) - cost.always * size * layers
-    assert 0 <= room - taken - 0.25 * coarse < 1.0
-    assert found.taken[0] == found.taken[-1] == size
-
-
-def test_an_image_of_all_bits_leaves_nothing_more_to_read_of_a_dense_layer():
-    cost = ReadCost(in_mask=0.5, taken=0.0, written=0.25, approximated=0.25)
-    densities = [1.0, *[0.12] * 7]
-    found = graded_counts(Budget(densities, [40] * 8, 1 - sum(densities) / 8, 3, read_cost=cost), 1.0)
-    assert found.taken[0] == 40 and sum(found.written) * 0.25 <= 3 * round(40 * sum(densities)) - 0.5 * 320
-
-
-@pytest.mark.parametrize("sparsity", [0.7, 0.8, 0.9])
-def test_a_choice_by_a_preview_inside_a_mask_spends_its_label(sparsity):
-    """A neuron that is read whole costs less than the matrices: 6.15 of 16 bits at 70 %."""
-    cost = ReadCost(in_mask=2 * 2.15 / 16, taken=2 * 4 / 16, written=6.15 / 16)
-    found = chosen_counts(Budget([1 - sparsity] * 3, [301, 97, 301], sparsity, 3, read_cost=cost), 1, 1.6, 1.0)
-    neurons = [sum(n) for n in (found.mask, found.taken, found.written)]
-    read = sum(c * n for c, n in zip((cost.in_mask, cost.taken, cost.written), neurons, strict=True)) / (3 * 699)
-    assert 1 - sparsity - 0.003 < read < 1 - sparsity + 1e-3
-
-
-PREVIEWS = {
-    "gate and up in 4 bits": (2 * 4 / 48, 6.15 / 48, 0.0),
-    "cheap": (0.05, 0.5, 0.0),
-    "scales": (0.1, 0.2, 0.02),
-}
-
-
-@pytest.mark.parametrize(("sparsity", "width"), [(0.3, 32), (0.33, 64), (0.5, 64), (0.88, 32)])
-def test_a_budget_that_is_met_to_the_last_digit_leaves_no_less_than_nothing(sparsity, width):
-    make("griffin", {"choice": "preview", "image": "copy"}).check_reach(
-        sparsity, [40] * 3, width, 3, Rounding(4, 32).stored(width)
-    )
-
-
-@given(
-    st.lists(st.floats(0.0, 1.0), min_size=2, max_size=9), st.integers(17, 301), st.floats(0.3, 0.99),
-    st.sampled_from([*PREVIEWS]), st.floats(0.5, 4.0),
-)  # fmt: skip
-def test_whatever_the_densities_no_budget_is_exceeded_or_left(weights, size, sparsity, kind, ratio):
-    """Layers that cannot take their share leave it to the others, and what cannot be met at all is refused."""
-    seen, written, always = (3 * part for part in PREVIEWS[kind])
-    cost = ReadCost(in_mask=seen, taken=2 * written, written=written, always=always)
-    sizes, kept = [size] * len(weights), (1 - sparsity) * len(weights)
-    densities = [min(1.0, kept * w / max(sum(weights), 1e-9)) for w in weights]
-    try:
-        found = chosen_counts(Budget(densities, sizes, sparsity, 3, read_cost=cost), 1, ratio, 1.0)
-    except UserError:
-        assume(False)
-    neurons = [sum(n) for n in (found.mask, found.taken, found.written)]
-    budget = 3 * round((1 - sparsity) * sum(sizes)) - always * sum(sizes)
-    spent = sum(c * n for c, n in zip((seen, 2 * written, written), neurons, strict=True))
-    assert spent <= budget + 1e-6
-    assert budget - spent < seen + 3 * written or neurons[2] == sum(sizes)

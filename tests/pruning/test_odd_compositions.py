@@ -10,10 +10,8 @@ from dart_eval.bench import bytes_only, decode, overhead, tracing
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.layers.find import describe, find_ffns
-from dart_eval.layers.shape import shape_of
+from dart_eval.layers.find import find_ffns
 from dart_eval.models import shapes
-from dart_eval.pruning import cost
 from dart_eval.pruning.masks.allocations import Ends
 from dart_eval.pruning.registry import BUILT_IN, make, parse
 from dart_eval.util.errors import UserError
@@ -43,12 +41,9 @@ def test_ends_are_layers_with_all_of_their_ffns(name):
         pass
 
 
-@pytest.mark.parametrize(("method", "params"), [
-    ("prox", {}), ("preview", {"image": "copy"}), ("preview", {}), ("dart-plus", {}), ("cats", {}),
-])  # fmt: skip
-def test_tokens_without_a_context_read_all_weights_and_no_preview(method, params):
+def test_tokens_without_a_context_read_all_weights():
     model = tiny("llama", torch.float32)
-    with open_session(model, method, 0.5, allocation="depth", **params) as session:
+    with open_session(model, "cats", 0.5, allocation="depth") as session:
         scoring = scorer(model, output_head_of(model, session), session, 2)
         costs = []
         for context in (1, 9):  # all but the last token of a context make its densities
@@ -95,19 +90,6 @@ def test_every_method_is_counted_on_a_shape(spec, monkeypatch):
     )
     found = overhead.measure(make(*parse(spec)), "small", 0.6, (16, 40), 40)
     assert all(n >= 0 for n in found.parts.values()) and found.state_bytes[40] == sum(found.parts.values())
-
-
-def test_a_previews_work_is_that_of_the_mask_it_was_prepared_with(monkeypatch):
-    """The preview's codes have half the bytes of a neuron, so the mask holds more of them than 1.6 x .3."""
-    monkeypatch.setitem(
-        shapes.SHAPES, "small", lambda: LlamaConfig(**{**SMALL, "hidden_size": 256, "intermediate_size": 512})
-    )
-    method = make("dart", {"choice": "preview"})
-    found = overhead.measure(method, "small", 0.7, prompts=(16,), context=64)
-    model = shapes.without_weights("small")
-    shape = shape_of(model, describe(model))
-    by_mask = {m: cost.overhead(method, shape, 64, 0.3, m).decode_step / shape.decode(65) for m in (0.48, 0.9)}
-    assert by_mask[0.48] * 1.2 < found.decode_share <= by_mask[0.9]
 
 
 def test_a_prompt_longer_than_a_models_positions_is_refused(tmp_path):

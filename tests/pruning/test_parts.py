@@ -9,13 +9,9 @@ from dart_eval.cli.describe import alternatives, part_rows, tree
 from dart_eval.pruning.choices.cats import ByGate
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.countdown import ByUp
-from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.gate_up import GateUp
-from dart_eval.pruning.choices.images import Copy, FirstBits
 from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.pop import Candidates
-from dart_eval.pruning.choices.preview import ByPreview
-from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.rounded import RoundedEntries
@@ -37,7 +33,7 @@ from dart_eval.util.errors import UserError
 
 METHODS = [m.name for m in BUILT_IN]
 FIELDS = [(cls, field) for cls in PARTS if cls is not FromTable for field in plain_fields(cls)]
-SLOTS = ("mask", "score", "draw", "remask", "choice", "image", "allocation", "compensation", "entries")
+SLOTS = ("mask", "score", "draw", "remask", "choice", "allocation", "compensation", "entries")
 
 
 def made(spec):
@@ -143,13 +139,6 @@ def test_the_built_in_methods_are_these_compositions():
         ),
         "cats": Pruner(choice=ByGate(threshold="none")),
         "m-countdown": Pruner(choice=ByUp(threshold="none")),
-        "preview": Pruner(choice=ByPreview(image=FirstBits(code=0, group=128, bits=0), write_share=0.7)),
-        "prox": Pruner(choice=Prox(image=Copy(bits=4, group=0), thin=0.5, threshold="none")),
-        "dart-plus": Pruner(
-            choice=DartPlus(
-                image=FirstBits(code=0, group=128, bits=0), fine=0.0, rough=0.0, tile=64, known=0.2, coarse=1.0
-            )
-        ),
         "top-p": Pruner(choice=TopP(p=0.9)),
         "oracle-token": Pruner(choice=ByHidden()),
         "teal": Pruner(entries=Above()),
@@ -170,7 +159,7 @@ def test_what_a_composition_is_follows_from_its_parts():
     def those(tells):
         return {m.name for m in BUILT_IN if getattr(m, tells)}
 
-    choosing = {"cats", "m-countdown", "preview", "prox", "dart-plus", "top-p", "oracle-token"}
+    choosing = {"cats", "m-countdown", "top-p", "oracle-token"}
     prompted = {"griffin", "dart", "dart-code", "dart-choice", "pop"}
     assert those("prunes") == set(METHODS) - {"dense"}
     assert those("sized") == set(METHODS) - {"dense", "top-p", "rounding"}

@@ -149,9 +149,8 @@ def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, ch
 @pytest.mark.parametrize(
     ("change", "method", "line"),
     [
-        (_box, "dart-plus", "needs FFN weights of 16 bits, or codes on an even grid"),
         (_box, "rounding", "what is rounded are 16-bit weights, and these have"),
-        (_pack, "dart-plus", "others cannot stand in their place; load the model unquantised"),
+        (_pack, "rounding", "what is rounded are 16-bit weights, and these have"),
     ],
 )
 def test_what_needs_the_weights_themselves_is_refused_in_one_line(change, method, line):
@@ -209,7 +208,7 @@ def test_weights_that_torch_packs_are_counted_and_read_as_they_are_packed():
     assert served_bits(find_ffns(model)) == pytest.approx(8 + 64 / (32 * 40))
     assert torch.allclose(values(down, 40), down.weight().dequantize(), atol=1e-6)
     assert nbytes(model) == sum(4 * p.numel() for p in model.parameters()) + 9 * (32 * 40 + 8)
-    for method in ("magnitude", "dart", "prox"):
+    for method in ("magnitude", "dart", "cats"):
         with warnings.catch_warnings(), open_session(model, method, 0.5) as session:
             warnings.simplefilter("ignore")
             generate(model, torch.tensor([random_tokens(20)]), 4)

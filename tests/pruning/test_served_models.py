@@ -29,7 +29,7 @@ def _other_data(down):
 
 
 @pytest.mark.parametrize("edit", [_new_parameter, _through_data, _other_data])
-@pytest.mark.parametrize("method", ["griffin", "magnitude", "dart-plus"])
+@pytest.mark.parametrize("method", ["griffin", "magnitude", "grinqh"])
 def test_weights_that_are_edited_inside_the_block_are_noticed(llama, method, edit):
     """Copies of the earlier ones would be multiplied, and would come back in place of the user's."""
     session = attach(llama, method, 0.5)
@@ -57,9 +57,7 @@ def test_experts_that_are_edited_inside_the_block_are_noticed():
             generate(model, prompts_of(1, 9), 3)
 
 
-@pytest.mark.parametrize(
-    ("method", "execution"), [("griffin", "copied"), ("rounding", "masked"), ("dart-plus", "masked")]
-)
+@pytest.mark.parametrize(("method", "execution"), [("griffin", "copied"), ("rounding", "masked"), ("grinqh", "masked")])
 def test_an_exception_inside_generate_leaves_the_models_own_weights(method, execution):
     """Else `save_pretrained` would write the neurons of a mask, or rounded weights."""
     model = biased("llama").float()
@@ -73,9 +71,7 @@ def test_an_exception_inside_generate_leaves_the_models_own_weights(method, exec
     session.detach()
 
 
-@pytest.mark.parametrize(
-    ("method", "execution"), [("dart-choice", "copied"), ("prox", "masked"), ("dart-plus", "copied")]
-)
+@pytest.mark.parametrize(("method", "execution"), [("griffin", "copied"), ("cats", "copied"), ("grinqh", "copied")])
 def test_methods_run_under_autocast(method, execution):
     model = odd_llama().float()
     with open_session(model, method, 0.5) as session, torch.autocast("cpu", torch.bfloat16):

@@ -11,13 +11,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, O
 from dart_eval.kernels.cpu import build
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.choices import serving
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
-from dart_eval.weights import codes
-from dart_eval.weights.rounding import on_grid, rounded
+from dart_eval.weights.decoded import Decoded
+from dart_eval.weights.rounding import rounded
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import odd_llama, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, open_session
@@ -357,7 +356,7 @@ def test_weights_that_come_for_each_forward_alone_are_no_changed_layer(llama, pa
         assert session.effective_sparsity == pytest.approx(0.5 * 7 / 8)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "flap", "cats", "dart-plus", "rounding"])
+@pytest.mark.parametrize("method", ["magnitude", "flap", "grinqh", "rounding"])
 def test_methods_that_read_weights_are_refused_where_these_are_offloaded(llama, method):
     pytest.importorskip("accelerate").cpu_offload(llama)
     with pytest.raises(UserError, match="weights of Linear are offloaded"), open_session(llama, method, 0.5):
@@ -415,7 +414,7 @@ def test_the_methods_of_a_model_are_its_own_again(llama):
 @pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
 def test_a_batch_that_grows_while_decoding_leaves_the_kernel_of_one_sequence():
     model, prompt = odd_llama(), torch.tensor([random_tokens(20, seed=4)])
-    with torch.no_grad(), prune(model, "dart-plus", 0.5) as run:
+    with torch.no_grad(), prune(model, "grinqh", 0.5) as run:
         found = []
         for batch in (1, 2):
             cache = model(prompt, use_cache=True).past_key_values
@@ -438,7 +437,7 @@ def test_weights_that_are_edited_through_data_are_coded_anew():
         model.model.layers[0].mlp.down_proj.weight.data[edited] *= 9.0
         fresh = copy.deepcopy(model)
         for one in (model, fresh):
-            with open_session(one, "dart-plus", 0.5, execution="masked"):
+            with open_session(one, "grinqh", 0.5, execution="masked"):
                 logits = one.generate(prompt, max_new_tokens=3, output_logits=True, return_dict_in_generate=True).logits
                 found.append(logits[1])
     assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
@@ -447,20 +446,10 @@ def test_weights_that_are_edited_through_data_are_coded_anew():
 
 def test_values_decoded_in_inference_mode_serve_gradients_later():
     weight = torch.randn(8, 32)
-    values = serving.Decoded(rounded(weight, Rounding(4, 32)), torch.float32)
+    values = Decoded(rounded(weight, Rounding(4, 32)), torch.float32)
     with torch.inference_mode():
         assert not values().is_inference()
     assert not values().is_inference()
-
-
-def test_a_layer_without_parameters_has_no_codes():
-    assert on_grid(torch.nn.Identity()) is False
-
-
-def test_an_outline_may_have_codes_that_weights_turn_out_not_to_have():
-    linear = torch.nn.Linear(32, 8)
-    codes.note(linear, lambda _: None)
-    assert not on_grid(linear) and on_grid(linear.to("meta"))
 
 
 @pytest.mark.parametrize("shared", [False, True])

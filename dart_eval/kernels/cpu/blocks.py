@@ -31,20 +31,19 @@ def act_of(ffn: FFN) -> str | None:
 
 
 @torch.no_grad()
-def lacking(ffn: FFN, triton: bool = False) -> str | None:
-    """Return why no kernel runs an FFN as a whole, or None. triton: by Triton's kernels, which are at hand."""
-    if not triton and (reason := build.missing()):
+def lacking(ffn: FFN) -> str | None:
+    """Return why no kernel runs an FFN as a whole, or None."""
+    if reason := build.missing():
         return reason
     modules: list[Any] = ffn.projections
     plain = ffn.gate is not None and ffn.norm is None and ffn.lift is None and ffn.routed is None
     if not plain or any(bias_of(m) is not None for m in modules):
         return f"the kernel runs gated FFNs without norms and biases, and that of layer {ffn.number} is another"
-    device = device_of(ffn)
-    if not (triton or device.type == "cpu") or any(not m.weight.is_floating_point() for m in modules):
-        return f"the kernel is for plain weights on a {'GPU' if triton else 'CPU'}"
+    if device_of(ffn).type != "cpu" or any(not m.weight.is_floating_point() for m in modules):
+        return "the kernel is for plain weights on a CPU"
     if act_of(ffn) is None:
         return f"the kernel has no {type(ffn.act).__name__}"
-    x = torch.randn(1, 1, ffn.width, generator=torch.Generator().manual_seed(0)).to(device, modules[0].weight.dtype)
+    x = torch.randn(1, 1, ffn.width, generator=torch.Generator().manual_seed(0)).to(modules[0].weight.dtype)
     with contextlib.suppress(Exception):  # a block that takes more than x is another one, too
         if ffn.block is not ffn.holder and torch.equal(ffn.block(x), ffn.down(ffn.intermediate(x))):
             return None
@@ -57,8 +56,6 @@ class BlockRows(MaskRows):
     Args:
         kernel: [1, D] -> [1, D]; it has `nbytes` and `bytes_read`.
     """
-
-    chooses = True
 
     def __init__(self, ffn: FFN, kernel: Any) -> None:
         super().__init__(ffn)

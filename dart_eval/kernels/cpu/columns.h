@@ -121,6 +121,20 @@ DEF(void, product)(const Matrix *M, int from, int to, float *out) {  // of block
     }
 }
 
+// The k-th largest of n scores (the bits of numbers >= 0 are ordered as they are), and how many that equal it are among k
+HAS static int32_t FN(least)(const int32_t *v, int n, int k, int *ties) {
+    int32_t low = 0, high = 0x7f800001;  // at least k are >= low, fewer are >= high
+    int c = -1;
+    while (high - low > 1 && c != k) {
+        int32_t middle = low + (high - low) / 2;
+        c = 0;
+        for (int i = 0; i < n; i++) c += v[i] >= middle;
+        if (c >= k) low = middle; else high = middle;
+    }
+    *ties = k;
+    for (int i = 0; i < n; i++) *ties -= v[i] > low;
+    return low;
+}
 // Whom a token reads, and in how many planes: of all steps x^2 * gain those `steps` that are largest. False: x is broken
 HAS static int FN(plan)(Matrix *M, const float *x) {
     int n = M->width, ties;

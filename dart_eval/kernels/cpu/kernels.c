@@ -2,12 +2,12 @@
 //
 // Two kinds of weights. Rows of bfloat16 are multiplied as the model holds them. *Coded* ones are whole numbers of 4, 5, 6
 // or 8 bits with a scale (fp16) for 128 neighbours in a row, or for a row. A number lies in two places: its first 4 bits, and
-// the `rest`. So the first bits alone can be read, and the others add to them: code = 2^rest * first + next - half.
+// the `rest`: code = 2^rest * first + next - half.
 //
 // What decides is that bytes are read in the order in which they lie. Columns come in chunks of 128:
 //   first  gate and up, [F/4][chunks][4 neurons][gate, up][64 bytes]: one stream, of which four rows are made at a time
-//   next   the other bits of them, 16 rest bytes in the place of 64; where neurons are chosen, one neuron after another
-//   dfirst, dnext   down by neuron, [F][chunks][64 or 16 rest bytes]; where all neurons are read, 16 of them by turns
+//   next   the other bits of them, 16 rest bytes in the place of 64
+//   dfirst, dnext   down by neuron, [F/16][chunks][16 neurons][64 or 16 rest bytes]
 // In 64 bytes the low nibbles are places 0..63 and the high ones 64..127; of fewer bits the lowest are places 0 and on.
 // Places of down are permuted (`ORDER` in packing.py) so that sums of bytes of 4 rows come out in their own order.
 //
@@ -23,34 +23,22 @@
 #include <string.h>
 #define EXPORT __attribute__((visibility("default")))
 #define IN static inline __attribute__((always_inline))
-enum { BLOCK = 20, COLUMNS = 128 };
+enum { BLOCK = 16, COLUMNS = 128 };
 
 typedef struct {  // rows of bfloat16 times one vector; fields as in library.Rows
-    const uint16_t *weight, *bias, *x;  // [F, width]; [F] or NULL; [width]
-    const int64_t *index;               // [rows] of F; NULL: all
+    const uint16_t *weight, *bias, *x;  // [rows, width]; [rows] or NULL; [width]
     uint16_t *out;                      // [rows]
     int32_t rows, width;
 } Rows;
-
-typedef struct {  // a sum of rows of bfloat16 times numbers; fields as in library.Sums
-    const uint16_t *weight, *h;         // [F, width]; [rows]
-    const int64_t *index;               // [rows]
-    uint16_t *out;                      // [width]
-    float *scratch;                     // [width to a multiple of 64]
-    int32_t rows, width;
-} Sums;
 
 typedef struct {  // coded weights; fields as in library.Coded
     int32_t neurons, padded, width, chunks;  // F, F to a multiple of 16, D, ceil(D / 128)
     int32_t rest, half, act;                 // bits after the first four; what a code is counted from; see `activate`
     int32_t step, group;  // scales of gate and up from chunk to chunk (8, or 0: one a row); neurons that share one of down
-    int32_t turns, graded, taken, coarse;  // neurons of down by turns (1, 16); are they chosen; so many exactly, as seen
-    float known, line[6];  // see DartPlus; what first bits stand for: line[0] * first + line[1], of gate, up, down
     const uint8_t *first, *next, *dfirst, *dnext;
     const uint16_t *scales, *dscales;      // fp16: [F/4][groups][4][gate, up]; [groups][chunks * 128]
-    const float *doubts, *columns, *x;     // [2][padded] what is left out of a row; [padded] squares of down's norms; [D]
+    const float *x;                        // [D]
     float *out, *scratch;                  // [D]; [7 padded + 320 chunks, and 128 chunks for each thread]
-    int32_t *chosen;                       // [2][padded], filled: neurons taken exactly, and as they are seen
 } Coded;
 
 enum { ROOM = 160, MOST_GROUP = 128 };  // places of a group's columns: four lists, each filled up to fours
@@ -73,7 +61,7 @@ typedef struct {  // an FFN of such matrices
     int32_t act, width;
 } Columns;
 
-typedef struct { int8_t *high, *low; float *scale, *sum, norm; int broken; } Numbers;  // x as whole numbers, by chunks
+typedef struct { int8_t *high, *low; float *scale, *sum; int broken; } Numbers;  // x as whole numbers, by chunks
 
 #include "threads.h"
 
@@ -127,7 +115,6 @@ EXPORT int cpu_level(void) {
 
 // level: as of cpu_level. threads: those that share the work
 EXPORT void rows_product(const Rows *job, int level, int threads) { run(level == 2 ? rows_512 : rows_256, job, threads); }
-EXPORT void rows_sum(const Sums *job, int level, int threads) { run(level == 2 ? sums_512 : sums_256, job, threads); }
 EXPORT void columns_ffn(const Columns *job, int level, int threads) { run(level == 2 ? columns_512 : columns_256, job, threads); }
 EXPORT void coded_ffn(const Coded *job, int level, int threads) { run(level == 2 ? coded_512 : coded_256, job, threads); }
 
@@ -164,39 +151,9 @@ HAS static void FN(rows)(const void *of, int me, int all) {
     size_t width = (size_t)L->width;
     int end = PART(L->rows, me + 1, all);
     for (int r = PART(L->rows, me, all); r < end; r++) {
-        size_t n = L->index ? (size_t)L->index[r] : (size_t)r;
-        for (size_t d = 0; L->index && r + 1 < end && d < width; d += 32) PREFETCH(L->weight + (size_t)L->index[r + 1] * width + d);
-        float sum = FN(dot)(L->weight + n * width, L->x, L->width);
-        L->out[r] = rounded(L->bias ? sum + from_bits((uint32_t)L->bias[n] << 16) : sum);
+        float sum = FN(dot)(L->weight + (size_t)r * width, L->x, L->width);
+        L->out[r] = rounded(L->bias ? sum + from_bits((uint32_t)L->bias[r] << 16) : sum);
     }
-}
-HAS static void FN(sums)(const void *of, int me, int all) {  // threads share columns, so no sum depends on their number
-    const Sums *L = of;
-    int both = 2 * LANES, from = PART((L->width + 63) / 64, me, all) * 64, to = PART((L->width + 63) / 64, me + 1, all) * 64;
-    float *out = L->scratch;
-    memset(out + from, 0, (size_t)(to - from) * 4);
-    for (int j = 0; j < L->rows; j += 8) {
-        const uint16_t *row[8], *next[8];
-        float h[8];
-        for (int i = 0; i < 8; i++) {
-            int r = j + i < L->rows ? j + i : j;
-            row[i] = L->weight + (size_t)L->index[r] * (size_t)L->width;
-            next[i] = L->weight + (size_t)L->index[r + 8 < L->rows ? r + 8 : r] * (size_t)L->width;
-            h[i] = j + i < L->rows ? from_bits((uint32_t)L->h[r] << 16) : 0.f;
-        }
-        for (int d = from; d < to && d < L->width; d += both) {
-            Floats even = F(loadu_ps)(out + d), odd = F(loadu_ps)(out + d + LANES);
-            for (int i = 0; i < 8; i++) {
-                Ints w = d + both <= L->width ? LOAD(row[i] + d) : FN(last)(row[i] + d, L->width - d);
-                PREFETCH(next[i] + d);
-                even = F(fmadd_ps)(FN(even)(w), F(set1_ps)(h[i]), even);
-                odd = F(fmadd_ps)(FN(odd)(w), F(set1_ps)(h[i]), odd);
-            }
-            F(storeu_ps)(out + d, even);
-            F(storeu_ps)(out + d + LANES, odd);
-        }
-    }
-    for (int d = from; d < to && d < L->width; d++) L->out[d] = rounded(out[d / both * both + d % 2 * LANES + d % both / 2]);
 }
 
 #include "coded.h"

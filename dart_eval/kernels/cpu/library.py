@@ -21,16 +21,7 @@ class Rows(ctypes.Structure):
     """Rows of bfloat16, and the vector that they are multiplied with."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("weight", "bias", "x", "index", "out")),
-        *((name, c_int32) for name in ("rows", "width")),
-    )
-
-
-class Sums(ctypes.Structure):
-    """Rows of bfloat16, and the numbers that they are multiplied with before they are added up."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("weight", "h", "index", "out", "scratch")),
+        *((name, c_void_p) for name in ("weight", "bias", "x", "out")),
         *((name, c_int32) for name in ("rows", "width")),
     )
 
@@ -39,16 +30,9 @@ class Coded(ctypes.Structure):
     """Coded weights."""
 
     _fields_ = (
-        *((name, c_int32) for name in (
-            "neurons", "padded", "width", "chunks", "rest", "half", "act", "step", "group", "turns", "graded", "taken",
-            "coarse",
-        )),
-        ("known", c_float), ("line", c_float * 6),
-        *((name, c_void_p) for name in (
-            "first", "next", "dfirst", "dnext", "scales", "dscales", "doubts", "columns", "x", "out", "scratch",
-            "chosen",
-        )),
-    )  # fmt: skip
+        *((n, c_int32) for n in ("neurons", "padded", "width", "chunks", "rest", "half", "act", "step", "group")),
+        *((n, c_void_p) for n in ("first", "next", "dfirst", "dnext", "scales", "dscales", "x", "out", "scratch")),
+    )
 
 
 class Matrix(ctypes.Structure):
@@ -122,7 +106,7 @@ def functions() -> dict[str, Any]:
     """The kernels by name: each takes what it is handed, `build.level`, and the number of threads."""
     found = build.library()
     made = {}
-    for name, kind in (("rows_product", Rows), ("rows_sum", Sums), ("coded_ffn", Coded), ("columns_ffn", Columns)):
+    for name, kind in (("rows_product", Rows), ("coded_ffn", Coded), ("columns_ffn", Columns)):
         function = getattr(found, name)
         function.argtypes, function.restype = [POINTER(kind), c_int, c_int], None
         made[name] = function

@@ -75,8 +75,8 @@ def scales_of(held: Packed) -> Tensor:
     """
     width, group = held.codes.shape[1], held.rounding.group
     scales = held.scales.half()
-    if held.offsets is not None or held.groups is not None or not torch.equal(scales.float(), held.scales.float()):
-        raise ValueError("codes with offsets, in another order, or with scales of more than 16 bits")
+    if held.offsets is not None or not torch.equal(scales.float(), held.scales.float()):
+        raise ValueError("codes with offsets, or with scales of more than 16 bits")
     return scales if not 0 < group < width else scales.repeat_interleave(group // COLUMNS, 1)[:, : -(-width // COLUMNS)]
 
 
@@ -85,7 +85,7 @@ class Codes:
     """The weights of one FFN.
 
     Attributes:
-        neurons, width: F, D. bits: of a code. turns: neurons of down that lie by turns.
+        neurons, width: F, D. bits: of a code.
         first, next, scales: of gate and up. dfirst, dnext, dscales: of down. All as kernels.c has them.
         step, group: see there.
     """
@@ -93,7 +93,6 @@ class Codes:
     neurons: int
     width: int
     bits: int
-    turns: int
     first: Tensor
     next: Tensor
     scales: Tensor
@@ -111,55 +110,33 @@ class Codes:
 
 
 @torch.no_grad()
-def pack(gate: Packed, up: Packed, down: Packed, turns: int) -> Codes:
-    """Codes of one FFN. gate, up: [F, D]. down: [D, F]. turns: 16 where a token reads all neurons, else 1."""
+def pack(gate: Packed, up: Packed, down: Packed) -> Codes:
+    """Codes of one FFN. gate, up: [F, D]. down: [D, F]."""
     (neurons, width), bits = gate.codes.shape, gate.rounding.bits
-    by = 1 if turns == 1 else 4  # neurons of `next` that lie by turns
     rest, padded, count = bits - FIRST, -(-neurons // ROWS) * ROWS, -(-width // COLUMNS)
     for held in (gate, up, down):
         if (reason := lacking(held.rounding, held.codes.shape[1])) or held.rounding.bits != bits:
             raise ValueError(reason or "gate, up and down have codes of different bits")
     first, other, dfirst, dnext = empty(
-        (padded // 4, count, 4, 2, 64), (padded // by, count, by, 2, 16 * rest),
-        (padded // turns, count, turns, 64), (padded // turns, count, turns, 16 * rest),
+        (padded // 4, count, 4, 2, 64), (padded // 4, count, 4, 2, 16 * rest),
+        (padded // ROWS, count, ROWS, 64), (padded // ROWS, count, ROWS, 16 * rest),
     )  # fmt: skip
     for i, held in enumerate((gate, up)):
         codes = chunks(held.codes, bits)
         first[:, :, :, i] = bits_of(codes >> rest, FIRST).unflatten(0, (-1, 4)).transpose(1, 2)
         if rest:
-            other[:, :, :, i] = bits_of(codes & (2**rest - 1), rest).unflatten(0, (-1, by)).transpose(1, 2)
+            other[:, :, :, i] = bits_of(codes & (2**rest - 1), rest).unflatten(0, (-1, 4)).transpose(1, 2)
     both = [scales_of(gate), scales_of(up)]
     groups = max(s.shape[1] for s in both)
     stacked = torch.stack([s.expand(-1, groups) for s in both], 2)
     scales = pad(stacked, (0, 0, 0, 0, 0, padded - neurons)).unflatten(0, (-1, 4)).transpose(1, 2).contiguous()
     codes = chunks(down.codes.t().contiguous(), bits).unflatten(2, (2, 64))[..., ORDER].flatten(2)
-    dfirst.copy_(bits_of(codes >> rest, FIRST).unflatten(0, (-1, turns)).transpose(1, 2))
+    dfirst.copy_(bits_of(codes >> rest, FIRST).unflatten(0, (-1, ROWS)).transpose(1, 2))
     if rest:
-        dnext.copy_(bits_of(codes & (2**rest - 1), rest).unflatten(0, (-1, turns)).transpose(1, 2))
+        dnext.copy_(bits_of(codes & (2**rest - 1), rest).unflatten(0, (-1, ROWS)).transpose(1, 2))
     across = scales_of(down).t()
     dscales = pad(across, (0, count * COLUMNS - width)).contiguous()
     return Codes(
-        neurons, width, bits, turns, first, other, scales, dfirst, dnext, dscales,
+        neurons, width, bits, first, other, scales, dfirst, dnext, dscales,
         8 if groups > 1 else 0, COLUMNS if len(dscales) > 1 else 0,
     )  # fmt: skip
-
-
-def numbers(made: Tensor, bits: int) -> Tensor:
-    """The inverse of `bits_of`: [R, C, 16 bits] -> [R, C, 128] uint8."""
-    return torch.cat([made >> (bits * place) & (2**bits - 1) for place in range(8 // bits)], -1)
-
-
-@torch.no_grad()
-def unpacked(held: Codes, which: int) -> Tensor:
-    """The codes of one matrix, as `pack` took them: int8. which: 0 gate, 1 up ([F, D] both), 2 down ([D, F])."""
-    rest = held.bits - FIRST
-    parts = (held.dfirst, held.dnext) if which == 2 else (held.first[:, :, :, which], held.next[:, :, :, which])
-    first, other = (part.transpose(1, 2).flatten(0, 1) for part in parts)
-    codes = numbers(first, FIRST)
-    if rest:
-        codes = codes << rest | numbers(other, rest)
-    if which == 2:
-        codes = codes.unflatten(2, (2, 64))[..., ORDER].flatten(2)
-    rows = codes.flatten(1)[: held.neurons, : held.width]
-    rows = (rows.to(torch.int16) - 2 ** (held.bits - 1)).to(torch.int8)
-    return rows.t() if which == 2 else rows

@@ -1,7 +1,4 @@
-"""One token times rows of bfloat16 on a CPU, at the speed of memory: torch's own product is slower.
-
-`read_rows` and `write_rows` read chosen rows alone, as their namesakes in `kernels.gather` do on a GPU.
-"""
+"""One token times rows of bfloat16 on a CPU, at the speed of memory: torch's own product is slower."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dart_eval.kernels.cpu import build
-from dart_eval.kernels.cpu.library import Rows, Sums, functions, room, untraced
+from dart_eval.kernels.cpu.library import Rows, functions
 
 
 class RowsProduct:
@@ -27,7 +24,7 @@ class RowsProduct:
     def __init__(self, weight: Tensor, bias: Tensor | None, level: str | None = None) -> None:
         self.weight, self.bias = weight, bias
         pointers = weight.data_ptr(), bias.data_ptr() if bias is not None else None
-        self._job = Rows(*pointers, None, None, None, *weight.shape)
+        self._job = Rows(*pointers, None, None, *weight.shape)
         self._call, self._level = functions()["rows_product"], build.level(level)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -50,23 +47,3 @@ def lacking(weight: Tensor, bias: Tensor | None) -> str | None:
     if bias is not None and (bias.dtype != torch.bfloat16 or not bias.is_contiguous()):
         return "the product is for a bias of bfloat16"
     return build.missing()
-
-
-@untraced
-def read_rows(weight: Tensor, rows: Tensor, x: Tensor, level: str | None = None) -> Tensor:
-    """Return [K], weight[rows] x. weight: [F, D] bfloat16, rows: [K] long, x: [D]."""
-    rows, x = rows.contiguous(), x.to(torch.bfloat16).contiguous()
-    out = x.new_empty(len(rows))
-    job = Rows(weight.data_ptr(), None, x.data_ptr(), rows.data_ptr(), out.data_ptr(), len(rows), weight.shape[1])
-    functions()["rows_product"](ctypes.byref(job), build.level(level), torch.get_num_threads())
-    return out
-
-
-@untraced
-def write_rows(weight: Tensor, rows: Tensor, values: Tensor, level: str | None = None) -> Tensor:
-    """Return [D], the sum over k of values[k] * weight[rows[k]]. weight: [F, D] bfloat16; rows, values: [K]."""
-    width, values, rows = weight.shape[1], values.to(torch.bfloat16).contiguous(), rows.contiguous()
-    out, work = values.new_empty(width), room(-(-width // 64) * 64)
-    job = Sums(weight.data_ptr(), values.data_ptr(), rows.data_ptr(), out.data_ptr(), work.data_ptr(), len(rows), width)
-    functions()["rows_sum"](ctypes.byref(job), build.level(level), torch.get_num_threads())
-    return out

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dart_eval.pruning.masks.counts import Budget, Counts, ReadCost, chosen_counts, keep_counts
+from dart_eval.pruning.masks.counts import Budget, Counts, chosen_counts, keep_counts
 from dart_eval.pruning.part import Part, option
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.layers.shape import ModelShape
     from dart_eval.pruning.calibration.calibration import Calibration
-    from dart_eval.pruning.choices.serving import Serving
-    from dart_eval.util.bits import Stored
 
 
 @dataclass
@@ -34,16 +32,12 @@ class Token:
         up: [B, T, F], up x; h itself in a plain FFN.
         context_rms: [B, 1, F] fp32, root of the sum that `observe` returned for the context, up to a factor per
             sequence; None if there is none.
-        x: [B, T, D], the input of the FFN.
         rows: [K], the neurons that the other tensors hold; None: all.
         allowed: [B or 1, 1, F] bool, the neurons of each sequence's mask.
         taken: [B] long, neurons that each sequence's tokens take.
         written: [B] long, neurons that each sequence's tokens write.
         core: [B, 1, F] bool, the neurons that every token takes; None without a core.
         alone: returns [B, T, F] fp32, the mask's score of each token alone.
-        preview: [B, T, F], h according to a preview of gate and up; None without one.
-        expected: [B, T, F] fp32, the expected square of h given the preview.
-        columns: [B or 1, T or 1, F] fp32, squared norms of the neurons' columns of down, if the choice uses them.
         threshold: of the layer, if the choice has one.
     """
 
@@ -51,16 +45,12 @@ class Token:
     gate: Tensor
     up: Tensor
     context_rms: Tensor | None = None
-    x: Tensor | None = None
     rows: Tensor | None = None
     allowed: Tensor | None = None
     taken: Tensor | None = None
     written: Tensor | None = None
     core: Tensor | None = None
     alone: Callable[[], Tensor] | None = None
-    preview: Tensor | None = None
-    expected: Tensor | None = None
-    columns: Tensor | None = None
     threshold: float | None = None
 
 
@@ -74,27 +64,16 @@ class ChoiceLayer:
 
     Attributes:
         threshold: the number that a neuron's importance must exceed; None if the choice takes a count.
-        shown: [B, T, F] bool, the neurons of the tokens that chose last that write what a preview shows; None.
     """
-
-    shown: Tensor | None = None
 
     def __init__(self, choice: AnyChoice, ffn: FFN) -> None:
         self.choice, self.ffn = choice, ffn
         self.threshold: float | None = None
 
-    def look(self, token: Token) -> Token:
-        """Add to the token what the choice reads before it chooses."""
-        token.threshold = self.threshold
-        return token
-
     def choose(self, token: Token) -> Tensor:
         """Return the neurons that each token computes to the end: [B, T, F] bool."""
-        return self.choice.choose(self.look(token))
-
-    def extra(self) -> Tensor | None:
-        """Return [B, T, D] to add to the FFN's output for the tokens that chose last; None for nothing."""
-        return None
+        token.threshold = self.threshold
+        return self.choice.choose(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +87,9 @@ class AnyChoice(Part):
         needs_up: whether `observe` needs up x.
         reads_whole: the matrices of a gated FFN that it reads for the whole mask before it chooses: `gate`, `up`, both
             or none. A plain FFN reads `up` in full, which gives h, unless the tuple is empty.
-        previews: whether it reads a preview of gate and up for the whole mask instead (`preview.Previewing`).
         ranks: whether it uses the mask's score of the token alone, beside a core of the mask that is always taken.
-        adds: whether neurons that are not taken add to the FFN's output (`ChoiceLayer.extra`).
         write_share: share of the taken neurons whose columns of down are read.
         mask_ratio: neurons in the mask, as a multiple of those of a mask alone, unless it holds everything.
-        gathers: whether `copied` execution can read the chosen rows alone (`kernels.chosen`, `previewed`).
     """
 
     slot = "choice"
@@ -122,66 +98,19 @@ class AnyChoice(Part):
     exact: ClassVar[bool] = True
     needs_up: ClassVar[bool] = False
     reads_whole: ClassVar[tuple[str, ...]] = ()
-    previews: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
-    adds: ClassVar[bool] = False
     write_share: ClassVar[float] = 1.0
     mask_ratio: ClassVar[float] = 1.0
-    gathers: ClassVar[bool] = False
 
     @property
     def fits_repeats(self) -> bool:  # type: ignore[override]
         return self.exact
 
-    def at(self, read: float) -> AnyChoice:
-        """Return the choice with the settings that depend on the share of 16-bit weights' bytes that is read."""
-        return self
-
-    def serving(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving | None:
-        """Return the codes that replace 16-bit weights inside a session; None leaves the weights as they are."""
-        return None
-
-    def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        """Refuse weights that it does not support.
-
-        Raises:
-            UserError: with the reason.
-        """
-
-    def attach(
-        self, ffns: Sequence[FFN], orders: Sequence[Tensor | None], taken: Sequence[int],
-        calibration: Calibration | None,
-    ) -> list[ChoiceLayer]:  # fmt: skip
-        """Attach the choice to the FFNs of a model.
-
-        Args:
-            orders: per layer, the order of the columns of gate and up, see `Serving.orders`.
-            taken: [L] neurons that a token takes.
-        """
+    def attach(self, ffns: Sequence[FFN], taken: Sequence[int], calibration: Calibration | None) -> list[ChoiceLayer]:
+        """Attach the choice to the FFNs of a model. taken: [L] neurons that a token takes."""
         return [ChoiceLayer(self, ffn) for ffn in ffns]
 
     # -- what it reads ---------------------------------------------------------------------------------------
-
-    def read_costs(self, ffns: Sequence[FFN], everything: bool, unit: float) -> list[ReadCost] | None:
-        """Return the read cost per layer if it is not in rows and columns of whole matrices; else None.
-
-        Args:
-            everything: whether all neurons are in the mask.
-            unit: bits of a weight at sparsity 0.
-        """
-        return None
-
-    def worst_read_cost(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> ReadCost | None:
-        """Return the read cost of the worst layer, from sizes alone. bits: bits of a served weight."""
-        return None
-
-    def cost_terms(self, read_cost: ReadCost) -> tuple[float, float, float, float]:
-        """Return the read cost of a neuron: always, in addition if in the mask, if taken, and if written."""
-        return read_cost.always, read_cost.in_mask, read_cost.taken, read_cost.written
-
-    def stored(self, ffns: Sequence[FFN]) -> int:
-        """Return the bytes that it stores beside the model."""
-        return 0
 
     def mask_share(self, read: float, matrices: int) -> float:
         """Return the share of the neurons in the mask. read: share of the weights that a token reads."""
@@ -199,19 +128,6 @@ class AnyChoice(Part):
         return chosen_counts(budget, full_matrices, ratio, share, self.title)
 
     # -- what it takes ---------------------------------------------------------------------------------------
-
-    def parts_of(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Split x into the part that a preview multiplies with all bits, and the part with one bit fewer, or None.
-
-        Args:
-            x: [..., D].
-            order: [D], the stored order of the columns of gate and up; None: their own.
-        """
-        return x, None
-
-    def approximated(self, token: Token, chosen: Tensor) -> Tensor:
-        """Return [B, T, F] bool, the neurons that write their previewed value, if it `adds`. chosen: the taken ones."""
-        raise NotImplementedError
 
     def importance(self, token: Token) -> Tensor:
         """Return the importance of each neuron to each token: [B, T, F], not negative, in any dtype."""

@@ -25,7 +25,6 @@ class GateUp(Choice):
     observes = True
     needs_up = True
     reads_whole = ("gate",)
-    gathers = True
     flops_per_neuron = 3  # a square, a factor and a sum
     mask_ratio: float = option(1.6, "neurons in the mask, as a multiple of those of a mask alone", least=1, most=3)  # type: ignore[misc]
     write_share: float = option(1.0, "share of the chosen neurons whose columns of down are read", above=0, most=1)  # type: ignore[misc]

@@ -39,11 +39,8 @@ class Thresholded(Inside):
     def calibrates(self) -> bool:  # type: ignore[override]
         return self.threshold == "calibrated"
 
-    def attach(
-        self, ffns: Sequence[FFN], orders: Sequence[Tensor | None], taken: Sequence[int],
-        calibration: Calibration | None,
-    ) -> list[ChoiceLayer]:  # fmt: skip
-        layers = super().attach(ffns, orders, taken, calibration)
+    def attach(self, ffns: Sequence[FFN], taken: Sequence[int], calibration: Calibration | None) -> list[ChoiceLayer]:
+        layers = super().attach(ffns, taken, calibration)
         if calibration is not None and self.threshold == "calibrated":
             for layer, threshold in zip(layers, self._thresholds(layers, taken, calibration), strict=True):
                 layer.threshold = threshold
@@ -73,7 +70,7 @@ class Thresholded(Inside):
         def see(layer: int, x: Tensor, _h: Tensor) -> None:
             gate, up = layers[layer].ffn.parts(x[None])
             h = gate if up is None else gate * up
-            token = layers[layer].look(Token(h, gate, h if up is None else up, x=x[None]))
+            token = Token(h, gate, h if up is None else up)
             estimates[layer].add(self.importance(token)[0], taken[layer])
 
         calibration.visit(see)

@@ -31,9 +31,8 @@ class GradedBoth(GradedColumns):
         second look   of the share `neurons` with the largest: `more` bits of a weight more, columns by the same ranking
         down          b bits of a weight, columns as `columns` ranks them
 
-    So bits follow rows and columns at once. The choice of neurons is dart-plus's, with one error for all rows. This
-    project's own. The bits of a second look lie apart in both directions: no layout of memory lets a kernel read them
-    alone.
+    So bits follow rows and columns at once. This project's own. The bits of a second look lie apart in both directions:
+    no layout of memory lets a kernel read them alone.
     """
 
     name = "both"
@@ -42,7 +41,7 @@ class GradedBoth(GradedColumns):
     neurons: float = option(0.25, "share of the neurons of which a token reads more bits", above=0, most=0.9)
     more: float = option(2.0, "bits of a weight that a second look reads, on average", above=0, most=8)
     known: float = option(
-        0.2, "weight of the previewed h^2 beside its uncertainty, in the choice of neurons", least=0, most=1
+        0.2, "weight of the first look's h^2 beside its uncertainty, in the choice of neurons", least=0, most=1
     )
 
     def lacking(self, ffn: FFN) -> str | None:
@@ -97,7 +96,6 @@ class GradedBoth(GradedColumns):
         import torch
 
         from dart_eval.kernels.top import top_k_mask
-        from dart_eval.pruning.choices.look import expected_square
 
         h = act(products[0])
         if len(products) > 1:
@@ -109,3 +107,25 @@ class GradedBoth(GradedColumns):
         inputs = shape.width * (shape.ffn_matrices - 1)
         again = 2 * self.neurons * mask * inputs  # the products of the second look; columns' places are known by then
         return super().flops_per_step(shape, mask) + again + 3 * shape.layers * inputs + 14 * mask
+
+
+def expected_square(
+    act: Callable[[Tensor], Tensor], seen: Sequence[Tensor], errors: Sequence[Tensor],
+    lift: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the expected square of h, if each product is off by its error, up or down: [..., F] fp32.
+
+    Args:
+        act: the activation.
+        seen: gate x and up x, or a plain FFN's up x, as a first look has them; [..., F] fp32 each.
+        errors: of these, of any shape that spreads to theirs.
+        lift: applied to up x before the product with the gate, or None.
+    """
+
+    def mean(function: Callable[[Tensor], Tensor], x: Tensor, error: Tensor) -> Tensor:
+        return (function(x + error).square() + function(x - error).square()) / 2
+
+    expected = mean(act, seen[0], errors[0])
+    if len(seen) == 1:
+        return expected
+    return expected * (seen[1].square() + errors[1].square() if lift is None else mean(lift, seen[1], errors[1]))

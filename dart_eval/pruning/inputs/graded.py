@@ -13,13 +13,14 @@ from dart_eval.kernels.cpu import blocks, columns
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import plain_matrix
 from dart_eval.layers.quantised import bias_of
+from dart_eval.pruning.calibration.code_cache import codes_of
 from dart_eval.pruning.calibration.weight_cache import WeightCache
-from dart_eval.pruning.choices.serving import Decoded
 from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import parameter_of, rounded
+from dart_eval.weights.decoded import Decoded
+from dart_eval.weights.rounding import parameter_of
 
 _CACHE: WeightCache[list[GradedMatrix]] = WeightCache()
 _KERNELS: WeightCache[columns.ColumnsFFN] = WeightCache()
@@ -107,7 +108,7 @@ class GradedMatrix:
         self.scale = part.scale(self.width)
         room = OWN_BITS * share - self.scale
         self.limit = part.limit(self.width, room if down else part.first_look(room))
-        self.packed = rounded(weight, part.rounding)
+        self.packed = codes_of(weight, part.rounding)
         self.values = [Decoded(self.packed, weight.dtype, bits, whole=True) if bits else None for bits in part.bits]
         self.gains = part.fit(weight, self.packed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
@@ -87,25 +86,6 @@ def in_steps(counts: Sequence[int], most: Sequence[int], steps: Sequence[int]) -
     return rounded
 
 
-@dataclass(frozen=True)
-class ReadCost:
-    """The bytes that a token reads of a neuron, in rows of an average served matrix (a column of down is one row).
-
-    Attributes:
-        in_mask: per neuron of the mask, before the choice.
-        taken: in addition, per taken neuron.
-        written: in addition, per written neuron.
-        approximated: per neuron that writes its previewed value; None if none does.
-        always: per neuron, in the mask or not, beside `in_mask`.
-    """
-
-    in_mask: float
-    taken: float
-    written: float = 1.0
-    approximated: float | None = None
-    always: float = 0.0
-
-
 class Budget(NamedTuple):
     """The bytes that tokens may read.
 
@@ -114,7 +94,6 @@ class Budget(NamedTuple):
         sizes: [L] neurons per layer.
         matrices: 3 for gated FFNs, 2 for plain ones.
         whole_mask: whether the mask holds every neuron.
-        read_cost: read cost of a neuron, if there is a preview.
     """
 
     densities: Sequence[float]
@@ -122,14 +101,6 @@ class Budget(NamedTuple):
     sparsity: float
     matrices: int
     whole_mask: bool = True
-    read_cost: ReadCost | None = None
-
-
-def mean_cost(each: Sequence[ReadCost], weights: Sequence[int]) -> ReadCost:
-    """Return the mean read cost over layers. weights: [L], size of a matrix of each layer."""
-    parts = [n / sum(weights) for n in weights]
-    fields = zip(*(dataclasses.astuple(read_cost) for read_cost in each), strict=True)
-    return ReadCost(*(sum(p * x for p, x in zip(parts, values, strict=True)) for values in fields))
 
 
 @dataclass(frozen=True)
@@ -140,13 +111,13 @@ class Counts:
         mask: [L] neurons in the mask.
         taken: [L] neurons of the mask that a token takes. It reads their rows of every matrix not read in full.
         written: [L] taken neurons that a token writes. It reads their columns of down.
-        full_matrices: matrices that a token reads for the whole mask; a fraction for a preview.
+        full_matrices: matrices that a token reads for the whole mask.
     """
 
     mask: list[int]
     taken: list[int]
     written: list[int]
-    full_matrices: float
+    full_matrices: int
 
     def in_steps(self, most: Sequence[int], steps: Sequence[int]) -> Counts:
         """Return counts, at most these, of masks in whole steps, such as equally many neurons of each expert."""
@@ -157,17 +128,17 @@ class Counts:
 
 
 def chosen_counts(
-    allowed: Budget, full_matrices: float, ratio: float | None, write_share: float, title: str = "the choice"
+    allowed: Budget, full_matrices: int, ratio: float | None, write_share: float, title: str = "the choice"
 ) -> Counts:
     """Return the neurons per layer that a token's choice reads, at weights read = 1 - sparsity.
 
     A gated FFN whose gate is read in full reads (mask + taken + written) / 3; a plain one, whose up is read in full,
-    (mask + taken) / 2. In general matrices * read = full * mask + (matrices - 1 - full) * taken + written, and with a
-    preview its read cost. The total over layers is exact to the neuron (with a preview, whose rows count in fractions,
-    never exceeded), and each layer is right up to rounding. If a mask holds its whole layer, tokens take more of it.
+    (mask + taken) / 2. In general matrices * read = full * mask + (matrices - 1 - full) * taken + written. The total
+    over layers is exact to the neuron, and each layer is right up to rounding. If a mask holds its whole layer, tokens
+    take more of it.
 
     Args:
-        full_matrices: matrices that are read for the whole mask. A preview's read cost replaces it.
+        full_matrices: matrices that are read for the whole mask.
         ratio: neurons of the mask, as a multiple of those that a mask alone would have; None: all neurons.
         write_share: written / taken of a gated FFN, if the mask has enough neurons to take.
         title: the choice in an error message.
@@ -175,74 +146,43 @@ def chosen_counts(
     Raises:
         UserError: what is read before the choice exceeds what the sparsity leaves.
     """
-    densities, sizes, sparsity, matrices, _, preview = allowed
-    everything, cost = sum(sizes), preview or ReadCost(full_matrices, matrices - 1 - full_matrices)
-    n_kept, unit = round((1.0 - sparsity) * everything), cost.written  # from here on in columns of down
+    densities, sizes, sparsity, matrices, _ = allowed
+    everything, middle = sum(sizes), matrices - 1 - full_matrices
+    n_kept = round((1.0 - sparsity) * everything)
     if n_kept == everything:
-        return Counts(list(sizes), list(sizes), list(sizes), cost.in_mask)
-    if preview is not None:
-        check_most(preview, matrices, sparsity, title)
-    always, in_mask, middle = cost.always / unit, cost.in_mask / unit, cost.taken / unit
-    budget = matrices * n_kept / unit - always * everything
-    if budget < 0:
-        always = cost.always / matrices
-        raise too_much(title, always, sparsity, f"the scales of down, {always:.3g} of the FFN's bytes,")
+        return Counts(list(sizes), list(sizes), list(sizes), full_matrices)
+    budget = matrices * n_kept
     if ratio is None:
         wanted, mask = [float(n) for n in sizes], list(sizes)
-        if in_mask * everything > budget:
-            reads = None if preview is not None else f"{in_mask:.4g} of the FFN's {matrices} matrices whole"
-            raise too_much(title, cost.in_mask / matrices, sparsity, reads, ", or a mask that is not everything")
+        if full_matrices * everything > budget:
+            raise UserError(
+                f"{title} reads {full_matrices} of the FFN's {matrices} matrices whole, which is more than sparsity "
+                f"{sparsity:g} leaves",
+                f"use a sparsity up to {math.floor(100 * (1 - full_matrices / matrices)) / 100:g}, or a mask that is "
+                "not everything",
+            )
     else:
-        wanted, mask = _mask_counts(densities, sizes, n_kept, matrices, cost, ratio, middle == 1 and write_share == 1)
+        even = middle == 1 and write_share == 1
+        wanted, mask = _mask_counts(densities, sizes, n_kept, matrices, full_matrices, ratio, even)
     masked = sum(mask)
     # At `matrices * density` nothing is left to take.
-    room = [(matrices / unit * r - always) * n - in_mask * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
-    rest = max(0.0, budget - in_mask * masked)  # a rounding error may leave less than nothing
+    room = [matrices * r * n - full_matrices * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
+    rest = budget - full_matrices * masked
     if middle == 0:
-        taken = exact_counts(room, mask, min(masked, math.floor(rest)))
-        return Counts(mask, taken, taken, cost.in_mask)
+        taken = exact_counts(room, mask, min(masked, rest))
+        return Counts(mask, taken, taken, full_matrices)
     share = [x / (middle + write_share) for x in room]
     missing = sum(max(0.0, s - m) for s, m in zip(share, mask, strict=True))  # more than the mask has
     some = max(math.ceil(rest / (middle + write_share) - missing), math.ceil(rest / (middle + 1)))
-    most_taken = min(masked, math.floor(rest / middle), some)
+    most_taken = min(masked, rest // middle, some)
     taken = exact_counts(share, mask, most_taken)
     unwritten = [x - middle * min(s, m) for x, s, m in zip(room, share, mask, strict=True)]
-    written = exact_counts(unwritten, taken, min(most_taken, math.floor(rest - middle * most_taken)))
-    return Counts(mask, taken, written, cost.in_mask)
-
-
-def check_most(read_cost: ReadCost, matrices: int, sparsity: float, title: str) -> None:
-    """Refuse a sparsity that asks for more bytes than the low-bit weights have.
-
-    Raises:
-        UserError: names the lowest possible sparsity.
-    """
-    most = (read_cost.in_mask + read_cost.always + read_cost.taken + read_cost.written) / matrices
-    if 1 - sparsity > most + 1e-9:
-        raise UserError(
-            f"{title} reads FFN weights in few bits, {most:.3g} of their bytes if it reads all, and sparsity "
-            f"{sparsity:g} asks for {1 - sparsity:.3g}",
-            f"use a sparsity from {math.ceil(100 * (1 - most)) / 100:g}, or 0 for the model as it is",
-        )
-
-
-def too_much(title: str, share: float, sparsity: float, reads: str | None = None, other: str = "") -> UserError:
-    """Return the error for a choice that reads more before it chooses than the sparsity leaves.
-
-    Args:
-        share: share of the FFN's bytes that it reads.
-        reads: what it reads; None: an image.
-        other: a remedy beside a lower sparsity.
-    """
-    reads = reads or f"a preview that takes {share:.3g} of the FFN's bytes"
-    return UserError(
-        f"{title} reads {reads}, which is more than sparsity {sparsity:g} leaves",
-        f"use a sparsity up to {math.floor(100 * (1 - share)) / 100:g}{other}",
-    )
+    written = exact_counts(unwritten, taken, min(most_taken, rest - middle * most_taken))
+    return Counts(mask, taken, written, full_matrices)
 
 
 def _mask_counts(
-    densities: Sequence[float], sizes: Sequence[int], n_kept: int, matrices: int, read_cost: ReadCost, ratio: float,
+    densities: Sequence[float], sizes: Sequence[int], n_kept: int, matrices: int, full_matrices: int, ratio: float,
     even: bool,
 ) -> tuple[list[float], list[int]]:  # fmt: skip
     """Return the neurons of every layer's mask: as wanted, and in whole numbers.
@@ -251,16 +191,12 @@ def _mask_counts(
         n_kept: neurons that a mask alone would keep.
         even: whether the rest must divide among two matrices. See `chosen_counts` for the others.
     """
-    in_mask = read_cost.in_mask
-    most = matrices / in_mask if in_mask else math.inf
-    each = in_mask + read_cost.taken + read_cost.written  # with a preview less than the matrices
-    least = math.ceil((matrices * n_kept - read_cost.always * sum(sizes)) / each - 1e-9)
-    ratio = max(ratio, min(least, sum(sizes)) / n_kept) if n_kept else ratio
+    most = matrices / full_matrices if full_matrices else math.inf
     wanted = [min(ratio * r, 1.0, most * r) * n for r, n in zip(densities, sizes, strict=True)]
     clipped = sum(ratio * r * n - w for r, n, w in zip(densities, sizes, wanted, strict=True))
-    budget = matrices * n_kept - read_cost.always * sum(sizes)
-    limit = min(sum(sizes), math.floor(budget / in_mask)) if in_mask else sum(sizes)
-    masked = min(limit, max(n_kept, least, round(ratio * n_kept - clipped)))
+    budget = matrices * n_kept
+    limit = min(sum(sizes), budget // full_matrices) if full_matrices else sum(sizes)
+    masked = min(limit, max(n_kept, round(ratio * n_kept - clipped)))
     if even:
-        masked = max(min(n_kept, masked), masked - round(in_mask * masked - budget) % 2)
+        masked = max(min(n_kept, masked), masked - (full_matrices * masked - budget) % 2)
     return wanted, exact_counts(wanted, sizes, masked)

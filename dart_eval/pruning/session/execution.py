@@ -8,11 +8,10 @@ Outside of decoding forwards the projections have their own weights.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
 from dart_eval.kernels.mask_rows import MaskRows, multiplied, unlike_plain
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from dart_eval.pruning.method import Beside
 
 Wanted = Literal["auto", "masked", "copied"]
-Served = Literal["weights", "codes"]
 EXECUTIONS = ("auto", "masked", "copied")
 
 
@@ -57,23 +55,13 @@ class Execution:
         self.swapped: SwappedWeights | None = None
         self.sliced: list[Tensor | None] | None = None
         self._runs = False  # whether projections accept the number of neurons in the mask
-        self._gatherer: kernels.Gatherer | None = None  # makes what reads only a token's choice
+        self._rows_of: Callable[[FFN], MaskRows] = MaskRows
         self.wanted = self._possible(wanted)
 
     @property
     def name(self) -> str:
         """The execution of the current sequences: `masked` or `copied`."""
         return "masked" if self.copies is None else "copied"
-
-    @property
-    def gathers(self) -> bool:
-        """Whether the single token reads only the rows that it chooses."""
-        return self.copies is not None and self.copies[0].chooses
-
-    @property
-    def has_kernel(self) -> bool:
-        """Whether a kernel reads only what the token of one sequence chooses."""
-        return self._gatherer is not None
 
     @property
     def nbytes(self) -> int:
@@ -83,15 +71,14 @@ class Execution:
     def attach(self, beside: Beside | None) -> None:
         """Take the part that leaves out inputs, weights or experts, once it is on the model."""
         self.swapped = None if beside is None else beside.swapped
-        if isinstance(beside, GradedInputs) and self._gatherer is not None:
-            self._gatherer = beside.rows_of
+        if isinstance(beside, GradedInputs):
+            self._rows_of = beside.rows_of
 
     def _possible(self, wanted: Wanted) -> Wanted:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
         if wanted == "masked" or not self.method.prunes:
             return wanted
-        self._gatherer = kernels.gatherer(self.method, self.ffns)
-        if part := kernels.without_kernel(self.method, self._gatherer):
+        if part := kernels.without_kernel(self.method, self.ffns):
             if wanted == "copied":
                 raise UserError(
                     kernels.lacking(self.method, self.ffns) or f"{part.title} has no kernels yet",
@@ -110,13 +97,11 @@ class Execution:
             by_hand: whether a user calls the forwards, each continuing the one before; else any sequence may be
                 resumed with another mask.
         """
-        choice = self.method.choice
-        by_token = choice.previews or self.method.other is not None
-        one = batch == 1 or (not by_token and (self.shared_mask or self.method.mask.fixed))
-        if self.wanted == "copied" and not one and by_token:
+        other = self.method.other
+        one = batch == 1 or (other is None and (self.shared_mask or self.method.mask.fixed))
+        if self.wanted == "copied" and not one and other is not None:
             raise UserError(
-                f"copied execution runs {(self.method.other or choice).title} for one sequence, "
-                f"and this batch has {batch}",
+                f"copied execution runs {other.title} for one sequence, and this batch has {batch}",
                 "use execution='masked', or one sequence",
             )
         if self.wanted == "copied" and not one:
@@ -124,11 +109,10 @@ class Execution:
                 f"copied execution runs one mask at a time, and this batch has {batch} sequences",
                 "use shared_mask=True (one mask for all of them), execution='masked', or one sequence",
             )
-        if self.wanted == "masked" or not one or not by_hand or (self.gathers and batch > 1):
+        if self.wanted == "masked" or not one or not by_hand:
             self.restore()
-        if self.copies is None and self.wanted != "masked" and one and by_hand:
-            gather = self._gatherer if batch == 1 else None
-            self.copies = [(gather or MaskRows)(f) for f in self.ffns]
+        elif self.copies is None:
+            self.copies = [self._rows_of(f) for f in self.ffns]
 
     def move(self, state: SequenceState) -> None:
         """Copy the weights of neurons that are new in the mask. state: of sequences with one mask."""
@@ -137,17 +121,13 @@ class Execution:
         self._runs = False  # until every layer is copied: forwards then run by masks
         for layer, rows in zip(state.layers, self.copies, strict=True):
             rows.select(layer.mask[0])
-            if rows.chooses:
-                context_rms = layer.context_rms(rows.neurons)
-                norm = torch.ones(rows.count, device=layer.mask.device) if context_rms is None else context_rms[0, 0]
-                rows.prepare(norm, int(layer.taken[0]), int(layer.written[0]))
         self._runs = all(rows.runs for rows in self.copies)
 
     def slice(self, step: Step) -> None:
         """Prepare a decoding forward: it multiplies the mask's neurons alone, if every sequence has a mask."""
         if self.swapped is not None:
             self.swapped.begin()
-        share = step.read if self.gathers else step.mask
+        share = step.mask if self.method.other is None else step.read
         if self.copies is not None and self._runs and bool((share < 1).all()):
             self.sliced = [rows.neurons for rows in self.copies]
             for rows in self.copies:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dart_eval.layers import experts, verify
 from dart_eval.layers.families import decoder
 from dart_eval.layers.ffn import FFN
-from dart_eval.pruning.choices.serving import Serving
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.errors import UserError
@@ -46,7 +45,7 @@ class Forward:
         watching: whether every layer passes on its h.
         seen: layers that have passed on their h.
         attention: [B, T, D] attention output of the last layer, once it has run.
-        residual, input, gate, up: of the current layer: the stream that enters it, x, act(gate x) and up x.
+        residual, gate, up: of the current layer: the stream that enters it, act(gate x) and up x.
     """
 
     phase: Phase = "off"
@@ -62,7 +61,6 @@ class Forward:
     seen: set[int] = field(default_factory=set)
     attention: Tensor | None = None
     residual: Tensor | None = None
-    input: Tensor | None = None
     gate: Tensor | None = None
     up: Tensor | None = None
 
@@ -75,11 +73,9 @@ class Hooks:
     """Installs and removes the hooks that a method needs."""
 
     def __init__(
-        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, serving: Serving | None,
-        beside: Beside | None = None,
-    ) -> None:  # fmt: skip
-        self.model, self.ffns, self.method, self.forward = model, ffns, method, forward
-        self.serving, self.beside = serving, beside
+        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, beside: Beside | None = None
+    ) -> None:
+        self.model, self.ffns, self.method, self.forward, self.beside = model, ffns, method, forward, beside
         self.decoder = decoder(model)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
@@ -98,12 +94,10 @@ class Hooks:
         add(self.model.register_forward_pre_hook(_no_labels, with_kwargs=True))
         add(self.decoder.register_forward_pre_hook(_eager(begin), with_kwargs=True))
         add(self.decoder.register_forward_hook(_eager(end)))
-        for handle in () if self.serving is None else self.serving.watch():
-            add(handle)
         for ffn in ffns:
             if method.mask.remask.needs_ring:
                 add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
-            if method.compensation.adds or method.choice.adds:
+            if method.compensation.adds:
                 add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
         if method.mask.remask.watches:
             add(ffns[-1].attention.register_forward_hook(self._on_attention))
@@ -123,8 +117,6 @@ class Hooks:
             add(ffn.into.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
             if method.allocation.needs_change:
                 self._watch_change(ffn)
-            if method.choice.previews:
-                add(ffn.block.register_forward_pre_hook(_eager(self._on_ffn_input)))
             if method.choice.chooses and ffn.gated:  # a plain FFN chooses by h, without hooks on gate and up
                 add(ffn.up.register_forward_hook(self._on_product(ffn, *["gate"] * ffn.fused, "up")))
                 if isinstance(ffn.act, nn.Module):
@@ -188,9 +180,8 @@ class Hooks:
             if forward.phase == "context":
                 state.observe(layer, h, forward.valid, up)
                 return None
-            x, forward.input = forward.input, None
             rows = None if forward.sliced is None else forward.sliced[layer]
-            masked = state.prune(layer, h, forward.going, gate, up, x, rows)
+            masked = state.prune(layer, h, forward.going, gate, up, rows)
             return None if masked is h else (masked.view(args[0].shape), *args[1:])
 
         return hook
@@ -217,11 +208,6 @@ class Hooks:
                 state.remasking.observe_input(layer, forward.in_batch(args[0]), forward.going)
 
         return hook
-
-    def _on_ffn_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        forward = self.forward
-        if forward.phase == "decode":
-            forward.input = forward.in_batch(args[0])
 
     def _on_change(self, layers: Sequence[int], added: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], None]:
         """Return the observer of an output of a decoder layer. added: by its FFNs, from this and the stream before."""

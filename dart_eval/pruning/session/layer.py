@@ -169,8 +169,8 @@ class Layer(PerSequence):
 
     @torch.no_grad()
     def prune(
-        self, h: Tensor, gate: Tensor | None = None, up: Tensor | None = None, x: Tensor | None = None,
-        rows: Tensor | None = None, dense: Tensor | None = None,
+        self, h: Tensor, gate: Tensor | None = None, up: Tensor | None = None, rows: Tensor | None = None,
+        dense: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Return h without the neurons that tokens leave out.
 
@@ -178,7 +178,6 @@ class Layer(PerSequence):
             h: [B, T, F], the input of the down projection.
             gate: [B, T, F], act(gate x), if tokens choose; None for a plain FFN.
             up: [B, T, F], up x, likewise.
-            x: [B, T, D], the FFN's input, if the choice reads a preview.
             rows: [K], the neurons that these tensors hold, if only the mask's; None: all.
             dense: [B] bool, sequences that run dense now; None: none.
         """
@@ -187,25 +186,22 @@ class Layer(PerSequence):
         else:
             mask = self.ffn.of_token(self.mask.to(h.device), len(h))
         if self.fitted.chooser is not None:
-            mask = self._chosen(self.fitted.chooser, h, gate, up, x, rows, mask)
+            mask = self._chosen(self.fitted.chooser, h, gate, up, rows, mask)
         if dense is not None:
             mask = mask | dense.to(h.device)[:, None, None]
         mean = self._means() if self.method.compensation.fills else None
         if mean is not None:
-            mean, chooser = mean[:, None].to(h.device, h.dtype), self.fitted.chooser
-            if chooser is not None and chooser.shown is not None:  # they write what a preview shows
-                mean = torch.where(chooser.shown, 0.0, mean)
-            return torch.where(mask, h, mean)
+            return torch.where(mask, h, mean[:, None].to(h.device, h.dtype))
         return h * mask.view(torch.uint8)  # four times as fast as booleans on a CPU
 
     def _chosen(
-        self, chooser: ChoiceLayer, h: Tensor, gate: Tensor | None, up: Tensor | None, x: Tensor | None,
-        rows: Tensor | None, allowed: Tensor,
+        self, chooser: ChoiceLayer, h: Tensor, gate: Tensor | None, up: Tensor | None, rows: Tensor | None,
+        allowed: Tensor,
     ) -> Tensor:  # fmt: skip
         """Return the neurons of the mask that each token computes: [B, T, F] bool."""
         score = self.method.mask.score
         token = Token(
-            h, h if gate is None else gate, h if up is None else up, self.context_rms(rows), x=x, rows=rows,
+            h, h if gate is None else gate, h if up is None else up, self.context_rms(rows), rows=rows,
             allowed=allowed, taken=self.taken, written=self.written,
         )  # fmt: skip
         if self.core is not None and score is not None:
@@ -219,19 +215,17 @@ class Layer(PerSequence):
         return chosen
 
     def extra(self, dense: Tensor | None = None) -> Tensor | None:
-        """Return [B, T or 1, D] to add to down's output: constants, and outputs written through a preview.
+        """Return [B, 1, D] to add to down's output: the compensation.
 
         Args:
             dense: [B] bool, sequences that run dense now, to which nothing is added; None: none.
         """
-        rough = self.fitted.chooser.extra() if self.fitted.chooser is not None else None
         constant = self.fitted.constant if self.constant is None else self.constant
-        if dense is not None:
-            rough = None if rough is None else rough.masked_fill(dense.to(rough.device)[:, None, None], 0)
-            constant = None if constant is None else constant.masked_fill(dense.to(constant.device)[:, None], 0)
         if constant is None:
-            return rough
-        return constant[:, None] if rough is None else rough + constant[:, None]
+            return None
+        if dense is not None:
+            constant = constant.masked_fill(dense.to(constant.device)[:, None], 0)
+        return constant[:, None]
 
     def context_rms(self, rows: Tensor | None = None) -> Tensor | None:
         """Return [B, 1, F] fp32, root of the choice's sums, up to a factor per sequence; None without sums.

@@ -14,7 +14,7 @@ from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import compatibility
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.masks.change import ChangeState
-from dart_eval.pruning.masks.counts import Counts, mean_cost
+from dart_eval.pruning.masks.counts import Counts
 from dart_eval.pruning.method import CostTerms, Pruner
 from dart_eval.pruning.session.fitted import Fitted
 from dart_eval.util.bits import OWN_BITS, Stored
@@ -34,8 +34,6 @@ class Prepared:
         share: the same / bits of the model's own dtype.
         layers: the method on each FFN.
         beside: the attached part that leaves out inputs or weights; None.
-        read_cost: mean read cost of a neuron, if there are previews; None.
-        stored: bytes of previews beside the model.
     """
 
     method: Pruner
@@ -46,20 +44,14 @@ class Prepared:
 
     def __post_init__(self) -> None:
         method, sizes = self.method, [f.size for f in self.ffns]
-        allocation, choice = method.allocation, method.choice
+        allocation = method.allocation
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = self.unit / OWN_BITS
-        costs = choice.read_costs(self.ffns, method.mask.holds_all, self.unit)
-        self.read_cost = None if costs is None else mean_cost(costs, [f.size * f.width for f in self.ffns])
-        self.stored = choice.stored(self.ffns)
         # Counting refuses a sparsity that cannot be met at all.
         varies = allocation.needs_change or allocation.needs_scores
         self._fixed_counts = None if varies else self._counts(None, slice(None))
         uniform = self._counts_at([1 - self.sparsity] * len(sizes))
-        if costs is not None and self.sparsity:
-            terms = [choice.cost_terms(cost) for cost in costs]
-        else:
-            terms = method.cost_terms(self.ffns, self.sparsity, self.unit, uniform.full_matrices)
+        terms = method.cost_terms(self.ffns, self.sparsity, self.unit, uniform.full_matrices)
         self.layers = [Fitted(method, ffn, of_layer) for ffn, of_layer in zip(self.ffns, terms, strict=True)]
         self._products, self._fixed, self._moving = self._shares(uniform, terms)
 
@@ -82,42 +74,36 @@ class Prepared:
         return self._counts_at(self.method.allocation.of_ffns(self.sparsity, self.ffns, change, rows, scores))
 
     def _counts_at(self, densities: Sequence[float]) -> Counts:
-        return self.method.counts(densities, self.ffns, self.sparsity, self.read_cost)
+        return self.method.counts(densities, self.ffns, self.sparsity)
 
     def _shares(self, counts: Counts, terms: Sequence[CostTerms]) -> tuple[float, float, float]:
         """Return the products of a token under these counts, what it reads beside them, and what it reads for them.
 
-        All three are shares of the FFN weights. Beside them it reads scales and images.
+        All three are shares of the FFN weights. Beside them it reads scales.
         """
-        matrices, images = self.ffns[0].matrices, self.read_cost is not None
-        full = counts.full_matrices if self.sparsity and not images else 0.0
+        matrices, full = self.ffns[0].matrices, counts.full_matrices if self.sparsity else 0.0
         products = fixed = moving = 0.0
         for ffn, mask, taken, written, (always, seen, chosen, last) in zip(
             self.ffns, counts.mask, counts.taken, counts.written, terms, strict=True
         ):
-            exact = taken if self.method.choice.adds else written  # what the image of down writes is overhead
-            products += full * mask + (matrices - 1 - full) * taken + exact
-            fixed += always * ffn.size + seen * mask * images
-            moving += seen * mask * (not images) + chosen * taken + last * written
+            products += full * mask + (matrices - 1 - full) * taken + written
+            fixed += always * ffn.size
+            moving += seen * mask + chosen * taken + last * written
         everything = matrices * sum(f.size for f in self.ffns)
         return products / everything, fixed / everything, moving / everything
 
     def computed(self, read: float) -> float:
-        """Return the share of the FFN weights that a pruned token multiplies; images count as overhead.
-
-        Args:
-            read: share of the FFN weights that it reads.
-        """
+        """Return the share of the FFN weights that a pruned token multiplies. read: the share that it reads."""
         if (other := self.method.other) is not None:
             scales = self.method.scales_read(self.ffns)
             return other.multiplied((read - scales) / (1 - scales))
-        if (self.read_cost is not None and self.method.choice.exact) or not self._moving:
+        if not self._moving:
             return self._products
         return self._products * (read - self._fixed) / self._moving
 
     def nbytes(self) -> int:
-        """Return the bytes that all sequences share; previews count as they would be stored."""
-        beside = self.stored + (0 if self.beside is None else self.beside.nbytes())
+        """Return the bytes that all sequences share."""
+        beside = 0 if self.beside is None else self.beside.nbytes()
         return beside + sum(layer.nbytes() for layer in self.layers)
 
     def fix(self, calibration: Calibration) -> None:
@@ -152,42 +138,25 @@ def floating(ffn: FFN) -> torch.dtype:
     return next(dtypes, torch.float32)
 
 
-def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, known: bool = True) -> None:
+def check(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
     """Refuse what `prepare` would refuse on a model's own weights, without a calibration.
-
-    Args:
-        known: whether the bits of the weights are known; if not, the reads of previews are not counted.
 
     Raises:
         UserError: the method does not fit the FFNs or their bits, or cannot meet the sparsity.
     """
     method.check_weights(ffns, sparsity)
-    own = rounding.served_bits(ffns)
-    if own == OWN_BITS:  # a session may serve codes in place of these weights
-        compatibility.check_fit(method, ffns, sparsity, Stored(OWN_BITS))
-        return
-    compatibility.check_fit(method, ffns, sparsity)
-    method.check_bits(Stored.of(own))
-    if known or not method.choice.previews:
-        Prepared(method, ffns, sparsity, own)
+    compatibility.check_fit(method, ffns, sparsity, Stored.of(rounding.served_bits(ffns)))
 
 
-def prepare(
-    method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None, unit: float | None = None,
-    orders: Sequence[Tensor | None] | None = None,
-) -> Prepared:  # fmt: skip
+def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Prepared:
     """Prepare a method on a model before any prompt.
-
-    Args:
-        unit: mean bits of an FFN weight, of which the sparsity leaves out a share; None: those of the served weights.
-        orders: per layer, the stored order of the columns of gate and up, see `Serving.orders`; None: their own.
 
     Raises:
         UserError: a missing calibration, or a sparsity that the method cannot meet.
     """
     compatibility.check_fit(method, ffns, sparsity)
     method.check_weights(ffns, sparsity)
-    prepared, mask = Prepared(method, ffns, sparsity, unit or rounding.served_bits(ffns)), method.mask
+    prepared, mask = Prepared(method, ffns, sparsity, rounding.served_bits(ffns)), method.mask
     fixed = mask.fixed and mask.score is not None
     if calibration is None and (fixed or method.calibrates):
         raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
@@ -195,7 +164,7 @@ def prepare(
     counted = method.choice.exact or not method.choice.calibrates
     taken = [] if counted else prepared.counts(None, slice(None), True).taken
     if method.choice.chooses:
-        choosers = method.choice.attach(ffns, orders or [None] * len(ffns), taken, calibration)
+        choosers = method.choice.attach(ffns, taken, calibration)
         for layer, chooser in zip(prepared.layers, choosers, strict=True):
             layer.chooser = chooser
     if calibration is None:

@@ -32,15 +32,13 @@ from dart_eval.pruning.calibration.weight_cache import sample
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.cache import CacheWatch, cache_in, check_cache, real_tokens
 from dart_eval.pruning.session.calls import Calls
-from dart_eval.pruning.session.execution import Execution, Served, Wanted
+from dart_eval.pruning.session.execution import Execution, Wanted
 from dart_eval.pruning.session.hooks import Forward, Hooks, Phase, named_arguments
-from dart_eval.pruning.session.kernels import hold_codes_alone
 from dart_eval.pruning.session.log import Log, Step, Tally
 from dart_eval.pruning.session.prepared import Prepared, prepare
 from dart_eval.pruning.session.state import SequenceState
 from dart_eval.pruning.session.stats import SessionStats
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import served_bits
 
 _PROMPTING: ContextVar[tuple[object, ...]] = ContextVar("prompting", default=())  # sessions whose `prompt` is entered
 
@@ -55,22 +53,13 @@ class Session(SessionStats):
 
     def __init__(
         self, model: nn.Module, method: Pruner, sparsity: float, calibration: Calibration | None = None,
-        execution: Wanted = "auto", shared_mask: bool = False, serve: Served = "weights",
+        execution: Wanted = "auto", shared_mask: bool = False,
     ) -> None:  # fmt: skip
         self.sparsity = sparsity if method.sized else 0.0
         self.model, self.shared_mask, self.ffns = model, shared_mask, find_ffns(model)
-        unit = served_bits(self.ffns)
-        self.method = method = method.at(1 - self.sparsity, unit)
+        self.method = method
         self.executing = Execution(self.ffns, method, execution, shared_mask)
-        self.serving = method.choice.serving(self.ffns, self.sparsity, calibration)
-        try:
-            orders = None if self.serving is None else self.serving.begin()
-            self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration, unit, orders)
-            if serve != "weights":
-                hold_codes_alone(method, self.ffns, self.serving if self.executing.has_kernel else None, serve)
-        except BaseException:
-            self._unserve()
-            raise
+        self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration)
         self.executing.attach(self.prepared.beside)
         self.log, self.forward = Log(), Forward()
         self._step: Step | None = None  # weights of decoding forwards, until something changes them
@@ -81,7 +70,7 @@ class Session(SessionStats):
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls, self._left = Calls(model), False
         self.block: object = None
-        self._hooks = Hooks(model, self.ffns, method, self.forward, self.serving, self.prepared.beside)
+        self._hooks = Hooks(model, self.ffns, method, self.forward, self.prepared.beside)
 
     def __repr__(self) -> str:
         execution = self.execution if self.state is not None else self.executing.wanted
@@ -91,7 +80,7 @@ class Session(SessionStats):
     def prompts_on_codes(self) -> bool:
         """Whether prompts run on codes in place of the weights."""
         beside = self.prepared.beside
-        return bool(self.serving) or (beside is not None and beside.replaces)
+        return beside is not None and beside.replaces
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
@@ -173,11 +162,9 @@ class Session(SessionStats):
         forward.going = forward.valid
         chunk = bool(past) and forward.last == "context" and forward.turn == self._calls.turn
         forward.turn = self._calls.turn
-        if past:
-            self.executing.widen()  # an exception may have left it sliced
-        else:
+        self.executing.widen()  # an exception may have left it sliced
+        if not past:
             self.log = Log()
-            self._settle()
         self._begin_sequences(batch, tokens.device, past)
         if forward.phase == "decode":
             self._begin_decode(tokens, batch, length)
@@ -187,21 +174,15 @@ class Session(SessionStats):
                 self._tally.context(batch, chunk)
         forward.seen.clear()
         forward.sliced = self.executing.sliced
-        forward.watching = forward.sliced is None or (self._choosy and not self.executing.gathers)
+        forward.watching = forward.sliced is None or self._choosy
         self._hooks.watch_ffns(forward.watching)
         if forward.phase == "context" and kwargs.get("logits_to_keep"):
             # Layers that share keys and values would compute only the last tokens (Gemma 4), and masks need all.
             return args, {**kwargs, "logits_to_keep": 0}
         return None
 
-    def _settle(self) -> None:
-        """Give the projections their own weights, which an exception inside a forward has left replaced."""
-        self.executing.widen()
-        if self.serving is not None:
-            self.serving.put_back()
-
     def _edits(self) -> tuple[list[nn.Parameter], object]:
-        """Return the FFN weights, and what an edit changes: copies, previews, codes or thresholds come from them."""
+        """Return the FFN weights, and what an edit changes: copies, codes or thresholds come from them."""
         modules = [m for f in self.ffns for m in f.projections]
         weights = [p for m in modules for p in m.parameters() if not p.is_meta]
         versions = [p.is_inference() or p._version for p in weights]
@@ -338,7 +319,7 @@ class Session(SessionStats):
     def attach(self) -> None:
         """Install the hooks that the method needs."""
         if self.prunes:
-            self._calls.watch(self._settle)
+            self._calls.watch(self.executing.widen)
             hold(self.model)
             self._edited = self._edits()
             self._hooks.install(self._begin, self._end)
@@ -359,10 +340,6 @@ class Session(SessionStats):
         finally:
             to_the_end(self._leave)
 
-    def _unserve(self) -> None:
-        if self.serving is not None:
-            self.serving.end()
-
     def _leave(self) -> None:
         with self._calls.alone:
             if self._left:  # another session may be at work
@@ -373,7 +350,6 @@ class Session(SessionStats):
                 let_go(self.model)
                 self._cache.leave()
             finally:
-                self._unserve()
                 self.executing.restore()
             self._left = True
 

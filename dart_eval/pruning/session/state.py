@@ -180,7 +180,7 @@ class SequenceState(PerSequence):
         read = (terms.T[:, None] * counts).sum((0, 2)) / (self.ffns[0].matrices * everything)
         if (dense := self.dense_now) is not None and not pruned:
             read, mask = (torch.where(dense.cpu(), 1.0, share) for share in (read, mask))
-        if self.method.needs_context:  # without one, tokens run dense, and no preview is charged
+        if self.method.needs_context:  # without one, tokens run dense
             read, mask = (torch.where(self.tokens.cpu() > 0, share, 1.0) for share in (read, mask))
         return Step(read, mask)
 
@@ -207,7 +207,7 @@ class SequenceState(PerSequence):
 
     def prune(
         self, layer: int, h: Tensor, going: Tensor, gate: Tensor | None = None, up: Tensor | None = None,
-        x: Tensor | None = None, rows: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Return h of a layer without its pruned neurons: see `Layer.prune`. going: [B, T] bool, not yet ended."""
         one, dense = self.layers[layer], self.dense_now
@@ -217,7 +217,7 @@ class SequenceState(PerSequence):
             one.gather(h, (going & dense[:, None]).float())
             if bool(dense.all()):
                 return h
-        return one.prune(h, gate, up, x, rows, dense)
+        return one.prune(h, gate, up, rows, dense)
 
     def finish_decode(self, attention: Tensor | None, valid: Tensor) -> list[Change]:
         """Close a decoding forward: run the detector, and make the new masks that are due.
