@@ -83,7 +83,7 @@ class InputSparsity(Pruner, of=Entries):
     def by_token(self) -> bool:
         return self.entries.by_token
 
-    def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
+    def check_weights(self, ffns: Sequence[FFN]) -> None:
         from dart_eval.weights.rounding import parameter_of, stored_of
 
         for module in (m for f in ffns for m in f.projections):

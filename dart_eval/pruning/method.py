@@ -194,7 +194,7 @@ class Pruner:
             terms.append((scales, into * full, into * (matrices - 1 - full), down - scales))
         return terms
 
-    def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
+    def check_weights(self, ffns: Sequence[FFN]) -> None:
         """Refuse weights that it does not support.
 
         Raises:

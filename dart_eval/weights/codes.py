@@ -42,17 +42,17 @@ class Packed:
         return self.decoded(torch.float32)
 
     @torch.no_grad()
-    def decoded(self, dtype: torch.dtype, first: int | None = None, whole: bool = False) -> Tensor:
+    def decoded(self, dtype: torch.dtype, first: int | None = None) -> Tensor:
         """Return [out, in], the values of the codes or of their first bits.
 
-        Four first bits and more stand for a line (`line`), fewer for the mean of the matrix's codes that begin so.
+        Four first bits and more stand for a line (`line`), fewer for the mean of the matrix's codes that begin so, in
+        whole codes, which a kernel multiplies.
 
         Args:
             first: bits of each code that are read; None: all.
-            whole: means are rounded to whole codes, which a kernel multiplies.
         """
         low = 0 if first is None else max(0, self.rounding.bits - first)
-        means = self.means(low, whole) if low else None
+        means = self.means(low) if low else None
         rows, width = self.shape
         out = self.codes.new_empty(self.shape, dtype=dtype)
         group = self._together
@@ -77,12 +77,11 @@ class Packed:
     def _mean_codes(self) -> dict[int, Tensor]:
         return {}
 
-    def means(self, low: int, whole: bool = False) -> Tensor:
+    def means(self, low: int) -> Tensor:
         """Return fp32 what each value of first bits stands for (`decoded`), cached. low: as of `_begin`."""
         if low not in self._mean_codes:
             self._mean_codes[low] = self._mean_code(low)
-        found = self._mean_codes[low]
-        return found.round() if whole and self.rounding.bits - low < LINE else found
+        return self._mean_codes[low]
 
     def _mean_code(self, low: int) -> Tensor:
         if self.scales.is_meta:  # a shape alone
@@ -95,7 +94,7 @@ class Packed:
         begin = self._begin(code, low).long()
         sums, count = torch.zeros(2, int(begin[-1]) + 1, dtype=torch.float64, device=code.device)
         sums.index_add_(0, begin, number * code)
-        return (sums / count.index_add_(0, begin, number).clamp_min(1)).float()  # 0 where no code begins so
+        return (sums / count.index_add_(0, begin, number).clamp_min(1)).float().round()  # 0 where no code begins so
 
     def line(self, low: int) -> tuple[float, float]:
         """Return slope and offset of the codes over their first bits, by least squares over all of the matrix.

@@ -51,11 +51,10 @@ class Decoded:
         packed: [out, in].
         dtype: of the values.
         first: bits of each code that are read; None: all.
-        whole: as of `Packed.decoded`.
     """
 
-    def __init__(self, packed: Packed, dtype: torch.dtype, first: int | None = None, whole: bool = False) -> None:
-        self.packed, self.dtype, self.first, self.whole = packed, dtype, first, whole
+    def __init__(self, packed: Packed, dtype: torch.dtype, first: int | None = None) -> None:
+        self.packed, self.dtype, self.first = packed, dtype, first
         self._values: Tensor | None = None
 
     def __call__(self) -> Tensor:
@@ -63,7 +62,7 @@ class Decoded:
         if self._values is not None:
             return self._values
         with torch.inference_mode(False):  # the values outlive this forward
-            values = self.packed.decoded(self.dtype, self.first, self.whole)
+            values = self.packed.decoded(self.dtype, self.first)
         if _ROOM.reserve(self, values.nbytes, values.device):
             self._values = values
         return values

@@ -18,12 +18,12 @@ from tests.helpers.sessions import RESTLESS
 
 # Of every kind of method one or two that change their masks or choices while they decode.
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("griffin", {}), ("dart", RESTLESS), ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("dart-plus", {}),
+    ("griffin", {}), ("dart", RESTLESS), ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("grinqh", {}),
     ("dart-choice", {**RESTLESS, "remask.every": 4}), ("pop", {"remask": "drift", **RESTLESS}), ("flap", {}),
-    ("griffin", {"draw": "sample", "remask": "drift", **RESTLESS}), ("cats", {}), ("prox", {}),
+    ("griffin", {"draw": "sample", "remask": "drift", **RESTLESS}), ("cats", {}),
     ("teal", {}), ("rounding", {}), ("magnitude", {"choice": "gate-up"}),
 )  # fmt: skip
-DENSE = ("pop", "flap", "teal", "rounding")  # not made for experts
+DENSE = ("pop", "flap", "teal", "grinqh", "rounding")  # not made for experts
 FAMILIES = ("llama", "gemma3", "gpt2", "opt", "phi3", "mixtral", "qwen3_moe", "falcon_h1")
 ROUNDS, EVERY, TOKENS, LENGTH = 250, 7, 8, 12
 SLACK, OBJECTS = 8 << 20, 200  # bytes and objects by which a process may grow from its second lap to its last

@@ -91,7 +91,7 @@ class Records(Shown):
             if wrong:
                 raise Wrong(f"tables shows another {wrong[0]} of {_of(row)}: {row[wrong[0]]}, {self.told}")
         self.asked("tables", "out", *random.choice([(), ("--view", "long"), ("--format", "csv")]))
-        self.asked("compare", "out", "--method", "griffin,dart-plus", "--format", "json")
+        self.asked("compare", "out", "--method", "griffin,grinqh", "--format", "json")
         check = ("out", "--baseline", self.baseline, "--junit", "junit.xml")
         self.asked("check", *check, "--github") if forged else self.checked(*check)
         report, export = ("report", "out", "--output", "report.html"), ("export", "out", "--output", "to")

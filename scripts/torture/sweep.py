@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.helpers.commands import program, results
 from tests.helpers.models import save_tiny, word_tokenizer
 
-METHODS = "dense,griffin,dart:remask.window=3:remask.min_windows=1:remask.ring=5,dart-plus,flap"
+METHODS = "dense,griffin,dart:remask.window=3:remask.min_windows=1:remask.ring=5,grinqh,flap"
 RUN = (
     "run", "--model", "../model", "--output", "out", "--tasks", "smoke_questions,smoke_summary", "--method", METHODS,
     "--sparsity", "0.5", "--limit", "4", "--batch-size", "2",

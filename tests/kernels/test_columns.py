@@ -26,7 +26,7 @@ PROMPT = torch.tensor([random_tokens(20, seed=4)])
 
 def product(packed, at, x):
     """What columns of these levels give, and the size of the sums, in double precision."""
-    weight = sum(packed.decoded(torch.float64, b, whole=True) * (at == i) for i, b in enumerate(PART.bits) if b)
+    weight = sum(packed.decoded(torch.float64, b) * (at == i) for i, b in enumerate(PART.bits) if b)
     return linear(x.double(), weight), (weight.norm(dim=1) * (x.double() * (at > 0)).norm())
 
 
@@ -81,7 +81,7 @@ def test_every_bit_of_every_code_counts(level, rows):
             x = torch.zeros(1, width)
             x[0, place] = 1.0
             found = ColumnsFFN(made, "relu", level)(x)
-            gate = packed[0].decoded(torch.float32, 2 * planes, whole=True)[:, place]
+            gate = packed[0].decoded(torch.float32, 2 * planes)[:, place]
             h = gate.double().relu() * packed[1].values.double()[:, place]
             assert made[0].level[place] == planes and made[0].level.sum() == planes
             assert apart(found[0], packed[2].values.double() @ h, 1e-3) < 1e-3

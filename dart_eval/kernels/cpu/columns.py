@@ -47,7 +47,7 @@ class ColumnsMatrix:
         self.job = Matrix(-(-self.rows // HALF) * HALF, self.width, group, groups, bits // 2)
         self.job.slope, self.job.start = type(self.job.slope)(*slopes), type(self.job.start)(*starts)
         self.job.gain[:] = gains
-        self.job.table[:4] = [int(mean) + 128 for mean in packed.means(BITS - 2, whole=True)]
+        self.job.table[:4] = [int(mean) + 128 for mean in packed.means(BITS - 2)]
         for name, tensor in {"planes": self.planes, "scales": self.scales, **self.work}.items():
             setattr(self.job, name, tensor.data_ptr())
 

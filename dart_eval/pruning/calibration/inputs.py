@@ -1,15 +1,11 @@
-"""Statistics of the inputs of matrices on a calibration text: quantiles, sums of squares."""
+"""Statistics of the inputs of matrices on a calibration text: quantiles."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from dart_eval.layers.ffn import FFN
-from dart_eval.pruning.calibration.calibration import Calibration
 
 BELOW_ALL = -1.0  # magnitudes are never negative: none lies below it
 LOW_BITS = 13  # of a float32, ignored in a bin: 10 bits of the mantissa stay, and a bin is .1 % wide
@@ -57,19 +53,3 @@ class MeanLeast:
     def threshold(self) -> float:
         """The mean."""
         return self.sum / max(1, self.tokens)
-
-
-def all_squares(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
-    """Return the sums of squares of x [D] and of h [F] over the text, fp32, layer by layer."""
-    return calibration.once("squares of inputs", lambda: _squares(ffns, calibration))
-
-
-def _squares(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
-    squares = [[torch.zeros(f.width), torch.zeros(f.size)] for f in ffns]
-
-    def see(layer: int, x: Tensor, h: Tensor) -> None:
-        for total, values in zip(squares[layer], (x, h), strict=True):
-            total += values.float().square().sum(0).cpu()
-
-    calibration.visit(see)
-    return [total for both in squares for total in both]

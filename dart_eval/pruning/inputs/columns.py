@@ -76,7 +76,7 @@ class GradedColumns(Levels, Entries):
         """Return what each step of a matrix to the next level saves for a bit. weight: [out, n]. packed: its codes."""
         import torch
 
-        read = (packed.decoded(torch.float32, bits, whole=True) if bits else 0.0 for bits in self.bits)
+        read = (packed.decoded(torch.float32, bits) if bits else 0.0 for bits in self.bits)
         errors = torch.stack([(weight.float() - values).square().sum(0).mean() for values in read])
         return self.gains(errors)
 

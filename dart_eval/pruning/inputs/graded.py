@@ -109,7 +109,7 @@ class GradedMatrix:
         room = OWN_BITS * share - self.scale
         self.limit = part.limit(self.width, room if down else part.first_look(room))
         self.packed = codes_of(weight, part.rounding)
-        self.values = [Decoded(self.packed, weight.dtype, bits, whole=True) if bits else None for bits in part.bits]
+        self.values = [Decoded(self.packed, weight.dtype, bits) if bits else None for bits in part.bits]
         self.gains = part.fit(weight, self.packed)
 
     def whole(self, x: Tensor) -> Tensor:

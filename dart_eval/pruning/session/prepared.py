@@ -144,7 +144,7 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
     Raises:
         UserError: the method does not fit the FFNs or their bits, or cannot meet the sparsity.
     """
-    method.check_weights(ffns, sparsity)
+    method.check_weights(ffns)
     compatibility.check_fit(method, ffns, sparsity, Stored.of(rounding.served_bits(ffns)))
 
 
@@ -155,7 +155,7 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
         UserError: a missing calibration, or a sparsity that the method cannot meet.
     """
     compatibility.check_fit(method, ffns, sparsity)
-    method.check_weights(ffns, sparsity)
+    method.check_weights(ffns)
     prepared, mask = Prepared(method, ffns, sparsity, rounding.served_bits(ffns)), method.mask
     fixed = mask.fixed and mask.score is not None
     if calibration is None and (fixed or method.calibrates):
