@@ -87,7 +87,7 @@ def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, to
     assert found["griffin", "3"]["why"] == found["dense", "3"]["why"]
     table = command(*words, "--format", "md").out
     assert "Methods do not read 50 % of the rounded weights; read is a share of the bytes of 16-bit weights." in table
-    assert table.count("| bytes only ") == 4 and "\n| griffin on 3 bits   | 0.11 | bytes only" in table
+    assert table.count("| bytes only ") == 4 and "\n| griffin on 3 bits | 0.11 | bytes only" in table
 
 
 @pytest.mark.slow

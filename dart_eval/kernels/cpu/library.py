@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int, c_int32, c_uint8, c_void_p
 from typing import Any
 
@@ -56,18 +55,9 @@ class Columns(ctypes.Structure):
     )
 
 
-def untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let a function run outside of a graph of `torch.compile`, which frees tensors that only a pointer names."""
-
-    @functools.wraps(function)
-    def run(*args: Any) -> Tensor:
-        # Not a decorator of torch's own: it would load the compiler wherever kernels are.
-        return torch.compiler.disable(function)(*args) if torch.compiler.is_compiling() else function(*args)
-
-    return run
+_ROOM = [torch.empty(0)]  # that kernels work in, one call at a time: fresh memory would cost more than the work in it
 
 
-@untraced
 def call(name: str, job: ctypes.Structure, x: Tensor, scratch: int, each: int, level: int) -> Tensor:
     """Run one token through a kernel.
 
@@ -80,25 +70,19 @@ def call(name: str, job: ctypes.Structure, x: Tensor, scratch: int, each: int, l
     Returns:
         [1, D] in the dtype of x.
     """
+    if torch.compiler.is_compiling():  # a graph would free tensors that only a pointer names
+        outside: Tensor = torch.compiler.disable(call)(name, job, x, scratch, each, level)
+        return outside
     fields: Any = type(job).from_buffer_copy(job)  # of this call alone: others may run at the same time
     if x.shape != (1, fields.width) or x.device.type != "cpu":
         raise ValueError(f"x is {tuple(x.shape)} on {x.device}, and one token of width {fields.width} is multiplied")
     threads = max(1, min(MOST_THREADS, torch.get_num_threads()))
     given, out = x.detach().float().contiguous(), torch.empty(1, fields.width)
-    work = room(scratch + each * threads)
+    if len(work := _ROOM[0]) < scratch + each * threads:
+        work = _ROOM[0] = torch.empty(scratch + each * threads)
     fields.x, fields.out, fields.scratch = given.data_ptr(), out.data_ptr(), work.data_ptr()
     functions()[name](ctypes.byref(fields), level, threads)
     return out.to(x.dtype)
-
-
-_ROOM = [torch.empty(0)]  # that kernels work in, one call at a time: fresh memory would cost more than the work in it
-
-
-def room(size: int) -> Tensor:
-    """Return at least so many floats to work in."""
-    if len(_ROOM[0]) < size:
-        _ROOM[0] = torch.empty(size)
-    return _ROOM[0]
 
 
 @functools.cache
