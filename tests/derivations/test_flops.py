@@ -89,7 +89,7 @@ def test_a_second_look_multiplies_rows_once_more():
     shape, neurons = shape_of(model, find_ffns(model)), 120
     x = 2 * shape.layers * shape.width  # inputs of gate and up
     choice = 2 * 4 * (x + neurons) + 3 * x + 14 * neurons
-    part = GradedBoth(second="rows", neurons=0.1, more=6)
+    part = GradedBoth(neurons=0.1, more=6)
     assert part.flops_per_step(shape, neurons) == pytest.approx(0.1 * 2 * neurons * 2 * shape.width + choice)
 
 
