@@ -1,7 +1,6 @@
 # make demo          the main job on the demo model and the shipped tasks (sets everything up first)
 # make test          all tests (sets everything up first)
 # make test-fast     those of what is computed, on tiny models, in a minute
-# make lane-time     does that minute take more than twice its usual time, held against fixed work of the same run?
 # make golden        measure tests/golden/golden.json anew, the numbers that tests compare with, and say what moved
 # make mutations     does that minute notice the core broken in many small ways? ARGS="--sample 10" for some of them
 # make torture       kills, thousands of rounds, and a fuzz of all that is read: ARGS="--short" for a little of it
@@ -10,7 +9,7 @@
 # make wheel         build the package, install the wheel in an environment of its own, and run the demo model there
 # make site          build the documentation into build/site
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
-# make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU,
+# make gpu-check     on a CUDA GPU: is all right there, and how fast? Some minutes, no network; ARGS=--dry on a CPU,
 #                    ARGS="--minutes 60 --model DIR --data-dir DIR" for one column of a table too
 # make paper-tables  the paper's tables: on the shipped data, or with MODEL=... DATA=... LIMIT=... the claims of its abstract and scripts
 # make clean         remove the environment and the folders of results that these make
@@ -31,7 +30,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-fast lane-time golden mutations torture check wheel site format regression gpu-check paper-tables clean
+.PHONY: demo test test-fast golden mutations torture check wheel site format regression gpu-check paper-tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories --sparsity 0.7 --limit $(or $(LIMIT),48) --output demo-output
@@ -60,9 +59,6 @@ test: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	$(PYTEST) --dist worksteal --ignore tests/cli -m "$(FAST)"
-
-lane-time: $(VENV)/.dev
-	$(BIN)/python scripts/lane_time.py
 
 golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden
