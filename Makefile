@@ -2,8 +2,8 @@
 # make test          all tests (sets everything up first)
 # make test-fast     those of what is computed, on tiny models, in a minute
 # make golden        measure tests/golden/golden.json anew, the numbers that tests compare with, and say what moved
-# make mutations     does that minute notice the core broken in many small ways? ARGS="--sample 10" for some of them
-# make torture       kills, thousands of rounds, and a fuzz of all that is read: ARGS="--short" for a little of it
+# make mutations     which small ways to break the core do its tests miss? ARGS='"dart_eval.results.stats*"' for one module
+# make torture       kills of a sweep, and a fuzz of what is read: ARGS="--short" for a little of it
 # make format        format the code, and mend what lint can mend by itself
 # make check         lint, format, types, spelling; workflows, action and Dockerfile
 # make wheel         build the package, install the wheel in an environment of its own, and run the demo model there
@@ -64,7 +64,8 @@ golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden
 
 mutations: $(VENV)/.dev
-	$(BIN)/python scripts/mutate.py --jobs $(JOBS) $(if $(ARGS),$(ARGS),--output results/mutations.md)
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS) $(ARGS)
+	$(BIN)/mutmut results
 
 torture: $(VENV)/.dev
 	$(BIN)/python -m scripts.torture $(ARGS)
@@ -108,4 +109,4 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@touch $(VENV)/.demo $@
 
 clean:
-	rm -rf $(VENV) build dist demo-output regression-output paper-output torture-output
+	rm -rf $(VENV) build dist demo-output regression-output paper-output mutants

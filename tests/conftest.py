@@ -25,7 +25,7 @@ SURFACE = (
         "check_command", "cut", "files", "forged", "generated_tables", "labels", "lengths", "paper", "report",
         "same_name", "text",
     )), *(f"tests/executors/test_{name}" for name in ("deleted", "driver", "resume", "run", "sizing")),
-    "tests/matrix/test_run", "tests/mutation/",
+    "tests/matrix/test_run",
 )  # fmt: skip
 
 
