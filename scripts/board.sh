@@ -45,7 +45,7 @@ rivals() { # TASKS LIMIT
   cells "$1" "$2" --method cats,m-countdown,teal,wina --sparsity 0.5
   cells "$1" "$2" --method decdec --sparsity 0.7
   cells "$1" "$2" --method teal --ffn-bits 4 --sparsity 0.5
-  cells "$1" "$2" --method dart,dart-choice,pop,flap --sparsity 0.7,0.5
+  cells "$1" "$2" --method dart,flap --sparsity 0.7,0.5
   cells "$1" "$2" --method wanda-sp,static --sparsity 0.7,0.5
   cells "$1" "$2" --method rounding,rounding:entries.bits=5
   cells "$1" "$2" --method griffin,cats --sparsity 0.3
@@ -72,8 +72,8 @@ rivals "$choice" 200
 speeds() { # OPTIONS
   one bench decode --model "$model" --dtype bfloat16 --output "$output" --steps 12 --rounds 3 "$@"
 }
-speeds --sparsity 0.7 --method griffin,pop,flap,grinqh,dart,dart-choice,static,oracle-token
-speeds --sparsity 0.5 --method griffin,grinqh,pop,cats,m-countdown,teal,wina --ffn-bits 8,4,3,2
+speeds --sparsity 0.7 --method griffin,flap,grinqh,dart,static,oracle-token
+speeds --sparsity 0.5 --method griffin,grinqh,cats,m-countdown,teal,wina --ffn-bits 8,4,3,2
 speeds --sparsity 0.843 --method grinqh
 speeds --sparsity 0.9 --method grinqh
 speeds --sparsity 0.442 --method griffin --ffn-bits 4

@@ -1,7 +1,6 @@
-"""Time how fast answers are scored: dense beside lm-eval's own `HFLM`, or under methods beside the first of them.
+"""Time how fast answers are scored, dense, beside lm-eval's own `HFLM`.
 
     python scripts/time_scoring.py --tasks arc,hellaswag --limit 50 --data-dir DIR
-    python scripts/time_scoring.py --tasks arc_easy --limit 40 --method griffin,cats --sparsity 0.5 --data-dir DIR
 
 All sides are timed in turn, round after round: other work on the machine hits them alike, and a ratio is the median
 over rounds of times that stood side by side. Times are of `loglikelihood(requests)`: tokenisation, forwards, logits.
@@ -14,9 +13,6 @@ predicted; and one row of logits for each distinct position whose next token is 
 The limit is the time for just that at the speed of well-filled forwards of this model: the decoder's on full rows as
 long as the mean input, the head's on as many rows as fit in its memory, log-softmax included; measured in every round.
 `limit_share` is limit / time, the median over rounds: 1 is a scorer without padding, small batches or bookkeeping.
-
-Under methods the first one is timed again as a control, which should be as fast as itself. The session multiplies by
-masks, as `dart-eval run` does: a method's own work shows here, what skipped neurons would save does not.
 """
 
 from __future__ import annotations
@@ -37,18 +33,13 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 
 from dart_eval.evaluation.batching import CPU_TOKENS, budget, shared_prefixes
-from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import LOGIT_BYTES, Answers
 from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.layers.families import decoder
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.prune import prune
-from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session.dense import DenseSession
-from dart_eval.results.ratio import Ratio, paired
 from dart_eval.results.writers import Table, markdown
 from dart_eval.sweep.values import AUTO
 from dart_eval.util.errors import UserError
@@ -104,21 +95,6 @@ class TaskSpeed:
     needed: Computed
     limit_seconds: list[float]
     foreign_cores: float | None
-
-
-@dataclass(frozen=True)
-class MethodSpeed:
-    """One method on one task. ratio: its seconds / those of the first method, round by round; control: the first again.
-
-    read: FFN weights that a pruned token multiplies / all of them, over the answers.
-    """
-
-    task: str
-    method: str
-    sparsity: float
-    seconds: float
-    ratio: Ratio
-    read: float
 
 
 class _Watched(PrunedLM):
@@ -282,52 +258,6 @@ def counted(model: Any) -> Iterator[Computed]:
         yield computed
 
 
-def measure_methods(
-    model: Any, tokenizer: Any, tasks: Tasks, name: str, methods: Sequence[Pruner], sparsity: float,
-    batch_size: int = 8, rounds: int = 3, limit: int | None = None, num_fewshot: int | None = None,
-) -> list[MethodSpeed]:  # fmt: skip
-    """Score one task under each method in turn, `rounds` times after one that warms up.
-
-    Returns:
-        One entry a method, the first of them once more at the end (the control).
-
-    Raises:
-        UserError: the task does not score answers, or a method does not prune.
-    """
-    if idle := [m.name for m in methods if not m.prunes]:
-        raise UserError(f"{idle[0]} does not prune", "leave it out: without --method dense scoring is timed")
-    instances = build(leaves(list(tasks.load(name))), limit, num_fewshot, seed=0)
-    lm = PrunedLM(model, tokenizer, batch_size)
-    rows = [*methods, methods[0]]
-    times: list[list[float]] = [[] for _ in rows]
-    reads = [1.0] * len(rows)
-    for _ in range(1 + rounds):
-        for i, method in enumerate(rows):
-            with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as session:
-                lm.begin(session, {})
-                times[i].append(timed(lambda: lm.loglikelihood(instances), model.device)[0])
-            reads[i] = sum(lm.costs.values(), start=Cost()).read
-    return [
-        MethodSpeed(
-            name, m.spec, sparsity if m.sized else 0.0, statistics.median(t[1:]), paired(t[1:], times[0][1:]), read
-        )
-        for m, t, read in zip(rows, times, reads, strict=True)
-    ]
-
-
-def methods_table(rows: Sequence[MethodSpeed], model: str) -> Table:
-    """Return the times under methods."""
-    first = rows[0].method
-    body = [
-        [r.task, r.method, f"{100 * r.sparsity:g} %", f"{r.read:.3f}", f"{r.seconds:.2f}",
-         f"{r.ratio.median:.2f} [{r.ratio.low:.2f}, {r.ratio.high:.2f}]"]
-        for r in rows
-    ]  # fmt: skip
-    note = f"x {first}: seconds / those of {first} in the same round, median [quartiles] of {rows[0].ratio.n} rounds."
-    return Table(f"Scoring under methods: {model}", ["task", "method", "sparsity", "read", "seconds", f"x {first}"],
-                 body, note)  # fmt: skip
-
-
 def dense_table(results: Sequence[TaskSpeed], model: str) -> Table:
     """Return time and work of each scorer, and the limit."""
     columns = ["task", "scorer", "seconds", "speed-up", "tokens", "logits", "share", "same", "apart"]
@@ -360,8 +290,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model")
     parser.add_argument("--tasks", default="arc,hellaswag,mmlu")
     parser.add_argument("--data-dir")
-    parser.add_argument("--method", default="", help="time these methods; without: dense beside HFLM")
-    parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--num-fewshot", type=int)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -371,11 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, tokenizer = resolved.load(print)
     sizes = {name: getattr(given, name) for name in ("batch_size", "rounds", "limit", "num_fewshot")}
     names, title = shelf.expand(given.tasks.split(",")), resolved.identity.name
-    if methods := [make(*parse(spec)) for spec in given.method.split(",") if spec]:
-        rows = [r for n in names for r in measure_methods(model, tokenizer, shelf, n, methods, given.sparsity, **sizes)]
-        print(markdown(methods_table(rows, title)))
-    else:
-        print(markdown(dense_table([measure(model, tokenizer, shelf, n, **sizes) for n in names], title)))
+    print(markdown(dense_table([measure(model, tokenizer, shelf, n, **sizes) for n in names], title)))
     return 0
 
 

@@ -2,11 +2,11 @@
 
     python -m scripts.torture                                # all of it, some twenty minutes on two cores
     python -m scripts.torture --short --seed 202648          # two minutes, as CI does it
-    python -m scripts.torture --only fuzz/records --cases 5  # one kind
+    python -m scripts.torture --only records                 # one kind
 
 `kills` stops a sweep by signals at random moments, damages the journal of the cell that was under way, and gives the
 same command again: in the end the folder holds what an unkilled sweep leaves, and a finished record has never changed.
-`fuzz` damages what is read: configs and thresholds (YAML), data (JSON Lines), records and samples. There must be no
+The others damage what is read: configs and thresholds (YAML), data (JSON Lines), records and samples. There must be no
 traceback, a refusal is one line, and a number is shown as it was or not at all.
 Exit status: 0; 1 (something fell); 2 (wrong arguments).
 """
@@ -47,7 +47,8 @@ RUN = (
     "--limit", "4", "--batch-size", "2",
     "--method", "dense,griffin,dart:remask.window=3:remask.min_windows=1:remask.ring=5,grinqh,flap",
 )  # fmt: skip
-SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+SIGNALS: dict[int, int] = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}  # and the status then
+CASES = {"kills": 20, "config": 1000, "thresholds": 1000, "data": 100, "records": 100, "samples": 100}  # in full
 AFTER = 60  # seconds in which a process must end once it has its signal
 LIMIT = 60  # seconds that a damaged file may take
 CONFIG = """model: tiny
@@ -59,10 +60,8 @@ sparsity: [0.5, 0.7]
 ffn_bits: [16, "4:64"]
 tasks: [smoke_questions, smoke_summary]
 limit: 0.5
-num_fewshot: 2
 batch_size: auto
 gen_kwargs: {temperature: 0.5, do_sample: true}
-seed: 7
 output: out
 """
 THRESHOLDS = """recovery: 0.98
@@ -160,12 +159,13 @@ class Whole:
         self.folder, self.out = folder, folder / "whole" / "out"
         self.out.parent.mkdir(parents=True)
         save_tiny(folder / "model", word_tokenizer())
+        seconds = []
         for words in (RUN, ("check", "out", "--baseline", "own.json", "--update")):
             begun, done = time.monotonic(), program(*words, cwd=self.out.parent)
+            seconds.append(time.monotonic() - begun)
             if done.returncode:
                 raise RuntimeError(f"undisturbed, {words} ends with {done.returncode}: {done.stderr[-2000:]}")
-            self.seconds = time.monotonic() - begun if words is RUN else self.seconds
-        self.files = results(self.out)
+        self.seconds, self.files = seconds[0], results(self.out)
 
     def killed(self, draw: random.Random) -> str:
         """Kill a sweep again and again, up to its end; how often it was."""
@@ -173,26 +173,25 @@ class Whole:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         for last in (*[False] * 20, True):
-            process, number = started(*RUN, cwd=place), draw.choice([*SIGNALS])
+            process, number = started(*RUN, cwd=place), 0
             try:
-                process.wait(10 * AFTER if last else self.seconds * draw.random() / 3)
-                number = None
+                process.wait(10 * AFTER if last else self.seconds * draw.random() / 6)
             except subprocess.TimeoutExpired:
+                number, kills = draw.choice([*SIGNALS]), kills + 1
                 process.send_signal(number)
-                kills += 1
             try:
                 status = process.wait(AFTER)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise Wrong(f"no end {AFTER} s after {number}") from None
             # Python's own way to end, where our handlers were not there yet; or it was done before the signal came.
-            ends = (0,) if number is None else (0, SIGNALS[number], -number)
+            ends = (0, SIGNALS[number], -number) if number else (0,)
             if status not in ends or ("Traceback" in process.stderr and "KeyboardInterrupt" not in process.stderr):
                 raise Wrong(f"status {status} after {number}: {process.stderr[-600:]!r}")
             for file in (place / "out" / "cells").glob("*.json"):
                 if finished.setdefault(file, file.read_bytes()) != file.read_bytes():
                     raise Wrong(f"{file.name} was finished, and has changed")
-            if number is None:
+            if not number:
                 break
             for journal in (place / "out" / "partial").glob("*"):
                 if draw.random() < 0.3:
@@ -338,10 +337,10 @@ def _late(*_: object) -> None:
     raise Wrong(f"no end after {LIMIT} s")
 
 
-def tried(case: Callable[[random.Random], str], draw: random.Random) -> str:
-    """Run a case; how it went, beginning with FELL where something is not as it must be."""
+def tried(case: Callable[[random.Random], str], draw: random.Random, limit: int = 0) -> str:
+    """Run a case for some seconds at most; how it went, beginning with FELL where something is not as it must be."""
     signal.signal(signal.SIGALRM, _late)
-    signal.alarm(LIMIT if isinstance(getattr(case, "__self__", None), Fuzz) else 0)
+    signal.alarm(limit)
     try:
         try:
             return case(draw)
@@ -357,35 +356,25 @@ def tried(case: Callable[[random.Random], str], draw: random.Random) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked, and print a line for each kind; the exit status."""
     parser = argparse.ArgumentParser(prog="torture", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--short", action="store_true", help="a little of everything")
-    parser.add_argument("--cases", type=int, help="of each kind")
+    parser.add_argument("--short", action="store_true", help="a twentieth of everything")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--only", default="", help="kinds whose name begins so, such as kills or fuzz/records")
+    parser.add_argument("--only", choices=CASES, help="one kind")
     given = parser.parse_args(arguments)
-    fell = 0
     logging.disable(logging.ERROR)
+    datasets.disable_progress_bars()
+    fell = 0
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = datasets.config.HF_DATASETS_CACHE = f"{folder}/datasets"
         whole = Whole(Path(folder))
         fuzz = Fuzz(whole)
-        kinds: dict[str, tuple[Callable[[random.Random], str], int]] = {
-            "kills": (whole.killed, 10), "fuzz/config": (fuzz.config, 1000), "fuzz/thresholds": (fuzz.thresholds, 1000),
-            "fuzz/data": (fuzz.data, 100), "fuzz/records": (fuzz.records, 100), "fuzz/samples": (fuzz.samples, 100),
-        }  # fmt: skip
-        chosen = [name for name in kinds if name.startswith(given.only)]
-        if not chosen:
-            print(f"error: no kind's name begins with {given.only!r}", file=sys.stderr)
-            return 2
-        for name in chosen:
-            (case, count), went = kinds[name], list[str]()
-            for number in range(given.cases or (max(1, count // 20) if given.short else count)):
-                went.append(tried(case, random.Random(f"{given.seed} {name} {number}")))
+        for name in [given.only] if given.only else CASES:
+            case, limit, went = (whole.killed, 0, list[str]()) if name == "kills" else (getattr(fuzz, name), LIMIT, [])
+            for number in range(CASES[name] // (20 if given.short else 1)):
+                went.append(tried(case, random.Random(f"{given.seed} {name} {number}"), limit))
                 if went[-1].startswith("FELL"):
                     print(f"{name}, seed {given.seed}, case {number}: {went[-1]}; {fuzz.told}", flush=True)
                     fell += 1
-            print(
-                f"{name}: {', '.join(f'{went.count(w)} {w}' for w in sorted({*went}) if w[:4] != 'FELL')}", flush=True
-            )
+            print(f"{name}: {', '.join(f'{went.count(w)} {w[:200]}' for w in sorted({*went}))}", flush=True)
     return int(fell > 0)
 
 

@@ -8,13 +8,12 @@ import torch
 
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.pruning.registry import make, parse
 from dart_eval.results.writers import markdown
 from dart_eval.util import machine
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import foreign_cpu
 from scripts import time_scoring
-from scripts.time_scoring import Computed, counted, main, measure, measure_methods, needed_for
+from scripts.time_scoring import Computed, counted, main, measure, needed_for
 from tests.helpers.models import random_tokens, tiny
 
 
@@ -107,17 +106,3 @@ def test_the_script_prints_dense_beside_hflm(saved_llama, capsys):
     assert main(["--tasks", "smoke_stories", "--limit", "3", "--rounds", "1", "--model", str(saved_llama)]) == 0
     said = capsys.readouterr().out
     assert "| smoke_stories | HFLM " in said and "3 items, 12 answers" in said
-
-
-def test_methods_are_timed_beside_the_first(tokenizer):
-    """The last row is the first method again."""
-    methods = [make(*parse(spec)) for spec in ("griffin", "cats", "top-p:choice.p=0.5")]
-    model = tiny("llama").float()
-    rows = measure_methods(model, tokenizer, Tasks(), "smoke_questions", methods, 0.5, limit=2, rounds=2)
-    assert [(r.method, r.sparsity) for r in rows] == [
-        ("griffin", 0.5), ("cats", 0.5), ("top-p:choice.p=0.5", 0.0), ("griffin", 0.5)
-    ]  # fmt: skip
-    assert rows[0].ratio.median == 1 and all(r.seconds > 0 for r in rows)
-    assert [r.read for r in rows[:2]] == [0.5, 0.5] and 0 < rows[2].read < 0.5
-    with pytest.raises(UserError, match="dense does not prune"):
-        measure_methods(model, tokenizer, Tasks(), "smoke_questions", [make("dense")], 0.5)
