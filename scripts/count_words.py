@@ -1,0 +1,32 @@
+"""Count the words of the docs and results: README.md, docs/*.md, results/*.md, but no tables, code or generated pages.
+
+python scripts/count_words.py    # a line for each page, and the sum
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GENERATED = {"docs/methods.md", "docs/options.md", "docs/models.md", "docs/records.md", "results/paper-dart.md"}
+NOT_PROSE = re.compile(r"^```.*?^```|^(?:\||    ).*?$|<!--.*?-->|\]\([^)]*\)", re.S | re.M)
+
+
+def words(page: Path) -> int:
+    """Return the words of a page's prose and headings."""
+    return sum(any(map(str.isalnum, word)) for word in NOT_PROSE.sub(" ", page.read_text(encoding="utf-8")).split())
+
+
+def main() -> None:
+    """Print the counts."""
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]
+    counts = {str(page.relative_to(ROOT)): words(page) for page in pages}
+    kept = {name: count for name, count in counts.items() if name not in GENERATED}
+    for name, count in kept.items():
+        print(f"{count:6,}  {name}")
+    print(f"{sum(kept.values()):6,}  in all")
+
+
+if __name__ == "__main__":
+    main()
