@@ -36,7 +36,7 @@ def text() -> str:
         BEGIN, "", "## A record", "", *table(OWN | inputs.notes(Record, str)),
         "### Its inputs", "", f"Each has a role. {said[0].upper()}{said[1:]}.", "", *table(fields),
         "### One of its metrics", "", *table(inputs.notes(Metric, str)),
-        "### Its settings", "", "They cannot change a number. `batch_size` and `share_prefix` stand here too.", "",
+        "### Its settings", "", "They cannot change a number. `batch_size` stands here too.", "",
         *table(inputs.notes(Settings, str)),
         "## A sample", "", *table(inputs.notes(layout.Sample, str)),
         "### What a drift detector saw", "", *table(inputs.notes(layout.Drift, str)),

@@ -67,7 +67,7 @@ def trace(
         kept, sizes = found["layers"]["kept"], found["layers"]["sizes"]
         ratios, model = [k / n for k, n in zip(kept, sizes, strict=True)], chosen.model or "gemma-3-270m"
         write_table(save_allocation, ratios, sizes=sizes, method=method, sparsity=sparsity, model=model)
-        say(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)
+        say(f"wrote {save_allocation}: allocation=table:{save_allocation}", err=aside)
 
 
 def _picture(output: Path, plot: Path | None, allocation: Path | None) -> Path | None:

@@ -51,7 +51,6 @@ class PrunedLM(HFLM):
         max_length: tokens, context and continuation together; default the model's.
         chunk: tokens per perplexity chunk, at most `max_length`.
         on_progress: called with the number of requests just finished, and whether they were computed now.
-        share_prefix: run a prefix that many contexts have in common once.
         enable_thinking: what the chat template is told of thinking; None: nothing.
         think_end_token: an answer is what a text says after it; its text, or its id in digits.
         add_bos_token: whether prompts begin with the tokenizer's first token; None: as the tokenizer does.
@@ -74,7 +73,6 @@ class PrunedLM(HFLM):
         max_length: int | None = None,
         chunk: int = PERPLEXITY_CHUNK,
         on_progress: Callable[[int, bool], None] = lambda n, fresh: None,
-        share_prefix: bool = True,
         enable_thinking: bool | None = None,
         think_end_token: str | None = None,
         distances: bool = False,
@@ -89,7 +87,7 @@ class PrunedLM(HFLM):
                 **({} if add_bos_token is None else {"add_bos_token": add_bos_token}),
             )  # fmt: skip
         self.planned = self.budget = budget(batch_size, model)
-        self.share_prefix, self.distances = share_prefix, distances
+        self.distances = distances
         self.chunk = chunk
         self.on_progress = on_progress
         self._head, self._angles = output_head(model), Angles(model)
@@ -241,7 +239,7 @@ class PrunedLM(HFLM):
         return [self._answer(name, NO_SCORE) for name in names]
 
     def _scorer(self, size: Budget) -> Scoring:
-        return scorer(self.model, self._head, self.session, size, self.scope, self.share_prefix, self.distances)
+        return scorer(self.model, self._head, self.session, size, self.scope, distances=self.distances)
 
     # -- perplexity ------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class RollingLogLikelihood(float):
 
 
 class _Factory(TaskFactory):
-    """lm-eval's factory, with the data source and the summary cue replaced in each leaf's configuration.
+    """lm-eval's factory, with the data source replaced in each leaf's configuration.
 
     Args:
         folders: of tasks that are neither lm-eval's nor this project's.
@@ -73,11 +73,11 @@ class _Factory(TaskFactory):
     """
 
     def __init__(
-        self, data_dir: Path | None, cue: str | None, unsafe_code: bool, folders: Sequence[Path],
+        self, data_dir: Path | None, unsafe_code: bool, folders: Sequence[Path],
         tokenizer: Callable[[], object] | None, limit: float | None,
     ) -> None:  # fmt: skip
         super().__init__(meta={})
-        self.data_dir, self.cue, self.unsafe_code = data_dir, cue, unsafe_code
+        self.data_dir, self.unsafe_code = data_dir, unsafe_code
         self.tokenizer, self.limit = tokenizer, limit
         self.folders = [folder.resolve() for folder in folders]
         self.local: list[Local] = []  # of each leaf read from `data_dir`
@@ -105,12 +105,7 @@ class _Factory(TaskFactory):
         return super()._build_group_members([prepared(m) for m in member_list], group_name, overrides, registry)
 
     def _prepared(self, name: str, config: Json) -> Json:
-        """Return a task's configuration with its documents, their source and its cue as they are to be here."""
-        metadata = config.get("metadata") or {}
-        if self.cue is not None and "cue" in metadata:
-            prompt, old = config["doc_to_text"], metadata["cue"]
-            config["doc_to_text"] = prompt.removesuffix(old) + self.cue
-            config["metadata"] = {**metadata, "cue": self.cue}
+        """Return a task's configuration with its documents and their source as they are to be here."""
         if callable(make := config.get("custom_dataset")):
             config["custom_dataset"] = seeded(make, name, self.tokenizer, self.data_dir, self.limit)
         elif config.get("dataset_path") and "custom_dataset" not in config:
@@ -134,7 +129,6 @@ class Tasks:
 
     Args:
         data_dir: folder of local data (layout above); None loads from the hub as lm-eval does.
-        cue: what follows the document in the summarisation tasks' prompts, instead of each task's own cue.
         unsafe_code: tasks may run code that the model writes, and metrics of the working directory (see `unsafe`).
         include_path: folders with more tasks; a name in a later one stands before the same name in an earlier one, and
             before lm-eval's.
@@ -147,7 +141,6 @@ class Tasks:
     def __init__(
         self,
         data_dir: str | Path | None = None,
-        cue: str | None = None,
         unsafe_code: bool = False,
         include_path: Sequence[str | Path] = (),
         gen_kwargs: Json | None = None,
@@ -160,7 +153,7 @@ class Tasks:
         if self.folders and not unsafe_code:
             sandbox_templates()
         self.data_dir = Path(data_dir) if data_dir is not None else None
-        self._factory = _Factory(self.data_dir, cue, unsafe_code, self.folders, tokenizer, limit)
+        self._factory = _Factory(self.data_dir, unsafe_code, self.folders, tokenizer, limit)
         self._index: Index = Index([str(tasks_dir()), *map(str, self.folders)]) if like is None else like._index
         self._loaded: dict[str, list[Task | Group]] = {}
         self._local: dict[str, list[Local]] = {}  # as in the factory, by name

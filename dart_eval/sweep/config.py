@@ -59,7 +59,7 @@ class RunConfig(Options):
     def calibration_size(self) -> int | None:
         """Tokens of the calibration text that are read at most; None: all."""
         whole = self.calibration is None or Path(self.calibration).is_file()
-        return self.calibration_tokens or (None if whole else values.DATA_SET_TOKENS)
+        return None if whole else values.DATA_SET_TOKENS
 
     def check(self) -> None:
         """Refuse options that contradict each other, and values that no run could use.
@@ -107,8 +107,6 @@ class RunConfig(Options):
             raise UserError("no method or no sparsity given", "give --method dense,dart --sparsity 0.5,0.7")
         if self.calibration is not None and not values.may_be_text(self.calibration):
             raise UserError(f"calibration text {self.calibration} is not a file")
-        if self.calibration_seed is not None and self.calibration_size is None:
-            raise UserError("--calibration-seed has no effect on a whole text", "add --calibration-tokens")
 
     def check_output(self) -> None:
         """Refuse an output folder that cannot be written, and missing data, before torch is loaded.

@@ -29,7 +29,7 @@ from dart_eval.weights.rounding import Rounded
 
 NAME = "dart"  # of `--model`
 LOADING = {f.name for f in dataclasses.fields(ModelSpec)} - {"name", "device"}
-OF_LM = {"chunk", "share_prefix", "enable_thinking", "think_end_token", "add_bos_token"}  # `PrunedLM` takes these
+OF_LM = {"chunk", "enable_thinking", "think_end_token", "add_bos_token"}  # `PrunedLM` takes these
 NO_CACHE = "lm-eval's response cache knows neither the model nor the method", "leave --use_cache out"
 
 

@@ -108,11 +108,11 @@ def plan_all(
     refused: list[UserError] = []
     for config in configs:
         view.status("looking up tasks")
-        shelf = (config.data_dir, config.cue, config.num_fewshot, config.limit, config.gen_kwargs)
+        shelf = (config.data_dir, config.num_fewshot, config.limit, config.gen_kwargs)
         if shelf not in shelves:
             like = next(iter(shelves.values()), None)
             shelves[shelf] = Tasks(
-                config.data_dir, config.cue, config.confirm_run_unsafe_code, config.include_path,
+                config.data_dir, config.confirm_run_unsafe_code, config.include_path,
                 pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit, like,
             )  # fmt: skip
         tasks = shelves[shelf]

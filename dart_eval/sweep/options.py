@@ -105,10 +105,6 @@ class Options:
     scope: Annotated[Scope, option(PRUNING, "SCOPE", DECIDES,
         "Choose which tokens run pruned when an answer is scored. scored: the last prompt token and the answer. "
         "continuation, all, last, last-50, last-99, decode: scopes of papers, see docs/concepts.md.")] = "scored"
-    allocation: Annotated[Text | None, option(PRUNING, "NAME", CELL,
-        "Spread the sparsity over layers this way, for methods that make masks from the prompt: uniform, depth, "
-        "ends, global or table:FILE.",
-        "each method's own", offers=("uniform", "depth", "ends", "global", "table:"))] = None
     tasks: Annotated[tuple[str, ...], BeforeValidator(values.texts), option(TASKS, "NAMES", CELL,
         "Run these tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke, or any name of lm-eval.")] = ()
     num_fewshot: Annotated[Whole | None, option(TASKS, "N", KEY,
@@ -123,9 +119,6 @@ class Options:
         "Run this many contexts per forward; auto runs as many as fit. In float32 it changes only last digits, "
         "except where tokens choose what they read (grinqh, cats, teal, routed experts) or answers are sampled.",
         offers=("auto",))] = 8
-    share_prefix: Annotated[Flag, option(TASKS, "", DECIDES,
-        "Run a prefix that contexts share, such as few-shot examples, only once.",
-        off="Run a shared prefix again for each context.")] = True
     kl: Annotated[Flag, option(TASKS, "", DECIDES,
         "Measure KL divergence and top-1 agreement of scored tokens with dense; finished cells need --force.",
         off="Do not measure KL divergence and top-1 agreement with dense: scoring takes less time.")] = True
@@ -148,8 +141,6 @@ class Options:
         "Score only the part of an answer after this token, given as its text (</think>) or its id.")] = None
     gen_kwargs: Annotated[str | None, BeforeValidator(values.generation), option(TASKS, "K=V,...", GIVEN,
         "Generate with these settings, which override each task's own: temperature=0.7,do_sample=true.")] = None
-    cue: Annotated[Text | None, option(TASKS, "TEXT", KEY,
-        "Put this text after the document in summarisation prompts.", "the task's own")] = None
     confirm_run_unsafe_code: Annotated[Flag, option(TASKS, "", DECIDES,
         "Allow tasks to run code: programs that the model writes (humaneval, mbpp), Python files that tasks of "
         "--include-path name, and metrics in the working directory.")] = False
@@ -158,11 +149,6 @@ class Options:
     calibration: Annotated[Text | None, option(PRUNING, "FILE|DATASET", DECIDES,
         "Calibrate methods such as flap on this text file, or on the train split of this data set: NAME or "
         "NAME:CONFIGURATION, in --data-dir or on the hub.", "a shipped text")] = None
-    calibration_tokens: Annotated[Whole | None, option(PRUNING, "N", DECIDES,
-        "Read at most this many calibration tokens, in randomly drawn passages of 512.",
-        f"all of a text file, {values.DATA_SET_TOKENS} of a data set", ge=1)] = None
-    calibration_seed: Annotated[Whole | None, option(PRUNING, "N", DECIDES,
-        "Draw the calibration passages with this seed.", "0", ge=0)] = None
     output: Annotated[Text, option(OUTPUT, "DIR", RUN,
         "Write results to this folder; finished cells in it are not run again.")] = "out"
     force: Annotated[Flag, option(OUTPUT, "", RUN, "Run finished cells again.")] = False

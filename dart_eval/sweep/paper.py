@@ -33,7 +33,7 @@ SHIPPED = Path(__file__).parents[1] / "data"
 NEW_TOKENS = "max_new_tokens"
 # Options of `dart-eval run`, and two of papers: the length of generated texts, and the share of the command's --limit.
 SETTINGS = (
-    "model", "scope", "ffn_bits", "num_fewshot", "limit", "max_length", "chat_template", "apply_chat_template", "cue",
+    "model", "scope", "ffn_bits", "num_fewshot", "limit", "max_length", "chat_template", "apply_chat_template",
     "gen_kwargs", NEW_TOKENS, "limit_share",
 )  # fmt: skip
 FILE_KEYS = ("about", "methods", "sparsity", "tables", "claims", *SETTINGS)

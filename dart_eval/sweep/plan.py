@@ -66,7 +66,7 @@ class Cell:
 
 
 def methods_of(config: RunConfig) -> list[Pruner]:
-    """Return the methods to run, checked; the run's seed and allocation fill those that were not given.
+    """Return the methods to run, checked; the run's seed is that of what is drawn without one of its own.
 
     Raises:
         UserError: unknown method or parameter.
@@ -75,10 +75,7 @@ def methods_of(config: RunConfig) -> list[Pruner]:
     for spec in config.method:
         name, params = parse(spec)
         method = make(name, params)
-        given = {path.partition(".")[0] for path in params}
         ours: Json = {}
-        if config.allocation is not None and "allocation" not in given and not method.mask.fixed:
-            ours["allocation"] = config.allocation
         for path in ("score.seed", "draw.seed"):
             if path in method.params() and not {"seed", path, f"mask.{path}"} & set(params):
                 ours[path] = config.seed
@@ -102,8 +99,14 @@ def plan(
         device: type of device (cpu, cuda): kernels differ in their last bits.
         drawn: those of the tasks that draw their answers.
     """
+    from dart_eval.evaluation.calibration_text import calibration_text
+
     cells = []
-    text, passages = _calibration(config)
+    text = calibration_text(config.calibration, config.data_dir).digest
+    # What options that are gone would say by default: cells of theirs are found.
+    drawn_tokens = {} if config.calibration_size is None else {
+        "calibration_tokens": config.calibration_size, "calibration_seed": 0,
+    }  # fmt: skip
     for task, method in itertools.product(tasks, methods_of(config)):
         # The shape of a batch moves last digits. They show in half precision, and where a token chooses its neurons
         # or inputs, or a router its experts: near a tie it takes others. A batch also shares its random numbers.
@@ -117,11 +120,11 @@ def plan(
                 **settings_of(config), **({} if method.prunes else {"scope": DEFAULTS["scope"]}),  # no matter to dense
                 "execution": "masked", "task": task, "task_hash": hashes[task],
                 "batch_size": config.batch_size if moves or task in drawn else None,
-                "share_prefix": config.share_prefix if moves else None,
+                "share_prefix": True if moves else None,
                 "calibration": text if method.calibrates else None, "code": code_hash(tasks_dir()),
                 "method_code": _method_code(method), "versions": versions(),
                 "method_files": [hashlib.sha256(content).hexdigest() for content in method.contents()],
-                **(passages if method.calibrates else {}),
+                **(drawn_tokens if method.calibrates else {}),
                 **({} if rounding is None else {"ffn_bits": rounding.text}),
             }  # fmt: skip
             cells.append(Cell(method, sparsity, task, inputs, rounding))
@@ -131,7 +134,7 @@ def plan(
 def settings_of(config: RunConfig) -> Json:
     """Return the inputs of cells that the options alone decide, the scope of pruned cells among them."""
     given = {name: value for name in of_role(GIVEN) if (value := getattr(config, name)) is not None}
-    return {"scope": config.scope, **{name: getattr(config, name) for name in of_role(KEY)}, **given}
+    return {"scope": config.scope, "cue": None, **{name: getattr(config, name) for name in of_role(KEY)}, **given}
 
 
 def command(config: RunConfig, cell: Cell) -> str:
@@ -172,15 +175,6 @@ def _method_code(method: Pruner) -> str | None:
     except OSError:
         return None
     return " ".join(sources) or None
-
-
-def _calibration(config: RunConfig) -> tuple[str, Json]:
-    """Return the hash of the calibration text, and which part of it is read, if not all."""
-    from dart_eval.evaluation.calibration_text import calibration_text
-
-    size = config.calibration_size
-    drawn = {} if size is None else {"calibration_tokens": size, "calibration_seed": config.calibration_seed or 0}
-    return calibration_text(config.calibration, config.data_dir).digest, drawn
 
 
 def command_line(words: Sequence[str], options: Json) -> str:

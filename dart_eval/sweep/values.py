@@ -81,13 +81,13 @@ def plain(value: object) -> Any:
 
 @_refusing
 def text(value: object, info: ValidationInfo) -> str | None:
-    """Return a text that is not empty (a cue may be)."""
+    """Return a text that is not empty."""
     if value is None:
         return None
     name = str(info.field_name)
     value = _text(name, value)
     value = os.path.expanduser(value) if name in PATHS else value
-    if not value and name != "cue":
+    if not value:
         raise UserError(f"{name} is empty", "give a value, or leave the key out")
     return value
 

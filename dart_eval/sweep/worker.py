@@ -22,7 +22,7 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.models.loading import Resolved
 from dart_eval.pruning import cost
-from dart_eval.pruning.calibration.calibration import Calibration, Passages
+from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
@@ -77,7 +77,7 @@ class Worker:
         self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
         self.lm = PrunedLM(
             self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, on_progress=advanced,
-            share_prefix=config.share_prefix, enable_thinking=config.enable_thinking,
+            enable_thinking=config.enable_thinking,
             think_end_token=config.think_end_token, add_bos_token=config.add_bos_token, distances=config.kl,
         )  # fmt: skip
         if config.chat_template and config.system_instruction is not None:
@@ -157,7 +157,7 @@ class Worker:
         }  # fmt: skip
         return Calibration(
             self.model, self.tokenizer, lambda: calibration_text(config.calibration, config.data_dir).text,
-            Passages(config.calibration_size, config.calibration_seed or 0), StatsCache(about),
+            config.calibration_size, StatsCache(about),
         )  # fmt: skip
 
     def _smaller(self, work: Callable[[], T], shrink: int) -> T:
@@ -226,7 +226,6 @@ class Worker:
             memory={"weights": self.shape.weight_bytes, "state": state},
             settings={
                 "batch_size": config.batch_size,
-                "share_prefix": config.share_prefix,
                 "method": cell.method.spec,
                 "command": command(config, cell),
                 **({"upper_bound": True} if cell.method.upper_bound else {}),

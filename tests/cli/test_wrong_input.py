@@ -178,7 +178,7 @@ PLACES = {
     "run --data-dir": ("run", "--tasks", "smoke_questions", "--data-dir", "{}"),
     "run --model": ("run", "--tasks", "smoke_questions", "--model", "{}"),
     "run --calibration": ("run", "--tasks", "smoke_questions", "--calibration", "{}"),
-    "run --allocation": ("run", "--tasks", "smoke_questions", "--allocation", "table:{}"),
+    "run --method": ("run", "--tasks", "smoke_questions", "--method", "dart:allocation=table:{}"),
     "paper": ("paper", "{}"),
     "paper --output": ("paper", "smoke", "--output", "{}"),
     "tables": ("tables", "{}"),

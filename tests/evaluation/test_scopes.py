@@ -69,14 +69,14 @@ def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, saved
         ({"method": "oracle", "scope": "last"}, "and --scope last has none"),
         ({"method": "oracle", "tasks": "smoke_summary"}, "generates"),
         ({"scope": "all", "tasks": "smoke_summary"}, "generates text"), ({"scope": "some"}, "unknown"),
-        ({"allocation": "table:none.json"}, "not a file"),
+        ({"method": "dart:allocation=table:none.json"}, "not a file"),
     ):  # fmt: skip
         given = {"tasks": "smoke_questions", "method": "dart", "limit": 1, "output": str(tmp_path / "out"), **changes}
         with pytest.raises(UserError, match=words):
             run_local(config_from(None, {"model": folder, **given}), Silent())
     table = tmp_path / "table.json"
     write_table(table, [0.5, 0.5, 0.5])
-    given = {"tasks": "smoke_questions", "method": "dart", "sparsity": "0.5,0.7", "allocation": f"table:{table}"}
+    given = {"tasks": "smoke_questions", "method": f"dart:allocation=table:{table}", "sparsity": "0.5,0.7"}
     config = config_from(None, {"model": folder, **given, "output": str(tmp_path / "out")})
     with pytest.raises(UserError, match="the allocation table keeps"):
         run_local(config, Silent())

@@ -92,12 +92,6 @@ def test_rouge_is_rouge_scores_with_stemming(tasks):
     }  # fmt: skip
 
 
-def test_the_cue_is_an_option(tasks):
-    changed = Tasks(cue="In one sentence:")
-    (task,) = changed.load("smoke_summary")
-    assert task.doc_to_text(task.eval_docs[0]).endswith("\n\nIn one sentence:")
-
-
 LONG = {"multi_news": "several news passages", "gov_report": "a report by a government agency"}
 
 
@@ -120,9 +114,6 @@ def test_long_summaries_have_lm_evals_prompt_and_longbenchs_first_answer(name, t
     assert {k: v for k, v in task.process_results(doc, ["It rained."]).items() if k != "bleu"} == {
         "rouge1": 1, "rouge2": 1, "rougeL": 1, "summary_words": 2, "empty": 0,
     }  # fmt: skip
-    (changed,) = Tasks(tmp_path, cue="In short:").load(name)
-    before, after = task.doc_to_text(doc), changed.doc_to_text(doc)
-    assert after == before[: before.index("Now, write")] + "In short:"
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_with_the_users_word_such_a_task_runs(indexed, marker, data, monkeypatch
         lm_eval, "simple_evaluate", lambda **k: told.update(k, allowed=os.environ["HF_ALLOW_CODE_EVAL"])
     )
     config = config_from(None, {"tasks": "humaneval", "data_dir": str(data), "confirm_run_unsafe_code": True})
-    shelf = Tasks(config.data_dir, config.cue, config.confirm_run_unsafe_code)
+    shelf = Tasks(config.data_dir, config.confirm_run_unsafe_code)
     (task,) = shelf.load("humaneval")
     assert marker.exists()
     # `evaluate_cell` would first score; what lm-eval is handed shows only here.

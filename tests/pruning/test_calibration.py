@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dart_eval.pruning.calibration import stats_cache
-from dart_eval.pruning.calibration.calibration import Calibration, Passages
+from dart_eval.pruning.calibration.calibration import Calibration, passages
 from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.masks.scores import Activation, Wanda
 from dart_eval.pruning.prune import prune
@@ -88,27 +88,25 @@ def test_sums_are_made_in_fp32_over_every_segments_own_tokens(dtype):
     assert torch.allclose(normalised.double(), votes.square().sum(0), rtol=1e-4)
 
 
-def test_passages_are_drawn_by_a_seed_until_there_are_so_many_tokens():
+def test_passages_are_drawn_until_there_are_so_many_tokens():
     ids = torch.arange(1200)
-    assert [len(p) for p in Passages().cut(ids, 100)] == [100] * 12
-    for tokens in (1, 99, 100, 450, 1199):
-        drawn = [Passages(tokens, seed).cut(ids, 100) for seed in (0, 0, 1)]
-        assert [[p.tolist() for p in some] for some in drawn[:1]] == [[p.tolist() for p in some] for some in drawn[1:2]]
-        for passages in drawn:
-            found = torch.cat(passages)
-            assert len(found) == len(set(found.tolist())) == tokens
-            assert all(int(p[0]) % 100 == 0 and p.tolist() == [*range(int(p[0]), int(p[0]) + len(p))] for p in passages)
-        assert torch.cat(drawn[0]).tolist() != torch.cat(drawn[2]).tolist() or tokens == 1199
-    assert torch.equal(torch.cat(Passages(5000, 1).cut(ids, 100)), ids)
+    assert [len(p) for p in passages(ids, 100, None)] == [100] * 12
+    for most in (1, 99, 100, 450, 1199):
+        drawn = passages(ids, 100, most)
+        found = torch.cat(drawn)
+        assert len(found) == len(set(found.tolist())) == most
+        assert all(int(p[0]) % 100 == 0 and p.tolist() == [*range(int(p[0]), int(p[0]) + len(p))] for p in drawn)
+        assert found.tolist() == torch.cat(passages(ids, 100, most)).tolist() != [*range(most)]
+    assert torch.equal(torch.cat(passages(ids, 100, 5000)), ids)
 
 
-def counted(model, store=None, passages=Passages()):
+def counted(model, store=None, tokens=None):
     """A calibration, and the lengths of the model's forwards since."""
     lengths = []
     model.base_model.register_forward_pre_hook(
         lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    calibration = Calibration(model, _Tokenizer(bos=False), passages=passages, cache=store)
+    calibration = Calibration(model, _Tokenizer(bos=False), tokens=tokens, cache=store)
     assert calibration.ffns
     lengths.clear()  # the trial forward's
     return calibration, lengths
@@ -120,7 +118,7 @@ def statistics(calibration):
 
 
 def test_a_statistic_is_measured_once():
-    calibration, lengths = counted(tiny("llama"), passages=Passages(600))
+    calibration, lengths = counted(tiny("llama"), tokens=600)
     first = statistics(calibration)
     assert sum(lengths) == 2 * 600
     assert all(torch.equal(a, b) for a, b in zip(first, statistics(calibration), strict=True))
@@ -157,15 +155,10 @@ def test_what_is_kept_is_found_by_a_later_run_of_the_same_and_of_nothing_else():
     measured = sum(lengths)
     again, lengths = counted(model, StatsCache(about))
     assert all(torch.equal(a, b) for a, b in zip(found, statistics(again), strict=True)) and not lengths
-    others = (
-        (StatsCache({"model": "other"}), Passages()),
-        (StatsCache(about), Passages(700)),
-        (StatsCache(about), Passages(700, 1)),
-    )
-    for store, passages in others:
-        other, lengths = counted(model, store, passages)
+    for store, tokens in ((StatsCache({"model": "other"}), None), (StatsCache(about), 700)):
+        other, lengths = counted(model, store, tokens)
         statistics(other)
-        assert sum(lengths) == 2 * (passages.tokens or len(WORDS))
+        assert sum(lengths) == 2 * (tokens or len(WORDS))
     assert measured == 2 * len(WORDS)
 
 

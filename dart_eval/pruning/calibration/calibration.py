@@ -10,7 +10,6 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +34,17 @@ DEFAULT_TEXT = Path(__file__).parents[2] / "data" / "calibration.txt"
 SEGMENT = 512  # tokens per forward, as far as the model has positions: enough for context, not too many for memory
 
 
-@dataclass(frozen=True)
-class Passages:
-    """The passages of a text that are read: all, or random ones up to a number of tokens.
-
-    Attributes:
-        tokens: most tokens; None: all.
-        seed: of the draw.
-    """
-
-    tokens: int | None = None
-    seed: int = 0
-
-    def cut(self, ids: Tensor, length: int) -> list[Tensor]:
-        """Cut a text's tokens into passages of at most `length`. The last passage drawn may be cut short."""
-        every = list(ids.split(length))
-        if self.tokens is None or self.tokens >= len(ids):
-            return every
-        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        drawn, rest = [], self.tokens
-        for index in order:
-            if rest > 0:
-                drawn.append(every[index][:rest])
-            rest -= len(every[index])
-        return drawn
+def passages(ids: Tensor, length: int, most: int | None) -> list[Tensor]:
+    """Cut a text's tokens into passages of at most `length`: all of them, or random ones with `most` tokens in all."""
+    every = list(ids.split(length))
+    if most is None or most >= len(ids):
+        return every
+    drawn, rest = [], most
+    for index in torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist():
+        if rest > 0:
+            drawn.append(every[index][:rest])
+        rest -= len(every[index])
+    return drawn
 
 
 class Calibration:
@@ -66,15 +52,15 @@ class Calibration:
 
     Args:
         path: a file, or a function that returns the text.
-        passages: the passages of the text to read.
+        tokens: of the text that are read at most; None: all.
         cache: statistics of earlier runs; None: none.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, path: str | Path | Callable[[], str] | None = None,
-        passages: Passages = Passages(), cache: StatsCache | None = None,
+        tokens: int | None = None, cache: StatsCache | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.tokenizer, self.passages, self.cache = model, tokenizer, passages, cache
+        self.model, self.tokenizer, self.tokens, self.cache = model, tokenizer, tokens, cache
         self.path = DEFAULT_TEXT if path is None else path
         self._projection: list[Projection] | None = None
         self._statistics: dict[str, list[Tensor]] = {}
@@ -114,7 +100,7 @@ class Calibration:
             return measure()
         if name not in self._statistics:
             ids = hashlib.sha256(self._ids.numpy().tobytes()).hexdigest()
-            of = {"statistic": name, "ids": ids, "tokens": self.passages.tokens, "seed": self.passages.seed}
+            of = {"statistic": name, "ids": ids, "tokens": self.tokens}
             tensors = None if self.cache is None else self.cache.get(of)
             if tensors is None:
                 tensors = [tensor.cpu() for tensor in measure()]
@@ -188,7 +174,7 @@ class Calibration:
                 inside.enter_context(f.into.register_forward_pre_hook(watch(f.layer)))
             inside.enter_context(evaluating(self.model))
             inside.enter_context(experts.taken_over(self.model))
-            for segment in self.passages.cut(ids, max(1, min(SEGMENT, positions - skip))):
+            for segment in passages(ids, max(1, min(SEGMENT, positions - skip)), self.tokens):
                 start = torch.tensor([bos] * skip, dtype=segment.dtype)
                 base(input_ids=torch.cat([start, segment])[None].to(device), use_cache=False)
 
