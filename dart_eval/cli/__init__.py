@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
-import itertools
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from dart_eval.cli import view
-from dart_eval.sweep.habits import rewritten, spelled
+from dart_eval.sweep.options import SECOND_NAMES
 from dart_eval.util.errors import UserError, nearest, out_of_memory
 
 VERBS = ("run", "tables", "compare", "check", "report", "export", "paper", "trace", "bench", "ls", "lm-eval")
@@ -40,7 +39,7 @@ def application(verb: str | None = None) -> typer.Typer:
         name="dart-eval",
         help="Measure quality, speed and memory of language models whose FFN neurons are pruned at run time.",
         no_args_is_help=True,
-        context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": spelled},
+        context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _spelled},
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
     )
@@ -53,6 +52,12 @@ def application(verb: str | None = None) -> typer.Typer:
             taken = getattr(module, "TAKES", None)
             made.command(name, context_settings=taken)(getattr(module, name.replace("-", "_")))
     return made
+
+
+def _spelled(name: str) -> str:
+    """Return our name of an option: lm-eval writes underscores, and has other names for some."""
+    field = name.replace("-", "_")
+    return SECOND_NAMES.get(field, field).replace("_", "-")
 
 
 def _print_version(wanted: bool) -> None:
@@ -112,7 +117,7 @@ def _run() -> None:
     try:
         words = sys.argv[1:]
         app = application(words[0] if words and words[0] in VERBS else None)
-        status = app(rewritten(words), prog_name="dart-eval", standalone_mode=False)
+        status = app(words, prog_name="dart-eval", standalone_mode=False)
     except UserError as error:
         view.problem(str(error))
         sys.exit(2)
@@ -157,18 +162,10 @@ def _misused(error: Any) -> UserError:
     remedy = f"see {command} -h"
     if name := getattr(error, "option_name", None) if type(error).__name__ == "NoSuchOption" else None:
         there = [o for p in known if not p.hidden for o in p.opts if o.startswith("-")]
-        # The parser knows a synonym by our name.
-        words = [word.partition("=")[0] for word in sys.argv if word.startswith("--")]
-        given = next((word for word in words if f"--{spelled(word[2:])}" == name), name)
-        return UserError(f"{command} has no option {given}", (there and nearest(name, there)) or remedy)
+        return UserError(f"{command} has no option {name}", (there and nearest(name, there)) or remedy)
     said = error.format_message().rstrip(".")
-    for option, word in itertools.pairwise(sys.argv) if "unexpected extra argument" in said else ():
-        name = f"--{spelled(option.lstrip('-'))}"
-        if not word.startswith("-") and any(name in p.opts and getattr(p, "is_flag", False) for p in known):
-            own = ": the model's own template is used" if name == "--chat-template" else ""
-            return UserError(f"{option} takes no value, not {word!r}", f"leave it out{own}")
     if "unexpected extra argument" in said and command.endswith("run"):
-        return UserError(said[:1].lower() + said[1:], "give the model with --model, and tasks with --tasks")
+        remedy = "give the model with --model, and tasks with commas: --tasks arc,hellaswag"
     return UserError(said[:1].lower() + said[1:], "" if said.endswith("?") else remedy)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.options import FORMATS, METHODS, one_of, own
+from dart_eval.cli.options import FORMATS, one_of, own
 from dart_eval.cli.view import put, show
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
@@ -39,7 +39,7 @@ FORMAT_HELP = r"Output format.  \[default: the ending of --save, else a table, o
 
 def compare(
     folders: Annotated[list[Path] | None, typer.Argument(metavar="FOLDER", help=FOLDERS_HELP)] = None,
-    method: Annotated[list[str] | None, own(METHODS_HELP, None, "A,B", offers=METHODS)] = None,
+    method: Annotated[list[str] | None, own(METHODS_HELP, None, "A,B")] = None,
     sparsity: Annotated[list[str] | None, own(SPARSITIES_HELP, None, "A,B")] = None,
     model: Annotated[list[str] | None, own(MODELS_HELP, None, "A,B")] = None,
     row: Annotated[list[str] | None, own(ROWS_HELP, None, "A,B")] = None,

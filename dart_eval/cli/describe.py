@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import Field
 
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.part import Part, kind_of, takes
-from dart_eval.pruning.registry import parts
+from dart_eval.pruning.part import Part, kind_of
 from dart_eval.pruning.spelling import plain_fields, slot_names, slots, text_of
 
 
@@ -31,19 +30,8 @@ def part_rows(cls: type[Part]) -> list[tuple[str, str]]:
         rows.append((f"  {cls.slot}.{field.name}={text_of(field.default)}", _help(cls, field)))
     for name in slot_names(cls):
         default = cls.__dataclass_fields__[name].default.name
-        rows.append((f"  {name}={default}", "a part; `dart-eval ls parts` lists all"))
+        rows.append((f"  {name}={default}", "a part"))
     return rows
-
-
-def alternatives(method: Pruner) -> dict[str, list[str]]:
-    """Return slot -> names of the parts that fit. Another mask may need other parts in the other slots."""
-    found = {}
-    for owner in (method, *method.parts()):
-        for name in slot_names(type(owner)):
-            slot = getattr(owner, name).slot
-            fitting = Part if slot == "mask" else takes(type(owner), name)
-            found[slot] = [known for known, cls in parts()[slot].items() if issubclass(cls, fitting)]
-    return {slot: found[slot] for slot in parts() if slot in found}
 
 
 def _help(cls: type[Part], field: Field[object]) -> str:

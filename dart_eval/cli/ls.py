@@ -6,22 +6,17 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli import complete, options
+from dart_eval.cli import options
 from dart_eval.cli.view import listed, say
 from dart_eval.util.errors import UserError, nearest
 
-app = typer.Typer(help="List methods, their parts, or tasks.", no_args_is_help=True)
+app = typer.Typer(help="List methods or tasks.", no_args_is_help=True)
 
 
 @app.command("methods")
 def methods(
     method: Annotated[
-        str,
-        typer.Argument(
-            metavar="METHOD",
-            help="A name, or a name with other parts: griffin:remask=drift.",
-            autocompletion=complete.words(complete.methods),
-        ),
+        str, typer.Argument(metavar="METHOD", help="A name, or a name with other parts: griffin:remask=drift.")
     ] = "",
 ) -> None:
     """List all methods, or show one method with its parts and their fields.
@@ -32,7 +27,7 @@ def methods(
     dart-eval ls methods griffin
     dart-eval ls methods griffin:remask=drift
     """
-    from dart_eval.cli.describe import alternatives, tree
+    from dart_eval.cli.describe import tree
     from dart_eval.pruning.registry import make, parse
     from dart_eval.pruning.registry import methods as known
 
@@ -46,32 +41,7 @@ def methods(
         say(f"Paper: https://arxiv.org/abs/{made.paper}")
     say("")
     listed(tree(made))
-    say("\nParts that fit into these slots (their fields: dart-eval ls parts remask):")
-    listed([(f"  {slot}", ", ".join(names)) for slot, names in alternatives(made).items()])
-
-
-@app.command("parts")
-def parts(
-    slot: Annotated[
-        str,
-        typer.Argument(
-            metavar="SLOT",
-            help="Show only the parts of this slot: score, mask, remask ...",
-            autocompletion=complete.words(complete.slots),
-        ),
-    ] = "",
-) -> None:
-    """List all parts of methods, slot by slot, with their fields."""
-    from dart_eval.cli.describe import part_rows
-    from dart_eval.pruning.registry import parts as known
-
-    found = known()
-    if slot and slot not in found:
-        raise UserError(f"unknown slot {slot!r}", nearest(slot, found))
-    for name, classes in found.items():
-        if slot in ("", name):
-            listed([row for cls in classes.values() for row in part_rows(cls)])
-            say("")
+    say("\nOther parts and their fields: docs/methods.md")
 
 
 @app.command("tasks")

@@ -11,7 +11,6 @@ from typing import Annotated, Any, TypeVar, cast
 import typer
 from typer.models import OptionInfo
 
-from dart_eval.cli import complete
 from dart_eval.sweep import values
 from dart_eval.sweep.config import RunConfig, made
 from dart_eval.sweep.options import CLUSTER, MODEL, OUTPUT, PRUNING, TASKS, about, default_of, help_of, option_of, typed
@@ -19,9 +18,6 @@ from dart_eval.util.errors import UserError, nearest
 
 PROMPT, TIMING = "Prompt", "Timing"  # panels of other verbs
 PANELS = (TASKS, PRUNING, MODEL, OUTPUT, CLUSTER)
-METHODS = complete.listed(complete.methods)
-NAMES = {"tasks": complete.listed(complete.tasks), "method": METHODS}  # what a shell looks up
-SHAPES = ("llama-3.1-8b", "llama-3.2-3b", "llama-3.2-1b", "qwen2.5-1.5b")  # of `models.shapes`, which imports torch
 FORMATS = ("table", "md", "csv", "tex", "json")  # of what a verb prints
 BOARD, FRONTIER, TIME, ALL = "board", "frontier", "time", "all"  # views of `tables`
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -65,18 +61,18 @@ def _of_run(name: str) -> dict[str, object]:
     kind, known, default = typed(name), about(name), default_of(name)
     text = f"{help_of(name)}  \\[default: {default}]" if default else help_of(name)
     more = {"parser": values.number} if name == "limit" else {}
+    short = [word for word in known.second if word.startswith("-")]  # the long ones are for `token_normalize_func`
     if kind is bool:
         on, off = option_of(name), f"--no-{option_of(name)[2:]}"
         return {
             name: Annotated[bool | None, own(text, known.panel, "", on, hidden=default == "on")],
             f"no_{name}": Annotated[bool | None, own(known.off, known.panel, "", off, hidden=not known.off)],
         }
-    offers = NAMES.get(name, known.offers)
-    field = own(text, known.panel, known.metavar, option_of(name), offers=offers, show_default=False, **more)
+    field = own(text, known.panel, known.metavar, option_of(name), *short, show_default=False, **more)
     return {name: Annotated[list[str] | None if kind is list else kind | None, field]}
 
 
-def own(help: str, panel: str | None, metavar: str | None, *names: str, offers: Any = (), **more: Any) -> OptionInfo:
+def own(help: str, panel: str | None, metavar: str | None, *names: str, **more: Any) -> OptionInfo:
     """Return an option that no run has.
 
     Args:
@@ -84,10 +80,8 @@ def own(help: str, panel: str | None, metavar: str | None, *names: str, offers: 
         panel: of the help.
         metavar: placeholder of its value in the help; empty for a flag.
         names: as typed, if they differ from the parameter's name.
-        offers: words that a shell completes, or a completion.
     """
-    complete_with = offers if callable(offers) else complete.words(offers) if offers else None
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, autocompletion=complete_with, **more)
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, **more)
 
 
 def count(help: str, panel: str) -> OptionInfo:
@@ -119,7 +113,7 @@ def one_of(
             raise UserError(f"unknown {what} {value!r}", nearest(value, known))
         return value
 
-    return own(help, panel, metavar or "|".join(known), offers=known, callback=checked)
+    return own(help, panel, metavar or "|".join(known), callback=checked)
 
 
 def chosen(**given: object) -> RunConfig:
@@ -131,9 +125,12 @@ def chosen(**given: object) -> RunConfig:
 
 ModelArgs = Annotated[
     Several,
-    own("Give the model in lm-eval's form: pretrained=NAME, peft=ADAPTER, dtype=TYPE and others.", MODEL, "K=V,..."),
+    own("Give the model as lm-eval does: pretrained=NAME, dtype=TYPE ...", MODEL, "K=V,...", "--model-args", "-a"),
 ]
-Config = Annotated[Path | None, own("Read options from a YAML file; the command line overrides it.", OUTPUT, "FILE")]
+Config = Annotated[
+    Path | None,
+    own("Read options from a YAML file; the command line overrides it.", OUTPUT, "FILE", "--config", "-C"),
+]
 PLAN = "Print the cells, their documents, and which are finished already. No cell runs."
 Plan = Annotated[bool, own(PLAN, OUTPUT, "", "--plan")]
 RunFormat = Annotated[str, one_of(("table", "json"), "format", "Print the board, or every number as JSON.", OUTPUT)]
@@ -151,9 +148,9 @@ MEASURED = (
     "Measure these methods, comma-separated, spelled as for `dart-eval run`.  "
     rf"\[default: {','.join(METHODS_MEASURED)}]"
 )
-Measured = Annotated[Several, own(MEASURED, PRUNING, "NAMES", offers=METHODS)]
+Measured = Annotated[Several, own(MEASURED, PRUNING, "NAMES")]
 SHAPED = "Use the shape of this model without its weights: llama-3.1-8b, llama-3.2-3b, llama-3.2-1b or qwen2.5-1.5b."
-SHAPE = own(SHAPED, MODEL, "NAME", offers=SHAPES)
+SHAPE = own(SHAPED, MODEL, "NAME")
 Layers = Annotated[int | None, own(r"Give the shape this many layers.  \[default: its own]", MODEL, "N")]
 PromptTokens = Annotated[int, count("Start with a prompt of this many random tokens.", TIMING)]
 Steps = Annotated[int, count("Decode this many tokens per round.", TIMING)]
@@ -174,7 +171,6 @@ PaperName = Annotated[
     typer.Argument(
         metavar="NAME",
         help="Make these tables: smoke (shipped data), dart (all of the DART paper's claims), or a YAML file's.",
-        autocompletion=complete.words(("smoke", "dart")),
     ),
 ]
 PaperTables = Annotated[
@@ -198,7 +194,7 @@ SMOKE_DOCUMENT = r"Use the shipped two-topic document with this number.  \[defau
 TraceSmoke = Annotated[int | None, own(SMOKE_DOCUMENT, PROMPT, "N")]
 TraceTokens = Annotated[int, count("Stop this many tokens after the prompt.", PROMPT)]
 RUN = "Run this method: a name, or a name with other parts, such as griffin:remask=drift."
-TraceMethod = Annotated[str, own(RUN, PRUNING, "NAME", offers=complete.words(complete.methods))]
+TraceMethod = Annotated[str, own(RUN, PRUNING, "NAME")]
 TraceOutput = Annotated[Path, own("Write the trace to this JSON file, and the picture beside it.", OUTPUT, "FILE")]
 TracePlot = Annotated[
     Path | None, own(r"Draw the picture to this file: png, svg or pdf.  \[default: --output with .png]", OUTPUT, "FILE")

@@ -18,8 +18,7 @@ from pydantic_core import ErrorDetails
 
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.sweep import values
-from dart_eval.sweep.habits import translate
-from dart_eval.sweep.options import DEFAULTS, Options, choices_of, option_of
+from dart_eval.sweep.options import DEFAULTS, SECOND_NAMES, Options, choices_of, option_of, typed
 from dart_eval.sweep.values import Refused, short_repr
 from dart_eval.util.errors import UserError, naming, nearest
 from dart_eval.util.files import check_name
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from dart_eval.models.loading import ModelSpec
 
 PATTERN = re.compile(r"[*?\[]|::")  # `datasets` looks for all files that match such a name
+BACKENDS = ("hf", "huggingface")  # of `--model` in lm-eval, where `model_args` names the model
 RAY_DEVICES = ("auto", "cpu", "cuda")
 PATHS = ("model", "peft", "data_dir", "calibration", "output")
 RAY_OPTIONS = ("ray_address", "gpus_per_cell", "cpus_per_cell", "shards")
@@ -159,10 +159,10 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
                 merged[name] = value
         with naming(f"{file}: "):
             translate(merged)
-    typed = {name: value for name, value in given.items() if value is not None}
-    translate(typed)
-    of_file = merged.keys() - typed.keys()
-    merged |= typed
+    said = {name: value for name, value in given.items() if value is not None}
+    translate(said)
+    of_file = merged.keys() - said.keys()
+    merged |= said
     places = dict.fromkeys(of_file, f"{file}: ")
     with naming(places.get("seed", "")):
         seeds = values.seeds(merged.pop("seed", DEFAULTS["seed"]))
@@ -176,6 +176,25 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be reached ({error.strerror})", "choose another path") from None
     return found
+
+
+def translate(given: Json) -> None:
+    """Put our names in place of lm-eval's: second names of options, and what its `model_args` hold.
+
+    Raises:
+        UserError: one is given twice.
+    """
+    named = [(name, given.pop(second)) for second, name in SECOND_NAMES.items() if second in given]
+    model_args = values.pairs("model_args", given.pop("model_args", {}))
+    if model_args and given.get("model") in BACKENDS:
+        del given["model"]
+    for name, value in model_args.items():
+        own = "model" if name == "pretrained" else name
+        named.append((own, str(value) if own in DEFAULTS and typed(own) is str else value))
+    for name, value in named:
+        if given.setdefault(name, value) != value:
+            problem = f"{name} is given twice: {short_repr(given[name])} and {short_repr(value)}"
+            raise UserError(problem, "leave one of them out")
 
 
 def made(given: Json, where: Mapping[str, str] | None = None, place: str = "") -> RunConfig:

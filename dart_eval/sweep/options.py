@@ -1,6 +1,6 @@
 """The list of options of a run: name, type, default, meaning, place in the help, and role in a cell.
 
-The command line, run.yaml, `dart_eval.evaluate`, keys of cells, completion and docs/options.md are made from this list.
+The command line, run.yaml, `dart_eval.evaluate`, keys of cells and docs/options.md are made from this list.
 pydantic checks the values. Nothing here imports torch, so wrong input is refused at once.
 """
 
@@ -34,7 +34,7 @@ class Option(NamedTuple):
         role: in a cell, see above.
         none: effect of leaving it out, if the default does not say it.
         off: meaning of `--no-` before a flag's name, where that is of use.
-        offers: words that a shell completes.
+        second: its other names, which are those of lm-eval.
     """
 
     panel: str
@@ -42,15 +42,15 @@ class Option(NamedTuple):
     role: str
     none: str
     off: str
-    offers: tuple[str, ...]
+    second: tuple[str, ...]
 
 
 def option(
-    panel: str, metavar: str, role: str, help: str, none: str = "", off: str = "", offers: tuple[str, ...] = (),
+    panel: str, metavar: str, role: str, help: str, none: str = "", off: str = "", second: tuple[str, ...] = (),
     **bounds: Any,
 ) -> Any:  # fmt: skip
     """Return a field of `Options`: see `Option`; `help` is a sentence, `bounds` are pydantic's (ge, gt)."""
-    return Field(description=help, json_schema_extra={"": [panel, metavar, role, none, off, [*offers]]}, **bounds)
+    return Field(description=help, json_schema_extra={"": [panel, metavar, role, none, off, [*second]]}, **bounds)
 
 
 # Which tokens run pruned when answers are scored: `evaluation.scoring` and `evaluation.scopes` say how.
@@ -70,15 +70,15 @@ class Options:
 
     # fmt: off
     model: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
-        "Prune this model: a hub id, a local folder, or gemma-3-270m.", "the demo model")] = None
+        "Prune this model: a hub id, a local folder, or gemma-3-270m.", "the demo model", second=("-m", "-M"))] = None
     revision: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
         "Use this branch, tag or commit of the model on the hub.")] = None
     dtype: Annotated[Dtype, BeforeValidator(values.dtype), option(MODEL, "TYPE", DECIDES,
         "Load the weights in this dtype; auto is the checkpoint's own.")] = "auto"
     device: Annotated[Text, AfterValidator(values.device), option(MODEL, "DEVICE", DECIDES,
-        "Run the model here: auto, cpu, cuda, cuda:1 or mps.", offers=("auto", "cpu", "cuda", "mps"))] = "auto"
+        "Run the model here: auto, cpu, cuda, cuda:1 or mps.")] = "auto"
     device_map: Annotated[Text | None, option(MODEL, "MAP", DECIDES,
-        "Spread the model over several GPUs by this device map, for example auto.", offers=("auto",))] = None
+        "Spread the model over several GPUs by this device map, for example auto.")] = None
     peft: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
         "Merge this PEFT adapter (such as LoRA) into the model: a local folder or a hub id.")] = None
     load_in: Annotated[Literal["4bit", "8bit"] | None, option(MODEL, "4bit|8bit", DECIDES,
@@ -86,8 +86,7 @@ class Options:
     tokenizer: Annotated[Text | None, option(MODEL, "NAME", GIVEN,
         "Use the tokenizer of this hub id or folder.", "the model's")] = None
     attn_implementation: Annotated[Text | None, option(MODEL, "NAME", GIVEN,
-        "Use this attention implementation of transformers: eager, sdpa or flash_attention_2.", "the model's",
-        offers=("eager", "sdpa", "flash_attention_2"))] = None
+        "Use this attention implementation of transformers: eager, sdpa or flash_attention_2.", "the model's")] = None
     add_bos_token: Annotated[Flag | None, option(MODEL, "", GIVEN,
         "Start every prompt with the tokenizer's BOS token.", "as the tokenizer does",
         off="Do not start prompts with the tokenizer's BOS token.")] = None
@@ -106,19 +105,20 @@ class Options:
         "Choose which tokens run pruned when an answer is scored. scored: the last prompt token and the answer. "
         "continuation, all, last, last-50, last-99, decode: scopes of papers, see docs/concepts.md.")] = "scored"
     tasks: Annotated[tuple[str, ...], BeforeValidator(values.texts), option(TASKS, "NAMES", CELL,
-        "Run these tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke, or any name of lm-eval.")] = ()
+        "Run these tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke, or any name of lm-eval.",
+        second=("-t",))] = ()
     num_fewshot: Annotated[Whole | None, option(TASKS, "N", KEY,
-        "Put this many few-shot examples before each item.", "the task's own", ge=0)] = None
+        "Put this many few-shot examples before each item.", "the task's own", second=("-f",), ge=0)] = None
     limit: Annotated[int | float | None, BeforeValidator(values.limit), option(TASKS, "N", KEY,
         "Run only the first N items of each task (of each member of a group). A number below 1 is a share of them.",
-        "all")] = None
+        "all", second=("-L",))] = None
     include_path: Annotated[tuple[str, ...], BeforeValidator(values.texts), option(TASKS, "DIRS", DECIDES,
         "Add the tasks of these folders, comma-separated: YAML files in lm-eval's format. Python code that they "
         "name runs only with --confirm-run-unsafe-code.")] = ()
     batch_size: Annotated[int | str, BeforeValidator(values.batch_size), option(TASKS, "N|auto", DECIDES,
         "Run this many contexts per forward; auto runs as many as fit. In float32 it changes only last digits, "
         "except where tokens choose what they read (grinqh, cats, teal, routed experts) or answers are sampled.",
-        offers=("auto",))] = 8
+        second=("-b",))] = 8
     kl: Annotated[Flag, option(TASKS, "", DECIDES,
         "Measure KL divergence and top-1 agreement of scored tokens with dense; finished cells need --force.",
         off="Do not measure KL divergence and top-1 agreement with dense: scoring takes less time.")] = True
@@ -128,7 +128,8 @@ class Options:
         "Limit context and answer together to this many tokens.", "the model's", ge=1)] = None
     chunk: Annotated[Whole, option(TASKS, "N", KEY,
         "Cut perplexity texts into chunks of this many tokens; the second half of each chunk is scored.")] = 2048
-    chat_template: Annotated[Flag, option(TASKS, "", KEY, "Wrap prompts in the model's chat template.")] = False
+    chat_template: Annotated[Flag, option(TASKS, "", KEY, "Wrap prompts in the model's chat template.",
+        second=("apply_chat_template",))] = False
     system_instruction: Annotated[Text | None, option(TASKS, "TEXT", GIVEN,
         "Put this text before every prompt; in a chat template it is the system message.")] = None
     fewshot_as_multiturn: Annotated[Flag | None, option(TASKS, "", GIVEN,
@@ -150,7 +151,8 @@ class Options:
         "Calibrate methods such as flap on this text file, or on the train split of this data set: NAME or "
         "NAME:CONFIGURATION, in --data-dir or on the hub.", "a shipped text")] = None
     output: Annotated[Text, option(OUTPUT, "DIR", RUN,
-        "Write results to this folder; finished cells in it are not run again.")] = "out"
+        "Write results to this folder; finished cells in it are not run again.",
+        second=("output_path", "-o"))] = "out"
     force: Annotated[Flag, option(OUTPUT, "", RUN, "Run finished cells again.")] = False
     executor: Annotated[Literal["local", "ray"], option(CLUSTER, "local|ray", RUN,
         "Run cells in this process (local), or in Ray workers on GPUs or machines (ray).")] = "local"
@@ -174,8 +176,7 @@ HINTS = get_type_hints(Options)
 
 def about(name: str) -> Option:
     """Return what is known of an option."""
-    known = Option(*_field(name).json_schema_extra[""])
-    return known._replace(offers=tuple(known.offers) or choices_of(name))
+    return Option(*_field(name).json_schema_extra[""])
 
 
 def of_role(*roles: str) -> Iterator[str]:
@@ -221,3 +222,6 @@ def option_of(name: str) -> str:
 
 def _field(name: str) -> Any:
     return Options.__pydantic_fields__[name]  # type: ignore[attr-defined]
+
+
+SECOND_NAMES = {word: name for name in DEFAULTS for word in about(name).second if word[0] != "-"}

@@ -21,7 +21,6 @@ from dart_eval.results.metrics import BY_SECOND_FORWARD, kind_of
 from dart_eval.results.paper_layout import COLUMNS, FIELDS, MEAN, PaperColumn, PaperRow, Reported, TableLayout
 from dart_eval.sweep import values
 from dart_eval.sweep.config import RunConfig, checked
-from dart_eval.sweep.habits import SYNONYMS
 from dart_eval.sweep.paper_claims import SEE, claims_of
 from dart_eval.sweep.plan import methods_of, settings_of
 from dart_eval.util.bits import parse as parse_bits
@@ -33,8 +32,8 @@ SHIPPED = Path(__file__).parents[1] / "data"
 NEW_TOKENS = "max_new_tokens"
 # Options of `dart-eval run`, and two of papers: the length of generated texts, and the share of the command's --limit.
 SETTINGS = (
-    "model", "scope", "ffn_bits", "num_fewshot", "limit", "max_length", "chat_template", "apply_chat_template",
-    "gen_kwargs", NEW_TOKENS, "limit_share",
+    "model", "scope", "ffn_bits", "num_fewshot", "limit", "max_length", "chat_template", "gen_kwargs", NEW_TOKENS,
+    "limit_share",
 )  # fmt: skip
 FILE_KEYS = ("about", "methods", "sparsity", "tables", "claims", *SETTINGS)
 TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note", "picture", *SETTINGS)
@@ -106,7 +105,7 @@ def load(name: str, base: RunConfig) -> PaperSpec:
     if not isinstance(data.get("tables"), list) or not data["tables"]:
         raise UserError(f"{path} has no tables", SEE)
     typed = {"model"} if base.model is not None else set()  # the command line goes before the file's own
-    typed |= {"chat_template", "apply_chat_template"} if base.chat_template else set()
+    typed |= {"chat_template"} if base.chat_template else set()
     layouts: list[TableLayout] = []
     sweeps: dict[str, list[RunConfig]] = {}
     for table in data["tables"]:
@@ -223,16 +222,14 @@ def _column(head: str, column: Any, settings: Json, base: RunConfig) -> tuple[Pa
 
 
 def _nearest(far: Json, near: Json) -> Json:
-    """Return settings on top of others, without those of the others that say the same by another name."""
-    gone = {"chat_template", "apply_chat_template"} if {"chat_template", "apply_chat_template"} & near.keys() else set()
-    if set(LENGTHS) & values.pairs("gen_kwargs", near.get("gen_kwargs") or {}).keys():
-        gone |= {NEW_TOKENS}
-    return {**{key: value for key, value in far.items() if key not in gone}, **near}
+    """Return settings on top of others, without a length of theirs that these name in `gen_kwargs`."""
+    lengths = set(LENGTHS) & values.pairs("gen_kwargs", near.get("gen_kwargs") or {}).keys()
+    return {**{key: value for key, value in far.items() if not (lengths and key == NEW_TOKENS)}, **near}
 
 
 def _settled(asked: Json, base: RunConfig) -> RunConfig:
     """The run's configuration with the settings of a column."""
-    given = {SYNONYMS.get(k, k) if k != NEW_TOKENS else k: v for k, v in asked.items() if k in SETTINGS}
+    given = {key: value for key, value in asked.items() if key in SETTINGS}
     share, new_tokens = float(given.pop("limit_share", 1)), given.pop(NEW_TOKENS, None)
     settings = {key: checked(key, value) for key, value in given.items() if value is not None}
     if "ffn_bits" in settings and len(settings["ffn_bits"]) > 1:

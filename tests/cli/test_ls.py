@@ -39,9 +39,3 @@ def test_lines_are_whole_where_no_terminal_is(monkeypatch):
         line for line in lines if line.endswith("tokens per window of the detector (at least 1)")
     )
     assert any(len(line) > 80 for line in lines)
-
-
-def test_every_part_and_the_slots_are_listed():
-    whole, one = command("ls", "parts").out, command("ls", "parts", "remask").out
-    assert all(f"{slot}=" in whole for slot in ("score", "mask", "remask", "choice", "allocation", "compensation"))
-    assert "remask=drift" in one and "choice=" not in one

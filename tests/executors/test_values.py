@@ -12,7 +12,7 @@ from dart_eval.cli import application, run
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
-from dart_eval.sweep.config import RunConfig, checked, config_from
+from dart_eval.sweep.config import RunConfig, checked, config_from, configs_from
 from dart_eval.sweep.jobs import count_requests
 from dart_eval.sweep.options import DEFAULTS
 from dart_eval.sweep.plan import command, plan
@@ -154,8 +154,10 @@ def test_settings_of_generation_reach_the_task_and_its_hash():
      {"model": "m", "enable_thinking": False, "think_end_token": "</think>", "chat_template": True}),
     ({"model": "hf", "model_args": {"pretrained": "org/m", "trust_remote_code": True, "max_length": 512}},
      {"model": "org/m", "trust_remote_code": True, "max_length": 512}),
-    ({"model_args": "pretrained=m,revision=1,parallelize=True"},
-     {"model": "m", "revision": "1", "device_map": "auto"}),
+    ({"model_args": '{"pretrained": "m", "revision": 1, "attn_implementation": "eager"}'},
+     {"model": "m", "revision": "1", "attn_implementation": "eager"}),
+    ({"dtype": "bf16"}, {"dtype": "bfloat16"}), ({"dtype": "Half"}, {"dtype": "float16"}),
+    ({"seed": "0,1234,1234,1234"}, {"seed": 0}), ({"seed": "7"}, {"seed": 7}),
     ({"apply_chat_template": True, "output_path": "there"}, {"chat_template": True, "output": "there"}),
 ])  # fmt: skip
 def test_a_model_may_be_told_as_to_lm_eval(given, meant):
@@ -163,10 +165,9 @@ def test_a_model_may_be_told_as_to_lm_eval(given, meant):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"model_args": "pretraned=m"}, "model_args pretraned is not known here; did you mean pretrained"),
+    ({"model_args": "tokeniser=m"}, "unknown key 'tokeniser'; did you mean tokenizer"),
     ({"model_args": "m"}, "model_args 'm' is not KEY=VALUE; write model-args as KEY=VALUE"),
     ({"model": "a", "model_args": "pretrained=b"}, "model is given twice: 'a' and 'b'"),
-    ({"model": "hf"}, "--model hf names no model; give its hub id or folder"),
     ({"fewshot_as_multiturn": True}, "--fewshot-as-multiturn needs --chat-template; give both"),
     ({"include_path": "nowhere"}, "include path nowhere is not a folder"),
     ({"gen_kwargs": "a=1,a=2"}, "a is given twice in gen_kwargs"),
@@ -190,6 +191,20 @@ def test_lm_evals_words_are_understood_on_the_command_line():
     words = "--tasks smoke --model_args pretrained=./none --apply_chat_template --fewshot_as_multiturn"
     words += " --gen_kwargs temperature=0 --system_instruction Brief. --limit 0.5 --output_path o"
     assert run_command("run", *words.split()).err.startswith("error: model ./none is neither a folder nor a GGUF file")
+    words = "-t smoke -m ./none -b 4 -o out -f 5 -L 3"
+    assert run_command("run", *words.split()).err.startswith("error: model ./none is neither a folder nor a GGUF file")
+
+
+def test_several_seeds_are_several_cells():
+    assert [config.seed for config in configs_from(None, {"seed": "3,1,3"})] == [3, 1]
+    assert [config.seed for config in configs_from(None, {"seed": [0, 1]})] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["GRIFFIN", "Dart", "dart_plus", "Wanda-SP:allocation=uniform"])
+def test_names_of_methods_may_have_capitals(name):
+    from dart_eval.pruning.registry import make, parse
+
+    assert make(*parse(name)).name == name.partition(":")[0].lower().replace("_", "-")
 
 
 def test_the_command_of_a_cell_has_the_new_options(tmp_path):
@@ -319,7 +334,6 @@ def test_shipped_tasks_need_no_word(tmp_path):
 
 
 @pytest.mark.parametrize(("of_file", "typed", "name", "value"), [
-    ({"methods": ["dense"]}, {"method": "griffin"}, "method", ("griffin",)),
     ({"output_path": "a"}, {"output": "b"}, "output", "b"),
     ({"model_args": "pretrained=a"}, {"model": "b"}, "model", "b"),
     ({"apply_chat_template": True}, {"chat_template": False}, "chat_template", False),

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dart_eval.cli.describe import alternatives, part_rows, tree
+from dart_eval.cli.describe import part_rows, tree
 from dart_eval.pruning.choices.cats import ByGate
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.countdown import ByUp
@@ -316,8 +316,6 @@ def test_what_is_listed_of_a_method_is_what_makes_it(name):
     assert make("dense", dict(line.strip().split("=", 1) for line, _ in lines)) == method
     assert all(help for _, help in lines)
     assert {line.strip().split("=")[0] for line, _ in lines} == set(method.params())
-    for slot, known in alternatives(method).items():
-        assert known == [part for part in parts()[slot] if part in known]  # in the order of the page
 
 
 def test_a_part_is_listed_with_its_fields_words_and_bounds():
@@ -335,14 +333,6 @@ def test_methods_that_are_known_from_an_abstract_say_so_wherever_they_stand():
     said = {m.name for m in BUILT_IN if "(from the abstract)" in m.summary}
     assert said <= ABSTRACTS  # which the board marks, with retired ones
     assert all(m.paper for m in BUILT_IN if m.name in said)
-
-
-def test_what_fits_into_a_slot_is_what_its_kind_takes():
-    assert alternatives(make("teal"))["allocation"] == ["uniform", "ends", "table"]
-    assert "global" not in alternatives(make("cats"))["allocation"] and "mask" in alternatives(make("cats"))
-    assert "candidates" in alternatives(make("griffin"))["choice"]
-    assert "candidates" not in alternatives(make("flap"))["choice"]
-    assert "weights" in alternatives(make("flap"))["score"] and "weights" not in alternatives(make("griffin"))["score"]
 
 
 def test_every_combination_of_the_parts_that_the_kinds_take_can_be_made(tmp_path):

@@ -140,8 +140,8 @@ def test_a_measured_number_that_no_test_takes_is_not_called_unmeasured(tmp_path)
     assert said[0][1].startswith("not tested: ") and "smaller value is the better one" in said[1][1]
 
 
-def test_the_nearest_setting_counts_by_any_of_its_names(tmp_path):
-    """The command line before the file; a table's `chat_template` before the file's `apply_chat_template`."""
+def test_the_nearest_setting_counts(tmp_path):
+    """The command line before the file, and a table before it, too."""
     column = {"X": {"task": "xsum", "metric": "rougeL"}}
     one = {"name": "t", "title": "T", "columns": column}
     typed = {**BASE, "model": "org/typed", "chat_template": True}
@@ -149,7 +149,7 @@ def test_the_nearest_setting_counts_by_any_of_its_names(tmp_path):
     (config, *_) = load(asked, config_from(None, typed)).configs
     assert (config.model, config.chat_template) == ("org/typed", True)
     near = {**one, "chat_template": False}
-    (config, *_) = load(_file(tmp_path, apply_chat_template=True, tables=[near]), config_from(None, BASE)).configs
+    (config, *_) = load(_file(tmp_path, chat_template=True, tables=[near]), config_from(None, BASE)).configs
     assert config.chat_template is False
     for name in ("max_gen_toks", "max_new_tokens"):
         short = {"X": {"task": "xsum", "metric": "rougeL", "gen_kwargs": {name: 50}}}

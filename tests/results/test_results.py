@@ -15,6 +15,7 @@ from dart_eval.results.labels import labels
 from dart_eval.results.record import SCHEMA, Metric, Record
 from dart_eval.results.rows import rows
 from dart_eval.results.tables import tables
+from tests.helpers.commands import command
 from tests.helpers.records import record, render, sealed, table_body
 
 ROW_KEYS = {
@@ -310,3 +311,19 @@ def test_upper_bounds_are_named_under_the_tables():
     assert "upper bound" not in render([usual], "md")
     assert "oracle is an upper bound: it looks ahead." in render([usual, oracle], "md")
     assert "oracle and oracle-token are upper bounds: they look ahead" in render([usual, oracle, token], "md")
+
+
+@pytest.mark.parametrize("form", ["table", "md", "csv", "tex", "json"])
+def test_every_verb_that_prints_has_the_same_forms(form, tmp_path):
+    from tests.helpers.records import answered, save
+
+    values = [{"acc": float(i % 3 == 0)} for i in range(40)]
+    out = save(tmp_path / "out", answered("arc", values, "dense", 0.0), answered("arc", values, "griffin", 0.5))
+    assert command("check", out, "--baseline", tmp_path / "b.json", "--update").code == 0
+    for words in (
+        ["tables", out], ["compare", out, "--method", "dense,griffin"],
+        ["check", out, "--baseline", tmp_path / "b.json", "--all"],
+    ):  # fmt: skip
+        done = command(*words, "--format", form)
+        assert done.code == 0 and "griffin" in done.out, (words, done.err)
+        assert (("\\begin{" in done.out) == (form == "tex") and done.out.lstrip()[:1] in "[{") or form != "json"
