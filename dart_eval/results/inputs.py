@@ -127,10 +127,10 @@ class CellInputs(TypedDict):
     ]
     task_hash: NotRequired[Annotated[str, Role(PROVENANCE, "hash of the task's configuration and documents")]]
     code: NotRequired[
-        Annotated[str, Role(PROVENANCE, "hash of this project's numeric code and tasks", named=True, hashed=True)]
+        Annotated[str, Role(PROVENANCE, "digest of the code that all cells share", named=True, hashed=True)]
     ]
     method_code: NotRequired[
-        Annotated[Any, Role(PROVENANCE, "hash of parts from other packages", named=True, hashed=True)]
+        Annotated[Any, Role(PROVENANCE, "digest of the method's own code", named=True, hashed=True)]
     ]
     method_files: NotRequired[Annotated[list[Any], Role(PROVENANCE, "hashes of files that the method reads")]]
     versions: NotRequired[Annotated[dict[str, str | None] | None, Role(PROVENANCE, "of the libraries underneath")]]

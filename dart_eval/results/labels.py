@@ -13,6 +13,7 @@ from dart_eval.util.text import Json
 
 T = TypeVar("T")
 K = TypeVar("K")
+CODE = ("code", "method_code")  # which differ between versions, and between methods
 LONGEST = 40  # characters of a setting's value in a label
 
 
@@ -71,15 +72,16 @@ def labels(records: Sequence[Labelled]) -> dict[str, str]:
         model = r.inputs["model"]
         which = [f"model={str(model.get('weights') or model.get('revision'))[:8]}"]
         details = which if len(models) > len({name for name, _ in models}) else []
-        details += [_setting_text(s, r) for s in apart if s != "code" and matters(s, r.inputs)
+        details += [_setting_text(s, r) for s in apart if s not in CODE and matters(s, r.inputs)
                  and not (FIELDS[s].any and r.inputs.get(s) is None)]  # fmt: skip
         bits = f" on {bits_text(r.inputs['ffn_bits'])}" if r.inputs.get("ffn_bits") else ""
         found[r.key] = methods[r.key] + bits, details
     for rs in grouped(records, lambda r: (found[r.key][0], *found[r.key][1])).values():
         # Only the code may distinguish two cells of one place.
-        if len(rs) > len({_place(r) for r in rs}) and len(values_of("code", rs)) > 1:
+        several = len(rs) > len({_place(r) for r in rs})
+        for name in [name for name in CODE if several and len(values_of(name, rs)) > 1]:
             for r in rs:
-                found[r.key][1].append(_setting_text("code", r))
+                found[r.key][1].append(_setting_text(name, r))
     return {key: f"{name} ({' '.join(details)})" if details else name for key, (name, details) in found.items()}
 
 

@@ -152,7 +152,8 @@ def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
             found |= {f"{name}.{part}": (left.get(part), right.get(part)) for part in parts}
         else:
             found[name] = left, right
-    expected = {"model.name"} if a.inputs["method"] == b.inputs["method"] else {"model.name", "method_code"}
+    alike = all(a.inputs[name] == b.inputs[name] for name in ("method", "params"))
+    expected = {"model.name"} if alike else {"model.name", "method_code"}
     long = {what: (str(x), str(y)) for what, (x, y) in found.items() if what not in expected}
     return {what: (x, y) if x[:12] == y[:12] else (x[:12], y[:12]) for what, (x, y) in long.items() if x != y}
 

@@ -1,85 +1,82 @@
-"""A hash of the code that makes a cell's numbers. It changes with what code does, not with its layout.
+"""The code's part of a cell's key: a digest of the shared code that makes numbers, and one of the method's own files.
 
-It is taken over Python's tokens. Comments, docstrings, blank lines, the width of indentations and where a line inside
-brackets breaks do not count. Nor do the names of files and folders, and the places from which code imports what is
-this package's own. All else does: names, numbers, operators, texts (f-strings too), and what belongs to which block.
-So does a trailing comma that a formatter adds, which changes a tuple elsewhere.
+A method's own files are those of its parts, with what they import from `METHODS`. What shared code imports from there
+is shared, too. The registry counts only by what it makes of a method, which stands in the key.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import functools
-import sys
+import hashlib
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
-from dart_eval.util import source
-from dart_eval.util.files import cache_dir, write_atomically
-from dart_eval.util.source import sha256, source_hash, text_of
+from dart_eval.pruning.method import Pruner
+from dart_eval.util.source import tree_hash
 
 PACKAGE = Path(__file__).parents[1]
-# Files and folders that `dart-eval run` executes and that affect numbers. Left out is what only passes data on (plan,
-# jobs, files, journal, record), what refuses (errors, finite, checkpoint), and what finds or converts a model, whose
-# weights have a hash of their own. A test holds this against what a run executes.
-NUMERIC_CODE = (
+NUMERIC = (
     "layers", "weights", "pruning", "evaluation", "kernels/top.py", "util/bits.py", "models/adapters.py",
     "models/loading.py", "sweep/worker.py",
 )  # fmt: skip
+METHODS = ("pruning/choices", "pruning/inputs", "pruning/masks")
+# What refuses, names and hashes, and ways to decode faster: `run` multiplies by masks.
 NO_NUMBER = (
-    "layers/finite.py", "weights/checkpoint.py", "evaluation/task_hash.py", "evaluation/task_names.py",
-    "evaluation/task_needs.py",
+    "pruning/registry.py", "pruning/session/kernels.py", "layers/finite.py", "weights/checkpoint.py",
+    "evaluation/task_hash.py", "evaluation/task_names.py", "evaluation/task_needs.py",
 )  # fmt: skip
-# Ways to decode faster with the same masks: `run` always multiplies by masks (`"execution": "masked"` in `plan.plan`).
-NOT_RUN = ("pruning/session/kernels.py", "pruning/choices/previewed.py", "pruning/choices/graded.py")
 
 
 @functools.cache  # a process runs the code that it has loaded, whatever becomes of the files
-def code_hash(tasks: Path) -> str:
-    """Return `hash_of` this package, computed once while no byte of it changes: a file of the user's cache has it.
+def shared_hash(tasks: Path, package: Path = PACKAGE) -> str:
+    """Return a digest of the code of all cells. tasks: folder of the project's own; `task_hash` has their YAML."""
+    return digest([*shared_files(package), *tasks.rglob("*.py")])
 
-    Args:
-        tasks: the folder of the project's own tasks.
-    """
-    files = contents(PACKAGE, tasks)
-    makers = [Path(file).read_bytes() for file in (__file__, source.__file__)]  # of a hash from these bytes
-    key = sha256("\n".join([sys.version, *map(sha256, makers), *(k + sha256(c) for k, c in files)]).encode())
-    place = cache_dir() / "code-hash"
-    with contextlib.suppress(OSError, ValueError):
-        known, found = place.read_text(encoding="ascii").split()
-        if known == key:
-            return found
-    found = hash_of(files)
-    with contextlib.suppress(OSError):
-        write_atomically(place, f"{key} {found}")
+
+def shared_files(package: Path = PACKAGE) -> set[Path]:
+    """Return the files of the code of all cells."""
+    return _with_imports({f for f in numeric_files(package) if not _of_methods(f, package)}, package)
+
+
+def numeric_files(package: Path = PACKAGE) -> set[Path]:
+    """Return the files of all code that makes numbers, under any method."""
+    without = {package / name for name in NO_NUMBER}
+    return {f for name in NUMERIC for f in (package / name, *(package / name).rglob("*.py")) if f.is_file()} - without
+
+
+def method_files(method: Pruner) -> set[Path]:
+    """Return the files of a method's own code; of other packages' parts those in which they stand."""
+    modules = [inspect.getmodule(type(part)) for part in method.parts()]
+    files = {str(getattr(module, "__file__", None)) for module in modules}  # none of a part typed at a prompt
+    return _with_imports({Path(file) for file in files if file.endswith(".py")}, PACKAGE)
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Return a digest of the code in files, wherever they lie."""
+    return hashlib.sha256("\n".join(sorted(_read(file)[0] for file in files)).encode()).hexdigest()
+
+
+def _with_imports(files: set[Path], package: Path) -> set[Path]:
+    """Return files with those of `METHODS` that they import, and that these import."""
+    found, todo = {*files}, [*files]
+    while todo:
+        named = {package.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in _read(todo.pop())[1]}
+        new = {f for f in named - found if _of_methods(f, package) and f.is_file()}
+        found |= new
+        todo += new
     return found
 
 
-def contents(package: Path, tasks: Path) -> list[tuple[str, bytes]]:
-    """Return (ending, bytes) of each file of the numeric code.
-
-    Args:
-        package: the folder in which `NUMERIC_CODE` lies. tasks: the folder of tasks.
-    """
-    files = [*numeric_files(package), *sorted(f for f in tasks.rglob("*") if f.suffix in (".py", ".yaml"))]
-    return [(f.suffix, f.read_bytes()) for f in files]
+def _of_methods(file: Path, package: Path) -> bool:
+    return any(file.is_relative_to(package / name) for name in METHODS)
 
 
-def hash_of(files: Iterable[tuple[str, bytes]]) -> str:
-    """Return the sha256 over the tokens of Python files, and over the others as they are; their order is nothing to it.
-
-    Args:
-        files: see `contents`.
-    """
-    hashes = [source_hash(text_of(c)) if kind == ".py" else sha256(c) for kind, c in files]
-    return sha256("\n".join(sorted(hashes)).encode())
-
-
-def numeric_files(package: Path) -> list[Path]:
-    """Return the files of `NUMERIC_CODE` that `run` executes, sorted.
-
-    Args:
-        package: the folder in which they lie.
-    """
-    found = {f for part in NUMERIC_CODE for f in [package / part, *(package / part).rglob("*.py")] if f.is_file()}
-    return sorted(found - {package / name for name in (*NO_NUMBER, *NOT_RUN)})
+@functools.cache
+def _read(file: Path) -> tuple[str, frozenset[str]]:
+    """Return a digest of a file's code, and the modules that it imports anywhere."""
+    tree = ast.parse(file.read_bytes())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = {name for node in imports for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names))}
+    return tree_hash(tree), frozenset(filter(None, names))

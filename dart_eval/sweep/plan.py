@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import platform
@@ -19,11 +18,10 @@ from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.format import sparsity as percent
 from dart_eval.sweep.config import RunConfig
-from dart_eval.sweep.hashes import code_hash
+from dart_eval.sweep.hashes import digest, method_files, shared_hash
 from dart_eval.sweep.options import DECIDES, DEFAULTS, GIVEN, KEY, of_role, option_of
 from dart_eval.util.bits import Rounding
 from dart_eval.util.bits import parse as parse_bits
-from dart_eval.util.source import PACKAGE, source_hash
 from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
@@ -121,8 +119,8 @@ def plan(
                 "execution": "masked", "task": task, "task_hash": hashes[task],
                 "batch_size": config.batch_size if moves or task in drawn else None,
                 "share_prefix": True if moves else None,
-                "calibration": text if method.calibrates else None, "code": code_hash(tasks_dir()),
-                "method_code": _method_code(method), "versions": versions(),
+                "calibration": text if method.calibrates else None, "code": shared_hash(tasks_dir()),
+                "method_code": digest(method_files(method)), "versions": versions(),
                 "method_files": [hashlib.sha256(content).hexdigest() for content in method.contents()],
                 **(drawn_tokens if method.calibrates else {}),
                 **({} if rounding is None else {"ffn_bits": rounding.text}),
@@ -165,16 +163,6 @@ def versions() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """Return the versions that are recorded beside the numbers."""
     return {**versions(), "dart-eval": version("dart-eval"), "python": platform.python_version()}
-
-
-def _method_code(method: Pruner) -> str | None:
-    """Return the hashes of the modules of other packages' parts; ours are part of `code_hash`."""
-    modules = [inspect.getmodule(type(p)) for p in method.parts() if type(p).__module__.split(".")[0] != PACKAGE]
-    try:
-        sources = sorted({source_hash(inspect.getsource(module)) for module in modules if module is not None})
-    except OSError:
-        return None
-    return " ".join(sources) or None
 
 
 def command_line(words: Sequence[str], options: Json) -> str:

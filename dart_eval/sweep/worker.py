@@ -17,7 +17,6 @@ from dart_eval.evaluation.calibration_text import calibration_text
 from dart_eval.evaluation.evaluate import TaskResult, answer_part, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.shard import Shard
-from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.models.loading import Resolved
@@ -30,7 +29,7 @@ from dart_eval.pruning.session.dense import AnySession, DenseSession
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.sweep.config import RunConfig
-from dart_eval.sweep.hashes import code_hash
+from dart_eval.sweep.hashes import digest, numeric_files
 from dart_eval.sweep.jobs import Job
 from dart_eval.sweep.plan import Cell, command, environment, versions
 from dart_eval.util.bits import Rounding, bits_text, unread
@@ -153,7 +152,7 @@ class Worker:
         config = self._config
         about = {
             "model": self._identity, "dtype": str(self.model.dtype), "device": self.model.device.type,
-            "bits": rounding and rounding.text, "code": code_hash(tasks_dir()), "versions": versions(),
+            "bits": rounding and rounding.text, "code": digest(numeric_files()), "versions": versions(),
         }  # fmt: skip
         return Calibration(
             self.model, self.tokenizer, lambda: calibration_text(config.calibration, config.data_dir).text,

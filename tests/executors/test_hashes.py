@@ -2,16 +2,26 @@
 
 import ast
 import importlib
-import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from dart_eval.evaluation.tasks import tasks_dir
-from dart_eval.sweep import hashes
+from dart_eval.pruning.registry import make
 from dart_eval.sweep.config import config_from
-from dart_eval.sweep.hashes import NO_NUMBER, NOT_RUN, PACKAGE, code_hash, contents, hash_of, numeric_files
+from dart_eval.sweep.hashes import (
+    METHODS,
+    NO_NUMBER,
+    PACKAGE,
+    _read,
+    digest,
+    method_files,
+    numeric_files,
+    shared_files,
+    shared_hash,
+)  # fmt: skip
 from dart_eval.util.source import source_hash
 from tests.helpers.commands import Watch, run_local
 
@@ -48,21 +58,19 @@ HARMLESS = {
     "the docstring of a class": ('"""How much a neuron matters."""', "'''How much\n\n    it matters.'''"),
     "the docstring of a function": ("The sum over tokens.", "A sum."),
     "a new docstring": ("async def name(self):\n", 'async def name(self):\n        "Of people."\n'),
+    "how a number is written": ("0.5", ".5"),
     "a docstring in two pieces": ('"""The sum over tokens."""', '"The sum " "over tokens."'),
     "no docstring": ('        """The sum over tokens."""\n', ""),
     "a wrapped line": ("torch.where(h > self.floor, h, SCALE)", "torch.where(\n    h > self.floor,\n    h, SCALE\n)"),
     "a line wrapped by a backslash": ("h = h * 2", "h = \\\n  h * 2"),
     "blanks": ("h = h * 2", "h  =  h*2"),
     "a wider block": (f"{' ' * 12}h = h * 2\n{' ' * 12}h = h + 1", f"{' ' * 16}h = h * 2\n{' ' * 16}h = h + 1"),
-    "where a file lies": ("dart_eval.layers.ffn import", "dart_eval.layers.ffn import"),
-    "the order of imports": ("FFN, find_ffns as found", "find_ffns as found, FFN"),
     "a wrapped import": ("import FFN, find_ffns as found", "import (\n    FFN,\n    find_ffns as found,\n)"),
-    "imports in two lines": ("import FFN, ", "import FFN\nfrom dart_eval.layers.verify import "),
+    "a comma": ("SCALE)", "SCALE,)"),
     "empty lines": ("class Score:", "\n\n\nclass Score:"),
 }
 HARMFUL = {
     "a number": ("h * 2", "h * 3"),
-    "how a number is written": ("0.5", ".5"),
     "what is imported": ("find_ffns as", "find_layers as"),
     "what an import is called": ("as found", "as seen"),
     "a library": ("import torch\n", "import numpy as torch\n"),
@@ -76,7 +84,6 @@ HARMFUL = {
     "a text in a block": ("            h = h * 2\n", '            "No docstring."\n            h = h * 2\n'),
     "what is no text": ('"""The sum over tokens."""', 'b"The sum over tokens."'),
     "what belongs to a block": ("            h = h + 1", "        h = h + 1"),
-    "a comma": ("SCALE)", "SCALE,)"),
 }
 
 
@@ -115,85 +122,75 @@ def test_half_a_call_and_a_method_with_its_indentation_have_a_hash():
 
 
 @pytest.fixture
-def folders(tmp_path):
-    """A package and its tasks."""
-    package, tasks = tmp_path / "package", tmp_path / "tasks"
-    texts = {
-        "weights/codes.py": "a = 1", "sweep/plan.py": "a = 1", "pruning/session/session.py": "a = 1",
-        "pruning/session/execution.py": "a = 1", "evaluation/task_names.py": "a = 1",
-        "pruning/methods/mine.py": "a = 1", "pruning/session/kernels.py": "a = 1", "kernels/mask_rows.py": "a = 1",
-        "evaluation/lm.py": "a = 1", "sweep/worker.py": "a = 1", "sweep/local.py": "a = 1",
-    }  # fmt: skip
-    for name, text in texts.items():
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text(text)
-    (tasks / "own").mkdir(parents=True)
-    (tasks / "own" / "own.yaml").write_text("task: own  # a task\n")
-    (tasks / "own" / "own.py").write_text("a = 1  # one")
-    return package, tasks
+def package(tmp_path):
+    """A copy of the package, whose files a test may change."""
+    folder = tmp_path / PACKAGE.name
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__", "data", "results", "cli"))
+    return folder
 
 
-@pytest.mark.parametrize(("name", "moves"), [
-    ("weights/codes.py", True), ("pruning/session/session.py", True), ("pruning/session/execution.py", True),
-    ("evaluation/lm.py", True), ("evaluation/task_names.py", False),
-    ("pruning/methods/mine.py", True), ("sweep/worker.py", True), ("sweep/plan.py", False),
-    ("sweep/local.py", False), ("pruning/session/kernels.py", False), ("kernels/mask_rows.py", False),
-])  # fmt: skip
-def test_only_a_change_of_numeric_code_that_is_run_moves_the_hash(folders, name, moves):
-    before = hash_of(contents(*folders))
-    (folders[0] / name).write_text("a = 1  # one")
-    assert hash_of(contents(*folders)) == before
-    (folders[0] / name).write_text("a = 2")
-    assert (hash_of(contents(*folders)) != before) == moves
+def digests(package, *names):
+    """The two digests of each method's key, of the files in this folder as they are now."""
+    for asked in (shared_hash, _read):
+        asked.cache_clear()
+    shared = shared_hash(tasks_dir(), package)
+    return {name: (shared, _of_copy(name, package)) for name in names}
 
 
-def test_a_new_file_moves_the_hash_and_a_moved_one_does_not(folders):
-    package, tasks = folders
-    method = package / "pruning" / "methods" / "mine.py"
-    before = hash_of(contents(package, tasks))
-    method.rename(package / "evaluation" / "yours.py")
-    (package / "weights" / "codes.py").rename(package / "pruning" / "methods" / "codes.py")
-    (tasks / "own" / "own.yaml").rename(tasks / "other.yaml")
-    assert hash_of(contents(package, tasks)) == before
-    method.write_text("a = 1")
-    assert hash_of(contents(package, tasks)) != before
+def _of_copy(name, package):
+    ours = method_files(make(name))
+    return digest({package / file.relative_to(PACKAGE) for file in ours})
 
 
-def test_code_of_tasks_counts_by_its_tokens_and_their_yaml_as_it_is(folders):
-    own = folders[1] / "own"
-    before = hash_of(contents(*folders))
-    (own / "own.py").write_text("a = 1  # two")
-    assert hash_of(contents(*folders)) == before
-    (own / "own.py").write_text("a = 2")
-    changed = hash_of(contents(*folders))
-    assert changed != before
-    (own / "own.yaml").write_text("task: own\n")
-    assert hash_of(contents(*folders)) != changed
+NAMES = ("dense", "griffin", "cats", "teal", "dart")
+CHANGED = {  # a file -> methods whose keys it moves
+    "pruning/choices/cats.py": {"cats"}, "pruning/inputs/wina.py": set(), "pruning/session/state.py": {*NAMES},
+    "layers/ffn.py": {*NAMES}, "evaluation/lm.py": {*NAMES}, "sweep/worker.py": {*NAMES}, "sweep/plan.py": set(),
+    "evaluation/task_names.py": set(), "pruning/registry.py": set(), "kernels/forward.py": set(),
+}  # fmt: skip
 
 
-def test_the_hash_in_the_cache_stands_for_these_bytes_alone(folders, tmp_path, monkeypatch):
-    """A file that changes within its size and its times is seen; a damaged cache, or none, costs time alone."""
+def test_a_file_moves_the_keys_of_those_whose_numbers_it_makes(package):
+    before = digests(package, *NAMES)
+    texts = {package / file: (package / file).read_text(encoding="utf-8") for file in CHANGED}
+    for path, text in texts.items():
+        path.write_text(f"{text}\n# A comment.\n", encoding="utf-8")
+    assert digests(package, *NAMES) == before
+    for path, text in texts.items():
+        path.write_text(f"{text}\nNEW = 1\n", encoding="utf-8")
+        after = digests(package, *NAMES)
+        path.write_text(text, encoding="utf-8")
+        assert {name for name in NAMES if after[name] != before[name]} == CHANGED[str(path.relative_to(package))], path
 
-    def asked():
-        code_hash.cache_clear()  # as in another process
-        return code_hash(folders[1])
 
-    made = []
-    monkeypatch.setattr(hashes, "PACKAGE", folders[0])
-    monkeypatch.setattr(hashes, "hash_of", lambda files: made.append(0) or hash_of(files))
-    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "cache"))
-    assert asked() == asked() == hash_of(contents(*folders)) and len(made) == 1
-    file = folders[0] / "weights" / "codes.py"
-    times = file.stat()
-    file.write_text("a = 2")
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert asked() == asked() == hash_of(contents(*folders)) and len(made) == 2
-    for text in ("", "half", f"{'0' * 64} {'0' * 64}", "\xe4\xf6"):
-        (tmp_path / "cache" / "code-hash").write_text(text, encoding="utf-8")
-        assert asked() == hash_of(contents(*folders))
-    monkeypatch.setenv("DART_EVAL_CACHE", str(file))  # no folder
-    assert asked() == hash_of(contents(*folders)) and len(made) == 7
-    code_hash.cache_clear()
+def test_a_new_methods_file_and_its_entry_move_no_other_key(package):
+    before = digests(package, *NAMES)
+    cats = (package / "pruning/choices/cats.py").read_text(encoding="utf-8")
+    (package / "pruning/choices/lions.py").write_text(cats.replace("ByGate", "ByRoar"), encoding="utf-8")
+    registry = package / "pruning/registry.py"
+    entry = "from dart_eval.pruning.choices.lions import ByRoar\n"
+    registry.write_text(entry + registry.read_text(encoding="utf-8"), encoding="utf-8")
+    assert digests(package, *NAMES) == before
+
+
+def test_what_a_methods_file_imports_from_beside_it_is_its_own(package):
+    files = {file.relative_to(PACKAGE).as_posix() for file in method_files(make("cats"))}
+    assert "pruning/choices/cats.py" in files and all(file.startswith(METHODS) for file in files)
+    assert "pruning/registry.py" not in {f.relative_to(PACKAGE).as_posix() for f in shared_files()}
+    before = digests(package, *NAMES)
+    (package / "pruning/choices/thresholds.py").write_text("NEW = 1\n", encoding="utf-8")
+    after = digests(package, *NAMES)
+    assert after["cats"] != before["cats"] and after["griffin"] == before["griffin"]
+
+
+def test_code_of_the_projects_tasks_is_shared(tmp_path):
+    (tmp_path / "own.py").write_text("a = 1  # one")
+    before = shared_hash(tmp_path)
+    for text, same in (("a = 1  # two", True), ("a = 2", False)):
+        (tmp_path / "own.py").write_text(text)
+        shared_hash.cache_clear()
+        _read.cache_clear()
+        assert (shared_hash(tmp_path) == before) == same
 
 
 # -- does it see all ---------------------------------------------------------------------------------------------------
@@ -218,6 +215,7 @@ WITHOUT_NUMBERS = {
     "models/device.py": "names a device, which is part of a key",
     "models/digest.py": "hashes a model's files",
     "models/hub.py": "asks whether the hub is there, and for commits",
+    "pruning/registry.py": "makes methods, whose parts are part of a key",
     "pruning/session/kernels.py": "is not run",
     "results/format.py": "messages",
     "results/inputs.py": "describes what it was given",
@@ -231,7 +229,6 @@ WITHOUT_NUMBERS = {
     "sweep/feasible.py": "says what is to be run",
     "sweep/hashes.py": "hashes",
     "sweep/jobs.py": "says what is to be run",
-    "sweep/habits.py": "reads options, which are part of a key",
     "sweep/options.py": "options, which are part of a key",
     "sweep/plan.py": "makes keys: all that it decides is in them",
     "sweep/values.py": "reads options, which are part of a key",
@@ -239,6 +236,7 @@ WITHOUT_NUMBERS = {
     "util/files.py": "reads and writes files as they are",
     "util/machine.py": "describes the machine",
     "util/quiet.py": "keeps libraries from talking",
+    "util/retired.py": "messages",
     "util/source.py": "hashes",
     "util/text.py": "messages",
     "util/yamls.py": "reads options, which are part of a key",
@@ -269,16 +267,16 @@ def reached(files):
 def test_what_a_worker_imports_counts_or_computes_no_number():
     files = reached([PACKAGE / "sweep" / "worker.py", *tasks_dir().rglob("*.py")])
     ours = {f.relative_to(PACKAGE).as_posix() for f in files if f.is_relative_to(PACKAGE)}
-    numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files(PACKAGE)}
-    assert ours - numeric == {*WITHOUT_NUMBERS}
-    assert {*NOT_RUN, *NO_NUMBER} <= {*WITHOUT_NUMBERS}
+    numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files()}
+    assert ours - numeric <= {*WITHOUT_NUMBERS}
+    assert {*NO_NUMBER} <= {*WITHOUT_NUMBERS}
 
 
 @pytest.mark.slow
 def test_what_cells_execute_is_known(saved_llama, tmp_path):
     """Of each kind of task: answers, a perplexity, a text."""
     config = config_from(None, {
-        "model": saved_llama, "method": "dense,dart-choice,wanda-sp", "output": str(tmp_path), "limit": 1,
+        "model": saved_llama, "method": "dense,dart,wanda-sp", "output": str(tmp_path), "limit": 1,
         "tasks": "smoke_questions,smoke_stories,smoke_summary",
     })  # fmt: skip
     importlib.import_module("dart_eval.sweep.worker")  # what an import executes does not count
@@ -290,7 +288,6 @@ def test_what_cells_execute_is_known(saved_llama, tmp_path):
         sys.setprofile(None)
     assert len(result.records) == 9
     ours = {Path(f).relative_to(PACKAGE).as_posix() for f in executed if Path(f).is_relative_to(PACKAGE)}
-    numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files(PACKAGE)}
+    numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files()}
     assert {"pruning/session/state.py", "evaluation/lm.py", "sweep/worker.py", "results/journal.py"} <= ours
-    assert not ours & {*NOT_RUN}
     assert ours - numeric <= {*WITHOUT_NUMBERS, "sweep/local.py"}  # which hands cells to the worker

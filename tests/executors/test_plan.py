@@ -291,7 +291,7 @@ def test_the_key_does_not_change_with_what_cannot_change_a_number(change):
 
 def test_the_key_changes_with_the_code(monkeypatch):
     before = key()
-    monkeypatch.setattr(plan_module, "code_hash", lambda tasks: "other code")
+    monkeypatch.setattr(plan_module, "shared_hash", lambda tasks: "other code")
     assert key() != before
 
 
@@ -349,15 +349,15 @@ def test_a_broken_plugin_does_not_stop_the_others(monkeypatch):
         make("broken")
 
 
-def test_a_changed_third_party_method_changes_the_key(installed, monkeypatch):
-    installed["dart_eval.methods"] = [Entry("mine", MINE)]
-    sources = iter(["first", "second"])
-    monkeypatch.setattr(plan_module.inspect, "getsource", lambda _module: next(sources))
-    (first,), (second,) = cells(method=("mine",)), cells(method=("mine",))
-    assert first.key != second.key
-    assert len({first.inputs["method_code"], second.inputs["method_code"]}) == 2
-    (ours,) = cells(method=("griffin",))
-    assert ours.inputs["method_code"] is None  # it is part of the package's code
+def test_a_changed_third_party_method_changes_the_key(installed, monkeypatch, tmp_path):
+    found = []
+    for level in (1, 2):
+        (tmp_path / f"mine_{level}.py").write_text(f"LEVEL = {level}\n")
+        monkeypatch.setattr(sys.modules[__name__], "__file__", str(tmp_path / f"mine_{level}.py"))
+        installed["dart_eval.methods"] = [Entry("mine", MINE)]
+        found.append(*cells(method=("mine",)))
+    assert found[0].key != found[1].key and found[0].inputs["code"] == found[1].inputs["code"]
+    assert found[0].inputs["method_code"] != found[1].inputs["method_code"]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.calibration.vocabulary import Projection, project
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import read_text
-from dart_eval.util.source import PACKAGE, source_hash
+from dart_eval.util.source import source_hash
 
 Observe = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
 See = Callable[[int, Tensor, Tensor], None]
@@ -190,7 +190,7 @@ def statistic_name(method: Callable[..., object]) -> str | None:
     if part is None or module is None:
         return None
     name = f"{type(part).__module__}.{type(part).__qualname__} {part!r}"
-    if type(part).__module__.split(".")[0] == PACKAGE:
+    if type(part).__module__.startswith("dart_eval."):
         return name
     try:
         return f"{name} {source_hash(inspect.getsource(module))}"
