@@ -25,6 +25,7 @@ import typer
 from dart_eval.cli import view
 from dart_eval.sweep.options import SECOND_NAMES
 from dart_eval.util.errors import UserError, nearest, out_of_memory
+from dart_eval.util.retired import retired
 
 VERBS = ("run", "tables", "compare", "check", "report", "export", "paper", "trace", "bench", "ls", "lm-eval")
 
@@ -161,6 +162,8 @@ def _misused(error: Any) -> UserError:
     command, known = (context.command_path, context.command.params) if context else ("dart-eval", [])
     remedy = f"see {command} -h"
     if name := getattr(error, "option_name", None) if type(error).__name__ == "NoSuchOption" else None:
+        if left := retired("option", name.lstrip("-").removeprefix("no-")):
+            return left
         there = [o for p in known if not p.hidden for o in p.opts if o.startswith("-")]
         return UserError(f"{command} has no option {name}", (there and nearest(name, there)) or remedy)
     said = error.format_message().rstrip(".")

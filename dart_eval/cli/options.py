@@ -15,6 +15,7 @@ from dart_eval.sweep import values
 from dart_eval.sweep.config import RunConfig, made
 from dart_eval.sweep.options import CLUSTER, MODEL, OUTPUT, PRUNING, TASKS, about, default_of, help_of, option_of, typed
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.retired import retired
 
 PROMPT, TIMING = "Prompt", "Timing"  # panels of other verbs
 PANELS = (TASKS, PRUNING, MODEL, OUTPUT, CLUSTER)
@@ -110,7 +111,8 @@ def one_of(
 
     def checked(value: str | None) -> str | None:
         if value is not None and value not in known:
-            raise UserError(f"unknown {what} {value!r}", nearest(value, known))
+            left = retired("view", value) if what == "view" else None
+            raise left or UserError(f"unknown {what} {value!r}", nearest(value, known))
         return value
 
     return own(help, panel, metavar or "|".join(known), callback=checked)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -20,9 +21,11 @@ from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.sweep import values
 from dart_eval.sweep.options import DEFAULTS, SECOND_NAMES, Options, choices_of, option_of, typed
 from dart_eval.sweep.values import Refused, short_repr
+from dart_eval.util.bits import rounding_at
 from dart_eval.util.errors import UserError, naming, nearest
 from dart_eval.util.files import check_name
 from dart_eval.util.machine import has_cuda
+from dart_eval.util.retired import retired
 from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
@@ -139,14 +142,25 @@ def config_from(file: str | Path | None, given: Json) -> RunConfig:
     Raises:
         UserError: the file cannot be read, or a key or value in it is wrong, or there are several seeds.
     """
-    config, *more = configs_from(file, given)
+    config, *more = _configs(file, given)[0]
     if more:
         raise UserError("several seeds are given, and one is allowed", "give one")
     return config
 
 
 def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
-    """Return `config_from` for each seed."""
+    """Return `config_from` for each seed, and where neither methods nor bits are given those of dense in roundings."""
+    configs, asked = _configs(file, given)
+    if not asked.isdisjoint(("method", "ffn_bits")):
+        return configs
+    rivals = [rounding_at(1 - sparsity) for sparsity in configs[0].sparsity if sparsity]
+    bits = tuple(dict.fromkeys(rounding.text for rounding in rivals if rounding))
+    beside = [dataclasses.replace(c, method=("dense",), ffn_bits=bits) for c in configs if bits]
+    return [*configs, *beside]
+
+
+def _configs(file: str | Path | None, given: Json) -> tuple[list[RunConfig], set[str]]:
+    """Return a configuration for each seed, and the names of the options that are given."""
     merged: Json = {}
     if file is not None:
         from dart_eval.util.yamls import read_mapping
@@ -175,7 +189,7 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
         found[0].check_output()
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be reached ({error.strerror})", "choose another path") from None
-    return found
+    return found, {*merged}
 
 
 def translate(given: Json) -> None:
@@ -208,7 +222,8 @@ def made(given: Json, where: Mapping[str, str] | None = None, place: str = "") -
     """
     for name in given:
         if name not in DEFAULTS:
-            raise UserError(f"unknown key {name!r}{place}", nearest(name, DEFAULTS))
+            left = retired("option", name.replace("_", "-"))
+            raise left or UserError(f"unknown key {name!r}{place}", nearest(name, DEFAULTS))
     try:
         return RunConfig(**{name: values.plain(value) for name, value in given.items()})
     except ValidationError as error:

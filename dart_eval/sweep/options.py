@@ -94,7 +94,8 @@ class Options:
         "Allow the model's own Python code to run. Without this option it is refused.")] = False
     method: Annotated[tuple[str, ...], BeforeValidator(values.methods), option(PRUNING, "NAMES", CELL,
         "Run these methods, comma-separated: a name, or a name with other parts, such as griffin:remask=drift. "
-        "`dart-eval ls methods` lists them.")] = ("dense", "griffin", "dart", "grinqh")
+        "`dart-eval ls methods` lists them. Without it and --ffn-bits, dense runs in a rounding of each read, too.")
+    ] = ("dense", "griffin", "dart", "grinqh")
     sparsity: Annotated[tuple[float, ...], BeforeValidator(values.sparsities), option(PRUNING, "SHARES", CELL,
         "Run at these sparsities, comma-separated, from 0 to below 1: the share of FFN weight bytes that a decoded "
         "token does not read. 0.5:0.9:0.1 means 0.5 to 0.9 in steps of 0.1, both ends included.")] = (0.5,)

@@ -90,6 +90,25 @@ def parse(text: str) -> Rounding | None:
     return Rounding(int(bits), size)
 
 
+# One for each number of bits, to stand beside methods that read as much.
+RIVALS = (*(Rounding(bits, 128) for bits in (8, 7, 6)), *(Rounding(b, K_QUANTS[b].group, True) for b in (5, 4, 3)),
+          Rounding(2))  # fmt: skip
+NEAR = 0.02  # of a read
+
+
+def rounding_at(read: float, width: int = BLOCK) -> Rounding | None:
+    """Return the rounding under which dense reads about as much: the nearest within `NEAR`, or the largest below.
+
+    Args:
+        read: share of the FFN weight bytes.
+        width: weights of a row; of every width that groups divide the reads are the same.
+    """
+    reads = {rounding.weight_bits(width) / OWN_BITS: rounding for rounding in RIVALS}
+    near = sorted((abs(other - read), other) for other in reads if abs(other - read) <= NEAR)
+    below = [other for other in reads if other < read]
+    return reads[near[0][1]] if near else reads[max(below)] if below else None
+
+
 def unread(sparsity: float, share: float) -> float:
     """Return the share of the bytes in the model's own dtype that is not read.
 

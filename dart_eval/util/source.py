@@ -36,7 +36,7 @@ def _plain(node: object) -> object:
     for name in node._fields:
         value = getattr(node, name, None)
         if name == "body" and isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-            value = value[1:]
+            value = node.body[1:]
         if value is not None and value != []:
             found += [name, _plain(value)]
     return found

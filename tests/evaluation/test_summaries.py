@@ -113,7 +113,7 @@ def test_lm_eval_reports_it_for_a_summarisation_task(monkeypatch):
         raise AssertionError("bootstrapped")
 
     monkeypatch.setattr(lm_eval.api.metrics, "bootstrap_stderr", refuse)
-    tasks = Tasks(None, None)
+    tasks = Tasks()
     items = list(tasks.load("smoke_summary"))
     results = lm_eval.simple_evaluate(
         model=Canned(), tasks=items, task_manager=tasks.manager, limit=3, bootstrap_iters=1000, log_samples=True

@@ -9,13 +9,16 @@ import yaml
 from transformers import LlamaConfig
 
 from dart_eval.cli import application, run
+from dart_eval.cli.options import one_of
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
+from dart_eval.pruning.registry import make
 from dart_eval.sweep.config import RunConfig, checked, config_from, configs_from
 from dart_eval.sweep.jobs import count_requests
 from dart_eval.sweep.options import DEFAULTS
 from dart_eval.sweep.plan import command, plan
+from dart_eval.util.bits import rounding_at
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.commands import command as run_command
@@ -98,7 +101,7 @@ def test_a_share_of_the_documents_is_what_lm_eval_makes_of_it():
     tasks.check_task("smoke_summary", 0.1)
 
 
-# -- lm-eval's habits --------------------------------------------------------------------------------------------------
+# -- lm-eval's words ---------------------------------------------------------------------------------------------------
 
 GIVEN = {"system_instruction": "Be brief.", "fewshot_as_multiturn": False, "gen_kwargs": "temperature=0.5"}
 
@@ -196,11 +199,11 @@ def test_lm_evals_words_are_understood_on_the_command_line():
 
 
 def test_several_seeds_are_several_cells():
-    assert [config.seed for config in configs_from(None, {"seed": "3,1,3"})] == [3, 1]
-    assert [config.seed for config in configs_from(None, {"seed": [0, 1]})] == [0, 1]
+    assert [config.seed for config in configs_from(None, {"seed": "3,1,3", "method": "dart"})] == [3, 1]
+    assert [config.seed for config in configs_from(None, {"seed": [0, 1], "method": "dart"})] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["GRIFFIN", "Dart", "dart_plus", "Wanda-SP:allocation=uniform"])
+@pytest.mark.parametrize("name", ["GRIFFIN", "Dart", "m_countdown", "Wanda-SP:allocation=uniform"])
 def test_names_of_methods_may_have_capitals(name):
     from dart_eval.pruning.registry import make, parse
 
@@ -360,3 +363,45 @@ def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch):
 def test_a_name_that_is_not_utf8_is_refused():
     with pytest.raises(UserError, match=r"calibration is not UTF-8: 'caf\\udce9.txt'; rename the file"):
         config_from(None, {"calibration": "caf\udce9.txt"})
+
+
+# -- dense beside methods that read as much ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("read", "text"), [
+    (0.7, "8:128"), (0.5, "8:128"), (0.4, "6:128"), (0.3, "q4_k"), (0.25, "q3_k"), (0.16, "2"), (0.1, None),
+])  # fmt: skip
+def test_the_rounding_of_a_read(read, text):
+    """8 bits with a scale for 128 weights read 50.8 %; 2 bits and their scales 15.6 %, and nothing reads less."""
+    found = rounding_at(read)
+    assert (found and found.text) == text
+    assert found is None or found.weight_bits(4096) / 16 <= read + 0.02
+
+
+def test_dense_runs_in_a_rounding_of_each_read_where_neither_methods_nor_bits_are_given(tmp_path):
+    (tmp_path / "run.yaml").write_text("sparsity: [0.5, 0.7, 0.9]\n")
+    for file, given in ((None, {"sparsity": "0.5,0.7,0.9"}), (tmp_path / "run.yaml", {})):
+        plain, rounded = configs_from(file, given)
+        assert plain == RunConfig(sparsity=(0.5, 0.7, 0.9))
+        assert (rounded.method, rounded.ffn_bits) == (("dense",), ("8:128", "q4_k"))
+    for given in ({"method": "griffin"}, {"ffn_bits": "16"}, {"sparsity": "0.9"}, {"sparsity": "0"}):
+        assert len(configs_from(None, given)) == 1
+    assert [len(c.ffn_bits) for c in configs_from(None, {"seed": "1,2", "sparsity": "0.5,0.7"})] == [1, 1, 2, 2]
+
+
+# -- words that have left ----------------------------------------------------------------------------------------------
+
+
+def test_words_that_have_left_are_answered_wherever_they_are_given(tmp_path):
+    (tmp_path / "run.yaml").write_text("share_prefix: false\n")
+    said = "share-prefix left in"
+    assert f"error: {said}" in run_command("run", "--no-share-prefix").err
+    assert f"error: {said}" in run_command("run", "--share_prefix").err
+    for file, given in ((tmp_path / "run.yaml", {}), (None, {"share_prefix": True})):
+        with pytest.raises(UserError, match=said):
+            configs_from(file, given)
+    for name, params, word in (("fewer-experts", {}, "fewer-experts"), ("griffin", {"routing": "fewer"}, "routing")):
+        with pytest.raises(UserError, match=f"{word} left in"):
+            make(name, params)
+    with pytest.raises(UserError, match="frontier left in"):
+        one_of(("board",), "view", "").callback("frontier")
