@@ -330,7 +330,7 @@ def _adapted(
 
 
 def _is_quantised(source: str, config: PretrainedConfig) -> bool:
-    return stored.method_of(config) is not None or (Path(source) / gguf.KINDS).is_file()
+    return stored.method_of(config) is not None or (Path(source) / gguf.BITS).is_file()
 
 
 def _dtype(spec: ModelSpec, config: PretrainedConfig, source: str, revision: str | None) -> str:
