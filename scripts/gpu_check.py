@@ -68,8 +68,6 @@ RESTLESS = {
     "remask.min_windows": 1, "remask.ring": 5,
 }  # fmt: skip
 PROMPT, STEPS = 48, 12
-BF16_EPS = torch.finfo(torch.bfloat16).eps
-METHODS = ["dense", "griffin", "dart", "grinqh"]
 
 
 class Skip(Exception):
@@ -225,8 +223,8 @@ def column(
             small(dry).to(torch.bfloat16).save_pretrained(made)  # type: ignore[arg-type]
         try:
             rows = dart_eval.evaluate(
-                model=model or made, tasks=task, method=METHODS, sparsity=SPARSITY, limit=limit, data_dir=data_dir,
-                device="cpu" if dry else "cuda", output=f"{folder or place}/out",
+                model=model or made, tasks=task, method="dense,griffin,dart,grinqh", sparsity=SPARSITY, limit=limit,
+                data_dir=data_dir, device="cpu" if dry else "cuda", output=f"{folder or place}/out",
             )  # fmt: skip
         except UserError as error:  # no such model, or no data
             raise Skip(str(error)) from None
@@ -273,8 +271,8 @@ def scoring(dry: bool) -> dict[str, Any]:
             logs = model(input_ids=ids[:, :-1]).logits[0].float().log_softmax(-1)
             start = len(request.context)
             plain = float(logs[start - 1 :].gather(1, ids[0, start:, None]).sum())
-            # In bfloat16 a log-probability of about log V is known to some rounding steps of that size.
-            if name == "dense" and not abs(answer.logprob - plain) < 16 * BF16_EPS * len(request.continuation):
+            # In bfloat16 a log-probability of about log V is known to some rounding steps: 16 eps a token.
+            if name == "dense" and not abs(answer.logprob - plain) < 0.125 * len(request.continuation):
                 raise AssertionError(f"dense: {answer.logprob:.3f} in place of a plain forward's {plain:.3f}")
     said = ", ".join(f"{k} {v:.0f}" for k, v in numbers.items())
     return {"layers": model.config.num_hidden_layers, **numbers, "said": said}
