@@ -175,7 +175,7 @@ def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, b
     requests = [
         Request(random_tokens(c, seed=c), random_tokens(a, seed=50 + a)) for c, a in ((23, 6), (9, 1), (3, 8), (30, 2))
     ]
-    with rounded_ffns(model, bits):
+    with rounded_ffns(model, "16" if method == "grinqh" else bits):  # it makes codes of 16-bit weights
         dense = [dense_logits(model, r) for r in requests]  # on the same weights, without a session
         with open_session(model, method, 0.5, **params) as session:
             found = scored(model, session, requests, scope, batch_size=3, distances=True)
