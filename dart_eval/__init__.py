@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dart_eval.results.frames import records, samples
     from dart_eval.weights.rounding import rounded_ffns
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "Pruner", "UserError", "__version__", "attach", "evaluate", "methods", "prune", "records", "rounded_ffns",
     "samples",
