@@ -53,9 +53,8 @@ paper-tables: $(VENV)/.demo
 # Bytecode is kept, whatever the environment says: compiling the tests anew takes longer than many of them.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 FAST := not demo and not data and not ray and not browser and not process and not surface and not slow
-# With REST=1 those alone that test-fast leaves out.
 test: $(VENV)/.dev
-	$(PYTEST) --dist loadfile --no-loadscope-reorder $(if $(REST),-m "$(subst and,or,$(subst not ,,$(FAST)))")
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.dev
 	$(PYTEST) --dist worksteal --ignore tests/cli -m "$(FAST)"
