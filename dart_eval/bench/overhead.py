@@ -20,7 +20,6 @@ from dart_eval.models import shapes
 from dart_eval.pruning import cost
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.moments import Moments
-from dart_eval.pruning.calibration.vocabulary import Projection
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.prepared import prepare
 from dart_eval.pruning.session.sequence import nbytes
@@ -136,6 +135,3 @@ class Shapes(Calibration):
 
     def once(self, name: str | None, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
         return measure()
-
-    def projection(self) -> list[Projection]:
-        return [Projection(torch.zeros(f.size), torch.zeros(f.size)) for f in self.ffns]

@@ -169,16 +169,6 @@ def base_of(model: PreTrainedModel) -> nn.Module:
     return decoder(model) if base is model else base
 
 
-FINAL_NORMS = (
-    "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "embedding_norm", "final_norm", "layernorm",
-)  # fmt: skip
-
-
-def final_norm(model: nn.Module) -> nn.Module | None:
-    """Return the norm between the last layer and the output head, if the model has one."""
-    return first(decoder(model), FINAL_NORMS)
-
-
 def decoder(model: nn.Module) -> nn.Module:
     """Return the module that owns the decoder layers and runs them in order (hooks on it see every forward)."""
     base = getattr(model, "base_model", model)

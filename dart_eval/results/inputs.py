@@ -158,11 +158,14 @@ COLUMNS = [name for name, field in FIELDS.items() if field.column]
 NAMED = [name for name, field in FIELDS.items() if field.named]
 
 
-# Fields of parts that older versions did not have, at the values that do what these did: a cell of theirs answers the
+# Fields of parts that only some versions have, at the values that do what the others do: a cell of theirs answers the
 # same question.
 UNSAID = {
     "entries": "all", "draw": "best", "compensation.over": "context", "choice.threshold": "none",
-    "entries.second": "columns", "score.of": "gate-up", "routing": "own", "remask.release": 0,
+    "entries.second": "columns",
+    "score.of": "gate-up", "routing": "own", "remask.release": 0, "remask.old": "prompt", "remask.reference": "moved",
+    "remask.every": 0, "remask.every_blend": 0.8, "score.average": "l2", "score.decay": 0.98,
+    "score.skip_first": False, "score.vocabulary": "none", "score.down_norm": False,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.registry import BUILT_IN, make
+from dart_eval.pruning.registry import BUILT_IN
 from tests.helpers.sessions import RESTLESS, bits, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny
 
@@ -159,7 +159,6 @@ EVERY_METHOD = [m for m in BUILT_IN if m.prunes and not m.looks_ahead and m.name
 
 @pytest.mark.parametrize("method", [
     *EVERY_METHOD[::2], *(pytest.param(m, marks=pytest.mark.slow) for m in EVERY_METHOD[1::2]),
-    make("griffin", {"score.vocabulary": "product"}),
 ], ids=lambda m: m.spec)  # fmt: skip
 def test_every_method_runs_on_experts(method):
     """Without sparsity as dense; with it never above the label, the same alone and in a batch."""

@@ -108,13 +108,13 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "method: [griffin, 'griffin:remask=drift:remask.window=8:score.skip_first=true']",
-    "method:\n  - griffin:\n  - griffin: {remask: {part: drift, window: 8}, score: {skip_first: on}}",
-    "method:\n  - griffin\n  - griffin: {remask: drift, remask.window: 8, mask: {score: {skip_first: true}}}",
+    "method: [griffin, 'griffin:remask=drift:remask.window=8:score.norm=l1']",
+    "method:\n  - griffin:\n  - griffin: {remask: {part: drift, window: 8}, score: {norm: l1}}",
+    "method:\n  - griffin\n  - griffin: {remask: drift, remask.window: 8, mask: {score: {norm: l1}}}",
 ])  # fmt: skip
 def test_parts_may_be_nested_in_the_file(tmp_path, text):
     config = config_from(yaml_file(tmp_path, f"{text}\n"), {})
-    changed = make("griffin", {"remask": OnDrift(window=8), "score.skip_first": True})
+    changed = make("griffin", {"remask": OnDrift(window=8), "score.norm": "l1"})
     assert methods_of(config) == [make("griffin"), changed]
 
 

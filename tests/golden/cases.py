@@ -114,17 +114,11 @@ SETTINGS = {
     "dense tokens": Setting(f"dart-code:{RESTLESS}:remask.dense_tokens=2:remask.blend=0.3", 0.37),
     "two stages": Setting("dart:choice=gate-up:choice.mask_ratio=1.6:remask=never", 0.45),
     "three stages": Setting(f"dart:{RESTLESS}:choice=gate-up:choice.mask_ratio=1.5:choice.write_share=0.6", 0.62),
-    "compensation": Setting(f"dart:{RESTLESS}:compensation=mean:score.skip_first=on", 0.37),
     "saved table": Setting(f"dart:allocation=table:allocation.file={TABLE}:remask=never"),
     "shared mask": Setting(f"dart:{RESTLESS}", 0.37, shared_mask=True),
     "shared mask, stages and compensation": Setting("dart-choice:remask.every=5", 0.62, shared_mask=True),
-    "vocabulary score": Setting("dart:score.vocabulary=max:score.average=ema:score.decay=0.9:remask=never", 0.7),
-    "product of scores and down columns": Setting(
-        "dart:score.vocabulary=product:score.down_norm=on:score.norm=l1:remask=never"
-    ),
     "residual sensitivity": Setting("dart:allocation.sensitivity=residual:allocation.protect=off:remask=never", 0.3),
     "direction alone": Setting("dart:allocation.magnitude=off:remask=never", 0.3),
-    "oracle by down columns": Setting("oracle:score.norm=l1:score.down_norm=on", 0.7, decodes=False),
     "cats": Setting("cats", 0.45, families=TWO),
     "m-countdown": Setting("m-countdown", 0.37, families=TWO),
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),

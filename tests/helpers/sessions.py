@@ -24,8 +24,7 @@ REMASKED = [
     ("griffin", {}), ("dart", {}), ("dart", RESTLESS),
     ("dart", {**RESTLESS, "remask.old": "running", "remask.reference": "kept"}),
     ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("dart-choice", {**RESTLESS, "remask.every": 4}),
-    ("dart", {**RESTLESS, "score.average": "ema", "score.skip_first": True, "score.vocabulary": "max",
-              "compensation": "mean"}),
+    ("dart", {**RESTLESS, "compensation": "mean"}),
     ("griffin", {"remask": "drift", **RESTLESS}),
     ("griffin", {"remask": "every", "remask.tokens": 3, "remask.ring": 5, "remask.blend": 0.2}),
     ("griffin", {"draw": "sample", "remask": "drift", **RESTLESS}),
@@ -36,7 +35,7 @@ CHOOSING = [
     ("cats", {"choice.threshold": "calibrated"}),
     ("magnitude", {"choice": "gate-up", "choice.write_share": 0.7}),
     ("griffin", {"choice": "up", "choice.mask_ratio": 1.3, "remask": "drift", **RESTLESS}),
-    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2, "choice": "gate", "score.vocabulary": "mean"}),
+    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2, "choice": "gate"}),
     ("dart", {"choice": "hidden", "choice.mask_ratio": 2.5, "compensation": "mean", **RESTLESS}),
     ("wanda-sp", {"choice": "top-p", "choice.p": 0.6}), ("pop", {"choice.width": 0.2, "remask": "drift", **RESTLESS}),
 ]  # fmt: skip

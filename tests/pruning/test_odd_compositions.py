@@ -77,8 +77,6 @@ def test_a_timed_choice_whose_read_varies_is_measured():
 
 
 SETTINGS = [
-    "griffin:score.down_norm=true",
-    "dart:score.vocabulary=max",
     "rounding:entries.bits=4",
 ]
 

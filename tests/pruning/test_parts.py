@@ -109,8 +109,7 @@ def test_a_value_that_is_wrong_is_told_with_its_bound_or_the_nearest_word():
 
 def test_the_built_in_methods_are_these_compositions():
     """Written out: nothing of a base, and no default, is left to be guessed."""
-    known = {"average": "l2", "decay": 0.98, "skip_first": False, "vocabulary": "none", "down_norm": False}
-    l2, none = (Activation(norm=norm, **known) for norm in ("l2", "none"))
+    l2, none = (Activation(norm=norm) for norm in ("l2", "none"))
     drift = {
         "window": 10, "sigma": 0.5, "floor": 0.1, "patience": 2, "cooldown": 2, "min_windows": 4, "skip_first": True,
         "act": True, "ring": 24, "dense_tokens": 0, "blend": 0.25, "old": "prompt", "reference": "moved", "every": 0,
@@ -277,7 +276,6 @@ def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
     ("griffin", {"": "drift"}, "there is no ''"),
     ("griffin", {"remask": None}, "remask has no value"),
     ("random", {"score.seed": 10**18}, "score.seed is .*; it must be at most"),
-    ("random", {"score": "activation", "score.skip_first": True}, "weigh the tokens of a context.*use mask=prompt"),
     ("griffin", {"compensation.p": 1}, "griffin: compensation=none has no field 'p'; it has none"),
     ("grifin", {}, "unknown method 'grifin'; did you mean griffin"),
     ("xyzzy", {}, "unknown method 'xyzzy'; .dart-eval ls methods. lists them"),

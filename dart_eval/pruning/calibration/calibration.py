@@ -1,4 +1,4 @@
-"""Statistics of a model before any prompt: activations on a text, projections onto the vocabulary.
+"""Statistics of a model before any prompt: activations on a text.
 
 They are computed when a method asks, and with a `StatsCache` only once for a model and text.
 """
@@ -23,7 +23,6 @@ from dart_eval.layers.quantised import input_device
 from dart_eval.layers.verify import evaluating
 from dart_eval.pruning.calibration.moments import Moments, Running
 from dart_eval.pruning.calibration.stats_cache import StatsCache
-from dart_eval.pruning.calibration.vocabulary import Projection, project
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import read_text
 from dart_eval.util.source import source_hash
@@ -62,7 +61,6 @@ class Calibration:
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.tokens, self.cache = model, tokenizer, tokens, cache
         self.path = DEFAULT_TEXT if path is None else path
-        self._projection: list[Projection] | None = None
         self._statistics: dict[str, list[Tensor]] = {}
 
     @property
@@ -131,12 +129,6 @@ class Calibration:
         self._run(take)
         moments = [running[f.layer].moments for f in ffns]
         return [tensor for m in moments for tensor in (m.mean, m.variance, m.code_variance)]
-
-    def projection(self) -> list[Projection]:
-        """Return per layer its neurons' projections onto the vocabulary: a product of the size of FFNs x vocabulary."""
-        if self._projection is None:
-            self._projection = project(self.model, self.ffns)
-        return self._projection
 
     def _measure(self, observe: Observe) -> list[Tensor]:
         totals: dict[int, Tensor] = {}

@@ -9,7 +9,6 @@ from dart_eval.pruning.masks.draws import Best, Draw
 from dart_eval.pruning.masks.remasks import Never, Remask
 from dart_eval.pruning.masks.scores import Activation, AnyScore, Score, Wanda
 from dart_eval.pruning.part import Part, option
-from dart_eval.util.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +51,6 @@ class Static(Mask):
     summary = "makes one mask for all texts, from the weights or a calibration text"
     fixed = True
     score: AnyScore = option(Wanda(), "what it is made by")  # type: ignore[misc]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.score.weighs_tokens:
-            raise UserError(
-                "score.average=ema and score.skip_first weigh the tokens of a context, and mask=static has none",
-                "leave them out, or use mask=prompt",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dart_eval.pruning.part import Part, option
 
@@ -16,20 +16,13 @@ if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.calibration.calibration import Calibration
 
-FIRST_TOKEN = 1e-12  # weight of a token that is left out: nothing beside others, everything if it is alone
-
 
 @dataclass(frozen=True, kw_only=True)
 class AnyScore(Part):
-    """Base of all scores: sums over tokens (`observe`), factors that no token changes, or both.
-
-    Attributes:
-        weighs_tokens: whether some tokens of a context count more than others.
-    """
+    """Base of all scores: sums over tokens (`observe`), factors that no token changes, or both."""
 
     slot = "score"
     observes = True
-    weighs_tokens: ClassVar[bool] = False
 
     def factors(self, calibration: Calibration) -> list[Tensor] | None:
         """Return the factors that no token changes: per layer [F] fp32; None without factors."""
@@ -49,15 +42,6 @@ class AnyScore(Part):
         """Return the score itself, if `combine` returns another number of the same order, such as its square."""
         return score
 
-    def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the weights of a context forward's tokens in all sums, and the factor on earlier sums.
-
-        Args:
-            valid: [B, T] bool, False for padding.
-            before: [B] fp32, tokens of the context in earlier forwards.
-        """
-        return valid.float(), None
-
 
 @dataclass(frozen=True, kw_only=True)
 class Score(AnyScore):
@@ -66,10 +50,10 @@ class Score(AnyScore):
 
 @dataclass(frozen=True, kw_only=True)
 class Activation(Score):
-    """score_j = sum over tokens of (|h_tj| / ||h_t||)^2, with the norm and a factor of choice.
+    """score_j = sum over tokens of (|h_tj| / ||h_t||)^2, with the norm of choice.
 
-    From arXiv 2404.01365 (GRIFFIN: norm l2) and arXiv 2601.22632 (DART: norm none, and the factors of its code). Sums
-    of squares have the order of their roots, which are never taken.
+    From arXiv 2404.01365 (GRIFFIN: norm l2) and arXiv 2601.22632 (DART: norm none). Sums of squares have the order of
+    their roots, which are never taken.
     """
 
     name = "activation"
@@ -77,51 +61,12 @@ class Activation(Score):
     needs_context = True
     flops_per_neuron = 5  # a square and a sum for the norm; a square, a division and a sum for the score
     norm: Literal["none", "l1", "l2"] = option("none", "divide each token's activations by this norm")
-    average: Literal["l2", "ema"] = option(
-        "l2", "combine tokens by the root of the sum of squares, or by a moving average of magnitudes"
-    )
-    decay: float = option(0.98, "weight of a token relative to the next one (average=ema only)", above=0, most=1)
-    skip_first: bool = option(False, "leave out the first token, whose activations are outliers")
-    vocabulary: Literal["none", "max", "mean", "combined", "product"] = option(
-        "none", "multiply by the largest logit that the neuron writes, the mean, their sum or their product"
-    )
-    down_norm: bool = option(False, "multiply by the norm of the neuron's down column")
-
-    @property
-    def weighs_tokens(self) -> bool:  # type: ignore[override]
-        return self.average == "ema" or self.skip_first
-
-    @property
-    def _power(self) -> int:
-        return 1 if self.average == "ema" else 2
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
-        return activations(h, weight, self.norm, self._power)
-
-    def factors(self, calibration: Calibration) -> list[Tensor] | None:
-        factors: list[Tensor] | None = None  # on a norm, squared
-        if self.vocabulary != "none":
-            factors = [p.factor(self.vocabulary).square() for p in calibration.projection()]
-        if self.down_norm:
-            norms = down_norms(calibration.ffns)
-            factors = norms if factors is None else [f * n.to(f.device) for f, n in zip(factors, norms, strict=True)]
-        if factors is not None and self._power == 1:  # sums are of magnitudes, not of squares
-            factors = [f.sqrt() for f in factors]
-        return factors
+        return activations(h, weight, self.norm)
 
     def proportional(self, score: Tensor) -> Tensor:
-        return score.sqrt() if self._power == 2 else score
-
-    def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
-        weight, shrink = valid.float(), None
-        if self.average == "ema":
-            weight, shrink = decayed(weight, self.decay)
-        if self.skip_first:
-            import torch
-
-            first = valid & (valid.long().cumsum(1) + before.long()[:, None] == 1)
-            weight = torch.where(first, weight * FIRST_TOKEN, weight)
-        return weight, shrink
+        return score.sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,39 +174,25 @@ class Random(WeightScore):
 SCORES = (Activation, Wanda, Fluctuation, Weights, Random)
 
 
-def activations(h: Tensor, weight: Tensor, norm: str = "none", power: int = 2) -> Tensor:
-    """Return sum_t weight_t (|h_tj| / ||h_t||)^power.
+def activations(h: Tensor, weight: Tensor, norm: str = "none") -> Tensor:
+    """Return sum_t weight_t (|h_tj| / ||h_t||)^2, whose order is that of its root.
 
     Args:
         h: [B, T, F] fp32.
         weight: [B, T] fp32, 0 for padding.
         norm: the divisor of a token: none, l1 or l2.
-        power: 2 (the score is its root, whose order is the same) or 1.
 
     Returns:
         [B, F] fp32.
     """
-    values = h.square() if power == 2 else h.abs()
+    values = h.square()
     if norm == "l2":
-        size = values.sum(-1) if power == 2 else h.square().sum(-1).sqrt()
+        size = values.sum(-1)
     elif norm == "l1":
-        size = h.abs().sum(-1).pow(power)
+        size = h.abs().sum(-1).square()
     else:
         return (weight[:, None] @ values).squeeze(1)
     return ((weight / size.clamp_min(1e-30))[:, None] @ values).squeeze(1)
-
-
-def decayed(valid: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Return the weights of an exponential average: decay^(n - 1 - t) for the t-th of n tokens.
-
-    Args:
-        valid: [B, T] fp32, 0 for padding, which does not count as a step.
-
-    Returns:
-        [B, T] weights, and [B] decay^n, by which earlier sums shrink.
-    """
-    after = valid.flip(1).cumsum(1).flip(1) - valid  # tokens that follow
-    return valid * decay**after, decay ** valid.sum(1)
 
 
 def down_norms(ffns: Sequence[FFN]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dart_eval.layers.expert_pool import present, under
 from dart_eval.layers.ffn import device_of
 from dart_eval.pruning.choices.choice import ChoiceLayer, Token, of_rows
-from dart_eval.pruning.masks.scores import FIRST_TOKEN, alone
+from dart_eval.pruning.masks.scores import alone
 from dart_eval.pruning.part import Part
 from dart_eval.pruning.session.fitted import Fitted
 from dart_eval.pruning.session.sequence import PerSequence
@@ -68,23 +68,18 @@ class Layer(PerSequence):
     # -- the context -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor, shrink: Tensor | None = None) -> None:
+    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> None:
         """Add context tokens.
 
         Args:
             h: [B, T, F], the input of the down projection.
             up: [B, T, F], up x of a gated FFN, if a part needs it.
-            weight: [B, T] fp32, weight of each token; 0 for padding.
-            shrink: [B], factor on the sums of earlier tokens; None: 1.
+            weight: [B, T] fp32, 1; 0 for padding.
         """
         self.dtype = h.dtype
         if not self.method.observers:
             return
-        weight = weight.to(h.device)
-        if shrink is not None:
-            factor = shrink.to(h.device)
-            self.sums = {slot: sums * factor[:, None] for slot, sums in self.sums.items()}
-        self._add(self.sums, self.method.observers, h, up, weight)
+        self._add(self.sums, self.method.observers, h, up, weight.to(h.device))
 
     def _add(
         self, into: dict[str, Tensor], parts: Sequence[Part], h: Tensor, up: Tensor | None, weight: Tensor
@@ -131,7 +126,7 @@ class Layer(PerSequence):
         return score.combine(self.per_token()[rows].mean(0, keepdim=True), self.fitted.factor)[0]
 
     def _tokens(self, sums: Tensor) -> Tensor:
-        return self.weight.clamp_min(FIRST_TOKEN).to(sums.device)
+        return self.weight.clamp_min(1).to(sums.device)
 
     def _best(self, sums: Tensor, rows: Tensor) -> Tensor:
         """Return the masks of the best neurons of the sequences `rows`. sums: [b, pool], theirs."""
@@ -240,7 +235,7 @@ class Layer(PerSequence):
             return None
         if self.ffn.routed:
             had = self.sums["had"]
-            squares = torch.where(had > 0, squares / had.clamp_min(FIRST_TOKEN), 0)
+            squares = torch.where(had > 0, squares / had.clamp_min(1), 0)
             seen = (had > 0).sum(-1, keepdim=True)
             average = torch.where(seen > 0, squares.sum(-1, keepdim=True) / seen.clamp_min(1), 1)
             squares = torch.where(had > 0, squares, average)

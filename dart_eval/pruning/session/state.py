@@ -51,14 +51,7 @@ class SequenceState(PerSequence):
 
     def observe(self, layer: int, h: Tensor, valid: Tensor, up: Tensor | None = None) -> None:
         """Add context tokens: see `Layer.observe`. valid: [B, T] bool, False for padding."""
-        self.layers[layer].observe(h, up, *self._token_weights(valid))
-
-    def _token_weights(self, valid: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the weights of a context forward's tokens, [B, T] fp32, and the factor on earlier sums, [B]."""
-        mask = self.method.mask
-        if mask.fixed or mask.score is None:
-            return valid.float(), None
-        return mask.score.token_weights(valid, self.tokens)
+        self.layers[layer].observe(h, up, valid.float())
 
     @torch.no_grad()
     def observe_change(self, layer: int, y: Tensor, added: Tensor, valid: Tensor) -> None:
@@ -85,9 +78,7 @@ class SequenceState(PerSequence):
 
     def finish_context(self, valid: Tensor) -> None:
         """Close a context forward with tokens `valid` ([B, T] bool): densities, masks, the detector's reference."""
-        weight, shrink = self._token_weights(valid)
-        self.weight = self.weight * (1 if shrink is None else shrink) + weight.sum(1)
-        self.tokens = self.tokens + valid.sum(1)
+        self.tokens, self.weight = self.tokens + valid.sum(1), self.weight + valid.sum(1)
         if self.change is not None:
             self.change.finish(valid)
         if self.remasking is not None:
