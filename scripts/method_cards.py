@@ -38,7 +38,7 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "pop": ("s_j = mean_i |down_ij| ||h_j||: the core by the prompt, then the candidates by the token", "candidates",
             ("pop",)),
     "dart-choice": ("|a_j| rms_t(u_tj) inside a wide mask chooses rows of up, then |h_j| columns of down",
-                    "dart_choice", ("dart_choice",)),
+                    "", ()),
     "cats": ("largest |act(gate x)_j|", "choices", ("chosen",)),
     "m-countdown": ("largest |(up x)_j|", "choices", ("chosen",)),
     "top-p": ("fewest j with sum |h_j| >= p sum |h|", "choices", ("fewest",)),

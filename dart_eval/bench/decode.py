@@ -30,7 +30,6 @@ from dart_eval.kernels.mask_rows import multiplied
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.pruning.masks.remask import Due
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.session import Session
@@ -341,7 +340,7 @@ class Bench:
         everyone = torch.ones(state.batch, dtype=torch.bool, device=state.device)
         times["dense"].append(self._dense())
         copied = state.select(torch.arange(state.batch, device=state.device))
-        times["remask"].append(timed(lambda: copied.remask(Due(everyone, "alarm")), self.device)[0])
+        times["remask"].append(timed(lambda: copied.remask(everyone), self.device)[0])
 
     def begin(self, run: Session, times: dict[str, list[float]]) -> None:
         """Time a new copy of the weights of the masks' neurons."""

@@ -39,7 +39,6 @@ class Overhead:
         decode_share: FLOPs per decoded token (the detector, and each token's choice) over those of a dense token.
         scoring_share: FLOPs per prompt token (scores, sensitivity, detector) over those of a dense token.
         remask_tokens: FLOPs of one re-mask of all layers, in dense tokens.
-        remask_every: tokens between steady re-masks, 0 if there are none; those after alarms depend on the text.
         remask_read: FFN weights that one re-mask reads / those of a dense token (see `cost.Overhead`).
     """
 
@@ -51,7 +50,6 @@ class Overhead:
     decode_share: float
     scoring_share: float
     remask_tokens: float
-    remask_every: int
     remask_read: float
 
 
@@ -77,7 +75,7 @@ def measure(
     added = cost.overhead(method, sizes, context, 1 - sparsity, in_mask)
     return Overhead(
         method.spec, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
-        added.remask / dense, method.mask.remask.every, added.remask_read,
+        added.remask / dense, added.remask_read,
     )  # fmt: skip
 
 

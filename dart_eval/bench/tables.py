@@ -155,19 +155,16 @@ def state(results: list[Overhead]) -> Table:
 
 def work(results: list[Overhead]) -> Table:
     """Return the computations of methods, for people."""
-    columns = ["method", "decoded token", "prompt token", "re-mask", "re-mask reads", "steady re-masks"]
+    columns = ["method", "decoded token", "prompt token", "re-mask", "re-mask reads"]
     body = []
     for f in results:
-        every = f"every {f.remask_every}: {100 * f.remask_tokens / f.remask_every:.1f} %" if f.remask_every else "none"
         body.append([
             f.method, f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %",
             f"{f.remask_tokens:.2f}" if f.remask_tokens else "-", f"{f.remask_read:.2f}" if f.remask_read else "-",
-            every,
         ])  # fmt: skip
     note = (
         "FLOPs that the method adds to a decoded token and to a prompt token, over the FLOPs of a dense decoded token "
         "at 1024 tokens of context. Re-mask: FLOPs of one re-mask over all layers, in dense tokens. Re-mask reads: FFN "
-        "weights that one re-mask reads / those that a dense token reads. Steady re-masks come at a fixed interval, "
-        "and add this share to each token. Re-masks after an alarm come on top, as often as the text drifts."
+        "weights that one re-mask reads / those that a dense token reads. They come as often as the text drifts."
     )
     return Table("Work", columns, body, note)

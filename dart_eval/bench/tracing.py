@@ -62,7 +62,7 @@ def trace(
     Returns:
         Plain data: `method`, `params`, `sparsity`, `prompt_tokens`, `switch`; `tokens` (decoded, as text) and
         `logprobs` (natural log, of each); `layers`: neurons kept (`kept`) of `sizes`; `detector` (window, mean,
-        deviation, threshold, signal per window, alarms; or null); `remasks`: token, cause, overlap of the old and the
+        deviation, threshold, signal per window, alarms; or null); `remasks`: token, overlap of the old and the
         new mask per layer, 1 where nothing changed; `effective_sparsity`, `weights_read`, `state_bytes`.
 
     Raises:
@@ -97,7 +97,7 @@ def trace(
             "tokens": [tokenizer.decode([t]) for t in decoded], "logprobs": logprobs,
             "layers": {"kept": state.mask_counts[0].tolist(), "sizes": [f.size for f in session.ffns]},
             "detector": detector,
-            "remasks": [{k: e[k] for k in ("token", "cause", "overlap")} for e in session.events],
+            "remasks": [{k: e[k] for k in ("token", "overlap")} for e in session.events],
             "effective_sparsity": session.effective_sparsity, "weights_read": session.weights_read,
             "state_bytes": session.state_bytes,
         }  # fmt: skip
@@ -164,12 +164,11 @@ def summary(trace: dict[str, Any]) -> str:
             f"Detector: {len(numbers)} windows of {detector['window']} tokens, cosines from {min(numbers):.3f} to "
             f"{max(numbers):.3f} ({mean}{limit}); {len(detector['alarms'])} alarms{where}"
         )
-    causes = [r["cause"] for r in trace["remasks"]]
-    if causes:
+    if trace["remasks"]:
         overlaps = [sum(r["overlap"]) / len(r["overlap"]) for r in trace["remasks"]]
         lines.append(
-            f"Re-masked {len(causes)} times ({causes.count('alarm')} after alarms, {causes.count('steady')} "
-            f"steady); a new mask shares {min(overlaps):.0%} to {max(overlaps):.0%} with the one before"
+            f"Re-masked {len(overlaps)} times; a new mask shares {min(overlaps):.0%} to {max(overlaps):.0%} with the "
+            "one before"
         )
     else:
         lines.append("Never re-masked")

@@ -23,7 +23,7 @@ from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wina import ByNorms
 from dart_eval.pruning.kinds import InputSparsity, NeuronMask, StaticMask, TokenChoice, kind_with
-from dart_eval.pruning.masks.allocations import Ends, FromTable, Global, Uniform
+from dart_eval.pruning.masks.allocations import FromTable, Global, Uniform
 from dart_eval.pruning.masks.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.draws import DRAWS
@@ -93,7 +93,7 @@ BUILT_IN: tuple[Pruner, ...] = (
     ),
     NeuronMask(
         name="dart-choice", summary="lets tokens choose in a wide mask, re-masks on drift, adds the rest's mean output",
-        mask=FromPrompt(score=GRIFFIN, remask=OnDrift(floor=0.05, ring=8, blend=0.8, old="running")),
+        mask=FromPrompt(score=GRIFFIN, remask=OnDrift(floor=0.05, ring=8, blend=0.8)),
         choice=GateUp(mask_ratio=1.6, write_share=0.6), compensation=MeanOutput(),
     ),
     TokenChoice(
@@ -149,7 +149,7 @@ BUILT_IN: tuple[Pruner, ...] = (
     ),
 )  # fmt: skip
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, Candidates)
-ALLOCATIONS = (Uniform, DepthAware, Ends, Global, FromTable)
+ALLOCATIONS = (Uniform, DepthAware, Global, FromTable)
 ENTRIES = (GradedColumns, GradedBoth, Above, ByNorms, RoundedEntries)
 PARTS: tuple[type[Part], ...] = (
     *SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *ALLOCATIONS, *COMPENSATIONS, *ENTRIES,

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from dart_eval.util.files import write
 from dart_eval.util.text import Json
 
-SIGNAL, ALARM, STEADY, LIMIT = "#1f5fa8", "#c0392b", "#8a8f98", "#555b63"
+SIGNAL, ALARM, LIMIT = "#1f5fa8", "#c0392b", "#555b63"
 
 
 def draw(trace: Json, path: Path, title: str = "") -> None:
@@ -80,6 +80,5 @@ def _changes(axes: Axes, trace: Json, tokens: int) -> QuadMesh | None:
         edges, [i - 0.5 for i in range(layers + 1)], values, cmap="magma_r", vmin=0, vmax=max(highest, 0.05)
     )
     for remask in remasks:
-        alarm = remask["cause"] == "alarm"
-        axes.axvline(remask["token"], color=ALARM if alarm else STEADY, linewidth=1.2 if alarm else 0.5)
+        axes.axvline(remask["token"], color=ALARM, linewidth=1.2)
     return mesh

@@ -149,7 +149,7 @@ def test_a_fifth_of_the_kept_neurons_changes(monkeypatch):
 
 
 def test_steps_that_all_make_masks_leave_none_to_time():
-    method = make(*parse("griffin:remask=every:remask.tokens=1"))
+    method = make("griffin", {"remask": "drift", **RESTLESS, "remask.window": 1})
     with pytest.raises(UserError, match="every timed step makes new masks"):
         decode.measure(tiny("llama", torch.float32), method, 0.5, prompt_tokens=16, steps=3, rounds=1)
 

@@ -17,7 +17,7 @@ class Run:
         masks: after the prompt and after each decoded token, L x [F] bool.
         logprobs: [T, V], of the tokens of prompt and decoded.
         read: FFN weights that each decoded token reads / all of them.
-        alarms: decoded tokens before each. remasks: the same, and the cause.
+        alarms: decoded tokens before each. remasks: the same.
         overlaps: per re-mask and layer, neurons in the old mask and the new / those in the old.
         signal, threshold: of the detector.
     """
@@ -48,7 +48,7 @@ def run(model, method, prompt, decoded, sparsity=0.5, execution="auto", tokenize
             logprobs=torch.cat(rows),
             read=[float(step.read[0]) for step in session.steps],
             alarms=[a["token"] for a in session.log.alarms],
-            remasks=[(e["token"], e["cause"]) for e in session.events],
+            remasks=[e["token"] for e in session.events],
             overlaps=[e["overlap"] for e in session.events],
             signal=seen["signal"],
             threshold=seen["threshold"],

@@ -192,11 +192,3 @@ def test_a_token_multiplies_all_that_it_reads():
     """Fewer bits are no fewer products."""
     for method in ("grinqh", "rounding", "teal"):
         assert make(method).other.multiplied(0.3) == (0.3 if method == "teal" else 1.0)
-
-
-def test_a_dense_layer_has_no_codes_to_read():
-    with (
-        pytest.raises(UserError, match=r"in one of the layers entries=.* not 100 %; use allocation=uniform"),
-        open_session(tiny("llama"), make("grinqh", {"allocation": "ends"}), 0.3),
-    ):
-        pass

@@ -17,9 +17,8 @@ h = act(gate x) * up x exists for all neurons, whatever the mask left out. With 
 and the layer keeps as many as before, now the largest of these. The detector's b moves to the mean of the last windows,
 as many as fit into R tokens, at least one; mu and sigma stay the prompt's.
 
-Also to be set: S may be the scores of the mask in force (remask.old=running), b may stay (remask.reference=kept), a
-steady re-mask may come every so many tokens, with a weight of its own, and in the public code's way the M tokens after
-an alarm run dense, no window that ends among them counts, and their h alone makes the mask.
+In the public code's way the M tokens after an alarm run dense, no window that ends among them counts, and their h alone
+makes the mask.
 
 Of these the paper has the detector with delta 0.5, windows of about 10 and scores from recent tokens; the floor is its
 code's; the ring of inputs, its blend and the cool-down are ours (docs/findings.md).
@@ -71,8 +70,7 @@ class Detector:
 
 
 def dart(
-    model, prompt, decoded, keep, ring=24, blend=0.25, old="prompt", reference="moved", every=0, every_blend=0.8,
-    dense_tokens=0, release=0, **detector,
+    model, prompt, decoded, keep, ring=24, blend=0.25, dense_tokens=0, release=0, **detector,
 ):  # fmt: skip
     """Masks after the prompt and after each decoded token, log-probabilities, alarms, re-masks, the detector."""
     plain = Plain(model)
@@ -89,28 +87,25 @@ def dart(
         if 0 < release <= n:  # no mask is ever used again
             masks.append(now)
             continue
-        alarm, steady = watch.alarm(plain.seen[-1].o[0], hold=was_dense), every > 0 and n % every == 0
+        alarm = watch.alarm(plain.seen[-1].o[0], hold=was_dense)
         alarms += [n] if alarm else []
         drifted, dense = alarm, max(0, dense - 1)
         if dense_tokens:
             drifted = was_dense and dense == 0  # the last of them has run
             dense = dense_tokens if alarm else dense
-        if not drifted and not steady:
+        if not drifted:
             masks.append(now)
             continue
-        weight, made = blend if drifted else every_blend, []
+        made = []
         for i in layers:
             a, u = plain.layers[i].parts(inputs[i][-ring:])
             h = a if u is None else a * u
             if dense_tokens:
                 h = torch.stack([token[i] for token in fresh[-dense_tokens:]])
-            made.append(weight * scores[i] + (1 - weight) * (h**2).mean(0))
+            made.append(blend * scores[i] + (1 - blend) * (h**2).mean(0))
         masks.append([largest(made[i], keep[i]) for i in layers])
-        remasks.append((n, "alarm" if drifted else "steady"))
-        if old == "running":
-            scores = made
-        if drifted and reference == "moved":
-            watch.b = torch.stack(watch.means[-max(1, (dense_tokens or ring) // watch.window) :]).mean(0)
+        remasks.append(n)
+        watch.b = torch.stack(watch.means[-max(1, (dense_tokens or ring) // watch.window) :]).mean(0)
     return masks, torch.cat(rows), alarms, remasks, watch
 
 
@@ -118,9 +113,9 @@ QUICK = {"window": 3, "sigma": 0.5, "floor": 0.005, "patience": 2, "cooldown": 1
 CALM = {**QUICK, "floor": 0.3, "sigma": 3.0}
 SETTINGS = [
     QUICK, CALM,
-    {**QUICK, "old": "running", "reference": "kept", "blend": 0.6},
+    {**QUICK, "blend": 0.6},
     {**QUICK, "patience": 1, "dense_tokens": 4, "cooldown": 0, "blend": 0.1},
-    {**QUICK, "every": 4, "every_blend": 0.7, "old": "running", "ring": 2},
+    {**QUICK, "patience": 1, "blend": 0.7, "ring": 2},
     {**QUICK, "patience": 1, "release": 19}, {**QUICK, "patience": 1, "dense_tokens": 4, "cooldown": 0, "release": 16},
 ]  # fmt: skip
 CASES = [("llama", 0), ("opt", 1), ("llama", 2), ("opt", 3), ("llama", 4), ("gemma3", 0), ("gpt2", 4), ("llama", 5)]
@@ -143,7 +138,7 @@ def test_alarms_masks_and_probabilities_are_the_definition(family, number):
     assert found.signal == pytest.approx(detector.signal, abs=1e-5)
     assert (found.alarms, found.remasks) == (alarms, remasks)
     assert all(ours.same_masks(a, b) for a, b in zip(found.masks, masks, strict=True))
-    for (n, _), overlap in zip(remasks, found.overlaps, strict=True):
+    for n, overlap in zip(remasks, found.overlaps, strict=True):
         shares = [float((a & b).sum() / a.sum()) for a, b in zip(masks[n - 1], masks[n], strict=True)]
         assert overlap == pytest.approx(shares)
     assert torch.allclose(found.logprobs, logprobs, rtol=0, atol=1e-9)

@@ -55,7 +55,7 @@ def _row(row, *tensors):
     return [t.view(2, -1, t.shape[-1])[row] for t in tensors]
 
 
-EVERY = {"remask": "every", "remask.tokens": 3, "remask.ring": 5, "remask.blend": 0.2}
+EVERY = {"remask": "drift", **RESTLESS, "remask.blend": 0.2}
 DENSE = {"remask": "drift", **RESTLESS, "remask.dense_tokens": 2, "remask.blend": 0.3}
 
 

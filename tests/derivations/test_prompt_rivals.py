@@ -16,10 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from dart_eval.pruning.masks.allocations import Ends
 from dart_eval.pruning.masks.draws import Sample
 from dart_eval.pruning.masks.scores import Activation
-from dart_eval.util.errors import UserError
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.helpers.models import biased, random_tokens
@@ -54,22 +52,6 @@ def check(model, method, masks, prompt, sparsity, **params):
     plain = Plain(model)
     rows = [plain.run(prompt), *(plain.run([token], lambda layer, h: h * masks[layer]) for token in decoded)]
     assert torch.allclose(found.logprobs, torch.cat(rows), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(("first", "last", "density"), [(1, 1, 0.1), (1, 0, 0.55), (0, 0, 0.7), (0, 1, 0.55)])
-def test_layers_at_both_ends_stay_dense(first, last, density):
-    """Three layers at sparsity 0.3: what is pruned of the others is 0.9 / (3 - first - last)."""
-    model, prompt = biased("llama"), random_tokens(21, seed=5)
-    h, _ = prompt_of(model, prompt)
-    densities = [1.0] * first + [density] * (3 - first - last) + [1.0] * last
-    masks = masks_of([griffin(x) for x in h], 0.3, densities)
-    ends = {"allocation": "ends", "allocation.first": first, "allocation.last": last}
-    check(model, "griffin", masks, prompt, 0.3, **ends)
-    assert Ends(first=first, last=last).densities(0.3, [20] * 3, None, slice(None)) == pytest.approx(densities)
-    with pytest.raises(
-        UserError, match=r"allocation=ends prunes only 1 of 3 layers, too few.*use a sparsity up to 0.33"
-    ):
-        ours.run(model, "griffin", prompt, [], 0.5, allocation="ends")
 
 
 def drawn(scores, count, seed, best):

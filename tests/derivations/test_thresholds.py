@@ -1,9 +1,8 @@
-"""Thresholds from a calibration text (cats, m-countdown).
+"""Thresholds from a calibration text (cats).
 
 A text of n tokens runs dense, and layer by layer a threshold is made from what its F n numbers are:
 
-cats         the quantile of |act(gate x)| that leaves the wanted share above it (cut to 10 bits of mantissa)
-m-countdown  the mean over tokens of the k-th largest |up x| of each, for the wanted k
+cats  the quantile of |act(gate x)| that leaves the wanted share above it (cut to 10 bits of mantissa)
 
 Each decoded token then takes every neuron whose number is above the threshold, and writes it: `cats` reads all of gate,
 and 2 more rows or columns of each such neuron.
@@ -14,11 +13,10 @@ import math
 import pytest
 import torch
 
-from dart_eval.pruning.choices import thresholds
+from dart_eval.pruning.choices.cats import ByGate
 from tests.derivations import ours
 from tests.derivations.plain import Plain
 from tests.derivations.test_choices import budget
-from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 from tests.helpers.sessions import PLAIN
 
@@ -59,39 +57,33 @@ def pruned(model, prompt, decoded, kept_of):
     return torch.cat(rows), found
 
 
-@pytest.mark.parametrize(("method", "looks", "family", "sparsity", "execution"), in_turn(
-    [("cats", "a"), ("m-countdown", "u")],
-    [("llama", 0.5, "masked"), ("gemma3", 0.4, "auto"), ("phi3", 0.6, "masked"), ("gpt2", 0.3, "masked"),
-     ("opt", 0.2, "masked"), ("llama", 0.6, "auto")],
-))  # fmt: skip
-def test_tokens_take_what_is_above_the_threshold(method, looks, family, sparsity, execution):
+@pytest.mark.parametrize(("family", "sparsity", "execution"), [
+    ("llama", 0.5, "masked"), ("gemma3", 0.4, "auto"), ("phi3", 0.6, "masked"), ("gpt2", 0.3, "masked"),
+    ("opt", 0.2, "masked"), ("llama", 0.6, "auto"),
+])  # fmt: skip
+def test_tokens_take_what_is_above_the_threshold(family, sparsity, execution):
     model, prompt, decoded = biased(family), random_tokens(12, 1), random_tokens(6, 2)
-    looks = "a" if family in PLAIN else looks
     calibrated = Plain(model)
     calibrated.run(TEXT)
     matrices = 2 if family in PLAIN else 3
     taken = [t for _, t, _ in budget(NEURONS, LAYERS, sparsity, matrices, True)]
-    numbers = [getattr(seen, looks).float().abs() for seen in calibrated.seen]
-    if method == "cats":
-        least = [quantile(n, 1 - k / F) for n, k in zip(numbers, taken, strict=True)]
-    else:
-        least = [float(n.sort(descending=True).values[:, k - 1].mean()) for n, k in zip(numbers, taken, strict=True)]
-    wanted, found = pruned(model, prompt, decoded, lambda i, seen: getattr(seen, looks)[0].abs() > least[i])
-    run = ours.run(model, method, prompt, decoded, sparsity, execution, text, **{"choice.threshold": "calibrated"})
+    numbers = [seen.a.float().abs() for seen in calibrated.seen]
+    least = [quantile(n, 1 - k / F) for n, k in zip(numbers, taken, strict=True)]
+    wanted, found = pruned(model, prompt, decoded, lambda i, seen: seen.a[0].abs() > least[i])
+    run = ours.run(model, "cats", prompt, decoded, sparsity, execution, text, **{"choice.threshold": "calibrated"})
     assert torch.allclose(run.logprobs, wanted, rtol=0, atol=1e-9)
     assert run.read == pytest.approx([(NEURONS + (matrices - 1) * n) / (matrices * NEURONS) for n in found])
     assert len(set(run.read)) > 1 and abs(sum(run.read) / 6 - (1 - sparsity)) < 0.1
 
 
-@pytest.mark.parametrize("method", ["cats", "m-countdown"])
 @pytest.mark.parametrize(("threshold", "takes"), [(-1e-30, 1.0), (1e9, 0.0)])
-def test_a_threshold_below_zero_is_dense(method, threshold, takes, monkeypatch):
+def test_a_threshold_below_zero_is_dense(threshold, takes, monkeypatch):
     """Every neuron is taken, those that are 0 too, whatever the sparsity; above all of them none is."""
-    monkeypatch.setattr(thresholds.Thresholded, "_thresholds", lambda self, layers, *given: [threshold] * len(layers))
+    monkeypatch.setattr(ByGate, "_thresholds", lambda self, layers, *given: [threshold] * len(layers))
     model, prompt, decoded = biased("opt"), random_tokens(12, 5), random_tokens(6, 6)  # half of its h are 0
     dense = Plain(model)
     wanted = torch.cat([dense.run(prompt), *[dense.run([token]) for token in decoded]])
-    run = ours.run(model, method, prompt, decoded, 0.4, "masked", text, **{"choice.threshold": "calibrated"})
+    run = ours.run(model, "cats", prompt, decoded, 0.4, "masked", text, **{"choice.threshold": "calibrated"})
     same = torch.isclose(run.logprobs, wanted, rtol=0, atol=1e-9).all(1)
     assert bool(same[: len(prompt)].all()) and bool(same[len(prompt) :].all()) == (takes == 1)
     # Of two matrices up tells h, and is read whole; what is taken is read of down.

@@ -35,7 +35,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
-METHODS = [None, ("griffin", {}), ("dart", RESTLESS), ("dart-choice", {**RESTLESS, "remask.every": 4})]
+METHODS = [None, ("griffin", {}), ("dart", RESTLESS), ("dart-choice", RESTLESS)]
 
 
 def _model(kind, dtype=torch.float64):

@@ -96,27 +96,20 @@ SETTINGS = {
     "griffin": Setting("griffin", 0.55),
     "dart": Setting("dart", 0.37),
     "dart-code": Setting("dart-code"),
-    "dart-choice": Setting("dart-choice"),
     "oracle": Setting("oracle", decodes=False),
     "random seed": Setting("random:score.seed=3"),
     "every window an alarm": Setting(f"dart:{RESTLESS}", 0.3),
     "some windows an alarm": Setting(
         "dart:remask.window=2:remask.sigma=0.5:remask.floor=0:remask.patience=3:remask.cooldown=1:allocation=uniform:remask.blend=0"
     ),
-    "running memory, reference kept": Setting(f"dart:{RESTLESS}:remask.old=running:remask.reference=kept"),
     "detector only": Setting(
         "dart:remask.window=3:remask.patience=1:remask.floor=0.02:remask.act=off:remask.skip_first=off", 0.7
     ),
-    "steady re-masks": Setting(
-        "dart:remask=every:remask.tokens=4:remask.old=running:remask.ring=6:score.norm=l2:allocation=uniform"
-    ),
-    "steady re-masks and alarms": Setting(f"dart-choice:{RESTLESS}:remask.every=4:remask.every_blend=0.6"),
     "dense tokens": Setting(f"dart-code:{RESTLESS}:remask.dense_tokens=2:remask.blend=0.3", 0.37),
     "two stages": Setting("dart:choice=gate-up:choice.mask_ratio=1.6:remask=never", 0.45),
     "three stages": Setting(f"dart:{RESTLESS}:choice=gate-up:choice.mask_ratio=1.5:choice.write_share=0.6", 0.62),
     "saved table": Setting(f"dart:allocation=table:allocation.file={TABLE}:remask=never"),
     "shared mask": Setting(f"dart:{RESTLESS}", 0.37, shared_mask=True),
-    "shared mask, stages and compensation": Setting("dart-choice:remask.every=5", 0.62, shared_mask=True),
     "residual sensitivity": Setting("dart:allocation.sensitivity=residual:allocation.protect=off:remask=never", 0.3),
     "direction alone": Setting("dart:allocation.magnitude=off:remask=never", 0.3),
     "cats": Setting("cats", 0.45, families=TWO),
@@ -128,8 +121,7 @@ SETTINGS = {
     "grinqh": Setting("grinqh", 0.7, decodes=False, families=TWO),
     "decdec": Setting("decdec", 0.75, decodes=False, families=TWO),
     "graded-both": Setting("graded-both", 0.7, decodes=False, families=TWO),
-    "griffin, gate's choice, re-masks": Setting("griffin:remask=every:remask.tokens=6:choice=gate", 0.4, families=TWO),
 }
 
 # Those that run as lm-eval's model too: texts up to a stop sequence, and perplexities.
-TEXTS = ("griffin", "every window an alarm", "dart-choice")
+TEXTS = ("griffin", "every window an alarm")

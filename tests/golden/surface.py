@@ -51,7 +51,11 @@ def seen_of(session, row):
     steps = [(float(step.read[row]), float(step.mask[row])) for step in session.steps]
     return {
         "read, in the mask, tokens": [[*step, len([*alike])] for step, alike in itertools.groupby(steps)],
-        "events": [{k: e[k] for k in ("token", "cause", "overlap")} for e in session.events if e["sequence"] == row],
+        "events": [
+            {"token": e["token"], "cause": "alarm", "overlap": e["overlap"]}
+            for e in session.events
+            if e["sequence"] == row
+        ],
         "alarms": [a["token"] for a in session.log.alarms if a["sequence"] == row],
         "detector": session.trace(row),
     }

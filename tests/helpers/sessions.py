@@ -22,11 +22,9 @@ RESTLESS = {
 # Every re-mask, often enough to be seen in a test.
 REMASKED = [
     ("griffin", {}), ("dart", {}), ("dart", RESTLESS),
-    ("dart", {**RESTLESS, "remask.old": "running", "remask.reference": "kept"}),
-    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("dart-choice", {**RESTLESS, "remask.every": 4}),
+    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("dart-choice", RESTLESS),
     ("dart", {**RESTLESS, "compensation": "mean"}),
     ("griffin", {"remask": "drift", **RESTLESS}),
-    ("griffin", {"remask": "every", "remask.tokens": 3, "remask.ring": 5, "remask.blend": 0.2}),
     ("griffin", {"draw": "sample", "remask": "drift", **RESTLESS}),
 ]  # fmt: skip
 # Every choice, inside every kind of mask.

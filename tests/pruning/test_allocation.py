@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dart_eval.pruning.masks.allocations import SHIPPED, Ends, FromTable, read_table, shipped_tables, write_table
+from dart_eval.pruning.masks.allocations import SHIPPED, FromTable, read_table, shipped_tables, write_table
 from dart_eval.pruning.masks.counts import in_steps, keep_counts
 from dart_eval.pruning.masks.depth import EPS, depth_aware, normalise_sensitivity
 from dart_eval.pruning.registry import make
@@ -175,15 +175,6 @@ def test_a_table_of_no_ratios_is_refused(tmp_path, ratios):
     path.write_text(json.dumps({"keep": ratios}))
     with pytest.raises(UserError, match=r"is no allocation table: it needs `keep`, a list of ratios in \[0, 1\]"):
         read_table(path)
-
-
-def test_dense_ends_stay_dense_and_meet_the_label_on_layers_of_many_sizes():
-    sizes = [301, 97, 150, 301]
-    densities = Ends(first=1, last=1).densities(0.2, sizes, None, slice(None))
-    assert densities[0] == densities[3] == 1
-    assert sum(d * n for d, n in zip(densities, sizes, strict=True)) == pytest.approx(0.8 * sum(sizes))
-    with pytest.raises(UserError, match=r"use a sparsity up to 0\.29"):  # 247 of 849 neurons
-        Ends(first=1, last=1).check_sparsity(0.3, sizes)
 
 
 def test_a_saved_table_of_layers_of_many_sizes_has_their_mean(tmp_path):

@@ -5,7 +5,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dart_eval.pruning.masks.allocations import FromTable
-from dart_eval.pruning.masks.remasks import OnDrift
 from dart_eval.pruning.part import kind_of
 from dart_eval.pruning.registry import make, parts
 from dart_eval.pruning.spelling import plain_fields, slots, text_of
@@ -71,7 +70,7 @@ def test_what_is_written_of_a_method_makes_it_again(drawn):
 def test_any_part_in_any_slot_of_any_method_comes_back(name, slot):
     """One at a time, with all fields another than by default; what cannot be is said to be so."""
     for cls in parts()[slot].values():
-        fields = [f for f in plain_fields(cls) if (cls, f.name) != (OnDrift, "every")]
+        fields = plain_fields(cls)
         given = {slot: cls.name} | {f"{slot}.{f.name}": _another(cls, f) for f in fields if cls is not FromTable}
         found = _possible(name, given)
         if found is not None:

@@ -10,35 +10,12 @@ from dart_eval.bench import bytes_only, decode, overhead, tracing
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.layers.find import find_ffns
 from dart_eval.models import shapes
-from dart_eval.pruning.masks.allocations import Ends
 from dart_eval.pruning.registry import BUILT_IN, make, parse
-from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.models import SMALL, random_tokens, save_tiny, tiny, word_tokenizer
 from tests.helpers.requests import output_head_of
-from tests.helpers.sessions import decoded, open_session, prompts_of
-from tests.matrix.types import tiny as tiny_type
-
-
-@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
-def test_ends_are_layers_with_all_of_their_ffns(name):
-    """Shared experts and routed ones are two FFNs of one layer."""
-    model = tiny_type(name)
-    ffns = find_ffns(model)
-    last = ffns[-1].number
-    with open_session(model, "griffin", 0.3, execution="masked", allocation="ends") as session:
-        decoded(model, session, prompts_of(1, 12), steps=1)
-        counts = session.state.mask_counts[0].tolist()
-    assert [n == f.size for n, f in zip(counts, ffns, strict=True)] == [f.number in (0, last) for f in ffns]
-    densities = Ends().of_ffns(0.3, ffns)
-    assert sum(d * f.size for d, f in zip(densities, ffns, strict=True)) == pytest.approx(
-        0.7 * sum(f.size for f in ffns)
-    )
-    layers = f"prunes only {last - 1} of {last + 1} layers"
-    with pytest.raises(UserError, match=layers), open_session(model, "griffin", 0.9, allocation="ends"):
-        pass
+from tests.helpers.sessions import open_session
 
 
 def test_tokens_without_a_context_read_all_weights():

@@ -12,7 +12,6 @@ from transformers import (
 )
 from transformers.masking_utils import create_masks_for_generate
 
-from dart_eval.pruning.masks.remask import Due
 from dart_eval.pruning.session.cache import real_tokens
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn
@@ -155,10 +154,10 @@ def test_padding_on_the_right_leaves_the_recent_inputs_to_the_real_tokens(llama)
     settings = {**RESTLESS, "remask.blend": 0.0, "remask.ring": 8, "execution": "masked"}
     with open_session(llama, "dart", 0.5, **settings) as session:
         llama(ids, attention_mask=mask, use_cache=True)
-        session.state.remask(Due(torch.ones(2, dtype=torch.bool), "alarm"))
+        session.state.remask(torch.ones(2, dtype=torch.bool))
         together = [m.clone() for m in session.state.masks]
     for row, tokens in enumerate(rows):
         with open_session(llama, "dart", 0.5, **settings) as session:
             llama(torch.tensor([tokens]), use_cache=True)
-            session.state.remask(Due(torch.ones(1, dtype=torch.bool), "alarm"))
+            session.state.remask(torch.ones(1, dtype=torch.bool))
             assert all(torch.equal(a[row], b[0]) for a, b in zip(together, session.state.masks, strict=True))

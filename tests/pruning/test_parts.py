@@ -22,7 +22,7 @@ from dart_eval.pruning.masks.allocations import FromTable, Global, Uniform
 from dart_eval.pruning.masks.compensations import MeanOutput, Nothing
 from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
-from dart_eval.pruning.masks.remasks import EveryN, Never, OnDrift
+from dart_eval.pruning.masks.remasks import Never, OnDrift
 from dart_eval.pruning.masks.scores import Activation, Fluctuation, Random, Wanda, Weights
 from dart_eval.pruning.method import KINDS, Pruner
 from dart_eval.pruning.part import kind_of, takes
@@ -112,12 +112,11 @@ def test_the_built_in_methods_are_these_compositions():
     l2, none = (Activation(norm=norm) for norm in ("l2", "none"))
     drift = {
         "window": 10, "sigma": 0.5, "floor": 0.1, "patience": 2, "cooldown": 2, "min_windows": 4, "skip_first": True,
-        "act": True, "ring": 24, "dense_tokens": 0, "blend": 0.25, "old": "prompt", "reference": "moved", "every": 0,
-        "every_blend": 0.8,
+        "act": True, "ring": 24, "dense_tokens": 0, "blend": 0.25,
     }  # fmt: skip
     code = {"window": 5, "sigma": 0.1, "patience": 1, "cooldown": 0, "min_windows": 2, "skip_first": False,
             "dense_tokens": 30, "blend": 0.0}  # fmt: skip
-    plus = {"floor": 0.05, "ring": 8, "blend": 0.8, "old": "running"}
+    plus = {"floor": 0.05, "ring": 8, "blend": 0.8}
     depth = DepthAware(sensitivity="ffn", protect=True, magnitude=True)
     wanted = {
         "dense": Pruner(Everything(), All(), Uniform(), Nothing()),
@@ -182,7 +181,7 @@ def test_what_a_composition_is_follows_from_its_parts():
 
 
 @pytest.mark.parametrize(("spec", "words"), [
-    ("magnitude:allocation=depth", "allocation=depth does not go with mask=static; give one of ends, global, table"),
+    ("magnitude:allocation=depth", "allocation=depth does not go with mask=static; give one of global, table"),
     ("griffin:score=weights", "score=weights does not go with mask=prompt; give one of activation, "),
     ("oracle:score=random", "score=random does not go with mask=ahead"),
     ("cats:allocation=global", "allocation=global does not go with mask=everything"),
@@ -192,7 +191,6 @@ def test_what_a_composition_is_follows_from_its_parts():
     ("teal:allocation=depth", "allocation=depth does not go with entries=threshold"),
     ("cats:choice=candidates", "choice=candidates does not go with mask=everything; give one of gate, "),
     ("random:choice=candidates", "choice=candidates does not go with mask=static"),
-    ("dart:remask.every=4:remask.dense_tokens=3", "`every` makes masks from the ring, and dense_tokens does without"),
     ("dart:allocation=table", "allocation=table needs a file"),
     ("dart:allocation=table:allocation.file=nowhere.json", "nowhere.json is not a file; .*save-allocation"),
 ])  # fmt: skip
@@ -241,7 +239,6 @@ def test_the_order_of_what_is_given_says_nothing():
 def test_a_slot_that_is_named_again_keeps_what_the_method_has_in_it():
     """Another part in a slot begins from its own defaults; the same one goes on from the method's values."""
     assert make("dart-choice", {"remask": "drift"}) == make("dart-choice")
-    assert make("dart-choice", {"remask": "every"}).mask.remask == EveryN()
     wider = make("dart-choice", {"choice": "gate-up", "choice.mask_ratio": 2})
     assert wider.choice == GateUp(mask_ratio=2.0, write_share=0.6)
     assert make("dart", {"score.norm": "l2"}).mask.remask == OnDrift()
@@ -257,8 +254,8 @@ def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
 @pytest.mark.parametrize(("name", "given", "words"), [
     ("dart", {"remask.window": 8, "mask.remask.window": 9}, "mask.remask.window is given twice; leave one"),
     ("dart", {"remask.window": 8, "remask": {"window": 9}}, "remask.window is given twice"),
-    ("dart", {"remask": "drift", "mask": {"remask": "every"}}, "mask.remask is given twice"),
-    ("griffin", {"remask": "drift", "remask.part": "every"}, "given twice"),
+    ("dart", {"remask": "drift", "mask": {"remask": "never"}}, "mask.remask is given twice"),
+    ("griffin", {"remask": "drift", "remask.part": "never"}, "given twice"),
     ("griffin", {"allocation": "table:llama-3.1-8b-70", "allocation.file": "x"}, "allocation.file is given twice"),
     ("dart", {"remask.windw": 8}, "there is no 'remask.windw'; did you mean .*window"),
     ("dart", {"remsk.window": 8}, "there is no 'remsk'; did you mean remask"),
@@ -321,7 +318,6 @@ def test_a_part_is_listed_with_its_fields_words_and_bounds():
     assert rows["remask=drift"] == OnDrift.summary
     assert rows["  remask.window=10"].endswith("(at least 1)")
     assert rows["  remask.blend=0.25"].endswith("(at least 0, at most 1)")
-    assert rows["  remask.old=prompt"].endswith("(prompt, running)")
     assert rows["  remask.act=true"] and len(rows) == 1 + len(plain_fields(OnDrift))
     assert dict(part_rows(GateUp))["  choice.write_share=1.0"].endswith("(above 0, at most 1)")
     assert [*dict(part_rows(FromPrompt))] == ["mask=prompt", "  score=activation", "  draw=best", "  remask=never"]

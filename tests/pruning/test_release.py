@@ -19,7 +19,7 @@ from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, p
 
 N = 4  # a window of the detector ends one token before
 RELEASED = [
-    ("griffin", {}), ("griffin", {"remask": "every", "remask.tokens": 2, "remask.ring": 3, "remask.blend": 0.2}),
+    ("griffin", {}),
     ("dart", RESTLESS), ("dart-code", {**RESTLESS, "remask.dense_tokens": 3}),  # the alarm's tokens are cut short
     ("dart-choice", RESTLESS), ("pop", {"choice.width": 0.2}),
 ]  # fmt: skip

@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from dart_eval.kernels.top import top_k_mask
-from dart_eval.pruning.masks.remask import Due
 from dart_eval.pruning.session.layer import Layer
 from tests.helpers.sessions import state_of
 
-# New masks at fixed distances, or a detector that flags every window of two tokens.
-STEADY = {"remask": "every", "remask.tokens": 4, "remask.ring": 9}
+# A detector that flags every window of two tokens.
 FLAGGED = {
     "remask.window": 2, "remask.sigma": -1000.0, "remask.floor": -3.0, "remask.patience": 1, "remask.cooldown": 0,
     "remask.min_windows": 1, "remask.ring": 9,
@@ -57,10 +55,10 @@ class Observed:
 
 def test_a_re_mask_of_one_sequence_takes_its_own_counts_and_what_its_ring_holds(llama):
     """Six inputs in a ring of nine: the mean is over six. The overlap is the share of the old mask that stays."""
-    seen = Observed(llama.float(), {**STEADY, "allocation": "depth", "remask.blend": 0.25})
+    seen = Observed(llama.float(), {**FLAGGED, "allocation": "depth", "remask.blend": 0.25})
     before, keep = [m.clone() for m in seen.state.masks], seen.state.mask_counts.clone()
     assert keep[0].tolist() != keep[1].tolist()
-    (change,) = seen.state.remask(Due(SECOND, "steady"))
+    (change,) = seen.state.remask(SECOND)
     for i, ffn in enumerate(seen.ffns):
         recent = ffn.intermediate(seen.x[i][1]).square().mean(0)
         score = 0.25 * seen.h[i][1].square().mean(0) + 0.75 * recent
@@ -72,29 +70,10 @@ def test_a_re_mask_of_one_sequence_takes_its_own_counts_and_what_its_ring_holds(
 
 
 def test_a_shared_mask_is_made_from_the_mean_of_all_sequences_whatever_their_length(llama):
-    seen = Observed(llama.float(), STEADY, shared=True, lengths=(6, 2))
+    seen = Observed(llama.float(), FLAGGED, shared=True, lengths=(6, 2))
     for i in range(3):
         score = seen.h[i][0].square().mean(0) + seen.h[i][1, 4:].square().mean(0)
         assert torch.equal(seen.state.masks[i], top_k_mask(score[None], torch.tensor([20])).expand(2, -1))
-
-
-def test_steady_remasks_are_counted_from_the_last_turn_and_leave_out_what_has_ended(llama):
-    seen = Observed(llama.float(), STEADY)
-    assert seen.state.room() == 4
-    assert seen.decode(2)[1] == []
-    assert seen.state.room() == 2
-    seen.context(3)
-    assert seen.state.room() == 4
-    assert [seen.decode(n)[1] for n in (2, 1)] == [[], []]
-    assert [c.sequence for c in seen.decode(ended=True)[1]] == [0]
-    assert seen.state.remasks.tolist() == [1, 0]
-
-
-def test_a_steady_remask_leaves_the_detectors_reference(llama):
-    seen = Observed(llama.float(), {**FLAGGED, "remask.patience": 99, "remask.every": 2})
-    before = seen.remasking.detector.reference.clone()
-    assert len(seen.decode(2)[1]) == 2
-    assert torch.equal(seen.remasking.detector.reference, before)
 
 
 def test_dense_tokens_make_a_mask_on_their_own_each_time(llama):

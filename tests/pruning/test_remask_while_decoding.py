@@ -8,12 +8,8 @@ import torch
 
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.masks.remask import Due
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, prompts_of, state_of
-
-# New masks from the ring at fixed distances, no detector.
-STEADY = {"remask": "every", "allocation": "uniform"}
 
 
 def _masks(session):
@@ -71,32 +67,6 @@ def test_watching_only_changes_nothing_but_sees_everything(llama):
     assert {"mean", "deviation", "threshold"} <= trace.keys()
 
 
-def test_a_detector_that_only_watches_leaves_steady_re_masks_to_their_time(llama):
-    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.act": False, "remask.every": 4}) as session:
-        generate(llama, prompts_of(1, 20), tokens=10)
-        assert [a["token"] for a in session.log.alarms] == [3, 6, 9]
-        assert [(e["cause"], e["token"]) for e in session.events] == [("steady", 4), ("steady", 8)]
-
-
-def test_a_further_turn_after_remasks_counts_all_its_tokens(llama):
-    """The average is kept on the scale of sums: a turn as long as the first context weighs as much as it."""
-    params = {"remask.old": "running", "remask.tokens": 1, "remask.blend": 0.5, "remask.ring": 2}
-    state = state_of("dart", llama.float(), **STEADY, **params)
-    valid = torch.ones(1, 10, dtype=torch.bool)
-
-    def turn(value):
-        for layer, ffn in enumerate(state.ffns):
-            state.remasking.ring.write(layer, torch.randn(1, 10, 32), valid)
-            state.observe(layer, torch.full((1, 10, ffn.size), value), valid)
-        state.finish_context(valid)
-
-    turn(1.0)
-    state.remask(Due(torch.tensor([True]), "steady"))
-    mean = state.layers[0].sums["score"] / state.weight
-    turn(3.0)
-    assert torch.allclose(state.layers[0].sums["score"] / state.weight, (mean + 9.0) / 2)
-
-
 @pytest.mark.parametrize("method", ["dart", "dart-code", "dart-choice", "griffin"])
 def test_state_does_not_grow_with_the_prompt(method):
     model = tiny("llama", torch.float32)
@@ -119,7 +89,7 @@ def test_what_an_alarm_will_need_is_counted_before_it_comes(llama):
 @pytest.mark.parametrize("choice", ["none", "gate-up"])
 def test_padding_in_the_ring_may_hold_anything(llama, choice):
     """A padded slot of NaN, as an overflow in half precision would leave, changes nothing."""
-    params = {**STEADY, "remask.ring": 4, "choice": choice, "compensation": "mean"}
+    params = {"allocation": "uniform", "remask.ring": 4, "choice": choice, "compensation": "mean"}
     masks, made = [], []
     for rubbish in (0.0, float("nan")):
         torch.manual_seed(0)
@@ -132,7 +102,7 @@ def test_padding_in_the_ring_may_hold_anything(llama, choice):
             a, u = ffn.parts(x)
             state.observe(layer, a * u, valid, u)
         state.finish_context(valid)
-        state.remask(Due(torch.tensor([True]), "steady"))
+        state.remask(torch.tensor([True]))
         masks.append(state.masks)
         made.append([layer.constant for layer in state.layers])
     assert _equal(*masks) and _equal(*made)

@@ -122,7 +122,7 @@ def test_beam_search_is_refused_where_masks_cannot_follow(llama):
 
 
 @pytest.mark.parametrize(
-    ("method", "params"), [("griffin", {}), ("dart", RESTLESS), ("dart-choice", {"remask.every": 2})]
+    ("method", "params"), [("griffin", {}), ("dart", RESTLESS), ("dart-code", {"remask.window": 2})]
 )
 @torch.no_grad()
 def test_beams_take_their_masks_with_them(llama, method, params):

@@ -36,20 +36,3 @@ class Quantile:
         reached = self.counts.cumsum(0) >= math.ceil(self.share * int(self.counts.sum()) - 1e-6)  # .6 * 5 is 3
         edge = reached.int().argmax().to(torch.int32) << LOW_BITS
         return float(edge.view(torch.float32))
-
-
-class MeanLeast:
-    """The mean over tokens of each token's k-th largest magnitude."""
-
-    def __init__(self) -> None:
-        self.sum, self.tokens = 0.0, 0
-
-    def add(self, values: Tensor, k: int) -> None:
-        """Count tokens, [T, F], that are to take k neurons each."""
-        self.sum += float(values.float().abs().topk(k).values[:, -1].sum(dtype=torch.float64)) if k else torch.inf
-        self.tokens += len(values)
-
-    @property
-    def threshold(self) -> float:
-        """The mean."""
-        return self.sum / max(1, self.tokens)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,44 +93,6 @@ class Uniform(ByShares):
 
     def densities(self, sparsity: float, sizes: Sequence[int], *_: object) -> list[float]:
         return [1 - sparsity] * len(sizes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ends(ByShares):
-    """The first and the last layers stay dense, and the others share the sparsity evenly.
-
-    With first=6 and last=5 on 32 layers it is that of CoreInfer's code (arXiv 2410.18311, commit 38de332: layers 6 to
-    26), with first=3 and last=0 that of Probe Pruning's (arXiv 2502.15618, commit acc0730). The former takes the
-    sparsity for that of the pruned layers, the latter rounds theirs to two digits; here it is that of all layers, and
-    is met exactly.
-    """
-
-    name = "ends"
-    summary = "keeps the first and last layers dense, and gives all others the same density"
-    by_layer = True
-    first: int = option(1, "first layers that stay dense", least=0)
-    last: int = option(1, "last layers that stay dense", least=0)
-
-    def densities(self, sparsity: float, sizes: Sequence[int], *_: object) -> list[float]:
-        self.check_sparsity(sparsity, sizes)
-        layers, pruned = len(sizes), self._pruned(sizes)
-        density = 1 - sparsity * sum(sizes) / sum(pruned) if pruned else 1.0
-        return [1.0] * min(self.first, layers) + [density] * len(pruned) + [1.0] * min(self.last, layers - self.first)
-
-    def _pruned(self, sizes: Sequence[int]) -> Sequence[int]:
-        """Return the neurons of the layers that are pruned."""
-        return sizes[self.first : max(self.first, len(sizes) - self.last)]
-
-    def check_sparsity(self, sparsity: float, sizes: Sequence[int] | None = None) -> None:
-        if sizes is None or not sparsity:
-            return
-        pruned = self._pruned(sizes)
-        most = sum(pruned) / sum(sizes)
-        if sparsity > most + 1e-9:
-            raise UserError(
-                f"{self.title} prunes only {len(pruned)} of {len(sizes)} layers, too few for sparsity {sparsity:g}",
-                f"use a sparsity up to {math.floor(100 * most) / 100:g}, or a smaller allocation.first or .last",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,21 +15,6 @@ from dart_eval.pruning.masks.ring import RingBuffer
 from dart_eval.pruning.session.sequence import PerSequence
 
 
-@dataclass(frozen=True)
-class Due:
-    """New masks that are due.
-
-    Attributes:
-        rows: [B] bool, the sequences.
-        cause: `alarm` or `steady`.
-        dense: whether the recent scores come from tokens that ran dense; else from the ring.
-    """
-
-    rows: Tensor
-    cause: str
-    dense: bool = False
-
-
 class RemaskState(PerSequence):
     """State of B sequences under a part `remask`.
 
@@ -39,7 +23,6 @@ class RemaskState(PerSequence):
         ring: FFN inputs per layer, followed by the experts that tokens had, if the part has a ring.
         alarms: [B] bool, raised by the last forward.
         ran: decoded tokens since the context; the same for all, since they decode together.
-        since: those since the last steady re-mask.
         dense_left: [B] long, tokens still to run dense after an alarm.
         fresh_tokens: [B], tokens that ran dense after it so far.
     """
@@ -49,7 +32,7 @@ class RemaskState(PerSequence):
         self.detector = DriftDetector(part, batch, ffns[-1].width, device) if part.watches else None  # type: ignore[arg-type]
         self.ring = RingBuffer(part.ring, len(ffns) * (1 + any(f.routed for f in ffns))) if part.needs_ring else None
         self.alarms = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.ran = self.since = 0
+        self.ran = 0
         self.dense_left = torch.zeros(batch, dtype=torch.long, device=device)
         self.fresh_tokens = torch.zeros(batch, device=device)
 
@@ -106,7 +89,7 @@ class RemaskState(PerSequence):
             self.ring.advance(valid)
         if self.detector is not None:
             self.detector.set_reference()
-        self.ran = self.since = 0
+        self.ran = 0
         self.dense_left = torch.zeros_like(self.dense_left)
 
     def room(self) -> int | None:
@@ -116,14 +99,12 @@ class RemaskState(PerSequence):
         limits = [self.detector.room()] if self.detector is not None else []
         if self.part.release:
             limits.append(self.part.release - self.ran)
-        if self.part.every:
-            limits.append(self.part.every - self.since)
         if bool(self.dense_now.any()):
             limits.append(int(self.dense_left[self.dense_now].min()))
         return min(limits, default=None)
 
-    def decoded(self, attention: Tensor | None, valid: Tensor, shared: bool) -> list[Due]:
-        """Close a decoding forward, and return the new masks that are due.
+    def decoded(self, attention: Tensor | None, valid: Tensor, shared: bool) -> Tensor:
+        """Close a decoding forward, and return the sequences whose new masks are due: [B] bool.
 
         Args:
             attention: [B, T, D] attention output of the last layer, if there is a detector.
@@ -135,27 +116,19 @@ class RemaskState(PerSequence):
             self.ring.advance(valid)
         self.ran += valid.shape[1]
         if self.released:
-            return []
+            return none
         alarms = none
         if self.detector is not None and attention is not None:
             self.alarms = self.detector.update(attention.to(self.device), valid, self.dense_now)
             if shared:
                 self.alarms = self.alarms.any().expand_as(self.alarms)
             alarms = self.alarms if self.part.alarms_remask else none
-        ended = none
-        if self.part.dense_tokens:
-            ended = self._dense_ended(valid, shared)
-            self.dense_left = self.dense_left.masked_fill(alarms, self.part.dense_tokens)
-            self.fresh_tokens = self.fresh_tokens.masked_fill(alarms, 0.0)
-            alarms = none
-        due = none
-        if self.part.every:
-            self.since += valid.shape[1]
-            if self.since >= self.part.every:
-                # All are re-masked if they share a mask, else those that have not ended.
-                self.since, due = 0, ~alarms if shared else valid[:, -1] & ~alarms
-        masks = [Due(alarms, "alarm"), Due(due, "steady"), Due(ended, "alarm", dense=True)]
-        return [m for m in masks if bool(m.rows.any())]
+        if not self.part.dense_tokens:
+            return alarms
+        ended = self._dense_ended(valid, shared)
+        self.dense_left = self.dense_left.masked_fill(alarms, self.part.dense_tokens)
+        self.fresh_tokens = self.fresh_tokens.masked_fill(alarms, 0.0)
+        return ended
 
     def _dense_ended(self, valid: Tensor, shared: bool) -> Tensor:
         """Count dense tokens; return [B] bool, the sequences whose dense tokens have just ended."""
@@ -168,7 +141,7 @@ class RemaskState(PerSequence):
         self.dense_left = torch.where(dense, rest, self.dense_left)
         return dense & (rest == 0)
 
-    def moved(self, due: Due) -> None:
-        """Move the reference to the recent windows if new masks were made after an alarm."""
-        if self.detector is not None and due.cause == "alarm" and self.part.moves_reference:
-            self.detector.rebase(due.rows)
+    def moved(self, rows: Tensor) -> None:
+        """Move the reference to the recent windows of sequences with new masks. rows: [B] bool."""
+        if self.detector is not None:
+            self.detector.rebase(rows)

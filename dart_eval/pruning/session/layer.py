@@ -276,14 +276,13 @@ class Layer(PerSequence):
         count = valid.to(x.device).float().sum(1, keepdim=True).clamp_min(1)
         return {slot: sums / count for slot, sums in totals.items()}
 
-    def remask(self, rows: Tensor, recent: dict[str, Tensor], blend: float, running: bool) -> list[float]:
+    def remask(self, rows: Tensor, recent: dict[str, Tensor], blend: float) -> list[float]:
         """Make new masks of the same size for some sequences: scores per token, blend * old + (1 - blend) * recent.
 
         Args:
             rows: [b] indices.
             recent: from `recent`.
             blend: weight of the old scores.
-            running: whether the next re-mask takes the blended scores as old ones. Other sums always do.
 
         Returns:
             [b] |old and new| / |old|.
@@ -296,9 +295,7 @@ class Layer(PerSequence):
         new, old = self._best(scores, rows), self.own[at]
         # New tensors, not writes: layers copied with `select` may share the old ones.
         self.own = self.own.index_copy(0, at, new)
-        if running:  # as sums again, so that a further turn of the context adds to them
-            self.sums["score"] = self.sums["score"].index_copy(0, at, scores * weight)
-        for slot, mean in recent.items():
+        for slot, mean in recent.items():  # as sums again, so that a further turn of the context adds to them
             sums = self.sums[slot]
             self.sums[slot] = sums.index_copy(0, at, blend * sums[at] + (1 - blend) * mean * weight)
         if self.constant is not None:

@@ -14,10 +14,9 @@ from dart_eval.util.text import Json
 
 @dataclass(frozen=True)
 class Change:
-    """New masks of one sequence: `cause` is `alarm` or `steady`; `overlap` per layer, |old and new| / |old|."""
+    """New masks of one sequence: `overlap` per layer, |old and new| / |old|."""
 
     sequence: int
-    cause: str
     overlap: list[float]
 
 
@@ -86,7 +85,7 @@ class Log:
 
     Attributes:
         steps: the weights of each decoding forward.
-        events: re-masks: step, token, sequence, cause, overlap.
+        events: re-masks: step, token, sequence, overlap.
         alarms: of the detector: token, sequence.
         signals: [B] per detector window; NaN for sequences that had ended.
         decoded: tokens per sequence.
@@ -127,7 +126,7 @@ class Log:
             return None
 
         def tokens_of(events: list[Json]) -> list[int]:
-            mine = [e["token"] for e in events if e["sequence"] == row and e.get("cause") != "steady"]
+            mine = [e["token"] for e in events if e["sequence"] == row]
             return [token for token in mine if tokens is None or token <= tokens]
 
         threshold = float(detector.threshold[row])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.masks.change import ChangeState
-from dart_eval.pruning.masks.remask import Due, RemaskState
+from dart_eval.pruning.masks.remask import RemaskState
 from dart_eval.pruning.session.layer import Layer
 from dart_eval.pruning.session.log import Change, Step
 from dart_eval.pruning.session.prepared import Prepared
@@ -223,26 +223,26 @@ class SequenceState(PerSequence):
         if bool((begins := self.remasking.to_be_dense).any()):
             for layer in self.layers:
                 layer.clear(begins)
-        return [change for one in due for change in self.remask(one)]
+        return self.remask(due) if bool(due.any()) else []
 
     @torch.no_grad()
-    def remask(self, due: Due) -> list[Change]:
-        """Make new masks for the sequences of `due`, with as many neurons as before.
+    def remask(self, due: Tensor) -> list[Change]:
+        """Make new masks for the sequences `due` ([B] bool), with as many neurons as before.
 
         The recent tokens come from the ring, or ran dense after the alarm.
         """
         remasking, part = self.remasking, self.method.mask.remask
         assert remasking is not None
-        rows, overlaps = due.rows.nonzero().squeeze(1), []
+        rows, overlaps = due.nonzero().squeeze(1), []
         for layer in self.layers:
-            if due.dense:
+            if part.dense_tokens:
                 recent = {"score": layer.fresh_mean(rows, remasking.fresh_tokens)}
             else:
                 recent = layer.recent(*remasking.inputs(layer.ffn, rows))
-            overlaps.append(layer.remask(rows, recent, part.blend_of(due.cause), part.old == "running"))
+            overlaps.append(layer.remask(rows, recent, part.blend))
         remasking.moved(due)
         self.remasks[rows.cpu()] += 1
-        return [Change(row, due.cause, [layer[k] for layer in overlaps]) for k, row in enumerate(rows.tolist())]
+        return [Change(row, [layer[k] for layer in overlaps]) for k, row in enumerate(rows.tolist())]
 
     def select(self, rows: Tensor) -> SequenceState:
         """An independent copy for the given sequences (indices, repeats allowed)."""

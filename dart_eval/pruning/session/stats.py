@@ -120,7 +120,7 @@ class SessionStats:
 
     @property
     def events(self) -> list[dict[str, object]]:
-        """Re-masks since the last new context: step, token, sequence, cause, overlap."""
+        """Re-masks since the last new context: step, token, sequence, overlap."""
         return self.log.events
 
     def trace(self, row: int, tokens: int | None = None) -> dict[str, object] | None:
