@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -99,23 +98,6 @@ def _has_none(layer: nn.Module) -> bool:
 
 # model -> its FFNs, and the identities of its layers' parts when they were found
 _FOUND: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
-HELD = "_found_ffns"
-
-
-def hold(model: nn.Module) -> None:
-    """Move what was found into the model: with hooks on its FFNs, the table would keep a model that is dropped."""
-    vars(model)[HELD] = _FOUND.pop(model)
-
-
-def let_go(model: nn.Module) -> None:
-    """Undo `hold`, if it was called."""
-    if HELD in vars(model):
-        _FOUND[model] = vars(model)[HELD]
-        del vars(model)[HELD]
-
-
-def _found(model: nn.Module) -> Any:
-    return vars(model).get(HELD) or _FOUND.get(model)
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
@@ -124,7 +106,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     Raises:
         UserError: the family is unknown, the model fails, or its FFN does not compute what its description says.
     """
-    if (found := _found(model)) is not None and unchanged(model, found[0]):
+    if (found := _FOUND.get(model)) is not None and _unchanged(model, found):
         return found[0]
     ffns = describe(model)
     for module in (m for f in ffns for m in f.projections if encoded(m)):
@@ -134,19 +116,19 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     return ffns
 
 
-def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
-    """Whether these are still the FFNs of the model, which adapters, dropped layers and quantisation change.
+def _unchanged(model: nn.Module, found: list[Any]) -> bool:
+    """Whether what was found still holds, which adapters, dropped layers and quantisation change.
 
-    Called at every prompt, so layers are described anew only if some part has changed.
+    Layers are described anew only if some part has changed.
     """
-    found, new_parts = _found(model) or [None, None], _layer_parts(model)
-    if found[0] is ffns and found[1] == new_parts:
+    ffns, old_parts = found
+    if (new_parts := _layer_parts(model)) == old_parts:
         return True
     try:
         same = [_parts(f) for f in describe(model)] == [_parts(f) for f in ffns]
     except UserError:
         return False
-    if same and found[0] is ffns:
+    if same:
         found[1] = new_parts
     return same
 

@@ -21,4 +21,4 @@ def refuse_second(model: nn.Module) -> None:
             "load it first, with transformers.AutoModelForCausalLM",
         )
     if any(GUARD in module.__dict__ for module in model.modules()):
-        raise UserError("this model is already under another prune() or attach()", "leave that block, or detach()")
+        raise UserError("this model is already under another prune()", "leave that block")

@@ -1,13 +1,10 @@
-"""`prune()` attaches a method to a model, lets the block run, and detaches the method; `attach()` has no block."""
+"""`prune()` attaches a method to a model, lets the block run, and detaches the method."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import ParamSpec
 
 from torch import nn
 
@@ -28,7 +25,6 @@ from dart_eval.pruning.session.execution import Wanted
 from dart_eval.pruning.session.session import Session
 from dart_eval.util.errors import UserError
 
-Arguments = ParamSpec("Arguments")
 PartSpec = str | Mapping[str, object]  # the name of a part, or its fields with the name under `part`
 
 
@@ -106,47 +102,7 @@ def prune(
         calibration = Calibration(model, tokenizer, calibration)
     session = Session(model, method, sparsity, calibration, execution, shared_mask)
     try:
-        try:
-            session.attach()
-            yield session
-        finally:
-            session.detach()
-    finally:  # an interrupt may have come before the first `detach` began
+        session.attach()
+        yield session
+    finally:
         session.detach()
-
-
-def _left_open(block: Callable[Arguments, AbstractContextManager[Session]]) -> Callable[Arguments, Session]:
-    """Return the function that enters the block and returns what the block yields."""
-
-    @functools.wraps(block, assigned=())
-    def attach(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Session:
-        """Prune the FFN neurons of `model` from now on, until `session.detach()`.
-
-        Every `generate` is a new prompt, as under a `prune` of its own:
-
-            session = attach(model, "dart", sparsity=0.7)
-            model.generate(**inputs)
-            session.detach()
-
-        Threads take turns: `generate` and `detach` wait for the `generate` of another thread. A forward by hand is
-        refused while another thread runs the model. Keep the session: nothing else detaches the method.
-
-        Args:
-            args, kwargs: the arguments of `prune`.
-
-        Returns:
-            The `Session`. After `session.detach()` the model is as it was, bit for bit; a second call does nothing.
-
-        Raises:
-            UserError: as by `prune`.
-        """
-        entered = block(*args, **kwargs)
-        session = entered.__enter__()
-        session.block = entered  # a block that is collected detaches
-        return session
-
-    vars(attach)["__signature__"] = inspect.signature(block).replace(return_annotation="Session")
-    return attach
-
-
-attach = _left_open(prune)

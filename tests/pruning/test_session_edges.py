@@ -1,16 +1,17 @@
-"""What a session must notice or refuse: chats, ends in a batch, copies, nested blocks, changed layers and weights."""
+"""What a session must notice or refuse: chats, ends in a batch, nested blocks, other threads, exceptions."""
 
 import copy
 import functools
-import pickle
+import threading
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, OpenAIGPTConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, OpenAIGPTConfig, StoppingCriteria
 
 from dart_eval.kernels.cpu import build
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
+from dart_eval.layers.guard import GUARD
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.util.bits import Rounding
@@ -18,8 +19,9 @@ from dart_eval.util.errors import UserError
 from dart_eval.weights.decoded import Decoded
 from dart_eval.weights.rounding import rounded
 from tests.helpers.matrices import in_turn
-from tests.helpers.models import odd_llama, random_tokens, tiny
-from tests.helpers.sessions import RESTLESS, cache_of, open_session
+from tests.helpers.models import biased, odd_llama, random_tokens, tiny
+from tests.helpers.sessions import RESTLESS, bits, cache_of, open_session, same
+from tests.helpers.sessions import generate as logits_of
 
 
 def prompt(length=20, seed=0):
@@ -197,55 +199,68 @@ def test_a_second_prune_of_one_model_is_refused(llama, outer, inner):
         pass
 
 
-@pytest.mark.parametrize("part", [lambda m: m, lambda m: m.model, lambda m: m.model.layers[0].mlp])
-def test_a_copy_of_a_model_inside_the_block_is_refused(llama, part):
+def test_another_thread_is_refused(llama):
+    """Its tokens would be those of the block's sequences."""
+    found = []
+
+    def run():
+        try:
+            llama(prompt(), use_cache=True)
+        except UserError as error:
+            found.append(str(error))
+
     with open_session(llama, "griffin", 0.5):
-        generate(llama, prompt(), 3)
-        with pytest.raises(UserError, match="copy of a model"):
-            copy.deepcopy(part(llama))
-    copied = copy.deepcopy(llama)
-    assert torch.equal(copied(prompt()).logits, llama(prompt()).logits)
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(20)
+    assert len(found) == 1 and "runs in the thread of the block alone" in found[0]
 
 
-def test_beams_of_a_copied_cache_change_places_in_the_copy_alone(llama):
-    with torch.no_grad(), open_session(llama, "griffin", 0.5) as session:
-        out = llama(torch.cat([prompt(seed=1), prompt(seed=2)]), use_cache=True)
-        cache, state = cache_of(out), session.state
-        keys, masks = cache.layers[0].keys.clone(), [m.clone() for m in state.masks]
-        copied = copy.deepcopy(cache)
-        copied.reorder_cache(torch.tensor([1, 0]))
-        assert torch.equal(cache.layers[0].keys, keys) and session.state is state
-        assert torch.equal(copied.layers[0].keys, keys.flip(0))
-        cache.reorder_cache(torch.tensor([1, 0]))
-        assert torch.equal(cache.layers[0].keys, keys.flip(0))
-        assert all(torch.equal(a, b.flip(0)) for a, b in zip(session.state.masks, masks, strict=True))
-        assert type(copied) is DynamicCache and type(copy.deepcopy(cache)) is DynamicCache
-    assert type(cache) is DynamicCache
-    pickle.loads(pickle.dumps(copied))
+class Break(StoppingCriteria):
+    """Raises after some tokens of a `generate`."""
+
+    def __init__(self, error, tokens):
+        self.error, self.left = error, tokens
+
+    def __call__(self, *_args, **_kwargs):
+        self.left -= 1
+        if not self.left:
+            raise self.error
+        return False
 
 
-@pytest.mark.parametrize(("change", "execution"), in_turn([
-    lambda m: m.half(), lambda m: m.to("meta"), lambda m: m.model.layers[1].mlp.to(torch.float16),
-    lambda m: m.load_state_dict(m.state_dict()),
-    lambda m: m.model.layers[0].mlp.down_proj.load_state_dict(m.model.layers[0].mlp.down_proj.state_dict()),
-], ["masked", "copied"]))  # fmt: skip
-def test_weights_are_not_cast_moved_or_loaded_inside_the_block(llama, execution, change):
-    before = {k: v.clone() for k, v in llama.state_dict().items()}
-    with open_session(llama, "griffin", 0.5, execution=execution):
-        generate(llama, prompt(), 3)
-        with pytest.raises(UserError, match="must stay as they are"):
-            change(llama)
-    assert all(torch.equal(v, before[k]) for k, v in llama.state_dict().items())
-    assert llama.half().dtype == torch.float16
-    assert llama.__dict__.keys() == tiny("llama").__dict__.keys()
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")], ids=repr)
+@pytest.mark.parametrize(("method", "params", "execution"), [
+    ("griffin", {}, "copied"), ("dart", RESTLESS, "masked"), ("rounding", {}, "masked"), ("grinqh", {}, "masked"),
+])  # fmt: skip
+def test_an_exception_inside_generate_leaves_the_weights_and_a_session_in_use(method, params, execution, error):
+    """Between tokens and in the middle of a forward."""
+    model = biased("llama").float()
+    before, stop = bits(model), Break(error, 10**9)
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: stop() or None)  # before the session's hooks
+    with open_session(model, method, 0.6, execution=execution, **params) as session:
+        wanted = torch.stack(logits_of(model, prompt(12), 6).logits)
+        for at in (1, 3):
+            with pytest.raises(type(error)):
+                generate(model, prompt(15, seed=at), 8, stopping_criteria=[Break(error, at)])
+            stop.left = at
+            with pytest.raises(type(error)):
+                generate(model, prompt(15, seed=at), 8)
+            assert same(model, before)
+            assert torch.equal(torch.stack(logits_of(model, prompt(12), 6).logits), wanted)
+        assert session.effective_sparsity > 0
+    assert same(model, before)
 
 
-@pytest.mark.parametrize("execution", ["masked", "copied"])
-def test_a_move_to_where_the_weights_are_is_none(llama, execution):
-    with open_session(llama, "griffin", 0.5, execution=execution):
-        wanted = generate(llama, prompt(), 3).sequences
-        assert llama.to("cpu") is llama and llama.double() is llama
-        assert generate(llama, prompt(), 3).sequences.tolist() == wanted.tolist()
+@pytest.mark.parametrize(("method", "execution"), [("griffin", "copied"), ("cats", "copied"), ("grinqh", "copied")])
+def test_methods_run_under_autocast(method, execution):
+    model = odd_llama().float()
+    with open_session(model, method, 0.5) as session, torch.autocast("cpu", torch.bfloat16):
+        found = torch.stack(logits_of(model, prompt(12), 6).logits)[:2]
+        assert session.execution == execution
+    with open_session(model, method, 0.5):
+        wanted = torch.stack(logits_of(model, prompt(12), 6).logits)[:2]
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_continuous_batching_is_refused(llama):
@@ -323,25 +338,6 @@ def test_layers_that_changed_between_two_blocks_are_found_again(llama, change, m
     assert torch.equal(dense, llama(prompt()).logits)
 
 
-@pytest.mark.parametrize("method", ["griffin", "random"])
-def test_layers_that_change_inside_the_block_are_noticed(llama, method):
-    with open_session(llama, method, 0.5, execution="masked"):
-        generate(llama, prompt(), 4)
-        inject(llama)
-        with pytest.raises(UserError, match="layers of LlamaForCausalLM have changed"):
-            generate(llama, prompt(), 4)
-    assert len(find_ffns(llama)) == 3
-
-
-def test_what_comes_beside_the_ffn_inside_the_block_changes_no_ffn(llama):
-    with open_session(llama, "griffin", 0.5, execution="masked") as session:
-        generate(llama, prompt(), 2)
-        llama.model.layers[0].self_attn.q_proj = Adapter(llama.model.layers[0].self_attn.q_proj)
-        for _ in range(2):
-            generate(llama, prompt(), 2)
-        assert session.ffns is find_ffns(llama)
-
-
 @pytest.mark.parametrize("part", [lambda m: m.model.layers[1].mlp, lambda m: m.model.layers[1].self_attn, lambda m: m])
 def test_weights_that_come_for_each_forward_alone_are_no_changed_layer(llama, part):
     """accelerate's offload puts another empty parameter in a weight's place after every forward."""
@@ -372,29 +368,12 @@ def test_another_activation_is_found_though_it_is_a_plain_function(llama):
     assert find_ffns(llama)[0].act is torch.nn.functional.gelu
 
 
-def test_a_prompt_describes_no_layer_anew(llama, monkeypatch):
-    """That took a tenth of a short prompt's time; layers are held against what they were made of."""
-    with open_session(llama, "griffin", 0.5, execution="masked"):
-        monkeypatch.setattr("dart_eval.layers.find.describe", lambda _model: pytest.fail("described anew"))
-        generate(llama, prompt(), 4)
-
-
 def test_a_method_that_a_user_has_set_is_there_again(llama):
     mine = llama.generate = functools.partial(llama.generate, max_length=23)
     with open_session(llama, "griffin", 0.5) as session:
         assert llama.generate(prompt(), do_sample=False, pad_token_id=0).shape[1] == 23
         assert session.effective_sparsity == pytest.approx(0.5 * 2 / 3)
     assert llama.generate is mine
-
-
-def test_a_weight_that_is_made_anew_is_no_changed_layer(llama):
-    for layer in llama.model.layers:
-        torch.nn.utils.parametrize.register_parametrization(layer.mlp.down_proj, "weight", torch.nn.Identity())
-    kept = []
-    with open_session(llama, "griffin", 0.5, execution="masked"):
-        for _ in range(5):
-            generate(llama, prompt(), 2)
-            kept.append([layer.mlp.down_proj.weight for layer in llama.model.layers])  # so that no address comes back
 
 
 @pytest.mark.parametrize("end", [lambda e: e, lambda e: [e, 95], lambda e: torch.tensor([e, 95])])
@@ -408,7 +387,7 @@ def test_ends_are_taken_as_generate_takes_them(llama, end):
 def test_the_methods_of_a_model_are_its_own_again(llama):
     with prune(llama, make("dart", RESTLESS), 0.5):
         generate(llama, prompt(), 8)
-    assert not any(name in m.__dict__ for m in llama.modules() for name in ("generate", "_apply", "load_state_dict"))
+    assert not any(name in m.__dict__ for m in llama.modules() for name in ("generate", GUARD))
 
 
 @pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -77,19 +76,11 @@ def _own_entries(mask: Any, start: int, length: int) -> Tensor:
     return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
 
 
-FOLLOWED = "_followed_by"
-
-
 class CacheWatch:
-    """Watches the cache of the last forward: refuses another one, and follows beams that are reordered in it.
+    """Watches the cache of the last forward, and refuses another one."""
 
-    Args:
-        reorder: called with the beams ([B] indices) on a reordering; None: masks do not follow beams.
-    """
-
-    def __init__(self, reorder: Callable[[Tensor], None] | None) -> None:
+    def __init__(self) -> None:
         self.tokens = 0  # in the cache after the last forward
-        self._reorder = reorder
         self._cache: Callable[[], Cache | None] = lambda: None  # a weak reference, once there is a cache
 
     def check_tokens(self, cache: Cache | None, past: int, has_masks: bool) -> None:
@@ -118,32 +109,10 @@ class CacheWatch:
                 "finish one sequence before the next begins, or use a session for each",
             )
 
-    def follow(self, cache: Any, tokens: int) -> None:
+    def follow(self, cache: Cache | None, tokens: int) -> None:
         """Watch the cache of a forward. tokens: its size after the forward."""
         self.tokens = tokens
-        if cache is self._cache() and cache is not None:
-            return
-        self.leave()
-        if cache is None:
-            self._cache = lambda: None
-            return
-        self._cache = weakref.ref(cache)
-        if self._reorder is not None:
-            # The class and not the instance: a copy of the cache then acts on itself.
-            cache.__class__ = _followed(cache.__class__)
-            cache.__dict__[FOLLOWED] = weakref.ref(self)
-
-    def leave(self) -> None:
-        """Restore the cache's class."""
-        cache = self._cache()
-        if isinstance(cache, _Followed):
-            cache.__class__ = type(cache).__mro__[2]
-            cache.__dict__.pop(FOLLOWED, None)
-
-    def reordered(self, cache: Cache, beams: Tensor) -> None:
-        """Follow beams that were reordered in a cache, unless it is a copy of ours."""
-        if cache is self._cache() and self._reorder is not None:
-            self._reorder(beams)
+        self._cache = (lambda: None) if cache is None else weakref.ref(cache)
 
 
 def cache_in(output: object, model: str) -> Cache:
@@ -177,31 +146,3 @@ def check_cache(cache: Cache | None, use_cache: bool | None) -> None:
         raise UserError(
             "under prune() a forward without KV cache would always be a new, dense prompt", "leave use_cache on"
         )
-
-
-class _Followed:
-    """A cache that reports reordered beams to a watch. Its copies are plain caches."""
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
-        parts: Any = super().__reduce_ex__(protocol)
-        make, (cls, *rest), state, *items = parts
-        return make, (cls.__mro__[2], *rest), {k: v for k, v in state.items() if k != FOLLOWED}, *items
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._report(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._report(indices)
-
-    def _report(self, rows: Tensor) -> None:
-        watch = self.__dict__.get(FOLLOWED, lambda: None)()
-        if watch is not None:
-            rows = torch.as_tensor(rows)
-            watch.reordered(self, rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
-
-
-@functools.cache
-def _followed(cls: type) -> type:
-    return cls if issubclass(cls, _Followed) else type(cls.__name__, (_Followed, cls), {"__module__": cls.__module__})

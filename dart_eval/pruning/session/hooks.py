@@ -81,11 +81,6 @@ class Hooks:
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
         self._experts: list[tuple[object, object]] = []
 
-    @property
-    def installed(self) -> bool:
-        """Whether the model is being watched."""
-        return bool(self._handles)
-
     def install(self, begin: Callable[..., None], end: Callable[..., None]) -> None:
         """Watch the model. begin, end: run before and after each forward of its decoder."""
         _guard_hooks()
@@ -260,10 +255,10 @@ class Hooks:
 
 
 def _drop(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    """Remove hooks. Each handle is dropped after its hook, so that an interrupt between the two leaves no hook."""
-    while handles:
-        handles[-1].remove()
-        handles.pop()
+    """Remove hooks."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def named_arguments(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Any]:

@@ -16,19 +16,16 @@ before the session. The evaluation sets phases itself with `context()` and `deco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from dart_eval.layers.find import find_ffns, hold, let_go, unchanged
-from dart_eval.layers.projection import adapter_state
+from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.calibration.weight_cache import sample
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.cache import CacheWatch, cache_in, check_cache, real_tokens
 from dart_eval.pruning.session.calls import Calls
@@ -40,15 +37,12 @@ from dart_eval.pruning.session.state import SequenceState
 from dart_eval.pruning.session.stats import SessionStats
 from dart_eval.util.errors import UserError
 
-_PROMPTING: ContextVar[tuple[object, ...]] = ContextVar("prompting", default=())  # sessions whose `prompt` is entered
-
 
 class Session(SessionStats):
     """One method at work on one model. `prune` makes it.
 
     Attributes:
         log: notes since the last new context.
-        block: the block of `prune` that `attach` has entered.
     """
 
     def __init__(
@@ -67,9 +61,8 @@ class Session(SessionStats):
         self._forced: Phase | None = None
         self._given_valid: Tensor | None = None
         self._tally = Tally()
-        self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
-        self._calls, self._left = Calls(model), False
-        self.block: object = None
+        self._cache, self._prompting = CacheWatch(), False
+        self._calls = Calls(model, method.keeps_state, self.executing.widen)
         self._hooks = Hooks(model, self.ffns, method, self.forward, self.prepared.beside)
 
     def __repr__(self) -> str:
@@ -84,15 +77,12 @@ class Session(SessionStats):
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
-        """Treat forwards inside as prompt, even on a filled cache (a chunk, a further turn): dense, then new masks.
-
-        Forwards of this thread or asyncio task count, and those in `asyncio.to_thread`.
-        """
-        before = _PROMPTING.set((*_PROMPTING.get(), self))
+        """Treat forwards inside as prompt, even on a filled cache (a chunk, a further turn): dense, then new masks."""
+        before, self._prompting = self._prompting, True
         try:
             yield
         finally:
-            _PROMPTING.reset(before)
+            self._prompting = before
 
     # -- phases set by the evaluation ------------------------------------------------------------------------
 
@@ -148,12 +138,12 @@ class Session(SessionStats):
 
     @torch.no_grad()
     def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
-        self._calls.enter()
+        self._calls.check_thread()
         forward, named = self.forward, named_arguments(module, args, kwargs)
         tokens = next(t for t in map(named.get, ("input_ids", "inputs_embeds")) if t is not None)
         batch, length = tokens.shape[:2]
         cache = named.get("cache", named.get("past_key_values"))
-        self._check(module, cache, named)
+        self._check(cache, named)
         past = int(cache.get_seq_length()) if cache is not None else 0
         forward.has_cache = cache is not None
         self._set_phase(cache, past, length)
@@ -181,32 +171,9 @@ class Session(SessionStats):
             return args, {**kwargs, "logits_to_keep": 0}
         return None
 
-    def _edits(self) -> tuple[list[nn.Parameter], object]:
-        """Return the FFN weights, and what an edit changes: copies, codes or thresholds come from them."""
-        modules = [m for f in self.ffns for m in f.projections]
-        weights = [p for m in modules for p in m.parameters() if not p.is_meta]
-        versions = [p.is_inference() or p._version for p in weights]
-        made = self.method.calibrates or self.prepared.nbytes()
-        adapters = [adapter_state(m) for m in modules if made and hasattr(m, "base_layer")]
-        return weights, (versions, sample(p for p in weights if p.dim() == 2), adapters)
-
-    def _edited_since(self) -> bool:
-        """Whether FFN weights, or adapters that masks depend on, have changed since the session was attached."""
-        (now, state), (before, old) = self._edits(), self._edited
-        return len(now) != len(before) or any(p is not q for p, q in zip(now, before, strict=True)) or state != old
-
     def _begin_sequences(self, batch: int, device: torch.device, past: int) -> None:
         """Set the execution and the state for the sequences of a forward."""
         by_hand = self._forced is None
-        if not past and by_hand and self._edited_since():
-            raise UserError(
-                "FFN weights have changed inside prune()", "change them before the block; after it, prune() again"
-            )
-        if not past and by_hand and not unchanged(self.model, self.ffns):
-            raise UserError(
-                f"layers of {type(self.model).__name__} have changed inside prune()",
-                "inject adapters, drop layers or quantise before the block begins",
-            )
         if self.state is not None and self.state.batch != batch and not self.method.keeps_state:
             self.state = None  # it holds nothing per sequence
         if not past or not by_hand or self.state is None:
@@ -229,10 +196,8 @@ class Session(SessionStats):
         else:
             self.state = SequenceState(self.prepared, batch, device, self.shared_mask)
 
-    def _check(self, module: nn.Module, cache: Cache | None, kwargs: dict[str, Any]) -> None:
+    def _check(self, cache: Cache | None, kwargs: dict[str, Any]) -> None:
         """Refuse forwards that a session cannot follow."""
-        if module is not self._hooks.decoder:
-            raise UserError("this is a copy of a model under prune()", "make copies before the block, or after it")
         check_cache(cache, kwargs.get("use_cache"))
         if self._forced is None and self.looks_ahead:
             raise UserError(
@@ -245,7 +210,7 @@ class Session(SessionStats):
             self.forward.phase = self._forced
             return
         self._cache.check_tokens(cache, past, self.state is not None and self.method.keeps_state)
-        decodes = past >= max(self._calls.prompt, 1) and self not in _PROMPTING.get()
+        decodes = past >= max(self._calls.prompt, 1) and not self._prompting
         if decodes and length > 1:
             raise UserError(
                 f"a forward of {length} tokens after {past} cached ones does not tell prune() whether they are prompt, "
@@ -269,11 +234,6 @@ class Session(SessionStats):
             self.forward.going = self.forward.valid & ~ended
         self.executing.slice(self._step)
 
-    def _follow_beams(self, beams: Tensor) -> None:
-        if self._hooks.installed and self.state is not None and len(beams) == self.state.batch:
-            self._step = None
-            self.state = self.state.select(beams.to(self.state.device))
-
     @torch.no_grad()
     def _end(self, _module: nn.Module, _args: tuple[object, ...], output: object) -> None:
         forward = self.forward
@@ -283,7 +243,6 @@ class Session(SessionStats):
         forward.last = phase
         self.executing.widen()
         forward.sliced = None
-        self._calls.leave()
         if not forward.has_cache:
             self._cache.follow(cache_in(output, type(self.model).__name__), self._cache.tokens)
         if forward.watching and (self.state is not None or phase == "decode"):
@@ -319,9 +278,7 @@ class Session(SessionStats):
     def attach(self) -> None:
         """Install the hooks that the method needs."""
         if self.prunes:
-            self._calls.watch(self.executing.widen)
-            hold(self.model)
-            self._edited = self._edits()
+            self._calls.watch()
             self._hooks.install(self._begin, self._end)
 
     @contextmanager
@@ -334,41 +291,9 @@ class Session(SessionStats):
             self._hooks.install(self._begin, self._end)
 
     def detach(self) -> None:
-        """Remove every hook and restore the projections' weights; raise an interrupt only afterwards."""
+        """Remove every hook and restore the projections' weights."""
         try:
-            to_the_end(self._leave)
+            self._hooks.remove()
+            self._calls.release()
         finally:
-            to_the_end(self._leave)
-
-    def _leave(self) -> None:
-        with self._calls.alone:
-            if self._left:  # another session may be at work
-                return
-            try:
-                self._hooks.remove()
-                self._calls.release()
-                let_go(self.model)
-                self._cache.leave()
-            finally:
-                self.executing.restore()
-            self._left = True
-
-
-def to_the_end(work: Callable[[], None]) -> None:
-    """Call `work` until it completes, however often an interrupt breaks it (Ctrl-C, or a signal handler's exception).
-
-    Then raise the first interrupt. `work` must be resumable: calling it again, from wherever it stopped, completes it.
-    An interrupt before or after the loop is raised at once, so callers that depend on the work call this twice, the
-    second time in `finally`.
-    """
-    interrupt: BaseException | None = None
-    while True:
-        try:
-            work()
-            break
-        except Exception:
-            raise
-        except BaseException as error:
-            interrupt = interrupt or error
-    if interrupt is not None:
-        raise interrupt
+            self.executing.restore()
