@@ -17,7 +17,7 @@ def run_all(
     """Run several sweeps of one model into one folder, with the executor that the first one names.
 
     Args:
-        configs: they differ in methods, sparsities, tasks, few-shot and limit only.
+        configs: they differ in methods, sparsities, bits, tasks, few-shot and limit only.
         skip_missing: go on without tasks whose data cannot be had, and report them.
         model: a loaded one, which the executor `local` takes in place of that of the configurations.
 
