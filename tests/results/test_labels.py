@@ -248,3 +248,10 @@ def test_settings_that_differ_behind_their_fortieth_character_make_two_rows(tmp_
     assert len(set(labels(records).values())) == 4
     (board,) = boards(Store(out), records)
     assert sorted(len(row.keys) for row in board.rows if row.keys) == [1, 1, 1, 1]
+
+
+def test_the_code_of_a_method_stands_in_a_label_only_where_nothing_else_tells_cells_apart():
+    cells = (("griffin", "aaaaaaaaaa"), ("dart", "bbbbbbbbbb"), ("dart", "cccccccccc"))
+    made = [answered("arc", right(0.5), method, method_code=code) for method, code in cells]
+    assert set(labels(made[:2]).values()) == {"griffin", "dart"}
+    assert [*labels(made).values()][1:] == ["dart (method_code=bbbbbbbb)", "dart (method_code=cccccccc)"]
