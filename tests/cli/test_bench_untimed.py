@@ -18,7 +18,7 @@ from tests.helpers.models import tiny
 from tests.matrix import types
 
 FEW = ("--prompt", "16", "--steps", "2", "--rounds", "1", "--sparsity", "0.5")
-UNTIMED = "decdec,oracle-token,cats,teal"
+UNTIMED = "graded-both,oracle-token,cats,teal"
 
 
 def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
@@ -51,7 +51,7 @@ def test_where_nothing_can_be_timed_a_line_says_so(saved_llama):
         saved_llama,
         *FEW,
         "--method",
-        "decdec,oracle-token",
+        "graded-both,oracle-token",
         "--format",
         "md",
     )

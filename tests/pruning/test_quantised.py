@@ -150,7 +150,7 @@ def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, ch
     ("change", "method", "line"),
     [
         (_box, "rounding", "what is rounded are 16-bit weights, and these have"),
-        (_pack, "rounding", "what is rounded are 16-bit weights, and these have"),
+        (_pack, "rounding", "others cannot stand in their place; load the model unquantised"),
     ],
 )
 def test_what_needs_the_weights_themselves_is_refused_in_one_line(change, method, line):
