@@ -21,11 +21,9 @@ def words(page: Path) -> int:
 def main() -> None:
     """Print the counts."""
     pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]
-    counts = {str(page.relative_to(ROOT)): words(page) for page in pages}
-    kept = {name: count for name, count in counts.items() if name not in GENERATED}
-    for name, count in kept.items():
+    counts = {name: words(page) for page in pages if (name := str(page.relative_to(ROOT))) not in GENERATED}
+    for name, count in [*counts.items(), ("in all", sum(counts.values()))]:
         print(f"{count:6,}  {name}")
-    print(f"{sum(kept.values()):6,}  in all")
 
 
 if __name__ == "__main__":
