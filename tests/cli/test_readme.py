@@ -84,7 +84,7 @@ def test_a_second_run_skips_finished_cells(folder, demo_installed):
     first = next(c for _, c in COMMANDS if c.startswith("dart-eval run"))
     cells = {p: p.read_bytes() for p in (folder / "out" / "cells").glob("*.json")}
     done = _run(first, folder)
-    assert "4 of 4 cells are finished already" in done.stderr
+    assert "5 of 5 cells are finished already" in done.stderr
     assert {p: p.read_bytes() for p in (folder / "out" / "cells").glob("*.json")} == cells
 
 
