@@ -35,13 +35,8 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "dart": ("s_j = sum_t h_tj^2; densities by how much a layer changes the stream; re-mask when the attention output "
              "drifts from the prompt's mean", "dart_drift", ("Detector", "dart")),
     "dart-code": ("as dart, with the settings of the public code", "dart_allocation", ("sensitivity", "pruned_shares")),
-    "pop": ("s_j = mean_i |down_ij| ||h_j||: the core by the prompt, then the candidates by the token", "candidates",
-            ("pop",)),
-    "dart-choice": ("|a_j| rms_t(u_tj) inside a wide mask chooses rows of up, then |h_j| columns of down",
-                    "", ()),
     "cats": ("largest |act(gate x)_j|", "choices", ("chosen",)),
     "m-countdown": ("largest |(up x)_j|", "choices", ("chosen",)),
-    "top-p": ("fewest j with sum |h_j| >= p sum |h|", "choices", ("fewest",)),
     "oracle-token": ("largest |h_j|", "choices", ("chosen",)),
     "teal": ("columns i with |x_i| > t, one t per layer for x (gate, up), one for h (down)", "entries", ("thinned",)),
     "wina": ("gate: columns i with the largest |x_i| ||W_i||; up and down: the largest |x_i|", "entries", ("thinned",)),

@@ -20,7 +20,7 @@ SLOTS = {
     "mask": "which neurons a sequence may use",
     "draw": "how scores become a mask from the prompt",
     "remask": "when decoding replaces the mask from the prompt, and from which tokens",
-    "choice": "which neurons of the mask a token computes, matrix by matrix",
+    "choice": "which of all neurons a token computes, matrix by matrix",
     "allocation": "how the sparsity is spread over layers",
     "compensation": "what replaces the neurons that are left out",
     "entries": "which weights of a matrix a token reads, in methods that do not prune neurons",

@@ -93,17 +93,15 @@ def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tup
         for ffn in ffns:
             if state.remasking is not None:
                 state.remasking.observe_input(ffn.layer, stream, valid)
-            state.observe(ffn.layer, h, valid, h if ffn.matrices == 3 else None)
+            state.observe(ffn.layer, h, valid)
             state.observe_change(ffn.layer, stream, stream.flip(-1), valid)
         state.observe_attention(stream, valid)
         state.finish_context(valid)
     remasking, layers = state.remasking, state.layers
     parts = {
-        "scores": nbytes([[la.sums.get("score"), la.sums.get("choice"), la.fitted.factor] for la in layers]),
+        "scores": nbytes([[la.sums, la.fitted.factor] for la in layers]),
         "masks": nbytes([[la.fitted.mask, la.own] for la in layers]),
-        "compensation": nbytes(
-            [[la.sums.get("compensation"), la.constant, la.fitted.mean, la.fitted.constant] for la in layers]
-        ),
+        "compensation": nbytes([la.fitted.constant for la in layers]),
         "recent inputs": nbytes(remasking.ring if remasking else None),
         "detector": nbytes(remasking.detector if remasking else None),
     }

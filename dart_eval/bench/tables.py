@@ -87,7 +87,7 @@ def speeds(results: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
     if timed:
         foreign = [f.foreign_cores for f in timed if f.foreign_cores is not None]
         note += (
-            "; in brackets the share that is multiplied, where each token chooses neurons of its mask. "
+            "; in brackets the share that is multiplied, where it is another. "
             f"{RATIOS} Untouched weights lie beside the pruned ones, so that the FFN weights are there twice "
             f"({timed[0].twin_bytes / 10**6:.0f} MB that no column counts)."
         )

@@ -43,8 +43,8 @@ def trace(
     made = make(*parse(method))
     if save_allocation is not None and made.choice.chooses:
         raise UserError(
-            f"{made.name} makes masks with more neurons than a token reads: they give no table",
-            "save the allocation of a method with choice=none",
+            f"{made.name} makes no masks: they give no table",
+            "save the allocation of a method with masks, such as dart",
         )
     aside = is_stream(output)  # a program may read the JSON from this stream
     picture = _picture(output, plot, save_allocation)

@@ -31,19 +31,19 @@ def top_k_mask(scores: Tensor, keep: Tensor) -> Tensor:
     return chosen.view(scores.shape)
 
 
-def largest(scores: Tensor, among: Tensor, keep: Tensor) -> Tensor:
-    """Return per token the `keep[b]` largest scores among the neurons that it may take.
+def largest(scores: Tensor, keep: Tensor, among: Tensor | None = None) -> Tensor:
+    """Return per token the `keep[b]` largest scores, of all neurons or of some.
 
     Args:
         scores: [B, T, F], not negative.
-        among: bool, [B or 1, 1, F] (a sequence's mask) or [B, T, F].
         keep: [B], each at most the neurons in `among`.
+        among: [B, T, F] bool, the neurons that each token may take; None: all.
 
     Returns:
         [B, T, F] bool with exactly keep[b] True for every token; ties go to the lower index.
     """
     scores = scores.float()
-    if scores.device.type != "cpu" or not bool(among.all()):  # asking a GPU would wait for it
+    if among is not None:
         # -1 for forbidden neurons; `masked_fill` takes a CPU ten times as long.
         most = among.view(torch.uint8) * torch.finfo(torch.float32).max - 1
         scores = torch.minimum(scores.nan_to_num(nan=torch.inf), most)

@@ -29,19 +29,3 @@ def under(routed: Routed, routing: Tensor) -> Iterator[None]:
         yield
     finally:
         routed.index, routed.weights, routed.inward = before
-
-
-def present(routed: Routed, h: Tensor, some: slice, tokens: int) -> Tensor:
-    """Return 1 for every neuron that a token has, else 0: like h [B, t, F].
-
-    Args:
-        some: the place of these tokens among the last `tokens` of the current forward.
-    """
-    index = routed.index[len(routed.index) - len(h) * tokens :].view(len(h), tokens, routed.count)[:, some]
-    return (index >= 0).float().repeat_interleave(routed.inner, -1)
-
-
-def write_all(routed: Routed, h: Tensor) -> Tensor:
-    """Return the output of all experts' neurons together, without a bias: [b, pool] -> [b, D]."""
-    each = h.view(len(h), -1, routed.inner)
-    return torch.stack([routed.times(each[:, e], "down_proj", e) for e in range(routed.all)]).sum(0)

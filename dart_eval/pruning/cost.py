@@ -18,11 +18,10 @@ class Overhead:
             token, as token normalisation needs. Sorting takes comparisons, which are not counted.
         decode_step: FLOPs per decoded token: the detector, and the choice of neurons.
         remask: FLOPs of one re-mask. From the ring: gate and up, dense on the ring's inputs, and their observation.
-            From dense tokens: their observation, and their FLOPs beyond those of a pruned token. Compensation adds
-            one product with the pruned neurons' columns of down.
+            From dense tokens: their observation, and their FLOPs beyond those of a pruned token.
         remask_read: FFN weights that a re-mask reads / those of a dense token. The ring reads each weight once, for
-            all of its inputs, whose experts count as different ones (at most all of a layer); compensation reads the
-            pruned neurons of all experts. Dense tokens count with what they read beyond a pruned token.
+            all of its inputs, whose experts count as different ones (at most all of a layer). Dense tokens count with
+            what they read beyond a pruned token.
     """
 
     prefill: int
@@ -43,16 +42,10 @@ def overhead(
     """
     neurons, remask = sum(shape.ffn_sizes), method.mask.remask
     pools = shape.ffn_pools or shape.ffn_sizes
-    of_all = sum(pools) / neurons  # neurons of all experts / of a token's
-    if in_mask is None:
-        in_mask = method.choice.mask_share(weights_read, shape.ffn_matrices)
-    mask = 1.0 if method.mask.holds_all else in_mask
-    observing = neurons * sum(part.flops_per_neuron for part in method.observers)
-    # Down's columns of the pruned neurons, once.
-    at_once = method.compensation.adds and not (method.mask.fixed and method.compensation.calibrates)
-    constants = round(2 * shape.width * of_all * (neurons - mask * neurons)) if at_once else 0
+    mask = 1.0 if method.mask.holds_all else min(1.0, weights_read) if in_mask is None else in_mask
+    observing = neurons * method.mask.score.flops_per_neuron if method.mask.score and not method.mask.fixed else 0
     parts = method.parts()
-    prefill = tokens * (observing + sum(part.flops_per_token(shape) for part in parts)) + constants
+    prefill = tokens * (observing + sum(part.flops_per_token(shape) for part in parts))
     step = sum(part.flops_per_step(shape, mask * neurons) for part in parts)
     flops, read = 0, 0.0
     if remask.needs_ring:
@@ -63,8 +56,7 @@ def overhead(
         read = remask.dense_tokens * (1 - weights_read)
         flops = remask.dense_tokens * observing + round(2 * shape.ffn_weights * read)
     if flops:
-        flops += 3 * neurons + constants  # old and recent scores blended
-        read += of_all * (1 - mask) / shape.ffn_matrices if constants else 0.0
+        flops += 3 * neurons  # old and recent scores blended
     return Overhead(round(prefill), step, flops, read)
 
 

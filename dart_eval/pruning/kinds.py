@@ -2,9 +2,9 @@
 
 | kind | made of |
 | --- | --- |
-| `NeuronMask` | a mask for each sequence (score, draw, re-mask) x allocation x compensation x choice |
-| `StaticMask` | one mask for all (score) x an allocation that needs no prompt x compensation x choice |
-| `TokenChoice` | a choice among all neurons x an allocation that needs no scores x compensation |
+| `NeuronMask` | a mask for each sequence (score, draw, re-mask) x allocation |
+| `StaticMask` | one mask for all (score) x an allocation that needs no prompt x compensation |
+| `TokenChoice` | a choice among all neurons x an allocation that needs no scores |
 | `InputSparsity` | inputs, or bits of weights, that are skipped x an allocation that needs no prompt |
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dart_eval.pruning.choices.choice import All, AnyChoice, Choice
+from dart_eval.pruning.choices.choice import All, Choice
 from dart_eval.pruning.inputs.entries import Entries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.masks.allocations import Allocation, ByShares, Global, Uniform
@@ -37,9 +37,7 @@ class NeuronMask(Pruner, of=OfTokens):
     """Each sequence has a mask of its own; every combination of its parts works."""
 
     mask: OfTokens = FromPrompt()  # type: ignore[misc]
-    choice: AnyChoice = All()  # type: ignore[misc]
     allocation: Allocation = Uniform()  # type: ignore[misc]
-    compensation: Compensation = Nothing()  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class StaticMask(Pruner, of=Static):
     """All sequences have one mask, which is made before any prompt is seen."""
 
     mask: Static = Static()  # type: ignore[misc]
-    choice: Choice = All()  # type: ignore[misc]
     allocation: ByShares | Global = Uniform()  # type: ignore[misc]
     compensation: Compensation = Nothing()  # type: ignore[misc]
 
@@ -59,7 +56,6 @@ class TokenChoice(Pruner, of=Everything):
     mask: Everything = Everything()  # type: ignore[misc]
     choice: Choice = All()  # type: ignore[misc]
     allocation: ByShares | DepthAware = Uniform()  # type: ignore[misc]
-    compensation: Compensation = Nothing()  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class InputSparsity(Pruner, of=Entries):
 
     def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float) -> Counts:
         sizes = [f.size for f in ffns]
-        return Counts(sizes, sizes, sizes, 0)
+        return Counts(sizes, sizes, sizes)
 
     def cost_terms(self, ffns: Sequence[FFN], sparsity: float, unit: float, full_matrices: float) -> list[CostTerms]:
         from dart_eval.pruning.inputs import attached

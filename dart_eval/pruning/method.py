@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dart_eval.pruning.choices.choice import All, AnyChoice
+from dart_eval.pruning.choices.choice import All, Choice
 from dart_eval.pruning.masks.allocations import Allocation, Uniform
 from dart_eval.pruning.masks.compensations import Compensation, Nothing
-from dart_eval.pruning.masks.counts import Budget, Counts
+from dart_eval.pruning.masks.counts import Counts, in_steps, keep_counts
 from dart_eval.pruning.masks.mask import Everything, Mask
 from dart_eval.pruning.part import Part, check_slots
 from dart_eval.pruning.spelling import changed_settings, plain_fields, slots, text_of
@@ -39,7 +38,7 @@ class Pruner:
 
     Attributes:
         mask: which neurons a sequence may use.
-        choice: which of them a token computes.
+        choice: which neurons a token computes, where the mask holds all.
         allocation: how the sparsity is spread over layers.
         compensation: what replaces the output of pruned neurons.
         leaves_out: what methods of this kind leave out.
@@ -50,7 +49,7 @@ class Pruner:
     """
 
     mask: ClassVar[Mask] = Everything()
-    choice: ClassVar[AnyChoice] = All()
+    choice: ClassVar[Choice] = All()
     allocation: ClassVar[Allocation] = Uniform()
     compensation: ClassVar[Compensation] = Nothing()
     leaves_out: ClassVar[str] = "neurons"
@@ -72,10 +71,10 @@ class Pruner:
     def __post_init__(self) -> None:
         check_slots(self, self._title)
         choice = self.choice
-        if choice.calibrates and not choice.exact and (not self.mask.holds_all or self.allocation.needs_context):
+        if choice.calibrates and self.allocation.needs_context:
             raise UserError(
-                f"{choice.title} with a calibrated threshold chooses among all neurons, as many for every prompt",
-                "use mask=everything and allocation=uniform, or choice.threshold=none",
+                f"{choice.title} with a calibrated threshold chooses as many neurons for every prompt",
+                "use allocation=uniform, or choice.threshold=none",
             )
 
     @property
@@ -101,9 +100,7 @@ class Pruner:
     @property
     def sized(self) -> bool:
         """Whether the sparsity decides how much is left out."""
-        if self.other is not None:
-            return self.other.sized
-        return self.prunes and (self.choice.sized or not self.mask.holds_all)
+        return self.prunes if self.other is None else self.other.sized
 
     @property
     def exact(self) -> bool:
@@ -136,21 +133,15 @@ class Pruner:
         static = self.mask.fixed and self.mask.score is not None and self.mask.score.observes
         return static or any(part.calibrates for part in self.parts())
 
-    @functools.cached_property
-    def observers(self) -> tuple[Part, ...]:
-        """The parts that sum over the tokens of a context."""
-        score = None if self.mask.fixed else self.mask.score
-        return tuple(p for p in (score, self.choice, self.compensation) if p is not None and p.observes)
-
     @property
     def keeps_state(self) -> bool:
         """Whether it keeps state per sequence."""
-        return not self.mask.fixed or bool(self.observers) or self.allocation.needs_change
+        return not self.mask.fixed or self.allocation.needs_change
 
     @property
     def reads_most(self) -> bool:
         """Whether a high sparsity may be out of reach, since whole matrices are read before the choice."""
-        return (self.mask.holds_all and bool(self.choice.reads_whole)) or self.choice.ranks
+        return bool(self.choice.reads_whole)
 
     def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int) -> None:
         """Refuse a sparsity that leaves fewer bytes than are read before the choice.
@@ -164,8 +155,7 @@ class Pruner:
             UserError: names the highest possible sparsity.
         """
         if self.reads_most:
-            densities = [1.0 - sparsity] * len(sizes)
-            self.choice.counts(Budget(densities, sizes, sparsity, matrices, self.mask.holds_all))
+            self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices)
 
     def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float) -> Counts:
         """Return the neurons per layer: in the mask, taken by a token, and written by it.
@@ -173,18 +163,20 @@ class Pruner:
         Args:
             densities: [L] share of each layer's weights that is read.
         """
-        sizes, holds_all = [f.size for f in ffns], self.mask.holds_all
-        counts = self.choice.counts(Budget(densities, sizes, sparsity, ffns[0].matrices, holds_all))
-        if holds_all or not any(f.routed for f in ffns):
-            return counts
-        return counts.in_steps(sizes, [f.routed.count if f.routed else 1 for f in ffns])
+        sizes = [f.size for f in ffns]
+        if self.mask.holds_all:
+            return self.choice.counts(densities, sizes, sparsity, ffns[0].matrices)
+        keep = keep_counts(densities, sizes, sparsity)
+        if any(f.routed for f in ffns):  # equally many neurons of each expert
+            keep = in_steps(keep, sizes, [f.routed.count if f.routed else 1 for f in ffns])
+        return Counts(keep, keep, keep)
 
     def cost_terms(self, ffns: Sequence[FFN], sparsity: float, unit: float, full_matrices: float) -> list[CostTerms]:
         """Return per layer the read cost of a neuron, in rows of an average matrix.
 
         Args:
             unit: mean bits of an FFN weight.
-            full_matrices: matrices whose rows are read for the whole mask before the choice.
+            full_matrices: matrices that are read whole before the choice.
         """
         from dart_eval.weights import rounding
 

@@ -105,14 +105,13 @@ class Part:
         """Return the contents of the files that it reads, which can change its numbers."""
         return []
 
-    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor | None:
+    def observe(self, h: Tensor, weight: Tensor) -> Tensor | None:
         """Return the weighted sum over tokens that this part needs of one layer; None if it needs none.
 
         The weights keep chunks of a context and padding from changing the sum.
 
         Args:
             h: [B, T, F] fp32, the input of the down projection.
-            up: [B, T, F] fp32, up x, if the part declares `needs_up`; None for a plain FFN.
             weight: [B, T] fp32, usually 1, and 0 for padding.
 
         Returns:

@@ -10,7 +10,7 @@ from torch import nn
 
 from dart_eval.layers.guard import refuse_second
 from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.choices.choice import AnyChoice
+from dart_eval.pruning.choices.choice import Choice
 from dart_eval.pruning.inputs.entries import Entries
 from dart_eval.pruning.masks.allocations import Allocation
 from dart_eval.pruning.masks.compensations import Compensation
@@ -64,7 +64,7 @@ def prune(
     mask: Mask | PartSpec | None = None,
     score: AnyScore | PartSpec | None = None,
     remask: Remask | PartSpec | None = None,
-    choice: AnyChoice | PartSpec | None = None,
+    choice: Choice | PartSpec | None = None,
     allocation: Allocation | PartSpec | None = None,
     compensation: Compensation | PartSpec | None = None,
     entries: Entries | PartSpec | None = None,

@@ -14,9 +14,7 @@ from importlib.metadata import EntryPoints, entry_points
 from dart_eval.pruning.choices.cats import ByGate
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.countdown import ByUp
-from dart_eval.pruning.choices.gate_up import GateUp
-from dart_eval.pruning.choices.oracle import ByHidden, TopP
-from dart_eval.pruning.choices.pop import Candidates
+from dart_eval.pruning.choices.oracle import ByHidden
 from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.rounded import RoundedEntries
@@ -64,7 +62,7 @@ BUILT_IN: tuple[Pruner, ...] = (
     StaticMask(
         name="flap", paper="2312.11983",
         summary="keeps the neurons that vary most on a calibration text, and adds the mean output of the rest",
-        mask=Static(score=Fluctuation()), allocation=Global(), compensation=MeanOutput(over="calibration"),
+        mask=Static(score=Fluctuation()), allocation=Global(), compensation=MeanOutput(),
     ),
     NeuronMask(
         name="griffin", paper="2404.01365",
@@ -86,16 +84,6 @@ BUILT_IN: tuple[Pruner, ...] = (
             window=5, sigma=0.1, patience=1, cooldown=0, min_windows=2, skip_first=False, dense_tokens=30, blend=0.0,
         )), allocation=DepthAware(),
     ),
-    NeuronMask(
-        name="pop", paper="2602.06822",
-        summary="keeps core neurons from the prompt, and lets each token choose candidates (from the abstract)",
-        mask=FromPrompt(score=Wanda()), choice=Candidates(),
-    ),
-    NeuronMask(
-        name="dart-choice", summary="lets tokens choose in a wide mask, re-masks on drift, adds the rest's mean output",
-        mask=FromPrompt(score=GRIFFIN, remask=OnDrift(floor=0.05, ring=8, blend=0.8)),
-        choice=GateUp(mask_ratio=1.6, write_share=0.6), compensation=MeanOutput(),
-    ),
     TokenChoice(
         name="cats", paper="2404.08763",
         summary="reads all of gate, and lets each token choose the neurons with the largest |act(gate x)|",
@@ -105,10 +93,6 @@ BUILT_IN: tuple[Pruner, ...] = (
         name="m-countdown", paper="2505.17701",
         summary="reads all of up, and lets each token choose the neurons with the largest |up x|",
         choice=ByUp(),
-    ),
-    TokenChoice(
-        name="top-p", summary="lets each token choose the fewest neurons that reach a share of sum |h| (upper bound)",
-        choice=TopP(),
     ),
     TokenChoice(
         name="oracle-token", summary="lets each token choose the largest |h|, known in advance (upper bound)",
@@ -148,7 +132,7 @@ BUILT_IN: tuple[Pruner, ...] = (
         mask=Ahead(score=GRIFFIN),
     ),
 )  # fmt: skip
-CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, Candidates)
+CHOICES = (All, ByGate, ByUp, ByHidden)
 ALLOCATIONS = (Uniform, DepthAware, Global, FromTable)
 ENTRIES = (GradedColumns, GradedBoth, Above, ByNorms, RoundedEntries)
 PARTS: tuple[type[Part], ...] = (

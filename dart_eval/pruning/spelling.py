@@ -143,10 +143,12 @@ def _part(current: Part, slot: str, tree: Tree, catalog: Catalog, path: str) -> 
 def _unknown(cls: type[Any], name: str, path: str, where: str, catalog: Catalog) -> UserError:
     """Return the error for an unknown field, with suggestions."""
     fields, slot = [*_fields(cls)], getattr(cls, "slot", None)
+    if slot is None and (gone := retired("part", name)):
+        return gone
     if slot is None and name in catalog:
         return UserError(f"this method has no {name}", "see its parts with `dart-eval ls methods`")
     if slot is None:
-        return retired("part", name) or UserError(f"there is no {where!r}", nearest(name, catalog))
+        return UserError(f"there is no {where!r}", nearest(name, catalog))
     owners = [f"{path}={other}" for other, part in catalog[slot].items() if name in _fields(part)]
     if owners or not fields:
         remedy = f"{' and '.join(owners)} {'has' if len(owners) == 1 else 'have'} it" if owners else "it has none"

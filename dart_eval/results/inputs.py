@@ -161,11 +161,11 @@ NAMED = [name for name, field in FIELDS.items() if field.named]
 # Fields of parts that only some versions have, at the values that do what the others do: a cell of theirs answers the
 # same question.
 UNSAID = {
-    "entries": "all", "draw": "best", "compensation.over": "context", "choice.threshold": "none",
-    "entries.second": "columns",
-    "score.of": "gate-up", "routing": "own", "remask.release": 0, "remask.old": "prompt", "remask.reference": "moved",
-    "remask.every": 0, "remask.every_blend": 0.8, "score.average": "l2", "score.decay": 0.98,
-    "score.skip_first": False, "score.vocabulary": "none", "score.down_norm": False,
+    "entries": "all", "draw": "best", "choice": "none", "choice.mask_ratio": 1.6, "choice.threshold": "none",
+    "compensation": "none", "compensation.over": "calibration", "entries.second": "columns", "score.of": "gate-up",
+    "routing": "own", "remask.release": 0, "remask.old": "prompt", "remask.reference": "moved", "remask.every": 0,
+    "remask.every_blend": 0.8, "score.average": "l2", "score.decay": 0.98, "score.skip_first": False,
+    "score.vocabulary": "none", "score.down_norm": False,
 }  # fmt: skip
 
 

@@ -57,11 +57,6 @@ def test_what_is_counted():
     assert found.speedup.n == found.control.n == found.overhead.n == 10  # the warm-up is not counted
     assert found.remask_masks_dense_steps is None
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
-    choosy = decode.measure(model, make("dart-choice"), 0.7, prompt_tokens=20, steps=3, rounds=1)
-    assert choosy.weights_read == pytest.approx(0.3)
-    assert choosy.weights_executed == pytest.approx(0.48, abs=0.01)  # all rows of the mask
-    assert 1 < choosy.ceiling_executed < choosy.ceiling
-    assert choosy.remask_masks_dense_steps is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -249,7 +244,7 @@ def test_an_empty_list_of_methods_is_none():
 def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
     few = ("--model", saved_llama, "--prompt", "16", "--steps", "3", "--rounds", "1", "--dtype", "float32")
     spec = "griffin:remask=drift:remask.window=4"
-    done = command("bench", "decode", *few, "--method", f"{spec},top-p", "--format", "json", "--output", tmp_path)
+    done = command("bench", "decode", *few, "--method", f"{spec},random", "--format", "json", "--output", tmp_path)
     assert done.code == 0, done.err
     pruned, top = sorted(speeds.load_speeds(tmp_path), key=lambda s: s.method)
     rows = json.loads(done.out)  # what was written is said elsewhere

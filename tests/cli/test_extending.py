@@ -45,10 +45,10 @@ def installed(package, monkeypatch):
         del sys.modules[name]
 
 
-def test_a_score_is_20_lines_and_a_choice_40():
+def test_a_score_is_20_lines_and_a_choice_20():
     lengths = {name: len(text.strip().splitlines()) for name, text in BLOCK.findall(PAGE.read_text())}
     assert lengths["dart_often/score.py"] <= 25  # with its imports
-    assert lengths["dart_often/choice.py"] <= 40
+    assert lengths["dart_often/choice.py"] <= 25
 
 
 @pytest.mark.process
@@ -67,10 +67,9 @@ def test_the_pages_package_runs_by_the_pages_commands(package, saved_llama, tmp_
         said.append(done.stdout + done.stderr)
     tree, ran = said
     assert "score=often" in tree
-    assert "choice=now-and-then" in tree
     assert "share of the neurons that counts as largest (above 0, at most 1)" in tree
     assert ran.count("done smoke_questions") == 3
-    assert "cats:choice=now-and-then 50 %" in ran
+    assert "cats:choice=positive 50 %" in ran
 
 
 @pytest.mark.usefixtures("installed")

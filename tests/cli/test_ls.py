@@ -33,8 +33,8 @@ def test_a_list_goes_on_below_its_own_column_on_a_terminal(monkeypatch, width, s
 
 def test_lines_are_whole_where_no_terminal_is(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    lines = command("ls", "methods", "dart-choice").out.splitlines()
-    assert lines[0].startswith("dart-choice:  lets tokens choose in a wide mask")
+    lines = command("ls", "methods", "dart").out.splitlines()
+    assert lines[0].startswith("dart:  keeps the neurons most active in the prompt")
     assert "remask.window=10" in next(
         line for line in lines if line.endswith("tokens per window of the detector (at least 1)")
     )

@@ -138,8 +138,8 @@ def test_the_command_writes_all_it_says_and_the_table_can_be_used(saved_llama, t
     assert "an unknown ending" in run("trace", *common, "--plot", "a.gif", status=2)
     (tmp_path / "layers.json").write_text("{")
     assert "cannot be read" in run("trace", *common, *again, status=2)
-    wide = ("--method", "dart-choice", "--save-allocation", "wide.json", "--output", "wide-trace.json")
-    assert "makes masks with more neurons than a token reads" in run("trace", *common, *wide, status=2)
+    wide = ("--method", "cats", "--save-allocation", "wide.json", "--output", "wide-trace.json")
+    assert "makes no masks" in run("trace", *common, *wide, status=2)
     assert not (tmp_path / "wide-trace.json").exists()
     assert "the same name" in run("trace", *common, "--output", "a.png", status=2)
     assert "is a folder" in run("trace", *common, "--output", "folder", status=2)
@@ -156,15 +156,15 @@ def small_shape(monkeypatch):
     return "small"
 
 
-@pytest.mark.parametrize("name", ["griffin", "dart", "dart-code", "dart-choice"])
+@pytest.mark.parametrize("name", ["griffin", "dart", "dart-code"])
 def test_overhead_is_that_of_the_real_state(small_shape, name):
     found = measure(make(name), small_shape, 0.5, prompts=(700, 1000))
     assert found.state_bytes[700] == found.state_bytes[1000] == sum(found.parts.values())
     neurons = 3 * 40
     assert found.parts["masks"] == neurons
-    assert found.parts["scores"] == neurons * 4 * (2 if name == "dart-choice" else 1)
-    assert found.parts["compensation"] == ((neurons + 3 * 32) * 4 if name == "dart-choice" else 0)
-    ring = {"dart": 24, "dart-choice": 8}.get(name, 0)
+    assert found.parts["scores"] == neurons * 4
+    assert found.parts["compensation"] == 0
+    ring = {"dart": 24}.get(name, 0)
     assert found.parts["recent inputs"] == (
         3 * ring * 32 * 2 + ring + 8 if ring else 0
     )  # inputs, which are real, where next
@@ -175,11 +175,11 @@ def test_overhead_is_that_of_the_real_state(small_shape, name):
         saved = 1 - sizes.decode(1025, 0.5) / sizes.decode(1025)
         scoring = (30 * 5 + 3) * neurons / sizes.decode(1025)
         assert found.remask_tokens == pytest.approx(30 * saved + scoring)
-    reads = {"dart": 2 / 3, "dart-choice": (2 + 0.2) / 3, "dart-code": 30 * 0.5}  # down's columns of the pruned fifth
+    reads = {"dart": 2 / 3, "dart-code": 30 * 0.5}
     assert found.remask_read == pytest.approx(reads.get(name, 0))
 
 
-@pytest.mark.parametrize("name", ["dart", "dart-code", "dart-choice"])
+@pytest.mark.parametrize("name", ["dart", "dart-code"])
 def test_the_claim_of_ten_megabytes_and_a_thousandth_of_the_flops(name):
     """The paper's: under 10 MB whatever the prompt's length, overhead under 0.1 % of a dense token's FLOPs."""
     found = measure(make(name), "llama-3.1-8b", 0.7, prompts=(64, 704))

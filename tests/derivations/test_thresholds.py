@@ -66,7 +66,7 @@ def test_tokens_take_what_is_above_the_threshold(family, sparsity, execution):
     calibrated = Plain(model)
     calibrated.run(TEXT)
     matrices = 2 if family in PLAIN else 3
-    taken = [t for _, t, _ in budget(NEURONS, LAYERS, sparsity, matrices, True)]
+    taken = [t for t, _ in budget(NEURONS, LAYERS, sparsity, matrices, True)]
     numbers = [seen.a.float().abs() for seen in calibrated.seen]
     least = [quantile(n, 1 - k / F) for n, k in zip(numbers, taken, strict=True)]
     wanted, found = pruned(model, prompt, decoded, lambda i, seen: seen.a[0].abs() > least[i])
@@ -79,7 +79,7 @@ def test_tokens_take_what_is_above_the_threshold(family, sparsity, execution):
 @pytest.mark.parametrize(("threshold", "takes"), [(-1e-30, 1.0), (1e9, 0.0)])
 def test_a_threshold_below_zero_is_dense(threshold, takes, monkeypatch):
     """Every neuron is taken, those that are 0 too, whatever the sparsity; above all of them none is."""
-    monkeypatch.setattr(ByGate, "_thresholds", lambda self, layers, *given: [threshold] * len(layers))
+    monkeypatch.setattr(ByGate, "thresholds", lambda self, ffns, *given: [threshold] * len(ffns))
     model, prompt, decoded = biased("opt"), random_tokens(12, 5), random_tokens(6, 6)  # half of its h are 0
     dense = Plain(model)
     wanted = torch.cat([dense.run(prompt), *[dense.run([token]) for token in decoded]])

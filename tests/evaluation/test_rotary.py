@@ -35,7 +35,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
-METHODS = [None, ("griffin", {}), ("dart", RESTLESS), ("dart-choice", RESTLESS)]
+METHODS = [None, ("griffin", {}), ("dart", RESTLESS), ("cats", {})]
 
 
 def _model(kind, dtype=torch.float64):

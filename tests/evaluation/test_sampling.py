@@ -32,7 +32,7 @@ def answers(tokenizer, asked, batch_size=2, journal=None):
     return lm.generate_until(asked)
 
 
-def keys(batch_size, dtype="float32", method="dart-choice", drawn=(), settings=None):
+def keys(batch_size, dtype="float32", method="cats", drawn=(), settings=None):
     config = RunConfig(method=(method,), batch_size=batch_size)
     model = Resolved(ModelSpec(), "", Identity("m", None, "w"), dtype, config=settings or LlamaConfig())
     return [cell.key for cell in plan(config, model, ["t"], {"t": "h"}, "cpu", drawn)]
@@ -41,9 +41,9 @@ def keys(batch_size, dtype="float32", method="dart-choice", drawn=(), settings=N
 @pytest.mark.parametrize(
     ("method", "dtype", "drawn", "moves"),
     [
-        ("dart-choice", "float32", (), True), ("dart", "float32", (), False), ("dense", "float32", (), False),
+        ("cats", "float32", (), True), ("dart", "float32", (), False), ("dense", "float32", (), False),
         ("dense", "float32", ("t",), True), ("dart", "float32", ("other",), False), ("dart", "bfloat16", (), True),
-        ("dart:choice=gate-up", "float32", (), True), ("teal", "float32", (), True), ("wina", "float32", (), True),
+        ("teal", "float32", (), True), ("wina", "float32", (), True),
         ("rounding", "float32", (), False),
     ],
 )  # fmt: skip

@@ -27,7 +27,7 @@ from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions
 from tests.helpers.sessions import RESTLESS, open_session
 
-METHODS = ["random", "griffin", "dart", "dart-choice", "teal"]
+METHODS = ["random", "griffin", "dart", "cats", "teal"]
 OTHERS = [scope for scope in SCOPES if scope != "scored"]
 
 
@@ -158,9 +158,8 @@ def by_hand(model, session, request, scope):
 
 # Choices, inputs that are left out, codes, constants, thresholds; the last two have masks from their prompts.
 KINDS = [
-    ("teal", {}), ("wina", {}), ("m-countdown", {}), ("top-p", {"choice.p": 0.7}), ("grinqh", {}),
+    ("teal", {}), ("wina", {}), ("m-countdown", {}), ("grinqh", {}),
     ("cats", {"choice.threshold": "calibrated"}), ("flap", {}), ("griffin", {}),
-    ("dart-choice", {}),
 ]  # fmt: skip
 
 
@@ -169,7 +168,7 @@ KINDS = [
 )
 @torch.no_grad()
 def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, bits):
-    if scope == "all" and method in ("griffin", "dart-choice"):
+    if scope == "all" and method == "griffin":
         pytest.skip("its mask is made from all inputs: test_scored.py")
     model = tiny("llama", dtype=torch.float32)
     requests = [
@@ -189,7 +188,7 @@ def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, b
             assert score.logprob == pytest.approx(logprob, abs=2e-5)
             if not serves:  # else contexts are none of dense's
                 assert_apart(score.cost.distance, plain, logits)
-            if scope != "all" or method not in ("teal", "top-p", "cats"):  # which means over all inputs there
+            if scope != "all" or method not in ("teal", "cats"):  # which means over all inputs there
                 assert score.cost.not_read_sum == pytest.approx(not_read, abs=1e-6)
 
 

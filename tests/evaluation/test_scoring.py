@@ -177,12 +177,12 @@ def test_a_head_that_does_more_is_refused():
 
 
 def test_what_is_not_read_and_what_is_outside_the_mask_are_counted_apart(llama):
-    """dart-choice at half of the weights: masks of 1.6 times as many neurons, tokens that choose among them."""
+    """A token of oracle-token leaves out half of the neurons, and none is outside a mask."""
     request = Request(random_tokens(20), random_tokens(6, seed=1))
-    with open_session(llama, "dart-choice", 0.5) as session:
+    with open_session(llama, "oracle-token", 0.5) as session:
         (score,) = _score(llama, session, [request])
-        assert (session.mask_sparsity, session.weights_read) == (pytest.approx(0.2), pytest.approx(0.5))
-    assert (score.cost.not_read_sum, score.cost.outside_sum) == (pytest.approx(0.5 * 6), pytest.approx(0.2 * 6))
+        assert (session.mask_sparsity, session.weights_read) == (0, pytest.approx(0.5))
+    assert (score.cost.not_read_sum, score.cost.outside_sum) == (pytest.approx(0.5 * 6), 0)
 
 
 def test_a_log_counts_every_token_of_a_block(llama):

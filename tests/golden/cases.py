@@ -106,8 +106,6 @@ SETTINGS = {
         "dart:remask.window=3:remask.patience=1:remask.floor=0.02:remask.act=off:remask.skip_first=off", 0.7
     ),
     "dense tokens": Setting(f"dart-code:{RESTLESS}:remask.dense_tokens=2:remask.blend=0.3", 0.37),
-    "two stages": Setting("dart:choice=gate-up:choice.mask_ratio=1.6:remask=never", 0.45),
-    "three stages": Setting(f"dart:{RESTLESS}:choice=gate-up:choice.mask_ratio=1.5:choice.write_share=0.6", 0.62),
     "saved table": Setting(f"dart:allocation=table:allocation.file={TABLE}:remask=never"),
     "shared mask": Setting(f"dart:{RESTLESS}", 0.37, shared_mask=True),
     "residual sensitivity": Setting("dart:allocation.sensitivity=residual:allocation.protect=off:remask=never", 0.3),
@@ -115,7 +113,6 @@ SETTINGS = {
     "cats": Setting("cats", 0.45, families=TWO),
     "m-countdown": Setting("m-countdown", 0.37, families=TWO),
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),
-    "top-p": Setting("top-p:choice.p=0.8", families=TWO),
     "teal": Setting("teal", 0.45, decodes=False, families=TWO),
     "wina": Setting("wina", 0.45, decodes=False, families=TWO),
     "grinqh": Setting("grinqh", 0.7, decodes=False, families=TWO),

@@ -22,21 +22,11 @@ RESTLESS = {
 # Every re-mask, often enough to be seen in a test.
 REMASKED = [
     ("griffin", {}), ("dart", {}), ("dart", RESTLESS),
-    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("dart-choice", RESTLESS),
-    ("dart", {**RESTLESS, "compensation": "mean"}),
+    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}),
     ("griffin", {"remask": "drift", **RESTLESS}),
     ("griffin", {"draw": "sample", "remask": "drift", **RESTLESS}),
 ]  # fmt: skip
-# Every choice, inside every kind of mask.
-CHOOSING = [
-    ("cats", {}), ("m-countdown", {}), ("oracle-token", {}), ("top-p", {"choice.p": 0.7}),
-    ("cats", {"choice.threshold": "calibrated"}),
-    ("magnitude", {"choice": "gate-up", "choice.write_share": 0.7}),
-    ("griffin", {"choice": "up", "choice.mask_ratio": 1.3, "remask": "drift", **RESTLESS}),
-    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2, "choice": "gate"}),
-    ("dart", {"choice": "hidden", "choice.mask_ratio": 2.5, "compensation": "mean", **RESTLESS}),
-    ("wanda-sp", {"choice": "top-p", "choice.p": 0.6}), ("pop", {"choice.width": 0.2, "remask": "drift", **RESTLESS}),
-]  # fmt: skip
+CHOOSING = [("cats", {}), ("m-countdown", {}), ("oracle-token", {}), ("cats", {"choice.threshold": "calibrated"})]
 # What leaves out something else than neurons.
 FINER = [
     ("teal", {}), ("wina", {"entries.weigh": "all"}), ("rounding", {}), ("grinqh", {}),

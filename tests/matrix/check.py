@@ -140,7 +140,7 @@ def choices(model):
     """A choice per token: all of it is the model, and at half of the bytes a token reads half."""
     prompt = torch.tensor([random_tokens(PROMPT)])
     dense = model.generate(prompt, max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
-    for method in ("oracle-token", "m-countdown", "griffin:choice=hidden"):
+    for method in ("oracle-token", "m-countdown"):
         _chosen(model, method, prompt, dense, 0.4)
     _largest(model, prompt)
 

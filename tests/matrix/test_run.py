@@ -43,17 +43,20 @@ def test_what_is_not_made_for_experts_is_left_out_with_a_line(tmp_path, tokenize
     """Before anything runs; where nothing else was asked for, the run ends with that line."""
     tiny("qwen3_moe").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    given = {"method": "griffin,pop,teal", "sparsity": 0.5, "tasks": "smoke_questions", "limit": 1}
+    given = {"method": "griffin,flap,teal", "sparsity": 0.5, "tasks": "smoke_questions", "limit": 1}
     given |= {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
     watch = Watch()
     result = run_local(config_from(None, given), watch)
     assert not result.failed and [r.inputs["method"] for r in result.records] == ["griffin"]
     assert [note for note in watch.notes if "left out" in note] == [
         f"{title} is left out: {part} is not made for experts yet; take another method, or a dense model"
-        for title, part in (("pop at sparsity 0.5", "choice=candidates"), ("teal at sparsity 0.5", "entries=threshold"))
+        for title, part in (
+            ("flap at sparsity 0.5", "allocation=global"),
+            ("teal at sparsity 0.5", "entries=threshold"),
+        )
     ]
-    with pytest.raises(UserError, match=r"pop at sparsity 0\.5: choice=candidates is not made for experts yet"):
-        run_local(config_from(None, given | {"method": "pop"}), Watch())
+    with pytest.raises(UserError, match=r"flap at sparsity 0\.5: allocation=global is not made for experts yet"):
+        run_local(config_from(None, given | {"method": "flap"}), Watch())
 
 
 def test_what_does_not_fit_a_norm_of_neurons_is_left_out_too(tmp_path, tokenizer):

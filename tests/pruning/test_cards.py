@@ -19,7 +19,7 @@ from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, VARIED, decoded, makes_new_masks, open_session
 
-METHODS = "dense,griffin,dart:compensation=mean,wanda-sp"
+METHODS = "dense,griffin,dart,wanda-sp"
 CELLS = (
     {"tasks": "smoke_questions,smoke_drift", "limit": 2, "method": METHODS},
     {"tasks": "smoke_summary", "limit": 1, "method": METHODS, "gen_kwargs": "max_gen_toks=8"},

@@ -147,23 +147,19 @@ def test_d7_assisted_decoding_is_refused(llama, options):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_d8_sums_are_kept_in_fp32(llama, dtype):
-    chosen = {"choice": "gate-up"}
-    for params, power in (({}, 2), ({"score.norm": "l1"}, 0), (chosen, 2)):
+    for params, power in (({}, 2), ({"score.norm": "l1"}, 0)):
         state = state_of("dart", llama, **params)
         h = torch.full((1, 3000, 40), 1e-4, dtype=dtype)
         valid = torch.ones(1, 3000, dtype=torch.bool)
-        state.observe(0, h, valid, h)
+        state.observe(0, h, valid)
         token = float(h[0, 0, 0])
         wanted = token**power if power else (1 / 40) ** 2
-        assert state.layers[0].sums["score"].dtype == torch.float32
-        assert float(state.layers[0].sums["score"][0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
-        assert (params is chosen) == ("choice" in state.layers[0].sums)
-        if params is chosen:
-            assert float(state.layers[0].sums["choice"][0, 0]) == pytest.approx(3000 * token**2, rel=1e-2)
+        assert state.layers[0].sums.dtype == torch.float32
+        assert float(state.layers[0].sums[0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
 
 
 def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibration_text(llama):
-    for method in ("griffin", "dart", "dart-code", "dart-choice"):
+    for method in ("griffin", "dart", "dart-code"):
         with prune(llama, method, 0.5):  # no tokenizer, no text
             llama(prompt(), use_cache=True)
     text = " ".join(DEFAULT_TEXT.read_text(encoding="utf-8").split())

@@ -9,9 +9,7 @@ from dart_eval.cli.describe import part_rows, tree
 from dart_eval.pruning.choices.cats import ByGate
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.countdown import ByUp
-from dart_eval.pruning.choices.gate_up import GateUp
-from dart_eval.pruning.choices.oracle import ByHidden, TopP
-from dart_eval.pruning.choices.pop import Candidates
+from dart_eval.pruning.choices.oracle import ByHidden
 from dart_eval.pruning.inputs.both import GradedBoth
 from dart_eval.pruning.inputs.columns import GradedColumns
 from dart_eval.pruning.inputs.rounded import RoundedEntries
@@ -19,7 +17,7 @@ from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wina import ByNorms
 from dart_eval.pruning.kinds import kind_with
 from dart_eval.pruning.masks.allocations import FromTable, Global, Uniform
-from dart_eval.pruning.masks.compensations import MeanOutput, Nothing
+from dart_eval.pruning.masks.compensations import MeanOutput
 from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.masks.remasks import Never, OnDrift
@@ -93,7 +91,6 @@ def test_a_value_that_is_wrong_is_told_with_its_bound_or_the_nearest_word():
     for spec, words in (
         ("dart:remask.window=0", "window is 0; it must be at least 1"),
         ("dart:remask.blend=1.5", "blend is 1.5; it must be at most 1"),
-        ("top-p:choice.p=0", "p is 0; it must be more than 0"),
         ("dart:remask.window=ten", "dart: remask.window is 'ten'; it must be a whole number"),
         ("dart:remask.window=2.5", "window is '2.5'; it must be a whole number"),
         ("dart:remask.sigma=big", "sigma is 'big'; it must be a number"),
@@ -116,28 +113,19 @@ def test_the_built_in_methods_are_these_compositions():
     }  # fmt: skip
     code = {"window": 5, "sigma": 0.1, "patience": 1, "cooldown": 0, "min_windows": 2, "skip_first": False,
             "dense_tokens": 30, "blend": 0.0}  # fmt: skip
-    plus = {"floor": 0.05, "ring": 8, "blend": 0.8}
     depth = DepthAware(sensitivity="ffn", protect=True, magnitude=True)
     wanted = {
-        "dense": Pruner(Everything(), All(), Uniform(), Nothing()),
+        "dense": Pruner(Everything(), All(), Uniform()),
         "random": Pruner(Static(score=Random(seed=0))),
         "magnitude": Pruner(Static(score=Weights())),
         "static": Pruner(Static(score=l2)),
         "wanda-sp": Pruner(Static(score=Wanda())),
-        "flap": Pruner(Static(score=Fluctuation(variance="true")), All(), Global(), MeanOutput(over="calibration")),
+        "flap": Pruner(Static(score=Fluctuation(variance="true")), Global(), MeanOutput()),
         "griffin": Pruner(FromPrompt(score=l2, remask=Never())),
         "dart": Pruner(FromPrompt(score=none, remask=OnDrift(**drift)), allocation=depth),
         "dart-code": Pruner(FromPrompt(score=none, remask=OnDrift(**(drift | code))), allocation=depth),
-        "pop": Pruner(FromPrompt(score=Wanda()), Candidates(width=0.1)),
-        "dart-choice": Pruner(
-            FromPrompt(score=l2, remask=OnDrift(**(drift | plus))),
-            GateUp(mask_ratio=1.6, write_share=0.6),
-            Uniform(),
-            MeanOutput(over="context"),
-        ),
         "cats": Pruner(choice=ByGate(threshold="none")),
-        "m-countdown": Pruner(choice=ByUp(threshold="none")),
-        "top-p": Pruner(choice=TopP(p=0.9)),
+        "m-countdown": Pruner(choice=ByUp()),
         "oracle-token": Pruner(choice=ByHidden()),
         "teal": Pruner(entries=Above()),
         "wina": Pruner(entries=ByNorms(weigh="gate")),
@@ -157,27 +145,23 @@ def test_what_a_composition_is_follows_from_its_parts():
     def those(tells):
         return {m.name for m in BUILT_IN if getattr(m, tells)}
 
-    choosing = {"cats", "m-countdown", "top-p", "oracle-token"}
-    prompted = {"griffin", "dart", "dart-code", "dart-choice", "pop"}
+    choosing = {"cats", "m-countdown", "oracle-token"}
+    prompted = {"griffin", "dart", "dart-code"}
     assert those("prunes") == set(METHODS) - {"dense"}
-    assert those("sized") == set(METHODS) - {"dense", "top-p", "rounding"}
-    assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-choice", "pop"}
+    assert those("sized") == set(METHODS) - {"dense", "rounding"}
+    assert {m.name for m in BUILT_IN if m.choice.chooses} == choosing
     assert all(m.spec == m.name for m in BUILT_IN)
     assert those("looks_ahead") == {"oracle"}
-    assert those("upper_bound") == {"oracle", "top-p", "oracle-token"}
+    assert those("upper_bound") == {"oracle", "oracle-token"}
     assert those("needs_context") == {*prompted, "oracle"}
     assert those("keeps_state") == {*prompted, "oracle"}
     # What any part of it needs or does, all of it needs or does.
     for spec, tells, value in (
         ("cats:allocation=depth", "needs_context", True), ("cats:allocation=depth", "keeps_state", True),
-        ("random:compensation=mean", "keeps_state", True), ("random:choice=gate-up", "keeps_state", True),
-        ("random:choice=top-p", "sized", True), ("random:choice=hidden", "upper_bound", True),
-        ("dense:compensation=mean", "prunes", False),
+        ("random:compensation=mean", "keeps_state", False), ("random:compensation=mean", "calibrates", True),
+        ("dense:choice=hidden", "upper_bound", True),
     ):  # fmt: skip
         assert getattr(made(spec), tells) is value, (spec, tells)
-    assert [p.slot for p in made("dart-choice").observers] == ["score", "choice", "compensation"]
-    assert [p.slot for p in made("wanda-sp:choice=gate-up").observers] == ["choice"]  # its score saw another text
-    assert made("dart-choice").observers == made("dart-choice").observers
 
 
 @pytest.mark.parametrize(("spec", "words"), [
@@ -189,8 +173,7 @@ def test_what_a_composition_is_follows_from_its_parts():
      "the method leaves out inputs or weights, but mask=prompt leaves out neurons; .*dense:mask=prompt"),
     ("griffin:entries=norms", "the method leaves out neurons, but entries=norms leaves out inputs or weights"),
     ("teal:allocation=depth", "allocation=depth does not go with entries=threshold"),
-    ("cats:choice=candidates", "choice=candidates does not go with mask=everything; give one of gate, "),
-    ("random:choice=candidates", "choice=candidates does not go with mask=static"),
+    ("griffin:choice=gate", "griffin: choice left in 0.3 .*a token's choice is a method"),
     ("dart:allocation=table", "allocation=table needs a file"),
     ("dart:allocation=table:allocation.file=nowhere.json", "nowhere.json is not a file; .*save-allocation"),
 ])  # fmt: skip
@@ -231,16 +214,21 @@ def test_every_way_to_write_it_makes_the_same_method(given):
 
 
 def test_the_order_of_what_is_given_says_nothing():
-    given = {"remask": "drift", "remask.window": 3, "choice": "gate-up", "choice.write_share": 0.5, "score.norm": "l1"}
+    given = {
+        "remask": "drift",
+        "remask.window": 3,
+        "allocation": "depth",
+        "allocation.protect": "off",
+        "score.norm": "l1",
+    }
     found = {make("griffin", dict(order)) for order in itertools.permutations(given.items())}
     assert len(found) == 1
 
 
 def test_a_slot_that_is_named_again_keeps_what_the_method_has_in_it():
     """Another part in a slot begins from its own defaults; the same one goes on from the method's values."""
-    assert make("dart-choice", {"remask": "drift"}) == make("dart-choice")
-    wider = make("dart-choice", {"choice": "gate-up", "choice.mask_ratio": 2})
-    assert wider.choice == GateUp(mask_ratio=2.0, write_share=0.6)
+    wider = make("dart-code", {"remask": "drift", "remask.ring": 8})
+    assert wider.mask.remask.ring == 8 and wider.mask.remask.window == 5
     assert make("dart", {"score.norm": "l2"}).mask.remask == OnDrift()
 
 
@@ -263,7 +251,6 @@ def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
     ("griffin", {"remask": "drft"}, "there is no remask=drft; did you mean drift"),
     ("griffin", {"remask.window": 8}, "remask=never has no.*; remask=drift has it"),
     ("cats", {"remask": "drift"}, "mask=everything has no.*; mask=prompt has it"),
-    ("griffin", {"choice.mask_ratio": 2}, "choice=none has no.*; .*choice=gate and .*choice=shown have it"),
     ("dart", {"remask.window.size": 8}, "remask.window is a plain field, and 'size' stands below it"),
     ("dart", {"remask.window": {}}, "remask.window"),
     ("griffin", {"score": OnDrift()}, "score takes no remask; give one of activation, wanda"),
@@ -273,9 +260,9 @@ def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
     ("griffin", {"": "drift"}, "there is no ''"),
     ("griffin", {"remask": None}, "remask has no value"),
     ("random", {"score.seed": 10**18}, "score.seed is .*; it must be at most"),
-    ("griffin", {"compensation.p": 1}, "griffin: compensation=none has no field 'p'; it has none"),
+    ("random", {"compensation.p": 1}, "random: compensation=none has no field 'p'; it has none"),
     ("grifin", {}, "unknown method 'grifin'; did you mean griffin"),
-    ("xyzzy", {}, "unknown method 'xyzzy'; .dart-eval ls methods. lists them"),
+    ("xyzzy", {}, "unknown method 'xyzzy'; known: cats, dart, "),
 ])  # fmt: skip
 def test_what_does_not_exist_or_comes_twice_is_refused(name, given, words):
     with pytest.raises(UserError, match=words):
@@ -319,7 +306,7 @@ def test_a_part_is_listed_with_its_fields_words_and_bounds():
     assert rows["  remask.window=10"].endswith("(at least 1)")
     assert rows["  remask.blend=0.25"].endswith("(at least 0, at most 1)")
     assert rows["  remask.act=true"] and len(rows) == 1 + len(plain_fields(OnDrift))
-    assert dict(part_rows(GateUp))["  choice.write_share=1.0"].endswith("(above 0, at most 1)")
+    assert dict(part_rows(GradedBoth))["  entries.neurons=0.25"].endswith("(above 0, at most 0.9)")
     assert [*dict(part_rows(FromPrompt))] == ["mask=prompt", "  score=activation", "  draw=best", "  remask=never"]
 
 

@@ -21,7 +21,6 @@ N = 4  # a window of the detector ends one token before
 RELEASED = [
     ("griffin", {}),
     ("dart", RESTLESS), ("dart-code", {**RESTLESS, "remask.dense_tokens": 3}),  # the alarm's tokens are cut short
-    ("dart-choice", RESTLESS), ("pop", {"choice.width": 0.2}),
 ]  # fmt: skip
 
 
@@ -122,18 +121,6 @@ def test_scored_and_generated_tokens_beyond_are_dense_and_count_as_dense(llama):
             with session.prompt():
                 out = llama(torch.tensor([[6, 7]]), use_cache=True, **{cache_argument(llama): cache_of(out)})
         assert [float(step.read[0]) for step in session.steps] == ([0.5] * N + [1]) * 2
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("execution", ["masked", "copied"])
-def test_released_tokens_get_no_constant(llama, execution):
-    ids, tokens = prompts_of(1, 20), random_tokens(8, seed=3)
-    params = {"compensation": "mean", "remask.release": 1}
-    with open_session(llama, "griffin", 0.5, execution=execution, **params) as session:
-        found = fed(llama, ids, tokens)
-    with open_session(llama, "griffin", 0.5, execution=execution, compensation="mean") as session:
-        wanted = fed(llama, ids, tokens, lambda n: session._hooks.remove() if n == 1 else None)
-    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("scope", [*SHARES, "last"])

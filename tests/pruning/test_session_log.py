@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from dart_eval.layers.families import cache_argument
 from dart_eval.util.errors import UserError
-from tests.helpers.models import SMALL, made, random_tokens
 from tests.helpers.sessions import RESTLESS, cache_of, decoded, generate, open_session, prompts_of
 
 
@@ -61,9 +59,8 @@ def test_a_forward_under_frozen_masks_leaves_everything_as_it_was(llama):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["dart-choice", "random"])
+@pytest.mark.parametrize("method", ["dart", "random"])
 def test_a_turn_that_follows_a_prompt_runs_dense(llama, method):
-    """Without the constant too that stands in for pruned neurons."""
     name, ids = cache_argument(llama), prompts_of(1, 30)
     dense = llama(ids).logits[:, 20:]
     with open_session(llama, method, 0.5) as session, session.prompt():
@@ -90,16 +87,3 @@ def test_another_cache_of_the_same_length_is_refused(llama):
         assert first is not second
         with pytest.raises(UserError, match="not the one that the masks"):
             llama(torch.tensor([[5]]), use_cache=True, **{name: first})
-
-
-def test_tokens_that_choose_keep_the_bias_of_down():
-    model = made(lambda: LlamaConfig(**SMALL, mlp_bias=True))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.copy_(torch.randn_like(parameter))
-    found = []
-    for execution in ("masked", "copied"):
-        with open_session(model, "dart-choice", 0.5, execution=execution, **RESTLESS) as session:
-            found.append(decoded(model, session, [random_tokens(20)], steps=8)[0])
-    assert torch.allclose(*found, rtol=1e-8, atol=1e-8)

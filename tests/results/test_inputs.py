@@ -71,7 +71,7 @@ def test_the_page_of_records_is_what_the_types_say():
 
 def test_a_field_that_older_versions_lacked_asks_nothing_new_at_what_they_did():
     old = {"mask": "prompt", "score.norm": "l2"}
-    now = {**old, "draw": "best", "entries": "all", "compensation.over": "context"}
+    now = {**old, "draw": "best", "entries": "all", "compensation.over": "calibration"}
     model = {"name": "tiny"}
     before = inputs.identity({"model": model, "params": old})
     assert before == inputs.identity({"model": model, "params": now})

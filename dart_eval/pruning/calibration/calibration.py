@@ -27,7 +27,7 @@ from dart_eval.util.errors import UserError
 from dart_eval.util.files import read_text
 from dart_eval.util.source import source_hash
 
-Observe = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
+Observe = Callable[[Tensor, Tensor], Tensor | None]
 See = Callable[[int, Tensor, Tensor], None]
 DEFAULT_TEXT = Path(__file__).parents[2] / "data" / "calibration.txt"
 SEGMENT = 512  # tokens per forward, as far as the model has positions: enough for context, not too many for memory
@@ -135,7 +135,7 @@ class Calibration:
         ffns = self.ffns
 
         def take(layer: int, h: Tensor) -> None:
-            sums = observe(ffns[layer].spread(h[None]), None, torch.ones(1, len(h), device=h.device))
+            sums = observe(ffns[layer].spread(h[None]), torch.ones(1, len(h), device=h.device))
             assert sums is not None
             totals[layer] = totals[layer] + sums[0] if layer in totals else sums[0]
 

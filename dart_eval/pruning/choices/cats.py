@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dart_eval.pruning.choices.choice import ChoiceLayer, Inside, Token
+from dart_eval.pruning.choices.choice import Choice, Token
 from dart_eval.pruning.part import option
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByGate(Inside):
+class ByGate(Choice):
     """A token takes the k neurons with the largest |act(gate x)|, after CATS (arXiv 2404.08763).
 
     CATS takes and writes those above a threshold (`threshold=calibrated`): the quantile of |act(gate x)| over all
@@ -28,7 +28,7 @@ class ByGate(Inside):
     """
 
     name = "gate"
-    summary = "chooses the largest |act(gate x)|, and reads gate for the whole mask"
+    summary = "chooses the largest |act(gate x)|, and reads gate whole"
     reads_whole = ("gate",)
     threshold: Literal["none", "calibrated"] = option(
         "none",
@@ -43,38 +43,30 @@ class ByGate(Inside):
     def calibrates(self) -> bool:  # type: ignore[override]
         return self.threshold == "calibrated"
 
-    def attach(self, ffns: Sequence[FFN], taken: Sequence[int], calibration: Calibration | None) -> list[ChoiceLayer]:
-        layers = super().attach(ffns, taken, calibration)
-        if calibration is not None and self.threshold == "calibrated":
-            for layer, threshold in zip(layers, self._thresholds(layers, taken, calibration), strict=True):
-                layer.threshold = threshold
-        return layers
-
-    def _thresholds(self, layers: Sequence[ChoiceLayer], taken: Sequence[int], calibration: Calibration) -> list[float]:
-        """Return per layer the number that a neuron's importance must exceed."""
+    def thresholds(self, ffns: Sequence[FFN], taken: Sequence[int], calibration: Calibration) -> list[float]:
         import torch
 
         from dart_eval.pruning.calibration.calibration import statistic_name
         from dart_eval.pruning.calibration.inputs import BELOW_ALL
 
-        if list(taken) == [layer.ffn.size for layer in layers]:
-            return [BELOW_ALL] * len(layers)
+        if list(taken) == [ffn.size for ffn in ffns]:
+            return [BELOW_ALL] * len(ffns)
         part = statistic_name(self.importance)
         name = None if part is None else f"thresholds of {part}, {[*taken]} taken"
-        measure = functools.partial(self._measured, layers, taken, calibration)
+        measure = functools.partial(self._measured, ffns, taken, calibration)
         return [float(one) for one in calibration.once(name, lambda: [torch.tensor(measure(), dtype=torch.float64)])[0]]
 
-    def _measured(self, layers: Sequence[ChoiceLayer], taken: Sequence[int], calibration: Calibration) -> list[float]:
+    def _measured(self, ffns: Sequence[FFN], taken: Sequence[int], calibration: Calibration) -> list[float]:
         """Measure the thresholds in a pass over the text."""
         import torch
 
         from dart_eval.pruning.calibration.inputs import Quantile
 
-        estimates = [Quantile() for _ in layers]
+        estimates = [Quantile() for _ in ffns]
 
         @torch.no_grad()
         def see(layer: int, x: Tensor, _h: Tensor) -> None:
-            gate, up = layers[layer].ffn.parts(x[None])
+            gate, up = ffns[layer].parts(x[None])
             h = gate if up is None else gate * up
             token = Token(h, gate, h if up is None else up)
             estimates[layer].add(self.importance(token)[0], taken[layer])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dart_eval.pruning.choices.choice import Inside, Token
+from dart_eval.pruning.choices.choice import Choice, Token
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByUp(Inside):
+class ByUp(Choice):
     """A token takes the k neurons with the largest |up x|, after M-COUNTDOWN (arXiv 2505.17701), its ideal form.
 
     Its practical form takes those above a threshold, which its code (COUNTDOWN at e1393ae) sets on the train splits of
@@ -20,7 +20,7 @@ class ByUp(Inside):
     """
 
     name = "up"
-    summary = "chooses the largest |up x|, and reads up for the whole mask"
+    summary = "chooses the largest |up x|, and reads up whole"
     reads_whole = ("up",)
 
     def importance(self, token: Token) -> Tensor:

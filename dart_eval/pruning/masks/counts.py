@@ -6,7 +6,6 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from dart_eval.util.errors import UserError
 
@@ -86,117 +85,62 @@ def in_steps(counts: Sequence[int], most: Sequence[int], steps: Sequence[int]) -
     return rounded
 
 
-class Budget(NamedTuple):
-    """The bytes that tokens may read.
-
-    Attributes:
-        densities: [L] share of each layer's weights that is read, with mean 1 - sparsity.
-        sizes: [L] neurons per layer.
-        matrices: 3 for gated FFNs, 2 for plain ones.
-        whole_mask: whether the mask holds every neuron.
-    """
-
-    densities: Sequence[float]
-    sizes: Sequence[int]
-    sparsity: float
-    matrices: int
-    whole_mask: bool = True
-
-
 @dataclass(frozen=True)
 class Counts:
     """Counts of the neurons that a token reads, per layer.
 
     Attributes:
         mask: [L] neurons in the mask.
-        taken: [L] neurons of the mask that a token takes. It reads their rows of every matrix not read in full.
+        taken: [L] neurons of the mask that a token takes. It reads their rows of every matrix not read whole.
         written: [L] taken neurons that a token writes. It reads their columns of down.
-        full_matrices: matrices that a token reads for the whole mask.
+        full_matrices: matrices that a token reads whole.
     """
 
     mask: list[int]
     taken: list[int]
     written: list[int]
-    full_matrices: int
-
-    def in_steps(self, most: Sequence[int], steps: Sequence[int]) -> Counts:
-        """Return counts, at most these, of masks in whole steps, such as equally many neurons of each expert."""
-        mask = in_steps(self.mask, most, steps)
-        taken = exact_counts(self.taken, mask, min(sum(self.taken), sum(mask)))
-        written = exact_counts(self.written, taken, min(sum(self.written), sum(taken)))
-        return Counts(mask, taken, written, self.full_matrices)
+    full_matrices: int = 0
 
 
 def chosen_counts(
-    allowed: Budget, full_matrices: int, ratio: float | None, write_share: float, title: str = "the choice"
-) -> Counts:
+    densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, full_matrices: int,
+    title: str = "the choice",
+) -> Counts:  # fmt: skip
     """Return the neurons per layer that a token's choice reads, at weights read = 1 - sparsity.
 
-    A gated FFN whose gate is read in full reads (mask + taken + written) / 3; a plain one, whose up is read in full,
-    (mask + taken) / 2. In general matrices * read = full * mask + (matrices - 1 - full) * taken + written. The total
-    over layers is exact to the neuron, and each layer is right up to rounding. If a mask holds its whole layer, tokens
-    take more of it.
+    A gated FFN whose gate is read whole reads (all + taken + written) / 3; a plain one, whose up is read whole,
+    (all + taken) / 2. In general matrices * read = full * all + (matrices - 1 - full) * taken + written. The total over
+    layers is exact to the neuron, and each layer is right up to rounding.
 
     Args:
-        full_matrices: matrices that are read for the whole mask.
-        ratio: neurons of the mask, as a multiple of those that a mask alone would have; None: all neurons.
-        write_share: written / taken of a gated FFN, if the mask has enough neurons to take.
+        densities: [L] share of each layer's weights that is read, with mean 1 - sparsity.
+        sizes: [L] neurons per layer.
+        matrices: 3 for gated FFNs, 2 for plain ones.
+        full_matrices: matrices that are read whole.
         title: the choice in an error message.
 
     Raises:
         UserError: what is read before the choice exceeds what the sparsity leaves.
     """
-    densities, sizes, sparsity, matrices, _ = allowed
     everything, middle = sum(sizes), matrices - 1 - full_matrices
-    n_kept = round((1.0 - sparsity) * everything)
+    mask, n_kept = [*sizes], round((1.0 - sparsity) * everything)
+    rest = matrices * n_kept - full_matrices * everything
     if n_kept == everything:
-        return Counts(list(sizes), list(sizes), list(sizes), full_matrices)
-    budget = matrices * n_kept
-    if ratio is None:
-        wanted, mask = [float(n) for n in sizes], list(sizes)
-        if full_matrices * everything > budget:
-            raise UserError(
-                f"{title} reads {full_matrices} of the FFN's {matrices} matrices whole, which is more than sparsity "
-                f"{sparsity:g} leaves",
-                f"use a sparsity up to {math.floor(100 * (1 - full_matrices / matrices)) / 100:g}, or a mask that is "
-                "not everything",
-            )
-    else:
-        even = middle == 1 and write_share == 1
-        wanted, mask = _mask_counts(densities, sizes, n_kept, matrices, full_matrices, ratio, even)
-    masked = sum(mask)
+        return Counts(mask, mask, mask, full_matrices)
+    if rest < 0:
+        raise UserError(
+            f"{title} reads {full_matrices} of the FFN's {matrices} matrices whole, which is more than sparsity "
+            f"{sparsity:g} leaves",
+            f"use a sparsity up to {math.floor(100 * (1 - full_matrices / matrices)) / 100:g}",
+        )
     # At `matrices * density` nothing is left to take.
-    room = [matrices * r * n - full_matrices * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
-    rest = budget - full_matrices * masked
+    room = [matrices * r * n - full_matrices * n for r, n in zip(densities, sizes, strict=True)]
     if middle == 0:
-        taken = exact_counts(room, mask, min(masked, rest))
+        taken = exact_counts(room, sizes, rest)
         return Counts(mask, taken, taken, full_matrices)
-    share = [x / (middle + write_share) for x in room]
-    missing = sum(max(0.0, s - m) for s, m in zip(share, mask, strict=True))  # more than the mask has
-    some = max(math.ceil(rest / (middle + write_share) - missing), math.ceil(rest / (middle + 1)))
-    most_taken = min(masked, rest // middle, some)
-    taken = exact_counts(share, mask, most_taken)
-    unwritten = [x - middle * min(s, m) for x, s, m in zip(room, share, mask, strict=True)]
+    share = [x / (middle + 1) for x in room]
+    most_taken = min(rest // middle, math.ceil(rest / (middle + 1)))
+    taken = exact_counts(share, sizes, most_taken)
+    unwritten = [x - middle * s for x, s in zip(room, share, strict=True)]
     written = exact_counts(unwritten, taken, min(most_taken, rest - middle * most_taken))
     return Counts(mask, taken, written, full_matrices)
-
-
-def _mask_counts(
-    densities: Sequence[float], sizes: Sequence[int], n_kept: int, matrices: int, full_matrices: int, ratio: float,
-    even: bool,
-) -> tuple[list[float], list[int]]:  # fmt: skip
-    """Return the neurons of every layer's mask: as wanted, and in whole numbers.
-
-    Args:
-        n_kept: neurons that a mask alone would keep.
-        even: whether the rest must divide among two matrices. See `chosen_counts` for the others.
-    """
-    most = matrices / full_matrices if full_matrices else math.inf
-    wanted = [min(ratio * r, 1.0, most * r) * n for r, n in zip(densities, sizes, strict=True)]
-    clipped = sum(ratio * r * n - w for r, n, w in zip(densities, sizes, wanted, strict=True))
-    budget = matrices * n_kept
-    limit = min(sum(sizes), budget // full_matrices) if full_matrices else sum(sizes)
-    masked = min(limit, max(n_kept, round(ratio * n_kept - clipped)))
-    if even:
-        masked = max(min(n_kept, masked), masked - (full_matrices * masked - budget) % 2)
-    return wanted, exact_counts(wanted, sizes, masked)

@@ -62,7 +62,7 @@ class Activation(Score):
     flops_per_neuron = 5  # a square and a sum for the norm; a square, a division and a sum for the score
     norm: Literal["none", "l1", "l2"] = option("none", "divide each token's activations by this norm")
 
-    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+    def observe(self, h: Tensor, weight: Tensor) -> Tensor:
         return activations(h, weight, self.norm)
 
     def proportional(self, score: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Wanda(Score):
     needs_context = True
     flops_per_neuron = 2
 
-    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+    def observe(self, h: Tensor, weight: Tensor) -> Tensor:
         return activations(h, weight)
 
     def factors(self, calibration: Calibration) -> list[Tensor] | None:
@@ -198,18 +198,3 @@ def activations(h: Tensor, weight: Tensor, norm: str = "none") -> Tensor:
 def down_norms(ffns: Sequence[FFN]) -> list[Tensor]:
     """Return per layer [F] fp32 the squared norm of each neuron's column of down."""
     return [ffn.output_weight().float().square().sum(0) for ffn in ffns]
-
-
-def alone(score: AnyScore, h: Tensor, factor: Tensor | None) -> Tensor:
-    """Return the scores of single tokens, as if each made a mask alone: [B, T, F] fp32.
-
-    Args:
-        h: [B, T, F].
-        factor: the score's factor, in the order of h.
-    """
-    import torch
-
-    tokens = h.float().reshape(-1, 1, h.shape[-1])
-    sums = score.observe(tokens, None, torch.ones(tokens.shape[:2], device=h.device))
-    assert sums is not None
-    return score.combine(sums, factor).view(h.shape)

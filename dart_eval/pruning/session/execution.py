@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
-
 from dart_eval.kernels.mask_rows import MaskRows, multiplied, unlike_plain
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.inputs.attached import SwappedWeights
@@ -41,7 +39,7 @@ class Execution:
     Attributes:
         wanted: as above; `masked` if the weights cannot be copied by rows.
         copies: per layer, the weights of the mask's neurons; None under `masked`.
-        sliced: per layer, the neurons whose copies the current forward multiplies, [K]; None: all.
+        sliced: whether the current forward multiplies the copies alone.
 
     Raises:
         UserError: unknown execution.
@@ -53,7 +51,7 @@ class Execution:
         self.ffns, self.method, self.shared_mask = ffns, method, shared_mask
         self.copies: list[MaskRows] | None = None
         self.swapped: SwappedWeights | None = None
-        self.sliced: list[Tensor | None] | None = None
+        self.sliced = False
         self._runs = False  # whether projections accept the number of neurons in the mask
         self._rows_of: Callable[[FFN], MaskRows] = MaskRows
         self.wanted = self._possible(wanted)
@@ -129,7 +127,7 @@ class Execution:
             self.swapped.begin()
         share = step.mask if self.method.other is None else step.read
         if self.copies is not None and self._runs and bool((share < 1).all()):
-            self.sliced = [rows.neurons for rows in self.copies]
+            self.sliced = True
             for rows in self.copies:
                 rows.begin()
 
@@ -137,10 +135,10 @@ class Execution:
         """Let forwards multiply all neurons, with all their bits; also after an exception in a sliced one."""
         if self.swapped is not None and self.swapped.in_place:
             self.swapped.end()
-        if self.sliced is not None:
+        if self.sliced:
             for rows in self.copies or ():
                 rows.end()
-        self.sliced = None
+        self.sliced = False
 
     def restore(self) -> None:
         """Give the projections their own weights with all their bits, and drop the copies."""

@@ -40,7 +40,6 @@ class Forward:
         valid: [B, T] bool, False for padding.
         going: likewise, and False for sequences that ended before.
         has_cache: whether it was called with a KV cache.
-        sliced: per layer, the only neurons that it multiplies, [K]; None: all.
         frozen: whether nothing is observed.
         watching: whether every layer passes on its h.
         seen: layers that have passed on their h.
@@ -55,7 +54,6 @@ class Forward:
     valid: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
     going: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
     has_cache: bool = True
-    sliced: list[Tensor | None] | None = None
     frozen: bool = False
     watching: bool = False
     seen: set[int] = field(default_factory=set)
@@ -173,10 +171,9 @@ class Hooks:
             if state is None:
                 return None
             if forward.phase == "context":
-                state.observe(layer, h, forward.valid, up)
+                state.observe(layer, h, forward.valid)
                 return None
-            rows = None if forward.sliced is None else forward.sliced[layer]
-            masked = state.prune(layer, h, forward.going, gate, up, rows)
+            masked = state.prune(layer, h, forward.going, gate, up)
             return None if masked is h else (masked.view(args[0].shape), *args[1:])
 
         return hook
@@ -187,10 +184,9 @@ class Hooks:
         def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor | None:
             if forward.phase != "decode" or forward.state is None or not forward.state.prunes:
                 return None
-            added = forward.state.layers[layer].extra(forward.state.dense_now)
-            if added is None:
-                return None
-            return (forward.in_batch(output) + added.to(output.device, output.dtype)).view(output.shape)
+            constant = forward.state.layers[layer].fitted.constant
+            assert constant is not None
+            return (forward.in_batch(output) + constant.to(output.device, output.dtype)).view(output.shape)
 
         return hook
 
@@ -231,7 +227,7 @@ class Hooks:
         forward = self.forward
 
         def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
-            if forward.phase == "off":
+            if forward.phase != "decode":
                 return
             for name, part in zip(given, forward.in_batch(output).chunk(len(given), dim=-1), strict=True):
                 if name == "up":

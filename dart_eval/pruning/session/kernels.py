@@ -12,8 +12,6 @@ from dart_eval.pruning.part import Part
 
 def without_kernel(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
     """Return the part of a method that has no kernel, so that the method runs by masks; None if all parts have one."""
-    if method.compensation.fills:  # neurons that a token leaves out are still multiplied
-        return method.compensation
     if method.other is not None and (unlike_plain(ffns) or _lacking(method.other, ffns)):
         return method.other
     return None

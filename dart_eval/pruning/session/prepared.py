@@ -45,7 +45,7 @@ class Prepared:
     def __post_init__(self) -> None:
         method, sizes = self.method, [f.size for f in self.ffns]
         allocation = method.allocation
-        self._dense = Counts(sizes, sizes, sizes, 0)
+        self._dense = Counts(sizes, sizes, sizes)
         self.share = self.unit / OWN_BITS
         # Counting refuses a sparsity that cannot be met at all.
         varies = allocation.needs_change or allocation.needs_scores
@@ -122,13 +122,10 @@ class Prepared:
 
     @torch.no_grad()
     def stand_in(self, calibration: Calibration) -> None:
-        """Set the means that replace neurons, or the constants prepared from them if masks are fixed."""
-        at_once = self.method.mask.fixed and self.method.compensation.adds
+        """Set the constants that replace the neurons outside the masks, each at its mean."""
         for layer, moments in zip(self.layers, calibration.moments(), strict=True):
-            if at_once:
-                layer.constant = layer.stand_in(moments.mean[None], layer.masked, floating(layer.ffn))
-            else:
-                layer.mean = moments.mean
+            left_out = torch.where(layer.masked, 0.0, moments.mean.to(layer.masked.device))
+            layer.constant = layer.ffn.write(left_out.to(floating(layer.ffn)))
 
 
 def floating(ffn: FFN) -> torch.dtype:
@@ -161,19 +158,18 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
     if calibration is None and (fixed or method.calibrates):
         raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
     prepared.beside = method.beside(ffns, sparsity, calibration)
-    counted = method.choice.exact or not method.choice.calibrates
-    taken = [] if counted else prepared.counts(None, slice(None), True).taken
-    if method.choice.chooses:
-        choosers = method.choice.attach(ffns, taken, calibration)
-        for layer, chooser in zip(prepared.layers, choosers, strict=True):
-            layer.chooser = chooser
     if calibration is None:
         return prepared
+    if method.choice.calibrates:
+        taken = prepared.counts(None, slice(None), True).taken
+        thresholds = method.choice.thresholds(ffns, taken, calibration)
+        for layer, threshold in zip(prepared.layers, thresholds, strict=True):
+            layer.threshold = threshold
     if mask.score is not None:
         for layer, factor in zip(prepared.layers, mask.score.factors(calibration) or (), strict=False):
             layer.factor = torch.zeros_like(factor, device="cpu") if factor.is_meta else factor  # of a shape
     if fixed:
         prepared.fix(calibration)
-    if method.compensation.calibrates:
+    if method.compensation.adds:
         prepared.stand_in(calibration)
     return prepared

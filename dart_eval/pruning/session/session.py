@@ -57,7 +57,6 @@ class Session(SessionStats):
         self.executing.attach(self.prepared.beside)
         self.log, self.forward = Log(), Forward()
         self._step: Step | None = None  # weights of decoding forwards, until something changes them
-        self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0  # tokens need h, sliced or not
         self._forced: Phase | None = None
         self._given_valid: Tensor | None = None
         self._tally = Tally()
@@ -163,8 +162,7 @@ class Session(SessionStats):
             if self._forced is None:
                 self._tally.context(batch, chunk)
         forward.seen.clear()
-        forward.sliced = self.executing.sliced
-        forward.watching = forward.sliced is None or self._choosy
+        forward.watching = not self.executing.sliced
         self._hooks.watch_ffns(forward.watching)
         if forward.phase == "context" and kwargs.get("logits_to_keep"):
             # Layers that share keys and values would compute only the last tokens (Gemma 4), and masks need all.
@@ -242,7 +240,6 @@ class Session(SessionStats):
         phase, forward.phase = forward.phase, "off"
         forward.last = phase
         self.executing.widen()
-        forward.sliced = None
         if not forward.has_cache:
             self._cache.follow(cache_in(output, type(self.model).__name__), self._cache.tokens)
         if forward.watching and (self.state is not None or phase == "decode"):

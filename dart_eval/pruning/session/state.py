@@ -49,9 +49,9 @@ class SequenceState(PerSequence):
 
     # -- the context -----------------------------------------------------------------------------------------
 
-    def observe(self, layer: int, h: Tensor, valid: Tensor, up: Tensor | None = None) -> None:
+    def observe(self, layer: int, h: Tensor, valid: Tensor) -> None:
         """Add context tokens: see `Layer.observe`. valid: [B, T] bool, False for padding."""
-        self.layers[layer].observe(h, up, valid.float())
+        self.layers[layer].observe(h, valid.float())
 
     @torch.no_grad()
     def observe_change(self, layer: int, y: Tensor, added: Tensor, valid: Tensor) -> None:
@@ -68,7 +68,7 @@ class SequenceState(PerSequence):
     def forget(self) -> None:
         """Forget what was observed so far, so that no mask is made from it."""
         for layer in self.layers:
-            layer.sums = {}
+            layer.sums = None
         self.change = self.method.allocation.start(self.batch, self.ffns)
         self.tokens, self.weight = torch.zeros_like(self.tokens), torch.zeros_like(self.weight)
 
@@ -91,7 +91,7 @@ class SequenceState(PerSequence):
 
     def _count(self) -> None:
         """Set the number of neurons of each layer that every sequence keeps, takes and writes."""
-        counts, by_scores = [], self.method.allocation.needs_scores and "score" in self.layers[0].sums
+        counts, by_scores = [], self.method.allocation.needs_scores and self.layers[0].sums is not None
         for row in [slice(None)] * self.batch if self.shared else [slice(b, b + 1) for b in range(self.batch)]:
             scores = [layer.scores(row) for layer in self.layers] if by_scores else None
             counts.append(self.prepared.counts(self.change, row, bool(self.tokens[row].sum() > 0), scores))
@@ -185,8 +185,6 @@ class SequenceState(PerSequence):
         if not counts:
             return None
         read = torch.stack(counts).sum(0) / sum(f.size for f in self.ffns)
-        if (dense := self.dense_now) is not None:
-            read = torch.where(dense.cpu()[:, None], 1.0, read)
         real = valid.cpu().double()
         return Step((read * real).sum(1) / real.sum(1).clamp_min(1), self.step().mask)
 
@@ -197,18 +195,17 @@ class SequenceState(PerSequence):
     # -- decoded tokens --------------------------------------------------------------------------------------
 
     def prune(
-        self, layer: int, h: Tensor, going: Tensor, gate: Tensor | None = None, up: Tensor | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, layer: int, h: Tensor, going: Tensor, gate: Tensor | None = None, up: Tensor | None = None
+    ) -> Tensor:
         """Return h of a layer without its pruned neurons: see `Layer.prune`. going: [B, T] bool, not yet ended."""
         one, dense = self.layers[layer], self.dense_now
-        if not self.prunes or (rows is not None and not self.method.choice.chooses and dense is None):
+        if not self.prunes:
             return h
         if dense is not None and bool(dense.any()):
             one.gather(h, (going & dense[:, None]).float())
             if bool(dense.all()):
                 return h
-        return one.prune(h, gate, up, rows, dense)
+        return one.prune(h, gate, up, dense)
 
     def finish_decode(self, attention: Tensor | None, valid: Tensor) -> list[Change]:
         """Close a decoding forward: run the detector, and make the new masks that are due.
@@ -236,7 +233,7 @@ class SequenceState(PerSequence):
         rows, overlaps = due.nonzero().squeeze(1), []
         for layer in self.layers:
             if part.dense_tokens:
-                recent = {"score": layer.fresh_mean(rows, remasking.fresh_tokens)}
+                recent = layer.fresh_mean(rows, remasking.fresh_tokens)
             else:
                 recent = layer.recent(*remasking.inputs(layer.ffn, rows))
             overlaps.append(layer.remask(rows, recent, part.blend))
