@@ -1,1 +1,0 @@
-"""Routed experts under a method."""
