@@ -11,7 +11,7 @@ from dart_eval.sweep.config import config_from, made
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny, word_tokenizer
 from tests.helpers.requests import TextRequest, words
-from tests.helpers.sessions import RandomCalibration, open_session
+from tests.helpers.sessions import open_session
 
 
 def _asked(lm, session=None, **settings):
@@ -43,7 +43,7 @@ def test_beams_of_a_checkpoints_own_settings_are_those_of_a_request():
     lm = PrunedLM(model, word_tokenizer(), batch_size=3, max_length=64)
 
     def costs(**settings):
-        with open_session(model, "teal", execution="masked", calibration=RandomCalibration(model)) as session:
+        with open_session(model, "teal", execution="masked") as session:
             return _asked(lm, session, **settings), [lm.costs["t", i] for i in range(3)]
 
     expected = costs(num_beams=3)
