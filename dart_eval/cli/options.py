@@ -20,7 +20,7 @@ from dart_eval.util.retired import retired
 PROMPT, TIMING = "Prompt", "Timing"  # panels of other verbs
 PANELS = (TASKS, PRUNING, MODEL, OUTPUT, CLUSTER)
 FORMATS = ("table", "md", "csv", "tex", "json")  # of what a verb prints
-BOARD, FRONTIER, TIME, ALL = "board", "frontier", "time", "all"  # views of `tables`
+BOARD, COSTS = "board", "costs"  # views of `tables`
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 Several = list[str] | None  # values with commas between them, or the option again: they add up (`text.items_of`)

@@ -116,9 +116,9 @@ def show_results(result: RunResult, output: str, format: str = "table") -> None:
         from dart_eval.cli.views import Shown, as_data, print_view
         from dart_eval.results.board import newest
         from dart_eval.results.pairing import with_dense
-        from dart_eval.results.report.reader import Reader
+        from dart_eval.results.store import Store
 
-        store = Reader(output)
+        store = Store(output)
         everything, _ = newest(store.scan().records)
         shown = Shown(BOARD, store, with_dense(result.records, everything))
         if format == "json":

@@ -8,24 +8,25 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.options import ALL, BOARD, FORMATS, FRONTIER, TIME, one_of, own
+from dart_eval.cli.options import BOARD, COSTS, FORMATS, one_of, own
 from dart_eval.cli.view import put
 from dart_eval.evaluation.task_names import ALIASES
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
 
-DRAWN = (FRONTIER, TIME)
-VIEWS = (BOARD, "long", "flops", "memory", "detector", *DRAWN, ALL)
+VIEWS = (BOARD, "long", COSTS)
 PICTURES = (".png", ".svg", ".pdf")
 FORMAT_HELP = (
     "Output format. The default is the ending of --save. Without --save a terminal gets tables; a pipe gets the board "
     "100 columns wide, and other views as md."
 )
 VIEW_HELP = (
-    "View to show. board; long: every metric with n; flops; memory; detector: alarms and re-masks over generated "
-    "texts, and drift tasks; frontier: how far a method can go; time: quality beside the time of a step, where `bench "
-    "decode` measured it (--save FILE.svg draws these two); all. json and csv always have every number, each with "
-    "dense's on the same documents."
+    "View to show. board; long: every metric with n; costs: FLOPs, bytes read, memory and time of every cell. json and "
+    "csv always have every number, each with dense's on the same documents."
+)
+SAVE_HELP = (
+    "Write to this file instead of the terminal. FILE.svg, .png or .pdf draws quality against bytes read, as the board "
+    "has it."
 )
 SORTS = ("accuracy", "above", "perplexity", "flips", "kl", "memory", "work", "speed")
 SORT_HELP = f"Order the rows of a level by this column: {', '.join(SORTS)}. By default the best row comes first."
@@ -45,7 +46,7 @@ def tables(
     level: Annotated[float | None, own(LEVEL_HELP, None, "READ")] = None,
     sort: Annotated[str | None, one_of(SORTS, "sort", SORT_HELP, metavar="COLUMN")] = None,
     explain: Annotated[bool, own("Explain each column of the board.", None, "", "--explain")] = False,
-    save: Annotated[Path | None, own("Write to this file instead of the terminal.", None, "FILE")] = None,
+    save: Annotated[Path | None, own(SAVE_HELP, None, "FILE")] = None,
 ) -> None:
     """Print the board of a results folder (one row per method and sparsity, best first), or its long tables.
 
@@ -54,18 +55,18 @@ def tables(
     dart-eval tables out
     dart-eval tables out --explain
     dart-eval tables out --metric acc_norm --level 0.3
-    dart-eval tables out --view time --save time.svg
+    dart-eval tables out --save board.svg
     dart-eval tables out --tasks arc,hellaswag
     dart-eval tables out --format json
     dart-eval tables out --format tex --save tables.tex
     """
     from dart_eval.cli.views import Shown, as_data, draw, print_view, render  # statistics: not for `--help`
-    from dart_eval.results.report.reader import Reader
     from dart_eval.results.rows import of_tasks
+    from dart_eval.results.store import Store
 
     _check_looks(view, metric=metric, level=level, sort=sort, explain=explain or None)
-    store = Reader(folder)
-    picture = view in DRAWN and save is not None and save.suffix in PICTURES
+    store = Store(folder)
+    picture = view == BOARD and save is not None and save.suffix in PICTURES
     if save is not None:
         check_target(save)
         format = None if picture else format_of(save, format, FORMATS[1:])
@@ -88,6 +89,5 @@ def _check_looks(view: str, **looks: object) -> None:
         UserError: there is one.
     """
     for name, given in looks.items():
-        views = (BOARD, ALL, FRONTIER, TIME) if name == "metric" else (BOARD, ALL)
-        if given is not None and view not in views:
+        if given is not None and view != BOARD:
             raise UserError(f"--{name} is an option of the board, and --view {view} has none", "leave one of them out")

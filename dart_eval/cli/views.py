@@ -1,24 +1,24 @@
-"""What `run` and `tables` show of a folder: the board, or one of the long tables."""
+"""What `run` and `tables` show of a folder: the board, the long tables or the costs."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
 
-from dart_eval.cli.options import ALL, BOARD, FRONTIER, TIME
+from dart_eval.cli.options import BOARD, COSTS
 from dart_eval.cli.view import say, show
-from dart_eval.results import board_text, detector, frame, frontier, generated, speeds, tables, writers
+from dart_eval.results import board_text, frame, speeds, tables, writers
 from dart_eval.results.blocks import WIDTH_OF_LEVEL, Board
 from dart_eval.results.board import boards, by_row
 from dart_eval.results.board_text import LEVEL_SHOWN
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.record import Record
-from dart_eval.results.report.reader import Reader
+from dart_eval.results.store import Store
 from dart_eval.results.writers import Table
 from dart_eval.util.bits import LAST_BITS
 from dart_eval.util.errors import UserError, nearest
@@ -32,7 +32,7 @@ class Shown:
     """A view of some records of a folder, and the look of its board."""
 
     view: str
-    store: Reader
+    store: Store
     records: Sequence[Record]
     subtasks: bool = False
     metric: str | None = None
@@ -66,41 +66,31 @@ class Shown:
 
     @property
     def long(self) -> list[Table]:
-        """The tables of the view, without the board."""
-        store, records = self.store, self.records
-        views: dict[str, Callable[[], list[Table]]] = {
-            "long": lambda: tables.quality(records, frame.lines(store, records, self.subtasks)),
-            "flops": lambda: [tables.flops(records)],
-            "memory": lambda: [tables.memory(records)],
-            "detector": lambda: (
-                generated.table(records, store.counts(records)) + detector.tables(store.traces, records)
-            ),
-            FRONTIER: lambda: frontier.tables(self.boards),
-            TIME: lambda: frontier.by_time(self.boards),
-        }
-        return [table for name, made in views.items() if self.view in (name, ALL) for table in made()]
+        """The tables of a view that is not the board."""
+        if self.view == COSTS:
+            return [tables.costs(self.records)]
+        return tables.quality(self.records, frame.lines(self.store, self.records, self.subtasks))
 
 
 def print_view(shown: Shown) -> None:
-    """Print a view, its board as wide as the terminal; `all` is the board and every long table."""
+    """Print a view, its board as wide as the terminal."""
+    if shown.view != BOARD:
+        for table in shown.long:
+            show(table)
+            print()
+        return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PLAIN_WIDTH
-    for board in shown.boards if shown.view in (BOARD, ALL) else ():
+    for board in shown.boards:
         for line in board_text.lines(board, width, shown.explain, shown.sort, shown.level):
             say(line)
         say("")
-    for table in shown.long:
-        show(table)
-        print()
 
 
 def render(shown: Shown, form: str) -> str:
     """Return a view as Markdown or LaTeX."""
-    made = [
-        table for board in (shown.boards if shown.view in (BOARD, ALL) else ())
-        for table in board_text.table(board, shown.sort, shown.level)
-    ]  # fmt: skip
+    of_board = (table for board in shown.boards for table in board_text.table(board, shown.sort, shown.level))
     writer = writers.markdown if form == "md" else writers.latex
-    return "\n".join(map(writer, [*made, *shown.long]))
+    return "\n".join(map(writer, of_board if shown.view == BOARD else shown.long))
 
 
 def as_data(shown: Shown, form: str) -> str:
@@ -109,26 +99,22 @@ def as_data(shown: Shown, form: str) -> str:
 
 
 def draw(shown: Shown, path: Path) -> None:
-    """Draw quality against bytes read or the time of a step into a file.
+    """Draw quality against bytes read into a file.
 
     Raises:
         UserError: the folder has several models, or nothing that could be drawn.
     """
-    made = shown.boards
-    if len(made) > 1:
+    if len(shown.boards) > 1:
         problem = f"{shown.store.folder} has the results of several models"
         raise UserError(problem, "give each model an --output of its own to draw it")
     from dart_eval.results.report import charts  # matplotlib is loaded only where it draws
 
-    cost = frontier.step_time if shown.view == TIME else frontier.bytes_read
-    if not any(frontier.curves(block, cost) for block in made[0].blocks):
+    (board,) = shown.boards
+    if not any(charts.curves(block) for block in board.blocks):
         problem, remedy = f"{shown.store.folder} has nothing to draw", "run dense and a pruned method on the same tasks"
-        weak = sorted({task for block in made[0].blocks for task in block.at_chance if not frontier.curves(block)})
-        if weak:
+        if weak := sorted({task for block in board.blocks for task in block.at_chance}):
             problem += f": dense is not above guessing on {', '.join(weak)}"
             remedy = "raise --limit, or take other tasks"
-        elif shown.view == TIME:
-            remedy += f", then `bench decode --output {shown.store.folder}`"
         raise UserError(problem, remedy)
-    write(path, charts.picture(made[0], path.suffix[1:], cost))
+    write(path, charts.picture(board, path.suffix[1:]))
     say(f"wrote {path}")

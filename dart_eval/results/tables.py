@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dart_eval.results import metrics, writers
-from dart_eval.results.format import NO_NUMBER, THREE, count, number, size, small_share, sparsity, with_error
+from dart_eval.results.format import NO_NUMBER, THREE, count, number, size, sparsity, with_error
 from dart_eval.results.record import Record
 from dart_eval.results.rows import cells_frame, in_order, metrics_frame, rows
 from dart_eval.results.writers import Column, Table
@@ -25,32 +25,27 @@ QUALITY_NOTE = (
     "that all scored or generated tokens did not read, dense ones included. masked out: share of neurons outside the "
     "mask. read: share of FFN weight bytes that a pruned token reads."
 )
-FLOPS = (
-    Column("context", "flops_context_tokens", partial(number, digits=0)), Column("prefill", "flops_prefill", count),
-    Column("decode", "flops_decode_step_pruned", count), Column("ratio", text=THREE),
-    Column("overhead", "flops_overhead_share", small_share), Column("in prefill", "flops_overhead_prefill", count),
-    Column("re-masks", "remasks"), Column("re-mask reads", "flops_remask_reads", small_share),
+COUNTED = ("prefill", "overhead_prefill", "decode_step_dense", "decode_step_pruned", "overhead_decode_step")
+COSTS = (
+    Column("read", "weights_read", THREE), Column("context", "flops_context_tokens", partial(number, digits=0)),
+    Column("prefill", "prefill", count), Column("decode", "decode", count), Column("/ dense", "ratio", THREE),
+    Column("re-masks", "remasks"), Column("weights", "memory_weights", size), Column("extra", "memory_state", size),
+    Column("peak", "memory_peak", size), Column("seconds", text=partial(number, digits=1)),
+    Column("tokens/s", "speed", partial(number, digits=1)),
 )  # fmt: skip
-FLOPS_NOTE = (
-    "FLOPs are counted from shapes (a multiply-add is two) at the mean context length of the cell. decode: FLOPs of a "
-    "decoded token; ratio: decode / dense. overhead: FLOPs that the method adds to a decoded token, re-masks included, "
-    "/ dense. in prefill: FLOPs that it adds to the whole prompt. re-mask reads: FFN weights that re-masks read per "
-    "decoded token / those that a dense token reads. "
-    "Runs multiply by masks, so these FLOPs count a model that skips the pruned neurons; they are not time saved."
-)
-MEMORY = (
-    Column("weights", "memory_weights", size), Column("extra", "memory_state", size),
-    Column("peak", "memory_peak", size),
-)  # fmt: skip
-MEMORY_NOTE = (
-    "extra: memory of the method beside the model, per sequence. peak: largest memory of the process (CPU) or of the "
-    "GPU during the cell."
+COSTS_NOTE = (
+    "read: share of FFN weight bytes that a pruned token reads. FLOPs are counted from shapes (a multiply-add is two) "
+    "at the mean context length of the cell, with all that the method adds, re-masks included. decode: FLOPs of a "
+    "decoded token; / dense: over those of a dense one. Runs multiply by masks, so these FLOPs count a model that "
+    "skips the pruned neurons; they are not time saved. weights: bytes of the model. extra: memory of the method "
+    "beside it, per sequence. peak: largest memory of the process (CPU) or of the GPU during the cell. seconds: of the "
+    "whole cell. tokens/s: its scored or generated tokens / seconds."
 )
 
 
 def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
-    """Return all long tables but those of the detector: every metric, FLOPs and memory."""
-    return [*quality(records, rows(records, subtasks)), flops(records), memory(records)]
+    """Return all long tables: every metric, and the costs."""
+    return [*quality(records, rows(records, subtasks)), costs(records)]
 
 
 def quality(records: Sequence[Record], lines: Sequence[dict[str, object]]) -> list[Table]:
@@ -84,22 +79,21 @@ def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table
     return writers.from_frame(group, lines, columns, " ".join([*notes, *upper_bounds(of), *cut_prompts(of)]), QUALITY)
 
 
-def flops(records: Sequence[Record]) -> Table:
-    """Return the FLOPs of every cell, counted from shapes."""
-    data = cells_frame(records)
-    return writers.from_frame("FLOPs", data.assign(ratio=flops_ratio), _where(data), FLOPS_NOTE, FLOPS)
-
-
 def flops_ratio(cells: pd.DataFrame) -> pd.Series | None:
     """Return the FLOPs of a pruned decoded token / those of a dense one."""
     dense = cells.get("flops_decode_step_dense")
     return None if dense is None else cells["flops_decode_step_pruned"] / dense
 
 
-def memory(records: Sequence[Record]) -> Table:
-    """Return the memory of every cell."""
+def costs(records: Sequence[Record]) -> Table:
+    """Return what every cell cost: FLOPs with the method's own work, bytes read, memory and time."""
     data = cells_frame(records)
-    return writers.from_frame("Memory", data, _where(data), MEMORY_NOTE, MEMORY)
+    data["speed"] = data["tokens"] / data["seconds"]
+    if {f"flops_{name}" for name in COUNTED} <= {*data}:  # of the cells of other programs nothing may be counted
+        data["prefill"] = data["flops_prefill"] + data["flops_overhead_prefill"]
+        data["decode"] = data["flops_decode_step_pruned"] + data["flops_overhead_decode_step"]
+        data["ratio"] = data["decode"] / data["flops_decode_step_dense"]
+    return writers.from_frame("Costs", data, _where(data), COSTS_NOTE, COSTS)
 
 
 def _where(data: pd.DataFrame) -> list[Column]:

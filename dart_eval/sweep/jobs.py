@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,6 @@ from dart_eval.models.device import choose_device
 from dart_eval.models.loading import Resolved, resolve
 from dart_eval.pruning.method import Pruner
 from dart_eval.results.journal import Journal
-from dart_eval.results.progress import at_work
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import RunConfig
@@ -249,22 +247,19 @@ class Sweep:
 
         A job that another process has claimed is waited for: that process finishes it, or ends and leaves it to `work`.
         """
-        records = [self.store.file("cells", job.cell.name, key) for key, job in self.jobs.items()]
-        anew = any(job.config.force for job in self.jobs.values())
-        with at_work(self.store.folder, records, anew) if self.todo else contextlib.nullcontext():
-            idle = 0
-            while todo := self.todo:
-                work(todo)
-                if len(self.todo) == len(todo):
-                    idle += not any(map(self._claimed, todo))
-                    if idle >= TRIES:
-                        raise UserError(
-                            f"nobody runs {todo[0].cell.name}, which was planned",
-                            "the task's documents or the code have changed meanwhile; run it without --workers",
-                        )
-                    names = ", ".join(job.cell.name for job in todo)
-                    self.view.status(f"waiting for another process at work on {names}")
-                    time.sleep(POLL)
+        idle = 0
+        while todo := self.todo:
+            work(todo)
+            if len(self.todo) == len(todo):
+                idle += not any(map(self._claimed, todo))
+                if idle >= TRIES:
+                    raise UserError(
+                        f"nobody runs {todo[0].cell.name}, which was planned",
+                        "the task's documents or the code have changed meanwhile; run it without --workers",
+                    )
+                names = ", ".join(job.cell.name for job in todo)
+                self.view.status(f"waiting for another process at work on {names}")
+                time.sleep(POLL)
         finished = [(job.cell, self.done[key]) for key, job in self.jobs.items() if key in self.done]
         lost = [(cell, files) for cell, record in finished if (files := self.store.missing(cell.name, record))]
         return RunResult([record for _, record in finished], self.failed, self.missing, lost)

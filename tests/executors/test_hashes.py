@@ -222,7 +222,6 @@ WITHOUT_NUMBERS = {
     "results/journal.py": "hands back what it was given",
     "results/layout.py": "refuses",
     "results/metrics.py": "describes metrics",
-    "results/progress.py": "says how far a run is",
     "results/record.py": "holds what it was given",
     "results/store.py": "keeps records",
     "sweep/config.py": "reads options, which are part of a key",

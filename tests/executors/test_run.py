@@ -12,7 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import dart_eval
 from dart_eval.pruning.registry import make
-from dart_eval.results.progress import Progress, progress
 from dart_eval.results.store import Store
 from dart_eval.sweep import jobs, worker
 from dart_eval.sweep.config import RunConfig, config_from
@@ -32,12 +31,10 @@ def _numbers(records):
 
 
 def test_a_sweep_and_its_records(saved_llama, tmp_path):
-    view, seen = Watch(), []
-    view.started = lambda *_: seen.append(progress(tmp_path / "out"))
+    view = Watch()
     result = run_local(_config(saved_llama, tmp_path / "out"), view)
     # dense once, the others at both sparsities, on both tasks
     assert len(result.records) == len(view.done) == 10
-    assert seen == [Progress(i, 10, True) for i in range(10)] and progress(tmp_path / "out") is None
     assert not result.failed
     for record in result.records:
         sparsity = record.inputs["sparsity"]
@@ -185,7 +182,6 @@ def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(saved_llama,
     files = [f for kind in ("cells", "samples") for f in (tmp_path / "out" / kind).iterdir()]
     assert sorted(f.suffix for f in files) == [".json", ".json", ".jsonl", ".jsonl"]
     assert all(json.loads(f.read_text()) for f in files if f.suffix == ".json")
-    assert progress(tmp_path / "out") == Progress(2, 5, False)
 
 
 def test_a_corrupt_record_is_run_again(saved_llama, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dart_eval.cli.run import show_results
-from dart_eval.results import board_text, frame, frontier, speeds, verdict
+from dart_eval.results import board_text, frame, speeds, verdict
 from dart_eval.results.blocks import GUESSING
 from dart_eval.results.board import boards
 from dart_eval.results.format import multiple, small_share
@@ -359,7 +359,7 @@ def test_rows_on_rounded_weights_say_their_sparsity(tmp_path):
     assert [row.name for row in made.blocks[0].levels[1].rows] == [
         "dart on 4 bits 70 %", "griffin on 4 bits 44.2 %", "griffin on 4 bits 50 %",
     ]  # fmt: skip
-    assert len(frontier.curves(made.blocks[0])["griffin on 4 bits"]) == 2
+    assert len(charts.curves(made.blocks[0])["griffin on 4 bits"]) == 2
 
 
 def test_a_board_of_some_tasks_holds_rows_against_each_other_that_ran_on_these(tmp_path):
@@ -459,43 +459,6 @@ def test_measured_speed_stands_beside_its_row(tmp_path):
     assert row.rstrip().endswith(" none")
 
 
-def test_rows_are_held_against_faster_ones(tmp_path):
-    """The best of those is named where it is as good; rows without a speed are named below."""
-    rows = [choices(share, method=name, sparsity=s, params={"choice": name}) for share, name, s in (
-        (0.8, "dense", 0.0), (0.5, "griffin", 0.7), (0.6, "griffin", 0.5), (0.55, "flap", 0.5), (0.52, "glass", 0.5),
-        (0.7, "random", 0.7),
-    )]  # fmt: skip
-    made = board_of(tmp_path, *rows, speeds=[
-        speeds.Speed(r.inputs["method"], r.inputs["params"], s, r.inputs["model"], "float32", "cpu", "1 thread", None,
-                     8, 1 - s, Ratio(ratio, ratio, ratio, 9), None, 2.0, "2026-01-01")
-        for r, s, ratio in zip(rows[1:5], (0.7, 0.5, 0.5, 0.5), (2.0, 1.25, 1.6, 1.43), strict=True)
-    ])  # fmt: skip
-    (table,) = frontier.by_time([made])
-    assert [(row[0], row[2], row[-1]) for row in table.body] == [
-        ("griffin", "50 %", ""), ("flap", "62 %", ""), ("glass", "70 %", "flap (59 %)"), ("griffin", "80 %", ""),
-    ]  # fmt: skip
-    assert "Without a speed: random" in table.note
-    chart = charts.of_block(made.blocks[0], {"griffin": 0, "flap": 1, "glass": 2}, cost=frontier.step_time)
-    drawn = {line.label: [p.read for p in line.points] for line in chart.lines}
-    assert drawn == {"flap": [0.625], "glass": [1 / 1.43], "griffin": [0.8, 0.5]}
-    assert [text for _, text in chart.ticks] == ["50 %", "60 %", "70 %", "80 %"]
-
-
-def test_a_row_slower_than_dense_is_held_against_it(tmp_path):
-    rows = [choices(q, method=m, sparsity=s, params={"choice": m}) for q, m, s in (
-        (0.8, "dense", 0.0), (0.7, "griffin", 0.5), (0.5, "flap", 0.5),
-    )]  # fmt: skip
-    made = board_of(tmp_path, *rows, speeds=[
-        speeds.Speed(r.inputs["method"], r.inputs["params"], 0.5, r.inputs["model"], "float32", *where, None, 8, 0.5,
-                     Ratio(x, x, x, 9), None, 2.0, "2026-01-01")
-        for r, x, where in zip(rows[1:], (0.6, 1.5), (("cpu", "1 thread"), ("cuda", "H100")), strict=True)
-    ])  # fmt: skip
-    (table,) = frontier.by_time([made])
-    assert [(row[0], row[-1]) for row in table.body] == [("flap", ""), ("griffin", "dense (100 %)")]
-    said = "Speeds of different machines or compilers do not compare: cpu, 1 thread; cuda, H100."
-    assert said in table.note and said in made.notes
-
-
 def test_costs_of_several_seeds_are_means_too():
     a, b = (
         dataclasses.replace(choices(0.5, read=read, seed=seed), flops={"overhead_share": share})
@@ -515,20 +478,14 @@ def test_tables_shows_the_board_and_long_tables_on_request(tmp_path):
     assert "| dense" in command("tables", folder, "--format", "md").out
     wrong = command("tables", folder, "--view", "bord")
     assert wrong.code == 2 and "did you mean board?" in wrong.err
-    picture = tmp_path / "frontier.svg"
-    assert command("tables", folder, "--view", "frontier", "--save", picture).code == 0
+    retired = command("tables", folder, "--view", "frontier")
+    assert retired.code == 2 and "frontier left in 0.3" in retired.err
+    picture = tmp_path / "board.svg"
+    assert command("tables", folder, "--save", picture).code == 0
     assert picture.read_text().startswith("<?xml")
-    untimed = command("tables", folder, "--view", "time", "--save", picture)
-    assert untimed.code == 2 and "bench decode --output" in untimed.err
     weak = save(tmp_path / "weak", choices(0.25, method="dense"), choices(0.3))
-    refused = command("tables", weak, "--view", "frontier", "--save", picture)
+    refused = command("tables", weak, "--save", picture)
     assert refused.code == 2 and "has nothing to draw: dense is not above guessing on arc; raise --limit" in refused.err
-
-
-def test_a_frontier_says_no_more_than_points_that_were_measured():
-    assert frontier.reach([(0.5, 0.9), (0.3, 0.7)], [True, False]) == "30 % to 50 %"
-    assert frontier.reach([(0.5, 0.9), (0.3, 0.9)], [True, True]) == "30 % or less"
-    assert frontier.reach([(0.3, 0.2)], [False]) == "above 30 %"
 
 
 def test_a_row_with_the_same_answers_is_not_told_apart(tmp_path):
@@ -651,13 +608,6 @@ def test_bits_are_compared_as_nats(tmp_path):
 
 def test_an_interval_may_have_no_end():
     assert multiple(4e7, 0.0, float("inf")) == "4.0e7x [0, inf]"
-
-
-def test_summaries_have_no_guessing_to_be_above(tmp_path):
-    values = [{"rougeL": 0.2 + 0.01 * (i % 7)} for i in range(30)]
-    dense, griffin = answered("xsum", values, "dense", 0.0), answered("xsum", values, "griffin", 0.5)
-    (found,) = frontier.tables([board_of(tmp_path, dense, griffin)])
-    assert found.note.startswith("share of dense's quality at each measured read")
 
 
 def test_faster_rows_are_no_also_where_the_first_is_slower(tmp_path):

@@ -141,7 +141,7 @@ def test_a_file_in_a_method_is_no_parameter():
 def test_a_name_that_is_no_unicode_stands_in_tables_and_frames():
     odd = "dart:allocation=table:\udcff.json"  # as a file's name may be
     records = [of("dense"), of(odd)]
-    assert [[row[1] for row in t.body] for t in tables(records)] == [["dense", odd]] * 3
+    assert [[row[1] for row in t.body] for t in tables(records)] == [["dense", odd]] * 2
     frame = metrics_frame(rows(records))
     assert list(frame["label"]) == ["dense", odd]
     assert frame["value"].dtype == float and frame["n"].dtype == int

@@ -1,28 +1,22 @@
 """The report page: what it says, that it is made of whatever is there, and that nothing in it escapes."""
 
-import contextlib
 import dataclasses
-import os
 import re
-import signal
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from dart_eval.cli import _stop
-from dart_eval.cli import report as command
 from dart_eval.cli.report import report
 from dart_eval.results import speeds
 from dart_eval.results import store as reading
 from dart_eval.results.blocks import Block, BoardRow, Level
-from dart_eval.results.progress import Progress, at_work, progress
 from dart_eval.results.ratio import Ratio
 from dart_eval.results.report import build, head
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import read_regular
-from tests.helpers.pages import DRIFT, FEW, HOSTILE, PARTS, Checked, folder, only, texts
+from tests.helpers.pages import FEW, HOSTILE, PARTS, Checked, folder, only, texts
 from tests.helpers.records import cell, save, written
 from tests.results.test_board import choices
 
@@ -52,11 +46,11 @@ def test_a_folder_without_results_is_one_line(tmp_path):
 def test_every_section_is_there_and_the_html_is_well_formed(page):
     html = page.read_text()
     made = Checked(html)
-    for section in ("answer", "board", "quality", "speed", "drift", "documents", "numbers"):
+    for section in ("answer", "board", "quality", "speed", "documents", "numbers"):
         assert section in made.ids
         assert f'href="#{section}"' in html
     assert len(made.ids) == len(set(made.ids))
-    assert [t for t in made.tags if t in ("h1", "h2")] == ["h1"] + ["h2"] * 7
+    assert [t for t in made.tags if t in ("h1", "h2")] == ["h1"] + ["h2"] * 6
 
 
 def test_the_page_needs_nothing_from_outside(page):
@@ -136,32 +130,11 @@ def test_every_cell_has_its_command(page):
     assert '<th scope="row">griffin 70 % on xsum</th><td>dart-eval run --method griffin --tasks xsum</td>' in html
 
 
-def test_drift_is_summed_up_over_documents(page):
-    html = page.read_text()
-    assert "These are 4 of 6 traced documents" in html
-    shown = ("3 of 3", "15", "40.0 %", "3", "3", f"{1000 * 3 / 1234:.2f}")
-    assert "".join(f'<td class="n">{x}</td>' for x in shown) in html
-    assert "5 windows of 10 tokens, 2 of them below the threshold 0.700; tokens with alarms: 40, with re-masks" in html
-
-
-def test_documents_of_several_filters_are_traced_once(tmp_path):
-    """Each filter's sample has the trace of the text."""
-    store = Store(tmp_path)
-    traced = [{**written(i, "", "gsm8k", drift=DRIFT), "filter": name} for i in range(3) for name in ("strict", "none")]
-    store.save("c", dataclasses.replace(cell("dart", 0.5, "gsm8k"), samples=traced), texts("gsm8k", 3))
-    assert '<td class="n">3 of 3</td>' in build(store).html
-
-
 def test_every_file_is_read_once(tmp_path, monkeypatch):
-    store = folder(tmp_path)
-    for task in ("drift_x", "drift_x_same"):  # a drift task and its control, which the tables of detectors read too
-        made = cell("dart", 0.5, task, params={"remask.patience": 1})
-        traced = [written(i, "", task, drift={**DRIFT, "mean": 0.9}) for i in range(2)]
-        store.save(task, dataclasses.replace(made, samples=traced), texts(task, 2))
-    files = []
+    store, files = folder(tmp_path), []
     monkeypatch.setattr(reading, "read_regular", lambda path: (files.append(path), read_regular(path))[1])
-    assert "Drift detector on drift_x" in build(store).html
-    assert len(files) == len(set(files)) == 17 + 17 + 4  # records, samples, and texts of four tasks
+    build(store)
+    assert len(files) == len(set(files)) == 15 + 15 + 3  # records, samples, and texts of three tasks
 
 
 def test_equal_folders_give_equal_bytes(tmp_path):
@@ -239,81 +212,6 @@ def test_what_is_left_out_is_said(tmp_path):
 
 def test_a_title_that_is_no_unicode_can_be_written(tmp_path):
     assert r"a\udc00b" in build(only(cell())(tmp_path), title="a\udc00b").html
-
-
-# -- a run that goes on ----------------------------------------------------------------------------------------------
-
-
-def test_a_run_notes_its_cells_as_long_as_it_is_at_work(tmp_path):
-    store = folder(tmp_path, methods=FEW)
-    there = next((tmp_path / "cells").iterdir())
-    assert progress(tmp_path) is None
-    with at_work(tmp_path, [there, store.file("cells", "x", "k" * 64)]):
-        assert progress(tmp_path) == Progress(1, 2, True)
-        with at_work(tmp_path, [store.file("cells", "y", "k" * 64)]):  # a second process
-            assert progress(tmp_path) == Progress(1, 3, True)
-        assert progress(tmp_path) == Progress(1, 2, True)
-        assert "1 of 2 cells, running.</p>" in build(store).html
-        assert "data-follow" not in build(store).html
-        assert '<body data-follow="5">' in build(store, follow=True).html
-    assert progress(tmp_path) is None and "cells, running" not in build(store, follow=True).html
-    with at_work(tmp_path, [there], anew=True):  # under --force
-        os.utime(there, (1, 1))
-        assert progress(tmp_path) == Progress(0, 1, True)
-        os.utime(there)
-        assert progress(tmp_path) == Progress(1, 1, True)
-    with pytest.raises(KeyboardInterrupt), at_work(tmp_path, [there]):  # all that it was to make is there
-        raise KeyboardInterrupt
-    assert progress(tmp_path) is None
-    with pytest.raises(KeyboardInterrupt), at_work(tmp_path, [there, store.file("cells", "x", "k" * 64)]):
-        raise KeyboardInterrupt
-    assert progress(tmp_path) == Progress(1, 2, False)
-    assert "1 of 2 cells, stopped before the others.</p>" in build(store, follow=True).html
-    with at_work(tmp_path, [there]):  # forgets the note of the run that was stopped
-        assert progress(tmp_path) == Progress(1, 1, True)
-    assert not list((tmp_path / ".locks").iterdir())
-
-
-def test_open_follows_a_run_until_it_is_over(tmp_path, monkeypatch, capsys):
-    store, opened, pages, made = Store(tmp_path), [], [], [cell("dense", 0.0), cell("dart"), cell("griffin")]
-    page, run = tmp_path / "report.html", contextlib.ExitStack()
-    run.enter_context(at_work(tmp_path, [store.file("cells", "t", r.key) for r in made]))
-
-    def sleep(_seconds):
-        pages.append(page.read_text() if page.exists() else "")
-        if len(pages) == 4:
-            run.close()
-        elif len(pages) != 2:  # nothing happens between the second look and the third
-            store.save("t", made[len(pages) // 2])
-
-    monkeypatch.setattr(command.webbrowser, "open", opened.append)
-    monkeypatch.setattr(command.time, "sleep", sleep)
-    report(tmp_path, None, None, 0, False, True)
-    last = page.read_text()
-    assert pages[0] == "" and pages[1] == pages[2]
-    assert ["running" in p for p in (*pages[1:], last)] == [True, True, True, False]
-    assert "1 of 3 cells, running. This page reloads itself." in pages[1] and "2 of 3 cells, running." in pages[3]
-    assert "data-follow" not in last and opened == [page.absolute().as_uri()]
-    said = capsys.readouterr()
-    assert [line.split(": ")[1][:10] for line in said.err.splitlines()] == ["0 of 3 cel", "1 of 3 cel", "2 of 3 cel"]
-    assert said.out.startswith(f"wrote {page} (2 cells")
-
-
-def test_ctrl_c_ends_the_following_and_leaves_a_page_that_stands_still(tmp_path, monkeypatch):
-    store = folder(tmp_path, methods=FEW)
-
-    def stop(_seconds):
-        os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.signal(signal.SIGINT, _stop)  # as the command line has it
-    monkeypatch.setattr(command.webbrowser, "open", lambda _: None)
-    monkeypatch.setattr(command.time, "sleep", stop)
-    with contextlib.ExitStack() as stack, at_work(tmp_path, [store.file("cells", "x", "k" * 64)]):
-        stack.callback(signal.signal, signal.SIGINT, before)
-        report(tmp_path, None, None, 0, False, True)
-        html = (tmp_path / "report.html").read_text()
-        assert signal.getsignal(signal.SIGINT) is _stop
-    assert "0 of 1 cells, running.</p>" in html and "data-follow" not in html
 
 
 def test_failed_cells_are_named(tmp_path):

@@ -119,18 +119,18 @@ def test_markdown_shows_value_error_and_scope_in_aligned_columns():
         "task": "arc_easy", "method": "dart", "sparsity": "50 %", "acc": "0.6251 ± 0.0123", "acc_norm": "0.5000",
         "n": "400", "effective": "0.432", "masked out": "0.500", "read": "0.500", "scope": "scored",
     }  # fmt: skip
-    lines = [line for line in text.split("### FLOPs")[0].splitlines() if line.startswith("|")]
+    lines = [line for line in text.split("### Costs")[0].splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1
-    assert [line for line in text.splitlines() if line.startswith("###")] == ["### Accuracy", "### FLOPs", "### Memory"]
+    assert [line for line in text.splitlines() if line.startswith("###")] == ["### Accuracy", "### Costs"]
 
 
-def test_flops_and_memory_are_shown_with_units():
-    flops, memory = tables([record()])[1:]
-    shown = dict(zip(flops.columns, flops.body[0], strict=True))
-    assert shown["prefill"] == "4.00 M"
-    assert shown["ratio"] == "0.750"
-    assert shown["overhead"] == "< 0.01 %"
-    assert dict(zip(memory.columns, memory.body[0], strict=True))["peak"] == "3.1 MB"
+def test_costs_are_shown_with_units_and_with_all_that_the_method_adds():
+    costs = tables([record()])[-1]
+    shown = dict(zip(costs.columns, costs.body[0], strict=True))
+    assert shown["prefill"] == "4.00 M" and shown["decode"] == "150.01 k"
+    assert shown["/ dense"] == f"{(150_000 + 12.5) / 200_000:.3f}"
+    assert shown["extra"] == "512 B" and shown["peak"] == "3.1 MB"
+    assert shown["seconds"] == "1.5" and shown["tokens/s"] == f"{1234 / 1.5:.1f}"
 
 
 @pytest.mark.parametrize(("metric", "title"), [
@@ -139,7 +139,7 @@ def test_flops_and_memory_are_shown_with_units():
 ])  # fmt: skip
 def test_every_metric_has_a_table(metric, title):
     made = tables([record(metrics=[Metric("t", metric, 0.5, None, 10, True)])])
-    assert [t.title for t in made] == [title, "FLOPs", "Memory"]
+    assert [t.title for t in made] == [title, "Costs"]
     assert metric in made[0].columns
 
 
@@ -195,7 +195,7 @@ def test_settings_are_called_what_a_user_types_where_that_tells_them_apart():
 
 def test_parameters_stay_hidden_where_a_method_has_one_setting():
     records = [record(params={"window": 8}, key="k1"), record(params={"window": 8}, sparsity=0.7, key="k2")]
-    assert "window" not in render(records, "md").split("### FLOPs")[0].split("value ± standard error")[0]
+    assert "window" not in render(records, "md").split("### Costs")[0].split("value ± standard error")[0]
 
 
 def test_the_model_is_shown_where_there_are_several():

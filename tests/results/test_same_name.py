@@ -1,19 +1,17 @@
 """Two models of one folder name (checkpoint-1000/model, checkpoint-2000/model) are two models in every comparison."""
 
-import dataclasses
 import json
 import re
 
 import pytest
 
 from dart_eval.cli import check as command
-from dart_eval.results import baseline, detector, inputs, outcomes
+from dart_eval.results import baseline, inputs, outcomes
 from dart_eval.results.check import FELL, MISSING, check, junit
 from dart_eval.results.compare import compare_folders, compare_within
 from dart_eval.results.pairing import counterparts
 from dart_eval.results.paper_tables import Paper
 from dart_eval.results.report import build
-from dart_eval.results.report.reader import Reader
 from dart_eval.results.store import Store
 from dart_eval.results.tables import tables
 from dart_eval.results.thresholds import Limits, Thresholds
@@ -184,26 +182,6 @@ def test_a_papers_tables_are_of_one_model(tmp_path):
     store = Store(both(tmp_path))
     with pytest.raises(UserError, match="of one model, not of model@aaaa1111, model@cccc3333"):
         Paper(store, {None: store.load()}, {}, "dart-eval paper x")
-
-
-def test_the_control_of_a_drift_task_is_of_the_same_model(tmp_path):
-    drift = {"signal": [0.9, 0.5], "window": 10, "mean": 0.9, "deviation": 0.1, "alarms": [], "remasks": []}
-
-    def traced(task, weights):
-        made = of(weights, "dart", 0.9, params={"remask.patience": 2})
-        made.inputs["task"] = task
-        for s in made.samples:
-            s["drift"] = drift
-        return dataclasses.replace(made, key=inputs.identity(made.inputs)[-90:].encode().hex())
-
-    def drawn(folder, *weights):
-        store = Store(folder)
-        for i, (task, which) in enumerate(zip(("switch", "switch_same"), weights, strict=True)):
-            store.save(f"cell{i}", traced(task, which))
-        return detector.tables(Reader(folder).traces, store.load())
-
-    assert len(drawn(tmp_path / "a", OLD, OLD)) == 1
-    assert drawn(tmp_path / "b", OLD, NEW) == []
 
 
 def test_the_question_names_the_model_with_its_weights():

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dart_eval.results import board_text, detector, frontier, generated, speeds, tables
+from dart_eval.results import board_text, speeds, tables
 from dart_eval.results.blocks import CONTROL, GUESSING, Block, Board
 from dart_eval.results.board import boards, newest
 from dart_eval.results.format import percent
-from dart_eval.results.progress import progress
-from dart_eval.results.record import Record
 from dart_eval.results.report import charts, head, page, quality
 from dart_eval.results.report.cells import ReportCell, cells_of, looks
-from dart_eval.results.report.drift import drift_of
 from dart_eval.results.report.explorer import Texts, documents
 from dart_eval.results.report.reader import CellSamples, Reader
 from dart_eval.results.store import Store, UnreadSamples
@@ -32,48 +29,42 @@ class Report:
     samples: int
 
 
-def build(store: Store, title: str | None = None, wanted: int = 50, follow: bool = False) -> Report:
+def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
     """Return the report of the records in `store`. Equal folders give equal bytes.
 
     Args:
         store: a folder of finished cells; samples and texts may be missing.
         title: head of the page; without it, the models' names.
         wanted: number of documents of each task shown with all answers; 0 shows none.
-        follow: whether the page reloads itself, as it is written anew while cells end.
 
     Raises:
         UserError: no record that can be read.
     """
-    run = progress(store.folder)
     found = store.scan()
     found.report()
     leaves = sum(len(r.by_task) or 1 for r in found.records)
     reader = Reader(store.folder, min(wanted, max(1, MOST // leaves)))
     made = boards(reader, found.records, speeds.load_speeds(store.folder))
     cells = cells_of(made, found.records)
-    records, known = [c.record for c in cells], looks(cells)
+    known = looks(cells)
     every, _ = newest(found.records)  # with those of other seeds, of which a row is the mean
     samples_of, texts, untold = _read(reader, cells)
     chance = {str(c.record.inputs["task"]): p for c in cells
               if (seen := samples_of.get(c.record.key)) is not None and (p := seen.chance) is not None}  # fmt: skip
     shown = documents(cells, samples_of, texts)
-    texts_of = {key: seen.texts for key, seen in samples_of.items()}
     samples = sum(len(d.answers) for _, of_task in shown for d in of_task)
     failed = sorted(file.stem.rpartition("-")[0] for file in (store.folder / "failed").glob("*.txt"))
     heads = [level.rows[0] for board in made for block in board.blocks for level in block.levels]
     levels = {percent(row.read): row.read for row in heads if row.kind not in (CONTROL, GUESSING)}
     context = {
-        "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}", "run": run,
-        "follow": follow and run is not None and run.running, "levels": sorted(levels.items(), key=lambda v: -v[1]),
+        "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}",
+        "levels": sorted(levels.items(), key=lambda v: -v[1]),
         "facts": head.facts(cells, every), "warnings": head.warnings(cells, list(found.unread), untold, failed),
-        "models": [_model(board, known, chance, records) for board in made],
+        "models": [_model(board, known, chance) for board in made],
         "methods": [(label, charts.COLOURS[i % len(charts.COLOURS)], charts.sign(i)) for label, i in known.items()],
-        "chance": bool(chance), "drift": drift_of(cells, samples_of, known),
-        "detectors": detector.tables(reader.traces, records), "tasks": shown, "kept": reader.most,
+        "chance": bool(chance), "tasks": shown, "kept": reader.most,
         "left_out": len(set[Any]().union(*(seen.left_out for seen in samples_of.values()))),
-        "numbers": [
-            *tables.tables(every), *generated.table(records, texts_of), *_commands(cells),
-        ],
+        "numbers": [*tables.tables(every), *_commands(cells)],
         "cells": len(found.records), "explained": board_text.EXPLAINED,
     }  # fmt: skip
     return Report(page.render(context), len(found.records), samples)
@@ -103,18 +94,14 @@ def _read(
     return samples_of, texts, untold
 
 
-def _model(
-    board: Board, looks: Mapping[str, int], chance: Mapping[str, float], records: Sequence[Record]
-) -> dict[str, Any]:
-    """Return the page's data of one model. records: of all."""
-    made = quality.charts(board, looks, chance)
+def _model(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) -> dict[str, Any]:
+    """Return the page's data of one model."""
     blocks = [_block(board, block) for block in board.blocks]
     answered = next((i for i, b in enumerate(board.blocks) if any(level.take for level in b.levels)), 0)
     return {
         "name": board.model, "blocks": blocks, "answered": blocks[answered]["about"],
         "answer": head.answer(board.blocks[answered]), "notes": board_text.notes(board),
-        "charts": made, "reach": frontier.tables([board]) + frontier.by_time([board]),
-        "speeds": quality.speeds(board),
+        "charts": quality.charts(board, looks, chance), "speeds": quality.speeds(board),
     }  # fmt: skip
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dart_eval.results import metrics
-from dart_eval.results.blocks import WIDTH_OF_LEVEL, Block, Board
+from dart_eval.results.blocks import CONTROL, GUESSING, WIDTH_OF_LEVEL, Block, Board, BoardRow
 from dart_eval.results.format import multiple, percent
-from dart_eval.results.frontier import Cost, by_times, bytes_read, curves, step_time
 
 WIDTH, LEFT, RIGHT, TOP, HEIGHT = 340, 40, 222, 8, 170  # about the pixels that a chart gets; HEIGHT is of its axes
 LINE = 12.5  # height of a line of text
+AXIS = "FFN bytes read"
 LONGEST = 20  # characters of a name beside a line
 MOST_TICKS = 6
 MOST_TIMES = 50.0  # dense's perplexity: a model further off is broken, and its number means nothing
@@ -30,7 +30,7 @@ SIGNS = {  # of methods: matplotlib's name, and the outline around a point
 
 
 class Point(NamedTuple):
-    """A value at a share of bytes read (of time, at a token), the ends of its interval, all in words, and its place."""
+    """A value at a share of bytes read, the ends of its interval, all in words, and its place."""
 
     read: float
     value: float
@@ -46,7 +46,7 @@ class Line(NamedTuple):
     label: str
     points: Sequence[Point]
     number: int
-    name: str = ""
+    name: str
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,8 @@ class Chart:
         title, note: above it.
         lines: with `x` of each point.
         span: values of x at the left and at the right end.
-        ticks: values of x, and their texts; empty for round numbers.
+        ticks: values of x, and their texts.
         across: horizontal lines: kind, value, ends of the band.
-        upright: vertical lines: kind, x.
-        axis: what x is.
         log: whether the vertical axis is logarithmic.
         cap: the lowest and the highest value drawn: a point beyond is drawn there.
     """
@@ -101,10 +99,8 @@ class Chart:
     note: str
     lines: Sequence[Line]
     span: tuple[float, float]
-    ticks: Sequence[tuple[float, str]] = ()
+    ticks: Sequence[tuple[float, str]]
     across: Sequence[tuple[str, float, float, float]] = ()
-    upright: Sequence[tuple[str, float]] = ()
-    axis: str = "FFN bytes read"
     log: bool = False
     cap: tuple[float, float] = (-math.inf, math.inf)
 
@@ -122,22 +118,21 @@ class Chart:
         room = max(1.05, (high / low) ** 0.05) if self.log else 0.05 * (high - low) or abs(0.1 * high) or 1.0
         free = self.log or self.cap[0] != -math.inf or min(p.value for p in points) < 0
         bounds = (low / room, high * room) if self.log else (low - room if free else max(0.0, low - room), high + room)
-        bottom = TOP + max(HEIGHT, LINE * sum(bool(line.name) for line in self.lines))
+        bottom = TOP + max(HEIGHT, LINE * len(self.lines))
         x, y = Scale(*self.span, LEFT, RIGHT), Scale(*bounds, bottom, TOP, self.log)
 
         def placed(p: Point) -> Point:
             value, low, high = (y(capped(max(v, bounds[0]))) for v in (p.value, p.low, p.high))
             return Point(p.read, value, low, high, p.text, x(p.x))
 
-        names = _apart_names([(y(capped(line.points[-1].value)), line) for line in self.lines if line.name], bottom)
+        names = _apart_names([(y(capped(line.points[-1].value)), line) for line in self.lines], bottom)
         return {
             "height": bottom + 36, "bottom": bottom, "left": LEFT, "right": RIGHT, "width": WIDTH, "top": TOP,
-            "axis": self.axis, "xticks": [(x(v), t) for v, t in self.ticks] or x.ticks(), "yticks": y.ticks(),
+            "axis": AXIS, "xticks": [(x(v), t) for v, t in self.ticks], "yticks": y.ticks(),
             "across": [(kind, *(y(max(v, bounds[0])) for v in values)) for kind, *values in self.across],
-            "upright": [(kind, x(v)) for kind, v in self.upright],
             "lines": [
                 {
-                    "label": line.label, "name": line.name, "at": names.get((line.label, line.name)),
+                    "label": line.label, "name": line.name, "at": names[line.label],
                     "colour": COLOURS[line.number % len(COLOURS)], "sign": sign(line.number),
                     "points": [placed(p) for p in line.points if math.isfinite(p.value)],
                 }
@@ -151,22 +146,21 @@ def sign(number: int) -> str:
     return [*SIGNS.values()][number % len(SIGNS)]
 
 
-def _apart_names(ends: Sequence[tuple[float, Line]], bottom: float) -> dict[tuple[str, str], float]:
+def _apart_names(ends: Sequence[tuple[float, Line]], bottom: float) -> dict[str, float]:
     """Return the heights of the names of lines, as near to the lines' ends as they fit without overlap."""
-    found = sorted((height, (line.label, line.name)) for height, line in ends)
+    found = sorted((height, line.label) for height, line in ends)
     down = list(itertools.accumulate((h for h, _ in found), lambda above, own: max(own, above + LINE)))
     up = list(itertools.accumulate((h for h, _ in reversed(found)), lambda below, own: min(own, below - LINE)))[::-1]
     first, last = TOP, bottom - LINE * (len(found) - 1)  # of the first name
     return {
-        which: round(min(max((a + b) / 2, first + LINE * i), last + LINE * i), 1)
-        for i, (a, b, (_, which)) in enumerate(zip(down, up, found, strict=True))
+        label: round(min(max((a + b) / 2, first + LINE * i), last + LINE * i), 1)
+        for i, (a, b, (_, label)) in enumerate(zip(down, up, found, strict=True))
     }
 
 
 def against_read(
     title: str, note: str, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, int], dense: Sequence[Point],
     chance: float | None = None, log: bool = False, cap: tuple[float, float] = (-math.inf, math.inf),
-    axis: str = Chart.axis,
 ) -> Chart:  # fmt: skip
     """Return quality against bytes read: a line a method with its name at the end, side by side at every level.
 
@@ -179,13 +173,12 @@ def against_read(
         chance: the value under guessing.
         log: whether the vertical axis is logarithmic.
         cap: the lowest and the highest value drawn; the name of a line that ends beyond says the value.
-        axis: what a point's `read` is.
     """
     levels = _levels(p.read for points in lines.values() for p in points)
     reach = levels[-1] - levels[0] or 0.2
     gap = max(min((b - a for a, b in itertools.pairwise(levels)), default=reach), reach / 8)
     # Of one read, points go aside, so that they and their intervals do not hide each other.
-    step = 0.5 * gap / len(lines) if axis == Chart.axis else 0.0
+    step = 0.5 * gap / len(lines)
     made = []
     for i, (label, points) in enumerate(lines.items()):
         name = label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}\u2026"
@@ -193,16 +186,13 @@ def against_read(
         placed = [p._replace(x=p.read + ((len(lines) - 1) / 2 - i) * step) for p in points]
         made.append(Line(label, placed, looks[label], name))
     ticks: list[float] = []
-    if axis != Chart.axis:  # any cost may be measured, so its ticks are round
-        ticks = [v / 10 for v in range(math.ceil(10 * levels[0]), math.floor(10 * levels[-1]) + 1)]
-        ticks = ticks[:: math.ceil(len(ticks) / MOST_TICKS) or 1]
     least = 0.99 * (levels[-1] - levels[0]) / MOST_TICKS  # so that rounding drops none of evenly spaced levels
-    for level in levels if not ticks else ():
+    for level in levels:
         ticks += [level] if not ticks or level - ticks[-1] >= least else []
     across = [("dense", *p[1:4]) for p in dense] + ([] if chance is None else [("guessing", chance, chance, chance)])
     return Chart(
         title, note, made, (levels[-1] + 0.4 * gap, levels[0] - 0.4 * gap), [(v, percent(v)) for v in ticks], across,
-        axis=axis, log=log, cap=cap,
+        log, cap,
     )  # fmt: skip
 
 
@@ -216,19 +206,33 @@ def _levels(reads: Iterable[float]) -> list[float]:
     return [statistics.mode(level) for level in levels]
 
 
-def of_block(block: Block, looks: Mapping[str, int], note: str = "", cost: Cost = bytes_read) -> Chart | None:
+def curves(block: Block) -> dict[str, list[BoardRow]]:
+    """Return method -> the rows that have a quality beside dense's, from the highest read to the lowest."""
+    first, found = next(iter(block.tasks), ""), dict[str, list[BoardRow]]()
+    for row in block.rows:
+        quality = row.quality.get(first)
+        if quality and row.kind not in (CONTROL, GUESSING) and (quality.share or (_by_times(block) and quality.times)):
+            found.setdefault(row.label, []).append(row)
+    return {label: sorted(rows, key=lambda row: -row.read) for label, rows in sorted(found.items())}
+
+
+def _by_times(block: Block) -> bool:
+    """Whether the block's first metric is a perplexity."""
+    return metrics.kind_of(next(iter(block.tasks), "")).group == metrics.PERPLEXITY
+
+
+def of_block(block: Block, looks: Mapping[str, int], note: str = "") -> Chart | None:
     """Return the quality of a block relative to dense's, with 95 % intervals; None without a method beside dense.
 
     Args:
         block: with the rows to draw.
         looks: label -> the number of its look.
         note: beside the title.
-        cost: what quality is drawn against.
     """
-    first, times = next(iter(block.tasks), ""), by_times(block)
+    first, times = next(iter(block.tasks), ""), _by_times(block)
     lines: dict[str, list[Point]] = {}
-    for label, rows in curves(block, cost).items():
-        for at, row in rows:
+    for label, rows in curves(block).items():
+        for row in rows:
             quality = row.quality[first]
             found = quality.share or quality.times
             if found is None or not math.isfinite(found.value):
@@ -238,30 +242,29 @@ def of_block(block: Block, looks: Mapping[str, int], note: str = "", cost: Cost 
             text = (multiple if times else percent)(value, *(ends or ()))
             if not times:
                 value, low, high = 100 * value, 100 * low, 100 * high
-            lines.setdefault(label, []).append(Point(at, value, low, high, f"{label} at {percent(at)}: {text}"))
+            lines.setdefault(label, []).append(
+                Point(row.read, value, low, high, f"{label} at {percent(row.read)}: {text}")
+            )
     if not lines:
         return None
     chance = metrics.kind_of(first).chance
     what = "x dense, lower is better" if times else "% of dense above guessing" if chance else "% of dense"
     title, whole = ("Perplexity", 1.0) if times else ("Quality", 100.0)
-    title += " against time" if cost is step_time else ""
     return against_read(
         title, "; ".join(filter(None, (what, note))), lines, looks, [Point(1, whole, whole, whole)], None, times,
         (0.5, MOST_TIMES) if times else (-50.0, 150.0),
-        "time of a step / dense's" if cost is step_time else Chart.axis,
     )  # fmt: skip
 
 
-def picture(board: Board, form: str, cost: Cost = bytes_read) -> bytes:
+def picture(board: Board, form: str) -> bytes:
     """Return the quality of a board's first block that has any, as a file of its own.
 
     Args:
         board: of one model.
         form: `png`, `svg` or `pdf`.
-        cost: what quality is drawn against.
     """
-    block = next(b for b in board.blocks if curves(b, cost))
-    chart = of_block(block, {label: i for i, label in enumerate(curves(block, cost))}, cost=cost)
+    block = next(b for b in board.blocks if curves(b))
+    chart = of_block(block, {label: i for i, label in enumerate(curves(block))})
     assert chart is not None
     return drawn(chart, board.model, form)
 
@@ -285,7 +288,7 @@ def drawn(chart: Chart, subject: str, form: str) -> bytes:
         for y, text in laid["yticks"]:
             axes.plot([LEFT, RIGHT], [y, y], color="#8888884d", linewidth=0.6)
             axes.text(LEFT - 4, y, text, ha="right", va="center")
-        for x, text in [*laid["xticks"], ((LEFT + RIGHT) / 2, f"\n{chart.axis}")]:
+        for x, text in [*laid["xticks"], ((LEFT + RIGHT) / 2, f"\n{AXIS}")]:
             axes.text(x, laid["bottom"] + 4, text, ha="center", va="top")
         for kind, y, *_ in laid["across"]:
             axes.plot([LEFT, RIGHT], [y, y], color="#000000", linewidth=0.8)

@@ -1,5 +1,5 @@
-// Filters, columns that sort (`sort.js`), values of points, and a page that reloads itself while a run goes on. All texts stand in
-// the page; the script only orders, hides and shows them.
+// Filters, columns that sort (`sort.js`) and values of points. All texts stand in the page; the script only orders, hides and
+// shows them.
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 const one = (selector) => document.querySelector(selector);
 
@@ -109,41 +109,4 @@ for (const drawing of all(".chart")) {
 addEventListener("scroll", () => show(null), { passive: true });
 addEventListener("pointerdown", (event) => { if (!event.target.closest(".chart")) show(null); });
 
-// -- a page that reloads itself: what a reader has set comes back; the browser itself finds the place again -----------
-const controls = all("input, select");
-const PLACE = `dart-eval ${location.pathname}`;
-const named = (table) => table.parentElement.getAttribute("aria-label");
-const keep = () => sessionStorage.setItem(PLACE, JSON.stringify({
-  focus: controls.indexOf(document.activeElement),
-  checked: controls.filter((c) => c.checked).map((c) => c.id || c.value),
-  level: level.selectedOptions[0].textContent,
-  words: search?.value,
-  sorts: [...sorts].map(([table, { column, order }]) => [named(table), column, order]).filter((s) => s[2]),
-  open: all("details[open] > summary").map((summary) => summary.textContent),
-}));
-const restore = (kept) => {
-  for (const c of controls) if (c.type === "checkbox") c.checked = kept.checked.includes(c.id || c.value);
-  level.value = [...level.options].find((option) => option.textContent === kept.level)?.value ?? "";
-  if (search) search.value = kept.words ?? "";
-  for (const [name, column, order] of kept.sorts) {
-    const table = [...sorts.keys()].find((other) => named(other) === name);
-    if (table) sort(table, column, order);
-  }
-  filter();
-  all("details > summary").forEach((summary) => { summary.parentElement.open = kept.open.includes(summary.textContent); });
-  controls[kept.focus]?.focus({ preventScroll: true });
-  if (document.activeElement === search) search.setSelectionRange(search.value.length, search.value.length);
-};
 filter();
-try {
-  const kept = sessionStorage.getItem(PLACE);
-  sessionStorage.removeItem(PLACE);
-  if (kept) restore(JSON.parse(kept));
-  addEventListener("pagehide", keep);
-} catch { /* a browser that stores nothing for a file */ }
-if (document.body.dataset.follow) {
-  setInterval(() => {
-    const busy = document.hidden || here || !getSelection().isCollapsed || one("#filter details").open;
-    if (!busy) location.reload();
-  }, 1000 * document.body.dataset.follow);
-}

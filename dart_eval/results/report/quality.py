@@ -9,7 +9,6 @@ from dart_eval.results import metrics
 from dart_eval.results.blocks import Board, BoardRow
 from dart_eval.results.board_text import sizes
 from dart_eval.results.format import finite, number, percent, with_error
-from dart_eval.results.frontier import bytes_read, step_time
 from dart_eval.results.record import Metric
 from dart_eval.results.report.cells import flat
 from dart_eval.results.report.charts import MOST_TIMES, Chart, Point, against_read, of_block
@@ -22,9 +21,7 @@ def charts(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) 
     Args:
         chance: task -> its accuracy under guessing.
     """
-    made = [
-        of_block(block, looks, sizes(board, block), cost) for block in board.blocks for cost in (bytes_read, step_time)
-    ]
+    made = [of_block(block, looks, sizes(board, block)) for block in board.blocks]
     rows = list({row.keys: row for row in board.rows}.values())
     for task, metric in board.columns.items():
         values = [(row, row.values[task]) for row in rows if task in row.values]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_eval.results import generated
 from dart_eval.results.documents import answers
 from dart_eval.results.record import Record
-from dart_eval.results.store import Store, UnreadSamples
+from dart_eval.results.store import Store
 
 
 @dataclass(frozen=True)
@@ -19,20 +16,14 @@ class CellSamples:
     """The part of a cell's samples that the page needs.
 
     Attributes:
-        samples: the number of documents.
-        traced: one sample of each document whose detector closed a window.
         first: the samples of the first documents of each task.
         left_out: (task, number) of the other documents.
         chance: the accuracy under guessing; None without candidates.
-        texts: counts of generated texts; None if the answers are no texts.
     """
 
-    samples: int
-    traced: list[dict[str, Any]]
     first: list[dict[str, Any]]
     left_out: set[tuple[str, int]]
     chance: float | None
-    texts: dict[str, Any] | None
 
 
 class Reader(Store):
@@ -53,11 +44,10 @@ class Reader(Store):
         choices = [s for s in found if len(answers(s)) > 1 and "acc" in s["metrics"]]
         whole = all(s["metrics"]["acc"] in (0, 1) for s in choices)  # a share of the probability has no known chance
         guesses = [1 / len(answers(s)) for s in choices if whole]
-        watched = {(s["task"], s["doc_id"]): s for s in found if _traced(s)}  # each filter's sample has the trace
         self._looked[record.key] = CellSamples(
-            sum(map(len, ids.values())), [*watched.values()], [s for s in found if (s["task"], s["doc_id"]) in first],
+            [s for s in found if (s["task"], s["doc_id"]) in first],
             {(task, i) for task, numbers in ids.items() for i in numbers} - first,
-            sum(guesses) / len(guesses) if guesses else None, generated.of_texts(record, found),
+            sum(guesses) / len(guesses) if guesses else None,
         )  # fmt: skip
         return found
 
@@ -70,20 +60,3 @@ class Reader(Store):
         if record.key not in self._looked:
             self.samples(record)
         return self._looked[record.key]
-
-    def counts(self, records: Sequence[Record]) -> dict[str, dict[str, Any] | None]:
-        """Return the counts of texts for `generated.table`, by key, without cells whose samples cannot be read."""
-        found = {}
-        for record in records:
-            with contextlib.suppress(UnreadSamples):
-                found[record.key] = self.look(record).texts
-        return found
-
-    def traces(self, record: Record) -> list[dict[str, Any]]:
-        """Return the drift detector's trace of each document on which it closed a window. Raises as `look`."""
-        return [s["drift"] for s in self.look(record).traced]
-
-
-def _traced(sample: dict[str, Any]) -> bool:
-    drift = sample.get("drift") or {"signal": [], "window": 0}
-    return len(drift["signal"]) > 0 and drift["window"] > 0
