@@ -189,18 +189,11 @@ TraceText = Annotated[
     str | None, typer.Argument(metavar="TEXT", help="Prompt; without it, a shipped two-topic document.")
 ]
 TraceFile = Annotated[Path | None, own("Read the prompt from this file.", PROMPT, "FILE")]
-TraceThen = Annotated[
-    Path | None, own("Feed the text of this file after the prompt. Without it the model generates.", PROMPT, "FILE")
-]
-SMOKE_DOCUMENT = r"Use the shipped two-topic document with this number.  \[default: 0, without a prompt]"
-TraceSmoke = Annotated[int | None, own(SMOKE_DOCUMENT, PROMPT, "N")]
 TraceTokens = Annotated[int, count("Stop this many tokens after the prompt.", PROMPT)]
 RUN = "Run this method: a name, or a name with other parts, such as griffin:remask=drift."
 TraceMethod = Annotated[str, own(RUN, PRUNING, "NAME")]
-TraceOutput = Annotated[Path, own("Write the trace to this JSON file, and the picture beside it.", OUTPUT, "FILE")]
-TracePlot = Annotated[
-    Path | None, own(r"Draw the picture to this file: png, svg or pdf.  \[default: --output with .png]", OUTPUT, "FILE")
-]
+TraceOutput = Annotated[Path | None, own("Write the trace to this JSON file.", OUTPUT, "FILE")]
+TracePlot = Annotated[Path | None, own("Draw the trace into this file: png, svg or pdf.", OUTPUT, "FILE")]
 TraceSaveAllocation = Annotated[
-    Path | None, own("Also write the layer densities of this prompt, for allocation=table:FILE.", OUTPUT, "FILE")
+    Path | None, own("Write the layer densities of this prompt, for allocation=table:FILE.", OUTPUT, "FILE")
 ]

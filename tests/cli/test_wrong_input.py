@@ -193,7 +193,6 @@ PLACES = {
     "report": ("report", "{}"),
     "report --output": ("report", "out", "--output", "{}"),
     "trace --file": ("trace", "--file", "{}"),
-    "trace --then": ("trace", "a", "--then", "{}"),
     "trace --output": ("trace", "--output", "{}"),
     "trace --plot": ("trace", "--plot", "{}/a.png"),
     "trace --save-allocation": ("trace", "--save-allocation", "{}"),
