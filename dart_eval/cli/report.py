@@ -27,7 +27,7 @@ def report(
     force: Annotated[bool, typer.Option("--force", metavar="", help="Replace a file that is not a report.")] = False,
     browse: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Write one HTML page: the board, charts, speed, the answers of all methods side by side, and all numbers.
+    """Write one HTML page: the board, its picture, the answers of all methods side by side, and all numbers.
 
     The page is one file that opens in any browser without a network.
 

@@ -8,10 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from dart_eval.cli.report import report
-from dart_eval.results import speeds
 from dart_eval.results import store as reading
 from dart_eval.results.blocks import Block, BoardRow, Level
-from dart_eval.results.ratio import Ratio
 from dart_eval.results.report import build, head
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
@@ -46,11 +44,11 @@ def test_a_folder_without_results_is_one_line(tmp_path):
 def test_every_section_is_there_and_the_html_is_well_formed(page):
     html = page.read_text()
     made = Checked(html)
-    for section in ("answer", "board", "quality", "speed", "documents", "numbers"):
+    for section in ("answer", "board", "quality", "documents", "numbers"):
         assert section in made.ids
         assert f'href="#{section}"' in html
     assert len(made.ids) == len(set(made.ids))
-    assert [t for t in made.tags if t in ("h1", "h2")] == ["h1"] + ["h2"] * 6
+    assert [t for t in made.tags if t in ("h1", "h2")] == ["h1"] + ["h2"] * 5
 
 
 def test_the_page_needs_nothing_from_outside(page):
@@ -93,25 +91,6 @@ def test_the_board_says_what_the_tests_say(page):
     assert "<li>At 50 % no row is told apart from dart, which has " in html
     assert html.count("~ no significant difference from it") == 1
     assert html.index('id="board"') < html.index('id="quality"')
-
-
-def test_speed_is_what_was_measured(tmp_path, page):
-    assert "No speed was measured" in page.read_text()
-    store = folder(tmp_path, methods=FEW)
-    inputs = next(r.inputs for r in store.load() if r.inputs["method"] == "dart")
-    ratio, same = Ratio(1.523, 1.5, 1.6, 30), Ratio(1.0, 0.99, 1.01, 30)
-    speeds.keep(tmp_path, speeds.Speed(
-        "dart", inputs["params"], 0.5, inputs["model"], "float32", "cpu", "2 threads", None, 128, 0.5, ratio, same,
-        1.8, "2026-01-01",
-    ))  # fmt: skip
-    html = build(store).html
-    for shown in ("1.52x [1.50, 1.60]", "1.00x", "1.80x", "cpu, 2 threads, after 128 tokens"):
-        assert f">{shown}</td>" in html
-    assert "No speed was measured" not in html
-    first = speeds.load_speeds(tmp_path)[0]
-    speeds.keep(tmp_path, dataclasses.replace(first, speedup=None, control=None, times="bytes only"))
-    html = build(store).html
-    assert ">none</td>" in html and ">1.80x</td>" in html and "1.52x" not in html
 
 
 def test_machines_are_named(tmp_path):

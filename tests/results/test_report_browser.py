@@ -50,7 +50,7 @@ def test_the_page_fits_and_its_charts_are_drawn(page, visit, size, scheme):
     if size[0] < 400:  # the wide tables scroll inside their own boxes
         assert opened.evaluate("(e => e.scrollWidth > e.clientWidth)(document.querySelector('#board .scroll'))")
     charts = opened.locator(".chart svg")
-    assert charts.count() == 4
+    assert charts.count() == 1
     for i in range(charts.count()):
         box = charts.nth(i).bounding_box()
         assert box["width"] > 250 and box["height"] > 120
@@ -138,7 +138,7 @@ def test_board_charts_and_tables_are_filtered_by_method_and_level(page, visit, s
     assert opened.locator("#quality .join:visible").count() == 0
     opened.locator("#filter button").click()
     opened.locator("#filter button").wait_for(state="hidden")
-    assert rows.count() == 6 and opened.locator("#quality .join:visible").count() > 4
+    assert rows.count() == 6 and opened.locator("#quality .join:visible").count() > 1
 
 
 def test_columns_sort_by_number_up_down_and_back_also_by_keyboard(page, visit):
@@ -178,17 +178,18 @@ def test_columns_sort_by_number_up_down_and_back_also_by_keyboard(page, visit):
 
 def test_values_of_points_show_under_the_mouse_and_by_keyboard(page, visit):
     opened = visit(page)
-    tip, dots = opened.locator("#tip"), opened.locator("#quality .chart").nth(1).locator(".dot")
+    tip, dots = opened.locator("#tip"), opened.locator("#quality .chart").first.locator(".dot")
     assert tip.is_hidden()
     dots.nth(1).hover()
-    assert tip.inner_text() == dots.nth(1).get_attribute("aria-label") == "dart at 30 %: 0.3750 ± 0.1700"
+    assert tip.inner_text() == dots.nth(1).get_attribute("aria-label")
+    assert tip.inner_text().startswith("dart at 30 %: 10 % [")
     opened.mouse.move(5, 5)
     assert tip.is_hidden()
     dots.first.focus()
-    assert tip.inner_text() == "dart at 50 %: 0.6250 ± 0.1700"
+    assert tip.inner_text().startswith("dart at 50 %: ")
     opened.keyboard.press("ArrowRight")
-    assert tip.inner_text() == "dart at 30 %: 0.3750 ± 0.1700"
-    assert opened.locator("#quality .chart").nth(1).locator("[tabindex='0']").count() == 1
+    assert tip.inner_text().startswith("dart at 30 %: ")
+    assert opened.locator("#quality .chart").first.locator("[tabindex='0']").count() == 1
 
 
 def test_a_phone_has_the_answer_first_and_targets_for_a_finger(page, visit):

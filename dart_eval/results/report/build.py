@@ -10,7 +10,7 @@ from dart_eval.results import board_text, speeds, tables
 from dart_eval.results.blocks import CONTROL, GUESSING, Block, Board
 from dart_eval.results.board import boards, newest
 from dart_eval.results.format import percent
-from dart_eval.results.report import charts, head, page, quality
+from dart_eval.results.report import charts, head, page
 from dart_eval.results.report.cells import ReportCell, cells_of, looks
 from dart_eval.results.report.explorer import Texts, documents
 from dart_eval.results.report.reader import CellSamples, Reader
@@ -49,8 +49,6 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
     known = looks(cells)
     every, _ = newest(found.records)  # with those of other seeds, of which a row is the mean
     samples_of, texts, untold = _read(reader, cells)
-    chance = {str(c.record.inputs["task"]): p for c in cells
-              if (seen := samples_of.get(c.record.key)) is not None and (p := seen.chance) is not None}  # fmt: skip
     shown = documents(cells, samples_of, texts)
     samples = sum(len(d.answers) for _, of_task in shown for d in of_task)
     failed = sorted(file.stem.rpartition("-")[0] for file in (store.folder / "failed").glob("*.txt"))
@@ -60,9 +58,9 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
         "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}",
         "levels": sorted(levels.items(), key=lambda v: -v[1]),
         "facts": head.facts(cells, every), "warnings": head.warnings(cells, list(found.unread), untold, failed),
-        "models": [_model(board, known, chance) for board in made],
+        "models": [_model(board, known) for board in made],
         "methods": [(label, charts.COLOURS[i % len(charts.COLOURS)], charts.sign(i)) for label, i in known.items()],
-        "chance": bool(chance), "tasks": shown, "kept": reader.most,
+        "tasks": shown, "kept": reader.most,
         "left_out": len(set[Any]().union(*(seen.left_out for seen in samples_of.values()))),
         "numbers": [*tables.tables(every), *_commands(cells)],
         "cells": len(found.records), "explained": board_text.EXPLAINED,
@@ -94,14 +92,14 @@ def _read(
     return samples_of, texts, untold
 
 
-def _model(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) -> dict[str, Any]:
+def _model(board: Board, looks: Mapping[str, int]) -> dict[str, Any]:
     """Return the page's data of one model."""
     blocks = [_block(board, block) for block in board.blocks]
     answered = next((i for i, b in enumerate(board.blocks) if any(level.take for level in b.levels)), 0)
     return {
         "name": board.model, "blocks": blocks, "answered": blocks[answered]["about"],
         "answer": head.answer(board.blocks[answered]), "notes": board_text.notes(board),
-        "charts": quality.charts(board, looks, chance), "speeds": quality.speeds(board),
+        "charts": [c for b in board.blocks if (c := charts.of_block(b, looks, board_text.sizes(board, b)))],
     }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_eval.results.documents import answers
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 
@@ -18,12 +17,10 @@ class CellSamples:
     Attributes:
         first: the samples of the first documents of each task.
         left_out: (task, number) of the other documents.
-        chance: the accuracy under guessing; None without candidates.
     """
 
     first: list[dict[str, Any]]
     left_out: set[tuple[str, int]]
-    chance: float | None
 
 
 class Reader(Store):
@@ -41,13 +38,9 @@ class Reader(Store):
         for s in found:
             ids.setdefault(s["task"], set()).add(s["doc_id"])
         first = {(task, i) for task, numbers in ids.items() for i in sorted(numbers)[: self.most]}
-        choices = [s for s in found if len(answers(s)) > 1 and "acc" in s["metrics"]]
-        whole = all(s["metrics"]["acc"] in (0, 1) for s in choices)  # a share of the probability has no known chance
-        guesses = [1 / len(answers(s)) for s in choices if whole]
         self._looked[record.key] = CellSamples(
             [s for s in found if (s["task"], s["doc_id"]) in first],
             {(task, i) for task, numbers in ids.items() for i in numbers} - first,
-            sum(guesses) / len(guesses) if guesses else None,
         )  # fmt: skip
         return found
 
