@@ -17,7 +17,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.util.errors import UserError
 
 
-def smoke_passage() -> tuple[str, str]:
+def smoke_passage() -> tuple[str, str | None]:
     """Return both halves of the first shipped two-topic document (task `drift_smoke`)."""
     (task,) = Tasks().load("drift_smoke")
     document = next(iter(task.eval_docs))
@@ -39,7 +39,7 @@ def trace(
     """
     if method.mask.fixed or method.looks_ahead:
         raise UserError(f"method {method.name} makes no mask from a prompt", "trace one that does: griffin, dart")
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
     text = None if then is None else tokenizer(then, add_special_tokens=False)["input_ids"][:tokens]
     if ids.shape[1] < 2 or text == []:
         raise UserError("the prompt has fewer than two tokens, or its text none", "give a longer text")

@@ -46,9 +46,9 @@ def trace(
     from dart_eval.bench import tracing
     from dart_eval.models.loading import resolve
 
-    passage = tracing.smoke_passage() if prompt is None else (prompt, None)
+    context, then = tracing.smoke_passage() if prompt is None else (prompt, None)
     model, tokenizer = resolve(chosen.model_spec).load(print_note)
-    found = tracing.trace(model, tokenizer, pruner, sparsity, *passage, tokens)
+    found = tracing.trace(model, tokenizer, pruner, sparsity, context, then, tokens)
     say(tracing.summary(found), err=output is not None)
     if output is not None:
         write(output, json_text(found, allow_nan=False) + "\n")

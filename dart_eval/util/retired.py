@@ -32,7 +32,7 @@ OPTIONS = {
     "cpus-per-cell": "--gpus-per-cell stays", "shards": "a cell is one task: give more cells",
 }  # fmt: skip
 VIEWS = {
-    "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view long has re-masks",
+    "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view costs has re-masks",
     "frontier": "--save FILE.svg draws it", "time": "the board has the speed",
     "batch": "results/README.md has its page",
     "all": "--view board, long and costs",
