@@ -113,7 +113,7 @@ def test_every_file_is_read_once(tmp_path, monkeypatch):
     store, files = folder(tmp_path), []
     monkeypatch.setattr(reading, "read_regular", lambda path: (files.append(path), read_regular(path))[1])
     build(store)
-    assert len(files) == len(set(files)) == 15 + 15 + 3  # records, samples, and texts of three tasks
+    assert len(files) == len(set(files)) == 15 + 15 + 2  # records, samples, and texts of two tasks
 
 
 def test_equal_folders_give_equal_bytes(tmp_path):
