@@ -110,5 +110,5 @@ def _check(config: RunConfig) -> None:
             raise UserError(f"{name} is for a model that is to be loaded", "leave it out, or give the model's name")
     if config.workers > 1:
         raise UserError(f"{config.workers} workers cannot share a loaded model", "save it, and give its folder")
-    if config.executor != "local":
-        raise UserError(f"executor {config.executor} cannot take a loaded model", "save it, and give its folder")
+    if config.ray is not None:
+        raise UserError("cells on Ray cannot take a loaded model", "save it, and give its folder")

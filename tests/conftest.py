@@ -24,7 +24,7 @@ SURFACE = (
     )), *(f"tests/results/test_{name}" for name in (
         "check_command", "cut", "files", "forged", "generated_tables", "labels", "lengths", "paper", "report",
         "same_name", "text",
-    )), *(f"tests/executors/test_{name}" for name in ("deleted", "driver", "resume", "run", "sizing")),
+    )), *(f"tests/executors/test_{name}" for name in ("deleted", "resume", "run")),
     "tests/matrix/test_run",
 )  # fmt: skip
 

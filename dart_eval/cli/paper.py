@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from dart_eval.cli import options
 from dart_eval.cli.run import finish, hush, load_libraries, show_plan
 from dart_eval.cli.view import TerminalView, say, show
-from dart_eval.sweep.config import RAY_OPTIONS
 from dart_eval.util.errors import StoreError, UserError, naming
 from dart_eval.util.text import items_of
 
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
 
 SHARED = (
     "model", "revision", "dtype", "device", "device_map", "trust_remote_code", "confirm_run_unsafe_code", "data_dir",
-    "chat_template", "batch_size", "seed", "workers", "executor", *RAY_OPTIONS,
+    "chat_template", "batch_size", "seed", "workers", "ray", "gpus_per_cell",
 )  # fmt: skip
-NO_MATTER = ("output", "executor", "workers", *RAY_OPTIONS)  # to the numbers
+NO_MATTER = ("output", "workers", "ray", "gpus_per_cell")  # to the numbers
 REMEDY = "free disk space or choose another --output; finished cells remain"
 
 
@@ -47,7 +46,7 @@ def paper(
     dart-eval paper dart --plan
     dart-eval paper dart --model meta-llama/Llama-3.1-8B --dtype bfloat16
     dart-eval paper mine.yaml --data-dir DIR --output mine
-    dart-eval paper dart --model meta-llama/Llama-3.1-8B --executor ray
+    dart-eval paper dart --model meta-llama/Llama-3.1-8B --ray auto
     """
     given |= {"limit": limit, "output": output}
     hush(verbose)

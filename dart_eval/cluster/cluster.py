@@ -1,32 +1,31 @@
 """Run all cells of a configuration on Ray: on one machine, several GPUs, a Slurm allocation or a cluster.
 
-Actors (`pool`) keep the model loaded and evaluate cells, or parts of large ones (`worker`). They hold no files: every
-finished batch travels to this process, the driver, which alone writes journals, records and logs (`driver`). So
-nothing has to be shared, and a run goes on where it was, whatever was killed: an actor, a node, the driver. Keys,
-records and folders are those of the local executor, and either goes on with what the other began.
+A cell is a task of Ray, which finds it a place and repeats it if its process is lost. This process, the driver, claims
+cells, and alone writes what they return; so no disk has to be shared. Keys, records and folders are those of any run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
+import itertools
 import logging
 import os
 import signal
 import socket
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dart_eval.cluster.driver import Driver
-from dart_eval.cluster.pool import Pool
-from dart_eval.cluster.worker import CellWorker
+from dart_eval.cluster.cell import Made, run_cell
 from dart_eval.evaluation.unsafe import away_from_this_folder
+from dart_eval.results.journal import Journal
 from dart_eval.sweep.config import RunConfig
-from dart_eval.sweep.jobs import RunResult, View, begin_sweep
-from dart_eval.sweep.plan import methods_of
-from dart_eval.util.errors import UserError
+from dart_eval.sweep.jobs import Job, RunResult, Sweep, View, begin_sweep
+from dart_eval.util.errors import UserError, summary
+
+TRIES = 3  # more, where the process at work on a cell is lost
+AHEAD = 256  # cells that Ray has at once: the claim of each is an open file
+POLL = 0.5  # seconds between looks: Ray keeps Ctrl-C back while it waits
 
 
 def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
@@ -35,44 +34,82 @@ def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False
     Raises:
         UserError: the input is wrong, or there is no such cluster. Nothing has been written.
     """
-    common = configs[0]
-    for config in configs:
-        config.check()  # before a cluster is asked for
-        methods_of(config)
+    first = configs[0]
     view.status("connecting to Ray")
-    with _connected(common):
-        size, options = _room(common)
-        view.note(_describe(size, options))
-        placed = _placed(common, options)
-        sweep = begin_sweep(configs, view, skip_missing, placed.device)
-        make = functools.partial(CellWorker, placed, _threads(options), os.getcwd())
-        with Driver(sweep, size, common.shards) as driver, Pool(make, size, options) as pool:
-            return sweep.work_through(lambda todo: pool.run(driver.tasks(todo), driver))
+    with _connected(str(first.ray)):
+        import ray
+
+        gpus = _gpus(first)
+        device, spread = ("cuda", "auto" if gpus > 1 else None) if gpus else ("cpu", None)
+        sweep = begin_sweep(configs, view, skip_missing, device)
+        common = dataclasses.replace(first, device=device, device_map=first.device_map or spread)
+        remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TRIES)(run_cell)
+
+        def submit(job: Job, journal: Journal) -> object:
+            config = dataclasses.replace(job.config, tasks=(job.cell.task,))
+            return remote.remote(config, job.cell.key, journal, common, os.getcwd())
+
+        return sweep.work_through(lambda todo: _work(sweep, todo, submit))
+
+
+def _work(sweep: Sweep, todo: Sequence[Job], submit: Callable[[Job, Journal], object]) -> None:
+    """Run the cells that no other process has claimed, and write what comes of them."""
+    import ray
+
+    waiting, pending = iter(todo), dict[object, tuple[Job, Journal, contextlib.ExitStack]]()
+    with contextlib.ExitStack() as claims:
+        while True:
+            for job in itertools.islice(waiting, AHEAD - len(pending)):
+                claim = claims.enter_context(contextlib.ExitStack())
+                journal = claim.enter_context(sweep.claim(job))
+                if journal is not None:
+                    pending[submit(job, journal)] = job, journal, claim
+            if not pending:
+                return
+            for found in ray.wait([*pending], timeout=POLL)[0]:
+                job, journal, claim = pending.pop(found)
+                with claim:
+                    try:
+                        _take(sweep, job, journal, ray.get(found))
+                    except ray.exceptions.RayError as error:
+                        sweep.fail(job.cell, f"the process at work on it was lost ({summary(error)})", str(error))
+
+
+def _take(sweep: Sweep, job: Job, journal: Journal, made: Made) -> None:
+    """Write what came of a cell."""
+    if made.record is not None:
+        sweep.save(job.cell, made.record, made.texts, journal)
+        return
+    answers = {name: answer for name, answer in made.journal.items() if name not in journal}
+    journal.add(answers, made.journal.state_bytes, made.seconds)
+    sweep.fail(job.cell, *made.failure)
 
 
 @contextlib.contextmanager
-def _connected(config: RunConfig) -> Iterator[None]:
-    """Connect to the cluster, or to one that runs on this machine for the length of the run."""
+def _connected(address: str) -> Iterator[None]:
+    """Connect to a cluster; `local` starts one on this machine for the length of the run."""
     try:
         import ray
     except ImportError:
-        raise UserError("--executor ray needs Ray", "pip install 'dart-eval[ray]'") from None
+        raise UserError("--ray needs the package ray", "pip install 'dart-eval[ray]'") from None
     if ray.is_initialized():  # the program around us has a cluster
         yield
         return
     terminate = signal.getsignal(signal.SIGTERM)
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0  # fewer in a Slurm step, say
+    limited = ours if 0 < ours < (os.cpu_count() or 0) else None  # else Ray counts them, and knows of quotas
+    own: dict[str, Any] = {"include_dashboard": False, "num_cpus": limited} if address == "local" else {}
+    host, _, port = address.rpartition(":")
     try:
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if config.ray_address is not None:
-            _check_address(config.ray_address)
-        own = {"address": "local", "include_dashboard": False, "num_cpus": _processors()}
+        if port.isdigit():  # Ray would try for minutes where nobody listens
+            socket.create_connection((host.rpartition("/")[2].strip("[]"), int(port)), timeout=10).close()
         with away_from_this_folder():
-            ray.init(**(own if config.ray_address is None else {"address": config.ray_address}), **quiet)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"no Ray cluster at {config.ray_address} ({error})", "start one (`ray start --head`), see docs/cluster.md"
+            f"no Ray cluster at {address} ({error})", "start one (`ray start --head`), or give --ray local"
         ) from None
-    if threading.current_thread() is threading.main_thread():
+    with contextlib.suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGTERM, terminate)  # Ray has one of its own, which ends without a word
     try:
         yield
@@ -80,73 +117,21 @@ def _connected(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_address(address: str) -> None:
-    """Raise OSError if nothing listens at the address: Ray itself would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-def _processors() -> int | None:
-    """Return this process's CPUs if they are limited (a Slurm step, taskset), or None: Ray counts them."""
-    if not hasattr(os, "sched_getaffinity"):  # Linux has it
-        return None
-    ours = len(os.sched_getaffinity(0))
-    return ours if ours < (os.cpu_count() or ours) else None
-
-
-def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
-    """Return how many actors fit, and the resources of each.
+def _gpus(config: RunConfig) -> int:
+    """Return the GPUs of a cell.
 
     Raises:
-        UserError: none does.
+        UserError: no node has so many: Ray would wait for one.
     """
     import ray
 
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    most = max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
     gpus = config.gpus_per_cell
     if gpus is None:
-        there = any(n.get("GPU", 0) for n in nodes)
-        gpus = 1.0 if config.device == "cuda" or (config.device == "auto" and there) else 0.0
-    cpus = 1.0 if config.cpus_per_cell is None else config.cpus_per_cell
-    fitting = sum(min(_times(cpus, n.get("CPU", 0)), _times(gpus, n.get("GPU", 0))) for n in nodes)
-    if not fitting:
-        if gpus and not any(n.get("GPU", 0) for n in nodes):
-            raise UserError("no node of the cluster has a GPU", "leave --device cuda and --gpus-per-cell out for CPUs")
-        most = {kind: max((n.get(kind, 0) for n in nodes), default=0) for kind in ("CPU", "GPU")}
+        gpus = int(config.device == "cuda" or (config.device == "auto" and most > 0))
+    if gpus > most:
         raise UserError(
-            f"no node of the cluster has {cpus:g} CPUs and {gpus:g} GPUs for a cell (the largest: {most['CPU']:g} and "
-            f"{most['GPU']:g})",
-            "give a smaller --cpus-per-cell or --gpus-per-cell",
+            f"no node of the cluster has {gpus} GPUs for a cell (the largest: {most})",
+            "give a smaller --gpus-per-cell, or --device cpu",
         )
-    if config.device_map is not None and not gpus:
-        raise UserError(
-            f"--device-map {config.device_map} needs workers with GPUs, and the cluster's have none",
-            "give --gpus-per-cell, or leave --device-map out",
-        )
-    return fitting, {"num_cpus": cpus, "num_gpus": gpus}
-
-
-def _times(part: float, whole: float) -> int:
-    """Return how often a resource fits; 0.2 five times into 1, which `//` of floats denies."""
-    return int(whole / part + 1e-6) if part else 1 << 20
-
-
-def _describe(size: int, options: dict[str, float]) -> str:
-    """Return a line about the workers, for people."""
-    each = f"{options['num_cpus']:g} CPU{'s' if options['num_cpus'] != 1 else ''}"
-    if gpus := options["num_gpus"]:
-        each += f" and {gpus:g} GPU{'s' if gpus != 1 else ''}"
-    return f"up to {size} worker{'s' if size != 1 else ''} on {'cuda' if gpus else 'cpu'}, each with {each}"
-
-
-def _placed(config: RunConfig, options: dict[str, float]) -> RunConfig:
-    """Return the configuration for the actor's device; a model with several GPUs is spread over them."""
-    gpus = options["num_gpus"]
-    device_map = config.device_map or ("auto" if gpus > 1 else None)
-    return dataclasses.replace(config, device="cuda" if gpus else "cpu", device_map=device_map)
-
-
-def _threads(options: dict[str, float]) -> int | None:
-    """Return torch's threads in an actor; None: torch's default."""
-    return None if options["num_gpus"] else max(1, int(options["num_cpus"]))
+    return gpus

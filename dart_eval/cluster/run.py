@@ -1,4 +1,4 @@
-"""Executors: run the cells of a plan. `local` is one process, `workers` several on this machine, `cluster` is Ray."""
+"""Where the cells of a plan run: in this process, in several on this machine, or on Ray."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 def run_all(
     configs: Sequence[RunConfig], view: View, skip_missing: bool = False, model: Loaded | None = None
 ) -> RunResult:
-    """Run several sweeps of one model into one folder, with the executor that the first one names.
+    """Run several sweeps of one model into one folder, where the first one says.
 
     Args:
         configs: they differ in methods, sparsities, bits, tasks, few-shot and limit only.
         skip_missing: go on without tasks whose data cannot be had, and report them.
-        model: a loaded one, which the executor `local` takes in place of that of the configurations.
+        model: a loaded one, which this process takes in place of that of the configurations.
 
     Raises:
         UserError: the input is wrong. Nothing has been written.
     """
-    if configs[0].executor == "ray":
+    if configs[0].ray is not None:
         from dart_eval.cluster import cluster
 
         return cluster.run_all(configs, view, skip_missing)

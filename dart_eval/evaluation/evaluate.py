@@ -6,7 +6,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +23,6 @@ from dart_eval.evaluation import distance
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.settings import EvalSettings
-from dart_eval.evaluation.shard import PartDone, Shard
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
 from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.pruning.session.dense import AnySession
@@ -80,21 +79,6 @@ def evaluate_task(
     metrics = _metrics(results)
     metrics += _distances(metrics, results.get("group_subtasks") or {}, lm.costs)
     return TaskResult(metrics, samples, texts, cost, by_task, prompts, journal.state_bytes)
-
-
-def answer_part(
-    lm: PrunedLM, session: AnySession, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal,
-    part: Shard,
-) -> None:  # fmt: skip
-    """Answer one of several parts of a task's requests; the answers go into the journal.
-
-    With the answers of all parts in the journal, `evaluate_task` asks nothing, and its numbers are those of the whole.
-    """
-    items = tasks.load(name)
-    kinds = {"loglikelihood" if t.OUTPUT_TYPE == "multiple_choice" else t.OUTPUT_TYPE for t in leaves(items)}
-    lm.begin(session, documents(items), journal, settings.scope, part, len(kinds), whole_tokens(items))
-    with suppress(PartDone):
-        _simple_evaluate(lm, tasks, items, settings)
 
 
 def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Json:

@@ -26,10 +26,9 @@ from dart_eval.evaluation.batching import Budget, budget
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.generation import Generator
-from dart_eval.evaluation.requests import A, Request, Score, Scoring, Text, holds, stored_answer
+from dart_eval.evaluation.requests import Request, Score, Scoring, Text, holds, stored_answer
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.evaluation.shard import WHOLE, PartDone, Shard
 from dart_eval.evaluation.tasks import RollingLogLikelihood
 from dart_eval.evaluation.truncation import truncated
 from dart_eval.evaluation.unusable import Unusable
@@ -39,7 +38,6 @@ from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
-NO_SCORE, NO_TEXT = Score(0.0, False, Cost()), Text("", Cost())  # in place of another shard's answers
 
 
 class PrunedLM(HFLM):
@@ -50,7 +48,6 @@ class PrunedLM(HFLM):
         batch_size: contexts per forward (their candidates run up to four times as many rows at a time), or `auto`.
         max_length: tokens, context and continuation together; default the model's.
         chunk: tokens per perplexity chunk, at most `max_length`.
-        on_progress: called with the number of requests just finished, and whether they were computed now.
         enable_thinking: what the chat template is told of thinking; None: nothing.
         think_end_token: an answer is what a text says after it; its text, or its id in digits.
         add_bos_token: whether prompts begin with the tokenizer's first token; None: as the tokenizer does.
@@ -61,7 +58,8 @@ class PrunedLM(HFLM):
             only `scored`.
         token_ids: (task, doc_id) -> the tokens of its text, or of the first of several.
         cut: (task, doc_id) of the cell's documents whose prompt does not fit in full.
-        planned: sizes of forwards by which units are planned, the same for all workers of a cell.
+        on_progress: called with the number of requests just finished, and whether they were computed now.
+        planned: sizes of forwards by which units are planned.
         budget: sizes of forwards in use. After memory has run out they are smaller, and units run in pieces.
     """
 
@@ -72,7 +70,6 @@ class PrunedLM(HFLM):
         batch_size: int | str = 8,
         max_length: int | None = None,
         chunk: int = PERPLEXITY_CHUNK,
-        on_progress: Callable[[int, bool], None] = lambda n, fresh: None,
         enable_thinking: bool | None = None,
         think_end_token: str | None = None,
         distances: bool = False,
@@ -89,7 +86,7 @@ class PrunedLM(HFLM):
         self.planned = self.budget = budget(batch_size, model)
         self.distances = distances
         self.chunk = chunk
-        self.on_progress = on_progress
+        self.on_progress: Callable[[int, bool], None] = lambda n, fresh: None
         self._head, self._angles = output_head(model), Angles(model)
         self._scored: list[tuple[Score, bool]] = []  # of the last call: scores, and whether a context was cut
         self.begin(DenseSession(), {})
@@ -100,39 +97,29 @@ class PrunedLM(HFLM):
         documents: Mapping[str, str],
         journal: Journal | None = None,
         scope: str = "scored",
-        part: Shard = WHOLE,
-        kinds: int = 0,
         whole_tokens: bool = False,
     ) -> None:
         """Start or resume a cell: answers in the journal are not computed again.
 
         Args:
             documents: task -> field of its document that may be cut to fit.
-            part: the part of the cell to run.
-            kinds: kinds of requests in the cell, one call each. After the last one a shard raises `PartDone`.
             whole_tokens: whether an answer begins with a token that crosses the end of the context. Else that token
                 is lost, as in stock lm-eval.
         """
         self.whole_tokens = whole_tokens
         self.session, self.documents, self.scope = session, documents, scope
         self.journal = Journal() if journal is None else journal  # an empty journal is falsy
-        self.part, self._kinds = part, kinds
-        self.kinds: list[str] = []  # of the calls of the model so far
-        self._units = 0  # of these calls
+        self.kinds: set[str] = set()  # of the calls of the model so far
         self.costs: dict[tuple[str, int], Cost] = defaultdict(Cost)  # of each (task, doc_id)
         self.cut: set[tuple[str, int]] = set()
         self.token_ids: dict[tuple[str, int], list[int]] = {}  # of each document's first text
         self._clock = time.monotonic()
 
-    def _asked_once(self) -> None:
-        if not self.part.unsharded and len(self.kinds) == self._kinds:
-            raise PartDone
-
     def _ask(
         self, kind: str, requests: Json, make: Callable[[Budget], Scoring | Generator],
         answer: type[Score] | type[Text],
     ) -> None:  # fmt: skip
-        """Run this worker's requests of a call that have no answer yet. The answers go into the journal.
+        """Run the requests of a call that have no answer yet. The answers go into the journal.
 
         Args:
             kind: `loglikelihood`, `loglikelihood_rolling` or `generate_until`.
@@ -144,16 +131,12 @@ class PrunedLM(HFLM):
             UserError: answers are NaN or infinite.
         """
         names, asked, answering = list(requests), list(requests.values()), make(self.planned)
-        units, before = answering.units(asked), self._units
         unusable = Unusable(len(names))
-        self.kinds.append(kind)
-        self._units += len(units)
+        self.kinds.add(kind)
         for name in names:
             if name in self.journal and not holds(self.journal[name], answer):
                 del self.journal[name]
-        for place, unit in enumerate(units):
-            if not self.part.takes(before + place):
-                continue
+        for unit in answering.units(asked):
             if all(names[i] in self.journal for i in unit.requests):
                 self.on_progress(len(unit.requests), False)
                 continue
@@ -175,12 +158,6 @@ class PrunedLM(HFLM):
         self.journal.add(new, state_bytes, now - self._clock)
         self._clock = now
 
-    def _answer(self, name: str, missing: A) -> A:
-        """Return the journal's answer to a request, or `missing` if another shard has it."""
-        if (stored := self.journal.get(name)) is None:
-            return missing
-        return stored_answer(stored, type(missing))
-
     def _record(self, request: Instance, cost: Cost, cut: bool = False) -> None:
         assert request.task_name is not None and request.doc_id is not None
         if cut:
@@ -193,7 +170,6 @@ class PrunedLM(HFLM):
         answers = super().loglikelihood(requests, disable_tqdm=True)
         for request, (score, cut) in zip(requests, self._scored, strict=True):
             self._record(request, score.cost, cut)
-        self._asked_once()
         return answers
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
@@ -236,7 +212,7 @@ class PrunedLM(HFLM):
         mark = () if self.distances else ("no kl",)  # an answer without KL is no answer with it
         names = [_name(r.context, r.continuation, *mark) for r in requests]
         self._ask(kind, dict(zip(names, requests, strict=True)), self._scorer, Score)
-        return [self._answer(name, NO_SCORE) for name in names]
+        return [stored_answer(self.journal[name], Score) for name in names]
 
     def _scorer(self, size: Budget) -> Scoring:
         return scorer(self.model, self._head, self.session, size, self.scope, distances=self.distances)
@@ -277,7 +253,6 @@ class PrunedLM(HFLM):
         answers = [RollingLogLikelihood(value) for value in sums]
         for answer, scored, total in zip(answers, scored_bytes, total_bytes, strict=True):
             answer.coverage = scored / total if total else 0.0
-        self._asked_once()
         return list(answers)
 
     def _bytes(self, tokens: list[int]) -> int:
@@ -295,11 +270,10 @@ class PrunedLM(HFLM):
         self._ask("generate_until", distinct, lambda size: Generator(
             self, self.session, size, self._angles, self.documents, seed
         ), Text)  # fmt: skip
-        texts = [self._answer(name, NO_TEXT) for name in names]
+        texts = [stored_answer(self.journal[name], Text) for name in names]
         for request, text in zip(requests, texts, strict=True):
             self._record(request, text.cost, text.cut)
             self.token_ids.setdefault((request.task_name, request.doc_id), text.token_ids)
-        self._asked_once()
         return [text.text for text in texts]
 
 

@@ -91,8 +91,7 @@ def stored_answer(stored: object, kind: type[A]) -> A:
 class Scoring(ABC):
     """Scores requests on one model.
 
-    Batches depend on all requests, not on earlier answers, so the numbers do not depend on interruptions or on where
-    units run.
+    Batches depend on all requests, not on earlier answers, so the numbers do not depend on interruptions.
 
     Attributes:
         session: prunes the model, or lets it run dense.

@@ -1,10 +1,11 @@
-"""The work of an executor, cells with their tasks, and the view that it reports to."""
+"""The cells of a run with their tasks, what has come of them, and the view that shows it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -25,15 +26,14 @@ from dart_eval.models.loading import Resolved, resolve
 from dart_eval.pruning.method import Pruner
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
-from dart_eval.results.store import Store
+from dart_eval.results.store import Kind, Store
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.feasible import drop_infeasible
 from dart_eval.sweep.plan import Cell, methods_of, plan
 from dart_eval.sweep.values import pairs
 from dart_eval.util.errors import UserError
-from dart_eval.util.text import counted
+from dart_eval.util.text import Json, counted
 
-TRIES = 3  # rounds in which nothing is done and nobody is at work
 POLL = 2.0  # seconds between looks at cells that another process is at work on
 
 
@@ -222,6 +222,8 @@ class Sweep:
     Attributes:
         jobs: by key, in the plan's order. missing: task -> why it could not be loaded.
         done: records by key. failed: cells.
+        since: start of the run that this process is a worker of, in seconds since the epoch. Cells that have been
+            finished or have failed since are not tried again.
     """
 
     jobs: dict[str, Job]
@@ -229,7 +231,9 @@ class Sweep:
     store: Store
     view: View
     done: dict[str, Record]
+    since: float | None = None
     failed: list[Cell] = field(default_factory=list)
+    _notes: set[str] = field(default_factory=set)  # on the model, each shown once
 
     @property
     def todo(self) -> list[Job]:
@@ -237,26 +241,81 @@ class Sweep:
         over = {cell.key for cell in self.failed}
         return [job for key, job in self.jobs.items() if key not in self.done and key not in over]
 
-    def _claimed(self, job: Job) -> bool:
-        """Whether another process is at work on a cell."""
-        with self.store.claim(job.cell.name, job.cell.key) as free:
-            return not free
+    @contextlib.contextmanager
+    def claim(self, job: Job) -> Iterator[Journal | None]:
+        """Yield the journal of a cell that only this process works on; None if another does, or has ended it."""
+        with self.store.claim(job.cell.name, job.cell.key) as mine:
+            if not mine or self.is_over(job):
+                yield None
+                return
+            with contextlib.closing(self._journal(job)) as journal:
+                yield journal
+
+    def is_over(self, job: Job) -> bool:
+        """Whether another process has finished a cell, or has failed at it in this run; its claim must be held."""
+        cell = job.cell
+        if self._changed("failed", cell):
+            file = self.store.file("failed", cell.name, cell.key)
+            self.failed.append(cell)
+            self.view.failed(cell, file.read_text(encoding="utf-8").strip().rpartition("\n")[2], file)
+            return True
+        anew = job.config.force and not self._changed("cells", cell)
+        record = None if anew else self.store.get(cell.name, cell.key)
+        if record is not None:
+            self._finish(cell, record)
+        return record is not None
+
+    def look(self) -> None:
+        """Take note of the cells that other processes have ended."""
+        for job in self.todo:
+            if self._changed("cells", job.cell) or self._changed("failed", job.cell):
+                with self.store.claim(job.cell.name, job.cell.key) as free:
+                    if free:
+                        self.is_over(job)
+
+    def _changed(self, kind: Kind, cell: Cell) -> bool:
+        return self.since is not None and self.store.written_since(kind, cell.name, cell.key, self.since)
+
+    def _journal(self, job: Job) -> Journal:
+        """Return the journal of a cell, with the answers of an earlier run."""
+        cell = job.cell
+        if not job.config.force:
+            for path in self.store.set_aside(cell.name, cell.key):
+                self.view.note(f"{cell.name} was damaged: set aside as {path}, and run again")
+        journal = self.store.journal(cell.name, cell.key)
+        if job.config.force:
+            journal.remove()
+        if journal:
+            self.view.note(f"{cell.name} goes on after {len(journal)} answers of an earlier run")
+        return journal
+
+    def save(self, cell: Cell, record: Record, texts: Sequence[Json], journal: Journal) -> None:
+        """Write the record of a claimed cell in place of its journal."""
+        record = self.store.save(cell.name, record, texts)
+        journal.remove()
+        self._finish(cell, record)
+
+    def _finish(self, cell: Cell, record: Record) -> None:
+        self.done[cell.key] = record
+        self.view.finished(cell, record)
+        for text in record.settings.get("notes", []):
+            if text not in self._notes:
+                self._notes.add(text)
+                self.view.note(text)
+
+    def fail(self, cell: Cell, problem: str, text: str) -> None:
+        """Write why a claimed cell has failed. text: in full, for example a traceback."""
+        self.view.failed(cell, problem, self.store.failed(cell.name, cell.key, text))
+        self.failed.append(cell)
 
     def work_through(self, work: Callable[[list[Job]], None]) -> RunResult:
         """Call `work` until each job has a record or has failed.
 
         A job that another process has claimed is waited for: that process finishes it, or ends and leaves it to `work`.
         """
-        idle = 0
         while todo := self.todo:
             work(todo)
             if len(self.todo) == len(todo):
-                idle += not any(map(self._claimed, todo))
-                if idle >= TRIES:
-                    raise UserError(
-                        f"nobody runs {todo[0].cell.name}, which was planned",
-                        "the task's documents or the code have changed meanwhile; run it without --workers",
-                    )
                 names = ", ".join(job.cell.name for job in todo)
                 self.view.status(f"waiting for another process at work on {names}")
                 time.sleep(POLL)
@@ -271,8 +330,9 @@ def begin_sweep(
     skip_missing: bool,
     device: str | None = None,
     model: Resolved | None = None,
+    since: float | None = None,
 ) -> Sweep:
-    """Plan (see `plan_all`), and find the cells that are finished already."""
+    """Plan (see `plan_all`), and find the cells that are finished already. since: see `Sweep`."""
     configs[0].check_output()
     jobs, missing = plan_all(configs, view, skip_missing, device, model)
     store = Store(configs[0].output)
@@ -286,7 +346,7 @@ def begin_sweep(
     if jobs:
         view.about(_about([*jobs.values()]))
     view.planned(len(jobs), len(done))
-    return Sweep(jobs, missing, store, view, done)
+    return Sweep(jobs, missing, store, view, done, since)
 
 
 def _about(jobs: Sequence[Job]) -> str:
@@ -298,34 +358,6 @@ def _about(jobs: Sequence[Job]) -> str:
         f"{inputs['model']['name']}, {inputs['dtype']}, {inputs['device']}{threads}: {counted(len(jobs), 'cell')}, "
         f"{counted(sum(map(documents, jobs)), 'document')}; results in {config.output}"
     )
-
-
-def made_anew(store: Store, job: Job, since: float | None) -> bool:
-    """Whether a cell is made although it has a record: under `--force`, unless the record is newer than `since`."""
-    cell = job.cell
-    return job.config.force and (since is None or not store.written_since("cells", cell.name, cell.key, since))
-
-
-def open_cell(store: Store, job: Job, view: View, since: float | None = None) -> Record | Journal:
-    """Return the record that another process has made of a claimed cell, or the journal to continue.
-
-    Args:
-        since: seconds since the epoch; a newer record, and newer answers, count under `--force`, too.
-    """
-    cell, force = job.cell, made_anew(store, job, since)
-    if not force:
-        if (made := store.get(cell.name, cell.key)) is not None:
-            return made
-        for path in store.set_aside(cell.name, cell.key):
-            view.note(f"{cell.name} was damaged: set aside as {path}, and run again")
-    goes_on = since is not None and store.written_since("partial", cell.name, cell.key, since)  # of this very run
-    journal = store.journal(cell.name, cell.key)
-    if force and not goes_on:
-        journal.remove()
-    if journal:
-        whose = "a worker that died" if force and goes_on else "an earlier run"
-        view.note(f"{cell.name} goes on after {len(journal)} answers of {whose}")
-    return journal
 
 
 class Silent:

@@ -60,7 +60,6 @@ SCOPES: tuple[str, ...] = get_args(Scope)
 
 Text = Annotated[str, BeforeValidator(values.text)]
 Whole = Annotated[int, Strict(), Field(lt=MOST)]
-Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 
 
@@ -155,19 +154,12 @@ class Options:
         "Write results to this folder; finished cells in it are not run again.",
         second=("output_path", "-o"))] = "out"
     force: Annotated[Flag, option(OUTPUT, "", RUN, "Run finished cells again.")] = False
-    executor: Annotated[Literal["local", "ray"], option(CLUSTER, "local|ray", RUN,
-        "Run cells in this process (local), or in Ray workers on GPUs or machines (ray).")] = "local"
     workers: Annotated[Whole, option(CLUSTER, "N", RUN,
         "Share the cells among this many processes on this machine, one per GPU if it has any.", ge=1)] = 1
-    ray_address: Annotated[Text | None, option(CLUSTER, "ADDRESS", RUN,
-        "Use the running Ray cluster at this address, for example auto.", "a new one on this machine")] = None
-    gpus_per_cell: Annotated[Number | None, option(CLUSTER, "N", RUN,
-        "Give each Ray worker this many GPUs.", "1, or 0 without GPUs", ge=0)] = None
-    cpus_per_cell: Annotated[Number | None, option(CLUSTER, "N", RUN,
-        "Give each Ray worker this many CPUs.", "1", gt=0)] = None
-    shards: Annotated[Whole | None, option(CLUSTER, "N", RUN,
-        "Split every cell into this many shards; a Ray worker runs one at a time.",
-        "one per worker, if each gets 512 requests", ge=1)] = None
+    ray: Annotated[Text | None, option(CLUSTER, "ADDRESS", RUN,
+        "Run each cell as a task of Ray: auto joins a running cluster, local starts one on this machine.")] = None
+    gpus_per_cell: Annotated[Whole | None, option(CLUSTER, "N", RUN,
+        "Give each cell on Ray this many GPUs; two or more share its model.", "1, or 0 without GPUs", ge=1)] = None
     # fmt: on
 
 

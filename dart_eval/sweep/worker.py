@@ -1,8 +1,9 @@
-"""A loaded model that evaluates cells, or parts of them. It knows no folder of results."""
+"""A loaded model that evaluates cells. It knows no folder of results."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import time
@@ -14,9 +15,8 @@ from typing import TypeVar
 import torch
 
 from dart_eval.evaluation.calibration_text import calibration_text
-from dart_eval.evaluation.evaluate import TaskResult, answer_part, evaluate_task
+from dart_eval.evaluation.evaluate import TaskResult, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.evaluation.shard import Shard
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.models.loading import Resolved
@@ -30,7 +30,7 @@ from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.hashes import digest, numeric_files
-from dart_eval.sweep.jobs import Job
+from dart_eval.sweep.jobs import Job, View
 from dart_eval.sweep.plan import Cell, command, environment, versions
 from dart_eval.util.bits import Rounding, bits_text, unread
 from dart_eval.util.errors import UserError, out_of_memory
@@ -45,37 +45,23 @@ T = TypeVar("T")
 
 
 class Worker:
-    """A loaded model that evaluates cells.
+    """A loaded model that evaluates cells, and tells a view what it loads and makes, and how far it is."""
 
-    Args:
-        status, advanced, note: called with what it loads or makes, with the number of requests just answered (and
-            whether they were computed now), and with what is odd about the model.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        resolved: Resolved,
-        status: Callable[[str], None] = lambda text: None,
-        advanced: Callable[[int, bool], None] = lambda n, fresh: None,
-        note: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self._status = status
-        status(f"loading {resolved.identity.name}")
+    def __init__(self, config: RunConfig, resolved: Resolved, view: View) -> None:
+        self._view = view
+        view.status(f"loading {resolved.identity.name}")
         self.notes: list[str] = []
         self.model, self.tokenizer = resolved.load(self.notes.append)
-        for text in self.notes:
-            note(text)
         if config.chat_template and not getattr(self.tokenizer, "chat_template", None):
             raise UserError(f"model {resolved.identity.name} has no chat template", "leave --chat-template out")
-        status("looking at the model's layers")
+        view.status("looking at the model's layers")
         self.halved = 0  # how often memory ran out in the last cell
         self.shape = shape_of(self.model, find_ffns(self.model))
         self._config, self._identity = config, resolved.identity.to_json()
         self._calibrations: dict[Rounding | None, Calibration] = {}  # by the rounding of the weights
         self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
         self.lm = PrunedLM(
-            self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, on_progress=advanced,
+            self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk,
             enable_thinking=config.enable_thinking,
             think_end_token=config.think_end_token, add_bos_token=config.add_bos_token, distances=config.kl,
         )  # fmt: skip
@@ -92,22 +78,17 @@ class Worker:
             problem = f"the chat template of {self._identity['name']} takes no system message"
             raise UserError(problem, "leave --system-instruction out")
 
-    def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[TaskResult, Record]:
-        """Evaluate one cell.
-
-        Args:
-            shrink: how often batches are halved from the start.
-        """
+    def run(self, job: Job, journal: Journal) -> tuple[TaskResult, Record]:
+        """Evaluate one cell."""
         cell, settings = job.cell, job.config.eval_settings
+        self.lm.on_progress = functools.partial(self._view.advanced, cell)
         start, earlier = time.monotonic(), journal.seconds
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(peak_memory(self.lm.device.type))
             session = self._attach(stack, cell)
             ffns = find_ffns(self.model)
             share, inputs = session.share or rounding.share(ffns), rounding.share_of_inputs(ffns)
-            outcome = self._smaller(
-                lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal), shrink
-            )
+            outcome = self._smaller(lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal))
             state = max(outcome.state_bytes, session.state_bytes if session.state is None else 0)
             computed = session.computed(outcome.cost.read)
         measured = {
@@ -117,13 +98,6 @@ class Worker:
         }
         return outcome, self._record(job, outcome, state, measured, share, inputs, computed)
 
-    def answer(self, job: Job, journal: Journal, part: Shard, shrink: int = 0) -> None:
-        """Answer a part of one cell into the journal; `shrink` as in `run`."""
-        with contextlib.ExitStack() as stack:
-            session = self._attach(stack, job.cell)
-            cell, settings = job.cell, job.config.eval_settings
-            self._smaller(lambda: answer_part(self.lm, session, job.tasks, cell.task, settings, journal, part), shrink)
-
     def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> AnySession:
         self.lm.begin(DenseSession(), {})  # the copies of the last method go before the next ones come
         gc.collect()
@@ -131,18 +105,18 @@ class Worker:
             stack.enter_context(self._round(cell.rounding))
         session: AnySession = DenseSession()
         if cell.method.prunes:
-            self._status(_made_for(cell.method))
+            self._view.status(_made_for(cell.method))
             if (calibration := self._calibrations.get(cell.rounding)) is None:
                 calibration = self._calibrations[cell.rounding] = self._calibrated(cell.rounding)
             pruned = prune(self.model, cell.method, cell.sparsity, calibration=calibration, execution="masked")
             session = stack.enter_context(pruned)
-        self._status(f"running {cell.title}")
+        self._view.status(f"running {cell.title}")
         return session
 
     def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
         """Return a context of rounded FFN weights; the last stay in memory, since cell after cell asks for them."""
         if self._rounded is None or self._rounded[0] != wanted:
-            self._status(f"rounding the FFN weights to {bits_text(wanted.text)}")
+            self._view.status(f"rounding the FFN weights to {bits_text(wanted.text)}")
             self._rounded = None  # before the next: there need not be room for both
             self._rounded = wanted, Rounded(self.model, wanted)
         return self._rounded[1].in_place()
@@ -159,16 +133,13 @@ class Worker:
             config.calibration_size, StatsCache(about),
         )  # fmt: skip
 
-    def _smaller(self, work: Callable[[], T], shrink: int) -> T:
+    def _smaller(self, work: Callable[[], T]) -> T:
         """Do the work; if memory runs out, in forwards of half the size, down to one row.
 
         Earlier answers are in the journal, and the rest is asked again.
         """
         whole, self.halved = self.lm.budget, 0
         try:
-            while self.halved < shrink and self.lm.budget.can_shrink:
-                self.lm.budget = self.lm.budget.halved()
-                self.halved += 1
             while True:
                 try:
                     return work()
@@ -186,7 +157,7 @@ class Worker:
 
     def _scored(self) -> bool:
         """Whether the last cell scored given answers: generated texts have no KL to measure."""
-        return any(kind != "generate_until" for kind in self.lm.kinds)
+        return bool(self.lm.kinds - {"generate_until"})
 
     def _record(
         self, job: Job, outcome: TaskResult, state: int, measured: Json, share: float, inputs: float, computed: float

@@ -1,6 +1,7 @@
 """The lm-eval model: generation, what it costs, prompts that must be cut, and answers of an earlier run."""
 
 import copy
+import dataclasses
 import json
 import math
 import zlib
@@ -20,7 +21,7 @@ from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.evaluate import _perplexity_stderr
 from dart_eval.evaluation.generation import GenerationLog, Generator
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.tasks import Tasks, whole_tokens
 from dart_eval.evaluation.truncation import fit, truncated
@@ -367,9 +368,13 @@ def test_no_line_of_a_journal_fails_a_call_or_gives_what_is_no_answer(lm, earlie
 
 
 def test_answers_without_kl_are_not_taken_for_answers_with_it(lm, monkeypatch):
-    asked = []
-    monkeypatch.setattr(lm, "_ask", lambda kind, named, *more: asked.append([*named]))
-    monkeypatch.setattr(lm, "_answer", lambda name, nothing: nothing)
+    asked, answer = [], dataclasses.asdict(Score(0.0, False, Cost()))
+
+    def ask(kind, named, *more):
+        asked.append([*named])
+        lm.journal.update(dict.fromkeys(named, answer))
+
+    monkeypatch.setattr(lm, "_ask", ask)
     for distances in (True, False):
         monkeypatch.setattr(lm, "distances", distances)
         lm._score([Request((1, 2), (3,))])

@@ -17,7 +17,7 @@ from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.evaluation.unsafe import block_local_code
-from dart_eval.sweep.config import RunConfig, config_from
+from dart_eval.sweep.config import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 
@@ -152,6 +152,6 @@ def test_ray_is_not_started_in_the_working_directory(marker, monkeypatch):
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     here = Path.cwd()
     # Whatever runs on Ray connects by this, and would start a cluster.
-    with cluster._connected(RunConfig(executor="ray")):
+    with cluster._connected("local"):
         assert Path.cwd() == here
     assert started == [Path(dart_eval.__file__).parents[1]]

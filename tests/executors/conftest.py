@@ -1,7 +1,5 @@
 """What tests of the executors share."""
 
-import signal
-
 import pytest
 
 
@@ -12,11 +10,3 @@ def quick_workers():
 
     with nursery():
         yield
-
-
-@pytest.fixture
-def own_signals(tmp_path, monkeypatch):
-    """What a worker of Ray's changes of its process is put back in the end: the folder, functions of `signal`."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("signal", "alarm", "setitimer"):
-        monkeypatch.setattr(signal, name, getattr(signal, name))

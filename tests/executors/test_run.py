@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import time
 
 import pytest
 import torch
@@ -109,13 +108,13 @@ def test_cells_without_kl_are_named_where_it_is_asked_for(saved_llama, tmp_path)
     assert notes == [[], ["1 finished cell ran without KL: a new --output, or --force, measures it"]]
 
 
-def test_under_force_the_answers_of_this_run_go_on_and_earlier_ones_do_not(tmp_path):
-    """A worker that dies leaves its journal to the one that replaces it."""
+def test_under_force_earlier_answers_are_dropped(tmp_path):
     store, cell = Store(tmp_path), Cell(make("griffin"), 0.5, "t", {"task": "t"})
-    store.journal(cell.name, cell.key).add({"a": [1.0, True]}, 0, 1.0)
-    job = jobs.Job(cell, RunConfig(force=True), None)
-    assert dict(jobs.open_cell(store, job, Watch(), time.time() - 60)) == {"a": [1.0, True]}
-    assert dict(jobs.open_cell(store, job, Watch(), time.time() + 60)) == {}
+    for force, kept in ((False, {"a": [1.0, True]}), (True, {})):
+        store.journal(cell.name, cell.key).add({"a": [1.0, True]}, 0, 1.0)
+        job = jobs.Job(cell, RunConfig(force=force), None)
+        with jobs.Sweep({cell.key: job}, {}, store, Watch(), {}).claim(job) as journal:
+            assert dict(journal) == kept
 
 
 def test_a_sparsity_out_of_a_methods_reach_is_left_out_with_a_word(saved_llama, tmp_path):

@@ -6,6 +6,7 @@ and libraries read of the environment when they start is the server's: a locale,
 """
 
 import atexit
+import contextlib
 import fcntl
 import io
 import json
@@ -238,15 +239,17 @@ class Forked:
     """In the place of `subprocess.Popen` of `python -c CODE`: the code in a process that is forked (`started`)."""
 
     def __init__(self, words, stdin, stdout, stderr, env):
-        (theirs, ours), (heard, told) = os.pipe(), os.pipe()
-        self.stdin, self.stdout = os.fdopen(ours, "wb"), os.fdopen(heard, "rb")
+        theirs, ours = os.pipe()
+        self.stdin = os.fdopen(ours, "wb")
         self.code = tempfile.NamedTemporaryFile("w", suffix=".py")  # noqa: SIM115 - it lives as long as this
         self.code.write(words[-1])
         self.code.flush()
-        self.process = started(script=self.code.name, stdin=theirs, stdout=told, stderr=stderr.fileno(), env=env)
-        self.pid, self.wait, self.kill = self.process.pid, self.process.wait, self.process.kill
+        self.process = started(
+            script=self.code.name, stdin=theirs, stdout=stdout.fileno(), stderr=stderr.fileno(), env=env
+        )
+        self.wait, self.poll = self.process.wait, self.process.poll
         os.close(theirs)
-        os.close(told)
 
     def terminate(self):
-        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            self.process.send_signal(signal.SIGTERM)

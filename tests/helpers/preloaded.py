@@ -19,7 +19,7 @@ for name in (
     "dart_eval.results.check", "dart_eval.results.compare", "dart_eval.results.paper_tables", "dart_eval.bench.tracing",
     "lm_eval.models.huggingface", "lm_eval.api.metrics", "transformers.models.llama.modeling_llama", "datasets",
     "transformers.generation.utils", "rouge_score.rouge_scorer", "sacrebleu.metrics", "matplotlib.figure",
-    "tests.helpers.commands", "tests.helpers.pools",
+    "tests.helpers.commands",
 ):  # fmt: skip
     with contextlib.suppress(ImportError):  # an extra that is not installed
         importlib.import_module(name)

@@ -1,0 +1,77 @@
+"""What runs on a node of Ray: one cell. It holds no files; the driver writes what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dart_eval.results.journal import Journal
+from dart_eval.results.record import Record
+from dart_eval.sweep.config import RunConfig
+from dart_eval.util.errors import UserError, summary
+from dart_eval.util.text import Json
+
+if TYPE_CHECKING:
+    from dart_eval.models.loading import Resolved
+    from dart_eval.sweep.worker import Worker
+
+
+@dataclass(frozen=True)
+class Made:
+    """A cell's answers and the time they took here; its record and texts, or why it failed, in a line and in full."""
+
+    journal: Journal
+    seconds: float
+    record: Record | None = None
+    texts: tuple[Json, ...] = ()
+    failure: tuple[str, str] = ("", "")
+
+
+def run_cell(config: RunConfig, key: str, journal: Journal, common: RunConfig, folder: str) -> Made:
+    """Run a cell on this node.
+
+    Args:
+        config: with the cell's task alone. common: how the model of all cells is loaded.
+        journal: of the driver, to be continued. folder: the driver's, from which relative paths count.
+    """
+    import torch
+
+    from dart_eval.sweep.jobs import Silent, plan_all
+    from dart_eval.util.quiet import silence
+
+    silence()
+    with contextlib.suppress(OSError):  # where there is no such folder, paths must be absolute
+        os.chdir(folder)
+    if common.device == "cpu":
+        torch.set_num_threads(1)  # the one that Ray gives
+    start, journal.path = time.monotonic(), None
+    try:
+        model, worker = _loaded(common)
+        # Own copies of the tasks: a run writes into lm-eval's, which would change their hashes.
+        jobs, _ = plan_all([config], Silent(), False, common.device, model)
+        if key not in jobs:
+            raise UserError(
+                "this node would evaluate another cell than the driver planned",
+                "install the same versions and give every node the same model and --data-dir",
+            )
+        outcome, record = worker.run(jobs[key], journal)
+    except Exception as error:
+        failure = summary(error), "".join(traceback.format_exception(error))
+        return Made(journal, time.monotonic() - start, failure=failure)
+    return Made(journal, time.monotonic() - start, record, tuple(outcome.texts))
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(common: RunConfig) -> tuple[Resolved, Worker]:
+    """Load the model; Ray runs one cell after another in a process without a GPU."""
+    from dart_eval.models.loading import resolve
+    from dart_eval.sweep.jobs import Silent
+    from dart_eval.sweep.worker import Worker
+
+    model = resolve(common.model_spec)
+    return model, Worker(common, model, Silent())
