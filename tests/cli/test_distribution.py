@@ -131,7 +131,7 @@ def test_the_notebook_runs(demo_installed, tmp_path, monkeypatch):
     NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in book.cells for output in cell.get("outputs", ())]
     boards = "".join(output.text for output in shown if output.output_type == "stream")
-    assert len(re.findall(r"^ 30 % .*dart-plus", boards, flags=re.M)) == 2
+    assert len(re.findall(r"^ 30 % .*grinqh", boards, flags=re.M)) == 2
     assert any("image/svg+xml" in output.get("data", ()) for output in shown)
     assert (tmp_path / "mine" / "report.html").is_file()
 
