@@ -45,11 +45,11 @@ def out(tmp_path):
 def test_every_table_says_it_also_where_a_method_has_one_setting(out):
     records = Store(out).load()
     made = tables(records)
-    assert len(made) == 3
+    assert len(made) == 2
     for t in made:
         assert {row[1] for row in t.body} == {"dense", "griffin", UNIFORM}
     for form in ("md", "tex"):
-        assert render(records, form).count(UNIFORM) == 3
+        assert render(records, form).count(UNIFORM) == 2
 
 
 def test_data_keeps_method_and_parameters_beside_the_label(out):
@@ -65,7 +65,7 @@ def test_the_report_says_it_on_its_board_in_its_legends_and_its_tables(out):
     html = build(Store(out)).html.replace("<wbr>", "")
     assert f'<th scope="row">{UNIFORM}</th>' in html
     assert f"</svg> {UNIFORM}</label>" in html  # the legend, by which one filters
-    assert html.count(f">{UNIFORM}</t") == 5  # the board, how far it goes, and three long tables
+    assert html.count(f">{UNIFORM}</t") == 3  # the board, and two long tables
 
 
 def test_comparisons_say_it(out, tmp_path):
