@@ -49,7 +49,7 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
     assert "unknown dtype 'flaot32'; did you mean float32" in done.stderr
     assert done.stderr.count("unknown device 'gpu'; auto, cpu, cuda, cuda:1, mps\n") == 3
-    assert "error: dart-eval run has no option --sparsty; did you mean --sparsity, " in done.stderr
+    assert "error: dart-eval run has no option --sparsty; did you mean --sparsity?" in done.stderr
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
 
 
