@@ -16,6 +16,7 @@ from dart_eval.sweep.hashes import (
     NO_NUMBER,
     PACKAGE,
     _read,
+    _with_imports,
     digest,
     method_files,
     numeric_files,
@@ -177,10 +178,12 @@ def test_what_a_methods_file_imports_from_beside_it_is_its_own(package):
     files = {file.relative_to(PACKAGE).as_posix() for file in method_files(make("cats"))}
     assert "pruning/choices/cats.py" in files and all(file.startswith(METHODS) for file in files)
     assert "pruning/registry.py" not in {f.relative_to(PACKAGE).as_posix() for f in shared_files()}
-    before = digests(package, *NAMES)
-    (package / "pruning/choices/thresholds.py").write_text("NEW = 1\n", encoding="utf-8")
-    after = digests(package, *NAMES)
-    assert after["cats"] != before["cats"] and after["griffin"] == before["griffin"]
+    cats, beside = package / "pruning/choices/cats.py", package / "pruning/choices/beside.py"
+    beside.write_text("NEW = 1\n", encoding="utf-8")
+    with cats.open("a", encoding="utf-8") as file:
+        file.write("from dart_eval.pruning.choices.beside import NEW\n")
+    _read.cache_clear()
+    assert beside in _with_imports({cats}, package) and beside not in shared_files(package)
 
 
 def test_code_of_the_projects_tasks_is_shared(tmp_path):

@@ -1,12 +1,9 @@
 """Re-masks of some sequences of a batch, by hand; shared masks; where a block must end."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from dart_eval.kernels.top import top_k_mask
-from dart_eval.pruning.session.layer import Layer
 from tests.helpers.sessions import state_of
 
 # A detector that flags every window of two tokens.
@@ -117,10 +114,3 @@ def test_an_alarm_of_one_sequence_is_that_of_all_that_share_its_mask(llama, dens
     apart.remasking.detector.threshold = torch.tensor([2.0, -2.0])
     assert [c.sequence for c in apart.decode(2)[1]] == ([] if dense else [0])
     assert apart.remasking.dense_now.tolist() == [bool(dense), False]
-
-
-def test_nothing_is_added_to_sequences_that_run_dense():
-    """Of two sequences one is dense after an alarm: no constant is added to its h."""
-    layer = SimpleNamespace(fitted=SimpleNamespace(constant=None), constant=torch.ones(2, 3))
-    found = Layer.extra(layer, torch.tensor([True, False]))
-    assert found[0].unique().tolist() == [0.0] and found[1].unique().tolist() == [1.0]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dart_eval.layers.ffn import FFN
     from dart_eval.layers.shape import ModelShape
-    from dart_eval.pruning.inputs.graded import GradedMatrix
+    from dart_eval.pruning.inputs.matrix import GradedMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
