@@ -1,4 +1,4 @@
-"""The codes of one matrix under `grinqh`, `decdec` or `graded-both`, and its product with the bits that a token reads."""
+"""The codes of one matrix under `grinqh` and its like, and products with the bits that a token reads."""
 
 from __future__ import annotations
 
