@@ -22,7 +22,7 @@ SURFACE = (
     "tests/cli/", *(f"tests/evaluation/test_{name}" for name in (
         "adapters", "checkpoint", "finite", "gguf", "local_data", "quantised_checkpoints", "thinking", "unsafe",
     )), *(f"tests/results/test_{name}" for name in (
-        "check_command", "cut", "files", "forged", "generated_tables", "labels", "lengths", "paper", "report",
+        "check_command", "cut", "files", "forged", "labels", "paper", "report",
         "same_name", "text",
     )), *(f"tests/executors/test_{name}" for name in ("deleted", "resume", "run")),
     "tests/matrix/test_run",
