@@ -146,9 +146,9 @@ def test_a_trace_of_nan_is_refused(tokenizer):
     model = tiny("gpt2").float()
     with torch.no_grad():
         model.transformer.wpe.weight[20:] = torch.nan
-    passage = tracing.Passage(words(random_tokens(15)), words(random_tokens(10)))
+    prompt, then = words(random_tokens(15)), words(random_tokens(10))
     with pytest.raises(UserError, match="NaN or infinity in float32: 1 of 1 log-probabilities of a token"):
-        tracing.trace(model, tokenizer, make("griffin", {}), 0.5, passage)
+        tracing.trace(model, tokenizer, make("griffin", {}), 0.5, prompt, then, tokens=10)
 
 
 @pytest.mark.slow
