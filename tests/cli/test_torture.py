@@ -23,7 +23,7 @@ def _refuses(draw, why="wrong"):
     [
         (lambda draw: "read", "read"),
         (_refuses, "refused"),
-        (lambda draw: _refuses(draw, "two\nlines"), "FELL: Wrong: a refusal is no line"),
+        (lambda draw: _refuses(draw, "wrong " * 2000), "FELL: Wrong: a refusal is no line"),
         (_raises, "FELL: ValueError: what a user would see"),
     ],
 )
