@@ -1,8 +1,8 @@
 """dart-eval: evaluation of dynamic FFN pruning of language models, without looking ahead.
 
 Python surface: `prune` (use a method while generating), `rounded_ffns` (on weights of few bits), `evaluate` (run
-cells), `records` and `samples` (results as data frames), `methods` (what there is), `Pruner` (a method of your own
-parts), `UserError` (what is raised where the input is wrong). docs/python.md shows each.
+cells), `records` and `samples` (results as data frames), `methods` (what there is), `Method` (the base of
+your own), `UserError` (what is raised where the input is wrong). docs/python.md shows each.
 """
 
 from importlib import import_module
@@ -12,24 +12,24 @@ from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from dart_eval.api import evaluate
-    from dart_eval.pruning.method import Pruner
-    from dart_eval.pruning.prune import prune
+    from dart_eval.pruning.method import Method
     from dart_eval.pruning.registry import methods
+    from dart_eval.pruning.session import prune
     from dart_eval.results.frames import records, samples
     from dart_eval.weights.rounding import rounded_ffns
 
 __version__ = "0.3.0"
 __all__ = [
-    "Pruner", "UserError", "__version__", "evaluate", "methods", "prune", "records", "rounded_ffns",
+    "Method", "UserError", "__version__", "evaluate", "methods", "prune", "records", "rounded_ffns",
     "samples",
 ]  # fmt: skip
 
 # These import pydantic, torch or pandas, so they wait until somebody asks for them (`--help` does not).
 _LAZY = {
-    "Pruner": "dart_eval.pruning.registry",
+    "Method": "dart_eval.pruning.method",
     "evaluate": "dart_eval.api",
     "methods": "dart_eval.pruning.registry",
-    "prune": "dart_eval.pruning.prune",
+    "prune": "dart_eval.pruning.session",
     "records": "dart_eval.results.frames",
     "rounded_ffns": "dart_eval.weights.rounding",
     "samples": "dart_eval.results.frames",

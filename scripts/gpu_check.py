@@ -51,9 +51,9 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.layers.families import cache_argument
 from dart_eval.models import shapes
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import timed
 
@@ -261,7 +261,7 @@ def scoring(dry: bool) -> dict[str, Any]:
     length, numbers = sum(map(len, contexts)) + sum(len(r.continuation) for r in requests), {}
     for name in ("dense", "griffin", "dart"):
         with prune(model, name, SPARSITY) as session, torch.no_grad():
-            score = scorer(model, head, session if session.prunes else DenseSession(), "auto").score
+            score = scorer(model, head, session if session.prunes else Session(), "auto").score
             score(requests[:4])
             seconds, answers = timed(lambda: score(requests), model.device)  # noqa: B023 - called at once
         numbers[f"{name} tokens/s"] = round(length / seconds, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from method_cards import card
 
 from dart_eval.cli.describe import part_rows
-from dart_eval.pruning.masks.allocations import FromTable, shipped_tables
+from dart_eval.pruning.tables import FromTable, shipped_tables
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import BUILT_IN, PARTS
 from dart_eval.results.writers import escaped

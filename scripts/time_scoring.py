@@ -39,7 +39,7 @@ from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.layers.families import decoder
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.results.writers import Table, markdown
 from dart_eval.sweep.values import AUTO
 from dart_eval.util.errors import UserError
@@ -124,10 +124,10 @@ def measure(
     ours = {size: _Watched(model, tokenizer, size) for size in (batch_size, AUTO)}
     sides = [Side("HFLM"), *(Side(f"dart-eval, {size}") for size in ours)]
     for lm in ours.values():
-        lm.begin(DenseSession(), {})
+        lm.begin(Session(), {})
 
     def score(lm: PrunedLM) -> list[tuple[float, bool]]:
-        lm.begin(DenseSession(), {})  # a new journal: no answer comes from it
+        lm.begin(Session(), {})  # a new journal: no answer comes from it
         return lm.loglikelihood(instances)
 
     works: list[Callable[[], Any]] = [lambda: stock.loglikelihood(instances, disable_tqdm=True)]

@@ -30,7 +30,7 @@ def own_calibrations(tmp_path_factory):
     """Statistics of calibrations go into a folder of the tests' own."""
     patch = pytest.MonkeyPatch()
     patch.setattr(
-        "dart_eval.pruning.calibration.stats_cache.folder", lambda made=tmp_path_factory.mktemp("calibration"): made
+        "dart_eval.pruning.caches.folder", lambda made=tmp_path_factory.mktemp("calibration"): made
     )
     yield
     patch.undo()

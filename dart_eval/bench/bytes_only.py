@@ -15,7 +15,7 @@ from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of, stored_share
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prune
 from dart_eval.pruning.session import prepared
 from dart_eval.pruning.session.kernels import lacking
 from dart_eval.util.bits import Rounding

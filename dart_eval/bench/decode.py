@@ -31,8 +31,8 @@ from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.prune import prune
-from dart_eval.pruning.session.session import Session
+from dart_eval.pruning.session import prune
+from dart_eval.pruning.session import Session
 from dart_eval.results.ratio import Ratio, paired
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import foreign_cpu, peak_memory, timed

@@ -18,11 +18,11 @@ from dart_eval.layers.find import describe
 from dart_eval.layers.shape import shape_of
 from dart_eval.models import shapes
 from dart_eval.pruning import cost
-from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.calibration.moments import Moments
+from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.calibration import Moments
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.prepared import prepare
-from dart_eval.pruning.session.sequence import nbytes
+from dart_eval.pruning.rows import nbytes
 from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.errors import UserError
 

@@ -11,9 +11,9 @@ from dart_eval.bench.decode import check_length
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.finite import refuse_not_finite
-from dart_eval.pruning.calibration.calibration import Calibration
+from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prune
 from dart_eval.util.errors import UserError
 
 

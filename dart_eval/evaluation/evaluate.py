@@ -25,7 +25,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
 from dart_eval.evaluation.unsafe import block_local_code
-from dart_eval.pruning.session.dense import AnySession
+from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import Metric
@@ -53,7 +53,7 @@ class TaskResult:
 
 
 def evaluate_task(
-    lm: PrunedLM, session: AnySession, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal
+    lm: PrunedLM, session: Session, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal
 ) -> TaskResult:
     """Run lm-eval's `simple_evaluate` on one task, group or tag.
 

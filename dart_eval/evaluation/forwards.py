@@ -17,7 +17,7 @@ from dart_eval.layers.families import base_of, cache_argument
 from dart_eval.layers.finite import refuse_not_finite
 from dart_eval.layers.quantised import input_device, is_packed
 from dart_eval.layers.verify import explaining
-from dart_eval.pruning.session.cache import cache_in
+from dart_eval.pruning.cache import cache_in
 from dart_eval.util.errors import UserError
 
 # Models that compute several tokens after a cached context wrongly, but one token correctly: Jamba's state space begins

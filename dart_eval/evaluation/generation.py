@@ -29,8 +29,8 @@ from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.truncation import fit
 from dart_eval.evaluation.unusable import LogitsWatch
 from dart_eval.layers.families import decoder
-from dart_eval.pruning.session.dense import AnySession
-from dart_eval.pruning.session.log import Step
+from dart_eval.pruning.log import Step
+from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
@@ -95,7 +95,7 @@ class Generator:
     """
 
     def __init__(
-        self, lm: HFLM, session: AnySession, budget: Budget, angles: Angles, documents: Mapping[str, str], seed: int = 0
+        self, lm: HFLM, session: Session, budget: Budget, angles: Angles, documents: Mapping[str, str], seed: int = 0
     ) -> None:
         if lm.eot_token_id is None:
             raise UserError("the tokenizer has no EOS token to end a text", "add one to tokenizer_config.json")
@@ -219,7 +219,7 @@ class GenerationLog:
     contexts, with new masks and a new log.
     """
 
-    def __init__(self, session: AnySession) -> None:
+    def __init__(self, session: Session) -> None:
         self.session = session
         self._parts: list[tuple[list[Step], list[Json]]] = []  # steps and events since each prefill
 

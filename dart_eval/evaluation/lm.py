@@ -32,7 +32,7 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import RollingLogLikelihood
 from dart_eval.evaluation.truncation import truncated
 from dart_eval.evaluation.unusable import Unusable
-from dart_eval.pruning.session.dense import AnySession, DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
@@ -89,11 +89,11 @@ class PrunedLM(HFLM):
         self.on_progress: Callable[[int, bool], None] = lambda n, fresh: None
         self._head, self._angles = output_head(model), Angles(model)
         self._scored: list[tuple[Score, bool]] = []  # of the last call: scores, and whether a context was cut
-        self.begin(DenseSession(), {})
+        self.begin(Session(), {})
 
     def begin(
         self,
-        session: AnySession,
+        session: Session,
         documents: Mapping[str, str],
         journal: Journal | None = None,
         scope: str = "scored",

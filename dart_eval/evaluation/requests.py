@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.logits import Answers
-from dart_eval.pruning.session.dense import AnySession
+from dart_eval.pruning.session import Session
 from dart_eval.results import layout
 from dart_eval.results.layout import CLOSED
 
@@ -98,7 +98,7 @@ class Scoring(ABC):
         state_bytes: largest method state seen, per sequence.
     """
 
-    session: AnySession
+    session: Session
     state_bytes: int = 0
 
     @abstractmethod

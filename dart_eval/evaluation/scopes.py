@@ -28,8 +28,8 @@ from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad, scores
 from dart_eval.evaluation.settings import SHARES, check_released
-from dart_eval.pruning.session.log import Step
-from dart_eval.pruning.session.session import Session
+from dart_eval.pruning.log import Step
+from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 
 

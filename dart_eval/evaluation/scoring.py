@@ -32,9 +32,8 @@ from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad, scores
 from dart_eval.evaluation.scopes import WholeInputs
-from dart_eval.pruning.session.dense import AnySession, DenseSession
-from dart_eval.pruning.session.session import Session
-from dart_eval.pruning.session.state import SequenceState
+from dart_eval.pruning.rows import Rows
+from dart_eval.pruning.session import Session
 
 # An output head beyond a processor's caches is read from memory once a run: small batches wait for each other until so
 # many tokens have been computed, some seconds' work on a CPU. It is what a stopped run may lose.
@@ -78,13 +77,13 @@ class _Prefix:
     tokens: tuple[int, ...]
     angles: int
     cache: Cache
-    state: SequenceState | None
+    rows: Rows | None
 
 
 def scorer(
     model: PreTrainedModel,
     head: Callable[[Tensor], Tensor],
-    session: AnySession,
+    session: Session,
     batch_size: int | str | Budget,
     scope: str = "scored",
     share_prefix: bool = True,
@@ -103,7 +102,7 @@ def scorer(
     """
     forwards = Forwards(model, head)
     most = batch_size if isinstance(batch_size, Budget) else budget(batch_size, model)
-    if not isinstance(session, Session) or not session.prunes:
+    if not session.prunes:
         return Scorer(forwards, session, most, share_prefix)
     distances = distances and not session.prompts_on_codes
     if scope in ("scored", "continuation"):
@@ -117,7 +116,7 @@ class Scorer(Scoring):
     """Scores requests in the scopes `scored` and `continuation`. Made by `scorer`; see there."""
 
     def __init__(
-        self, forwards: Forwards, session: AnySession, budget: Budget, share_prefix: bool = True,
+        self, forwards: Forwards, session: Session, budget: Budget, share_prefix: bool = True,
         last_dense: bool = False, distances: bool = False,
     ) -> None:  # fmt: skip
         self.forwards, self.session, self.budget, self.distances = forwards, session, budget, distances
@@ -206,7 +205,7 @@ class Scorer(Scoring):
         cache, positions = DynamicCache(), torch.arange(len(tokens), device=self.forwards.device)[None]
         with self.session.context(valid):
             self.forwards(ids, valid, positions, cache)
-        return _Prefix(tokens, angles, cache, self.session.state)
+        return _Prefix(tokens, angles, cache, self.session.rows)
 
     def _run_contexts(self, contexts: list[tuple[int, ...]], shared: _Prefix | None) -> tuple[object, Tensor, Tensor]:
         """Run contexts densely, as a batch with its padding on the left: their cache, valid [B, N], hidden [B, T, D].
@@ -228,7 +227,7 @@ class Scorer(Scoring):
         else:
             cache = from_prefix(self.forwards.model, shared.cache, positions[:, :start].clamp_min(0))
             block, places = tokens[:, start:], positions[:, start:]
-            session.fork(shared.state, torch.zeros(batch, dtype=torch.long, device=self.forwards.device))
+            session.fork(shared.rows, torch.zeros(batch, dtype=torch.long, device=self.forwards.device))
             with session.extend(valid[:, start:] & (places >= len(shared.tokens))):
                 hidden = self.forwards(block, valid, places, cache)
         self._note_state(batch)
@@ -254,7 +253,7 @@ class Scorer(Scoring):
                 answers.ask(row.nodes[0], continuation)
                 row.targets.append((i, continuation))
         ordered = sorted(rows.values(), key=lambda r: len(r.inputs), reverse=True)
-        state = session.state
+        sequences = session.rows
         found: list[tuple[InputRow, Cost]] = []
         lengths, most = [len(r.inputs) for r in ordered], self.budget.candidates
         if self.budget.cached is not None:  # every row has a copy of its context's cache
@@ -266,7 +265,7 @@ class Scorer(Scoring):
                 continue
             parents = torch.tensor([r.parent for r in part_rows], device=self.forwards.device)
             forked = fork(cache, parents)
-            session.fork(state, parents)
+            session.fork(sequences, parents)
             self._run_dense(part_rows, valid[parents], fork(forked), answers)
             found += zip(part_rows, self._run_rows(part_rows, valid[parents], forked, answers), strict=True)
         return found
@@ -274,13 +273,13 @@ class Scorer(Scoring):
     def _run_dense(self, rows: list[InputRow], seen: Tensor, cache: Cache, answers: Answers) -> None:
         """Run candidates dense, where an oracle must see them or distances are asked for. The cache is used up."""
         session = self.session
-        if not session.looks_ahead and not (self.distances and isinstance(session, Session)):
+        if not session.looks_ahead and not (self.distances and session.prunes):
             return
         tokens, valid = pad([r.inputs for r in rows], left=False, device=self.forwards.device)
         positions = seen.long().sum(1, keepdim=True) + torch.arange(tokens.shape[1], device=self.forwards.device)
 
         def dense(part: slice) -> AbstractContextManager[None]:
-            if not session.looks_ahead and isinstance(session, Session):
+            if not session.looks_ahead:
                 return session.paused()
             return (session.extend if part.start else session.foresee)(valid[:, part])
 
@@ -330,7 +329,7 @@ class Unpruned(Scorer):
     def __init__(
         self, forwards: Forwards, session: Session, budget: Budget, share_prefix: bool, distances: bool = False
     ) -> None:
-        super().__init__(forwards, DenseSession(), budget, share_prefix, distances=distances)
+        super().__init__(forwards, Session(), budget, share_prefix, distances=distances)
         self.state_bytes = session.state_bytes  # what is kept before any prompt
         self._pruning = session
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
-    from dart_eval.pruning.method import Pruner
+    from dart_eval.pruning.method import Method
 
 SHARES = {"last-50": 50, "last-99": 99, "all": 100}  # per cent of the inputs that run pruned
 
@@ -31,13 +31,13 @@ class EvalSettings:
     fewshot_as_multiturn: bool | None = None
 
 
-def check_released(method: Pruner, scope: str) -> None:
+def check_released(method: Method, scope: str) -> None:
     """Refuse a method whose masks are released after some tokens, where inputs run pruned at once.
 
     Raises:
         UserError: the remedy.
     """
-    if scope in SHARES and method.mask.remask.release:
+    if scope in SHARES and getattr(method, "remask_release", 0):
         raise UserError(
             f"{method.spec} counts decoded tokens, and under --scope {scope} whole inputs run pruned",
             "use --scope scored, or leave remask.release out",

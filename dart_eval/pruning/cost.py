@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dart_eval.layers.shape import ModelShape
-from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.method import Method
 from dart_eval.util.text import Json
 
 
@@ -14,7 +14,7 @@ class Overhead:
     """The work that a method adds.
 
     Attributes:
-        prefill: FLOPs of observing the prompt's tokens, by all parts. An upper bound: five operations per neuron and
+        prefill: FLOPs of observing the prompt's tokens. An upper bound: five operations per neuron and
             token, as token normalisation needs. Sorting takes comparisons, which are not counted.
         decode_step: FLOPs per decoded token: the detector, and the choice of neurons.
         remask: FLOPs of one re-mask. From the ring: gate and up, dense on the ring's inputs, and their observation.
@@ -30,40 +30,22 @@ class Overhead:
     remask_read: float
 
 
-def overhead(
-    method: Pruner, shape: ModelShape, tokens: int, weights_read: float, in_mask: float | None = None
-) -> Overhead:
-    """Return the work that a method adds: the sum over its parts, one FLOP per element and operation.
+def overhead(method: Method, shape: ModelShape, tokens: int, weights_read: float) -> Overhead:
+    """Return the work that a method adds, one FLOP per element and operation.
 
     Args:
         tokens: length of the prompt.
         weights_read: share of the FFN weights that a pruned token multiplies.
-        in_mask: share of the neurons in the mask, if it was measured; None: what follows from `weights_read`.
     """
-    neurons, remask = sum(shape.ffn_sizes), method.mask.remask
-    pools = shape.ffn_pools or shape.ffn_sizes
-    mask = 1.0 if method.mask.holds_all else min(1.0, weights_read) if in_mask is None else in_mask
-    observing = neurons * method.mask.score.flops_per_neuron if method.mask.score and not method.mask.fixed else 0
-    parts = method.parts()
-    prefill = tokens * (observing + sum(part.flops_per_token(shape) for part in parts))
-    step = sum(part.flops_per_step(shape, mask * neurons) for part in parts)
-    flops, read = 0, 0.0
-    if remask.needs_ring:
-        read = (shape.ffn_matrices - 1) / shape.ffn_matrices
-        flops = remask.ring * (round(2 * shape.ffn_weights * read) + observing)
-        read *= sum(min(n, remask.ring * size) for n, size in zip(pools, shape.ffn_sizes, strict=True)) / neurons
-    elif remask.alarms_remask and remask.dense_tokens:
-        read = remask.dense_tokens * (1 - weights_read)
-        flops = remask.dense_tokens * observing + round(2 * shape.ffn_weights * read)
-    if flops:
-        flops += 3 * neurons  # old and recent scores blended
-    return Overhead(round(prefill), step, flops, read)
+    observing = sum(shape.ffn_sizes) * method.observe_flops
+    flops, read = method.remask_cost(shape, observing, weights_read)
+    prefill = tokens * (observing + method.prompt_flops(shape))
+    return Overhead(round(prefill), method.step_flops(shape), flops, read)
 
 
 def describe(
-    method: Pruner, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float,
-    in_mask: float | None = None,
-) -> Json:  # fmt: skip
+    method: Method, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float
+) -> Json:
     """Return the costs that a record holds, in FLOPs.
 
     `overhead_decode_step` includes the observed re-masks, spread over the tokens. `remask_reads` is what these
@@ -73,10 +55,9 @@ def describe(
         context: mean length of the contexts.
         weights_read: share of the FFN weights that a pruned token multiplied.
         remasks_per_token: observed re-masks per decoded token.
-        in_mask: see `overhead`.
     """
     tokens = max(1, round(context))
-    added = overhead(method, shape, tokens, weights_read, in_mask)
+    added = overhead(method, shape, tokens, weights_read)
     dense = shape.decode(tokens + 1)
     per_token = added.decode_step + added.remask * remasks_per_token
     return {

@@ -1,236 +1,384 @@
-"""A pruning method: its parts, and what follows from them. The kinds of methods stand in `kinds.py`."""
+"""A pruning method is one class: its fields are its options, and a session calls its methods.
+
+    check    does it fit these FFNs, at this sparsity?
+    fit      before any prompt: codes, masks of all texts, thresholds
+    begin    new sequences: tensors of its own in `rows`
+    observe  context tokens pass, dense: what is added to `rows.sums`
+    finish   the context is over: `rows.mask`
+    decode   a decoded token: what down multiplies
+    forwards what a projection computes in place of its product
+    hooks    further hooks
+    after    a decoding forward is over: new masks
+    read     the share of the FFN weights that a token reads
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from dart_eval.pruning.choices.choice import All, Choice
-from dart_eval.pruning.masks.allocations import Allocation, Uniform
-from dart_eval.pruning.masks.compensations import Compensation, Nothing
-from dart_eval.pruning.masks.counts import Counts, in_steps, keep_counts
-from dart_eval.pruning.masks.mask import Everything, Mask
-from dart_eval.pruning.part import Part, check_slots
-from dart_eval.pruning.spelling import changed_settings, plain_fields, slots, text_of
-from dart_eval.util.errors import UserError
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+
+from dart_eval.layers.ffn import FFN
+from dart_eval.util.bits import Stored
+from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import short_repr
 
 if TYPE_CHECKING:
-    from dart_eval.layers.ffn import FFN
-    from dart_eval.pruning.calibration.calibration import Calibration
-    from dart_eval.pruning.inputs.attached import AttachedInputs, SwappedWeights
-    from dart_eval.pruning.inputs.entries import Entries
-    from dart_eval.pruning.inputs.graded import GradedInputs
-    from dart_eval.util.bits import Stored
+    from torch import Tensor, nn
+    from typing_extensions import dataclass_transform
 
-    Beside = AttachedInputs | GradedInputs | SwappedWeights
+    from dart_eval.layers.shape import ModelShape
+    from dart_eval.pruning.calibration import Calibration
+    from dart_eval.pruning.log import Log
+    from dart_eval.pruning.rows import Rows
+    from dart_eval.pruning.session import Session
+    from dart_eval.util.text import Json
 
-CostTerms = tuple[float, float, float, float]  # read per neuron: always, if in the mask, if taken, if written
+    Hook = tuple[nn.Module, str, Callable[..., Any]]  # module, the method that installs it, the hook
+else:
+
+    def dataclass_transform(**_: object) -> Any:
+        return lambda cls: cls
+
+CHUNK_BYTES = 64 << 20  # of fp32 activations observed at a time
 
 
-KINDS: dict[type[Part], type[Pruner]] = {}  # a part -> the kind of methods that it makes, see `kinds`
+def option(
+    default: object, help: str = "", least: float | None = None, most: float | None = None, above: float | None = None,
+    when: str | None = None,
+) -> Any:  # fmt: skip
+    """Declare an option of a method: a field.
+
+    Args:
+        help: one line for `dart-eval ls methods` and docs/methods.md.
+        least: inclusive lower bound.
+        most: inclusive upper bound.
+        above: exclusive lower bound.
+        when: `remask.window` counts only while the option `remask` has this value.
+    """
+    bounds = {"least": least, "most": most, "above": above, "when": when}
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
 @dataclass(frozen=True)
-class Pruner:
-    """A pruning method. `Pruner(...)` returns the kind that its parts belong to.
+class Option:
+    """An option as a user types it.
 
     Attributes:
-        mask: which neurons a sequence may use.
-        choice: which neurons a token computes, where the mask holds all.
-        allocation: how the sparsity is spread over layers.
-        compensation: what replaces the output of pruned neurons.
-        leaves_out: what methods of this kind leave out.
-        name: the name that a user types and tables show. Not compared, like the next three.
-        summary: one line for `dart-eval ls methods`.
-        paper: arXiv number.
-        base: the method that this one was derived from.
+        path: `remask.window` is the field `remask_window`.
+        kind: bool, int, float, str or a Literal.
+        help, least, most, above, when: as of `option`.
     """
 
-    mask: ClassVar[Mask] = Everything()
-    choice: ClassVar[Choice] = All()
-    allocation: ClassVar[Allocation] = Uniform()
-    compensation: ClassVar[Compensation] = Nothing()
-    leaves_out: ClassVar[str] = "neurons"
-    name: str = dataclasses.field(default="custom", compare=False, kw_only=True)
-    summary: str = dataclasses.field(default="", compare=False, kw_only=True)
-    paper: str = dataclasses.field(default="", compare=False, kw_only=True)
-    base: Pruner | None = dataclasses.field(default=None, compare=False, repr=False, kw_only=True)
-
-    def __init_subclass__(cls, of: type[Part] | None = None) -> None:
-        """Register the kind of methods for parts of the class `of`."""
-        if of is not None:
-            KINDS[of] = cls
-
-    def __new__(cls, *parts: Part, **slots: object) -> Any:
-        """Return an instance of the kind that the parts belong to; its `__init__` takes the arguments."""
-        classes = [type(part) for part in (*parts, *slots.values()) if isinstance(part, Part)]
-        return object.__new__(kind_of_parts(classes) if cls is Pruner else cls)
-
-    def __post_init__(self) -> None:
-        check_slots(self, self._title)
-        choice = self.choice
-        if choice.calibrates and self.allocation.needs_context:
-            raise UserError(
-                f"{choice.title} with a calibrated threshold chooses as many neurons for every prompt",
-                "use allocation=uniform, or choice.threshold=none",
-            )
+    path: str
+    field: str
+    kind: Any
+    default: Any
+    help: str
+    least: float | None
+    most: float | None
+    above: float | None
+    when: str | None
 
     @property
-    def other(self) -> Entries | None:
-        """The part that leaves out inputs or weights; None for methods that leave out neurons."""
-        return None
+    def words(self) -> tuple[str, ...]:
+        """The words that it takes; none if it takes a number or any text."""
+        return typing.get_args(self.kind)
 
-    @property
-    def granularity(self) -> str:
-        """What is left out, if not whole neurons."""
-        return "" if self.other is None else self.other.granularity
-
-    @property
-    def _title(self) -> str:
-        """The method in messages: the part that decides its kind."""
-        return (self.other or self.mask).title
-
-    @property
-    def prunes(self) -> bool:
-        """Whether anything is ever left out: the mask lacks neurons, or tokens choose."""
-        return not self.mask.holds_all or self.choice.chooses
-
-    @property
-    def sized(self) -> bool:
-        """Whether the sparsity decides how much is left out."""
-        return self.prunes if self.other is None else self.other.sized
-
-    @property
-    def exact(self) -> bool:
-        """Whether the sparsity sets the bytes that every token reads; if not, they are measured."""
-        return self.choice.exact
-
-    @property
-    def by_token(self) -> bool:
-        """Whether each token chooses what it reads, so that rounding errors decide near-ties."""
-        return self.choice.chooses
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether masks are made from the very tokens that run under them."""
-        return self.mask.looks_ahead
-
-    @property
-    def upper_bound(self) -> bool:
-        """Whether it uses information that no method has in time."""
-        return self.mask.looks_ahead or any(part.upper_bound for part in self.parts())
-
-    @property
-    def needs_context(self) -> bool:
-        """Whether a sequence without a context runs dense."""
-        return self.mask.needs_context or self.allocation.needs_context
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether it needs a calibration text."""
-        static = self.mask.fixed and self.mask.score is not None and self.mask.score.observes
-        return static or any(part.calibrates for part in self.parts())
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether it keeps state per sequence."""
-        return not self.mask.fixed or self.allocation.needs_change
-
-    @property
-    def reads_most(self) -> bool:
-        """Whether a high sparsity may be out of reach, since whole matrices are read before the choice."""
-        return bool(self.choice.reads_whole)
-
-    def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int) -> None:
-        """Refuse a sparsity that leaves fewer bytes than are read before the choice.
-
-        Args:
-            sizes: [L] neurons per layer.
-            width: D of the model.
-            matrices: 3 for gated FFNs, 2 for plain ones.
+    def value_of(self, value: Any) -> Any:
+        """Return a value from typed text, YAML or Python as one of its kind.
 
         Raises:
-            UserError: names the highest possible sparsity.
+            UserError: it is none, or outside the bounds.
         """
-        if self.reads_most:
-            self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices)
+        if self.words and isinstance(value, bool):  # YAML reads `on` and `off` as true and false
+            value = "on" if value else "off"
+        try:
+            if isinstance(value, bool) and self.kind is not bool:
+                raise ValueError(f"it must be {self.kind.__name__}")
+            return _checker(self.kind, self.least, self.most, self.above).validate_python(value)
+        except (ValidationError, ValueError) as error:
+            if self.words:
+                raise UserError(f"{self.path} is {value!r}", nearest(str(value), self.words)) from None
+            problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise UserError(f"{self.path} is {short_repr(value)}", problem[:1].lower() + problem[1:]) from None
 
-    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float) -> Counts:
-        """Return the neurons per layer: in the mask, taken by a token, and written by it.
+
+@functools.cache
+def _checker(kind: Any, least: float | None, most: float | None, above: float | None) -> TypeAdapter[Any]:
+    number = {"allow_inf_nan": False} if kind is float else {}
+    return TypeAdapter(Annotated[kind, Field(ge=least, le=most, gt=above, **number)])
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(option,))
+class Method:
+    """Base of all methods. A subclass is a dataclass: every field is an option.
+
+    `fit` runs on a copy that the session owns. What belongs to sequences stands in `rows`, batch first.
+
+    Attributes:
+        name: the word that a user types and tables show.
+        summary: one line for `dart-eval ls methods`.
+        paper: arXiv number.
+        recorded: further words by which records have named what the method is made of.
+        prunes: whether anything is ever left out.
+        sized: whether the sparsity decides how much is left out.
+        exact: whether the sparsity sets the bytes that every token reads; if not, they are measured.
+        by_token: whether each token chooses what it reads, so that rounding errors decide near-ties.
+        needs_context: whether a sequence without a context runs dense.
+        keeps_state: whether sequences have state of their own.
+        looks_ahead: whether masks are made from the very tokens that run under them.
+        upper_bound: whether it uses what is known only after the weights are read.
+        calibrates: whether it reads a calibration text.
+        replaces: whether prompts, too, run on something in place of the weights.
+        granularity: the unit that is left out, if not neurons.
+        fits_experts: whether it supports routed experts, which differ from token to token.
+        fits_norms: whether it supports a norm over all neurons before down.
+        fits_repeats: whether it counts a token once when a layer runs several times for it.
+        observe_flops: elementwise operations per neuron and observed token.
+    """
+
+    name: ClassVar[str] = "custom"
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    recorded: ClassVar[Mapping[str, object]] = {}
+    prunes: ClassVar[bool] = True
+    sized: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
+    by_token: ClassVar[bool] = False
+    needs_context: ClassVar[bool] = False
+    keeps_state: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
+    upper_bound: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+    granularity: ClassVar[str] = ""
+    fits_experts: ClassVar[bool] = True
+    fits_norms: ClassVar[bool] = True
+    fits_repeats: ClassVar[bool] = True
+    observe_flops: ClassVar[int] = 0
+
+    ffns: Sequence[FFN]
+    sparsity: float
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclass(kw_only=True, unsafe_hash=True)(cls)
+
+    def __post_init__(self) -> None:
+        for one in self.options().values():
+            setattr(self, one.field, one.value_of(getattr(self, one.field)))
+
+    # -- options ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @functools.cache
+    def options(cls) -> dict[str, Option]:
+        """Return the options by the paths that a user types. A new default in a subclass keeps help and bounds."""
+        options = {}
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            declared = ((base, vars(base).get("__dataclass_fields__", {}).get(field.name)) for base in cls.__mro__)
+            base, first = next((base, f) for base, f in declared if f is not None and f.metadata)
+            kind, path = typing.get_type_hints(base)[field.name], field.name.replace("_", ".", 1)
+            options[path] = Option(path, field.name, kind, field.default, **first.metadata)
+        return options
+
+    def valid_options(self) -> dict[str, Option]:
+        """Return the options that count: those of `remask=drift` only while it is that."""
+        return {
+            path: one for path, one in self.options().items()
+            if one.when is None or getattr(self, path.partition(".")[0]) == one.when
+        }  # fmt: skip
+
+    @property
+    def spec(self) -> str:
+        """The spelling that a user types: the name, and every option that differs from its default."""
+        values = {path: getattr(self, one.field) for path, one in self.valid_options().items()}
+        changed = [f"{path}={text_of(v)}" for path, v in values.items() if v != self.options()[path].default]
+        return ":".join([self.name, *changed])
+
+    def params(self) -> dict[str, object]:
+        """Return what a record says of the method: every option by its path, and the words in `recorded`."""
+        return {**self.recorded, **{path: getattr(self, one.field) for path, one in self.valid_options().items()}}
+
+    def contents(self) -> list[bytes]:
+        """Return the contents of the files that its options name, which can change its numbers."""
+        return []
+
+    # -- before any prompt -----------------------------------------------------------------------------------------
+
+    def check(self, ffns: Sequence[FFN], sparsity: float, bits: Stored | None = None) -> None:
+        """Refuse FFNs that the method does not fit, or a sparsity that it cannot meet on them.
 
         Args:
-            densities: [L] share of each layer's weights that is read.
-        """
-        sizes = [f.size for f in ffns]
-        if self.mask.holds_all:
-            return self.choice.counts(densities, sizes, sparsity, ffns[0].matrices)
-        keep = keep_counts(densities, sizes, sparsity)
-        if any(f.routed for f in ffns):  # equally many neurons of each expert
-            keep = in_steps(keep, sizes, [f.routed.count if f.routed else 1 for f in ffns])
-        return Counts(keep, keep, keep)
-
-    def cost_terms(self, ffns: Sequence[FFN], sparsity: float, unit: float, full_matrices: float) -> list[CostTerms]:
-        """Return per layer the read cost of a neuron, in rows of an average matrix.
-
-        Args:
-            unit: mean bits of an FFN weight.
-            full_matrices: matrices that are read whole before the choice.
-        """
-        from dart_eval.weights import rounding
-
-        matrices, full, terms = ffns[0].matrices, full_matrices if sparsity else 0.0, []
-        for into, down, scales in map(rounding.rows, ffns):
-            into, down, scales = into / unit, down / unit, scales / unit
-            terms.append((scales, into * full, into * (matrices - 1 - full), down - scales))
-        return terms
-
-    def check_weights(self, ffns: Sequence[FFN]) -> None:
-        """Refuse weights that it does not support.
+            bits: bits of a served weight, if they are to be rounded first; None: as they are.
 
         Raises:
             UserError: with the reason.
         """
+        if any(f.routed for f in ffns) and not self.fits_experts:
+            raise UserError(f"{self.name} is not made for experts yet", "take another method, or a dense model")
+        if any(f.norm is not None for f in ffns) and not self.fits_norms:
+            raise self.unfit("an FFN that has a norm of its neurons before down")
+        if any(f.runs > 1 for f in ffns) and not self.fits_repeats:
+            raise self.unfit("layers that run several times for a token")
 
-    def check_bits(self, bits: Stored) -> None:
-        """Refuse weights of these bits, before a model is loaded."""
-        if self.other is not None:
-            self.other.check_bits(bits)
+    def unfit(self, what: str) -> UserError:
+        """Return the refusal of a kind of FFN."""
+        return UserError(f"{self.name} does not fit {what}", "take another method, such as griffin")
 
-    def scales_read(self, ffns: Sequence[FFN]) -> float:
-        """Return the share of the weight bytes that every token of `other` reads beside its weights: their scales."""
-        return 0.0
-
-    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
-        """Attach the part that leaves out inputs or weights to a model; None for other methods."""
-        return None
-
-    def parts(self) -> list[Part]:
-        """All parts of the method, with those inside other parts."""
-        return [part for _, part in slots(self)]
-
-    def contents(self) -> list[bytes]:
-        """The contents of the files that its parts read."""
-        return [content for part in self.parts() for content in part.contents()]
+    def check_sparsity(self, sparsity: float) -> None:
+        """Refuse a sparsity that no model allows, before one is loaded."""
 
     @property
-    def spec(self) -> str:
-        """The spelling that a user types: the name, and every setting that differs from the method of that name."""
-        base = self.base or (Pruner() if self.name == Pruner.name else self)
-        return ":".join([self.name, *(f"{path}={text_of(value)}" for path, value in changed_settings(self, base))])
+    def fits_all(self) -> bool:
+        """Whether it fits all FFNs that run once for a token, at any sparsity."""
+        return self.fits_experts and self.fits_norms
 
-    def params(self) -> dict[str, object]:
-        """Return every part and field by the path that a user types: `{"remask": "drift", "remask.window": 8}`."""
-        params: dict[str, object] = {}
-        for path, part in slots(self):
-            params[path] = part.name
-            for field in plain_fields(type(part)):
-                params[f"{path}.{field.name}"] = getattr(part, field.name)
-        return params
+    def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
+        """Prepare the method for a model, before any prompt.
+
+        Args:
+            ffns: of the model.
+            sparsity: share of the FFN weight bytes that a decoded token does not read.
+            calibration: of methods that read a text, or the weights of all layers.
+        """
+        self.ffns, self.sparsity = ffns, sparsity
+
+    # -- sequences -------------------------------------------------------------------------------------------------
+
+    def begin(self, rows: Rows) -> None:
+        """Give new sequences tensors of the method's own."""
+
+    def observe(self, ffn: FFN, h: Tensor, weight: Tensor) -> Tensor:
+        """Return the sum over context tokens that `rows.sums` gathers.
+
+        Args:
+            h: [B, T, pool] fp32, the input of the down projection.
+            weight: [B, T] fp32, 1; 0 for padding.
+
+        Returns:
+            [B, pool] fp32.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def add(self, sums: Tensor | None, ffn: FFN, h: Tensor, weight: Tensor) -> Tensor | None:
+        """Return sums with what `observe` gives for these tokens, a few tokens at a time.
+
+        Args:
+            sums: [B, pool] fp32; None: of no tokens yet.
+            h: [B, T, F], the input of the down projection.
+            weight: [B, T], 1; 0 for padding.
+        """
+        weight, length = weight.to(h.device, torch.float32), h.shape[1]
+        padding = weight == 0
+        if bool(padding.any()):  # padding may hold NaN
+            h = h.masked_fill(padding[..., None], 0)
+        step = max(1, CHUNK_BYTES // (4 * h.shape[0] * ffn.pool))
+        for start in range(0, length, step):
+            part = slice(start, start + step)
+            new = self.observe(ffn, ffn.spread(h[:, part].float(), part, length), weight[:, part])
+            sums = new if sums is None else sums + new
+        return sums
+
+    def forget(self, rows: Rows) -> None:
+        """Forget what sequences were observed to do so far."""
+        rows.sums, rows.seen = [None] * len(self.ffns), torch.zeros_like(rows.seen)
+
+    def finish(self, rows: Rows, valid: Tensor) -> None:
+        """Close a context forward. valid: [B, T] bool, False for padding."""
+
+    def decode(self, ffn: FFN, h: Tensor, rows: Rows) -> Tensor:
+        """Return what down multiplies in place of h, of decoded tokens: [B, T, F]."""
+        raise NotImplementedError
+
+    def forwards(self, session: Session) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+        """Return what projections compute in place of their products, while the session lasts."""
+        return {}
+
+    def hooks(self, session: Session) -> list[Hook]:
+        """Return further hooks: module, the name of the method that installs one, the hook."""
+        return []
+
+    def after(self, rows: Rows, valid: Tensor, log: Log) -> bool:
+        """Close a decoding forward: make new masks, and log them.
+
+        Args:
+            valid: [B, T] bool, False for padding and after a sequence's end.
+
+        Returns:
+            Whether masks or what tokens read may have changed.
+        """
+        return False
+
+    def room(self, rows: Rows) -> int | None:
+        """Return the tokens that may run in one forward before a mask may change; None for any number."""
+        return None
+
+    def masks(self, rows: Rows) -> list[Tensor]:
+        """Return the masks in force, per layer [B or 1, pool] bool; none while tokens run dense, or without masks."""
+        return []
+
+    def trace(self, rows: Rows, log: Log, row: int, tokens: int | None) -> Json | None:
+        """Return a detector's trace of one sequence: see `Session.trace`. None without a detector."""
+        return None
+
+    def dense_now(self, rows: Rows) -> Tensor | None:
+        """Return [B] bool, the sequences that have masks and yet run dense now; None: none."""
+        return None
+
+    # -- costs -----------------------------------------------------------------------------------------------------
+
+    def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
+        """Return the share of the served FFN weight bytes that a token reads: [B] fp64 on the CPU.
+
+        Args:
+            valid: [B, T] bool, the tokens of the forward that is over, whose mean counts; None: as the sparsity says.
+        """
+        return torch.ones(len(rows.seen), dtype=torch.float64)
+
+    def in_mask(self, rows: Rows) -> Tensor:
+        """Return the share of the neurons in the masks: [B] fp64 on the CPU."""
+        return torch.ones(len(rows.seen), dtype=torch.float64)
+
+    def computed(self, read: float) -> float:
+        """Return the share of the FFN weights that a pruned token multiplies. read: the share that it reads."""
+        return read
+
+    def nbytes(self) -> int:
+        """Return the bytes beside the model that all sequences share."""
+        return 0
+
+    def prompt_flops(self, shape: ModelShape) -> float:
+        """FLOPs per token of the context, beside those of `observe`."""
+        return 0
+
+    def step_flops(self, shape: ModelShape) -> float:
+        """FLOPs per decoded token."""
+        return 0
+
+    def remask_cost(self, shape: ModelShape, observing: int, weights_read: float) -> tuple[int, float]:
+        """Return the FLOPs of a re-mask, and what it reads / the FFN weights of a dense token. See `cost.Overhead`."""
+        return 0, 0.0
+
+    # -- kernels ---------------------------------------------------------------------------------------------------
+
+    def why_no_kernel(self, ffns: Sequence[FFN]) -> str | None:
+        """Return why one sequence decodes no faster on plain weights, or None."""
+        return f"{self.name} has no kernel"
+
+    def kernel(self, ffn: FFN) -> Any:
+        """Return what runs an FFN for one token, [1, D] -> [1, D]; None: products with copies of the mask's rows."""
+        return None
 
 
-def kind_of_parts(parts: Sequence[type[Part]], default: type[Pruner] | None = None) -> type[Pruner]:
-    """Return the kind of method that these parts make. default: the kind if no part decides; None: `TokenChoice`."""
-    kinds = (kind for part in parts for of, kind in KINDS.items() if issubclass(part, of))
-    return next(kinds, default or KINDS[Everything])
+def text_of(value: object) -> str:
+    """Spell a value as a user types it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

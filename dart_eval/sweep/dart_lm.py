@@ -18,9 +18,8 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.task_names import config_of, own
 from dart_eval.evaluation.tasks import weigh_scored_text
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session.dense import AnySession, DenseSession
+from dart_eval.pruning.session import Session, prune
 from dart_eval.sweep.options import Scope
 from dart_eval.util.bits import parse as bits
 from dart_eval.util.errors import UserError, nearest
@@ -78,7 +77,7 @@ class DartLM(PrunedLM):
         self._stack = contextlib.ExitStack()  # open as long as the object: the model is nobody else's
         if ffn_bits is not None and (rounding := bits(str(ffn_bits))) is not None:
             self._stack.enter_context(Rounded(model, rounding).in_place())
-        session: AnySession = DenseSession()
+        session: Session = Session()
         if (pruner := make(*parse(method))).looks_ahead and scope != "scored":
             raise UserError(f"method {pruner.name} needs scored tokens for its mask, and scope={scope} has none",
                             "use scope=scored")  # fmt: skip

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 
 from dart_eval.layers.find import describe
 from dart_eval.models.loading import Resolved
-from dart_eval.pruning import compatibility
-from dart_eval.pruning.session import prepared
 from dart_eval.results.store import Store
 from dart_eval.sweep.plan import Cell
 from dart_eval.util.bits import bits_text
@@ -32,7 +30,7 @@ def drop_infeasible(
 
     def fits(cell: Cell) -> bool:  # so does what has run before
         known = store.file("cells", cell.name, cell.key).is_file()
-        return known or (compatibility.anywhere(cell.method) and cell.rounding is None)
+        return known or (cell.method.fits_all and cell.rounding is None)
 
     if all(map(fits, cells)):
         return list(cells)
@@ -51,10 +49,9 @@ def drop_infeasible(
             reasons[f"--ffn-bits {cell.rounding.text}"] = fixed
             continue
         try:
-            if cell.rounding is None:
-                prepared.check(cell.method, ffns, cell.sparsity)
-            else:
-                compatibility.check_fit(cell.method, ffns, cell.sparsity, cell.rounding.stored(ffns[0].width))
+            bits = None if cell.rounding is None else cell.rounding.stored(ffns[0].width)
+            if cell.method.prunes:
+                cell.method.check(ffns, cell.sparsity, bits)
             kept.append(cell)
         except UserError as error:
             on = "" if cell.rounding is None else f" on {bits_text(cell.rounding.text)}"

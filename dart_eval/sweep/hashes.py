@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
-from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.method import Method
 from dart_eval.util.source import tree_hash
 
 PACKAGE = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def numeric_files(package: Path = PACKAGE) -> set[Path]:
     return {f for name in NUMERIC for f in (package / name, *(package / name).rglob("*.py")) if f.is_file()} - without
 
 
-def method_files(method: Pruner) -> set[Path]:
+def method_files(method: Method) -> set[Path]:
     """Return the files of a method's own code; of other packages' parts those in which they stand."""
     modules = [inspect.getmodule(type(part)) for part in method.parts()]
     files = {str(getattr(module, "__file__", None)) for module in modules}  # none of a part typed at a prompt

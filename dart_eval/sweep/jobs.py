@@ -23,7 +23,7 @@ from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.models import demo_model
 from dart_eval.models.device import choose_device
 from dart_eval.models.loading import Resolved, resolve
-from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.method import Method
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Kind, Store
@@ -367,7 +367,7 @@ class Silent:
         return lambda *args, **kwargs: None
 
 
-def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> None:
+def check_answers(items: Sequence[Task | Group], scope: str, method: Method) -> None:
     """Refuse other scopes, and methods that look ahead, for tasks that do not score given answers.
 
     Raises:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dart_eval.pruning.masks.counts import check_sparsity
+from dart_eval.pruning.counts import check_sparsity
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results import metrics
 from dart_eval.results.claims import ANY, SHAPED, Claim

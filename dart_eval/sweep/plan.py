@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from dart_eval.evaluation.task_names import tasks_dir
-from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.method import Method
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.format import sparsity as percent
 from dart_eval.sweep.config import RunConfig
@@ -37,7 +37,7 @@ class Cell:
     people.
     """
 
-    method: Pruner
+    method: Method
     sparsity: float
     task: str
     inputs: Json = field(compare=False)
@@ -63,24 +63,24 @@ class Cell:
         return f"{self.task}-{self.method.name}{sparsity}{bits}"
 
 
-def methods_of(config: RunConfig) -> list[Pruner]:
+def methods_of(config: RunConfig) -> list[Method]:
     """Return the methods to run, checked; the run's seed is that of what is drawn without one of its own.
 
     Raises:
         UserError: unknown method or parameter.
     """
-    made: list[Pruner] = []
+    made: list[Method] = []
     for spec in config.method:
         name, params = parse(spec)
         method = make(name, params)
         ours: Json = {}
-        for path in ("score.seed", "draw.seed"):
-            if path in method.params() and not {"seed", path, f"mask.{path}"} & set(params):
+        for path in method.valid_options():
+            if path.endswith(".seed") and path not in params:
                 ours[path] = config.seed
         if ours:
             method = make(name, {**params, **ours})
         for sparsity in config.sparsity if method.sized else ():
-            method.allocation.check_sparsity(sparsity)
+            method.check_sparsity(sparsity)
         if method not in made:
             made.append(method)
     return made

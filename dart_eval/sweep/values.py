@@ -125,7 +125,7 @@ def sparsities(value: object) -> tuple[float, ...]:
     """Return numbers in [0, 1), ranges of them in full."""
     if isinstance(value, dict):
         raise UserError(f"sparsity must be a list, not {short_repr(value)}", "for example 0.5,0.7")
-    from dart_eval.pruning.masks.counts import check_sparsity  # not for `--help`: it takes a tenth of a second
+    from dart_eval.pruning.counts import check_sparsity  # not for `--help`: it takes a tenth of a second
 
     return tuple(check_sparsity(s) for item in items_of(value) for s in _sparsity(item))
 

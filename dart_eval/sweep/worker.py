@@ -21,11 +21,10 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.models.loading import Resolved
 from dart_eval.pruning import cost
-from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.calibration.stats_cache import StatsCache
-from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.prune import prune
-from dart_eval.pruning.session.dense import AnySession, DenseSession
+from dart_eval.pruning.caches import StatsCache
+from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.method import Method
+from dart_eval.pruning.session import Session, prune
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.sweep.config import RunConfig
@@ -89,7 +88,7 @@ class Worker:
             ffns = find_ffns(self.model)
             share, inputs = session.share or rounding.share(ffns), rounding.share_of_inputs(ffns)
             outcome = self._smaller(lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal))
-            state = max(outcome.state_bytes, session.state_bytes if session.state is None else 0)
+            state = max(outcome.state_bytes, session.state_bytes if session.rows is None else 0)
             computed = session.computed(outcome.cost.read)
         measured = {
             "seconds": earlier + time.monotonic() - start,
@@ -98,12 +97,12 @@ class Worker:
         }
         return outcome, self._record(job, outcome, state, measured, share, inputs, computed)
 
-    def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> AnySession:
-        self.lm.begin(DenseSession(), {})  # the copies of the last method go before the next ones come
+    def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> Session:
+        self.lm.begin(Session(), {})  # the copies of the last method go before the next ones come
         gc.collect()
         if cell.rounding is not None:
             stack.enter_context(self._round(cell.rounding))
-        session: AnySession = DenseSession()
+        session: Session = Session()
         if cell.method.prunes:
             self._view.status(_made_for(cell.method))
             if (calibration := self._calibrations.get(cell.rounding)) is None:
@@ -172,7 +171,7 @@ class Worker:
         cell, config = job.cell, job.config
         used = outcome.cost
         per_token = used.remasks / used.tokens if used.tokens else 0.0
-        flops = cost.describe(cell.method, self.shape, used.mean_context, computed, per_token, 1 - used.mask_sparsity)
+        flops = cost.describe(cell.method, self.shape, used.mean_context, computed, per_token)
         return Record(
             key=cell.key,
             inputs=cell.inputs,
@@ -211,6 +210,6 @@ class Worker:
         )
 
 
-def _made_for(method: Pruner) -> str:
+def _made_for(method: Method) -> str:
     """Return the step that takes its time before a method can run."""
     return f"{'calibrating' if method.calibrates else 'preparing'} {method.spec}"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
 from tests.derivations.plain import cache_name
 

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM
 
-from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
+from dart_eval.pruning.methods.depth import depth_aware, normalise_sensitivity
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.helpers.models import CONFIGS, biased, random_tokens

@@ -31,7 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from dart_eval.pruning.masks.drift import DriftDetector
+from dart_eval.pruning.methods.drift import DriftDetector
 from dart_eval.pruning.masks.remasks import OnDrift
 from tests.derivations import ours
 from tests.derivations.plain import Plain, largest

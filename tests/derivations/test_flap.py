@@ -23,11 +23,11 @@ import torch
 from dart_eval.bench.overhead import measure
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.pruning.calibration.calibration import Calibration
+from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.cost import overhead
-from dart_eval.pruning.masks.allocations import Global
+from dart_eval.pruning.tables import Global
 from dart_eval.pruning.masks.scores import Fluctuation, Wanda
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
 from tests.derivations import ours
 from tests.derivations.plain import Plain

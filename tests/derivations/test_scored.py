@@ -25,8 +25,8 @@ import torch
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.pruning.prune import prune
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import prune
+from dart_eval.pruning.session import Session
 from dart_eval.sweep.options import SCOPES
 from tests.derivations.plain import Plain, counts, largest
 from tests.helpers.matrices import in_turn
@@ -100,7 +100,7 @@ def test_scores_are_those_of_decoding_token_by_token(family, scope):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_dense_score_is_the_sum_of_the_logs_of_the_probabilities(family):
     model = biased(family)
-    found = scorer(model, output_head(model), DenseSession(), batch_size=3).score([Request(*q) for q in QUESTIONS])
+    found = scorer(model, output_head(model), Session(), batch_size=3).score([Request(*q) for q in QUESTIONS])
     for (context, answer), score in zip(QUESTIONS, found, strict=True):
         with torch.no_grad():
             p = model(torch.tensor([[*context, *answer]])).logits[0].softmax(-1)

@@ -15,7 +15,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models import adapters
 from dart_eval.models.loaded import loaded
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from tests.helpers.models import SMALL, VOCAB, made, tiny
 from tests.helpers.requests import TextRequest
@@ -155,6 +155,6 @@ def test_a_special_token_beyond_the_embeddings_is_named_where_a_prompt_has_it(fo
     larger = PreTrainedTokenizerFast.from_pretrained(folder)
     larger.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     lm = PrunedLM(tiny("llama"), larger)
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     with pytest.raises(UserError, match=r"a prompt has the token '<\|im_start\|>' with id 96, and the model 96 embed"):
         lm.generate_until([TextRequest("<|im_start|> w4", 0)])

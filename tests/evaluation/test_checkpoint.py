@@ -16,7 +16,7 @@ import dart_eval
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.layers.find import describe
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.sweep.config import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, command, run_local
@@ -262,7 +262,7 @@ def test_a_tokenizer_without_an_end_writes_no_texts(tokenizer):
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>", pad_token="<pad>"
     )
     lm = PrunedLM(tiny("llama"), endless)
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     with pytest.raises(UserError, match="the tokenizer has no EOS token to end a text; add one to tokenizer_config"):
         lm.generate_until([TextRequest("w5 w6", 0)])
 

@@ -12,8 +12,8 @@ from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks, documents
 from dart_eval.evaluation.truncation import fit
 from dart_eval.models import demo_model
-from dart_eval.pruning.prune import prune
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import prune
+from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 from tests.helpers.requests import TextRequest
 
@@ -34,7 +34,7 @@ def stock(demo):
 
 def _compare(ours, stock, tasks, name, num_fewshot=None):
     settings = EvalSettings(limit=LIMIT, num_fewshot=num_fewshot, seed=0)
-    outcome = evaluate_task(ours, DenseSession(), tasks, name, settings, Journal())
+    outcome = evaluate_task(ours, Session(), tasks, name, settings, Journal())
     theirs = lm_eval.simple_evaluate(
         model=stock, tasks=tasks.load(name), task_manager=tasks.manager, limit=LIMIT, num_fewshot=num_fewshot,
         random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0, bootstrap_iters=0,
@@ -87,7 +87,7 @@ def test_scores_learn_from_the_prompt(demo, ours):
     """At 50 % the prompt's scores lose far less than random neurons do: perplexity after a switch of topic."""
     values = {}
     for method in (None, "griffin", "random"):
-        with prune(demo[0], method, 0.5) if method else nullcontext(DenseSession()) as session:
+        with prune(demo[0], method, 0.5) if method else nullcontext(Session()) as session:
             outcome = evaluate_task(ours, session, Tasks(), "smoke_drift", EvalSettings(limit=1), Journal())
         values[method] = outcome.metrics[0].value
     assert values[None] < values["griffin"] < values["random"] / 5

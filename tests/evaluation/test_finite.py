@@ -14,9 +14,9 @@ from dart_eval.evaluation import generation, unusable
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.results.report.build import build
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
@@ -113,7 +113,7 @@ def test_a_log_likelihood_of_minus_infinity_is_no_answer(tokenizer):
     with torch.no_grad():
         model.lm_head.bias[9] = -torch.inf
     lm = PrunedLM(model, tokenizer)
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     assert lm.loglikelihood([_asked(0, "w7")])[0][0] < 0
     with pytest.raises(UserError, match="1 of 2 answers are NaN or infinite"):
         lm.loglikelihood([_asked(0, "w7"), _asked(1, "w9")])

@@ -9,7 +9,7 @@ from dart_eval.evaluation.cache import can_pad, can_share_prefix, fork, new_cach
 from dart_eval.evaluation.forwards import Forwards, output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import open_session
@@ -54,7 +54,7 @@ def test_a_state_space_that_begins_anew_takes_one_token_at_a_time(method):
     model = tiny("jamba")
     head = output_head(model)
     assert Forwards(model, head).blocks(3) == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    dense = [a.logprob for a in scorer(model, head, DenseSession(), 4).score(ASKED)]
+    dense = [a.logprob for a in scorer(model, head, Session(), 4).score(ASKED)]
     for request, found in zip(ASKED, dense, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*request.context, *request.continuation]])).logits[0]

@@ -25,7 +25,7 @@ from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.tasks import Tasks, whole_tokens
 from dart_eval.evaluation.truncation import fit, truncated
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn
@@ -41,7 +41,7 @@ def lm(tokenizer):
 
 def test_dense_generation_equals_stock_hflm(lm, tokenizer):
     requests = [TextRequest(words(random_tokens(n, seed=n)), n) for n in (5, 20, 11)]
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     stock = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=2)
     assert lm.generate_until(requests) == stock.generate_until(requests, disable_tqdm=True)
     assert {d: lm.costs["t", d].tokens for d in (5, 20, 11)} == dict.fromkeys((5, 20, 11), 8)
@@ -62,7 +62,7 @@ def test_a_token_over_the_end_of_a_context_begins_the_answers_of_drift():
 
     merged, apart = ("He said.", "\n\nIt rained."), ("He said", "\n\nIt rained.")
     assert pair(stock, *merged) == pair(lm, *merged) == ("He said.", "It rained.")
-    lm.begin(DenseSession(), {}, whole_tokens=True)
+    lm.begin(Session(), {}, whole_tokens=True)
     assert pair(lm, *merged) == ("He said", ".\n\nIt rained.")
     assert pair(stock, *apart) == pair(lm, *apart) == apart
     asked = {name: whole_tokens(Tasks().load(name)) for name in ("drift_smoke", "smoke_drift", "smoke_stories")}
@@ -76,7 +76,7 @@ def test_generation_does_not_depend_on_the_batch_size(tokenizer):
     texts = []
     for batch_size in (1, 4, "auto"):
         lm = PrunedLM(model, tokenizer, batch_size=batch_size)
-        lm.begin(DenseSession(), {})
+        lm.begin(Session(), {})
         generate = lm._model_generate  # lm-eval's step of one batch: how many rows run together shows nowhere else
         lm._model_generate = lambda context, *a, run=generate, **k: (rows.append(len(context)), run(context, *a, **k))[
             1
@@ -118,7 +118,7 @@ def test_what_is_kept_once_for_all_sequences_is_not_divided_by_them(method, toke
 
 def test_tokens_after_a_stop_sequence_do_not_count(lm):
     prompt = words(random_tokens(20, seed=20))
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     (whole,) = lm.generate_until([TextRequest(prompt, 1)])
     third = whole.split()[2]
     first = whole.split().index(third)
@@ -131,7 +131,7 @@ def test_tokens_after_a_stop_sequence_do_not_count(lm):
 
 def test_the_end_of_sequence_counts_and_what_follows_does_not(lm):
     # Which tokens count, apart from a model that would have to write them.
-    generator = Generator(lm, DenseSession(), lm.planned, Angles(lm.model), {})
+    generator = Generator(lm, Session(), lm.planned, Angles(lm.model), {})
     assert generator.counted([5, 6, 2, 0, 0], []) == 3
     assert generator.counted([5, 6, 7], []) == 3
 
@@ -159,7 +159,7 @@ def test_other_prompts_keep_their_last_tokens_as_in_lm_eval(tokenizer):
     model = tiny("llama")
     lm = PrunedLM(model, tokenizer, batch_size=1, max_length=40)
     request = TextRequest(words(random_tokens(60, seed=3)), 0)
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=40)
     assert lm.generate_until([request]) == stock.generate_until([request], disable_tqdm=True)
 
@@ -182,7 +182,7 @@ def test_what_a_row_writes_after_its_end_is_no_part_of_its_text(tokenizer):
     lm = PrunedLM(model, tokenizer, batch_size=2)
     # A model that would go on after its end, as rows of a batch do.
     lm._model_generate = lambda context, *_, **__: torch.cat([context, torch.tensor([[5, 2, 7, 8], [5, 6, 7, 8]])], 1)
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     assert lm.generate_until([TextRequest(words(tokens), 1), TextRequest(words(tokens[1:]), 2)]) == [
         "w5",
         "w5 w6 w7 w8",
@@ -194,7 +194,7 @@ def test_a_special_token_may_be_a_stop_sequence(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["w57"]})
     lm = PrunedLM(tiny("llama"), tokenizer, batch_size=2)
-    counted = Generator(lm, DenseSession(), lm.planned, Angles(lm.model), {}).counted
+    counted = Generator(lm, Session(), lm.planned, Angles(lm.model), {}).counted
     assert counted([5, 57, 49, 49], ["w57"]) == 2
     assert counted([5, 57, 49, 49], ["w49"]) == 3
 
@@ -203,7 +203,7 @@ def test_models_may_have_several_ends(tokenizer):
     model = tiny("llama")
     model.generation_config.eos_token_id = [2, 50]
     lm = PrunedLM(model, tokenizer)
-    assert Generator(lm, DenseSession(), lm.planned, Angles(model), {}).counted([5, 50, 0], []) == 2
+    assert Generator(lm, Session(), lm.planned, Angles(model), {}).counted([5, 50, 0], []) == 2
     assert torch.is_inference_mode_enabled() is False
 
 
@@ -233,7 +233,7 @@ def test_shares_are_means_over_the_tokens_that_they_speak_of():
 
 
 def test_a_text_that_begins_with_the_prefix_token_has_it_once(lm):
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     text = words(random_tokens(20, seed=4))
     requests = [TextRequest(text, 0), TextRequest(f"<bos> {text}", 1)]
     for request in requests:
@@ -245,7 +245,7 @@ def test_a_text_that_begins_with_the_prefix_token_has_it_once(lm):
 
 def test_texts_of_unknown_words_are_refused(lm):
     """Their tokens decode to nothing, and a perplexity would divide by no words."""
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     request = TextRequest("Words that no tiny tokenizer knows, and more of them.", 0)
     request.args = request.args[:1]
     with pytest.raises(UserError, match="stand for no text, so a perplexity has no words to count; use a tokenizer"):
@@ -272,7 +272,7 @@ ASKED = {"scores": lambda lm: lm._score(SCORED), "texts": lambda lm: lm.generate
 def _answers(lm, kind, path=None):
     """What a call gives that goes on with a journal, and what its tokens cost."""
     journal = Journal(path)
-    lm.begin(DenseSession(), {}, journal)
+    lm.begin(Session(), {}, journal)
     found = ASKED[kind](lm)
     journal.close()
     return found, [c for _, c in sorted(lm.costs.items())], journal
@@ -382,7 +382,7 @@ def test_answers_without_kl_are_not_taken_for_answers_with_it(lm, monkeypatch):
 
 
 def test_an_answer_without_a_token_is_refused_and_a_context_without_one_begins_the_text(lm):
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     with pytest.raises(UserError, match="an answer has no token of its own after its context; check the task's"):
         truncated([1, 2], [], 8)
     scores = lm._loglikelihood_tokens([(None, [], [5, 6]), (None, [lm.prefix_token_id], [5, 6])])
@@ -396,7 +396,7 @@ def test_an_answer_without_a_token_is_refused_and_a_context_without_one_begins_t
     ({"max_gen_toks": 0}, "max_gen_toks=0 leaves no text to generate"),
 ])  # fmt: skip
 def test_settings_that_would_give_texts_to_other_prompts_are_refused(lm, settings, message):
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     request = TextRequest(words(random_tokens(6)), 0, tokens=3)
     request.args = (request.args[0], {**request.args[1], **settings})
     with pytest.raises(UserError, match=message):
@@ -404,7 +404,7 @@ def test_settings_that_would_give_texts_to_other_prompts_are_refused(lm, setting
 
 
 def test_a_text_has_the_tasks_length_whatever_the_checkpoint_says(lm, monkeypatch):
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     monkeypatch.setattr(lm.model.generation_config, "max_new_tokens", 2)
     request = TextRequest(words(random_tokens(6)), 0, tokens=5)
     request.args = (request.args[0], {**request.args[1], "until": None})
@@ -413,7 +413,7 @@ def test_a_text_has_the_tasks_length_whatever_the_checkpoint_says(lm, monkeypatc
 
 
 def test_samples_are_drawn_where_no_temperature_is_given(lm):
-    lm.begin(DenseSession(), {})
+    lm.begin(Session(), {})
     request = TextRequest(words(random_tokens(6)), 0, tokens=3)
     request.args = (request.args[0], {**request.args[1], "do_sample": True, "num_return_sequences": 1})
     assert len(lm.generate_until([request])) == 1

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from tests.helpers.models import SMALL, VOCAB, random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
 from tests.helpers.sessions import open_session
@@ -33,7 +33,7 @@ def test_no_tensor_has_all_layers_or_all_logits_of_a_prompt(tokenizer, method):
     model = tiny("llama")
     lm = PrunedLM(model, tokenizer, batch_size=1)
     request = TextRequest(words(random_tokens(LENGTH, seed=1)), 0, tokens=3)
-    with open_session(model, method, 0.5) if method else nullcontext(DenseSession()) as session, Largest() as seen:
+    with open_session(model, method, 0.5) if method else nullcontext(Session()) as session, Largest() as seen:
         lm.begin(session, {})
         lm.generate_until([request])
     wide = LENGTH * max(SMALL["intermediate_size"], SMALL["hidden_size"])

@@ -12,7 +12,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn, product
 from tests.helpers.models import SMALL, made, random_tokens, tiny
@@ -56,7 +56,7 @@ def _requests():
 def _scores(model, method, batch_size, requests, scope="scored", share=True):
     head = output_head(model)
     if method is None:
-        return [s.logprob for s in scorer(model, head, DenseSession(), batch_size, scope, share).score(requests)]
+        return [s.logprob for s in scorer(model, head, Session(), batch_size, scope, share).score(requests)]
     with open_session(model, method[0], 0.5, **method[1]) as session:
         return [s.logprob for s in scorer(model, head, session, batch_size, scope, share).score(requests)]
 
@@ -169,7 +169,7 @@ def _generate(model, tokenizer, requests, batch_size, session=None):
     """Texts, and what each cost."""
     with session.paused() if session else contextlib.nullcontext():  # it checks itself with forwards of its own
         lm = PrunedLM(model, tokenizer, batch_size=batch_size, max_length=256)
-    lm.begin(session or DenseSession(), {})
+    lm.begin(session or Session(), {})
     texts = lm.generate_until(requests)
     costs = [lm.costs["t", r.doc_id] for r in requests]
     return texts, [(c.tokens, c.pruned_tokens, round(c.not_read_sum, 6), c.remasks) for c in costs]

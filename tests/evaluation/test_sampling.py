@@ -8,7 +8,7 @@ from transformers import DbrxConfig, LlamaConfig, MixtralConfig
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.plan import plan
@@ -28,7 +28,7 @@ def requests(count=5, kwargs=KWARGS, repeats=1):
 def answers(tokenizer, asked, batch_size=2, journal=None):
     torch.manual_seed(7)
     lm = PrunedLM(tiny("llama").float(), tokenizer, batch_size, max_length=64)
-    lm.begin(DenseSession(), {}, journal)
+    lm.begin(Session(), {}, journal)
     return lm.generate_until(asked)
 
 

@@ -12,9 +12,9 @@ from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.pruning.masks.allocations import write_table
-from dart_eval.pruning.prune import prune
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.tables import write_table
+from dart_eval.pruning.session import prune
+from dart_eval.pruning.session import Session
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import Silent
 from dart_eval.sweep.options import SCOPES
@@ -45,8 +45,8 @@ def numbers(scores):
 @on_families(["scope"], FAMILIES, OTHERS)
 def test_dense_is_dense_in_every_scope(model, scope):
     requests = questions()
-    stock = [s.logprob for s in scored(model, DenseSession(), requests, "scored")]
-    assert [s.logprob for s in scored(model, DenseSession(), requests, scope)] == pytest.approx(stock, abs=1e-5)
+    stock = [s.logprob for s in scored(model, Session(), requests, "scored")]
+    assert [s.logprob for s in scored(model, Session(), requests, scope)] == pytest.approx(stock, abs=1e-5)
     with open_session(model, "griffin", 0.0) as session:
         assert [s.logprob for s in scored(model, session, requests, scope)] == pytest.approx(stock, abs=1e-5)
 
@@ -194,7 +194,7 @@ def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, b
 
 def test_the_scope_of_decoding_leaves_the_model_to_itself_and_then_prunes_again(llama):
     requests = questions()
-    dense = [s.logprob for s in scored(llama, DenseSession(), requests, "scored")]
+    dense = [s.logprob for s in scored(llama, Session(), requests, "scored")]
     with open_session(llama, "griffin", 0.6) as session:
         before = numbers(scored(llama, session, requests, "scored"))
         idle = scored(llama, session, requests, "decode")

@@ -9,7 +9,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.layers.families import cache_argument
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from tests.helpers.distances import assert_apart, dense_logits
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, SMALL, random_tokens, tiny
@@ -32,7 +32,7 @@ def test_dense_equals_stock_hflm(model, tokenizer):
     theirs = stock._loglikelihood_tokens(
         [(("", str(i)), list(r.context), list(r.continuation)) for i, r in enumerate(requests)], disable_tqdm=True
     )
-    ours = _score(model, DenseSession(), requests)
+    ours = _score(model, Session(), requests)
     for (logprob, greedy), score in zip(theirs, ours, strict=True):
         assert score.logprob == pytest.approx(logprob, abs=1e-4)
         assert score.greedy == greedy
@@ -81,10 +81,10 @@ def test_the_context_is_computed_once_for_all_candidates(llama):
     )
     context = random_tokens(30, seed=4)
     one_token = [Request(context, (t,)) for t in (5, 6, 7, 8)]
-    _score(llama, DenseSession(), one_token)
+    _score(llama, Session(), one_token)
     assert lengths == [(1, 30)]  # dense: the context's forward has the four answers
     lengths.clear()
-    _score(llama, DenseSession(), [Request(context, random_tokens(4, seed=s)) for s in range(4)])
+    _score(llama, Session(), [Request(context, random_tokens(4, seed=s)) for s in range(4)])
     assert lengths == [(1, 30), (4, 3)]
     lengths.clear()
     with open_session(llama, "griffin") as session:
@@ -103,7 +103,7 @@ def test_logits_are_computed_only_where_they_are_scored(llama):
     head = output_head(llama)
     seen.clear()
     requests = [Request(random_tokens(30), random_tokens(n, seed=n)) for n in (2, 9)]
-    scorer(llama, head, DenseSession(), 4).score(
+    scorer(llama, head, Session(), 4).score(
         [*requests, Request(random_tokens(30), (*requests[1].continuation[:3], 5))]
     )
     handle.remove()
@@ -129,7 +129,7 @@ def test_perplexity_scores_the_second_half_of_each_chunk(llama, tokenizer, metho
         return answer, _score(llama, session, halves)
 
     if method is None:
-        answer, scores = run(DenseSession())
+        answer, scores = run(Session())
     else:
         with open_session(llama, method) as session:
             answer, scores = run(session)
@@ -194,4 +194,4 @@ def test_a_log_counts_every_token_of_a_block(llama):
 
 def test_a_dense_session_is_asked_nothing_that_one_which_prunes_does_not_know(llama):
     with open_session(llama, "griffin") as session:
-        assert [name for name in dir(DenseSession()) if not hasattr(session, name) and name[0] != "_"] == []
+        assert [name for name in dir(Session()) if not hasattr(session, name) and name[0] != "_"] == []

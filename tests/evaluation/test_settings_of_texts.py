@@ -6,7 +6,7 @@ from dart_eval.evaluation import sampling
 from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.rotary import Angles
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.sweep.config import config_from, made
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny, word_tokenizer
@@ -16,7 +16,7 @@ from tests.helpers.sessions import open_session
 
 def _asked(lm, session=None, **settings):
     """Ask three prompts in one batch; return the token ids and the counted tokens of each."""
-    lm.begin(session or DenseSession(), {})
+    lm.begin(session or Session(), {})
     requests = [TextRequest(words(random_tokens(5 + i, seed=i)), i) for i in range(3)]
     for request in requests:
         request.args = (request.args[0], {**request.args[1], **settings})
@@ -54,7 +54,7 @@ def test_beams_of_a_checkpoints_own_settings_are_those_of_a_request():
 def test_the_tokens_of_a_cut_prompt_are_those_that_are_read():
     """A prompt longer than the model is cut from the left, so most of its tokens never run."""
     lm = PrunedLM(tiny("llama"), word_tokenizer(), max_length=64)
-    generator = Generator(lm, DenseSession(), lm.planned, Angles(lm.model), {})
+    generator = Generator(lm, Session(), lm.planned, Angles(lm.model), {})
     (unit,) = generator.units([("a", TextRequest(words(random_tokens(200)), 0, tokens=8))])
     assert [(p.tokens, p.cut) for p in unit.prompts] == [(56, True)]
 

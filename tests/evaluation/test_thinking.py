@@ -11,7 +11,7 @@ import dart_eval
 from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.rotary import Angles
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.results.store import Store
 from dart_eval.sweep import jobs
 from dart_eval.sweep.config import config_from
@@ -35,7 +35,7 @@ def chatty(tokenizer):
 
 def _answers(lm, requests, session=None):
     if isinstance(lm, PrunedLM):
-        lm.begin(session or DenseSession(), {})
+        lm.begin(session or Session(), {})
     return lm.generate_until(requests, disable_tqdm=True)
 
 
@@ -74,7 +74,7 @@ def test_an_answer_has_no_blanks_before_it(chatty, monkeypatch):
     for end in ("w6", "6"):
         lm = PrunedLM(tiny("llama"), chatty, think_end_token=end)
         monkeypatch.setattr(lm, "tok_decode", lambda tokens, **_: "".join(f" w{token}" for token in tokens))
-        generator = Generator(lm, DenseSession(), lm.planned, Angles(lm.model), {})
+        generator = Generator(lm, Session(), lm.planned, Angles(lm.model), {})
         assert generator._answer([5, 6, 7, 6, 8, 9, 4], ["w9"]) == "w8 "
 
 

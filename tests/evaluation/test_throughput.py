@@ -14,7 +14,7 @@ from dart_eval.evaluation.cache import can_share_prefix, fork, new_cache
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.layers.families import decoder
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.sweep.config import checked
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
@@ -58,7 +58,7 @@ def _score(model, method, params, batch_size, share):
     """Tokens of all forwards, and scores in the order of the requests; `auto` is given them the other way round."""
     head, order = output_head_of(model), -1 if batch_size == "auto" else 1
     with open_session(model, method, **params) as session:
-        pruned = session if session.prunes else DenseSession()
+        pruned = session if session.prunes else Session()
         scoring = scorer(model, head, pruned, batch_size, "scored", share)
         return _forwards(model, lambda: scoring.score(_requests()[::order])[::order])
 
@@ -106,8 +106,8 @@ def test_a_prefix_is_computed_once():
     head = output_head_of(model)
     prefix = random_tokens(60, seed=1)
     requests = [Request((*prefix, *random_tokens(8, seed=s)), (s,)) for s in range(10, 20)]
-    shared, _ = _forwards(model, lambda: scorer(model, head, DenseSession(), 4).score(requests))
-    alone, _ = _forwards(model, lambda: scorer(model, head, DenseSession(), 4, share_prefix=False).score(requests))
+    shared, _ = _forwards(model, lambda: scorer(model, head, Session(), 4).score(requests))
+    alone, _ = _forwards(model, lambda: scorer(model, head, Session(), 4, share_prefix=False).score(requests))
     assert (shared, alone) == (60 + 10 * 8, 10 * 68)
 
 
@@ -121,7 +121,7 @@ def test_small_batches_wait_for_a_large_head(monkeypatch, method):
         monkeypatch.setattr(scoring, "HELD_TOKENS", held)
         calls.clear()
         with open_session(model, method) as session:
-            scored = session if session.prunes else DenseSession()
+            scored = session if session.prunes else Session()
             mine = scorer(model, lambda x: (calls.append(len(x)), head(x))[1], scored, 2)
             given_ = [mine.run(unit) for unit in mine.units(_requests())]
         found = sorted(itertools.chain(*given_), key=lambda pair: pair[0])
@@ -272,7 +272,7 @@ def test_auto_runs_short_contexts_many_at_a_time_and_long_ones_few(llama):
     contexts = [random_tokens(n, seed=s) for s, n in enumerate([4] * 30 + [200] * 12)]
     head = output_head_of(llama)
     shapes.clear()
-    scorer(llama, head, DenseSession(), "auto").score([Request(c, (5, 6)) for c in contexts])
+    scorer(llama, head, Session(), "auto").score([Request(c, (5, 6)) for c in contexts])
     handle.remove()
     first = [s for s in shapes if s[1] > 1]
     assert max(s[0] for s in first if s[1] == 200) == 5

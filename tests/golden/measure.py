@@ -23,7 +23,7 @@ def measure(family, name):
     if setting.decodes:
         found["sequences"], found["batch"] = _decode(tiny, setting, "masked", PROMPTS)
         alone = PROMPTS if setting.shared_mask else PROMPTS[:1]
-        found["copied"], found["alone"] = _decode(tiny, setting, "copied", alone)
+        found["copied"], found["alone"] = _decode(tiny, setting, "auto", alone)
     found["scores"] = surface.scores(tiny, setting, QUESTIONS)
     found["cost"] = surface.costs(tiny, setting, context=len(PROMPTS[0]))
     return found

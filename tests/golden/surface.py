@@ -11,9 +11,8 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.cost import describe
-from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session, prune
 from tests.golden.cases import CALIBRATION
 from tests.helpers.models import word_tokenizer
 from tests.helpers.requests import TextRequest
@@ -40,10 +39,7 @@ def session_of(model, setting, execution="masked"):
 
 def masks(session, row):
     """Per layer [F] bool, the mask in force of one sequence; None without any."""
-    if session.state is None or not session.state.counted:
-        return None
-    found = [session.state.layers[layer].mask for layer in range(len(session.ffns))]
-    return [mask[row if len(mask) > 1 else 0].numpy() for mask in found]
+    return None if session.rows is None else [mask.numpy() for mask in session.masks(row)]
 
 
 def seen_of(session, row):
@@ -77,7 +73,7 @@ def scores(model, setting, questions):
     head, requests, found = head_of(model), [Request(*question) for question in questions], {}
     with session_of(model, setting) as session:
         for scope in SCOPES:
-            run = scorer(model, head, session if session.prunes else DenseSession(), 4, scope)
+            run = scorer(model, head, session if session.prunes else Session(), 4, scope)
             answers = run.score(requests)
             found[scope] = {
                 "logprob": [a.logprob for a in answers],
@@ -106,7 +102,7 @@ def shape(model):
 def run_as_lm(model, setting, prompts, text, stop):
     """As lm-eval's model: texts after prompts and the score of a text, with what each cost."""
     lm = PrunedLM(model, tokenizer(), batch_size=2, max_length=96, chunk=33)
-    pruned = session_of(model, setting) if method_of(setting).prunes else nullcontext(DenseSession())
+    pruned = session_of(model, setting) if method_of(setting).prunes else nullcontext(Session())
     with pruned as session:
         lm.begin(session, {})
         texts = lm.generate_until([TextRequest(prompt, i, [stop], 16) for i, prompt in enumerate(prompts)])

@@ -5,7 +5,7 @@ import functools
 
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
-from dart_eval.pruning.session.session import Session
+from dart_eval.pruning.session import Session
 from tests.helpers.models import random_tokens
 
 

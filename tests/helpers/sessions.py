@@ -5,11 +5,10 @@ from torch.overrides import TorchFunctionMode
 
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.session.prepared import prepare
-from dart_eval.pruning.session.state import SequenceState
+from dart_eval.pruning.rows import Rows
+from dart_eval.pruning.session import prune
 from tests.helpers.models import random_tokens
 
 # A detector that sees drift in every window, so that masks do change
@@ -23,8 +22,7 @@ RESTLESS = {
 REMASKED = [
     ("griffin", {}), ("dart", {}), ("dart", RESTLESS),
     ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}),
-    ("griffin", {"remask": "drift", **RESTLESS}),
-    ("griffin", {"draw": "sample", "remask": "drift", **RESTLESS}),
+    ("dart", {"allocation": "uniform", **RESTLESS}), ("griffin", {"draw": "sample"}),
 ]  # fmt: skip
 CHOOSING = [("cats", {}), ("m-countdown", {}), ("oracle-token", {}), ("cats", {"choice.threshold": "calibrated"})]
 # What leaves out something else than neurons.
@@ -61,14 +59,17 @@ class RandomCalibration(Calibration):
         super().__init__(model, lambda text, **_: {"input_ids": list(random_tokens(200, seed=5))})
 
 
-def state_of(method, model, sparsity=0.5, batch=1, shared=False, calibration=None, **params):
-    """A state of new sequences. method: a name, with `params` by their paths, or a `Pruner`."""
-    made = make(method, params) if isinstance(method, str) else method
-    return SequenceState(prepare(made, find_ffns(model), sparsity, calibration), batch, torch.device("cpu"), shared)
+def rows_of(method, model, sparsity=0.5, batch=1, shared=False, calibration=None, **params):
+    """A method fitted to a model, and rows of new sequences. method: a name, with `params` by their paths."""
+    fitted, ffns = make(method, params), find_ffns(model)
+    fitted.fit(ffns, sparsity, calibration)
+    rows = Rows(batch, ffns, torch.device("cpu"), shared)
+    fitted.begin(rows)
+    return fitted, rows
 
 
 def open_session(model, method, sparsity=0.5, execution="auto", shared_mask=False, **params):
-    """`prune` with a calibration that needs no tokenizer; `method` and `params` as in `state_of`."""
+    """`prune` with a calibration that needs no tokenizer; `method`: a name, with `params` by their paths, or a `Method`."""
     made = make(method, params) if isinstance(method, str) else method
     calibration = RandomCalibration(model, None)
     return prune(model, made, sparsity, calibration=calibration, execution=execution, shared_mask=shared_mask)

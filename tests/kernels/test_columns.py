@@ -11,7 +11,7 @@ from dart_eval.kernels.cpu import blocks, build
 from dart_eval.kernels.cpu.columns import ColumnsFFN, ColumnsMatrix
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.inputs.columns import GradedColumns
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session.kernels import lacking
 from dart_eval.util.bits import Rounding

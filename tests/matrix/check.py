@@ -15,7 +15,7 @@ from dart_eval.layers.find import describe, find_ffns
 from dart_eval.layers.projection import weight_matrix
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import RESTLESS, decoded, generate, open_session
@@ -122,7 +122,7 @@ def scoring(model):
     contexts = [random_tokens(9), random_tokens(9), random_tokens(14, 1)]
     requests = [Request(c, random_tokens(4, 7 + i)) for i, c in enumerate(contexts)]
     head = output_head(model)
-    dense = [a.logprob for a in scorer(model, head, DenseSession(), 4, "scored").score(requests)]
+    dense = [a.logprob for a in scorer(model, head, Session(), 4, "scored").score(requests)]
     for request, found in zip(requests, dense, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*request.context, *request.continuation]])).logits[0].float()

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dart_eval.pruning.masks.allocations import SHIPPED, FromTable, read_table, shipped_tables, write_table
-from dart_eval.pruning.masks.counts import in_steps, keep_counts
-from dart_eval.pruning.masks.depth import EPS, depth_aware, normalise_sensitivity
+from dart_eval.pruning.tables import SHIPPED, FromTable, read_table, shipped_tables, write_table
+from dart_eval.pruning.counts import in_steps, keep_counts
+from dart_eval.pruning.methods.depth import EPS, depth_aware, normalise_sensitivity
 from dart_eval.pruning.registry import make
 from dart_eval.util.errors import UserError
 

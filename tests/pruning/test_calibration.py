@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dart_eval.pruning.calibration import stats_cache
-from dart_eval.pruning.calibration.calibration import Calibration, passages
-from dart_eval.pruning.calibration.stats_cache import StatsCache
+from dart_eval.pruning.calibration import Calibration, passages
+from dart_eval.pruning.caches import StatsCache
 from dart_eval.pruning.masks.scores import Activation, Wanda
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
 from tests.helpers.models import CONFIGS, random_tokens, tiny
 from tests.helpers.sessions import decoded, open_session
@@ -180,7 +180,7 @@ def test_a_kept_file_that_is_damaged_is_made_anew(damage, caplog):
 
 def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("dart_eval.pruning.calibration.stats_cache.folder", lambda: tmp_path / "file" / "folder")
+    monkeypatch.setattr("dart_eval.pruning.caches.folder", lambda: tmp_path / "file" / "folder")
     calibration, _ = counted(tiny("llama"), StatsCache({"model": "unkept"}))
     assert len(calibration.sums(Wanda().observe)) == 3
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from dart_eval.pruning.masks.allocations import FromTable
+from dart_eval.pruning.tables import FromTable
 from dart_eval.pruning.part import kind_of
 from dart_eval.pruning.registry import make, parts
 from dart_eval.pruning.spelling import plain_fields, slots, text_of

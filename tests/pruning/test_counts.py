@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.oracle import ByHidden
-from dart_eval.pruning.masks.counts import Counts, chosen_counts, in_steps
-from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
+from dart_eval.pruning.counts import Counts, chosen_counts, in_steps
+from dart_eval.pruning.methods.depth import depth_aware, normalise_sensitivity
 from dart_eval.pruning.registry import CHOICES, make
 from dart_eval.util.errors import UserError
 from tests.helpers.models import tiny

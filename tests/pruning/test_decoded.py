@@ -54,7 +54,7 @@ def test_values_are_cached_while_half_of_the_memory_stays_free(found, cached, mo
 
 
 def test_codes_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("dart_eval.pruning.calibration.stats_cache.folder", lambda: tmp_path / "calibration")
+    monkeypatch.setattr("dart_eval.pruning.caches.folder", lambda: tmp_path / "calibration")
     made = []
     monkeypatch.setattr(code_cache, "rounded", lambda *a: made.append(a[0].shape) or rounded(*a))
     tokens = torch.tensor([random_tokens(9)])

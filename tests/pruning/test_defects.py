@@ -19,10 +19,10 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import tasks_dir
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.calibration.calibration import DEFAULT_TEXT
-from dart_eval.pruning.masks.drift import DriftDetector
+from dart_eval.pruning.calibration import DEFAULT_TEXT
+from dart_eval.pruning.methods.drift import DriftDetector
 from dart_eval.pruning.masks.remasks import OnDrift
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
 from tests.helpers.models import SMALL, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, open_session, state_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dart_eval.pruning.masks.drift import MAX_REFERENCE_WINDOWS, DriftDetector
+from dart_eval.pruning.methods.drift import MAX_REFERENCE_WINDOWS, DriftDetector
 from dart_eval.pruning.masks.remasks import OnDrift
 
 D = 6

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_masks_for_generate
 
-from dart_eval.pruning.session.cache import real_tokens
+from dart_eval.pruning.cache import real_tokens
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import SMALL, random_tokens, tiny

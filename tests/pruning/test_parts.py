@@ -16,9 +16,9 @@ from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wina import ByNorms
 from dart_eval.pruning.kinds import kind_with
-from dart_eval.pruning.masks.allocations import FromTable, Global, Uniform
+from dart_eval.pruning.tables import FromTable, Global, Uniform
 from dart_eval.pruning.masks.compensations import MeanOutput
-from dart_eval.pruning.masks.depth import DepthAware
+from dart_eval.pruning.methods.depth import DepthAware
 from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.masks.remasks import Never, OnDrift
 from dart_eval.pruning.masks.scores import Activation, Fluctuation, Random, Wanda, Weights

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dart_eval.pruning.calibration.calibration import Calibration
+from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.masks.scores import Random, activations
 from tests.helpers.sessions import state_of
 

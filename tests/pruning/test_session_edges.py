@@ -12,7 +12,7 @@ from dart_eval.kernels.cpu import build
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.guard import GUARD
-from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.masks.ring import RingBuffer
+from dart_eval.pruning.methods.ring import RingBuffer
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session.sequence import PerSequence
+from dart_eval.pruning.rows import PerSequence
 from tests.helpers.models import tiny
 from tests.helpers.sessions import VARIED, open_session, prompts_of, state_of
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dart_eval.pruning.session.log import Tally
+from dart_eval.pruning.log import Tally
 
 
 def test_every_token_of_a_block_counts():

@@ -11,7 +11,7 @@ from dart_eval.evaluation.forwards import output_head
 from dart_eval.layers import experts, verify
 from dart_eval.layers.families import cache_argument, decoder_layers
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
+from dart_eval.pruning.methods.depth import depth_aware, normalise_sensitivity
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import GEMMA4, SMALL, STREAMS, random_model, random_tokens, tiny

@@ -1,1 +1,0 @@
-"""What a method learns of a text before it is used."""

@@ -1,1 +1,0 @@
-"""What a token computes of a mask."""

@@ -1,1 +1,0 @@
-"""Inputs, and bits of weights, that a token leaves out."""

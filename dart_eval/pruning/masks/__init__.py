@@ -1,1 +1,0 @@
-"""Masks of neurons: scores, re-masks, allocations, compensations."""

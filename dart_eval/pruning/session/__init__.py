@@ -1,1 +1,0 @@
-"""Sessions: a method at work on a model while a block runs."""
