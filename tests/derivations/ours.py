@@ -41,7 +41,7 @@ def run(model, method, prompt, decoded, sparsity=0.5, execution="auto", tokenize
             out = model(torch.tensor([tokens]), use_cache=True, **past)
             past = {name: getattr(out, name)}
             rows.append(out.logits[0].log_softmax(-1))
-            masks.append([session.state.layers[layer].mask[0].clone() for layer in range(len(session.ffns))])
+            masks.append([mask.clone() for mask in session.masks(0)])
         seen = session.trace(0) or {"signal": [], "threshold": None}
         return Run(
             masks=masks,
