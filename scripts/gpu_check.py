@@ -51,9 +51,8 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.layers.families import cache_argument
 from dart_eval.models import shapes
-from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.session import Session
+from dart_eval.pruning.session import Session, prune
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import timed
 
@@ -127,7 +126,7 @@ def logits_of(model: PreTrainedModel) -> Tensor:
     return torch.stack(logits)
 
 
-def pruned(model: PreTrainedModel, method: str, execution: Any = "copied", **params: Any) -> tuple[Tensor, Any]:
+def pruned(model: PreTrainedModel, method: str, execution: Any = "auto", **params: Any) -> tuple[Tensor, Any]:
     """Return the logits under a method, and its session (left)."""
     with prune(model, make(method, params), SPARSITY, execution=execution) as session:
         return logits_of(model), session
@@ -181,7 +180,7 @@ def executions(dry: bool) -> dict[str, Any]:
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, tolerance(model, torch.bfloat16))):
         low = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
         for method, params in (("griffin", {}), ("dart", RESTLESS)):
-            (ours, session), (theirs, reference) = (pruned(low, method, e, **params) for e in ("copied", "masked"))
+            (ours, session), (theirs, reference) = (pruned(low, method, e, **params) for e in ("auto", "masked"))
             name = f"{method} {str(dtype).removeprefix('torch.')}"
             numbers[name] = apart(ours, theirs, most, f"{name}, copied and masked")
             if [e["token"] for e in session.events] != [e["token"] for e in reference.events]:

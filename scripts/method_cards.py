@@ -10,14 +10,13 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dart_eval.kernels.fast import why_no_kernel
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import describe, find_ffns
-from dart_eval.layers.shape import shape_of
 from dart_eval.models import shapes
-from dart_eval.pruning.inputs.levels import Levels
-from dart_eval.pruning.inputs.rounded import RoundedEntries
-from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.session.kernels import lacking
+from dart_eval.pruning.method import Method
+from dart_eval.pruning.methods.columns import Grinqh
+from dart_eval.pruning.methods.rounding import RoundedWeights
 from dart_eval.util.errors import UserError
 
 TESTS = Path(__file__).parents[1] / "tests" / "derivations"
@@ -50,7 +49,7 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def card(method: Pruner) -> Iterator[str]:
+def card(method: Method) -> Iterator[str]:
     """The lines of a method."""
     formula, file, functions = CARDS[method.name]
     yield f"### `{method.name}`\n"
@@ -74,28 +73,28 @@ def card(method: Pruner) -> Iterator[str]:
         yield "</details>\n"
 
 
-def _needs(method: Pruner) -> str:
+def _needs(method: Method) -> str:
     found = []
     if method.needs_context:
         found.append("the text that is scored" if method.looks_ahead else "a prompt")
     if method.calibrates:
         found.append("a calibration text")
-    if isinstance(method.other, Levels | RoundedEntries):
+    if isinstance(method, Grinqh | RoundedWeights):
         found.append("16-bit weights")
     return ", ".join(found) or "nothing"
 
 
-def _lowest_read(method: Pruner) -> str:
+def _lowest_read(method: Method) -> str:
     """In per cent of the bytes, on the shape of Llama 3.1 8B."""
     if not method.prunes:
         return "100 %"
     if not method.sized:
-        return "set by its fields, not by a sparsity"
-    shape = shape_of(model := shapes.without_weights(SHAPE), describe(model))
+        return "set by its options, not by a sparsity"
+    ffns = describe(shapes.without_weights(SHAPE))
     least = 0.01
     while least < 1:
         try:
-            method.check_reach(1 - least, shape.ffn_sizes, shape.width, shape.ffn_matrices)
+            method.check(ffns, 1 - least)
         except UserError:
             least += 0.01
         else:
@@ -103,14 +102,14 @@ def _lowest_read(method: Pruner) -> str:
     return "any" if least == 0.01 else f"{least:.0%}".replace("%", " %")
 
 
-def _faster(method: Pruner) -> str:
+def _faster(method: Method) -> str:
     if not method.prunes:
         return "-"
     if method.upper_bound:
         return "nowhere: it is an upper bound"
-    if reason := lacking(method, _gated()):
+    if reason := why_no_kernel(method, _gated()):
         return f"nowhere yet: {reason}"
-    which = "any batch size" if method.mask.fixed and method.other is None else "one sequence"
+    which = "one sequence" if method.keeps_state or method.granularity else "any batch size"
     return f"{which} on a CPU ([times](../results/speed.md))"
 
 

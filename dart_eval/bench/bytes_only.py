@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 from dart_eval.bench import packed
 from dart_eval.bench.decode import Bench, check_timeable, row
 from dart_eval.bench.packed import RoundedSpeed
+from dart_eval.kernels.fast import why_no_kernel
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of, stored_share
-from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.method import Method
 from dart_eval.pruning.session import prune
-from dart_eval.pruning.session import prepared
-from dart_eval.pruning.session.kernels import lacking
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import share
@@ -62,7 +61,7 @@ def as_row(result: Any) -> dict[str, Any]:
     return row(result)
 
 
-def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: Any) -> UserError | None:
+def refused(model: PreTrainedModel, method: Method, sparsity: float, tokenizer: Any) -> UserError | None:
     """Return why a method cannot run on this model at this sparsity, or None if it can.
 
     Args:
@@ -72,7 +71,7 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
     if method.calibrates and tokenizer is None:
         return UserError("it calibrates on a text, and random weights have no tokenizer", "give a model")
     try:
-        prepared.check(method, ffns, sparsity)
+        method.check(ffns, sparsity)
     except UserError as error:
         return error
     return None
@@ -80,7 +79,7 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, method: Pruner, sparsity: float, *, tokenizer: Any = None, prompt_tokens: int = 128,
+    model: PreTrainedModel, method: Method, sparsity: float, *, tokenizer: Any = None, prompt_tokens: int = 128,
     steps: int = 30, rounding: Rounding | None = None,
 ) -> BytesOnly:  # fmt: skip
     """Count the weights that one sequence of random tokens reads, by masks.
@@ -97,14 +96,14 @@ def measure(
     check_timeable(method)
     ffns = find_ffns(model)
     if rounding is None:
-        why = lacking(method, ffns) or "it was run by masks"
+        why = why_no_kernel(method, ffns) or "it was run by masks"
     else:
         why = packed.lacking(model, rounding) or ALL_WEIGHTS
     # As the weights lie in memory: a head that is not quantised weighs more beside FFNs that are.
     phi, bench = stored_share(model, ffns), Bench(model, model)
     own = share(ffns) if rounding is None else 1.0
     with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as run:
-        cache = bench.cache("pruned")
+        cache = bench.cache()
         bench.step(model, bench.tokens(prompt_tokens), cache)
         for _ in range(1 if method.exact else steps):
             bench.step(model, bench.tokens(1), cache)

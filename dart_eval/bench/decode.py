@@ -14,33 +14,28 @@ cannot decode faster than 1 / (1 - phi (1 - r)) times the dense one, r being the
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel
 
 from dart_eval.bench.dense_copy import by_kernel, own_bytes, stream_rate, twin
-from dart_eval.kernels.mask_rows import multiplied
+from dart_eval.kernels.mask_rows import swapped
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.session import prune
-from dart_eval.pruning.session import Session
+from dart_eval.pruning.method import Method
+from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.session import Session, prune
 from dart_eval.results.ratio import Ratio, paired
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import foreign_cpu, peak_memory, timed
 
 CHANGED = 0.2  # share of the masks' neurons that the timed re-mask replaces
-# Variants of a step that a compiler may have to know: dense, pruned and bare, for each method and each number of
-# neurons that the masks keep. Torch's own limit is 8; beyond it steps would run uncompiled, without a word.
-VARIANTS = 64
 
 
 @dataclass(frozen=True)
@@ -104,13 +99,13 @@ def row(result: Any) -> dict[str, Any]:
     return made
 
 
-def check_timeable(method: Pruner) -> None:
+def check_timeable(method: Method) -> None:
     """Raise if a method cannot be timed.
 
     Raises:
         UserError: it does not prune, looks ahead, or prunes only the first tokens.
     """
-    if method.mask.remask.release:
+    if method.releases:
         raise UserError(f"{method.spec} runs dense after its first tokens", "time it without remask.release")
     if not method.prunes or method.looks_ahead:
         raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
@@ -133,14 +128,13 @@ def check_length(model: PreTrainedModel, tokens: int, what: str, remedy: str) ->
 @torch.no_grad()
 def measure(
     model: PreTrainedModel,
-    method: Pruner,
+    method: Method,
     sparsity: float,
     *,
     tokenizer: Any = None,
     prompt_tokens: int = 128,
     steps: int = 30,
     rounds: int = 3,
-    compiled: str | None = None,
 ) -> DecodeSpeed:
     """Time one method on one sequence of random tokens.
 
@@ -149,8 +143,6 @@ def measure(
         prompt_tokens: the length of each round's prompt.
         steps: the tokens decoded in each round.
         rounds: the number of timed rounds, after one that warms up.
-        compiled: decode through `torch.compile` in this mode (`default`, `reduce-overhead`: with CUDA graphs, ...), the
-            dense model too, with KV caches of a fixed size.
 
     Raises:
         UserError: a method that does not prune or looks ahead, weights of which no rows can be copied, or no memory
@@ -158,23 +150,22 @@ def measure(
     """
     check_timeable(method)
     shape = shape_of(model, find_ffns(model))
-    bench = Bench(model, twin(model), compiled, prompt_tokens + steps)
+    bench = Bench(model, twin(model))
     times = Times()
     with (
-        many_variants(compiled is not None),
         peak_memory(bench.device.type) as peak,
         foreign_cpu() as foreign,
-        prune(model, method, sparsity, tokenizer=tokenizer, execution="copied") as run,
+        prune(model, method, sparsity, tokenizer=tokenizer, execution="auto") as run,
     ):
         bench.rounds(run, times, prompt_tokens, steps, rounds)
         for _ in range(max(3, rounds)):
             bench.move(run, times.moves)
-            if method.mask.remask.needs_ring:  # to compute new masks from
+            if isinstance(run.method, Dart) and run.method.keeps_ring:  # to compute new masks from
                 bench.remask(run, times.masks)
-        read, executed = run.weights_read / run.share, _executed(run)
+        read, executed = run.weights_read / (run.share or 1.0), _executed(run)
         for _ in range(max(3, rounds)):
             bench.begin(run, times.once)
-        extra, state = run.executing.nbytes, run.state_bytes
+        extra, state = run.fast.nbytes, run.state_bytes
     ceilings = [1 / (1 - shape.ffn_share * (1 - r)) for r in (read, executed)]
     speeds = _speeds(times)
     return DecodeSpeed(
@@ -228,31 +219,12 @@ def _speeds(times: Times) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def many_variants(compiled: bool) -> Iterator[None]:
-    """Let the compiler keep every variant of a step; one too many is an error."""
-    if not compiled:
-        yield
-        return
-    import torch._dynamo
-
-    with torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):
-        yield
-
-
 class Bench:
     """The variants of a step: those of the pruned model, and its dense twin's."""
 
-    def __init__(
-        self, model: PreTrainedModel, dense: PreTrainedModel, compiled: str | None = None, length: int = 0
-    ) -> None:
-        self.model, self.dense, self.length = model, dense, length
-        self._decode: dict[int, Callable[..., Any]] = {
-            id(m): m if compiled is None else torch.compile(m, mode=compiled) for m in (model, dense)
-        }
-        self.fixed = compiled is not None
-        self.full = None if self.fixed or dense is model else by_kernel(dense)
-        self._caches: dict[str, Any] = {}
+    def __init__(self, model: PreTrainedModel, dense: PreTrainedModel) -> None:
+        self.model, self.dense = model, dense
+        self.full = None if dense is model else by_kernel(dense)
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.vocabulary = model.config.get_text_config().vocab_size
         self.generator = torch.Generator().manual_seed(0)
@@ -265,8 +237,7 @@ class Bench:
     def step(self, model: PreTrainedModel, tokens: Tensor, cache: Any) -> tuple[float, Any]:
         """Run one forward of the pruned model or its twin, with logits at the last position."""
         kwargs = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
-        forward = self._decode[id(model)] if tokens.shape[1] == 1 else model
-        return timed(lambda: forward(input_ids=tokens, **kwargs), self.device)
+        return timed(lambda: model(input_ids=tokens, **kwargs), self.device)
 
     def rounds(self, run: Session | None, times: Times, prompt: int, steps: int, rounds: int) -> None:
         """Time prompts and their decoding, all variants in turn; the first round warms up and is discarded.
@@ -282,20 +253,20 @@ class Bench:
         """
         for i in range(1 + rounds):
             self._round(run, times if i else Times(), prompt, steps)
-            if run is not None and run.copies is None:
+            if run is not None and run.fast.copies is None:
                 raise UserError("rows of this model's weights cannot be copied: no time to save", "load it unquantised")
 
     def _round(self, run: Session | None, times: Times, prompt: int, steps: int) -> None:
         ids, lacking = self.tokens(prompt), {"kernel": not self.full, "bare": run is None}
         order = [name for name in times.steps if not lacking.get(name)]
-        caches = {name: self.cache(name) for name in order}
+        caches = {name: self.cache() for name in order}
         times.prompts["pruned"].append(self.step(self.model, ids, caches["pruned"])[0])
         times.prompts["dense"].append(self.step(self.dense, ids, caches["dense"])[0])
         for name in caches.keys() - times.prompts.keys():
             self.step(self.dense, ids, caches[name])
         for _ in range(steps):
             token, seen = self.tokens(1), 0 if run is None else len(run.events)
-            dense = None if run is None or run.state is None else run.state.dense_now
+            dense = None if run is None or run.rows is None else run.method.dense_now(run.rows)
             whole = dense is not None and bool(dense.any())
             found = {name: self._one(run, name, token, caches[name]) for name in order}
             order.append(order.pop(0))  # each variant comes first as often
@@ -307,9 +278,9 @@ class Bench:
         if name == "pruned":
             return self.step(self.model, token, cache)[0]
         if name == "bare" and run is not None:
-            with run.paused(), run.executing.held():
+            with run.paused(), swapped(run.fast.copies or ()):
                 return self.step(self.model, token, cache)[0]
-        with multiplied(self.full if name == "kernel" and self.full else ()):
+        with swapped(self.full if name == "kernel" and self.full else ()):
             return self.step(self.dense, token, cache)[0]
 
     def _dense(self) -> float:
@@ -317,56 +288,48 @@ class Bench:
 
     def move(self, run: Session, times: dict[str, list[float]]) -> None:
         """Time the second half of a re-mask: a fifth of every mask's neurons is replaced."""
-        copies, state = run.copies, run.state
-        assert copies is not None and state is not None
-        masks = []
-        for layer, kept in enumerate(copies):
-            mask = state.layers[layer].mask[0].clone()
+        copies, changed = run.fast.copies, []
+        assert copies is not None
+        for mask in (own.clone() for own in run.masks(0)):
             inside, outside = mask.nonzero().flatten(), (~mask).nonzero().flatten()
-            moved = min(round(CHANGED * kept.count), len(outside))
+            moved = min(round(CHANGED * len(inside)), len(outside))
             mask[inside[torch.randperm(len(inside), generator=self.generator)[:moved]]] = False
             mask[outside[torch.randperm(len(outside), generator=self.generator)[:moved]]] = True
-            masks.append(mask)
+            changed.append(mask)
         times["dense"].append(self._dense())
-        changed = timed(lambda: [kept.select(mask) for kept, mask in zip(copies, masks, strict=True)], self.device)
-        times["remask"].append(changed[0])
-        for layer, kept in enumerate(copies):
-            kept.select(state.layers[layer].mask[0])
+        copied = timed(lambda: [copy.select(mask) for copy, mask in zip(copies, changed, strict=True)], self.device)
+        times["remask"].append(copied[0])
+        for copy, mask in zip(copies, run.masks(0), strict=True):
+            copy.select(mask)
 
     def remask(self, run: Session, times: dict[str, list[float]]) -> None:
         """Time the first half of a re-mask: new scores and masks from the ring; no weights are copied."""
-        state = run.state
-        assert state is not None
-        everyone = torch.ones(state.batch, dtype=torch.bool, device=state.device)
+        assert run.rows is not None and isinstance(run.method, Dart)
+        method, rows = run.method, run.rows.select(torch.arange(len(run.rows)))
+        everyone = torch.ones(len(rows), dtype=torch.bool, device=rows.seen.device)
         times["dense"].append(self._dense())
-        copied = state.select(torch.arange(state.batch, device=state.device))
-        times["remask"].append(timed(lambda: copied.remask(everyone), self.device)[0])
+        times["remask"].append(timed(lambda: method.make_masks(rows, everyone), self.device)[0])
 
     def begin(self, run: Session, times: dict[str, list[float]]) -> None:
         """Time a new copy of the weights of the masks' neurons."""
-        state = run.state
-        assert state is not None
+        assert run.rows is not None
+        masks = run.method.masks(run.rows)
         times["dense"].append(self._dense())
-        run.executing.copies = None
+        run.fast.drop()
 
         def copy() -> None:
-            run.executing.choose(1, True)
-            run.executing.move(state)
+            run.fast.choose(1, by_hand=True)
+            run.fast.move(masks)
 
         times["begin"].append(timed(copy, self.device)[0])
 
-    def cache(self, name: str) -> Any:
-        """Return an empty cache; those of fixed size are reused: a compiled model knows them by their addresses."""
-        if not self.fixed:
-            return DynamicCache(config=self.model.config)
-        if name not in self._caches:
-            self._caches[name] = StaticCache(config=self.model.config, max_cache_len=self.length)
-        self._caches[name].reset()
-        return self._caches[name]
+    def cache(self) -> DynamicCache:
+        """Return an empty cache."""
+        return DynamicCache(config=self.model.config)
 
 
 def _executed(run: Session) -> float:
     """Return FFN weights that a forward on copies multiplies / all FFN weights."""
-    assert run.copies is not None
+    assert run.fast.copies is not None
     total = sum(f.size * f.matrices for f in run.ffns)
-    return sum(sum(kept.rows_read) for kept in run.copies) / total
+    return sum(sum(kept.rows_read) for kept in run.fast.copies) / total

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from dart_eval.kernels.mask_rows import MaskRows
+from dart_eval.kernels.mask_rows import RowCopies
 from dart_eval.layers.find import find_ffns
 from dart_eval.util.errors import UserError, out_of_memory
 
@@ -40,15 +40,13 @@ def twin(model: M) -> M:
         ) from None
 
 
-def by_kernel(model: nn.Module) -> list[MaskRows] | None:
+def by_kernel(model: nn.Module) -> list[RowCopies] | None:
     """The FFNs of a dense model in our own product: the yardstick for other kernels. None where there is none."""
-    rows = [MaskRows(ffn) for ffn in find_ffns(model)]
-    for one in rows:
-        one.link()
+    rows = [RowCopies(ffn) for ffn in find_ffns(model)]
     return rows if all(one.linked for one in rows) else None
 
 
-def stream_rate(rows: list[MaskRows], rounds: int = 5) -> float:
+def stream_rate(rows: list[RowCopies], rounds: int = 5) -> float:
     """Bytes a second that the dense FFNs read in our own product, the best of some rounds over all layers."""
     best = math.inf
     for _ in range(rounds):

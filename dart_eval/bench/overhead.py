@@ -6,6 +6,7 @@ from the shapes (`cost`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,10 @@ from dart_eval.layers.find import describe
 from dart_eval.layers.shape import shape_of
 from dart_eval.models import shapes
 from dart_eval.pruning import cost
-from dart_eval.pruning.calibration import Calibration
-from dart_eval.pruning.calibration import Moments
-from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.session.prepared import prepare
-from dart_eval.pruning.rows import nbytes
-from dart_eval.pruning.session.state import SequenceState
+from dart_eval.pruning.calibration import Calibration, Moments
+from dart_eval.pruning.method import Method
+from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.rows import Rows, nbytes
 from dart_eval.util.errors import UserError
 
 CHUNK = 64  # prompt tokens fed at a time
@@ -54,7 +53,7 @@ class Overhead:
 
 
 def measure(
-    method: Pruner, shape: str, sparsity: float, prompts: tuple[int, ...] = (128, 1024), context: int = 1024
+    method: Method, shape: str, sparsity: float, prompts: tuple[int, ...] = (128, 1024), context: int = 1024
 ) -> Overhead:
     """Measure the state after prompts of these lengths, and count FLOPs at a context of `context` tokens.
 
@@ -69,10 +68,9 @@ def measure(
     dense = sizes.decode(context + 1)
     state: dict[int, int] = {}
     parts: dict[str, int] = {}
-    in_mask = None
     for length in sorted(prompts):
-        state[length], parts, in_mask = _state(method, ffns, sparsity, length)
-    added = cost.overhead(method, sizes, context, 1 - sparsity, in_mask)
+        state[length], parts = _state(method, ffns, sparsity, length)
+    added = cost.overhead(method, sizes, context, 1 - sparsity)
     return Overhead(
         method.spec, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
         added.remask / dense, added.remask_read,
@@ -80,34 +78,40 @@ def measure(
 
 
 @torch.no_grad()
-def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int], float]:
-    """Return the bytes of state in total and by part after a prompt of random activations, and the mask's share."""
-    prepared = prepare(method, ffns, sparsity, Shapes(ffns))
-    state = SequenceState(prepared, 1, torch.device("cpu"))
-    width = ffns[0].width
+def _state(method: Method, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int]]:
+    """Return the bytes of state in total and by part after a prompt of random activations."""
+    fitted = copy.copy(method)
+    fitted.fit(ffns, sparsity if method.sized else 0.0, Shapes(ffns))
+    rows = Rows(1, ffns, torch.device("cpu"))
+    fitted.begin(rows)
+    observes = type(fitted).observe is not Method.observe
+    watch, change = getattr(rows, "watch", None), getattr(rows, "change", None)
+    width, skipped = ffns[0].width, int(isinstance(fitted, Dart) and fitted.remask_skip_first)
     for start in range(0, tokens, CHUNK):
         n = min(CHUNK, tokens - start)
         valid = torch.ones(1, n, dtype=torch.bool)
         stream = torch.randn(1, n, width, dtype=torch.bfloat16)
         h = torch.randn(1, n, ffns[0].size, dtype=torch.bfloat16)
         for ffn in ffns:
-            if state.remasking is not None:
-                state.remasking.observe_input(ffn.layer, stream, valid)
-            state.observe(ffn.layer, h, valid)
-            state.observe_change(ffn.layer, stream, stream.flip(-1), valid)
-        state.observe_attention(stream, valid)
-        state.finish_context(valid)
-    remasking, layers = state.remasking, state.layers
+            if watch is not None and watch.ring is not None:
+                watch.ring.write(ffn.layer, stream, valid)
+            if observes:
+                rows.sums[ffn.layer] = fitted.add(rows.sums[ffn.layer], ffn, h, valid)
+            if change is not None:
+                change.observe(ffn.layer, stream, stream.flip(-1), valid)
+        if watch is not None and watch.drift is not None:
+            watch.drift.observe(stream, valid & (torch.arange(start, start + n) >= skipped))
+        rows.seen = rows.seen + n
+        fitted.finish(rows, valid)
     parts = {
-        "scores": nbytes([[la.sums, la.fitted.factor] for la in layers]),
-        "masks": nbytes([[la.fitted.mask, la.own] for la in layers]),
-        "compensation": nbytes([la.fitted.constant for la in layers]),
-        "recent inputs": nbytes(remasking.ring if remasking else None),
-        "detector": nbytes(remasking.detector if remasking else None),
+        "scores": nbytes(rows.sums),
+        "masks": nbytes(fitted.masks(rows)),
+        "compensation": nbytes(getattr(fitted, "constants", None)),
+        "recent inputs": nbytes(getattr(watch, "ring", None)),
+        "detector": nbytes(getattr(watch, "drift", None)),
     }
-    total = state.nbytes() + prepared.nbytes()
-    in_mask = float(state.step(pruned=True).mask.mean())
-    return total, {**parts, "other": total - sum(parts.values())}, in_mask
+    total = rows.nbytes() + fitted.nbytes()
+    return total, {**parts, "other": total - sum(parts.values())}
 
 
 class Shapes(Calibration):
@@ -120,7 +124,7 @@ class Shapes(Calibration):
     def ffns(self) -> list[FFN]:
         return self._ffns
 
-    def sums(self, observe: Any) -> list[Tensor]:
+    def sums(self, name: str, observe: Any) -> list[Tensor]:
         return [torch.ones(f.size) for f in self.ffns]
 
     def moments(self) -> list[Moments]:
@@ -129,5 +133,5 @@ class Shapes(Calibration):
     def visit(self, see: Any) -> None:
         """There is no text."""
 
-    def once(self, name: str | None, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def once(self, name: str, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
         return measure()

@@ -15,9 +15,10 @@ from torch import nn
 
 from dart_eval.bench.decode import Bench, Times
 from dart_eval.bench.dense_copy import own_bytes, twin
-from dart_eval.kernels.cpu import blocks, packing
+from dart_eval.kernels.cpu import packing
 from dart_eval.kernels.cpu.ffns import CodedFFN
-from dart_eval.kernels.forward import Forward
+from dart_eval.kernels.fast import WholeFFN, act_of, why_not_whole
+from dart_eval.kernels.mask_rows import swapped
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import plain_matrix
 from dart_eval.layers.shape import shape_of
@@ -72,7 +73,7 @@ def lacking(model: nn.Module, rounding: Rounding) -> str | None:
     if any(f.routed for f in ffns):
         return "experts have no packed products here"
     reasons = (packing.lacking(rounding, width) for f in ffns for width in (f.width, f.size))
-    return next(filter(None, reasons), None) or next(filter(None, map(blocks.lacking, ffns)), None)
+    return next(filter(None, reasons), None) or next(filter(None, map(why_not_whole, ffns)), None)
 
 
 @contextmanager
@@ -84,18 +85,12 @@ def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     """
     if reason := lacking(model, rounding):
         raise UserError(reason, f"take a dense model, and {REMEDY}")
-    made = []
+    kernels = []
     for ffn in find_ffns(model):
         gate, up, down = (rounded(plain_matrix(m), rounding) for m in ffn.projections)
-        kernel = CodedFFN(gate, up, down, blocks.act_of(ffn) or "")
-        made.append((Forward(ffn.block), blocks.single(ffn, kernel)))
-    try:
-        for forward, product in made:
-            forward.replace(product)
+        kernels.append(WholeFFN(ffn, CodedFFN(gate, up, down, act_of(ffn) or "")))
+    with swapped(kernels):
         yield
-    finally:
-        for forward, _ in made:
-            forward.put_back()
 
 
 @torch.no_grad()

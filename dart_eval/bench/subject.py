@@ -14,12 +14,12 @@ from dart_eval.bench import bytes_only, decode, packed
 from dart_eval.bench.bytes_only import BytesOnly
 from dart_eval.bench.decode import DecodeSpeed
 from dart_eval.bench.packed import RoundedSpeed
+from dart_eval.kernels.fast import why_no_kernel
 from dart_eval.layers.find import find_ffns
 from dart_eval.models import shapes
 from dart_eval.models.device import choose_device
 from dart_eval.models.loading import DTYPES, ModelSpec, resolve
-from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.session.kernels import lacking
+from dart_eval.pruning.method import Method
 from dart_eval.results.speeds import Speed
 from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding
@@ -34,13 +34,11 @@ class Setting:
     """The settings of a timing.
 
     Attributes:
-        compiled: the mode of `torch.compile`, or None.
         prompt_tokens: the length of each round's prompt.
         steps: the tokens decoded in a round.
         rounds: the number of timed rounds.
     """
 
-    compiled: str | None
     prompt_tokens: int
     steps: int
     rounds: int
@@ -74,17 +72,17 @@ class Subject:
         threads = torch.get_num_threads()
         return torch.cuda.get_device_name(self.model.device) if cuda else f"{threads} thread{'s' * (threads > 1)}"
 
-    def refused(self, method: Pruner, sparsity: float) -> UserError | None:
+    def refused(self, method: Method, sparsity: float) -> UserError | None:
         """Return why a method cannot run here at this sparsity, or None if it can."""
         return bytes_only.refused(self.model, method, sparsity, self.tokenizer)
 
-    def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
+    def measure(self, method: Method, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
         """Time one method (`decode.measure`), or count its reads if there is nothing to time."""
-        if lacking(method, find_ffns(self.model)):  # no kernel turns its bytes into time
+        if why_no_kernel(method, find_ffns(self.model)):  # no kernel turns its bytes into time
             return self.count(method, sparsity, setting)
         return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **dataclasses.asdict(setting))
 
-    def count(self, method: Pruner, sparsity: float, setting: Setting, rounding: Rounding | None = None) -> BytesOnly:
+    def count(self, method: Method, sparsity: float, setting: Setting, rounding: Rounding | None = None) -> BytesOnly:
         """Count the weights that one method reads, see `bytes_only.measure`."""
         return bytes_only.measure(
             self.model, method, sparsity, tokenizer=self.tokenizer, prompt_tokens=setting.prompt_tokens,
@@ -99,7 +97,7 @@ class Subject:
             self.model, rounding, prompt_tokens=setting.prompt_tokens, steps=setting.steps, rounds=setting.rounds
         )
 
-    def speed(self, result: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
+    def speed(self, result: DecodeSpeed | RoundedSpeed | BytesOnly, method: Method, setting: Setting) -> Speed:
         """Return the stored part of a measurement. method: its method; `dense` for rounding alone."""
         more = {name: value for name, value in dataclasses.asdict(result).items() if name not in FIELDS}
         row = bytes_only.as_row(result)
@@ -109,7 +107,7 @@ class Subject:
         return Speed(
             method=method.spec, params=method.params(), sparsity=row["sparsity"] if method.sized else 0.0,
             model=self.identity, dtype=self.dtype, device=self.model.device.type, hardware=self.hardware,
-            compiled=setting.compiled, prompt_tokens=setting.prompt_tokens,
+            compiled=None, prompt_tokens=setting.prompt_tokens,
             read=row["weights_read"], ceiling=result.ceiling, **times,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(),

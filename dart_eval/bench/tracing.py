@@ -12,7 +12,8 @@ from dart_eval.evaluation.tasks import Tasks
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.finite import refuse_not_finite
 from dart_eval.pruning.calibration import Calibration
-from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.method import Method
+from dart_eval.pruning.methods.griffin import PromptMask
 from dart_eval.pruning.session import prune
 from dart_eval.util.errors import UserError
 
@@ -26,7 +27,7 @@ def smoke_passage() -> tuple[str, str | None]:
 
 @torch.no_grad()
 def trace(
-    model: PreTrainedModel, tokenizer: Any, method: Pruner, sparsity: float, prompt: str, then: str | None, tokens: int
+    model: PreTrainedModel, tokenizer: Any, method: Method, sparsity: float, prompt: str, then: str | None, tokens: int
 ) -> dict[str, Any]:
     """Run a prompt dense, then at most `tokens` tokens pruned: those of `then`, or the model's own.
 
@@ -37,7 +38,7 @@ def trace(
     Raises:
         UserError: a text is too short or too long, the method makes no mask from a prompt, or a number is not finite.
     """
-    if method.mask.fixed or method.looks_ahead:
+    if not isinstance(method, PromptMask) or method.looks_ahead:
         raise UserError(f"method {method.name} makes no mask from a prompt", "trace one that does: griffin, dart")
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
     text = None if then is None else tokenizer(then, add_special_tokens=False)["input_ids"][:tokens]
@@ -46,11 +47,11 @@ def trace(
     check_length(model, ids.shape[1] + len(text or range(tokens)), "prompt and text", "give shorter ones")
     with prune(model, method, sparsity, calibration=Calibration(model, tokenizer), execution="masked") as session:
         decoded, logprobs = _decode(model, ids, text, len(text or range(tokens)))
-        assert session.state is not None
+        assert session.rows is not None
         return {
             "method": method.name, "params": method.params(), "sparsity": sparsity, "prompt_tokens": ids.shape[1],
             "tokens": [tokenizer.decode([t]) for t in decoded], "logprobs": logprobs,
-            "layers": {"kept": session.state.mask_counts[0].tolist(), "sizes": [f.size for f in session.ffns]},
+            "layers": {"kept": session.rows.counts[0, :, 0].tolist(), "sizes": [f.size for f in session.ffns]},
             "detector": session.trace(0),
             "remasks": [{k: e[k] for k in ("token", "overlap")} for e in session.events],
             **{k: getattr(session, k) for k in ("effective_sparsity", "weights_read", "state_bytes")},

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dart_eval.bench.decode import DecodeSpeed
     from dart_eval.bench.packed import RoundedSpeed
     from dart_eval.bench.subject import Setting, Subject
-    from dart_eval.pruning.method import Pruner
+    from dart_eval.pruning.method import Method
     from dart_eval.sweep.config import RunConfig
 
 T = TypeVar("T", bound="DecodeSpeed | RoundedSpeed | BytesOnly")
@@ -33,7 +33,7 @@ T = TypeVar("T", bound="DecodeSpeed | RoundedSpeed | BytesOnly")
 app = typer.Typer(help="Measure the decode speed of methods, or their extra memory and FLOPs.", no_args_is_help=True)
 
 
-def _methods(asked: RunConfig) -> list[Pruner]:
+def _methods(asked: RunConfig) -> list[Method]:
     """The methods to measure.
 
     Raises:
@@ -55,7 +55,6 @@ def decode(
     prompt: options.PromptTokens = 128,
     steps: options.Steps = 30,
     rounds: options.Rounds = 3,
-    compile: options.Compile = None,
     output: options.Kept = None,
     format: options.Format = "table",
     **given: Any,
@@ -71,12 +70,11 @@ def decode(
     dart-eval bench decode --method griffin,dart
     dart-eval bench decode --method griffin --sparsity 0.5 --output out
     dart-eval bench decode --shape llama-3.2-1b --layers 4 --ffn-bits 4:128
-    dart-eval bench decode --method dart --compile default --format json
     """
     hush(False)
     asked = options.chosen(method=method or options.METHODS_MEASURED, sparsity=sparsity, ffn_bits=ffn_bits, **given)
     methods = _methods(asked)
-    _check_options(asked.ffn_bits, compile, output)
+    _check_output(output)
     silence()  # it imports torch, and all before it does not
     from dart_eval.bench import decode as bench
     from dart_eval.bench import tables
@@ -90,28 +88,26 @@ def decode(
     timed = subject(asked.model_spec, shape, layers, print_note)
     fewer = "give a shorter --prompt, or fewer --steps"
     bench.check_length(timed.model, prompt + steps, "prompt and steps", fewer)
-    setting = Setting(compile, prompt, steps, rounds)
+    setting = Setting(prompt, steps, rounds)
     if any(map(parse, asked.ffn_bits)):
         refuse_fixed(find_ffns(timed.model))
     methods = _possible(timed, methods, sparsity)
     found, rounded, files = _measured(timed, setting, methods, sparsity, asked.ffn_bits, output)
-    where = f"{timed.title}, {timed.hardware}" + (f", torch.compile ({compile})" if compile else "")
+    where = f"{timed.title}, {timed.hardware}"
     show([as_row(one) for one in (*found, *rounded)], tables.decoding(found, rounded, where), format)
     for file in files:
         say(f"wrote {file}", err=format != "table")
 
 
-def _check_options(ffn_bits: tuple[str, ...], compiled: str | None, output: str | None) -> None:
-    """Refuse what does not go together, or could not be written, before a model is loaded."""
+def _check_output(output: str | None) -> None:
+    """Refuse a folder that cannot be written, before a model is loaded."""
     from dart_eval.results import speeds
 
-    if compiled is not None and any(map(parse, ffn_bits)):
-        raise UserError("--compile does not work with --ffn-bits", "leave one of them out")
     if output is not None:
         speeds.check_folder(output)
 
 
-def _possible(subject: Subject, methods: list[Pruner], sparsity: float, where: str = "") -> list[Pruner]:
+def _possible(subject: Subject, methods: list[Method], sparsity: float, where: str = "") -> list[Method]:
     """The methods that can run on this model at this sparsity; the others are named in notes.
 
     Args:
@@ -132,7 +128,7 @@ def _possible(subject: Subject, methods: list[Pruner], sparsity: float, where: s
 
 
 def _measured(
-    subject: Subject, setting: Setting, methods: list[Pruner], sparsity: float, ffn_bits: tuple[str, ...],
+    subject: Subject, setting: Setting, methods: list[Method], sparsity: float, ffn_bits: tuple[str, ...],
     output: str | None,
 ) -> tuple[list[DecodeSpeed | BytesOnly], list[RoundedSpeed | BytesOnly], list[Path]]:  # fmt: skip
     """The speeds of methods, those on rounded weights, and the files they are kept in, each as soon as it is there."""
@@ -141,7 +137,7 @@ def _measured(
 
     files: list[Path] = []
 
-    def keep(one: T, method: Pruner) -> T:
+    def keep(one: T, method: Method) -> T:
         if output is not None:
             files.append(speeds.keep(output, subject.speed(one, method, setting)))
         return one

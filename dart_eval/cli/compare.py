@@ -111,9 +111,8 @@ def _trait(options: dict[str, list[str] | None], folders: Sequence[Path]) -> tup
 
 def _refuse_methods(names: Sequence[str]) -> None:
     """Refuse names of methods in place of folders."""
-    from dart_eval.pruning.registry import methods
+    from dart_eval.pruning.registry import names as known
 
-    known = methods()
-    if all(name.partition(":")[0] in known for name in names):
+    if all(name.partition(":")[0] in known() for name in names):
         line = shlex.join(["dart-eval", "compare", str(OUT), "--method", ",".join(names)])
         raise UserError(f"{' and '.join(names)} are methods, not folders", f"write: {line}")

@@ -16,32 +16,33 @@ app = typer.Typer(help="List methods or tasks.", no_args_is_help=True)
 @app.command("methods")
 def methods(
     method: Annotated[
-        str, typer.Argument(metavar="METHOD", help="A name, or a name with other parts: griffin:remask=drift.")
+        str, typer.Argument(metavar="METHOD", help="A name, or a name with options: dart:remask=never.")
     ] = "",
 ) -> None:
-    """List all methods, or show one method with its parts and their fields.
+    """List all methods, or show one method with its options.
 
     \b
     [bold]Examples[/bold]
     dart-eval ls methods
-    dart-eval ls methods griffin
-    dart-eval ls methods griffin:remask=drift
+    dart-eval ls methods dart
+    dart-eval ls methods dart:remask=never
     """
-    from dart_eval.cli.describe import tree
+    from dart_eval.cli.describe import described
     from dart_eval.pruning.registry import make, parse
     from dart_eval.pruning.registry import methods as known
 
     if not method:
-        listed([(name, made.summary) for name, made in known().items()])
-        say("\nParts and settings of one method: dart-eval ls methods griffin")
+        listed([(name, cls.summary) for name, cls in known().items()])
+        say("\nOptions of one method: dart-eval ls methods dart")
         return
-    made = make(*parse(method))
-    listed([(f"{made.spec}:", made.summary)])
-    if made.paper:
-        say(f"Paper: https://arxiv.org/abs/{made.paper}")
-    say("")
-    listed(tree(made))
-    say("\nOther parts and their fields: docs/methods.md")
+    chosen = make(*parse(method))
+    listed([(f"{chosen.spec}:", chosen.summary)])
+    if chosen.paper:
+        say(f"Paper: https://arxiv.org/abs/{chosen.paper}")
+    if rows := described(chosen):
+        say("")
+        listed(rows)
+    say("\nAll methods and their options: docs/methods.md")
 
 
 @app.command("tasks")

@@ -21,7 +21,6 @@ PROMPT, TIMING = "Prompt", "Timing"  # panels of other verbs
 PANELS = (TASKS, PRUNING, MODEL, OUTPUT, CLUSTER)
 FORMATS = ("table", "md", "csv", "tex", "json")  # of what a verb prints
 BOARD, COSTS = "board", "costs"  # views of `tables`
-COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 Several = list[str] | None  # values with commas between them, or the option again: they add up (`text.items_of`)
 Verb = TypeVar("Verb", bound=Callable[..., None])
@@ -157,11 +156,6 @@ Layers = Annotated[int | None, own(r"Give the shape this many layers.  \[default
 PromptTokens = Annotated[int, count("Start with a prompt of this many random tokens.", TIMING)]
 Steps = Annotated[int, count("Decode this many tokens per round.", TIMING)]
 Rounds = Annotated[int, count("Measure this many rounds; dense, control and method take turns in each.", TIMING)]
-COMPILED = (
-    "Decode dense and methods through torch.compile in this mode: default, reduce-overhead (CUDA graphs), "
-    "max-autotune or max-autotune-no-cudagraphs."
-)
-Compile = Annotated[str | None, one_of(COMPILE, "compile mode", COMPILED, TIMING, "MODE")]
 KEPT = "Also write the measured speeds to this results folder, one file per method."
 Kept = Annotated[str | None, own(KEPT, OUTPUT, "DIR")]
 Format = Annotated[str, one_of(FORMATS, "format", "Print in this format.", OUTPUT)]

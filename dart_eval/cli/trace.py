@@ -6,8 +6,8 @@ from dart_eval.cli import options
 from dart_eval.cli.run import hush
 from dart_eval.cli.tables import PICTURES
 from dart_eval.cli.view import print_note, say
-from dart_eval.pruning.tables import write_table
 from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.tables import write_table
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, read_text, write
 from dart_eval.util.quiet import silence

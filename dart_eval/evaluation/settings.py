@@ -37,7 +37,7 @@ def check_released(method: Method, scope: str) -> None:
     Raises:
         UserError: the remedy.
     """
-    if scope in SHARES and getattr(method, "remask_release", 0):
+    if scope in SHARES and method.releases:
         raise UserError(
             f"{method.spec} counts decoded tokens, and under --scope {scope} whole inputs run pruned",
             "use --scope scored, or leave remask.release out",

@@ -27,11 +27,15 @@ class Swap:
 
     Attributes:
         entries: dictionary, key, the value that replaces, the module's own (`ABSENT`: none).
+        runs: whether the modules accept what replaces.
+        nbytes: of what replaces.
+        rows_read: neurons that are read of each matrix.
     """
 
     entries: list[tuple[dict[str, Any], str, Any, Any]]
-    runs = True
-    nbytes = 0
+    runs: bool = True
+    nbytes: int = 0
+    rows_read: tuple[float, ...] = ()
 
     def begin(self) -> None:
         """Put in the values that replace."""
@@ -149,7 +153,7 @@ class RowCopies(Swap):
         return sum(slot.part.nbytes for slot in self.slots if slot.part is not slot.own)
 
     @property
-    def rows_read(self) -> tuple[float, ...]:
+    def rows_read(self) -> tuple[float, ...]:  # type: ignore[override]
         """Neurons that are read of each matrix."""
         return (self.count,) * self.ffn.matrices
 

@@ -43,9 +43,7 @@ def overhead(method: Method, shape: ModelShape, tokens: int, weights_read: float
     return Overhead(round(prefill), method.step_flops(shape), flops, read)
 
 
-def describe(
-    method: Method, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float
-) -> Json:
+def describe(method: Method, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float) -> Json:
     """Return the costs that a record holds, in FLOPs.
 
     `overhead_decode_step` includes the observed re-masks, spread over the tokens. `remask_reads` is what these

@@ -1,15 +1,15 @@
 """A pruning method is one class: its fields are its options, and a session calls its methods.
 
-    check    does it fit these FFNs, at this sparsity?
-    fit      before any prompt: codes, masks of all texts, thresholds
-    begin    new sequences: tensors of its own in `rows`
-    observe  context tokens pass, dense: what is added to `rows.sums`
-    finish   the context is over: `rows.mask`
-    decode   a decoded token: what down multiplies
-    forwards what a projection computes in place of its product
-    hooks    further hooks
-    after    a decoding forward is over: new masks
-    read     the share of the FFN weights that a token reads
+check    does it fit these FFNs, at this sparsity?
+fit      before any prompt: codes, masks of all texts, thresholds
+begin    new sequences: tensors of its own in `rows`
+observe  context tokens pass, dense: what is added to `rows.sums`
+finish   the context is over: `rows.mask`
+decode   a decoded token: what down multiplies
+forwards what a projection computes in place of its product
+hooks    further hooks
+after    a decoding forward is over: new masks
+read     the share of the FFN weights that a token reads
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ else:
 
     def dataclass_transform(**_: object) -> Any:
         return lambda cls: cls
+
 
 CHUNK_BYTES = 64 << 20  # of fp32 activations observed at a time
 
@@ -269,7 +270,7 @@ class Method:
         raise NotImplementedError
 
     @torch.no_grad()
-    def add(self, sums: Tensor | None, ffn: FFN, h: Tensor, weight: Tensor) -> Tensor | None:
+    def add(self, sums: Tensor | None, ffn: FFN, h: Tensor, weight: Tensor) -> Tensor:
         """Return sums with what `observe` gives for these tokens, a few tokens at a time.
 
         Args:
@@ -286,6 +287,7 @@ class Method:
             part = slice(start, start + step)
             new = self.observe(ffn, ffn.spread(h[:, part].float(), part, length), weight[:, part])
             sums = new if sums is None else sums + new
+        assert sums is not None  # a forward has tokens
         return sums
 
     def forget(self, rows: Rows) -> None:
@@ -316,6 +318,11 @@ class Method:
         Returns:
             Whether masks or what tokens read may have changed.
         """
+        return False
+
+    @property
+    def releases(self) -> bool:
+        """Whether tokens run dense after a number of them."""
         return False
 
     def room(self, rows: Rows) -> int | None:

@@ -1,4 +1,4 @@
-"""The names of methods. The built-in ones stand here; other packages add classes by the entry point `dart_eval.methods`."""
+"""The names of methods: the built-in ones, and classes of other packages by the entry point `dart_eval.methods`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ BUILT_IN = {  # name -> module in `pruning.methods`, class
     "oracle": ("griffin", "Oracle"),
 }
 TABLE = "table:"  # and a file: `allocation=table:FILE`
+
+
+def names() -> list[str]:
+    """Return the names of all methods, the built-in ones first. Nothing is imported."""
+    return [*dict.fromkeys([*BUILT_IN, *offered(entry_points)])]
 
 
 def methods() -> dict[str, type[Method]]:
@@ -85,11 +90,10 @@ def make(name: str, settings: Mapping[str, object] | None = None) -> Method:
     Raises:
         UserError: unknown name (nearest ones offered), unknown option, or a bad value.
     """
-    names = [*BUILT_IN, *offered(entry_points)]
-    cls = _built_in(name) if name in BUILT_IN else methods().get(name) if name in names else None
+    cls = _built_in(name) if name in BUILT_IN else methods().get(name) if name in names() else None
     if cls is None:
         raise retired("method", name) or UserError(
-            f"unknown method {name!r}", nearest(name, names) or "`dart-eval ls methods` lists them"
+            f"unknown method {name!r}", nearest(name, names()) or "`dart-eval ls methods` lists them"
         )
     given = dict(_flattened(settings or {}))
     if str(table := given.get("allocation", "")).startswith(TABLE):
@@ -139,7 +143,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     Values may hold colons (`allocation=table:FILE`): one separates settings only where a name and "=" follow.
     """
     name, colon, rest = spec.strip().partition(":")
-    if name.strip() not in BUILT_IN and name.strip() not in offered(entry_points):
+    if name.strip() not in names():
         name = name.lower().replace("_", "-")  # GRIFFIN, wanda_sp
     settings: dict[str, str] = {}
     for pair in settings_in(rest) if colon else []:

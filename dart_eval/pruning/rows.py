@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,10 @@ class Rows(PerSequence):
         self.mask: list[Tensor] = []
         self.counts = torch.tensor([[f.size] * 3 for f in ffns]).repeat(batch, 1, 1)
         self.remasks = torch.zeros(batch, dtype=torch.long)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # of the method
 
     def __len__(self) -> int:
         return len(self.seen)

@@ -11,8 +11,8 @@ The KV cache decides the phase: an empty cache starts new sequences, and one tok
 of the prompt of `generate`, and of forwards inside `prompt()`, extend the context (chunked prefill, a further turn):
 they run dense, are observed, and new masks are made. Other forwards of several tokens on a filled cache are refused,
 since they may or may not be prompt. A cache that lost tokens since the last forward (assisted decoding, a turn rolled
-back) is refused, unless `rewind` took them back. If masks are made from the prompt, so is a cache that was filled before
-the session. The evaluation sets phases itself with `context()` and `decode()`.
+back) is refused, unless `rewind` took them back. If masks are made from the prompt, so is a cache that was filled
+before the session. The evaluation sets phases itself with `context()` and `decode()`.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ class Session:
         self._tally = Tally()
         self._prompt, self._ends, self._turn, self._last_turn = 0, frozenset[int](), 0, 0
         self._prompting = False
-        self._cached, self._cache = 0, lambda: None  # tokens of the last forward's cache, and a weak reference to it
+        self._cached = 0  # tokens of the last forward's cache
+        self._cache: Callable[[], Cache | None] = lambda: None  # a weak reference to it
         self._has_cache = True
         self._ran: set[int] = set()  # FFNs that have passed on their h
         self._thread = threading.get_ident()
@@ -419,7 +420,8 @@ class Session:
         return "decode" if decodes else "context"
 
     def _follow(self, cache: Cache | None, tokens: int) -> None:
-        self._cached, self._cache = tokens, (lambda: None) if cache is None else weakref.ref(cache)
+        self._cached = tokens
+        self._cache = (lambda: None) if cache is None else weakref.ref(cache)
 
     def _check_rows(self, batch: int, past: int) -> None:
         """Refuse sequences that are not those of the forward before."""

@@ -1,4 +1,4 @@
-"""Tables of densities, one a layer: those that DART's public code ships, and files that `trace --save-allocation` writes."""
+"""Tables of densities by layer: those that DART's public code ships, and files of `trace --save-allocation`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The code's part of a cell's key: a digest of the shared code that makes numbers, and one of the method's own files.
 
-A method's own files are those of its parts, with what they import from `METHODS`. What shared code imports from there
-is shared, too. The registry counts only by what it makes of a method, which stands in the key.
+A method's own files are that of its class, with what it imports from `METHODS`. What shared code imports from there is
+shared, too. The registry counts only by what it makes of a method, which stands in the key.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ NUMERIC = (
     "layers", "weights", "pruning", "evaluation", "kernels/top.py", "util/bits.py", "models/adapters.py",
     "models/loading.py", "sweep/worker.py",
 )  # fmt: skip
-METHODS = ("pruning/choices", "pruning/inputs", "pruning/masks")
+METHODS = ("pruning/methods",)
 # What refuses, names and hashes, and ways to decode faster: `run` multiplies by masks.
 NO_NUMBER = (
-    "pruning/registry.py", "pruning/session/kernels.py", "layers/finite.py", "weights/checkpoint.py",
+    "pruning/registry.py", "layers/finite.py", "weights/checkpoint.py",
     "evaluation/task_hash.py", "evaluation/task_names.py", "evaluation/task_needs.py",
 )  # fmt: skip
 
@@ -47,10 +47,9 @@ def numeric_files(package: Path = PACKAGE) -> set[Path]:
 
 
 def method_files(method: Method) -> set[Path]:
-    """Return the files of a method's own code; of other packages' parts those in which they stand."""
-    modules = [inspect.getmodule(type(part)) for part in method.parts()]
-    files = {str(getattr(module, "__file__", None)) for module in modules}  # none of a part typed at a prompt
-    return _with_imports({Path(file) for file in files if file.endswith(".py")}, PACKAGE)
+    """Return the files of a method's own code, which may be another package's; none of one typed at a prompt."""
+    file = str(getattr(inspect.getmodule(type(method)), "__file__", None))
+    return _with_imports({Path(file)} if file.endswith(".py") else set(), PACKAGE)
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -30,6 +30,7 @@ OPTIONS = {
     "allocation": "write METHOD:allocation=NAME", "cue": "write a task of your own for --include-path",
     "executor": "--ray ADDRESS runs cells on Ray", "ray-address": "--ray ADDRESS runs cells on Ray",
     "cpus-per-cell": "--gpus-per-cell stays", "shards": "a cell is one task: give more cells",
+    "compile": "prune() refuses compiled models",
 }  # fmt: skip
 VIEWS = {
     "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view costs has re-masks",

@@ -69,7 +69,7 @@ def rows_of(method, model, sparsity=0.5, batch=1, shared=False, calibration=None
 
 
 def open_session(model, method, sparsity=0.5, execution="auto", shared_mask=False, **params):
-    """`prune` with a calibration that needs no tokenizer; `method`: a name, with `params` by their paths, or a `Method`."""
+    """`prune` with a calibration that needs no tokenizer. method: a name, with `params` by path, or a `Method`."""
     made = make(method, params) if isinstance(method, str) else method
     calibration = RandomCalibration(model, None)
     return prune(model, made, sparsity, calibration=calibration, execution=execution, shared_mask=shared_mask)

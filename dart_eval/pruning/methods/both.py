@@ -16,7 +16,7 @@ layout of memory lets a kernel read them alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class GradedBoth(Grinqh):
     name = "graded-both"
     summary = "reads more bits of the columns with larger inputs, and of the neurons that these leave most uncertain"
     paper = ""
-    recorded = {"allocation": "uniform", "entries": "both"}
+    recorded: ClassVar = {"allocation": "uniform", "entries": "both"}
     granularity = "bits of input channels and neurons"
     entries_neurons: float = option(0.25, "share of the neurons of which a token reads more bits", above=0, most=0.9)
     entries_more: float = option(2.0, "bits of a weight that a second look reads, on average", above=0, most=8)
@@ -111,9 +111,7 @@ class GradedBoth(Grinqh):
         left = torch.cat([saved.flip(0).cumsum(0).flip(0), saved.new_zeros(1)])  # by levels
         return (x.float().square() * left[level]).sum(-1, keepdim=True).div(matrix.rows).sqrt()
 
-    def least_known(
-        self, products: Sequence[Tensor], errors: Sequence[Tensor], act: Act, lift: Act | None
-    ) -> Tensor:
+    def least_known(self, products: Sequence[Tensor], errors: Sequence[Tensor], act: Act, lift: Act | None) -> Tensor:
         """Return [..., F] bool, the neurons of the second look.
 
         Args:
@@ -130,7 +128,7 @@ class GradedBoth(Grinqh):
 
     def step_flops(self, shape: ModelShape) -> float:
         inputs, neurons = shape.width * (shape.ffn_matrices - 1), sum(shape.ffn_sizes)
-        again = 2 * self.entries_neurons * neurons * inputs  # the products of the second look; columns' places are known
+        again = 2 * self.entries_neurons * neurons * inputs  # products of the second look, whose columns are known
         return super().step_flops(shape) + again + 3 * shape.layers * inputs + 14 * neurons
 
     def why_no_kernel(self, ffns: Sequence[FFN]) -> str | None:

@@ -17,7 +17,7 @@ above a threshold, which its code (COUNTDOWN at e1393ae) sets on the train split
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ class Cats(TokenChoice):
     name = "cats"
     summary = "reads all of gate, and lets each token choose the neurons with the largest |act(gate x)|"
     paper = "2404.08763"
-    recorded = {"mask": "everything", "choice": "gate", "allocation": "uniform"}
+    recorded: ClassVar = {"mask": "everything", "choice": "gate", "allocation": "uniform"}
     choice_threshold: Literal["none", "calibrated"] = option(
         "none",
         "choose all above a threshold per layer, from a calibration text, in place of exactly k (the read varies)",
@@ -205,7 +205,7 @@ class MCountdown(TokenChoice):
     name = "m-countdown"
     summary = "reads all of up, and lets each token choose the neurons with the largest |up x|"
     paper = "2505.17701"
-    recorded = {"mask": "everything", "choice": "up", "allocation": "uniform"}
+    recorded: ClassVar = {"mask": "everything", "choice": "up", "allocation": "uniform"}
 
     def importance(self, h: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         return up.abs()
@@ -216,7 +216,7 @@ class OracleToken(TokenChoice):
 
     name = "oracle-token"
     summary = "lets each token choose the largest |h|, known in advance (upper bound)"
-    recorded = {"mask": "everything", "choice": "hidden", "allocation": "uniform"}
+    recorded: ClassVar = {"mask": "everything", "choice": "hidden", "allocation": "uniform"}
     upper_bound = True
     whole = 0
 

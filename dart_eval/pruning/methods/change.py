@@ -70,7 +70,8 @@ class ChangeHooks:
     """The hooks on the stream before and behind the FFNs of a model. FFNs of one layer count together."""
 
     def __init__(self, session: Session) -> None:
-        self.session, self._before = session, None
+        self.session = session
+        self._before: Tensor | None = None  # the stream that entered the current FFN
 
     def all(self) -> list[Hook]:
         """Return the hooks."""

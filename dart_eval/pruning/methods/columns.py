@@ -10,10 +10,10 @@ the next step no longer fits. No other choice of as many bits has less error whe
 number of bits, or one step less. Of down, the inputs are the neurons' h. An E of each column by itself would have to be
 read by every token, and saves less than it costs (results/columns.md).
 
-GRINQH (arXiv 2606.23419, its abstract) reads 0 to 8 bits of nested codes by thresholds on |x_i|. DecDEC (2412.20185;
-SNU-ARC/DecDEC at 7a3323f) reads 3-bit weights, and 4-bit residuals of the columns with the largest |x_i|: its levels are
-3-7, where its base is rounded by itself. TEAL's levels are 0 and all bits. Prompts read all bits of the codes, so that
-codes can replace the weights. With the levels 0-2-4-6-8 a kernel for CPUs reads the chosen bits alone
+GRINQH (arXiv 2606.23419, its abstract) reads 0 to 8 bits of nested codes by thresholds on |x_i|. DecDEC (2412.20185,
+SNU-ARC/DecDEC at 7a3323f) reads 3-bit weights, and 4-bit residuals of the columns with the largest |x_i|: its levels
+are 3-7, where its base is rounded by itself. TEAL's levels are 0 and all bits. Prompts read all bits of the codes, so
+that codes can replace the weights. With the levels 0-2-4-6-8 a kernel for CPUs reads the chosen bits alone
 (`kernels.cpu.columns`).
 """
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import plain_matrix
 from dart_eval.layers.quantised import bias_of
-from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.caches import WeightCache, codes_of
+from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import option
 from dart_eval.pruning.methods.teal import Columns
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored
@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from dart_eval.layers.shape import ModelShape
     from dart_eval.pruning.session import Session
 
+LevelsText = Literal[
+    "0-2-3-4-5-6-8", "0-1-2-3-4-5-6-7-8", "0-2-3-4-5-6", "0-2-4-6-8", "0-2-4-8", "0-4-8", "0-8", "2-4-8", "3-7", "4-8",
+    "8",
+]  # fmt: skip
 TOLERANCE = 0.5 / OWN_BITS  # half a bit beyond the last level: scales of rows of other widths take other bytes
 _CODES: WeightCache[list[Nested]] = WeightCache()
 _KERNELS: WeightCache[kernel.ColumnsFFN] = WeightCache()
@@ -177,13 +181,12 @@ class Grinqh(Columns):
     name = "grinqh"
     summary = "reads 0 to 8 bits of columns, more where inputs are larger (from the abstract)"
     paper = "2606.23419"
-    recorded = {"allocation": "uniform", "entries": "columns"}
+    recorded: ClassVar = {"allocation": "uniform", "entries": "columns"}
     granularity = "bits of input channels"
     replaces = True
-    entries_levels: Literal[
-        "0-2-3-4-5-6-8", "0-1-2-3-4-5-6-7-8", "0-2-3-4-5-6", "0-2-4-6-8", "0-2-4-8", "0-4-8", "0-8", "2-4-8", "3-7",
-        "4-8", "8",
-    ] = option("0-2-4-6-8", "bits in which a column may be read; the last number is a code's bits")  # fmt: skip
+    entries_levels: LevelsText = option(
+        "0-2-4-6-8", "bits in which a column may be read; the last number is a code's bits"
+    )
     entries_group: int = option(128, "number of weights that share a scale; 0: a whole row", least=0)
 
     @property
@@ -305,4 +308,4 @@ class DecDEC(Grinqh):
     name = "decdec"
     summary = "reads 3 bits of all columns, and 4 more of those with the largest inputs"
     paper = "2412.20185"
-    entries_levels: str = "3-7"
+    entries_levels: LevelsText = "3-7"

@@ -10,15 +10,15 @@ tokens may run dense after an alarm, and are scored. After `release` decoded tok
 prompt. The floor, the cool-down and the ring are this project's own.
 
 `dart-code` has the settings of the public code (seeder-research/DART at 19c4a57). Its defects stay out: there a mask of
-MASKING_STEP 0 was never made anew, and half of the layers of the forward with the alarm ran under the old one. Densities
-stay the prompt's here; the code computed them anew.
+MASKING_STEP 0 was never made anew, and half of the layers of the forward with the alarm ran under the old one.
+Densities stay the prompt's here; the code computed them anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class Dart(PromptMask):
     name = "dart"
     summary = "keeps the neurons most active in the prompt, more in sensitive layers, and re-masks on drift"
     paper = "2601.22632"
-    recorded = {"mask": "prompt", "score": "activation", "score.norm": "none", "draw": "best"}
+    recorded: ClassVar = {"mask": "prompt", "score": "activation", "score.norm": "none", "draw": "best"}
     remask: Literal["drift", "never"] = option(
         "drift", "make a new mask when a detector raises an alarm for drift, or keep the prompt's"
     )
@@ -138,7 +138,9 @@ class Dart(PromptMask):
         2, "raise an alarm when flagged windows outnumber the others by this number", least=1, when="drift"
     )
     remask_cooldown: int = option(2, "windows after an alarm in which nothing is flagged", least=0, when="drift")
-    remask_min_windows: int = option(4, "use `floor` as the margin if the prompt has fewer windows", least=0, when="drift")
+    remask_min_windows: int = option(
+        4, "use `floor` as the margin if the prompt has fewer windows", least=0, when="drift"
+    )
     remask_skip_first: bool = option(
         True, "leave the prompt's first token out of the detector's reference", when="drift"
     )
@@ -250,7 +252,8 @@ class Dart(PromptMask):
     # -- decoded tokens --------------------------------------------------------------------------------------------
 
     def hooks(self, session: Session) -> list[Hook]:
-        self.session, self.attention = session, None
+        self.session = session
+        self.attention: Tensor | None = None  # of the last layer, in the current decoding forward
         hooks = ChangeHooks(session).all() if self.allocation == "depth" else []
         if self.keeps_ring:
             hooks += [(f.block, "register_forward_pre_hook", self._on_input(f)) for f in self.ffns]
@@ -279,6 +282,10 @@ class Dart(PromptMask):
             if self.remask_skip_first:
                 valid = valid & (valid.long().cumsum(1) + rows.seen[:, None] > 1)
             rows.watch.drift.observe(a.to(rows.seen.device), valid)
+
+    @property
+    def releases(self) -> bool:
+        return self.remask_release > 0
 
     def released(self, rows: Rows) -> bool:
         """Whether all further tokens run dense, up to the next prompt."""
@@ -345,6 +352,7 @@ class Dart(PromptMask):
         """
         watch, index, masks, overlaps = rows.watch, due.nonzero().squeeze(1), [], []
         for f, mask, sums in zip(self.ffns, rows.mask, rows.sums, strict=True):
+            assert sums is not None
             at = index.to(mask.device)
             before = sums[at] / rows.tokens(mask)[at]
             recent = watch.fresh_mean(f.layer, index) if self.gathers else self.recent(watch.ring, f, index)
@@ -363,11 +371,12 @@ class Dart(PromptMask):
 
     def recent(self, ring: RingBuffer, ffn: FFN, index: Tensor) -> Tensor:
         """Return the mean score over the recent inputs of an FFN: [b, pool]. index: [b] of the sequences."""
-        x = ring[ffn.layer]
+        x, valid = ring[ffn.layer], ring.valid
+        assert valid is not None
         at = index.to(x.device)
-        weight = ring.valid[index].to(x.device).float()
-        had = ring[len(self.ffns) + ffn.layer][at] if ffn.routed is not None else None
-        with nullcontext() if had is None else under(ffn.routed, had):
+        weight = valid[index].to(x.device).float()
+        experts = nullcontext() if ffn.routed is None else under(ffn.routed, ring[len(self.ffns) + ffn.layer][at])
+        with experts:
             sums = self.add(None, ffn, ffn.intermediate(x[at]), weight)
         return sums / weight.sum(1, keepdim=True).clamp_min(1)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dart_eval.pruning.method import Method
+from typing import ClassVar
 
+from dart_eval.pruning.method import Method
 
 
 class Dense(Method):
@@ -11,6 +12,6 @@ class Dense(Method):
 
     name = "dense"
     summary = "runs the model unpruned (control)"
-    recorded = {"mask": "everything", "choice": "none", "allocation": "uniform"}
+    recorded: ClassVar = {"mask": "everything", "choice": "none", "allocation": "uniform"}
     prunes = False
     sized = False

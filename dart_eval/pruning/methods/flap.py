@@ -14,7 +14,7 @@ split, and prunes attention heads in the same ranking, which is left out here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Flap(StaticMask):
     name = "flap"
     summary = "keeps the neurons that vary most on a calibration text, and adds the mean output of the rest"
     paper = "2312.11983"
-    recorded = {"mask": "static", "score": "fluctuation", "allocation": "global", "compensation": "mean"}
+    recorded: ClassVar = {"mask": "static", "score": "fluctuation", "allocation": "global", "compensation": "mean"}
     calibrates = True
     fits_experts = False
     fits_norms = False

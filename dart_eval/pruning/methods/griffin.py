@@ -6,8 +6,8 @@ Each sequence keeps the k neurons with the highest scores, the same share in eve
 Sums of squares have the order of their roots, which are never taken. Commit d1d3d6e of its code also draws the mask,
 `draw=sample` (there `sample`, and `topk_sample` for `draw.best=0.5`): the best floor(best k) neurons are taken, and the
 rest is drawn without replacement, each with a probability proportional to its score: those with the largest
-log score_j - log e_j, e_j exponentially distributed. There each prompt draws anew. Here a layer has the same e for every
-text, so that neither batches nor restarts change a mask.
+log score_j - log e_j, e_j exponentially distributed. There each prompt draws anew. Here a layer has the same e for
+every text, so that neither batches nor restarts change a mask.
 
 The masks of all texts rank neurons by
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ class Griffin(PromptMask):
     name = "griffin"
     summary = "keeps the neurons that were most active in the prompt, the same number in every layer"
     paper = "2404.01365"
-    recorded = {
+    recorded: ClassVar = {
         "mask": "prompt", "score": "activation", "score.norm": "l2", "remask": "never", "remask.release": 0,
         "allocation": "uniform",
     }  # fmt: skip
@@ -170,7 +170,7 @@ class Oracle(PromptMask):
 
     name = "oracle"
     summary = "makes the mask from the same tokens that then run under it (upper bound)"
-    recorded = {"mask": "ahead", "score": "activation", "score.norm": "l2", "allocation": "uniform"}
+    recorded: ClassVar = {"mask": "ahead", "score": "activation", "score.norm": "l2", "allocation": "uniform"}
     looks_ahead = True
     upper_bound = True
 
@@ -213,7 +213,7 @@ class Random(StaticMask):
 
     name = "random"
     summary = "keeps a random set of neurons in each layer, the same for every text"
-    recorded = {"mask": "static", "score": "random", "allocation": "uniform", "compensation": "none"}
+    recorded: ClassVar = {"mask": "static", "score": "random", "allocation": "uniform", "compensation": "none"}
     score_seed: int = option(0, "seed of the draw; --seed by default", least=0, most=SEEDS)
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
@@ -228,7 +228,7 @@ class Magnitude(StaticMask):
     name = "magnitude"
     summary = "keeps the neurons with the largest norms of gate and up rows, the same for every text"
     paper = "2404.01365"
-    recorded = {"mask": "static", "score": "weights", "allocation": "uniform", "compensation": "none"}
+    recorded: ClassVar = {"mask": "static", "score": "weights", "allocation": "uniform", "compensation": "none"}
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         norms = ([w.float().norm(dim=1) for w in f.input_weights()] for f in self.ffns)
@@ -240,7 +240,7 @@ class Static(StaticMask):
 
     name = "static"
     summary = "keeps the neurons with the highest griffin scores on a calibration text"
-    recorded = {
+    recorded: ClassVar = {
         "mask": "static", "score": "activation", "score.norm": "l2", "allocation": "uniform", "compensation": "none",
     }  # fmt: skip
     calibrates = True
@@ -255,7 +255,7 @@ class WandaSP(StaticMask):
     name = "wanda-sp"
     summary = "keeps the neurons with the largest |down| times activation norm on a calibration text"
     paper = "2306.11695"
-    recorded = {"mask": "static", "score": "wanda", "allocation": "uniform", "compensation": "none"}
+    recorded: ClassVar = {"mask": "static", "score": "wanda", "allocation": "uniform", "compensation": "none"}
     calibrates = True
 
     def scores(self, calibration: Calibration) -> list[Tensor]:

@@ -6,13 +6,14 @@ With `--ffn-bits` prompts run on rounded weights, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import is_conv1d, plain_matrix
+from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import Method, option
 from dart_eval.pruning.rows import Rows
@@ -29,7 +30,7 @@ class RoundedWeights(Method):
 
     name = "rounding"
     summary = "rounds the weights of decoded tokens; prompts read the original ones (control)"
-    recorded = {"allocation": "uniform", "entries": "rounded"}
+    recorded: ClassVar = {"allocation": "uniform", "entries": "rounded"}
     granularity = LAST_BITS
     sized = False
     fits_experts = False
@@ -65,15 +66,15 @@ class RoundedWeights(Method):
 
     def _rounded(self, session: Session, module: nn.Module, values: Tensor) -> Callable[[Tensor], Tensor]:
         """Return what a projection computes in place of its product."""
-        own, bias = module.forward, getattr(module, "bias", None)
+        own, bias = module.forward, bias_of(module)
         stored = values.T.contiguous() if is_conv1d(module) else values
 
         def forward(x: Tensor) -> Tensor:
             if session.phase != "decode":
                 return own(x)
-            if is_conv1d(module):
-                return torch.addmm(bias, x.view(-1, x.shape[-1]), stored).view(*x.shape[:-1], -1)
-            return nn.functional.linear(x, stored, bias)
+            if bias is None or not is_conv1d(module):
+                return nn.functional.linear(x, values, bias)
+            return torch.addmm(bias, x.view(-1, x.shape[-1]), stored).view(*x.shape[:-1], -1)  # as the module itself
 
         return forward
 

@@ -5,20 +5,20 @@
 
 x enters gate and up, h enters down. The columns' scales are always read, as they span several columns.
 
-TEAL (5baaec8, `utils/utils.py`): t is the quantile of |x| over all inputs and tokens of a text. How many columns a token
-reads varies and is measured. TEAL takes t off a histogram of x in 10 000 bins (1 % of outliers beyond it), of which it
-assumes a mean of 0 and equal sides, on Alpaca; and it finds the sparsity of each matrix by a greedy search, which is left
-out here: every matrix has the same. Attention, which TEAL thins too, is dense here.
+TEAL (5baaec8, `utils/utils.py`): t is the quantile of |x| over all inputs and tokens of a text. How many columns a
+token reads varies and is measured. TEAL takes t off a histogram of x in 10 000 bins (1 % of outliers beyond it), of
+which it assumes a mean of 0 and equal sides, on Alpaca; and it finds the sparsity of each matrix by a greedy search,
+which is left out here: every matrix has the same. Attention, which TEAL thins too, is dense here.
 
 WINA (8153dbf, `wina/mlp.py`): the released code has the norms of gate's columns alone; for up and down it takes the
 largest |x_i|. The paper says all matrices (`entries.weigh=all`). k is int(n * (1 - s)) there; here what is cut off is
-carried over layers. The code's `--transform`, which makes columns orthogonal first, is left out, and attention is dense.
+carried over layers. The code's `--transform`, which makes columns orthogonal first, is left out; attention is dense.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ class Teal(InputColumns):
     name = "teal"
     summary = "leaves out the columns of each matrix whose inputs are small, not neurons"
     paper = "2408.14690"
-    recorded = {"allocation": "uniform", "entries": "threshold"}
+    recorded: ClassVar = {"allocation": "uniform", "entries": "threshold"}
     calibrates = True
 
     def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
@@ -189,7 +189,7 @@ class Wina(InputColumns):
     name = "wina"
     summary = "leaves out the columns of each matrix whose input times norm is small, not neurons"
     paper = "2505.19427"
-    recorded = {"allocation": "uniform", "entries": "norms"}
+    recorded: ClassVar = {"allocation": "uniform", "entries": "norms"}
     entries_weigh: Literal["gate", "all"] = option(
         "gate", "matrices whose column norms count: gate, as in the released code, or all, as in the paper"
     )
