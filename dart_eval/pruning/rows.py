@@ -84,6 +84,7 @@ class Rows(PerSequence):
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...  # of the method
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __len__(self) -> int:
         return len(self.seen)
