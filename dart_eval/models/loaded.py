@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dart_eval.layers import quantised
 from dart_eval.layers.guard import refuse_second
 from dart_eval.layers.projection import adapter_state
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
@@ -130,7 +129,7 @@ def _state(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
         return
     yield from model.named_parameters()  # a state dict would change such weights: see `quantised`
     for name, module in quantised_modules:
-        yield from ((f"{name}.{i}", tensor) for i, tensor in enumerate(quantised.held(module)))
+        yield from ((f"{name}.{k}", part) for k, part in vars(module.weight.quant_state).items())
 
 
 def _buffers(model: PreTrainedModel) -> Iterator[tuple[str, object]]:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from dart_eval.layers import experts
+from dart_eval.layers.quantised import method_of, quantisation_of
 from dart_eval.models import adapters, demo_model, digest
 from dart_eval.models.device import choose_device
 from dart_eval.models.explained import explain, untrusted
@@ -166,9 +167,8 @@ class Resolved:
         return kwargs
 
     def _note(self, model: PreTrainedModel) -> list[str]:
-        """Note the bits of the model's FFN weights in its files. Return notes."""
-        files = stored.Files(self.source, self.identity.revision)
-        return [*gguf.note_bits(self.source, model), *stored.note_bits(self.config, files, model)]
+        """Record the bits of the model's FFN weights. Return notes."""
+        return [*gguf.record_bits(self.source, model), *stored.record_bits(self.config, model)]
 
     def outline(self) -> PreTrainedModel:
         """Return the model without weights: its modules with their sizes, and their bits in the checkpoint.
@@ -180,7 +180,6 @@ class Resolved:
         try:
             with torch.device("meta"):
                 model = _loader(self.config).from_config(self.config, trust_remote_code=trust)
-            stored.note_forms(self.config, model)
             self._note(model)
         except UserError:
             raise
@@ -281,7 +280,7 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
         commit = None if weights else commit_of(source, "config.json", revision)
         code = own_code(source, config, commit)
-        quantised = stored.quantisation_of(config)
+        quantised = quantisation_of(config)
         supported = not quantised or _quantiser_is_there(quantised)
     except UserError:
         raise
@@ -290,7 +289,7 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
             adapters.refuse_alone(source, spec.revision)
         raise explain(name, error, settings) from error
     if not supported:  # transformers would take the weights for plain ones
-        method = stored.method_of(config)
+        method = method_of(config)
         raise UserError(
             f"config.json of model {name} says quant_method {method!r}, which transformers does not know",
             "correct quantization_config, or remove it if the weights are not quantised",
@@ -304,7 +303,7 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
                 f"--load-in {spec.load_in} quantises plain weights, and model {name} "
                 + ("has an adapter" if adapter is not None else "is quantised"), "leave one of them out",
             )  # fmt: skip
-        stored.note_loading(config, spec.load_in)
+        stored.quantise_while_loading(config, spec.load_in)
         whole = hashlib.sha256(f"{weights or commit} {spec.load_in}".encode())
         name, weights = f"{name}+{spec.load_in}", whole.hexdigest()
     if adapter is not None:
@@ -330,7 +329,7 @@ def _adapted(
 
 
 def _is_quantised(source: str, config: PretrainedConfig) -> bool:
-    return stored.method_of(config) is not None or (Path(source) / gguf.BITS).is_file()
+    return method_of(config) is not None or (Path(source) / gguf.FACTS).is_file()
 
 
 def _dtype(spec: ModelSpec, config: PretrainedConfig, source: str, revision: str | None) -> str:
