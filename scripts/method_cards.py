@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dart_eval.bench import shapes
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import describe, find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.models import shapes
 from dart_eval.pruning.inputs.levels import Levels
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.method import Pruner

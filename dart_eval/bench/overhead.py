@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_eval.bench import shapes
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import describe
 from dart_eval.layers.shape import shape_of
-from dart_eval.models import shapes
 from dart_eval.pruning import cost
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.moments import Moments

@@ -81,12 +81,6 @@ def encoded(linear: nn.Module) -> str | None:
     return None
 
 
-def adapter_state(module: nn.Module) -> list[str]:
-    """Return what decides, beside weights, what a layer of peft computes."""
-    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-    return [str(getattr(module, name, None)) for name in names]
-
-
 def is_conv1d(linear: object) -> bool:
     """Whether this is GPT-2's projection, whose weight is stored [in, out]."""
     return type(linear).__name__ == "Conv1D"

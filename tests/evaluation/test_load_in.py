@@ -64,7 +64,7 @@ def test_what_cannot_be_quantised_is_refused(folder, tmp_path, monkeypatch):
     AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
     ).save_pretrained(few)
-    with pytest.raises(UserError, match="--load-in 4bit quantises plain weights, and model few is quantised; leave"):
+    with pytest.raises(UserError, match="model few has quantised weights and --load-in 4bit; leave one of them out"):
         resolve(ModelSpec(str(few), load_in="4bit"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--load-in 8bit needs the package bitsandbytes; pip install bitsandbytes"):
