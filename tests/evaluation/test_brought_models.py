@@ -65,14 +65,14 @@ def test_a_damaged_index_is_named_where_the_dtype_is_wanted(folder, index):
         resolve(_spec(folder))
 
 
-def test_a_quantised_checkpoint_that_is_cut_off_is_one_line_before_it_is_loaded(folder):
+def test_a_quantised_checkpoint_that_is_cut_off_is_one_line(folder):
     weights = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     kind = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
     _configure(folder, quantization_config=kind | {"ignore": ["lm_head"], "quantization_status": "compressed"})
     os.truncate(folder / "model.safetensors", 20_000)
     with pytest.raises(UserError, match="model 'model' cannot be loaded"):
-        resolve(_spec(folder)).outline()
+        resolve(_spec(folder)).load()
 
 
 def test_a_revision_of_a_folder_is_refused(folder):
