@@ -25,6 +25,7 @@ def evaluate(
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     tasks: str | Sequence[str],
+    name: str | None = None,
     progress: bool | None = None,
     **options: object,
 ) -> list[Json]:
@@ -36,6 +37,7 @@ def evaluate(
         model: a name or folder, or a loaded model; None is the demo model.
         tokenizer: of a loaded model; else the name or folder of another one than the model's.
         tasks: names, as a list or as text with commas; so are `method` and `sparsity`.
+        name: of a loaded model, by which its finished cells are found again.
         progress: show how far it is, on stderr; None: where that is a terminal or a notebook.
         options: those of `dart-eval run`, by the same names (docs/options.md).
 
@@ -52,19 +54,21 @@ def evaluate(
     from dart_eval.sweep.config import configs_from
     from dart_eval.util.quiet import without_remarks
 
-    given = {name: value for name, value in {"tasks": tasks, **options}.items() if value is not None}
+    given = {key: value for key, value in {"tasks": tasks, **options}.items() if value is not None}
     if model is None or isinstance(model, (str, Path, bytes)):
         if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
             raise UserError("a loaded tokenizer goes with a loaded model", "leave it out, or give its name")
+        if name is not None:
+            raise UserError("name is for a loaded model", "leave it out: this one has a name")
         configs = configs_from(None, {**given, "model": model, "tokenizer": tokenizer})
         ready = None
     else:
         from dart_eval.layers.verify import evaluating
-        from dart_eval.models.loaded import loaded
+        from dart_eval.models.loaded import Loaded
 
         configs = configs_from(None, given)
         _check(configs[0])
-        ready = loaded(model, tokenizer)
+        ready = Loaded.named(name, model, tokenizer)
     first = configs[0]
     model_in_use = contextlib.nullcontext() if ready is None else evaluating(ready.model)
     with without_remarks(), _view(progress) as view, model_in_use:

@@ -45,12 +45,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dart_eval.bench import decode
+from dart_eval.bench import decode, shapes
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.layers.families import cache_argument
-from dart_eval.models import shapes
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session import Session, prune
 from dart_eval.util.errors import UserError

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dart_eval.bench import shapes
 from dart_eval.kernels.fast import why_no_kernel
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import describe, find_ffns
-from dart_eval.models import shapes
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.columns import Grinqh
 from dart_eval.pruning.methods.rounding import RoundedWeights

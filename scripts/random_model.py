@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dart_eval.models.shapes import config, with_random_weights
+from dart_eval.bench.shapes import config, with_random_weights
 from dart_eval.util.errors import UserError
 
 TOKENS = 8192

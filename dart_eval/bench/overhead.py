@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_eval.bench import shapes
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import describe
 from dart_eval.layers.shape import shape_of
-from dart_eval.models import shapes
 from dart_eval.pruning import cost
 from dart_eval.pruning.calibration import Calibration, Moments
 from dart_eval.pruning.method import Method

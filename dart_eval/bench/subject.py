@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 
-from dart_eval.bench import bytes_only, decode, packed
+from dart_eval.bench import bytes_only, decode, packed, shapes
 from dart_eval.bench.bytes_only import BytesOnly
 from dart_eval.bench.decode import DecodeSpeed
 from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.kernels.fast import why_no_kernel
 from dart_eval.layers.find import find_ffns
-from dart_eval.models import shapes
-from dart_eval.models.device import choose_device
-from dart_eval.models.loading import DTYPES, ModelSpec, resolve
+from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.pruning.method import Method
 from dart_eval.results.speeds import Speed
 from dart_eval.sweep.plan import environment

@@ -14,7 +14,7 @@ from lm_eval.api.task import Task
 from dart_eval.evaluation.local_data import rows_of
 from dart_eval.evaluation.tasks import leaves
 from dart_eval.evaluation.unsafe import block_local_code
-from dart_eval.models.hub import work_offline_if_unreachable
+from dart_eval.models.loading import work_offline_if_unreachable
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.util.errors import UserError, summary
 from dart_eval.util.files import read_regular, read_text, reason

@@ -15,7 +15,7 @@ from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.layers.families import base_of, cache_argument
 from dart_eval.layers.finite import refuse_not_finite
-from dart_eval.layers.quantised import input_device, is_packed
+from dart_eval.layers.quantised import input_device
 from dart_eval.layers.verify import explaining
 from dart_eval.pruning.cache import cache_in
 from dart_eval.util.errors import UserError
@@ -77,8 +77,7 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     before = None if before is linear else before  # ModernBERT's decoder: a projection and a norm
 
     def head(hidden: Tensor) -> Tensor:
-        weight = linear.weight() if is_packed(linear) else linear.weight
-        logits = linear((hidden if before is None else before(hidden)).to(weight.device))
+        logits = linear((hidden if before is None else before(hidden)).to(linear.weight.device))
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
         if factor := getattr(config, "logits_scaling", None):  # Granite divides by what HyperCLOVA X multiplies by

@@ -42,7 +42,7 @@ from dart_eval.evaluation.seeded_data import prepared_once, seeded, without_othe
 from dart_eval.evaluation.task_index import Index
 from dart_eval.evaluation.task_names import aliases, is_pattern, none_given, own, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import block_local_code, check_task, check_yaml, own_metrics, sandbox_templates
-from dart_eval.models.hub import work_offline_if_unreachable
+from dart_eval.models.loading import work_offline_if_unreachable
 from dart_eval.util.errors import UserError, naming
 from dart_eval.util.text import Json
 

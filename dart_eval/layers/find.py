@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from typing import Any
 
 from torch import nn
 
-from dart_eval.layers import experts, quantised, verify
-from dart_eval.layers.activations import Act, activation, lift
+from dart_eval.layers import experts, verify
+from dart_eval.layers.activations import activation, lift
 from dart_eval.layers.families import (
     ATTENTION_OUTPUTS,
     EMBEDDED,
@@ -24,7 +23,8 @@ from dart_eval.layers.families import (
     get,
 )
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.projection import encoded, features, stored_bits
+from dart_eval.layers.projection import encoded, features
+from dart_eval.layers.quantised import RECORDS, Record, stated_bits
 from dart_eval.util.errors import UserError
 
 
@@ -96,57 +96,34 @@ def _has_none(layer: nn.Module) -> bool:
     return len(parts) == 1 and first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) is not None
 
 
-# model -> its FFNs, and the identities of its layers' parts when they were found
-_FOUND: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+# model -> the identities of its layers' parts when its FFNs were found, and these
+_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], list[FFN]]] = weakref.WeakKeyDictionary()
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
     """Return the FFN of every layer, checked by running some tokens through the model.
 
+    They are found once, and anew if adapters, dropped layers or quantisation change the layers' modules, parameters or
+    activations.
+
     Raises:
         UserError: the family is unknown, the model fails, or its FFN does not compute what its description says.
     """
-    if (found := _FOUND.get(model)) is not None and _unchanged(model, found):
-        return found[0]
+    modules = [module for layer in decoder_layers(model) for module in layer.modules()]
+    parts = [id(part) for module in modules for part in (module, *module._parameters.values())]
+    parts += [id(v) for m in modules for k, v in vars(m).items() if callable(v) and not hasattr(nn.Module, k)]
+    known, ffns = _FOUND.get(model, ([], []))
+    if known == parts:
+        return ffns
     ffns = describe(model)
-    for module in (m for f in ffns for m in f.projections if encoded(m)):
-        quantised.note(module, stored_bits(module))
+    for projection in (m for f in ffns for m in f.projections):
+        if callable(getattr(projection, "weight", None)):
+            raise UserError("torch's quantize_dynamic keeps weights that cannot be pruned", "quantise with torchao")
+        if projection not in RECORDS and encoded(getattr(projection, "base_layer", projection)):
+            RECORDS[projection] = Record(stated_bits(getattr(model, "config", None)))
     verify.verify(model, ffns)
-    _FOUND[model] = [ffns, _layer_parts(model)]
+    _FOUND[model] = parts, ffns
     return ffns
-
-
-def _unchanged(model: nn.Module, found: list[Any]) -> bool:
-    """Whether what was found still holds, which adapters, dropped layers and quantisation change.
-
-    Layers are described anew only if some part has changed.
-    """
-    ffns, old_parts = found
-    if (new_parts := _layer_parts(model)) == old_parts:
-        return True
-    try:
-        same = [_parts(f) for f in describe(model)] == [_parts(f) for f in ffns]
-    except UserError:
-        return False
-    if same:
-        found[1] = new_parts
-    return same
-
-
-def _layer_parts(model: nn.Module) -> list[int]:
-    """Return the identities of all parts of layers: modules, parameters, functions (without a module's methods)."""
-    modules = [m for layer in decoder_layers(model) for m in layer.modules()]
-    parameters = (p for m in modules for p in m._parameters.values())
-    functions = (v for m in modules for k, v in vars(m).items() if callable(v) and not hasattr(nn.Module, k))
-    return [id(x) for x in itertools.chain(modules, parameters, functions)]
-
-
-def _parts(ffn: FFN) -> list[int]:
-    """Return the identities of its modules and their parameters (weights computed on the fly have none)."""
-    modules: list[object] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
-    modules += [ffn.norm, ffn.routed or (ffn.act.act if isinstance(ffn.act, Act) else ffn.act)]
-    projections = ffn.projections
-    return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]
 
 
 def describe(model: nn.Module) -> list[FFN]:

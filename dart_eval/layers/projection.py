@@ -1,14 +1,12 @@
-"""One projection of a model, however its weight is stored: its matrix, its sizes, the bits of a weight."""
+"""One projection of a model, however its weight is stored: its matrix and its sizes."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from dart_eval.layers import quantised
-from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
 
 
@@ -70,37 +68,17 @@ def encoded(linear: nn.Module) -> str | None:
     """Return why a projection's weight is not a matrix of plain numbers (`are ...`), or None."""
     if hasattr(linear, "base_layer"):  # of PEFT, whose `weight` is that without the adapter
         return "carry an adapter"
-    if (form := quantised.form(linear)) is not None:
-        return form
+    if (record := quantised.RECORDS.get(linear)) is not None and record.form is not None:
+        return record.form
     step = isinstance(linear, Step)
     weight = linear.held if isinstance(linear, Step) else getattr(linear, "weight", None)
-    if weight is None or quantised.is_packed(linear):
+    if weight is None:
         return "are kept in a form of their own"
     if type(weight) not in PLAIN:  # a library's own tensor, whatever dtype it claims to have
         return f"are quantised or wrapped ({type(weight).__name__})"
     if not weight.is_floating_point() or weight.element_size() < 2 or weight.dim() != 2 + step:
         return f"are quantised ({str(weight.dtype).removeprefix('torch.')})"
     return None
-
-
-def adapter_state(module: nn.Module) -> list[str]:
-    """Return what decides, beside weights, what a layer of peft computes."""
-    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-    return [str(getattr(module, name, None)) for name in names]
-
-
-def stored_bits(linear: nn.Module) -> float:
-    """Return the bits of a weight of a quantised projection, or of experts, as it is in memory, without adapters."""
-    if isinstance(linear, Step):
-        return quantised.bits([linear.held], math.prod(linear.held.shape))
-    if isinstance(own := getattr(linear, "base_layer", None), nn.Module):
-        return bits_in_memory(own)
-    return quantised.bits(quantised.held(linear), math.prod(features(linear)))
-
-
-def bits_in_memory(linear: nn.Module) -> float:
-    """Return the bits of a weight of a projection as it is in memory; plain ones have `OWN_BITS`."""
-    return stored_bits(linear) if encoded(linear) else OWN_BITS
 
 
 def is_conv1d(linear: object) -> bool:

@@ -1,8 +1,7 @@
-"""FFN weights that a checkpoint stores in few bits: their bytes and their values.
+"""FFN weights that a checkpoint stores in few bits: what its configuration says of them, and their values.
 
-Quantisation libraries store weights in forms of their own. For all of them, a projection reads the tensors that it
-holds, and its forward of unit vectors gives the values. State dicts are avoided: that of bitsandbytes 0.50 restores
-weights that it has reordered for a CPU, and leaves wrong scales.
+Quantisation libraries store weights in forms of their own. How many bits these take follows from the checkpoint's
+configuration, to within some per cent; a projection's forward of unit vectors gives the values, whatever the form.
 """
 
 from __future__ import annotations
@@ -10,70 +9,90 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dart_eval.util.bits import OWN_BITS
+from dart_eval.util.bits import OWN_BITS, SCALE_BITS, Stored
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 CHUNK = 1024  # unit vectors that go through a projection at a time
-# Objects of libraries that hold tensors beside parameters and buffers.
-OBJECTS = ("quant_state", "state2", "state")
-NO_PART = ("bias", "code")  # tensors that are not weights; code: the values of codes, the same for all weights
+WIDTHS = ("bits", "num_bits", "nbits", "w_bit")  # settings that say the bits of a code
+GROUPS = ("group_size", "q_group_size")  # and the weights that share a scale
+UNSAID = {"mxfp4": 64, "bitsandbytes": 32}  # the same of 4-bit formats that have one size: 8 bits for 32, 32 for 64
+NAMED = re.compile(r"(?:int|float|fp)(\d)(?:weight|_|\b)", re.IGNORECASE)  # mxfp4, Int8WeightOnlyConfig, float8_e4m3fn
 
-_NOTED: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
 
+class Record(NamedTuple):
+    """What is known of a projection's weight beside what lies in memory.
 
-def note(linear: nn.Module, width: float) -> None:
-    """Note the bits of a projection's weight in its checkpoint, before its storage changes.
-
-    Weights of a GGUF file are expanded on loading, and bitsandbytes rounds scales when it first runs on a CPU.
+    Attributes:
+        bits: of a weight as served.
+        form: why the checkpoint's weight is no matrix of plain numbers (`are quantised (gptq)`), or None.
     """
-    _NOTED.setdefault(linear, width)
+
+    bits: Stored
+    form: str | None = None
 
 
-def noted(linear: nn.Module) -> float | None:
-    """Return the noted bits of a projection, or None."""
-    return _NOTED.get(linear)
+RECORDS: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
 
 
-_FORMS: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+def quantisation_of(config: Any) -> Json:
+    """Return the quantisation settings of a model's configuration; empty if its checkpoint is not quantised."""
+    settings: Any = getattr(config, "quantization_config", None)
+    if settings is None and hasattr(config, "get_text_config"):
+        settings = getattr(config.get_text_config(), "quantization_config", None)
+    return settings.to_dict() if hasattr(settings, "to_dict") else dict(settings or {})
 
 
-def note_form(linear: nn.Module, form: str) -> None:
-    """Note the form of the checkpoint's weights for a projection without weights: `are quantised (bitsandbytes)`."""
-    _FORMS[linear] = form
+def method_of(config: Any) -> str | None:
+    """Return the quantisation method of a checkpoint by its configuration, or None."""
+    name = quantisation_of(config).get("quant_method")
+    return None if name is None else str(getattr(name, "value", name))
 
 
-def form(linear: nn.Module) -> str | None:
-    """Return the form noted by `note_form`, or None."""
-    return _FORMS.get(linear)
+def stated_bits(config: Any) -> Stored:
+    """Return about how many bits a weight has by a model's configuration; those of a plain weight if it does not say.
 
-
-def bits(tensors: Iterable[object], weights: int) -> float:
-    """Return the bits per weight, scales and zero points included, of a matrix stored in these tensors.
-
-    Args:
-        weights: number of weights in the matrix.
+    Scales count 16 bits for a group of weights; zero points, and the scales of whole rows or blocks, are neglected.
     """
-    return sum(n for tensor in tensors for n in _bits(tensor, weights)) / weights
+    entries = [*_entries(quantisation_of(config))]
+    named = dict(reversed(entries))  # of equal names the first
+    match = NAMED.search(" ".join(str(value) for _, value in entries))
+    by_name = int(match[1]) if match else OWN_BITS
+    loaded = 4 if named.get("load_in_4bit") else 8 if named.get("load_in_8bit") else by_name  # of bitsandbytes
+    code = next((named[name] for name in WIDTHS if isinstance(named.get(name), int)), loaded)
+    group = next((named[name] for name in GROUPS if isinstance(named.get(name), int)), 0)
+    group = group or (UNSAID.get(str(method_of(config)), 0) if code == 4 else 0)
+    return Stored(code, SCALE_BITS / group if group > 0 else 0.0, about=True)
+
+
+def _entries(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield all settings, nested ones too, but those of activations."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from () if "activation" in key else _entries(value)
+        else:
+            yield key, value
 
 
 def nbytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters in memory, tied ones once, with the libraries' tensors beside them."""
-    named = [("", p) for p in model.parameters()] + [part for m in model.modules() for part in _packed(m)]
-    for module in model.modules():  # of GPTQ and AWQ: codes and scales are buffers
-        if hasattr(module, "in_features") and "weight" not in dict(module.named_parameters(recurse=False)):
-            named += module.named_buffers(recurse=False)
-    return round(sum(n for tensor in _apart(named) for n in _bits(tensor, 0, in_memory=True)) / 8)
+    """Return the bytes of all parameters in memory, tied ones once, and of GPTQ's and AWQ's buffers of codes."""
+    tensors: list[Tensor] = [*model.parameters()]
+    for module in model.modules():
+        if hasattr(module, "in_features") and "weight" not in module._parameters:
+            tensors += module.buffers(recurse=False)
+    return sum(_nbytes(tensor) for tensor in tensors)
 
 
-def held(linear: nn.Module) -> list[Tensor]:
-    """Return the tensors in which a projection stores its weights."""
-    return _apart([*linear.named_parameters(), *linear.named_buffers(), *_beside(linear), *_packed(linear)])
+def _nbytes(tensor: Tensor) -> int:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])  # of torchao
 
 
 def offloaded(module: nn.Module) -> bool:
@@ -100,71 +119,9 @@ def input_device(model: Any) -> torch.device:
     return embeddings._hf_hook.execution_device if offloaded(embeddings) else embeddings.weight.device
 
 
-def is_packed(linear: object) -> bool:
-    """Whether a projection's weight is a method: torch's own, from `quantize_dynamic`."""
-    return callable(getattr(linear, "weight", None)) and callable(getattr(linear, "bias", None))
-
-
 def bias_of(linear: Any) -> Tensor | None:
     """Return the bias of a projection, however its weights are stored."""
-    return linear.bias() if is_packed(linear) else getattr(linear, "bias", None)
-
-
-def _packed(linear: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the codes of such a projection, and scales and zero points as kernels store them, 32 bits each."""
-    if not is_packed(linear):
-        return
-    weight: Tensor = linear.weight()
-    yield "weight", weight
-    if weight.is_quantized:
-        channels = "channel" in str(weight.qscheme())
-        scales = weight.q_per_channel_scales() if channels else torch.tensor([weight.q_scale()])
-        yield "scales", scales.float()
-        yield "zero_points", torch.zeros(len(scales), dtype=torch.int32)
-
-
-def _apart(named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
-    """Return these tensors and the ones beside them, each memory once."""
-    plain = [value for _, value in named if not hasattr(value, "__tensor_flatten__")]  # others list their own parts
-    by_place: dict[tuple[int, int], Tensor] = {}
-    for name, tensor in [*named, *(one for value in plain for one in _beside(value))]:
-        if name.rpartition(".")[2] not in NO_PART:
-            place = 0 if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()  # 0 also for meta tensors
-            by_place.setdefault((place or id(tensor), tensor.numel()), tensor)
-    return list(by_place.values())
-
-
-def _beside(holder: object) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors that are plain attributes of a parameter or of a library's object."""
-    if not isinstance(holder, nn.Module):
-        yield from ((n, v) for n, v in getattr(holder, "__dict__", {}).items() if isinstance(v, Tensor) and n != "grad")
-    for name in OBJECTS:
-        if (inner := getattr(holder, name, None)) is not None and not isinstance(inner, (Tensor, nn.Module)):
-            yield from _beside(inner)
-
-
-def _bits(value: object, weights: int, in_memory: bool = False) -> Iterator[float]:
-    """Yield the bits of every tensor inside one of a library's own. in_memory: count padded codes in full."""
-    if not isinstance(value, Tensor):
-        return
-    if not hasattr(value, "__tensor_flatten__"):
-        plain = value.is_floating_point() and value.numel() == weights  # under another name: see `OWN_BITS`
-        yield float(value.numel() * min(8 * value.element_size(), OWN_BITS if plain else 64))
-        return
-    names, _ = value.__tensor_flatten__()
-    narrow = 0 if in_memory else width_of(getattr(value, "target_dtype", None))
-    for name in names:
-        part = getattr(value, name)
-        if narrow and name == "qdata":  # torchao stores low-bit codes in a byte each if no kernel takes them
-            yield float(narrow * part.numel())
-        else:
-            yield from _bits(part, weights, in_memory)
-
-
-def width_of(dtype: object) -> int:
-    """Return the bits of a dtype of less than a byte (`torch.int4`); 0 for other dtypes."""
-    match = re.fullmatch(r"torch\.u?int([1-7])", str(dtype))
-    return int(match.group(1)) if match else 0
+    return getattr(linear, "bias", None)
 
 
 @torch.no_grad()
@@ -178,38 +135,27 @@ def values(linear: Any, width: int) -> Tensor:
         linear: the projection.
         width: of its inputs.
     """
-    device, dtype = next(t.device for t in held(linear)), _computes_in(linear)
+    tensors = [*linear.parameters(), *linear.buffers()]
+    dtypes = [getattr(linear, "compute_dtype", None), *(tensor.dtype for tensor in tensors)]  # the first: bitsandbytes
+    wide = (d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point and d.itemsize > 1)
+    dtype, device = next(wide, torch.float32), tensors[0].device
     columns = []
-    with _without_bias(linear) as bias:
+    with _without_bias(linear):
         for start in range(0, width, CHUNK):
             count = min(CHUNK, width - start)
             units = torch.zeros(count, width, device=device, dtype=dtype)
             units[torch.arange(count), torch.arange(start, start + count)] = 1
-            out = linear.forward(units)  # without the hooks that prune it
-            columns.append(out if bias is None else out - bias)
+            columns.append(linear.forward(units))  # without the hooks that prune it
     return torch.cat(columns).T.contiguous()
 
 
 @contextlib.contextmanager
-def _without_bias(linear: Any) -> Iterator[Tensor | None]:
-    """Let a projection add no bias inside the block, since the sum is rounded; yield one that it must add (packed)."""
+def _without_bias(linear: Any) -> Iterator[None]:
+    """Let a projection add no bias inside the block, since the sum is rounded."""
     own = getattr(linear, "base_layer", linear)
-    kept = next((part for part in (own._parameters, own._buffers) if part.get("bias") is not None), None)
-    if kept is None:
-        yield bias_of(linear)
-        return
-    bias, kept["bias"] = kept["bias"], None
+    parts: Any = next((part for part in (own._parameters, own._buffers) if part.get("bias") is not None), {})
+    bias, parts["bias"] = parts.get("bias"), None
     try:
-        yield None
+        yield
     finally:
-        kept["bias"] = bias
-
-
-def _computes_in(linear: Any) -> torch.dtype:
-    """Return the dtype of a projection's input."""
-    own: object = getattr(linear, "compute_dtype", None)  # bitsandbytes
-    weight = getattr(linear, "weight", None)
-    for dtype in (own, getattr(weight, "dtype", None), *(t.dtype for t in held(linear))):
-        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
-            return dtype
-    return torch.float32
+        parts["bias"] = bias

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dart_eval.layers import quantised
 from dart_eval.layers.families import ATTENTION_OUTPUTS, decoder, decoder_layers, first
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.projection import bits_in_memory, features, is_conv1d
+from dart_eval.layers.projection import encoded, features, is_conv1d
+from dart_eval.layers.quantised import nbytes, stated_bits
+from dart_eval.util.bits import OWN_BITS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -90,7 +91,7 @@ def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
         other_weights=other, head_weights=n_in * n_out,
         attention_widths=tuple(map(_attention_width, decoder_layers(model))),
         windows=_windows(config, len(decoder_layers(model))),
-        weight_bytes=quantised.nbytes(model), ffn_pools=tuple(f.pool for f in ffns),
+        weight_bytes=nbytes(model), ffn_pools=tuple(f.pool for f in ffns),
     )  # fmt: skip
 
 
@@ -105,13 +106,18 @@ def _others(model: nn.Module, ffns: Sequence[FFN]) -> list[nn.Module]:
 
 def stored_share(model: nn.Module, ffns: Sequence[FFN]) -> float:
     """Return the share of the FFNs in the bytes that a decoded token reads of the weights as they lie in memory."""
+    stated = stated_bits(model.config).total
+
+    def bits(module: nn.Module) -> float:
+        return stated if encoded(getattr(module, "base_layer", module)) else OWN_BITS
+
     own = 0.0
     for f in ffns:
-        into = [bits_in_memory(m) for m in (f.gate, f.up) if m is not None]
-        own += f.size * f.width * ((f.matrices - 1) * sum(into) / len(into) + bits_in_memory(f.down))
+        into = [bits(m) for m in (f.gate, f.up) if m is not None]
+        own += f.size * f.width * ((f.matrices - 1) * sum(into) / len(into) + bits(f.down))
     head = model.get_output_embeddings()  # type: ignore[operator]
     others = [*_others(model, ffns), head]
-    return own / (own + sum(bits_in_memory(m) * math.prod(features(m)) for m in others))
+    return own / (own + sum(bits(m) * math.prod(features(m)) for m in others))
 
 
 def _windows(config: PretrainedConfig, layers: int) -> tuple[int | None, ...]:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import huggingface_hub
-
-from dart_eval.models.digest import readable
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import feed
 from dart_eval.weights.checkpoint import model_file
@@ -23,63 +18,43 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def refuse_alone(source: str, revision: str | None = None) -> None:
-    """Refuse an adapter in place of a model.
+    """Refuse an adapter in place of a model."""
+    if model_file(source, CONFIG, revision) is not None:
+        raise UserError(f"{source} is an adapter ({CONFIG}), not a model", f"give its base model, and --peft {source}")
+
+
+def hash_files(adapter: str, revision: str | None) -> str:
+    """Return the sha256 of an adapter's configuration and weights.
 
     Raises:
-        UserError: names the adapter's base model.
-    """
-    if (config := model_file(source, CONFIG, revision)) is not None:
-        try:
-            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
-        except (ValueError, AttributeError, OSError):  # a copy that was interrupted
-            base = "BASE"
-        raise UserError(
-            f"{source} is an adapter (it has {CONFIG}), not a model", f"give --model {base} --peft {source}"
-        )
-
-
-def digest_of(adapter: str, revision: str | None) -> str:
-    """Return the sha256 of an adapter's files.
-
-    Raises:
-        UserError: it has no files, or the package peft is missing.
+        UserError: one of them is not there, or the package peft is missing.
     """
     config = model_file(adapter, CONFIG, revision)
     weights = next((file for name in WEIGHTS if (file := model_file(adapter, name, revision)) is not None), None)
     if config is None or weights is None:
-        lacking = CONFIG if config is None else WEIGHTS[0]
-        if huggingface_hub.constants.HF_HUB_OFFLINE and not Path(adapter).is_dir():
-            problem = f"adapter {adapter} is not a local folder, and the hub cannot be reached"
-            raise UserError(problem, "check its name and the network")
-        raise UserError(f"adapter {adapter} has no {lacking}", "give a folder or a hub id that PEFT wrote")
-    if find_spec("peft") is None:
         raise UserError(
-            f"{adapter} has an adapter ({CONFIG}), which needs the package peft",
-            f"run pip install peft, or remove {CONFIG} to run the weights without it",
+            f"adapter {adapter} has no {CONFIG} with weights, or the hub cannot be reached",
+            "give a folder or a hub id that PEFT wrote",
         )
+    if find_spec("peft") is None:
+        raise UserError(f"adapter {adapter} needs the package peft", f"install it, or remove {CONFIG} to do without")
     digest = hashlib.sha256()
-    with readable(f"adapter {adapter}"):
-        for file in (config, weights):
-            feed(digest, file)
+    for file in (config, weights):
+        feed(digest, file)
     return digest.hexdigest()
 
 
-def merged(model: PreTrainedModel, adapter: str, revision: str | None) -> PreTrainedModel:
+def merge(model: PreTrainedModel, adapter: str, revision: str | None) -> PreTrainedModel:
     """Return the model with an adapter merged into its weights.
 
     Raises:
-        UserError: the adapter changes no weights, or was made for another model.
+        UserError: the adapter cannot be merged into weights, or was made for another model.
     """
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(adapter, revision=revision)
-    if config.is_prompt_learning:
-        raise UserError(f"adapter {adapter} is a prompt adapter and changes no weights", "give another (LoRA)")
-    if getattr(config, "layer_replication", None):
-        raise UserError(
-            f"adapter {adapter} repeats layers (layer_replication), which share the weights it would change",
-            "merge it with PEFT and give the merged model",
-        )
+    if config.is_prompt_learning or getattr(config, "layer_replication", None):  # repeated layers share their weights
+        raise UserError(f"adapter {adapter} is a prompt or repeats layers: it cannot be merged", "give another (LoRA)")
     tuned = PeftModel(model, config)
     keys = tuned.load_adapter(adapter, "default", torch_device="cpu", revision=revision)
     if strange := [*keys.missing_keys, *keys.unexpected_keys]:

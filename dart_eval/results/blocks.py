@@ -50,6 +50,7 @@ class BoardRow:
         name: the label, with the sparsity if the level does not show it.
         sparsity: requested sparsity.
         read: bytes of FFN weights that a decoded token reads / those of dense.
+        about: whether the read is about right alone, so that no test is made at equal reads.
         kind: `pruned`, `upper bound`, `control` (dense), `rounding` (dense on rounded weights, or on their first bits)
             or `guessing`.
         scope: which positions ran pruned; None for dense, rounded or not, which is the same in all scopes.
@@ -85,6 +86,7 @@ class BoardRow:
     speed: Speed | None = None
     mark: str = ""
     keys: tuple[str, ...] = ()
+    about: bool = False
 
     @property
     def questions(self) -> list[tuple[str, str]]:

@@ -152,7 +152,7 @@ def _row(label: str, records: Sequence[Record], speeds: Sequence[Speed], metric:
         memory=max(r.memory.get("state", 0) for r in records),
         overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
         calibrated=first.inputs.get("calibration") is not None, speed=of_cell(speeds, first.inputs),
-        keys=tuple(r.key for r in records),
+        keys=tuple(r.key for r in records), about=any(r.settings.get("about") for r in records),
     )  # fmt: skip
 
 

@@ -270,8 +270,8 @@ def name_of(row: BoardRow, name: str | None = None) -> str:
 
 
 def read_of(row: BoardRow) -> str:
-    """Return the share of the FFN bytes that a row reads; empty for guessing."""
-    return "" if row.kind == GUESSING else percent(row.read)
+    """Return the share of the FFN bytes that a row reads, `≈` if it is about right alone; empty for guessing."""
+    return "" if row.kind == GUESSING else "≈" * row.about + percent(row.read)
 
 
 def wins(block: Block, level: float | None = None) -> str:
@@ -298,6 +298,8 @@ def notes(board: Board) -> list[str]:
     found = [*board.notes]
     if any(name_of(row) != row.name for row in rows):
         found.append("† rebuilt from the abstract of its paper: no code was found.")
+    if any(row.about for row in rows):
+        found.append("≈: by the bits of the checkpoint's configuration, so that no test is made at equal reads.")
     bounds = [row.label for row in rows if row.kind == UPPER_BOUND]
     if bounds:
         found.append(f"Upper bounds, which look ahead: {', '.join(dict.fromkeys(bounds))}.")

@@ -32,6 +32,7 @@ class Settings(TypedDict):
     command: NotRequired[Annotated[str, "the line that makes this one cell; of a loaded model a line of Python"]]
     upper_bound: NotRequired[Annotated[bool, "the method uses information that is available only afterwards"]]
     granularity: NotRequired[Annotated[str, "what is left out, if not neurons: input channels, bits"]]
+    about: NotRequired[Annotated[bool, "reads are about right: the weights' bits are those of the configuration alone"]]
     halved: NotRequired[Annotated[int, "how often memory ran out and batches were halved, where it did"]]
     kl: NotRequired[Annotated[bool, "false where no distance from dense was measured beside scored answers"]]
     notes: NotRequired[Annotated[list[str], "on the model's checkpoint, where there are any"]]

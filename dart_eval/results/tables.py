@@ -76,7 +76,8 @@ def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table
     if lines["model"].nunique() == 1:
         notes.insert(0, f"Model {lines['model'].iloc[0]}.")
     of = [r for r in records if r.key in set(lines["key"])]
-    return writers.from_frame(group, lines, columns, " ".join([*notes, *upper_bounds(of), *cut_prompts(of)]), QUALITY)
+    notes += [*upper_bounds(of), *about(of), *cut_prompts(of)]
+    return writers.from_frame(group, lines, columns, " ".join(notes), QUALITY)
 
 
 def flops_ratio(cells: pd.DataFrame) -> pd.Series | None:
@@ -93,7 +94,7 @@ def costs(records: Sequence[Record]) -> Table:
         data["prefill"] = data["flops_prefill"] + data["flops_overhead_prefill"]
         data["decode"] = data["flops_decode_step_pruned"] + data["flops_overhead_decode_step"]
         data["ratio"] = data["decode"] / data["flops_decode_step_dense"]
-    return writers.from_frame("Costs", data, _where(data), COSTS_NOTE, COSTS)
+    return writers.from_frame("Costs", data, _where(data), " ".join([COSTS_NOTE, *about(records)]), COSTS)
 
 
 def _where(data: pd.DataFrame) -> list[Column]:
@@ -109,6 +110,12 @@ def upper_bounds(records: Sequence[Record]) -> list[str]:
         return []
     are = "is an upper bound: it looks" if len(names) == 1 else "are upper bounds: they look"
     return [f"{' and '.join(names)} {are} ahead."]
+
+
+def about(records: Sequence[Record]) -> list[str]:
+    """Return a sentence if some reads are about right alone."""
+    names = dict.fromkeys(str(r.inputs["model"]["name"]) for r in records if r.settings.get("about"))
+    return [f"Reads of {', '.join(names)} are about: by the bits of its configuration."] if names else []
 
 
 def cut_prompts(records: Sequence[Record]) -> list[str]:

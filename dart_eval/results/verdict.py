@@ -46,7 +46,7 @@ def judged(rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str) ->
     rivals = [r for r in rows if r.kind == PRUNED and first in r.quality]
     most = max(r.read for r in rows) + WIDTH_OF_LEVEL
     fitting = sorted((r for r in rounded if r.read <= most and first in r.quality), key=lambda r: place(r, first))
-    if not rivals or all(r.read >= 1 for r in rivals):
+    if not rivals or all(r.read >= 1 for r in rivals) or any(r.about for r in rows):
         return Level(tuple(rows))
     if len(rivals) + len(fitting) < 2:
         return Level(tuple(rows), take=rivals[0])

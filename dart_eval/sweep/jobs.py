@@ -21,8 +21,7 @@ from dart_eval.evaluation.settings import check_released
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.models import demo_model
-from dart_eval.models.device import choose_device
-from dart_eval.models.loading import Resolved, resolve
+from dart_eval.models.loading import Resolved, choose_device, resolve
 from dart_eval.pruning.method import Method
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record

@@ -34,7 +34,7 @@ def run_all(
     Args:
         since: of a worker, see `Sweep`.
     """
-    sweep = begin_sweep(configs, view, skip_missing, model.device if model else None, model, since)
+    sweep = begin_sweep(configs, view, skip_missing, model.model.device.type if model else None, model, since)
     return run_rest(sweep, configs[0], model)
 
 

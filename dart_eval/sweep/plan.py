@@ -147,6 +147,7 @@ def command(config: RunConfig, cell: Cell) -> str:
         said["ffn_bits"] = cell.rounding.text
     said |= {k: v for k in of_role(KEY, GIVEN, DECIDES) if (v := getattr(config, k)) != DEFAULTS[k]}
     if cell.inputs["model"].get("loaded"):  # no command can name it
+        said = {"name": cell.inputs["model"]["name"], **said}
         return f"dart_eval.evaluate(model, tokenizer, {', '.join(f'{k}={v!r}' for k, v in said.items())})"
     return command_line(["dart-eval", "run"], said)
 

@@ -199,6 +199,7 @@ class Worker:
                 "command": command(config, cell),
                 **({"upper_bound": True} if cell.method.upper_bound else {}),
                 **({"granularity": cell.method.granularity} if cell.method.granularity else {}),
+                **({"about": True} if rounding.about(find_ffns(self.model)) else {}),
                 **({"halved": self.halved} if self.halved else {}),
                 **({"kl": False} if not config.kl and self._scored() else {}),
                 **({"notes": self.notes} if self.notes else {}),

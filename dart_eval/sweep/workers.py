@@ -87,7 +87,7 @@ def _worker(log: Path, environment: dict[str, str], asked: tuple[Any, ...]) -> I
 
 def _cards(config: RunConfig) -> list[str]:
     """Return the GPUs that workers may use, as `CUDA_VISIBLE_DEVICES` names them; none on a CPU."""
-    from dart_eval.models.device import choose_device
+    from dart_eval.models.loading import choose_device
 
     if choose_device(config.device).type != "cuda":
         return []

@@ -126,10 +126,12 @@ class Stored:
     Attributes:
         code: of its own code.
         scale: its part of scales, offsets and the like, which several weights share.
+        about: whether they are those of a checkpoint's configuration, which neglects some of the scales.
     """
 
     code: float
     scale: float = 0.0
+    about: bool = False
 
     @property
     def total(self) -> float:

@@ -84,13 +84,6 @@ def check_layers(name: str, settings: Mapping[str, object]) -> None:
             )
 
 
-def unknown_word(settings: Mapping[str, object], word: object) -> str | None:
-    """Return the setting of config.json with a word that transformers does not know: `hidden_act 'nosuch'`; or None."""
-    return next(
-        (f"{key} {value!r}" for key, value in _entries(settings) if isinstance(value, str) and value == word), None
-    )
-
-
 def _entries(settings: Mapping[str, object], before: str = "") -> Iterator[tuple[str, object]]:
     """Yield the keys and values of a configuration, nested ones as `text_config.hidden_act`."""
     for key, value in settings.items():

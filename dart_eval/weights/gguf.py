@@ -11,29 +11,28 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 from filelock import FileLock
-from numpy.typing import DTypeLike
 
-from dart_eval.util.bits import OWN_BITS
-from dart_eval.util.errors import UserError, out_of_memory, summary
+from dart_eval.layers.find import describe
+from dart_eval.layers.quantised import RECORDS, Record
+from dart_eval.util.bits import OWN_BITS, Stored
+from dart_eval.util.errors import UserError, summary
 from dart_eval.util.files import cache_dir, feed, reason
 from dart_eval.weights.checkpoint import load_whole
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import GGUFReader
     from transformers import PreTrainedModel
 
 SUFFIX = ".gguf"
-BITS = "ffn_bits.json"  # in a converted folder: layer -> side -> bits of a weight in the file
-CONVERSION = 5  # raise when the conversion changes, so that old folders are not used
-NOTES = "notes.json"  # in a converted folder: notes on the file for the user, if any
-WHOLE = "download or convert it again; a file that was split must be merged first (llama-gguf-split --merge)"
+FACTS = "gguf.json"  # in a converted folder: notes for the user; layer -> side -> bits of a weight in the file
+CONVERSION = 6  # raise when the conversion changes, so that old folders are not used
+REMEDY = "download or convert it again; a file that was split must be merged first (llama-gguf-split --merge)"
 EXPERTS, SHARED = "_exps", "_shexp"  # ends of sides: routed experts, and the shared FFN beside them
 BLOCK = re.compile(r"blk\.(\d+)\.")
 FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_((?:gate|up|down)(?:_exps|_shexp)?)\.weight")
@@ -62,22 +61,20 @@ def converted(target: Path, make: Callable[[Path], None]) -> Path:
     """
     if (target / "model.safetensors").exists():
         return target
+    work = target.with_name(target.name + ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not (target / "model.safetensors").exists():  # another process may have made it meanwhile
-                work = target.with_name(target.name + ".partial")
-                shutil.rmtree(work, ignore_errors=True)
-                try:
+            shutil.rmtree(work, ignore_errors=True)
+            try:
+                if not (target / "model.safetensors").exists():  # another process may have made it meanwhile
                     (work / "model").mkdir(parents=True)
                     make(work / "model")
                     shutil.rmtree(target, ignore_errors=True)  # of which the weights were deleted
                     os.replace(work / "model", target)
-                finally:
-                    shutil.rmtree(work, ignore_errors=True)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        if out_of_memory(error):
-            raise
         raise UserError(
             f"no converted model can be written to {target.parent} ({reason(error)})",
             "make room, or set DART_EVAL_CACHE to another folder",
@@ -92,63 +89,38 @@ def convert(file: Path, target: Path, bits: bool) -> None:
         bits: also write the bits of the FFN weights in the file.
 
     Raises:
-        UserError: the file is damaged or lacks weights, or transformers cannot read it.
+        UserError: the file lacks weights, or transformers cannot read it.
     """
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        reader = _reader(file)
-        _check(file, reader)
+        reader = GGUFReader(file)
+        _check_layers(file, reader)
         read, notes = load_whole(
             AutoModelForCausalLM, file.name, file.parent, gguf_file=file.name, trust_remote_code=False
         )
-        notes = notes or _unused(file.name, reader.tensors, read)
+        notes += _check_numbers(file.name, reader, read)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except UserError as error:
-        raise UserError(error.problem, WHOLE) from None
+        raise UserError(error.problem, REMEDY) from None
     except Exception as error:  # of transformers, of gguf, of the file system
         raise UserError(
             f"transformers cannot read {file} ({summary(error)})", "convert it to a Hugging Face folder first"
         ) from error
     # A model read from GGUF refuses save_pretrained: its state goes into a model made from its config.
-    config = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
+    read.config.__dict__.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(read.config)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(target, max_shard_size="1TB")
     tokenizer.save_pretrained(target)
-    if notes:
-        (target / NOTES).write_text(json.dumps(notes), encoding="utf-8")
     if bits:
-        (target / BITS).write_text(json.dumps(_bits(reader.tensors), indent=1), encoding="utf-8")
+        facts = {"notes": notes, "bits": _bits(reader)}
+        (target / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
-def _reader(file: Path) -> GGUFReader:
-    """Return the gguf package's reader of a file, with an error for more entries than the file has room for."""
-    from gguf import GGUFReader
-
-    class Whole(GGUFReader):
-        def _get(self, offset: int, dtype: DTypeLike, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:
-            entries = super()._get(offset, dtype, count, *args, **kwargs)
-            if len(entries) < int(count):
-                raise ValueError(f"it ends before byte {offset + int(count) * entries.itemsize}")
-            return entries
-
-    return Whole(file)
-
-
-def _check(file: Path, reader: GGUFReader) -> None:
-    """Refuse a file whose header contradicts its tensors, before a model is built from the header.
-
-    Raises:
-        UserError: it names another number of layers than it holds, or tensors do not follow one another.
-    """
-    place = 0
-    for tensor in reader.tensors:
-        if (offset := int(tensor.field.parts[-1][0])) != place:
-            raise UserError(f"{file} is damaged: its tensor {tensor.name} lies at {offset}, not at {place}")
-        place += -(-int(tensor.n_bytes) // int(reader.alignment)) * int(reader.alignment)
+def _check_layers(file: Path, reader: GGUFReader) -> None:
+    """Refuse a header that names another number of layers than the file holds, before a model is built from it."""
     architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
     layers = int(reader.fields[f"{architecture}.block_count"].parts[-1][0])
     held = 1 + max((int(match[1]) for t in reader.tensors if (match := BLOCK.match(t.name))), default=-1)
@@ -156,61 +128,45 @@ def _check(file: Path, reader: GGUFReader) -> None:
         raise UserError(f"{file} names {layers} layers ({architecture}.block_count), and holds weights of {held}")
 
 
-def _unused(name: str, tensors: Sequence[ReaderTensor], model: PreTrainedModel) -> list[str]:
-    """Return notes on tensors that are in no weight of the model, since transformers skips some.
+def _check_numbers(name: str, reader: GGUFReader, model: PreTrainedModel) -> list[str]:
+    """Compare the numbers of a file with those of the model: transformers fills missing experts with zeros.
 
-    Counts of numbers show it: every other tensor is in a weight as a whole, whatever its name there.
-
-    Raises:
-        UserError: a weight lacks tensors, which transformers fills with zeros (gates of experts).
+    Returns:
+        A note on tensors that are in no weight, if there are any.
     """
-    held, needed = sum(int(t.n_elements) for t in tensors), sum(p.numel() for p in model.parameters())  # tied ones once
+    held, needed = sum(int(t.n_elements) for t in reader.tensors), sum(p.numel() for p in model.parameters())
     if held < needed:
         raise UserError(f"model {name} lacks tensors: {needed - held} numbers of its weights stand in none")
     state = model.state_dict()
-    if (unused := held - needed - sum(b.numel() for key, b in model.named_buffers() if key in state)) <= 0:
-        return []
-    fitting = [t.name for t in tensors if int(t.n_elements) == unused]
-    which = f" ({fitting[0]})" if len(fitting) == 1 else ""
-    return [f"model {name}: {unused} numbers of the file are in no weight of the model{which}"]
+    unused = held - needed - sum(b.numel() for key, b in model.named_buffers() if key in state)
+    return [f"model {name}: {unused} numbers of the file are in no weight of the model"] if unused > 0 else []
 
 
-def _bits(tensors: Sequence[ReaderTensor]) -> dict[str, dict[str, float]]:
-    """Return layer -> gate, up, down -> bits of a weight, scales included."""
-    found: dict[str, dict[str, float]] = {}
-    for tensor in tensors:
+def _bits(reader: GGUFReader) -> dict[str, dict[str, float]]:
+    """Return layer -> gate, up, down -> bits of a weight, scales included; 32 bits count as 16, as served."""
+    bits: dict[str, dict[str, float]] = {}
+    for tensor in reader.tensors:
         if match := FFN_TENSOR.fullmatch(tensor.name):
-            layer, side = match.groups()
-            found.setdefault(layer, {})[side] = 8 * int(tensor.n_bytes) / int(tensor.n_elements)
-    return found
+            width = 8 * int(tensor.n_bytes) / int(tensor.n_elements)
+            bits.setdefault(match[1], {})[match[2]] = min(width, OWN_BITS)
+    return bits
 
 
-def note_bits(source: str, model: PreTrainedModel) -> list[str]:
-    """Note the bits of a converted model's FFN weights in the file.
-
-    Returns:
-        Notes for the user: on the file, and on projections without bits.
-    """
-    bits_file, notes_file = Path(source) / BITS, Path(source) / NOTES
-    notes: list[str] = json.loads(notes_file.read_text(encoding="utf-8")) if notes_file.is_file() else []
-    if not bits_file.is_file():
-        return notes
-    from dart_eval.layers import quantised
-    from dart_eval.layers.find import describe
-
-    layers, unknown = json.loads(bits_file.read_text(encoding="utf-8")), 0
+def record_bits(source: str, model: PreTrainedModel) -> list[str]:
+    """Record the bits of a converted model's FFN weights in the file. Return its notes for the user."""
+    file, unknown = Path(source) / FACTS, 0
+    if not file.is_file():
+        return []
+    facts = json.loads(file.read_text(encoding="utf-8"))
     for ffn in describe(model):
-        sides = layers.get(str(ffn.number), {})
+        sides = facts["bits"].get(str(ffn.number), {})
         end = EXPERTS if ffn.routed else SHARED if f"down{SHARED}" in sides else ""
-        into = [side for side in (f"gate{end}", f"up{end}") if side in sides]
-        parts = [(ffn.down, [f"down{end}"])]
-        parts += [(ffn.up, into)] if ffn.gate is None else [(ffn.gate, [f"gate{end}"]), (ffn.up, [f"up{end}"])]
-        for module, names in parts:
-            if not names or not sides.keys() >= set(names):
-                unknown += 1
-                continue
-            # 32 bits count as 16: a bfloat16 model holds the same weights (`OWN_BITS`).
-            quantised.note(module, sum(min(sides[name], OWN_BITS) for name in names) / len(names))
-    if not unknown:
-        return notes
-    return [*notes, f"the file does not say how many bits {unknown} FFN projections have: their reads count 16"]
+        gate, up, down = (sides.get(f"{side}{end}") for side in ("gate", "up", "down"))
+        if ffn.gate is None and gate and up:  # one projection has both
+            up = (gate + up) / 2
+        for module, bits in ((ffn.gate, gate), (ffn.up, up), (ffn.down, down)):
+            if module is not None and bits:
+                RECORDS[module] = Record(Stored.of(bits))
+            unknown += module is not None and not bits
+    said = f"the file does not say how many bits {unknown} FFN projections have: their reads count 16"
+    return [*facts["notes"], said] if unknown else facts["notes"]

@@ -6,18 +6,17 @@ keeps its dtype and holds the rounded values, so that every execution runs on th
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from dart_eval.layers import quantised
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.guard import refuse_second
-from dart_eval.layers.projection import Step, bits_in_memory, is_conv1d, plain_matrix
+from dart_eval.layers.projection import Step, is_conv1d, plain_matrix
+from dart_eval.layers.quantised import RECORDS, Record
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored, parse
 from dart_eval.util.errors import UserError
 from dart_eval.weights import k_quants
@@ -90,8 +89,6 @@ def _best_scale(groups: Tensor, bits: int) -> Tensor:
 ROUNDS = (_group_codes, _codes, _best_scale)  # the functions of `rounded`, whose code is hashed
 # -- on a model ------------------------------------------------------------------------------------------------------
 
-_ROUNDED: weakref.WeakKeyDictionary[nn.Module, Stored] = weakref.WeakKeyDictionary()  # the bits of rounded weights
-
 
 def stored_inputs(ffn: FFN) -> list[Stored]:
     """Return the bits of a served weight of each matrix that makes h."""
@@ -116,11 +113,13 @@ def _mean_bits(ffns: Sequence[FFN], bits_of: Callable[[nn.Module], float]) -> fl
 
 def stored_of(linear: nn.Module) -> Stored:
     """Return the bits of a projection's weight as served now: of its code, and of scales."""
-    if (rounded_to := _ROUNDED.get(linear)) is not None:
-        return rounded_to
-    if (bits := quantised.noted(linear)) is None:
-        bits = bits_in_memory(linear)
-    return Stored.of(bits)
+    record = RECORDS.get(linear)
+    return Stored.of(OWN_BITS) if record is None else record.bits
+
+
+def about(ffns: Sequence[FFN]) -> bool:
+    """Whether reads are about right alone, as some bits are those of a checkpoint's configuration."""
+    return any(stored_of(m).about for f in ffns for m in f.projections)
 
 
 def share(ffns: Sequence[FFN]) -> float:
@@ -184,18 +183,18 @@ class Rounded:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Give the model rounded weights inside the block; restore its own, to the bit, afterwards."""
-        before = [_ROUNDED.get(module) for module, *_ in self._held]  # of a block around this one
+        before = [RECORDS.get(module) for module, *_ in self._held]
         try:
             for module, parameter, _, values, bits in self._held:
                 parameter.data = values
-                _ROUNDED[module] = bits
+                RECORDS[module] = Record(bits)
             yield
         finally:
-            for (module, parameter, own, _, _), bits_before in zip(self._held, before, strict=True):
-                if bits_before is None:
-                    _ROUNDED.pop(module, None)
+            for (module, parameter, own, _, _), record in zip(self._held, before, strict=True):
+                if record is None:
+                    RECORDS.pop(module, None)
                 else:
-                    _ROUNDED[module] = bits_before
+                    RECORDS[module] = record
                 parameter.data = own.to(parameter.device, parameter.dtype)  # the user may have moved the model
 
 

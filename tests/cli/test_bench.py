@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dart_eval.bench import decode
+from dart_eval.bench import decode, shapes
 from dart_eval.bench.decode import Bench, Times
 from dart_eval.bench.dense_copy import twin
 from dart_eval.kernels.cpu import build
@@ -22,7 +22,6 @@ from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.models import shapes
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results import speeds

@@ -28,7 +28,7 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as stop:
     status = stop.code
-import dart_eval, dart_eval.models.shapes
+import dart_eval, dart_eval.bench.shapes
 print("core:", dart_eval.prune, *dart_eval.methods())
 sys.exit(status)
 """

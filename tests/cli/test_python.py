@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dart_eval
 from dart_eval import UserError
 from dart_eval.models import demo_model
-from dart_eval.models.loaded import loaded
+from dart_eval.models.loaded import Loaded
 from dart_eval.pruning.masks.remasks import OnDrift
 from dart_eval.sweep.config import RunConfig
-from tests.helpers.models import tiny
+from tests.helpers.models import tiny, word_tokenizer
 from tests.helpers.sessions import generate, hooked, open_session, prompts_of
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def test_the_import_needs_no_torch():
 def test_evaluate_has_the_options_of_run_and_their_defaults():
     signature = inspect.signature(dart_eval.evaluate).parameters
     config = vars(RunConfig())
-    assert set(signature) == {*config, "progress"}
+    assert set(signature) == {*config, "name", "progress"}
     for name in set(config) - {"tasks"}:
         assert signature[name].default == config[name], name
     kinds = {p.kind for function in (dart_eval.evaluate, dart_eval.prune) for p in
@@ -126,7 +126,7 @@ def test_a_loaded_model_gives_what_its_folder_gives(opened, saved_llama, tmp_pat
     model, tokenizer = opened
     model.model.layers[0].eval()
     modes = [m.training for m in model.modules()]
-    ours = dart_eval.evaluate(model, tokenizer, **ASKED, output=tmp_path)
+    ours = dart_eval.evaluate(model, tokenizer, name="mine", **ASKED, output=tmp_path)
     theirs = dart_eval.evaluate(saved_llama, **ASKED, output=tmp_path)
     values = [[(r["method"], r["metric"], r["value"]) for r in rows] for rows in (ours, theirs)]
     assert values[0] == values[1]
@@ -134,67 +134,40 @@ def test_a_loaded_model_gives_what_its_folder_gives(opened, saved_llama, tmp_pat
     assert [m.training for m in model.modules()] == modes
     assert tokenizer.backend_tokenizer.to_str() == AutoTokenizer.from_pretrained(saved_llama).backend_tokenizer.to_str()
     files = {f: f.stat().st_mtime_ns for f in (tmp_path / "cells").iterdir()}
-    again = dart_eval.evaluate(copy.deepcopy(model), tokenizer, **ASKED, output=tmp_path)
+    again = dart_eval.evaluate(copy.deepcopy(model), tokenizer, name="mine", **ASKED, output=tmp_path)
     assert again == ours
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "cells").iterdir()} == files
     (line,) = {r["command"] for r in ours if r["method"] == "griffin"}
     assert line == (
-        "dart_eval.evaluate(model, tokenizer, tasks='smoke_questions', method='griffin', sparsity=0.5, limit=2)"
+        "dart_eval.evaluate(model, tokenizer, name='mine', tasks='smoke_questions', method='griffin', sparsity=0.5, "
+        "limit=2)"
     )
 
 
-def test_what_answers_depend_on_is_in_a_loaded_models_identity(opened):
+def test_its_name_and_its_weights_are_a_loaded_models_identity(opened):
+    """Whoever trains on and evaluates under the same name gets no old answers."""
     model, tokenizer = opened
-    before = loaded(model, tokenizer).identity
-    assert (before.name, before.loaded) == ("tiny-llama", True)
-    tokenizer(["w5", "w6 w7"], padding=True, truncation=True, max_length=4)  # it remembers how it was called last
-    assert loaded(model, tokenizer).identity == before
-
-    def weight(model, tokenizer):
-        with torch.no_grad():
-            model.model.layers[2].mlp.down_proj.weight[3, 5] += 1e-3
-
-    def config(model, tokenizer):
-        model.config.rms_norm_eps = 1e-3
-
-    def dtype(model, tokenizer):
-        model.bfloat16()
-
-    def token(model, tokenizer):
-        tokenizer.eos_token = "w7"
-
-    def template(model, tokenizer):
-        tokenizer.chat_template = "{{ messages }}"
-
-    found = {before.weights}
-    for number, change in enumerate((weight, config, dtype, token, template), 2):
-        changed = copy.deepcopy(opened)
-        change(*changed)
-        found.add(loaded(*changed).identity.weights)
-        assert len(found) == number, change
+    before = Loaded.named("mine", model, tokenizer).identity
+    assert (before.name, before.loaded) == ("mine", True)
+    assert Loaded.named("mine", copy.deepcopy(model), tokenizer).identity == before
+    assert Loaded.named("theirs", model, tokenizer).identity != before
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[3, 5] += 1e-3
+    after = Loaded.named("mine", model, tokenizer).identity
+    assert after.weights not in (before.weights, Loaded.named("mine", model.bfloat16(), tokenizer).identity.weights)
 
 
-def _torchs_own(model):
-    names = {n for n, _ in model.named_modules() if n.endswith("up_proj")}
-    return torch.ao.quantization.quantize_dynamic(model, names, dtype=torch.qint8)
-
-
-def _torchaos(model):
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig(version=2))
-    return model
-
-
-@pytest.mark.parametrize("quantise", [_torchs_own, _torchaos])
-def test_the_codes_of_a_quantised_model_are_in_its_identity(opened, quantise):
+def test_the_codes_of_a_quantised_model_are_in_its_identity(opened):
     """Codes within a large matrix: text abbreviates it."""
+    quantization = pytest.importorskip("torchao.quantization")
     model, tokenizer = opened
     found = []
     for sign in (1, 1, -1):
         changed = copy.deepcopy(model)
         with torch.no_grad():
             changed.model.layers[1].mlp.up_proj.weight[5:9, 8:24] *= sign
-        found.append(loaded(quantise(changed), tokenizer).identity.weights)
+        quantization.quantize_(changed, quantization.Int8WeightOnlyConfig(version=2))
+        found.append(Loaded.named("mine", changed, tokenizer).identity.weights)
     assert found[0] == found[1] != found[2]
 
 
@@ -202,7 +175,7 @@ def test_a_model_under_prune_is_not_evaluated(opened, tmp_path):
     """Its dense cells would be pruned ones."""
     model, tokenizer = opened
     with dart_eval.prune(model, "griffin"), pytest.raises(UserError, match="prune"):
-        dart_eval.evaluate(model, tokenizer, **ASKED, output=tmp_path)
+        dart_eval.evaluate(model, tokenizer, name="mine", **ASKED, output=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,6 +183,8 @@ def test_a_model_under_prune_is_not_evaluated(opened, tmp_path):
     ({"model": tiny("llama")}, "comes without a tokenizer; give evaluate"),
     ({"model": tiny("llama"), "tokenizer": "llama"}, "comes without a tokenizer; give evaluate"),
     ({"tokenizer": object()}, "a loaded tokenizer goes with a loaded model"),
+    ({"name": "mine"}, "name is for a loaded model"),
+    ({"model": tiny("llama"), "tokenizer": word_tokenizer()}, "needs a name, by which its cells are found again"),
     ({"model": torch.nn.Linear(2, 2)}, "of type Linear, not a model of transformers"),
     ({"model": 5}, "of type int, not a model of transformers"),
     ({"model": tiny("llama"), "tokenizer": "x", "dtype": "float16"}, "dtype is for a model that is to be loaded"),

@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 
-from dart_eval.bench import tracing
+from dart_eval.bench import shapes, tracing
 from dart_eval.bench.overhead import measure
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.models import shapes
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.trace_plot import draw
 from dart_eval.util.errors import UserError

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.models import adapters
-from dart_eval.models.loaded import loaded
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.session import prune
 from dart_eval.sweep.config import config_from
@@ -66,22 +65,20 @@ def test_an_adapter_that_repeats_layers_is_refused(saved_llama, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(saved_llama), config).save_pretrained(tmp_path / "lora")
-    with pytest.raises(UserError, match="repeats layers"):
+    with pytest.raises(UserError, match="is a prompt or repeats layers: it cannot be merged"):
         resolve(_spec(saved_llama, peft=str(tmp_path / "lora"))).load()
 
 
 def test_an_adapter_alone_is_no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lora").mkdir()
-    told = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
-    (tmp_path / "lora" / adapters.CONFIG).write_text(json.dumps(told))
+    (tmp_path / "lora" / adapters.CONFIG).write_text('{"peft_type": "LO')  # a copy that was interrupted
     done = command("run", "--tasks", "smoke_questions", "--model", "lora")
     assert (done.code, done.out) == (2, "")
-    words = "error: lora is an adapter (it has adapter_config.json), not a model; give --model {} --peft lora\n"
-    assert done.err == words.format("org/base")
-    (tmp_path / "lora" / adapters.CONFIG).write_text('{"peft_type": "LO')  # a copy that was interrupted
-    assert command("run", "--tasks", "smoke_questions", "--model", "lora").err == words.format("BASE")
-    assert "error: --peft ./gone is not there" in command("run", "--tasks", "smoke_questions", "--peft", "./gone").err
+    words = "error: lora is an adapter (adapter_config.json), not a model; give its base model, and --peft lora\n"
+    assert done.err == words
+    gone = command("run", "--tasks", "smoke_questions", "--peft", "./gone")
+    assert "error: --peft ./gone is not a folder" in gone.err
 
 
 def test_without_peft_an_adapter_is_refused_wherever_it_lies(folder, monkeypatch):
@@ -90,12 +87,10 @@ def test_without_peft_an_adapter_is_refused_wherever_it_lies(folder, monkeypatch
     (folder / adapters.CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
     save_file({"w": torch.ones(1)}, folder / adapters.WEIGHTS[0])
     for spec in (_spec(folder), _spec(folder, peft=str(folder))):
-        with pytest.raises(
-            UserError, match=r"model has an adapter \(adapter_config\.json\), which needs the package peft"
-        ):
+        with pytest.raises(UserError, match=r"model needs the package peft"):
             resolve(spec)
     (folder / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty has no adapter_config\.json; give a folder or a hub id"):
+    with pytest.raises(UserError, match=r"empty has no adapter_config\.json with weights, or the hub"):
         resolve(_spec(folder, peft=str(folder / "empty")))
 
 
@@ -151,12 +146,12 @@ def test_adapters_that_do_not_fit_are_refused(folder, lora, tmp_path):
         resolve(_spec(folder, peft=str(lora))).load()
     prompts = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), prompts).save_pretrained(tmp_path / "prompt")
-    with pytest.raises(UserError, match=r"prompt is a prompt adapter and changes no weights; give another"):
+    with pytest.raises(UserError, match=r"prompt is a prompt or repeats layers: it cannot be merged; give another"):
         resolve(_spec(folder, peft=str(tmp_path / "prompt"))).load()
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="model model is quantised, and --peft merges only into plain weights"):
+    with pytest.raises(UserError, match="model model has an adapter and quantised weights; leave one of them out"):
         resolve(_spec(folder, peft=str(lora)))
 
 
@@ -182,11 +177,6 @@ def test_an_adapter_that_is_injected_counts_or_is_refused(lora, saved_llama):
     added = sum(p.numel() for n, p in injected.named_parameters() if "lora_" in n)
     assert shapes[1].ffn_weights == shapes[0].ffn_weights
     assert 0 <= shapes[1].other_weights - shapes[0].other_weights <= added
-    tokenizer, keys = AutoTokenizer.from_pretrained(saved_llama), []
-    for switch in (injected.base_model.enable_adapter_layers, injected.base_model.disable_adapter_layers):
-        switch()
-        keys.append(loaded(injected.base_model.model, tokenizer).identity.weights)
-    assert keys[0] != keys[1]  # answers differ, and so must the keys of cells
     for (method, logits, read), (_, merged, expected) in zip(found[:3], found[3:], strict=True):
         assert torch.allclose(logits, merged, atol=1e-4), method
         assert read == pytest.approx(expected), method

@@ -122,9 +122,6 @@ def test_what_a_whole_checkpoint_rightly_lacks_is_not_asked_of_it(family, tmp_pa
     ({"num_hidden_layers": 10**8}, "num_hidden_layers 100000000; a model has 1 to 4096 layers: correct it"),
     ({"num_hidden_layers": 0}, "num_hidden_layers 0; a model has 1 to 4096 layers: correct it"),
     ({"num_hidden_layers": -1}, "num_hidden_layers -1; a model has 1 to 4096 layers: correct it"),
-    ({"hidden_act": "nosuch"}, "hidden_act 'nosuch', which transformers does not know; correct it"),
-    ({"rope_parameters": {"rope_type": "nosuch", "rope_theta": 1e4}},
-     "rope_parameters.rope_type 'nosuch', which transformers does not know; correct it"),
     ({"quantization_config": {"quant_method": "nosuch"}},
      "quant_method 'nosuch', which transformers does not know; correct quantization_config, or remove it if "
      "the weights are not quantised"),
@@ -132,6 +129,12 @@ def test_what_a_whole_checkpoint_rightly_lacks_is_not_asked_of_it(family, tmp_pa
 def test_a_configuration_that_makes_no_model_is_refused_with_its_key(folder, refused, changes, words):
     _configure(folder, **changes)
     assert refused(folder, "--method", "dense") == f"config.json of model model says {words}"
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "nosuch"}, {"rope_parameters": {"rope_type": "nosuch"}}])
+def test_a_word_that_transformers_does_not_know_is_named(folder, refused, changes):
+    _configure(folder, **changes)
+    assert re.match(r"model 'model' cannot be loaded \(.*nosuch.*\); it must be", refused(folder, "--method", "dense"))
 
 
 class _Calls:
@@ -223,7 +226,7 @@ def test_files_that_are_cut_off_or_closed_are_named(folder, refused, monkeypatch
     def denied(*_):
         raise PermissionError(13, "Permission denied", "model.safetensors")
 
-    monkeypatch.setattr("dart_eval.models.digest.feed", denied)
+    monkeypatch.setattr("dart_eval.models.loading.feed", denied)
     assert refused(place).startswith(f"model {place} cannot be read (Permission denied); check the permissions")
 
 

@@ -48,19 +48,9 @@ def damaged(random, path):
         random: a `random.Random`, or Hypothesis's.
     """
     reader, raw = GGUFReader(path), bytearray(path.read_bytes())
-    how = random.choice(["bits", "numbers", "counts", "values", "cut", "dropped", "offset", "shape", "type"])
+    how = random.choice(["values", "cut", "dropped", "offset", "shape", "type"])
     tensor = random.choice(reader.tensors)
-    if how == "bits":  # of the tensors' names and shapes, or of any part of the header
-        first = reader.tensors[0].field.offset if random.random() < 0.7 else 0
-        for _ in range(random.randint(1, 3)):
-            raw[random.randrange(first, reader.data_offset)] ^= 1 << random.randrange(8)
-    elif how == "numbers":
-        _put(raw, random.randrange(reader.data_offset - 8), 8, random.choice(NUMBERS))
-    elif how == "counts":  # of tensors, of keys and values
-        at = random.choice((8, 16))
-        was = int.from_bytes(raw[at : at + 8], "little")
-        _put(raw, at, 8, random.choice([was - 1, was + 1, *NUMBERS, 2**63 - 1]))
-    elif how == "values":  # of layers, widths, heads
+    if how == "values":  # of layers, widths, heads
         field = random.choice([f for f in reader.fields.values() if f.name.startswith("llama.")])
         _put(raw, field.offset + sum(part.nbytes for part in field.parts[:-1]), 4, random.choice(NUMBERS))
         return f"{how} of {field.name}"

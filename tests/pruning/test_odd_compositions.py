@@ -6,11 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from dart_eval.bench import overhead, tracing
+from dart_eval.bench import overhead, shapes, tracing
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.models import shapes
 from dart_eval.pruning.registry import BUILT_IN, make, parse
 from tests.helpers.commands import command
 from tests.helpers.models import SMALL, random_tokens, save_tiny, tiny, word_tokenizer

@@ -12,14 +12,14 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from dart_eval.kernels.mask_rows import unlike_plain
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.layers.projection import stored_bits, weight_matrix
+from dart_eval.layers.projection import weight_matrix
 from dart_eval.layers.quantised import nbytes, values
 from dart_eval.layers.shape import shape_of
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import rounded_ffns, rows, served_bits, share, stored_of
+from dart_eval.weights.rounding import about, rounded_ffns, rows, served_bits, share
 from tests.helpers.matrices import in_turn
-from tests.helpers.models import biased, random_tokens, tiny
-from tests.helpers.sessions import cache_of, generate, open_session
+from tests.helpers.models import random_tokens, tiny
+from tests.helpers.sessions import cache_of, open_session
 
 
 class Boxed(torch.Tensor):
@@ -101,11 +101,10 @@ def _decoded(model, execution):
         (_box, r"Linear \(layer 0\) has weights that are quantised or wrapped \(Boxed\)"),
         (_pack, r"Linear \(layer 0\) has weights that are kept in a form of their own"),
         (_eighths, r"Linear \(layer 0\) has weights that are quantised \(float8_e4m3fn\)"),
-        (_pack_dynamically, r"Linear \(layer 0\) has weights that are kept in a form of their own"),
     ],
 )
 def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(change, reason):
-    model = tiny("llama", torch.float32 if change is _pack_dynamically else torch.float64)
+    model = tiny("llama", torch.float64)
     for module in _projections(model):
         change(module)
     for asked in ("auto", "copied"):
@@ -149,7 +148,7 @@ def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, ch
 @pytest.mark.parametrize(
     ("change", "method", "line"),
     [
-        (_box, "rounding", "what is rounded are 16-bit weights, and these have"),
+        (_box, "rounding", "others cannot stand in their place; load the model unquantised"),
         (_pack, "rounding", "others cannot stand in their place; load the model unquantised"),
     ],
 )
@@ -170,7 +169,6 @@ def test_a_bias_is_no_part_of_the_weights():
     weight = module.weight.detach().clone()
     _pack(module)
     assert torch.allclose(values(module, 32), weight, atol=1e-12)
-    assert stored_bits(module) == 16
 
 
 def test_projections_without_a_weight_count_as_others_do():
@@ -188,31 +186,20 @@ def test_projections_without_a_weight_count_as_others_do():
     assert nbytes(model) == norms_and_ends + 2 * (stock.other_weights + stock.ffn_weights)
 
 
-def test_bits_are_those_that_are_stored():
+def test_bits_of_weights_that_no_configuration_describes_count_16():
     model = tiny("llama")
-    (gate, *_), (up, *_), (down, *_) = ([getattr(f, n) for f in find_ffns(model)] for n in ("gate", "up", "down"))
-    assert stored_of(gate).total == 16  # as models are served
-    _eighths(up)  # rows of 32 weights in 8 bits, with a scale of 64 bits each
-    _pack(down)  # plain numbers under another name
-    assert stored_of(up).total == 8 + 64 / 32 and stored_of(down).total == 16
-    _box(gate)
-    assert stored_of(gate).total == 8 + 64 / 32
+    for change, module in zip((_box, _eighths, _pack), _projections(model), strict=False):
+        change(module)
+    assert served_bits(find_ffns(model)) == 16 and about(find_ffns(model))
+    assert not about(find_ffns(tiny("llama")))
 
 
-def test_weights_that_torch_packs_are_counted_and_read_as_they_are_packed():
-    """Codes of 8 bits, with one scale and one zero point of 32 bits for 32 x 40 of them."""
-    model = biased("llama").float()
+def test_weights_that_torch_packs_are_refused():
+    model = tiny("llama", torch.float32)
     for module in _projections(model):
         _pack_dynamically(module)
-    down = find_ffns(model)[0].down
-    assert served_bits(find_ffns(model)) == pytest.approx(8 + 64 / (32 * 40))
-    assert torch.allclose(values(down, 40), down.weight().dequantize(), atol=1e-6)
-    assert nbytes(model) == sum(4 * p.numel() for p in model.parameters()) + 9 * (32 * 40 + 8)
-    for method in ("magnitude", "dart", "cats"):
-        with warnings.catch_warnings(), open_session(model, method, 0.5) as session:
-            warnings.simplefilter("ignore")
-            generate(model, torch.tensor([random_tokens(20)]), 4)
-            assert session.weights_read == pytest.approx(0.5 * served_bits(session.ffns) / 16, abs=0.002)
+    with pytest.raises(UserError, match="quantize_dynamic keeps weights that cannot be pruned; quantise with torchao"):
+        find_ffns(model)
 
 
 def test_a_model_that_accelerate_spreads_is_still_reordered():
@@ -246,12 +233,3 @@ def test_values_are_exact_beside_a_bias(bias):
     quantize_(layer, Int8WeightOnlyConfig())
     assert torch.equal(weight_matrix(layer[0]).float(), layer[0].weight.dequantize().float())
     assert layer[0].bias is own
-
-
-def test_a_packed_projection_keeps_its_bias_apart():
-    """Its kernel adds the bias, which lies in no parameter or buffer."""
-    layer = nn.Sequential(nn.Linear(64, 48))
-    layer[0].bias.data.normal_()
-    packed = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear})[0]
-    assert torch.allclose(weight_matrix(packed), packed.weight().dequantize(), atol=1e-2)
-    assert not packed._buffers

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import dart_eval
-from dart_eval.layers import quantised
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import weight_matrix
+from dart_eval.layers.quantised import RECORDS, Record
 from dart_eval.util.bits import Rounding, Stored, parse
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded, served_bits, share
@@ -221,7 +221,7 @@ def test_layers_of_different_bits_are_counted_by_their_own():
     each = [4.0 + 1 / 3, 6.0 + 1 / 4, 16.0]
     for ffn, bits in zip(find_ffns(model), each, strict=True):
         for module in ffn.projections:
-            quantised.note(module, bits)
+            RECORDS[module] = Record(Stored.of(bits))
     with open_session(model, "dart", 0.5, execution="masked", remask="never") as session:
         generate(model, torch.tensor([random_tokens(20)]), 3)
         kept = session.state.mask_counts[0].tolist()

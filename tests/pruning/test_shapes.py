@@ -2,7 +2,7 @@
 
 import pytest
 
-from dart_eval.models import shapes
+from dart_eval.bench import shapes
 from dart_eval.util.errors import UserError
 
 

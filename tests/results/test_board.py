@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dart_eval.cli.run import show_results
-from dart_eval.results import board_text, frame, speeds, verdict
+from dart_eval.results import board_text, frame, speeds, tables, verdict
 from dart_eval.results.blocks import GUESSING
 from dart_eval.results.board import boards
 from dart_eval.results.format import multiple, small_share
@@ -390,6 +390,17 @@ def test_methods_that_calibrate_are_named(tmp_path):
     assert "Calibrated on a text in advance: flap." in said
     alone = board_of(tmp_path / "b", dense, griffin)
     assert "Calibrated" not in " ".join(board_text.lines(alone, 100))
+
+
+def test_reads_that_are_about_are_marked_and_no_test_is_made_at_equal_reads(tmp_path):
+    rows = [choices(0.8, method="dense"), choices(0.75, method="dart"), choices(0.3)]
+    assert "dart is the best pruned row" in text_of(board_of(tmp_path / "exact", *rows))
+    rows = [dataclasses.replace(row, settings={**row.settings, "about": True}) for row in rows]
+    made = board_of(tmp_path / "about", *rows)
+    said = text_of(made)
+    assert "≈30 % dart" in said and "no test is made at equal reads" in said and "best pruned row:" not in said
+    assert places(made)[1] == [("dart", ""), ("griffin", "")]
+    assert "are about: by the bits of its configuration" in tables.costs(rows).note
 
 
 def test_dense_in_two_scopes_is_one_row(tmp_path):

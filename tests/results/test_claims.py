@@ -244,9 +244,8 @@ GOOD = {"claim": "c", "table": "one", "rows": ["Ours", "G"], "column": "Q", "spa
         ({**GOOD, "rows": ["Ours"], "at_most": 3, "column": ANY}, "at_most is for costs"),
         ({**GOOD, "by": 0.1, "times": 2}, "only one of `by` and `times`"), ({**GOOD, "by": float("nan")}, "finite"),
         ({**GOOD, "column": ANY, "metric": "bleu"}, "`any` needs columns of one metric; give metric: "),
-        ({**SHAPE, "shape": "llama-9"}, "unknown shape or cost 'llama-9'"),
         ({**SHAPE, "method": "drat"}, "did you mean"),
-        ({**SHAPE, "column": "state MiB"}, "unknown shape or cost 'state MiB'; did you mean state MB"),
+        ({**SHAPE, "column": "state MiB"}, "unknown cost 'state MiB'; did you mean state MB"),
     ],
 )  # fmt: skip
 def test_a_claim_that_cannot_be_tested_is_refused(tmp_path, claim, message):
