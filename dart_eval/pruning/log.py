@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dart_eval.util.text import Json
-
-if TYPE_CHECKING:
-    from dart_eval.pruning.methods.drift import DriftDetector
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,11 @@ class Log:
             overlap = [of_layer[k] for of_layer in overlaps]
             self.events.append({"step": len(self.steps), "token": self.decoded, "sequence": row, "overlap": overlap})
 
-    def trace(self, detector: DriftDetector, row: int, tokens: int | None) -> Json | None:
+    def trace(self, detector: Any, row: int, tokens: int | None) -> Json | None:
         """Return the detector's trace of one sequence since its context, or None if no window was full.
 
         Args:
-            detector: of the current sequences.
+            detector: of the current sequences (`methods.drift`).
             row: index of the sequence.
             tokens: end the trace after this many pruned tokens; None: at the last one.
 

@@ -206,7 +206,8 @@ class Method:
 
     def params(self) -> dict[str, object]:
         """Return what a record says of the method: every option by its path, and the words in `recorded`."""
-        return {**self.recorded, **{path: getattr(self, one.field) for path, one in self.valid_options().items()}}
+        made_of = self.recorded or {"method": self.name}
+        return {**made_of, **{path: getattr(self, one.field) for path, one in self.valid_options().items()}}
 
     def contents(self) -> list[bytes]:
         """Return the contents of the files that its options name, which can change its numbers."""

@@ -188,6 +188,9 @@ class Session:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run forwards inside without hooks: dense and unobserved."""
+        if not self.prunes:
+            yield
+            return
         self._remove()
         try:
             yield

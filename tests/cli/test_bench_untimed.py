@@ -7,9 +7,9 @@ import torch
 
 from dart_eval.bench import bytes_only
 from dart_eval.kernels.cpu import build
+from dart_eval.kernels.fast import why_no_kernel
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session.kernels import lacking
 from dart_eval.results import speeds
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
@@ -79,25 +79,25 @@ def test_what_does_not_fit_a_model_is_left_out_too():
     depth = bytes_only.refused(types.tiny("deepseek_v4"), make("dart"), 0.5, object())
     assert "allocation=depth does not fit this model" in str(depth)
     model = types.tiny("qwen3_moe")
-    assert "entries=threshold is not made for experts" in str(bytes_only.refused(model, make("teal"), 0.5, object()))
+    assert "teal is not made for experts" in str(bytes_only.refused(model, make("teal"), 0.5, object()))
     assert bytes_only.refused(model, make("griffin"), 0.5, object()) is None
 
 
 @pytest.mark.parametrize(("method", "why"), [
     ("griffin", None), ("flap", None), ("grinqh", build.missing()),
     ("grinqh:entries.group=32", "scales of 128 weights"),
-    ("cats", "choice=gate"), ("wina", "entries=norms"),
+    ("cats", "rows that cats chooses"), ("wina", "wina has no kernel"),
 ])  # fmt: skip
 def test_which_methods_have_kernels(method, why):
     model = tiny("llama", torch.float32)
-    found = lacking(make(*parse(method)), find_ffns(model))
+    found = why_no_kernel(make(*parse(method)), find_ffns(model))
     assert found is None if why is None else why in found
 
 
 def test_weights_that_cannot_be_copied_are_counted_and_not_timed():
     model = tiny("llama", torch.float32)
     model.model.layers[2].mlp = model.model.layers[0].mlp
-    assert "have one FFN" in lacking(make("griffin"), find_ffns(model))
+    assert "have one FFN" in why_no_kernel(make("griffin"), find_ffns(model))
     found = bytes_only.measure(model, make("griffin"), 0.7, prompt_tokens=8)
     assert found.weights_read == pytest.approx(0.3, abs=0.01) and "have one FFN" in found.why
 

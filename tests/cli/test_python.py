@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dart_eval.pruning.masks.remasks import OnDrift
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dart_eval
 from dart_eval import UserError
 from dart_eval.models import demo_model
 from dart_eval.models.loaded import Loaded
-from dart_eval.pruning.masks.remasks import OnDrift
 from dart_eval.sweep.config import RunConfig
 from tests.helpers.models import tiny, word_tokenizer
 from tests.helpers.sessions import generate, hooked, open_session, prompts_of

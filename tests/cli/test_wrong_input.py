@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from dart_eval.pruning.prune import check_sparsity, prune
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dart_eval
-from dart_eval.pruning.prune import check_sparsity, prune
 from dart_eval.sweep.config import DEFAULTS, checked, config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command

@@ -12,8 +12,7 @@ from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks, documents
 from dart_eval.evaluation.truncation import fit
 from dart_eval.models import demo_model
-from dart_eval.pruning.session import prune
-from dart_eval.pruning.session import Session
+from dart_eval.pruning.session import Session, prune
 from dart_eval.results.journal import Journal
 from tests.helpers.requests import TextRequest
 

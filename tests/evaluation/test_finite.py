@@ -14,9 +14,8 @@ from dart_eval.evaluation import generation, unusable
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.session import Session
+from dart_eval.pruning.session import Session, prune
 from dart_eval.results.report.build import build
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError

@@ -111,7 +111,7 @@ def test_what_is_kept_once_for_all_sequences_is_not_divided_by_them(method, toke
         with open_session(lm.model, method, 0.5) as session:
             lm.begin(session, {})
             lm.generate_until(requests)
-            assert lm.journal.state_bytes >= session.prepared.nbytes()
+            assert lm.journal.state_bytes >= session.method.nbytes()
         kept.append(lm.journal.state_bytes)
     assert kept[1] == pytest.approx(kept[0], abs=200)
 

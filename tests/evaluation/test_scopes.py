@@ -12,9 +12,8 @@ from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
+from dart_eval.pruning.session import Session, prune
 from dart_eval.pruning.tables import write_table
-from dart_eval.pruning.session import prune
-from dart_eval.pruning.session import Session
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import Silent
 from dart_eval.sweep.options import SCOPES
@@ -93,7 +92,7 @@ def test_the_oracle_is_no_method_to_generate_with(llama):
 def test_no_mask_is_made_anew_while_a_whole_input_runs_under_it(llama, scope):
     with open_session(llama, "dart", **RESTLESS) as session:
         scored(llama, session, [Request(random_tokens(30), random_tokens(14, seed=1))], scope)
-        assert session.state.remasks.tolist() == [0]
+        assert session.remasks == [0]
         assert session.events == session.log.alarms == session.log.signals == []
 
 

@@ -103,9 +103,7 @@ def test_logits_are_computed_only_where_they_are_scored(llama):
     head = output_head(llama)
     seen.clear()
     requests = [Request(random_tokens(30), random_tokens(n, seed=n)) for n in (2, 9)]
-    scorer(llama, head, Session(), 4).score(
-        [*requests, Request(random_tokens(30), (*requests[1].continuation[:3], 5))]
-    )
+    scorer(llama, head, Session(), 4).score([*requests, Request(random_tokens(30), (*requests[1].continuation[:3], 5))])
     handle.remove()
     assert sum(seen) == 2 + 9 - 1  # the first position is one for all, and the third answer asks at no other
 

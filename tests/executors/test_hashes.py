@@ -145,9 +145,10 @@ def _of_copy(name, package):
 
 NAMES = ("dense", "griffin", "cats", "teal", "dart")
 CHANGED = {  # a file -> methods whose keys it moves
-    "pruning/choices/cats.py": {"cats"}, "pruning/inputs/wina.py": set(), "pruning/session/state.py": {*NAMES},
+    "pruning/methods/cats.py": {"cats"}, "pruning/methods/both.py": set(), "pruning/methods/drift.py": {"dart"},
+    "pruning/methods/griffin.py": {"griffin", "dart"}, "pruning/session.py": {*NAMES}, "pruning/rows.py": {*NAMES},
     "layers/ffn.py": {*NAMES}, "evaluation/lm.py": {*NAMES}, "sweep/worker.py": {*NAMES}, "sweep/plan.py": set(),
-    "evaluation/task_names.py": set(), "pruning/registry.py": set(), "kernels/forward.py": set(),
+    "evaluation/task_names.py": set(), "pruning/registry.py": set(), "kernels/fast.py": set(),
 }  # fmt: skip
 
 
@@ -166,22 +167,22 @@ def test_a_file_moves_the_keys_of_those_whose_numbers_it_makes(package):
 
 def test_a_new_methods_file_and_its_entry_move_no_other_key(package):
     before = digests(package, *NAMES)
-    cats = (package / "pruning/choices/cats.py").read_text(encoding="utf-8")
-    (package / "pruning/choices/lions.py").write_text(cats.replace("ByGate", "ByRoar"), encoding="utf-8")
+    cats = (package / "pruning/methods/cats.py").read_text(encoding="utf-8")
+    (package / "pruning/methods/lions.py").write_text(cats.replace("Cats", "Lions"), encoding="utf-8")
     registry = package / "pruning/registry.py"
-    entry = "from dart_eval.pruning.choices.lions import ByRoar\n"
-    registry.write_text(entry + registry.read_text(encoding="utf-8"), encoding="utf-8")
+    text, entry = registry.read_text(encoding="utf-8"), '    "lions": ("lions", "Lions"),\n    "cats"'
+    registry.write_text(text.replace('    "cats"', entry), encoding="utf-8")
     assert digests(package, *NAMES) == before
 
 
 def test_what_a_methods_file_imports_from_beside_it_is_its_own(package):
     files = {file.relative_to(PACKAGE).as_posix() for file in method_files(make("cats"))}
-    assert "pruning/choices/cats.py" in files and all(file.startswith(METHODS) for file in files)
+    assert "pruning/methods/cats.py" in files and all(file.startswith(METHODS) for file in files)
     assert "pruning/registry.py" not in {f.relative_to(PACKAGE).as_posix() for f in shared_files()}
-    cats, beside = package / "pruning/choices/cats.py", package / "pruning/choices/beside.py"
+    cats, beside = package / "pruning/methods/cats.py", package / "pruning/methods/beside.py"
     beside.write_text("NEW = 1\n", encoding="utf-8")
     with cats.open("a", encoding="utf-8") as file:
-        file.write("from dart_eval.pruning.choices.beside import NEW\n")
+        file.write("from dart_eval.pruning.methods.beside import NEW\n")
     _read.cache_clear()
     assert beside in _with_imports({cats}, package) and beside not in shared_files(package)
 
@@ -203,19 +204,17 @@ WITHOUT_NUMBERS = {
     "evaluation/task_hash.py": "hashes",
     "evaluation/task_names.py": "names",
     "evaluation/task_needs.py": "refuses",
-    "kernels/cpu/blocks.py": "is not run",
     "kernels/cpu/build.py": "is not run",
     "kernels/cpu/columns.py": "is not run",
     "kernels/cpu/ffns.py": "is not run",
     "kernels/cpu/library.py": "is not run",
     "kernels/cpu/packing.py": "is not run",
     "kernels/cpu/rows.py": "is not run",
-    "kernels/forward.py": "is not run",
+    "kernels/fast.py": "is not run",
     "kernels/mask_rows.py": "is not run",
     "layers/finite.py": "refuses",
     "models/demo_model.py": "makes a model, whose files are hashed",
-    "pruning/registry.py": "makes methods, whose parts are part of a key",
-    "pruning/session/kernels.py": "is not run",
+    "pruning/registry.py": "makes methods, whose options are part of a key",
     "results/format.py": "messages",
     "results/inputs.py": "describes what it was given",
     "results/journal.py": "hands back what it was given",
@@ -287,5 +286,5 @@ def test_what_cells_execute_is_known(saved_llama, tmp_path):
     assert len(result.records) == 9
     ours = {Path(f).relative_to(PACKAGE).as_posix() for f in executed if Path(f).is_relative_to(PACKAGE)}
     numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files()}
-    assert {"pruning/session/state.py", "evaluation/lm.py", "sweep/worker.py", "results/journal.py"} <= ours
+    assert {"pruning/session.py", "evaluation/lm.py", "sweep/worker.py", "results/journal.py"} <= ours
     assert ours - numeric <= {*WITHOUT_NUMBERS, "sweep/local.py"}  # which hands cells to the worker

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import lm_eval.api.metrics
@@ -20,11 +19,9 @@ from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved, resolve
 from dart_eval.pruning import registry
-from dart_eval.pruning.masks.mask import FromPrompt
-from dart_eval.pruning.masks.remasks import OnDrift
-from dart_eval.pruning.masks.scores import Activation
-from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.part import option
+from dart_eval.pruning.method import Method, option
+from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.methods.griffin import Griffin, PromptMask
 from dart_eval.pruning.registry import make
 from dart_eval.sweep import jobs
 from dart_eval.sweep import plan as plan_module
@@ -108,14 +105,13 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "method: [griffin, 'griffin:remask=drift:remask.window=8:score.norm=l1']",
-    "method:\n  - griffin:\n  - griffin: {remask: {part: drift, window: 8}, score: {norm: l1}}",
-    "method:\n  - griffin\n  - griffin: {remask: drift, remask.window: 8, mask: {score: {norm: l1}}}",
+    "method: [griffin, 'dart:remask.window=8:allocation=uniform']",
+    "method:\n  - griffin:\n  - dart: {remask: {window: 8}, allocation: uniform}",
+    "method:\n  - griffin\n  - dart: {remask.window: 8, allocation: uniform}",
 ])  # fmt: skip
-def test_parts_may_be_nested_in_the_file(tmp_path, text):
+def test_options_may_be_nested_in_the_file(tmp_path, text):
     config = config_from(yaml_file(tmp_path, f"{text}\n"), {})
-    changed = make("griffin", {"remask": OnDrift(window=8), "score.norm": "l1"})
-    assert methods_of(config) == [make("griffin"), changed]
+    assert methods_of(config) == [Griffin(), Dart(remask_window=8, allocation="uniform")]
 
 
 def test_several_methods_may_be_keys_of_one_mapping(tmp_path):
@@ -143,20 +139,15 @@ def test_a_method_given_twice_runs_once():
 def test_the_runs_seed_reaches_what_is_drawn_unless_it_has_its_own():
     specs = ("random", "random:score.seed=3", "griffin:draw=sample", "griffin:draw=sample:draw.seed=3", "griffin")
     plain, own, drawn, other, griffin = methods_of(RunConfig(method=specs, seed=7))
-    assert (plain.mask.score.seed, own.mask.score.seed) == (7, 3)
-    assert (drawn.mask.draw.seed, other.mask.draw.seed, griffin) == (7, 3, make("griffin"))
+    assert (plain.score_seed, own.score_seed) == (7, 3)
+    assert (drawn.draw_seed, other.draw_seed, griffin) == (7, 3, make("griffin"))
 
 
-@dataclass(frozen=True)
-class Level(Activation):
-    """A part of another package."""
+class Mine(PromptMask):
+    """A method of another package."""
 
-    name = "level"
     summary = "of another package"
     level: int = option(1, "a number", least=0)
-
-
-MINE = Pruner(FromPrompt(score=Level()), name="mine", summary="of another package")
 
 
 class Entry:
@@ -186,32 +177,24 @@ def installed(monkeypatch):
 def test_a_method_of_another_package_is_found_and_made(installed):
     with pytest.raises(UserError, match="unknown method 'mine'"):
         make("mine")
-    installed["dart_eval.methods"] = [Entry("mine", MINE)]
-    assert registry.methods()["mine"] is MINE
-    (cell,) = cells(method=("mine:score.level=3",))
-    assert cell.method == Pruner(FromPrompt(score=Level(level=3)))
-    assert cell.inputs["params"].items() >= {"score": "level", "score.level": 3}.items()
+    installed["dart_eval.methods"] = [Entry("mine", Mine)]
+    assert registry.methods()["mine"] is Mine
+    (cell,) = cells(method=("mine:level=3",))
+    assert (cell.method, cell.method.spec) == (Mine(level=3), "mine:level=3")
+    assert cell.inputs["params"] == {"method": "mine", "level": 3}
 
 
-def test_a_part_of_another_package_goes_into_every_method(installed):
-    with pytest.raises(UserError, match="there is no score=level"):
-        make("griffin", {"score": "level"})
-    installed["dart_eval.parts"] = [Entry("level", Level)]
-    assert make("griffin", {"score": "level", "score.level": 3}).mask == FromPrompt(score=Level(level=3))
-
-
-def test_what_another_package_offers_and_is_no_part_is_left_out_with_a_word(installed, caplog):
-    installed["dart_eval.parts"] = [Entry("odd", dict), Entry("method", MINE)]
-    installed["dart_eval.methods"] = [Entry("level", Level)]
-    assert make("griffin", {"remask": "never"}) == registry.methods()["griffin"]
+def test_what_another_package_offers_and_is_no_method_is_left_out_with_a_word(installed, caplog):
+    installed["dart_eval.methods"] = [Entry("odd", dict), Entry("made", Mine()), Entry("base", Method())]
+    assert [*registry.methods()] == [*registry.BUILT_IN]
     assert {r.getMessage().split(" of another package")[0] for r in caplog.records} == {
-        "part odd", "part method", "method level"
+        "method odd", "method made", "method base"
     }  # fmt: skip
 
 
 def test_another_package_cannot_replace_a_built_in_method(installed):
-    installed["dart_eval.methods"] = [Entry("dense", MINE)]
-    assert make("dense") == Pruner()
+    installed["dart_eval.methods"] = [Entry("griffin", Mine)]
+    assert make("griffin") == Griffin() and registry.methods()["griffin"] is Griffin
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------
@@ -226,15 +209,10 @@ def test_cells_go_task_by_task_and_dense_comes_once_whatever_the_sparsities():
     assert len({c.key for c in made}) == 6
 
 
-def test_two_spellings_of_one_composition_are_one_cell():
-    spelled = ("griffin", "dart:remask=never:allocation=uniform:score.norm=l2", "griffin:remask=never:mask=prompt")
-    assert len({key(method=(spec,)) for spec in spelled}) == 1
-    (only,) = cells(method=spelled)  # under the name that came first
-    assert only.inputs["method"] == "griffin"
-    assert key(method=("griffin:remask.window=8:remask=drift",)) == key(
-        method=("griffin:remask=drift:mask.remask.window=8",)
-    )
-    assert key(method=("griffin",)) != key(method=("griffin:score.norm=l1",))
+def test_two_spellings_of_one_method_are_one_cell():
+    spelled = ("dart", "dart:remask=drift:remask.window=10", "dart:allocation=depth")
+    assert len({key(method=(spec,)) for spec in spelled}) == 1 == len(cells(method=spelled))
+    assert key(method=("griffin",)) != key(method=("griffin:draw=sample",)) != key(method=("dart",))
 
 
 def test_a_method_that_no_sparsity_sets_comes_once():
@@ -309,7 +287,7 @@ def test_the_key_changes_with_the_calibration_texts_content_not_with_its_path(tm
     def those(method, **more):
         return [key(method=(method,), calibration=path, **more) for path in (str(one), str(same), str(other), None)]
 
-    for method in ("flap", "wanda-sp", "random:compensation=mean"):
+    for method in ("flap", "wanda-sp", "static"):
         found = those(method)
         assert found[0] == found[1] and len({*found}) == 3
     for method in ("dense", "griffin", "magnitude"):  # no text changes a number of theirs
@@ -354,7 +332,7 @@ def test_a_changed_third_party_method_changes_the_key(installed, monkeypatch, tm
     for level in (1, 2):
         (tmp_path / f"mine_{level}.py").write_text(f"LEVEL = {level}\n")
         monkeypatch.setattr(sys.modules[__name__], "__file__", str(tmp_path / f"mine_{level}.py"))
-        installed["dart_eval.methods"] = [Entry("mine", MINE)]
+        installed["dart_eval.methods"] = [Entry("mine", Mine)]
         found.append(*cells(method=("mine",)))
     assert found[0].key != found[1].key and found[0].inputs["code"] == found[1].inputs["code"]
     assert found[0].inputs["method_code"] != found[1].inputs["method_code"]

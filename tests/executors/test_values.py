@@ -203,7 +203,7 @@ def test_several_seeds_are_several_cells():
     assert [config.seed for config in configs_from(None, {"seed": [0, 1], "method": "dart"})] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["GRIFFIN", "Dart", "m_countdown", "Wanda-SP:allocation=uniform"])
+@pytest.mark.parametrize("name", ["GRIFFIN", "Dart", "m_countdown", "GRIFFIN:draw=best"])
 def test_names_of_methods_may_have_capitals(name):
     from dart_eval.pruning.registry import make, parse
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import dart_eval
 from dart_eval.cli import check as command
-from dart_eval.pruning.masks.scores import Activation
+from dart_eval.pruning.methods.griffin import Griffin
 from dart_eval.results import baseline, outcomes
 from dart_eval.results.check import check
 from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
@@ -74,8 +74,8 @@ def test_a_planted_bug_fails_the_check_and_the_same_run_again_does_not(taught, t
     assert again.exit_code == 0, again.output
     assert "ok: all" in again.stdout
 
-    keep_best = Activation.observe
-    monkeypatch.setattr(Activation, "observe", lambda *given: -keep_best(*given))  # keeps the lowest
+    keep_best = Griffin.observe
+    monkeypatch.setattr(Griffin, "observe", lambda *given: -keep_best(*given))  # keeps the lowest
     broken = run(taught, tmp_path / "broken")
     found = cli(broken, "--baseline", file, "--format", "json")
     assert found.exit_code == 1
