@@ -39,29 +39,24 @@ def rounded(weight: Tensor, rounding: Rounding) -> Packed:
         shared = len(weight), -(-weight.shape[1] // (rounding.group or weight.shape[1]))
         offset = weight.new_empty(shared, dtype=torch.float32) if rounding.k and rounding.bits > 3 else None
         return Packed(weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(shared), rounding, offset)
-    rows, width = weight.shape
-    group = min(rounding.group, width) or width
-    codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
-    step, scales, offsets = max(1, CHUNK // width), [], []
-    for start in range(0, rows, step):
-        some = weight[start : start + step].float()
-        groups = nn.functional.pad(some, (0, -width % group)).view(len(some), -1, group)
-        code, scale, offset = _group_codes(groups, rounding)
-        codes[start : start + step] = code.view(len(some), -1)[:, :width].to(torch.int8)
-        scales.append(scale.squeeze(-1))
-        offsets.append(None if offset is None else offset.squeeze(-1))
-    zeros = None if offsets[0] is None else torch.cat([o for o in offsets if o is not None])
-    return Packed(codes, torch.cat(scales), rounding, zeros)
+    width = weight.shape[1]
+    group, parts = min(rounding.group, width) or width, []
+    for rows in weight.split(max(1, CHUNK // width)):
+        groups = nn.functional.pad(rows.float(), (0, -width % group)).view(len(rows), -1, group)
+        code, *shared = _group_codes(groups, rounding)
+        parts.append([code.flatten(1)[:, :width].to(torch.int8), *(part.squeeze(-1) for part in shared)])
+    codes, scales, *offsets = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Packed(codes, scales, rounding, *offsets)
 
 
-def _group_codes(groups: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return codes [R, G, group], scales [R, G, 1], and the value of code 0 [R, G, 1]; None: 0. groups: fp32."""
+def _group_codes(groups: Tensor, rounding: Rounding) -> tuple[Tensor, ...]:
+    """Return codes [R, G, group], scales [R, G, 1], and the value of code 0 [R, G, 1] unless it is 0. groups: fp32."""
     bits = rounding.bits
     if rounding.k and bits > 3:
         return k_quants.with_minima(groups, bits)
     scale = _best_scale(groups, bits)
-    scale = k_quants.signed(scale, bits) if rounding.k else scale.half()
-    return _codes(groups, scale.float(), bits), scale, None
+    scale = k_quants.multiples(scale, bits, k_quants.MOST_SIGNED) if rounding.k else scale.half()
+    return _codes(groups, scale.float(), bits), scale
 
 
 def _codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
