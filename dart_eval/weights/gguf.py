@@ -34,7 +34,6 @@ FACTS = "gguf.json"  # in a converted folder: notes for the user; layer -> side 
 CONVERSION = 6  # raise when the conversion changes, so that old folders are not used
 REMEDY = "download or convert it again; a file that was split must be merged first (llama-gguf-split --merge)"
 EXPERTS, SHARED = "_exps", "_shexp"  # ends of sides: routed experts, and the shared FFN beside them
-BLOCK = re.compile(r"blk\.(\d+)\.")
 FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_((?:gate|up|down)(?:_exps|_shexp)?)\.weight")
 
 
@@ -95,12 +94,9 @@ def convert(file: Path, target: Path, bits: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        reader = GGUFReader(file)
-        _check_layers(file, reader)
-        read, notes = load_whole(
-            AutoModelForCausalLM, file.name, file.parent, gguf_file=file.name, trust_remote_code=False
-        )
-        notes += _check_numbers(file.name, reader, read)
+        reader, options = GGUFReader(file), {"gguf_file": file.name, "trust_remote_code": False}
+        read, notes = load_whole(AutoModelForCausalLM, file.name, file.parent, **options)
+        notes += _check(file.name, reader, read)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except UserError as error:
         raise UserError(error.problem, REMEDY) from None
@@ -119,26 +115,24 @@ def convert(file: Path, target: Path, bits: bool) -> None:
         (target / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
-def _check_layers(file: Path, reader: GGUFReader) -> None:
-    """Refuse a header that names another number of layers than the file holds, before a model is built from it."""
-    architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-    layers = int(reader.fields[f"{architecture}.block_count"].parts[-1][0])
-    held = 1 + max((int(match[1]) for t in reader.tensors if (match := BLOCK.match(t.name))), default=-1)
-    if layers != held:
-        raise UserError(f"{file} names {layers} layers ({architecture}.block_count), and holds weights of {held}")
-
-
-def _check_numbers(name: str, reader: GGUFReader, model: PreTrainedModel) -> list[str]:
-    """Compare the numbers of a file with those of the model: transformers fills missing experts with zeros.
+def _check(name: str, reader: GGUFReader, model: PreTrainedModel) -> list[str]:
+    """Compare a file's layers and numbers with the model's: transformers drops layers, and fills experts with zeros.
 
     Returns:
         A note on tensors that are in no weight, if there are any.
+
+    Raises:
+        UserError: the file has other layers than it says, or lacks tensors.
     """
-    held, needed = sum(int(t.n_elements) for t in reader.tensors), sum(p.numel() for p in model.parameters())
-    if held < needed:
-        raise UserError(f"model {name} lacks tensors: {needed - held} numbers of its weights stand in none")
+    layers = model.config.get_text_config().num_hidden_layers
+    held = len({t.name.split(".")[1] for t in reader.tensors if t.name.startswith("blk.")})
+    if layers != held:
+        raise UserError(f"model {name} names {layers} layers, and holds weights of {held}")
+    numbers, needed = sum(int(t.n_elements) for t in reader.tensors), sum(p.numel() for p in model.parameters())
+    if numbers < needed:
+        raise UserError(f"model {name} lacks tensors: {needed - numbers} numbers of its weights stand in none")
     state = model.state_dict()
-    unused = held - needed - sum(b.numel() for key, b in model.named_buffers() if key in state)
+    unused = numbers - needed - sum(b.numel() for key, b in model.named_buffers() if key in state)
     return [f"model {name}: {unused} numbers of the file are in no weight of the model"] if unused > 0 else []
 
 
@@ -154,7 +148,7 @@ def _bits(reader: GGUFReader) -> dict[str, dict[str, float]]:
 
 def record_bits(source: str, model: PreTrainedModel) -> list[str]:
     """Record the bits of a converted model's FFN weights in the file. Return its notes for the user."""
-    file, unknown = Path(source) / FACTS, 0
+    file = Path(source) / FACTS
     if not file.is_file():
         return []
     facts = json.loads(file.read_text(encoding="utf-8"))
@@ -165,8 +159,6 @@ def record_bits(source: str, model: PreTrainedModel) -> list[str]:
         if ffn.gate is None and gate and up:  # one projection has both
             up = (gate + up) / 2
         for module, bits in ((ffn.gate, gate), (ffn.up, up), (ffn.down, down)):
-            if module is not None and bits:
-                RECORDS[module] = Record(Stored.of(bits))
-            unknown += module is not None and not bits
-    said = f"the file does not say how many bits {unknown} FFN projections have: their reads count 16"
-    return [*facts["notes"], said] if unknown else facts["notes"]
+            if module is not None:
+                RECORDS[module] = Record(Stored.of(bits) if bits else Stored(OWN_BITS, about=True))
+    return list(facts["notes"])
