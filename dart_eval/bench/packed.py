@@ -25,7 +25,7 @@ from dart_eval.results.ratio import Ratio, paired
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import foreign_cpu
-from dart_eval.weights.rounding import rounded, rounded_bits
+from dart_eval.weights.rounding import rounded, served_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ class RoundedSpeed:
 
 def share(model: nn.Module, rounding: Rounding) -> float:
     """Return bytes of a model's rounded FFN weights / those of its own dtype; scales count, row by row."""
-    return rounded_bits(find_ffns(model), rounding) / OWN_BITS
+    return served_bits(find_ffns(model), rounding) / OWN_BITS
 
 
 def lacking(model: nn.Module, rounding: Rounding) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,7 @@ class Decoded:
         first: bits of each code that are read; None: all.
     """
 
-    cached_bytes: ClassVar[int] = 0  # of all cached values
+    cached_bytes = 0  # of all cached values
 
     def __init__(self, packed: Packed, dtype: torch.dtype, first: int | None = None) -> None:
         self.packed, self.dtype, self.first = packed, dtype, first
