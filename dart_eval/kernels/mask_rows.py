@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dart_eval.kernels.cpu.rows import RowsProduct, lacking
+from dart_eval.kernels.cpu.rows import RowsProduct, why_no_kernel
 from dart_eval.kernels.forward import Forward
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, is_conv1d
@@ -153,7 +153,7 @@ class MaskRows:
         self._products = {
             m: RowsProduct(p["weight"].detach(), b if (b := p.get("bias")) is None else b.detach())
             for m, p in parts.items()
-            if not is_conv1d(m) and lacking(p["weight"], p.get("bias")) is None
+            if not is_conv1d(m) and why_no_kernel(p["weight"], p.get("bias")) is None
         }
 
     def _change(self, rows: Tensor, neurons: Tensor) -> None:
