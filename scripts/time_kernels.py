@@ -36,7 +36,7 @@ def codes(rows: int, width: int, rounding: Rounding) -> Packed:
 
 def layer(width: int, neurons: int, level: str | None) -> Runs:
     """What is timed, with the share of the bytes that it reads."""
-    held = packing.empty((neurons, width), (neurons, width), (width, neurons), dtype=torch.bfloat16)
+    held = packing.allocate((neurons, width), (neurons, width), (width, neurons), dtype=torch.bfloat16)
     gate, up, down = (w.copy_(torch.randn(w.shape) * 0.02) for w in held)
     kept = int(READ * neurons)
     narrow, whole = down[:, :kept].contiguous(), 6 * neurons * width

@@ -29,9 +29,7 @@ def tokenizer():
 def own_calibrations(tmp_path_factory):
     """Statistics of calibrations go into a folder of the tests' own."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(
-        "dart_eval.pruning.caches.folder", lambda made=tmp_path_factory.mktemp("calibration"): made
-    )
+    patch.setattr("dart_eval.pruning.caches.folder", lambda made=tmp_path_factory.mktemp("calibration"): made)
     yield
     patch.undo()
 

@@ -98,7 +98,7 @@ def measure(
     if rounding is None:
         why = why_no_kernel(method, ffns) or "it was run by masks"
     else:
-        why = packed.lacking(model, rounding) or ALL_WEIGHTS
+        why = packed.why_no_kernel(model, rounding) or ALL_WEIGHTS
     # As the weights lie in memory: a head that is not quantised weighs more beside FFNs that are.
     phi, bench = stored_share(model, ffns), Bench(model, model)
     own = share(ffns) if rounding is None else 1.0
@@ -114,7 +114,7 @@ def measure(
 
 
 def alone(model: PreTrainedModel, rounding: Rounding, why: str) -> BytesOnly:
-    """Return the dense model's reads on rounded FFN weights without a packed product. why: see `packed.lacking`."""
+    """Return the dense model's reads on rounded FFN weights, untimed. why: of `packed.why_no_kernel`."""
     read = packed.share(model, rounding)
     ceiling = 1 / (1 - shape_of(model, find_ffns(model)).ffn_share * (1 - read))
     return BytesOnly("dense", 0.0, read, ceiling, 0, why, rounding.text)

@@ -26,7 +26,7 @@ from dart_eval.results.ratio import Ratio, paired
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import foreign_cpu
-from dart_eval.weights.rounding import rounded, rounded_bits
+from dart_eval.weights.rounding import rounded, served_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,15 +64,15 @@ class RoundedSpeed:
 
 def share(model: nn.Module, rounding: Rounding) -> float:
     """Return bytes of a model's rounded FFN weights / those of its own dtype; scales count, row by row."""
-    return rounded_bits(find_ffns(model), rounding) / OWN_BITS
+    return served_bits(find_ffns(model), rounding) / OWN_BITS
 
 
-def lacking(model: nn.Module, rounding: Rounding) -> str | None:
+def why_no_kernel(model: nn.Module, rounding: Rounding) -> str | None:
     """Return why our kernel does not run a model's FFNs on rounded weights, or None."""
     ffns = find_ffns(model)
     if any(f.routed for f in ffns):
         return "experts have no packed products here"
-    reasons = (packing.lacking(rounding, width) for f in ffns for width in (f.width, f.size))
+    reasons = (packing.why_no_kernel(rounding, width) for f in ffns for width in (f.width, f.size))
     return next(filter(None, reasons), None) or next(filter(None, map(why_not_whole, ffns)), None)
 
 
@@ -81,9 +81,9 @@ def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     """Run a model's FFNs on rounded weights inside the block: single tokens, while prompts run on the model's own.
 
     Raises:
-        UserError: no kernel runs them (`lacking`), or the weights are quantised.
+        UserError: no kernel runs them (`why_no_kernel`), or the weights are quantised.
     """
-    if reason := lacking(model, rounding):
+    if reason := why_no_kernel(model, rounding):
         raise UserError(reason, f"take a dense model, and {REMEDY}")
     kernels = []
     for ffn in find_ffns(model):

@@ -89,7 +89,7 @@ class Subject:
 
     def measure_rounded(self, rounding: Rounding, setting: Setting) -> RoundedSpeed | BytesOnly:
         """Time the dense model on rounded FFN weights (`packed.measure`), or count its reads."""
-        if why := packed.lacking(self.model, rounding):
+        if why := packed.why_no_kernel(self.model, rounding):
             return bytes_only.alone(self.model, rounding, why)
         return packed.measure(
             self.model, rounding, prompt_tokens=setting.prompt_tokens, steps=setting.steps, rounds=setting.rounds

@@ -181,7 +181,7 @@ def act_of(ffn: FFN) -> str | None:
 @torch.no_grad()
 def why_not_whole(ffn: FFN) -> str | None:
     """Return why no kernel runs an FFN as a whole, or None: down(act(gate x) * up x) and nothing else."""
-    if reason := build.missing():
+    if reason := build.why_no_kernel():
         return reason
     modules: list[Any] = ffn.projections
     plain = ffn.gate is not None and ffn.norm is None and ffn.lift is None and ffn.routed is None

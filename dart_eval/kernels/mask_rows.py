@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dart_eval.kernels.cpu.rows import RowsProduct, lacking
+from dart_eval.kernels.cpu.rows import RowsProduct, why_no_kernel
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import is_conv1d
 
@@ -127,7 +127,7 @@ class RowCopies(Swap):
                 self.entries.append((slot.module.__dict__, "nf", width, slot.own.shape[slot.dim]))
         for module, part in parts.items():
             weight, bias = part["weight"].detach(), None if (b := part.get("bias")) is None else b.detach()
-            if not is_conv1d(module) and lacking(weight, bias) is None:
+            if not is_conv1d(module) and why_no_kernel(weight, bias) is None:
                 self.products.append(RowsProduct(weight, bias))
                 own = module.__dict__.get("forward", ABSENT)
                 self.entries.append((module.__dict__, "forward", self.products[-1], own))

@@ -274,8 +274,6 @@ def _identify(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
     if model_file(source, "config.json", revision) is None:
         adapters.refuse_alone(source, spec.revision)
     with explaining(name):
-        settings, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-        checkpoint.check_layers(name, settings)  # some configurations build a list of layers
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
         commit = None if weights else commit_of(source, "config.json", revision)
         code = checkpoint.own_code(source, config, commit)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dart_eval.util.bits import Rounding
 
-CHUNK = 1 << 22  # weights at a time
 PART = 1 << 18  # weights that are decoded at a time, so that they stay in a core's cache
 LINE = 4  # first bits, from which on a line stands for them
 
@@ -54,43 +53,34 @@ class Packed:
         low = 0 if first is None else max(0, self.rounding.bits - first)
         means = self.means(low) if low else None
         rows, width = self.shape
+        group = min(self.rounding.group or width, width)
         out = self.codes.new_empty(self.shape, dtype=dtype)
-        group = self._together
-        for start in range(0, rows, some := max(1, PART // width)):
-            part = slice(start, start + some)
+        for start in range(0, rows, step := max(1, PART // width)):
+            part = slice(start, start + step)
             codes = self.codes[part]
-            values = (
-                codes.float() if means is None else means.index_select(0, self._begin(codes, low)).view(codes.shape)
-            )
-            groups = values.view(len(codes), -1, group)
-            groups *= self._each(self.scales[part], group)
+            if width % group:
+                codes = torch.nn.functional.pad(codes, (0, -width % group))
+            values = codes.float() if means is None else means.index_select(0, self._begin(codes, low))
+            values = values.view(len(codes), -1, group)
+            values *= self.scales[part].float()[..., None]
             if self.offsets is not None:
-                groups += self._each(self.offsets[part], group)
-            out[part] = values
+                values += self.offsets[part].float()[..., None]
+            out[part] = values.flatten(1)[:, :width]
         return out
 
     def _begin(self, codes: Tensor, low: int) -> Tensor:
         """Return [n] int32, the first bits of codes, counted from 0. low: last bits that are not read."""
         return (codes.flatten().int() + 2 ** (self.rounding.bits - 1)) >> low
 
-    @functools.cached_property
-    def _mean_codes(self) -> dict[int, Tensor]:
-        return {}
-
     def means(self, low: int) -> Tensor:
-        """Return fp32 what each value of first bits stands for (`decoded`), cached. low: as of `_begin`."""
-        if low not in self._mean_codes:
-            self._mean_codes[low] = self._mean_code(low)
-        return self._mean_codes[low]
-
-    def _mean_code(self, low: int) -> Tensor:
+        """Return fp32 what each value of first bits stands for (`decoded`). low: last bits that are not read."""
         if self.scales.is_meta:  # a shape alone
             return self.scales.new_empty(2**self.rounding.bits >> low, dtype=torch.float32)
         if self.rounding.bits - low >= LINE:
             slope, middle = self.line(low)
             first = torch.arange(2**self.rounding.bits >> low, dtype=torch.float64, device=self.scales.device)
             return (slope * first + middle).float()
-        code, number = self._histogram()
+        code, number = self._histogram
         begin = self._begin(code, low).long()
         sums, count = torch.zeros(2, int(begin[-1]) + 1, dtype=torch.float64, device=code.device)
         sums.index_add_(0, begin, number * code)
@@ -104,30 +94,18 @@ class Packed:
         Args:
             low: last bits that are not read. First bits count from 0.
         """
-        code, number = self._histogram()
+        code, number = self._histogram
         first, share = self._begin(code, low).double(), number / number.sum()
         away = first - share @ first
         spread = float(share @ away.square())
         slope = float(share @ (away * code)) / spread if spread else 2.0**low
         return slope, float(share @ (code - slope * first))
 
+    @functools.cached_property
     def _histogram(self) -> tuple[Tensor, Tensor]:
-        """Return all possible codes, ascending, and how often the matrix has each, [2^bits] fp64."""
+        """All possible codes, ascending, and how often the matrix has each, [2^bits] fp64."""
         half = 2 ** (self.rounding.bits - 1)
         number = torch.zeros(2 * half, dtype=torch.float64, device=self.scales.device)
-        for some in self.codes.split(max(1, CHUNK // self.shape[1])):
-            number += torch.bincount(some.flatten().int() + half, minlength=2 * half)
+        for rows in self.codes.split(max(1, PART // self.shape[1])):
+            number += torch.bincount(rows.flatten().int() + half, minlength=2 * half)
         return torch.arange(-half, half, device=self.scales.device), number
-
-    @property
-    def _together(self) -> int:
-        """Neighbours that are in one group throughout a row; 1 if scales must be expanded first."""
-        width = self.shape[1]
-        group = min(self.rounding.group or width, width)
-        return group if width % group == 0 else 1
-
-    def _each(self, shared: Tensor, group: int) -> Tensor:
-        """Expand a value per group, [n, groups], to [n, groups, 1] fp32, or with groups of 1 to [n, in, 1]."""
-        if group == 1:
-            shared = shared.repeat_interleave(self.rounding.group or 1, dim=1)[:, : self.shape[1]]
-        return shared.float()[..., None]

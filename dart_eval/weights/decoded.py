@@ -1,12 +1,6 @@
-"""The values of codes, cached while memory is free.
-
-Decoded values take twice the bytes of the codes or more. They are cached up to `ROOM`, and beyond that in a CPU's
-memory while half of it stays free: decoding takes longer than a product.
-"""
+"""The values of codes, cached while memory is free: decoding takes longer than a product."""
 
 from __future__ import annotations
-
-import weakref
 
 import torch
 from torch import Tensor
@@ -14,34 +8,7 @@ from torch import Tensor
 from dart_eval.util import machine
 from dart_eval.weights.codes import Packed
 
-ROOM = 900_000_000  # bytes of cached values, however little memory is free
-
-
-class Room:
-    """Bytes that are free for cached values, over all models; below 0 once the machine's spare memory is in use."""
-
-    def __init__(self, size: int) -> None:
-        self.free_bytes = size
-
-    def reserve(self, owner: object, size: int, device: torch.device) -> bool:
-        """Reserve bytes of a device until the owner is deleted; return whether there is room."""
-        if size > self.free_bytes and not (device.type == "cpu" and _spare(size)):
-            return False
-        self.free_bytes -= size
-        weakref.finalize(owner, self._back, size)
-        return True
-
-    def _back(self, size: int) -> None:
-        self.free_bytes += size
-
-
-def _spare(size: int) -> bool:
-    """Whether half of the machine's memory stays free if `size` bytes of it are taken."""
-    found = machine.memory()
-    return found is not None and found[0] - size >= found[1] / 2
-
-
-_ROOM = Room(ROOM)
+ROOM = 900_000_000  # bytes of values that are cached however little memory is free
 
 
 class Decoded:
@@ -53,6 +20,8 @@ class Decoded:
         first: bits of each code that are read; None: all.
     """
 
+    cached_bytes = 0  # of all cached values
+
     def __init__(self, packed: Packed, dtype: torch.dtype, first: int | None = None) -> None:
         self.packed, self.dtype, self.first = packed, dtype, first
         self._values: Tensor | None = None
@@ -63,6 +32,16 @@ class Decoded:
             return self._values
         with torch.inference_mode(False):  # the values outlive this forward
             values = self.packed.decoded(self.dtype, self.first)
-        if _ROOM.reserve(self, values.nbytes, values.device):
+        if Decoded.cached_bytes + values.nbytes <= ROOM or (values.device.type == "cpu" and _spare(values.nbytes)):
             self._values = values
+            Decoded.cached_bytes += values.nbytes
         return values
+
+    def __del__(self) -> None:
+        Decoded.cached_bytes -= 0 if self._values is None else self._values.nbytes
+
+
+def _spare(size: int) -> bool:
+    """Whether half of the machine's memory stays free if `size` bytes of it are taken."""
+    memory = machine.memory()
+    return memory is not None and memory[0] - size >= memory[1] / 2

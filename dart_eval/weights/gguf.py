@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,35 +28,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SUFFIX = ".gguf"
-FACTS = "gguf.json"  # in a converted folder: notes for the user; layer -> side -> bits of a weight in the file
+FACTS = "gguf.json"  # in a converted folder: notes for the user; FFN tensor -> bits of a weight in the file
 CONVERSION = 6  # raise when the conversion changes, so that old folders are not used
 REMEDY = "download or convert it again; a file that was split must be merged first (llama-gguf-split --merge)"
-EXPERTS, SHARED = "_exps", "_shexp"  # ends of sides: routed experts, and the shared FFN beside them
-BLOCK = re.compile(r"blk\.(\d+)\.")
-FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_((?:gate|up|down)(?:_exps|_shexp)?)\.weight")
+EXPERTS, SHARED = "_exps.weight", "_shexp.weight"  # ends of tensors: routed experts, and the shared FFN beside them
 
 
 def folder(file: Path) -> Path:
-    """Return the folder that a GGUF file is converted into, made on first use.
-
-    Raises:
-        UserError: the package gguf is missing, or transformers cannot read the file.
-    """
-    if find_spec("gguf") is None:
-        raise UserError(f"{file} needs the package gguf", "run pip install gguf")
+    """Return the folder that a GGUF file is converted into, made on first use."""
     digest = hashlib.sha256()
     feed(digest, file)
     target = cache_dir() / f"{file.stem}-{digest.hexdigest()[:8]}-gguf{CONVERSION}"
-    return converted(target, lambda work: convert(file, work, bits=True))
+    return converted(target, lambda work: convert(file, work))
 
 
 def converted(target: Path, make: Callable[[Path], None]) -> Path:
-    """Return a converted folder, made completely or not at all if it is missing.
-
-    Args:
-        target: its path.
-        make: writes it into an empty folder.
-    """
+    """Return the folder `target`, made completely or not at all if it is missing. make: writes an empty folder."""
     if (target / "model.safetensors").exists():
         return target
     work = target.with_name(target.name + ".partial")
@@ -82,31 +67,27 @@ def converted(target: Path, make: Callable[[Path], None]) -> Path:
     return target
 
 
-def convert(file: Path, target: Path, bits: bool) -> None:
-    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder.
-
-    Args:
-        bits: also write the bits of the FFN weights in the file.
+def convert(file: Path, target: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file, and `FACTS`, as a Hugging Face folder.
 
     Raises:
         UserError: the file lacks weights, or transformers cannot read it.
     """
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        reader = GGUFReader(file)
-        _check_layers(file, reader)
-        read, notes = load_whole(
-            AutoModelForCausalLM, file.name, file.parent, gguf_file=file.name, trust_remote_code=False
-        )
-        notes += _check_numbers(file.name, reader, read)
+        from gguf import GGUFReader
+
+        reader, options = GGUFReader(file), {"gguf_file": file.name, "trust_remote_code": False}
+        read, notes = load_whole(AutoModelForCausalLM, file.name, file.parent, **options)
+        notes += _check(file.name, reader, read)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except UserError as error:
         raise UserError(error.problem, REMEDY) from None
     except Exception as error:  # of transformers, of gguf, of the file system
         raise UserError(
-            f"transformers cannot read {file} ({summary(error)})", "convert it to a Hugging Face folder first"
+            f"transformers cannot read {file} ({summary(error)})",
+            "pip install gguf, or convert the file to a Hugging Face folder first",
         ) from error
     # A model read from GGUF refuses save_pretrained: its state goes into a model made from its config.
     read.config.__dict__.pop("quantization_config", None)
@@ -114,59 +95,45 @@ def convert(file: Path, target: Path, bits: bool) -> None:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(target, max_shard_size="1TB")
     tokenizer.save_pretrained(target)
-    if bits:
-        facts = {"notes": notes, "bits": _bits(reader)}
-        (target / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    tensors = (t for t in reader.tensors if ".ffn_" in t.name)  # 32 bits count as 16, as served
+    bits = {t.name: min(8 * int(t.n_bytes) / int(t.n_elements), OWN_BITS) for t in tensors}
+    (target / FACTS).write_text(json.dumps({"notes": notes, "bits": bits}, indent=1), encoding="utf-8")
 
 
-def _check_layers(file: Path, reader: GGUFReader) -> None:
-    """Refuse a header that names another number of layers than the file holds, before a model is built from it."""
-    architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-    layers = int(reader.fields[f"{architecture}.block_count"].parts[-1][0])
-    held = 1 + max((int(match[1]) for t in reader.tensors if (match := BLOCK.match(t.name))), default=-1)
-    if layers != held:
-        raise UserError(f"{file} names {layers} layers ({architecture}.block_count), and holds weights of {held}")
-
-
-def _check_numbers(name: str, reader: GGUFReader, model: PreTrainedModel) -> list[str]:
-    """Compare the numbers of a file with those of the model: transformers fills missing experts with zeros.
+def _check(name: str, reader: GGUFReader, model: PreTrainedModel) -> list[str]:
+    """Compare a file's layers and numbers with the model's: transformers drops layers, and fills experts with zeros.
 
     Returns:
         A note on tensors that are in no weight, if there are any.
+
+    Raises:
+        UserError: the file has other layers than it says, or lacks tensors.
     """
-    held, needed = sum(int(t.n_elements) for t in reader.tensors), sum(p.numel() for p in model.parameters())
-    if held < needed:
-        raise UserError(f"model {name} lacks tensors: {needed - held} numbers of its weights stand in none")
+    layers = model.config.get_text_config().num_hidden_layers
+    held = len({t.name.split(".")[1] for t in reader.tensors if t.name.startswith("blk.")})
+    if layers != held:
+        raise UserError(f"model {name} names {layers} layers, and holds weights of {held}")
+    numbers, needed = sum(int(t.n_elements) for t in reader.tensors), sum(p.numel() for p in model.parameters())
+    if numbers < needed:
+        raise UserError(f"model {name} lacks tensors: {needed - numbers} numbers of its weights stand in none")
     state = model.state_dict()
-    unused = held - needed - sum(b.numel() for key, b in model.named_buffers() if key in state)
+    unused = numbers - needed - sum(b.numel() for key, b in model.named_buffers() if key in state)
     return [f"model {name}: {unused} numbers of the file are in no weight of the model"] if unused > 0 else []
-
-
-def _bits(reader: GGUFReader) -> dict[str, dict[str, float]]:
-    """Return layer -> gate, up, down -> bits of a weight, scales included; 32 bits count as 16, as served."""
-    bits: dict[str, dict[str, float]] = {}
-    for tensor in reader.tensors:
-        if match := FFN_TENSOR.fullmatch(tensor.name):
-            width = 8 * int(tensor.n_bytes) / int(tensor.n_elements)
-            bits.setdefault(match[1], {})[match[2]] = min(width, OWN_BITS)
-    return bits
 
 
 def record_bits(source: str, model: PreTrainedModel) -> list[str]:
     """Record the bits of a converted model's FFN weights in the file. Return its notes for the user."""
-    file, unknown = Path(source) / FACTS, 0
+    file = Path(source) / FACTS
     if not file.is_file():
         return []
     facts = json.loads(file.read_text(encoding="utf-8"))
     for ffn in describe(model):
-        sides = facts["bits"].get(str(ffn.number), {})
-        end = EXPERTS if ffn.routed else SHARED if f"down{SHARED}" in sides else ""
-        gate, up, down = (sides.get(f"{side}{end}") for side in ("gate", "up", "down"))
+        begin = f"blk.{ffn.number}.ffn_"
+        end = EXPERTS if ffn.routed else SHARED if f"{begin}down{SHARED}" in facts["bits"] else ".weight"
+        gate, up, down = (facts["bits"].get(f"{begin}{side}{end}") for side in ("gate", "up", "down"))
         if ffn.gate is None and gate and up:  # one projection has both
             up = (gate + up) / 2
         for module, bits in ((ffn.gate, gate), (ffn.up, up), (ffn.down, down)):
-            if module is not None and bits:
-                RECORDS[module] = Record(Stored.of(bits))
-            unknown += module is not None and not bits
-    said = f"the file does not say how many bits {unknown} FFN projections have: their reads count 16"
-    return [*facts["notes"], said] if unknown else facts["notes"]
+            if module is not None:
+                RECORDS[module] = Record(Stored.of(bits) if bits else Stored(OWN_BITS, about=True))
+    return list(facts["notes"])

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dart_eval.util.bits import BLOCK, K_QUANTS
 
-MOST = 63  # of a scale or a minimum, in units of its factor
-MOST_SIGNED = 31
+MOST, MOST_SIGNED = 63, 31  # of a scale or a minimum, in units of its factor; of Q3_K's scales
 STEPS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)  # added to the codes over a group's span in the search
 
 
@@ -28,7 +27,7 @@ def with_minima(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         [R, G, group] whole numbers from -2^(bits - 1), [R, G, 1] fp32 scales, and [R, G, 1] fp32 values of code 0.
     """
     scale, low = _fitted(groups, bits)
-    scale, low = _of_factors(scale, bits), -_of_factors(-low, bits)
+    scale, low = multiples(scale.clamp_min(0), bits, MOST), -multiples((-low).clamp_min(0), bits, MOST)
     half = 2 ** (bits - 1)
     code = ((groups - low) / torch.where(scale == 0, 1.0, scale)).round_().clamp_(0, 2 * half - 1)
     return code - half, scale, low + half * scale
@@ -60,20 +59,17 @@ def _fitted(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return best
 
 
-def signed(scale: Tensor, bits: int) -> Tensor:
-    """Round the signed scales of Q3_K to whole multiples of their factors. scale: [R, G, 1] fp32."""
-    return _multiples(scale, bits, MOST_SIGNED)
+def multiples(values: Tensor, bits: int, most: int) -> Tensor:
+    """Round scales or minima to whole multiples of their factors.
 
-
-def _of_factors(values: Tensor, bits: int) -> Tensor:
-    """Round scales or minima, not negative, to whole multiples of their factors. values: [R, G, 1] fp32."""
-    return _multiples(values.clamp_min(0), bits, MOST)
-
-
-def _multiples(values: Tensor, bits: int, most: int) -> Tensor:
+    Args:
+        values: [R, G, 1] fp32.
+        bits: of a code.
+        most: of a multiple's absolute value.
+    """
     rows, groups, _ = values.shape
     each = BLOCK // K_QUANTS[bits].group
     blocks = torch.nn.functional.pad(values.squeeze(-1), (0, -groups % each)).view(rows, -1, each)
     factor = (blocks.abs().amax(-1, keepdim=True) / most).half().float()
-    multiples = (blocks / torch.where(factor == 0, 1.0, factor)).round_().clamp_(-most, most) * factor
-    return multiples.view(rows, -1)[:, :groups, None]
+    whole = (blocks / torch.where(factor == 0, 1.0, factor)).round_().clamp_(-most, most)
+    return (whole * factor).view(rows, -1)[:, :groups, None]

@@ -6,7 +6,7 @@ keeps its dtype and holds the rounded values, so that every execution runs on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,29 +39,24 @@ def rounded(weight: Tensor, rounding: Rounding) -> Packed:
         shared = len(weight), -(-weight.shape[1] // (rounding.group or weight.shape[1]))
         offset = weight.new_empty(shared, dtype=torch.float32) if rounding.k and rounding.bits > 3 else None
         return Packed(weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(shared), rounding, offset)
-    rows, width = weight.shape
-    group = min(rounding.group, width) or width
-    codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
-    step, scales, offsets = max(1, CHUNK // width), [], []
-    for start in range(0, rows, step):
-        some = weight[start : start + step].float()
-        groups = nn.functional.pad(some, (0, -width % group)).view(len(some), -1, group)
-        code, scale, offset = _group_codes(groups, rounding)
-        codes[start : start + step] = code.view(len(some), -1)[:, :width].to(torch.int8)
-        scales.append(scale.squeeze(-1))
-        offsets.append(None if offset is None else offset.squeeze(-1))
-    zeros = None if offsets[0] is None else torch.cat([o for o in offsets if o is not None])
-    return Packed(codes, torch.cat(scales), rounding, zeros)
+    width = weight.shape[1]
+    group, parts = min(rounding.group, width) or width, []
+    for rows in weight.split(max(1, CHUNK // width)):
+        groups = nn.functional.pad(rows.float(), (0, -width % group)).view(len(rows), -1, group)
+        code, *of_groups = _group_codes(groups, rounding)
+        parts.append([code.flatten(1)[:, :width].to(torch.int8), *(part.squeeze(-1) for part in of_groups)])
+    codes, scales, *offsets = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Packed(codes, scales, rounding, *offsets)
 
 
-def _group_codes(groups: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return codes [R, G, group], scales [R, G, 1], and the value of code 0 [R, G, 1]; None: 0. groups: fp32."""
+def _group_codes(groups: Tensor, rounding: Rounding) -> tuple[Tensor, ...]:
+    """Return codes [R, G, group], scales [R, G, 1], and the value of code 0 [R, G, 1] unless it is 0. groups: fp32."""
     bits = rounding.bits
     if rounding.k and bits > 3:
         return k_quants.with_minima(groups, bits)
     scale = _best_scale(groups, bits)
-    scale = k_quants.signed(scale, bits) if rounding.k else scale.half()
-    return _codes(groups, scale.float(), bits), scale, None
+    scale = k_quants.multiples(scale, bits, k_quants.MOST_SIGNED) if rounding.k else scale.half()
+    return _codes(groups, scale.float(), bits), scale
 
 
 def _codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -86,8 +81,10 @@ def _best_scale(groups: Tensor, bits: int) -> Tensor:
     return best
 
 
-ROUNDS = (_group_codes, _codes, _best_scale)  # the functions of `rounded`, whose code is hashed
-# -- on a model ------------------------------------------------------------------------------------------------------
+def stored_of(linear: nn.Module) -> Stored:
+    """Return the bits of a projection's weight as served now: of its code, and of scales."""
+    record = RECORDS.get(linear)
+    return Stored.of(OWN_BITS) if record is None else record.bits
 
 
 def stored_inputs(ffn: FFN) -> list[Stored]:
@@ -95,31 +92,21 @@ def stored_inputs(ffn: FFN) -> list[Stored]:
     return [stored_of(m) for m in (ffn.gate, ffn.up) if m is not None for _ in range(2 if ffn.fused else 1)]
 
 
-def served_bits(ffns: Sequence[FFN]) -> float:
-    """Return the mean bits of an FFN weight as served now, scales included."""
-    return _mean_bits(ffns, lambda module: stored_of(module).total)
-
-
-def rounded_bits(ffns: Sequence[FFN], rounding: Rounding) -> float:
-    """Return the mean bits of an FFN weight under a rounding."""
-    return _mean_bits(ffns, lambda module: rounding.weight_bits(plain_matrix(module).shape[1]))
-
-
-def _mean_bits(ffns: Sequence[FFN], bits_of: Callable[[nn.Module], float]) -> float:
-    """Return the mean bits of a weight over all layers. bits_of: bits of a projection's weight."""
-    terms = [(bits_of(m), weights) for f in ffns for m, weights in _projections(f)]
-    return sum(bits * weights for bits, weights in terms) / sum(weights for _, weights in terms)
-
-
-def stored_of(linear: nn.Module) -> Stored:
-    """Return the bits of a projection's weight as served now: of its code, and of scales."""
-    record = RECORDS.get(linear)
-    return Stored.of(OWN_BITS) if record is None else record.bits
-
-
 def about(ffns: Sequence[FFN]) -> bool:
     """Whether reads are about right alone, as some bits are those of a checkpoint's configuration."""
     return any(stored_of(m).about for f in ffns for m in f.projections)
+
+
+def served_bits(ffns: Sequence[FFN], rounding: Rounding | None = None) -> float:
+    """Return the mean bits of an FFN weight over all layers, scales included: as served now, or under a rounding."""
+    bits = weights = 0.0
+    for ffn in ffns:
+        for module in ffn.projections:
+            held = (2 if ffn.fused and module is ffn.up else 1) * ffn.size * ffn.width
+            stored = stored_of(module) if rounding is None else rounding.stored(plain_matrix(module).shape[1])
+            bits += stored.total * held
+            weights += held
+    return bits / weights
 
 
 def share(ffns: Sequence[FFN]) -> float:
@@ -140,13 +127,6 @@ def rows(ffn: FFN) -> tuple[float, float, float]:
     """
     inputs, down = stored_inputs(ffn), stored_of(ffn.down)
     return sum(bits.total for bits in inputs) / len(inputs), down.total, down.scale
-
-
-def _projections(ffn: FFN) -> list[tuple[nn.Module, int]]:
-    """Return the projections of an FFN with their numbers of weights."""
-    into = (1 if ffn.gate is not None or not ffn.fused else 2) * ffn.size * ffn.width
-    sides = [(ffn.gate, into), (ffn.up, into), (ffn.down, ffn.size * ffn.width)]
-    return [(m, weights) for m, weights in sides if m is not None]
 
 
 def refuse_fixed(ffns: Sequence[FFN]) -> None:
@@ -174,27 +154,24 @@ class Rounded:
     """
 
     def __init__(self, model: nn.Module, rounding: Rounding) -> None:
-        self._held: list[tuple[nn.Module, nn.Parameter, Tensor, Tensor, Stored]] = []
+        self._parts: list[tuple[nn.Module, nn.Parameter, Tensor, Record]] = []  # with rounded values
         for module in (m for f in find_ffns(model) for m in f.projections):
             matrix, parameter = plain_matrix(module), parameter_of(module)
             values = as_held(module, rounded(matrix, rounding).decoded(matrix.dtype))
-            self._held.append((module, parameter, parameter.data, values, rounding.stored(matrix.shape[1])))
+            self._parts.append((module, parameter, values, Record(rounding.stored(matrix.shape[1]))))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Give the model rounded weights inside the block; restore its own, to the bit, afterwards."""
-        before = [RECORDS.get(module) for module, *_ in self._held]
+        before = [(parameter.data, RECORDS.get(module)) for module, parameter, *_ in self._parts]
         try:
-            for module, parameter, _, values, bits in self._held:
-                parameter.data = values
-                RECORDS[module] = Record(bits)
+            for module, parameter, values, record in self._parts:
+                parameter.data, RECORDS[module] = values, record
             yield
         finally:
-            for (module, parameter, own, _, _), record in zip(self._held, before, strict=True):
-                if record is None:
-                    RECORDS.pop(module, None)
-                else:
-                    RECORDS[module] = record
+            for (module, parameter, *_), (own, earlier) in zip(self._parts, before, strict=True):
+                RECORDS.pop(module, None)
+                RECORDS.update({module: earlier} if earlier else {})
                 parameter.data = own.to(parameter.device, parameter.dtype)  # the user may have moved the model
 
 

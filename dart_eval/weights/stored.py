@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from dart_eval.layers.find import describe
 from dart_eval.layers.projection import Step
 from dart_eval.layers.quantised import RECORDS, Record, method_of, quantisation_of, stated_bits
 from dart_eval.util.bits import OWN_BITS
-from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,13 +20,7 @@ SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore")  # setti
 
 
 def quantise_while_loading(config: PretrainedConfig, load_in: str) -> None:
-    """Let bitsandbytes quantise the weights while they are loaded. load_in: 4bit or 8bit.
-
-    Raises:
-        UserError: bitsandbytes is missing.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"--load-in {load_in} needs the package bitsandbytes", "pip install bitsandbytes")
+    """Let bitsandbytes quantise the weights while they are loaded. load_in: 4bit or 8bit."""
     config.quantization_config = BitsAndBytesConfig(**{f"load_in_{load_in}": True}).to_dict()
 
 

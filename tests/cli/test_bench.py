@@ -92,7 +92,7 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
     # Three rounds: the prompt for each cache that begins dense (one is of our own product, in bfloat16), five tokens
     # twice; then before the changes of every re-mask, and before all rows are copied.
     own = found.over_kernel is not None
-    assert own == (dtype == torch.bfloat16 and build.missing() is None)
+    assert own == (dtype == torch.bfloat16 and build.why_no_kernel() is None)
     assert len(dense) == 3 * (3 + own + 2 * 5) + 3 + 3
     ffn = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".mlp." in n)
     assert (found.twin_bytes, found.extra_weight_bytes) == (ffn, 3 * 3 * 12 * 32 * dtype.itemsize)

@@ -84,7 +84,7 @@ def test_what_does_not_fit_a_model_is_left_out_too():
 
 
 @pytest.mark.parametrize(("method", "why"), [
-    ("griffin", None), ("flap", None), ("grinqh", build.missing()),
+    ("griffin", None), ("flap", None), ("grinqh", build.why_no_kernel()),
     ("grinqh:entries.group=32", "scales of 128 weights"),
     ("cats", "rows that cats chooses"), ("wina", "wina has no kernel"),
 ])  # fmt: skip

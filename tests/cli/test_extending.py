@@ -84,8 +84,8 @@ def test_their_code_is_in_the_key_and_their_fields_are_checked():
 
 @pytest.mark.parametrize("name", ["methods", "options"])
 def test_a_page_is_what_the_code_says(name, monkeypatch):
-    if name == "methods" and build.missing() is not None:
-        pytest.skip(f"the page names kernels: {build.missing()}")
+    if name == "methods" and build.why_no_kernel() is not None:
+        pytest.skip(f"the page names kernels: {build.why_no_kernel()}")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     made = importlib.import_module(f"{name}_page").page()
     assert made == (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), f"run scripts/{name}_page.py"

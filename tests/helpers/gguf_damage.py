@@ -50,8 +50,10 @@ def damaged(random, path):
     reader, raw = GGUFReader(path), bytearray(path.read_bytes())
     how = random.choice(["values", "cut", "dropped", "offset", "shape", "type"])
     tensor = random.choice(reader.tensors)
-    if how == "values":  # of layers, widths, heads
-        field = random.choice([f for f in reader.fields.values() if f.name.startswith("llama.")])
+    if how == "values":  # of widths, heads
+        field = random.choice(
+            [f for n, f in reader.fields.items() if n.startswith("llama.") and n != "llama.block_count"]
+        )
         _put(raw, field.offset + sum(part.nbytes for part in field.parts[:-1]), 4, random.choice(NUMBERS))
         return f"{how} of {field.name}"
     elif how == "cut":

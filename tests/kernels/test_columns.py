@@ -19,7 +19,7 @@ from dart_eval.util.errors import UserError
 from tests.helpers.models import odd_llama, random_tokens
 from tests.helpers.twins import ACTS, SHAPES, apart, coded, matrices, token
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
+pytestmark = pytest.mark.skipif(build.why_no_kernel() is not None, reason=f"{build.why_no_kernel()}")
 PART = GradedColumns(levels="0-2-4-6-8")
 PROMPT = torch.tensor([random_tokens(20, seed=4)])
 
@@ -175,7 +175,7 @@ def test_activations_are_known_by_their_values(model, act):
 
 
 def test_copies_that_a_machine_cannot_have_say_why(model, monkeypatch):
-    monkeypatch.setattr(build, "missing", lambda: "no C compiler is on the PATH")
+    monkeypatch.setattr(build, "why_no_kernel", lambda: "no C compiler is on the PATH")
     expected = pytest.raises(UserError, match="no C compiler is on the PATH; use execution='masked'")
     with expected, prune(model, "grinqh", 0.5, execution="copied"):
         pass

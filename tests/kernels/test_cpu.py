@@ -11,14 +11,14 @@ from torch.nn.functional import linear
 
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.cpu.ffns import CodedFFN
-from dart_eval.kernels.cpu.packing import lacking
+from dart_eval.kernels.cpu.packing import why_no_kernel
 from dart_eval.kernels.cpu.rows import RowsProduct
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.codes import Packed
 from dart_eval.weights.rounding import rounded
 from tests.helpers.twins import SHAPES, apart, coded, dense, matrices, size, token, values
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
+pytestmark = pytest.mark.skipif(build.why_no_kernel() is not None, reason=f"{build.why_no_kernel()}")
 
 HALF = 2**-8  # h is rounded to bfloat16 in the product with all neurons, as in the model
 CLOSE = 1e-3
@@ -215,8 +215,8 @@ def test_other_codes_are_refused_with_the_reason(text):
     from dart_eval.util.bits import parse
 
     rounding = parse(text)
-    assert f"not {rounding.bits} bits in groups of {rounding.group}" in lacking(rounding, 256)
-    assert lacking(Rounding(8, 256), 512) is None and lacking(Rounding(4, 512), 256) is None
+    assert f"not {rounding.bits} bits in groups of {rounding.group}" in why_no_kernel(rounding, 256)
+    assert why_no_kernel(Rounding(8, 256), 512) is None and why_no_kernel(Rounding(4, 512), 256) is None
     with pytest.raises(ValueError, match="the kernels read"):
         CodedFFN(*coded(*matrices(256, 256), rounding))
 

@@ -12,7 +12,7 @@ from dart_eval.kernels.cpu import build, rows
 
 SMALL = '__attribute__((visibility("default"))) int cpu_level(void) { return 1; }\n'  # a library that is made quickly
 
-has_compiler = pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
+has_compiler = pytest.mark.skipif(build.why_no_kernel() is not None, reason=f"{build.why_no_kernel()}")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_it_is_built_once_and_kept_by_what_it_is_made_of(small, monkeypatch):
     assert fresh().cpu_level() == 1
     (file,) = small.iterdir()
     made = file.stat().st_mtime_ns
-    monkeypatch.setattr(build, "_built", None)  # not called again
+    monkeypatch.setattr(build, "_compile", None)  # not called again
     assert fresh().cpu_level() == 1 and file.stat().st_mtime_ns == made
 
 
@@ -78,7 +78,7 @@ def test_a_damaged_file_is_made_anew(small, damage):
     whole = file.read_bytes()
     file.unlink()  # the process has the old one mapped
     file.write_bytes(whole[: len(whole) // 2] if damage == b"half" else damage)
-    assert fresh().cpu_level() == 1 and build._whole(file)
+    assert fresh().cpu_level() == 1 and build._is_intact(file)
 
 
 @has_compiler
@@ -90,7 +90,7 @@ def test_a_foreign_file_of_that_name_is_not_loaded(small):
     content[len(content) // 2] ^= 1
     file.unlink()
     file.write_bytes(content)
-    assert not build._whole(file) and fresh().cpu_level() == 1 and build._whole(file)
+    assert not build._is_intact(file) and fresh().cpu_level() == 1 and build._is_intact(file)
 
 
 def test_without_a_compiler_the_reason_is_one_line(small, monkeypatch):
@@ -178,11 +178,11 @@ def test_instructions_are_as_told_or_the_best(monkeypatch):
 @has_compiler
 def test_instructions_that_there_are_none_of_leave_the_work_to_torch(monkeypatch):
     monkeypatch.setenv("DART_EVAL_CPU_LEVEL", "")
-    assert build.missing() is None and build.level() == build.library().cpu_level()
+    assert build.why_no_kernel() is None and build.level() == build.library().cpu_level()
     monkeypatch.setenv("DART_EVAL_CPU_LEVEL", "AVX2")
-    assert build.missing() == "$DART_EVAL_CPU_LEVEL is AVX2, which is none of avx2, avx512"
+    assert build.why_no_kernel() == "$DART_EVAL_CPU_LEVEL is AVX2, which is none of avx2, avx512"
     weight = torch.zeros(4, 8, dtype=torch.bfloat16)
-    assert rows.lacking(weight, None) == build.missing()
+    assert rows.why_no_kernel(weight, None) == build.why_no_kernel()
 
 
 @has_compiler
@@ -191,7 +191,7 @@ def test_instructions_that_there_are_none_of_leave_the_work_to_torch(monkeypatch
 def test_two_processes_that_build_at_once_both_have_it(small):
     code = (
         "import sys, pathlib\nfrom dart_eval.kernels.cpu import build\nbuild.SOURCE = pathlib.Path(sys.argv[1])\n"
-        "print(build.library().cpu_level(), build.missing())"
+        "print(build.library().cpu_level(), build.why_no_kernel())"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", code, str(build.SOURCE)], stdout=subprocess.PIPE, text=True,
@@ -200,4 +200,4 @@ def test_two_processes_that_build_at_once_both_have_it(small):
     ]  # fmt: skip
     assert [p.communicate(timeout=120)[0].strip() for p in started] == ["1 None"] * 2
     (file,) = small.iterdir()
-    assert build._whole(file)
+    assert build._is_intact(file)

@@ -37,7 +37,7 @@ def test_a_compiled_model_stays_compiled(method, params):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
+@pytest.mark.skipif(build.why_no_kernel() is not None, reason=f"{build.why_no_kernel()}")
 @pytest.mark.parametrize("method", ["grinqh", "griffin"])
 def test_a_compiled_model_hands_kernels_tensors_that_live(method):
     """A kernel is handed a pointer; the compiler would free the tensor, and another takes its place."""

@@ -10,6 +10,7 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.calibration import code_cache, stats_cache
 from dart_eval.util.bits import Rounding
 from dart_eval.weights import decoded
+from dart_eval.weights.decoded import Decoded
 from dart_eval.weights.rounding import rounded
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import generate, open_session, prompts_of
@@ -32,25 +33,25 @@ def test_first_bits_stand_for_what_they_leave_open(code_bits, first, group, widt
 
 def test_room_is_given_back():
     model = tiny("llama")
-    before = decoded._ROOM.free_bytes
+    before = Decoded.cached_bytes
     with open_session(model, "grinqh", 0.5, "masked"):
         generate(model, prompts_of(1, 9), 3)
     weights = sum(m.weight.nbytes for f in find_ffns(model) for m in f.projections)
-    assert before - decoded._ROOM.free_bytes == 4 * weights  # of 2, 4, 6 and 8 bits
+    assert Decoded.cached_bytes - before == 4 * weights  # of 2, 4, 6 and 8 bits
     del model
-    assert decoded._ROOM.free_bytes == before
+    assert Decoded.cached_bytes == before
 
 
-@pytest.mark.parametrize(("found", "cached"), [((10**9, 10**9), True), ((5 * 10**8, 10**9), False), (None, False)])
-def test_values_are_cached_while_half_of_the_memory_stays_free(found, cached, monkeypatch):
-    monkeypatch.setattr(decoded._ROOM, "free_bytes", 0)
-    monkeypatch.setattr(decoded.machine, "memory", lambda: found)
-    values = decoded.Decoded(rounded(torch.randn(6, 32), Rounding(8)), torch.float32)
+@pytest.mark.parametrize(("memory", "cached"), [((10**9, 10**9), True), ((5 * 10**8, 10**9), False), (None, False)])
+def test_values_are_cached_while_half_of_the_memory_stays_free(memory, cached, monkeypatch):
+    monkeypatch.setattr(decoded, "ROOM", 0)
+    monkeypatch.setattr(decoded.machine, "memory", lambda: memory)
+    before, values = Decoded.cached_bytes, Decoded(rounded(torch.randn(6, 32), Rounding(8)), torch.float32)
     first = values()
     assert (values() is first) == cached and torch.equal(values(), first)
-    assert decoded._ROOM.free_bytes == (-first.nbytes if cached else 0)
+    assert Decoded.cached_bytes - before == (first.nbytes if cached else 0)
     del values
-    assert decoded._ROOM.free_bytes == 0
+    assert Decoded.cached_bytes == before
 
 
 def test_codes_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_path, monkeypatch):

@@ -390,7 +390,7 @@ def test_the_methods_of_a_model_are_its_own_again(llama):
     assert not any(name in m.__dict__ for m in llama.modules() for name in ("generate", GUARD))
 
 
-@pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
+@pytest.mark.skipif(build.why_no_kernel() is not None, reason=f"{build.why_no_kernel()}")
 def test_a_batch_that_grows_while_decoding_leaves_the_kernel_of_one_sequence():
     model, prompt = odd_llama(), torch.tensor([random_tokens(20, seed=4)])
     with torch.no_grad(), prune(model, "grinqh", 0.5) as run:

@@ -40,41 +40,35 @@ class Missing(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The kernels, built if need be.
+    """Return the kernels, built if need be.
 
     Raises:
         Missing: there is no compiler, or the processor is another one.
     """
     if os.name != "posix" or platform.machine().lower() not in ("x86_64", "amd64"):
         raise Missing(f"the kernels for CPUs are for x86-64 under Linux or macOS, not {platform.machine()}")
-    found = _load(_folder())
-    if not found.cpu_level():
+    kernels = _load(_folder())
+    if not kernels.cpu_level():
         raise Missing("the processor has no AVX2")
-    return found
+    return kernels
 
 
-def missing() -> str | None:
-    """Why there are no kernels for this machine's CPU; None where there are."""
-    if (reason := _unbuilt()) is None and os.environ.get(WANTED):
-        try:
-            level()
-        except Missing as unknown:
-            return str(unknown)
-    return reason
+def why_no_kernel() -> str | None:
+    """Return why there are no kernels for this machine's CPU, or None."""
+    return _why_no_kernel(os.environ.get(WANTED))
 
 
 @functools.cache
-def _unbuilt() -> str | None:
-    """Why there is no library here; None where there is."""
+def _why_no_kernel(wanted: str | None) -> str | None:
     try:
-        library()
-    except Missing as reason:
-        return str(reason)
+        level(wanted)
+    except Missing as error:
+        return str(error)
     return None
 
 
 def level(wanted: str | None = None) -> int:
-    """The instructions that kernels use, as the source counts them.
+    """Return the instructions that kernels use, as the source counts them.
 
     Args:
         wanted: `avx2`, `avx512`; None: what is in $DART_EVAL_CPU_LEVEL, else the best that the processor has.
@@ -93,15 +87,15 @@ def level(wanted: str | None = None) -> int:
 
 
 def _load(folder: Path | None) -> ctypes.CDLL:
-    """The library of a folder, built where it is not there or damaged. folder: None: of none that stays."""
+    """Return the library of a folder, built where it is not there or damaged. folder: None: of none that stays."""
     compiler, version = _compiler()
     sources = [file.read_bytes() for file in sorted(SOURCE.parent.glob("*.[ch]"))]
-    of = b"\0".join([*sources, version, " ".join(FLAGS).encode()])
+    key = hashlib.sha256(b"\0".join([*sources, version, " ".join(FLAGS).encode()])).hexdigest()[:32]
     with contextlib.ExitStack() as stack:
-        file = (folder or stack.enter_context(_place())) / f"kernels-{hashlib.sha256(of).hexdigest()[:32]}.so"
-        with _alone(folder):  # workers that begin together do not all compile
-            if folder is None or not _whole(file):
-                content = _built(compiler, stack.enter_context(_place()))
+        file = (folder or stack.enter_context(_temporary())) / f"kernels-{key}.so"
+        with _lock(folder):  # workers that begin together do not all compile
+            if folder is None or not _is_intact(file):
+                content = _compile(compiler, stack.enter_context(_temporary()))
                 try:
                     write_atomically(file, content + hashlib.sha256(content).digest())
                 except OSError:
@@ -115,8 +109,8 @@ def _load(folder: Path | None) -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def _place() -> Iterator[Path]:
-    """A folder for a library that does not stay."""
+def _temporary() -> Iterator[Path]:
+    """Yield a folder for a library that does not stay."""
     try:
         made = tempfile.TemporaryDirectory(prefix="dart-eval-")
     except OSError as error:
@@ -126,7 +120,7 @@ def _place() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path | None) -> Iterator[None]:
+def _lock(folder: Path | None) -> Iterator[None]:
     """Wait until no other process builds in a folder. Without a lock, where none can be had, all build."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, ImportError):
@@ -137,7 +131,7 @@ def _alone(folder: Path | None) -> Iterator[None]:
         yield
 
 
-def _whole(file: Path) -> bool:
+def _is_intact(file: Path) -> bool:
     """Whether a library is there and as it was written: half of one would crash the process that loads it."""
     with contextlib.suppress(OSError):
         content = file.read_bytes()
@@ -146,7 +140,7 @@ def _whole(file: Path) -> bool:
 
 
 def _folder() -> Path | None:
-    """Where libraries are kept; None where what lies there could be somebody else's, or follows the working folder."""
+    """Return the folder of libraries; None where its files could be somebody else's, or follow the working folder."""
     place = cache_dir() / "kernels"
     if not place.is_absolute():
         return None
@@ -159,12 +153,12 @@ def _folder() -> Path | None:
 
 
 def _path() -> str:
-    """$PATH without what follows the working folder."""
+    """Return $PATH without what follows the working folder."""
     return os.pathsep.join(p for p in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(p))
 
 
 def _compiler() -> tuple[str, bytes]:
-    """A C compiler, and what it says of itself.
+    """Return a C compiler, and what it says of itself.
 
     Raises:
         Missing: none is there.
@@ -172,17 +166,17 @@ def _compiler() -> tuple[str, bytes]:
     for name in COMPILERS:
         if (found := shutil.which(name, path=_path())) is not None:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
-                told = subprocess.run([found, "--version"], **_quietly("/"), check=True, timeout=SECONDS)
+                told = subprocess.run([found, "--version"], **_run_options("/"), check=True, timeout=SECONDS)
                 return found, found.encode() + told.stdout
     raise Missing(f"no C compiler ({', '.join(COMPILERS)}) is on the PATH to build the kernels for CPUs")
 
 
-def _built(compiler: str, place: Path) -> bytes:
-    """The library, made in a folder of its own."""
+def _compile(compiler: str, place: Path) -> bytes:
+    """Return the library's content, compiled in a folder of its own."""
     out = place / "kernels.out"
     try:
         subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", str(out), "-lm"], **_quietly(place), check=True, timeout=SECONDS
+            [compiler, *FLAGS, str(SOURCE), "-o", str(out), "-lm"], **_run_options(place), check=True, timeout=SECONDS
         )
         return out.read_bytes()
     except subprocess.TimeoutExpired:
@@ -193,5 +187,5 @@ def _built(compiler: str, place: Path) -> bytes:
         raise Missing(f"{compiler} cannot build the kernels for CPUs ({why[:200]})") from None
 
 
-def _quietly(place: str | Path) -> dict:
+def _run_options(place: str | Path) -> dict:
     return {"cwd": place, "env": os.environ | {"PATH": _path()}, "stdin": subprocess.DEVNULL, "capture_output": True}

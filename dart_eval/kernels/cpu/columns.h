@@ -32,7 +32,7 @@ DEF(Bytes, both)(Bytes a, Bytes b) {
 }
 
 // Of one plane alone, what its 2 bits stand for: of all 8 bits, or of the first 4 and the last ones (`part`)
-DEF(Bytes, stands)(Bytes v, int q, const uint8_t *table, int part) {
+DEF(Bytes, meaning)(Bytes v, int q, const uint8_t *table, int part) {
     Bytes at = FN(quarter)(v, q, 0);
 #if WIDE
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), at);
@@ -51,7 +51,7 @@ DEF(void, quad)(const uint8_t *base, size_t step, const int32_t *column, int pla
         Bytes v[4];
         _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
             const uint8_t *p = base + (size_t)column[i] * (half ? 32 : 64);
-            v[i] = planes == 1 ? FN(stands)(FN(plane)(p, half), q, table, from) : FN(none)();
+            v[i] = planes == 1 ? FN(meaning)(FN(plane)(p, half), q, table, from) : FN(none)();
             if (planes > 1) _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++)
                 if (j >= from && j < planes && j < from + together) v[i] = FN(both)(v[i], FN(quarter)(FN(plane)(p + step * j, half), q, WIDE ? 6 - 2 * j : 2 - 2 * (j % 2)));
         }
@@ -105,8 +105,8 @@ HAS void FN(of_block)(const Matrix *M, int n, int half, int next, float *out) {
                 if (ahead < fetched) FN(fetch)(M, block, group, ahead++); \
                 FN(quad)(base, step, list + at, planes, M->table, Q, half, hs, ls, sums, lows); }
 #define EACH(Q) QUADS(4, Q) QUADS(3, Q) QUADS(2, Q) QUADS(1, Q)
-            int turn = half ? 2 * q : q;  // of half a block each second one
-            if (turn == 0) { EACH(0) } else if (turn == 1) { EACH(1) } else if (turn == 2) { EACH(2) } else { EACH(3) }
+            int part = half ? 2 * q : q;  // of half a block each second one
+            if (part == 0) { EACH(0) } else if (part == 1) { EACH(1) } else if (part == 2) { EACH(2) } else { EACH(3) }
             for (int i = 0; i < 4; i++)
                 FN(flush)(out + 64 * q + 16 * i, scale + 64 * q + 16 * i, sums[i], lows[i], M->unit[g], M->offset[g]);
         }
@@ -167,7 +167,7 @@ HAS static int FN(plan)(Matrix *M, const float *x) {
         memset(low, 0, ROOM);
         memset(list, 0, ROOM * 4);
         for (int i = 0; i < to - from; i++) {
-            w[i] = WHOLE(c[i] * inverse);
+            w[i] = NEAREST(c[i] * inverse);
             sum += (float)w[i] * M->start[level[from + i]];
             count[level[from + i]]++;
         }
@@ -188,23 +188,23 @@ HAS static int FN(plan)(Matrix *M, const float *x) {
 HAS static void FN(columns)(const void *of, int me, int all) {
     const Columns *L = of;
     static Matrix m[3];
-    static int whole;
+    static int finite;
     if (me == 0) {
         memcpy(m, L->matrices, sizeof m);
-        whole = FN(plan)(m, L->x) && FN(plan)(m + 1, L->x);
+        finite = FN(plan)(m, L->x) && FN(plan)(m + 1, L->x);
     }
     meet(all);
     int blocks = (m[0].rows + 255) / 256, from = PART(blocks, me, all), to = PART(blocks, me + 1, all);
     float *h = L->scratch, *u = h + 256 * blocks, *o = u + 256 * blocks;
-    if (whole) {
+    if (finite) {
         FN(product)(m, from, to, h + 256 * from);
         FN(product)(m + 1, from, to, u + 256 * from);
         for (int r = 256 * from; r < 256 * to; r++) h[r] = activate(L->act, h[r]) * u[r];
     }
     meet(all);
-    if (me == 0 && whole) whole = FN(plan)(m + 2, h);
+    if (me == 0 && finite) finite = FN(plan)(m + 2, h);
     meet(all);
     blocks = (m[2].rows + 255) / 256, from = PART(blocks, me, all), to = PART(blocks, me + 1, all);
-    if (whole) FN(product)(m + 2, from, to, o + 256 * from);
-    for (int r = 256 * from; r < 256 * to && r < L->width; r++) L->out[r] = whole ? o[r] : NAN;
+    if (finite) FN(product)(m + 2, from, to, o + 256 * from);
+    for (int r = 256 * from; r < 256 * to && r < L->width; r++) L->out[r] = finite ? o[r] : NAN;
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +9,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dart_eval.kernels.cpu import build
-from dart_eval.kernels.cpu.library import ACTS, Columns, Matrix, call
-from dart_eval.kernels.cpu.packing import ORDER, empty, scales_of
+from dart_eval.kernels.cpu.library import ACTS, BLOCK, Columns, Matrix, call
+from dart_eval.kernels.cpu.packing import ORDER, allocate, scales_of
 from dart_eval.weights.codes import Packed
 
 BITS, PLANES, GROUP = 8, 4, 128
 LEVELS = (0, 2, 4, 6, 8)
-BLOCK, HALF, QUARTER = 256, 128, 64  # rows
+HALF, QUARTER = 128, 64  # rows
 ROOM = 160  # as in kernels.c
 
 
@@ -72,31 +71,30 @@ class ColumnsFFN:
 
     def __init__(self, matrices: Sequence[ColumnsMatrix], act: str = "silu", level: str | None = None) -> None:
         self._level = build.level(level)
-        self.matrices, (gate, _, down) = matrices, matrices
-        self._scratch = 2 * -(-gate.rows // BLOCK) * BLOCK + -(-down.rows // BLOCK) * BLOCK
-        self._jobs = (Matrix * 3)(*(one.job for one in self.matrices))
-        self._job = Columns(ctypes.addressof(self._jobs), None, None, None, ACTS.index(act), gate.width)
+        self.matrices = matrices
+        self._jobs = (Matrix * 3)(*(matrix.job for matrix in matrices))
+        self._job = Columns(self._jobs, None, None, None, ACTS.index(act), matrices[0].width)
 
     @property
     def nbytes(self) -> int:
         """Bytes beside the model's own."""
-        return sum(one.nbytes for one in self.matrices)
+        return sum(matrix.nbytes for matrix in self.matrices)
 
     @property
     def bytes_read(self) -> int:
         """Bytes that a token reads."""
-        return sum(one.bytes_read for one in self.matrices)
+        return sum(matrix.bytes_read for matrix in self.matrices)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[1, D] -> [1, D]."""
-        return call("columns_ffn", self._job, x, self._scratch, 0, self._level)
+        return call(self._job, x, self._level)
 
 
 def _planes(codes: Tensor, group: int) -> Tensor:
     """[out, n] int8 -> bytes, as columns.h has them."""
     rows, width = codes.shape
     whole = -(-rows // HALF) * HALF
-    (held,) = empty((whole * width,))
+    (stored,) = allocate((whole * width,))
     full = whole // BLOCK * BLOCK
     for begin in range(0, whole, BLOCK):
         size = BLOCK if begin < full else HALF
@@ -107,11 +105,11 @@ def _planes(codes: Tensor, group: int) -> Tensor:
             part = part.unflatten(2, (2, 32)).flatten(1, 2)  # [n, 4, 32]
         planes = [sum((part[:, q] >> 6 - 2 * p & 3) << 2 * q for q in range(4)) for p in range(PLANES)]
         at = begin * width
-        for some in zip(*(plane.split(group) for plane in planes), strict=True):
-            made = torch.stack(some).flatten()
-            held[at : at + len(made)] = made
-            at += len(made)
-    return held
+        for planes_of_group in zip(*(plane.split(group) for plane in planes), strict=True):
+            content = torch.stack(planes_of_group).flatten()
+            stored[at : at + len(content)] = content
+            at += len(content)
+    return stored
 
 
 def _scales(packed: Packed, groups: int) -> Tensor:

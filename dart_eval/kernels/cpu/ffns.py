@@ -6,13 +6,11 @@ neurons; sums follow from their number alone. Where x is no number in some place
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.cpu.library import ACTS, Coded, call
-from dart_eval.kernels.cpu.packing import COLUMNS, FIRST, Codes, pack
+from dart_eval.kernels.cpu.packing import FIRST, Codes, pack
 from dart_eval.weights.codes import Packed
 
 
@@ -27,16 +25,13 @@ class CodedFFN:
     def __init__(self, gate: Packed, up: Packed, down: Packed, act: str = "silu", level: str | None = None) -> None:
         self._level = build.level(level)
         self.codes: Codes = pack(gate, up, down)
-        held, padded, count = self.codes, self.codes.scales.shape[0] * 4, self.codes.first.shape[1]
-        self.size, self.width, self._rest = held.neurons, held.width, held.bits - FIRST
-        self._job: Any = Coded(
-            held.neurons, padded, held.width, count, self._rest, 2 ** (held.bits - 1), ACTS.index(act), held.step,
-            held.group,
+        codes, padded, chunks = self.codes, self.codes.scales.shape[0] * 4, self.codes.first.shape[1]
+        self._job = Coded(
+            codes.neurons, padded, codes.width, chunks, codes.bits - FIRST, 2 ** (codes.bits - 1), ACTS.index(act),
+            codes.step, codes.group,
         )  # fmt: skip
-        for name in ("first", "next", "dfirst", "dnext", "scales", "dscales"):
-            setattr(self._job, name, getattr(held, name).data_ptr())
-        wide = count * COLUMNS
-        self._scratch = 7 * padded + wide // 2 + 2 * wide, wide
+        for name in ("first", "last", "dfirst", "dlast", "scales", "dscales"):
+            setattr(self._job, name, getattr(codes, name).data_ptr())
 
     @property
     def nbytes(self) -> int:
@@ -47,4 +42,4 @@ class CodedFFN:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[1, D] -> [1, D]."""
-        return call("coded_ffn", self._job, x, *self._scratch, self._level)
+        return call(self._job, x, self._level)

@@ -2,12 +2,12 @@
 //
 // Two kinds of weights. Rows of bfloat16 are multiplied as the model holds them. *Coded* ones are whole numbers of 4, 5, 6
 // or 8 bits with a scale (fp16) for 128 neighbours in a row, or for a row. A number lies in two places: its first 4 bits, and
-// the `rest`: code = 2^rest * first + next - half.
+// its last, 0 to 4 of them: code = 2^last_bits * first + last - zero.
 //
 // What decides is that bytes are read in the order in which they lie. Columns come in chunks of 128:
 //   first  gate and up, [F/4][chunks][4 neurons][gate, up][64 bytes]: one stream, of which four rows are made at a time
-//   next   the other bits of them, 16 rest bytes in the place of 64
-//   dfirst, dnext   down by neuron, [F/16][chunks][16 neurons][64 or 16 rest bytes]
+//   last   the last bits of them, 16 last_bits bytes in the place of 64
+//   dfirst, dlast   down by neuron, [F/16][chunks][16 neurons][64 or 16 last_bits bytes]
 // In 64 bytes the low nibbles are places 0..63 and the high ones 64..127; of fewer bits the lowest are places 0 and on.
 // Places of down are permuted (`ORDER` in packing.py) so that sums of bytes of 4 rows come out in their own order.
 //
@@ -33,12 +33,12 @@ typedef struct {  // rows of bfloat16 times one vector; fields as in library.Row
 
 typedef struct {  // coded weights; fields as in library.Coded
     int32_t neurons, padded, width, chunks;  // F, F to a multiple of 16, D, ceil(D / 128)
-    int32_t rest, half, act;                 // bits after the first four; what a code is counted from; see `activate`
+    int32_t last_bits, zero, act;            // bits after the first four; what a code is counted from; see `activate`
     int32_t step, group;  // scales of gate and up from chunk to chunk (8, or 0: one a row); neurons that share one of down
-    const uint8_t *first, *next, *dfirst, *dnext;
+    const uint8_t *first, *last, *dfirst, *dlast;
     const uint16_t *scales, *dscales;      // fp16: [F/4][groups][4][gate, up]; [groups][chunks * 128]
     const float *x;                        // [D]
-    float *out, *scratch;                  // [D]; [7 padded + 320 chunks, and 128 chunks for each thread]
+    float *out, *scratch;                  // [D]; as many as library.Coded counts
 } Coded;
 
 enum { ROOM = 160, MOST_GROUP = 128 };  // places of a group's columns: four lists, each filled up to fours
@@ -57,7 +57,7 @@ typedef struct {  // a matrix, of whose columns a token reads some planes; field
 typedef struct {  // an FFN of such matrices
     Matrix *matrices;          // gate, up, down
     const float *x;
-    float *out, *scratch;      // [D]; [F]
+    float *out, *scratch;      // [D]; as many as library.Columns counts
     int32_t act, width;
 } Columns;
 
@@ -72,12 +72,12 @@ IN uint16_t rounded(float f) {  // to bfloat16, as torch does
     return f != f ? 0x7fc0 : (uint16_t)((to_bits(f) + 0x7fff + (to_bits(f) >> 16 & 1)) >> 16);
 }
 #define ROUND 12582912.f  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its last bits
-#define WHOLE(f) ((int)to_bits((f) + ROUND) - (int)to_bits(ROUND))
+#define NEAREST(f) ((int)to_bits((f) + ROUND) - (int)to_bits(ROUND))
 IN float exp_of(float x) {
     x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
-    float whole = x * 1.44269504f + ROUND, n = whole - ROUND, r = x - n * .693359375f + n * 2.12194440e-4f;
+    float shifted = x * 1.44269504f + ROUND, n = shifted - ROUND, r = x - n * .693359375f + n * 2.12194440e-4f;
     float p = ((((1.f / 720 * r + 1.f / 120) * r + 1.f / 24) * r + 1.f / 6) * r + .5f) * r * r + r + 1.f;
-    return p * from_bits((to_bits(whole) + 127u) << 23);
+    return p * from_bits((to_bits(shifted) + 127u) << 23);
 }
 IN float activate(int act, float x) {
     if (act == 0) return x / (1.f + exp_of(-x));  // SiLU
@@ -126,9 +126,9 @@ DEF(Floats, even)(Ints v) { return AS_FLOATS(F(slli_epi32)(v, 16)); }
 DEF(Floats, odd)(Ints v) { return AS_FLOATS(AND(v, F(set1_epi32)((int)0xffff0000))); }
 DEF(float, all)(const Floats *s) { return FN(sum)(F(add_ps)(F(add_ps)(s[0], s[2]), F(add_ps)(s[1], s[3]))); }
 DEF(Ints, last)(const uint16_t *w, int left) {  // the end of a row, behind which nothing is read
-    uint16_t whole[2 * LANES] = {0};
-    memcpy(whole, w, 2 * (size_t)(left < 2 * LANES ? left : 2 * LANES));
-    return LOAD(whole);
+    uint16_t padded[2 * LANES] = {0};
+    memcpy(padded, w, 2 * (size_t)(left < 2 * LANES ? left : 2 * LANES));
+    return LOAD(padded);
 }
 DEF(void, times_h)(Ints w, Ints h, Floats *s) {
     s[0] = F(fmadd_ps)(FN(even)(w), FN(even)(h), s[0]);

@@ -25,13 +25,13 @@ class RowsProduct:
         self.weight, self.bias = weight, bias
         pointers = weight.data_ptr(), bias.data_ptr() if bias is not None else None
         self._job = Rows(*pointers, None, None, *weight.shape)
-        self._call, self._level = functions()["rows_product"], build.level(level)
+        self._call, self._level = functions()[Rows.function], build.level(level)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., rows]."""
         rows, width = self.weight.shape
-        one = x.numel() == width > 0 and x.dtype == torch.bfloat16 and not x.requires_grad
-        if not one or torch.compiler.is_compiling():
+        is_token = x.numel() == width > 0 and x.dtype == torch.bfloat16 and not x.requires_grad
+        if not is_token or torch.compiler.is_compiling():
             return linear(x, self.weight, self.bias)
         x, out = x.contiguous(), x.new_empty(*x.shape[:-1], rows)
         job = Rows.from_buffer_copy(self._job)  # of this call alone: others may run at the same time
@@ -40,10 +40,10 @@ class RowsProduct:
         return out
 
 
-def lacking(weight: Tensor, bias: Tensor | None) -> str | None:
+def why_no_kernel(weight: Tensor, bias: Tensor | None) -> str | None:
     """Return why a product is torch's own, or None."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         return "the product is for rows of bfloat16 on a CPU"
     if bias is not None and (bias.dtype != torch.bfloat16 or not bias.is_contiguous()):
         return "the product is for a bias of bfloat16"
-    return build.missing()
+    return build.why_no_kernel()

@@ -29,10 +29,10 @@ static void meet(int all) {  // until all threads are here
 }
 static void *worker(void *number) {
     int me = (int)((uintptr_t)number & 0xff);
-    for (unsigned seen = (unsigned)((uintptr_t)number >> 8);; seen++) {
-        for (int i = 0; i < SPINS && atomic_load(&turn) == seen; i++) _mm_pause();
+    for (unsigned last_turn = (unsigned)((uintptr_t)number >> 8);; last_turn++) {
+        for (int i = 0; i < SPINS && atomic_load(&turn) == last_turn; i++) _mm_pause();
         pthread_mutex_lock(&sleeping);
-        while (atomic_load(&turn) == seen) pthread_cond_wait(&wake, &sleeping);
+        while (atomic_load(&turn) == last_turn) pthread_cond_wait(&wake, &sleeping);
         pthread_mutex_unlock(&sleeping);
         if (me < parties) work(work_on, me, parties);
         atomic_fetch_add(&done, 1);  // also of a thread that had nothing to do: nobody reads an old job

@@ -31,9 +31,9 @@ DEF(Floats, dots)(const uint8_t *p, int bits, const int8_t *x, const int8_t *y) 
     s = F(slli_epi32)(s, 7);
     return F(cvtepi32_ps)(F(dpbusd_epi32)(F(dpbusd_epi32)(s, low, LOAD(y)), high, LOAD(y + 64)));
 }
-// sums += (2^rest first + next) * h, h = 128 high + low: of 4 neurons each
-DEF(void, add)(Bytes *sums, Bytes *lows, Bytes first, Bytes next, int rest, int high, int low) {
-    if (rest) first = _mm512_or_si512(F(slli_epi16)(first, (unsigned)rest), next);
+// sums += (2^last_bits first + last) * h, h = 128 high + low: of 4 neurons each
+DEF(void, add)(Bytes *sums, Bytes *lows, Bytes first, Bytes last, int last_bits, int high, int low) {
+    if (last_bits) first = _mm512_or_si512(F(slli_epi16)(first, (unsigned)last_bits), last);
     *sums = F(dpbusd_epi32)(*sums, first, F(set1_epi32)(high));
     *lows = F(dpbusd_epi32)(*lows, first, F(set1_epi32)(low));
 }
@@ -84,11 +84,11 @@ DEF(Ints, times)(Ints v, int high, int low, int shift) {
     return F(add_epi32)(h, F(madd_epi16)(F(maddubs_epi16)(v, F(set1_epi32)(low)), F(set1_epi16)((short)(1 << shift))));
 }
 // One part after the other: bytes of more than 7 bits would not fit into sums of 16
-DEF(void, add)(Bytes *sums, Bytes *lows, Bytes first, Bytes next, int rest, int high, int low) {
+DEF(void, add)(Bytes *sums, Bytes *lows, Bytes first, Bytes last, int last_bits, int high, int low) {
     (void)lows;
-    for (int i = 0; i < (rest ? 2 : 1); i++) {
-        sums->a = F(add_epi32)(sums->a, FN(times)(i ? next.a : first.a, high, low, i ? 0 : rest));
-        sums->b = F(add_epi32)(sums->b, FN(times)(i ? next.b : first.b, high, low, i ? 0 : rest));
+    for (int i = 0; i < (last_bits ? 2 : 1); i++) {
+        sums->a = F(add_epi32)(sums->a, FN(times)(i ? last.a : first.a, high, low, i ? 0 : last_bits));
+        sums->b = F(add_epi32)(sums->b, FN(times)(i ? last.b : first.b, high, low, i ? 0 : last_bits));
     }
 }
 DEF(void, flush)(float *out, const uint16_t *scale, Bytes sums, Bytes lows, float k, float o) {
