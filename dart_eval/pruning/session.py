@@ -539,7 +539,7 @@ class Session:
 
     def masks(self, row: int) -> list[Tensor]:
         """Return the mask in force of one sequence, per layer [pool] bool: all neurons where there is none."""
-        masks = [] if self.rows is None else self.method.masks(self.rows)
+        masks = self.method.masks(self._rows_or_new())
         if not masks:
             return [torch.ones(f.pool, dtype=torch.bool) for f in self.ffns]
         return [mask[row if len(mask) > 1 else 0] for mask in masks]

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.session import prune
 from tests.derivations.plain import cache_name
 
 
@@ -19,7 +19,7 @@ class Run:
         read: FFN weights that each decoded token reads / all of them.
         alarms: decoded tokens before each. remasks: the same.
         overlaps: per re-mask and layer, neurons in the old mask and the new / those in the old.
-        signal, threshold: of the detector.
+        signal, threshold: of the detector. copied: whether tokens ran on copies of the masks' rows.
     """
 
     masks: list
@@ -30,6 +30,7 @@ class Run:
     overlaps: list
     signal: list
     threshold: float
+    copied: bool
 
 
 @torch.no_grad()
@@ -52,6 +53,7 @@ def run(model, method, prompt, decoded, sparsity=0.5, execution="auto", tokenize
             overlaps=[e["overlap"] for e in session.events],
             signal=seen["signal"],
             threshold=seen["threshold"],
+            copied=session.execution == "copied",
         )
 
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dart_eval.pruning.inputs.both import GradedBoth
-from dart_eval.pruning.registry import make
+from dart_eval.pruning.methods.both import GradedBoth
 from dart_eval.util.bits import parse
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded
@@ -133,20 +132,23 @@ def test_a_forward_that_breaks_off_leaves_nothing_behind():
 
 
 def test_no_second_look_beyond_what_the_read_leaves():
-    model, method = tiny("llama"), make("graded-both", {"entries.neurons": 0.5, "entries.more": 4})
     with (
-        pytest.raises(UserError, match=r"entries=both reads 15\.6 to 53\.1 % of the bytes, not 12 %; use a sparsity"),
-        open_session(model, method, 0.88),
+        pytest.raises(UserError, match=r"reads 15\.6 to 53\.1 % of the bytes, not 12 %; use a sparsity"),
+        open_session(tiny("llama"), GradedBoth(entries_neurons=0.5, entries_more=4), 0.88),
     ):
         pass
 
 
 def test_a_second_look_ends_at_all_bits():
-    part = GradedBoth(neurons=0.5, more=4)
-    assert part.first_look(7.0) == 6.0 and part.first_look(5.0) == 3.0
-    assert GradedBoth(neurons=0.25, levels="4-8", more=6).fewest == 5.0  # a quarter in 8 bits
+    method = GradedBoth(entries_neurons=0.5, entries_more=4)
+    assert method.first_look(7.0) == 6.0 and method.first_look(5.0) == 3.0
+    assert GradedBoth(entries_neurons=0.25, entries_levels="4-8", entries_more=6).fewest == 5.0  # a quarter in 8 bits
 
 
 def test_neurons_of_a_second_look_are_whole():
     """.29 * 6400 is 1855.9999999999998 in floating point."""
-    assert GradedBoth(neurons=0.29).count(6400) == 1856
+    products, method = (
+        torch.randn(1, 6400, generator=torch.Generator().manual_seed(0)),
+        GradedBoth(entries_neurons=0.29),
+    )
+    assert int(method.least_known([products], [torch.ones(1, 1)], torch.relu, None).sum()) == 1856

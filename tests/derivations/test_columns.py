@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dart_eval
-from dart_eval.pruning.inputs.columns import GradedColumns
+from dart_eval.pruning.methods.columns import Levels
 from dart_eval.pruning.registry import make
 from dart_eval.util.bits import parse
 from dart_eval.util.errors import UserError
@@ -121,42 +121,42 @@ def test_columns_are_read_in_the_bits_that_save_most(family, method, sparsity, p
 @settings(max_examples=60, deadline=None)
 def test_no_other_bits_have_less_error(data):
     """Against all assignments of at most as many bits, where errors are convex in bits."""
-    part = GradedColumns(levels=data.draw(st.sampled_from(["0-2-4-8", "2-4-8", "3-7", "0-2-3-4-5-6"])))
+    levels = Levels(data.draw(st.sampled_from(["0-2-4-8", "2-4-8", "3-7", "0-2-3-4-5-6"])), 128)
     n = data.draw(st.integers(1, 4))
-    drops = np.sort([data.draw(st.floats(0.0078125, 10, width=32)) for _ in part.bits[1:]])[::-1]
-    errors = np.append((drops * np.diff(part.bits))[::-1].cumsum()[::-1], 0)
+    drops = np.sort([data.draw(st.floats(0.0078125, 10, width=32)) for _ in levels.bits[1:]])[::-1]
+    errors = np.append((drops * np.diff(levels.bits))[::-1].cumsum()[::-1], 0)
     x = np.array([data.draw(st.floats(-4, 4, width=32)) for _ in range(n)])
-    room = data.draw(st.integers(part.bits[0] * n, part.bits[-1] * n + 3))
-    gains = part.gains(torch.tensor(errors.copy(), dtype=torch.float32))
-    at = part.chosen(torch.tensor(x, dtype=torch.float32), gains, room).tolist()
-    spent = sum(part.bits[j] for j in at)
+    room = data.draw(st.integers(levels.bits[0] * n, levels.bits[-1] * n + 3))
+    gains = levels.gains(torch.tensor(errors.copy(), dtype=torch.float32))
+    at = levels.choose(torch.tensor(x, dtype=torch.float32), gains, room).tolist()
+    spent = sum(levels.bits[j] for j in at)
     assert spent <= room
 
     def error(assigned):
         return sum(x[i] ** 2 * errors[j] for i, j in enumerate(assigned))
 
-    others = itertools.product(range(len(part.bits)), repeat=n)
-    least = min(error(other) for other in others if sum(part.bits[j] for j in other) <= spent)
+    others = itertools.product(range(len(levels.bits)), repeat=n)
+    least = min(error(other) for other in others if sum(levels.bits[j] for j in other) <= spent)
     assert error(at) <= least + 1e-4 * (1 + least)
-    steps = np.diff(part.bits)
-    assert spent == part.bits[-1] * n or room - spent < steps.max()  # or nothing more fits
+    steps = np.diff(levels.bits)
+    assert spent == levels.bits[-1] * n or room - spent < steps.max()  # or nothing more fits
 
 
 def test_levels_that_save_nothing_alone_are_one_step():
     """Four bits of a small weight among large ones are worse than none, and eight are better."""
-    part = GradedColumns(levels="0-4-8")
-    gains = part.gains(torch.tensor([1.0, 3.0, 0.0]))
+    levels = Levels("0-4-8", 128)
+    gains = levels.gains(torch.tensor([1.0, 3.0, 0.0]))
     assert gains.tolist() == pytest.approx([1 / 8, 1 / 8])
-    assert part.chosen(torch.tensor([9.0, 1.0]), gains, 8).tolist() == [2, 0]
-    assert part.chosen(torch.tensor([0.1, 1.0]), gains, 8).tolist() == [0, 2]
+    assert levels.choose(torch.tensor([9.0, 1.0]), gains, 8).tolist() == [2, 0]
+    assert levels.choose(torch.tensor([0.1, 1.0]), gains, 8).tolist() == [0, 2]
 
 
 def test_two_levels_take_the_largest_inputs():
     """decdec's: the residuals of the k largest |x_i|, by hand; and teal's columns with the levels 0 and 8."""
     x = torch.tensor([0.3, -2.0, 1.0, 0.0, -0.5])
-    for levels, room, top in (("3-7", 3 * 5 + 4 * 2, 2), ("0-8", 8 * 3, 3)):
-        part = GradedColumns(levels=levels)
-        at = part.chosen(x, part.gains(torch.tensor([4.0, 0.1])), room + 1)
+    for text, room, top in (("3-7", 3 * 5 + 4 * 2, 2), ("0-8", 8 * 3, 3)):
+        levels = Levels(text, 128)
+        at = levels.choose(x, levels.gains(torch.tensor([4.0, 0.1])), room + 1)
         assert set(at.nonzero().flatten().tolist()) == set(x.abs().topk(top).indices.tolist())
 
 
@@ -191,4 +191,5 @@ def test_weights_of_few_bits_are_refused():
 def test_a_token_multiplies_all_that_it_reads():
     """Fewer bits are no fewer products."""
     for method in ("grinqh", "rounding", "teal"):
-        assert make(method).other.multiplied(0.3) == (0.3 if method == "teal" else 1.0)
+        with open_session(tiny("llama"), method, 0.7) as session:
+            assert session.computed(0.3) == pytest.approx(0.3 if method == "teal" else 1.0)

@@ -31,8 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from dart_eval.pruning.methods.drift import DriftDetector
-from dart_eval.pruning.masks.remasks import OnDrift
+from dart_eval.pruning.methods.drift import DriftDetector, DriftSettings
 from tests.derivations import ours
 from tests.derivations.plain import Plain, largest
 from tests.helpers.models import biased, random_tokens
@@ -85,7 +84,7 @@ def dart(
         inputs = [torch.cat([inputs[i], plain.seen[i].x]) for i in layers]
         fresh.append([seen.h[0] for seen in plain.seen])
         if 0 < release <= n:  # no mask is ever used again
-            masks.append(now)
+            masks.append([torch.ones_like(mask) for mask in now])
             continue
         alarm = watch.alarm(plain.seen[-1].o[0], hold=was_dense)
         alarms += [n] if alarm else []
@@ -128,9 +127,10 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (
 def test_alarms_masks_and_probabilities_are_the_definition(family, number):
     model, chosen = biased(family), SETTINGS[number]
     prompt, decoded = random_tokens(17, seed=number), random_tokens(33, seed=number + 10)
-    execution = "copied" if family == "llama" else "masked"
+    execution = "auto" if family == "llama" else "masked"
     fields = {f"remask.{name}": value for name, value in chosen.items()}
     found = ours.run(model, "dart", prompt, decoded, execution=execution, **fields)
+    assert found.copied == (execution == "auto")
     keep = [int(m.sum()) for m in found.masks[0]]  # test_dart_allocation derives these
     masks, logprobs, alarms, remasks, detector = dart(model, prompt, decoded, keep, **chosen)
     assert bool(alarms) == (chosen is not CALM)
@@ -155,7 +155,8 @@ def test_any_alarms_are_the_definition(seed, length, decoded, window, patience, 
     plain = Detector(torch.tensor(prompt), sigma=0.5, floor=0.05, **shape)
     wanted = [n for n, o in enumerate(torch.tensor(new), 1) if plain.alarm(o)]
 
-    detector = DriftDetector(OnDrift(sigma=0.5, floor=0.05, **shape), 2, 6, torch.device("cpu"))
+    settings = DriftSettings(sigma=0.5, floor=0.05, min_windows=4, recent=24 // window, **shape)
+    detector = DriftDetector(settings, 2, 6, torch.device("cpu"))
     padded = np.concatenate([np.full((pad, 6), np.nan), prompt])
     both = torch.tensor(np.stack([padded, rng.normal(size=padded.shape)])).float()  # a second, other sequence
     valid = torch.ones(2, length + pad, dtype=torch.bool)

@@ -20,7 +20,6 @@ import torch
 import dart_eval
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.session.prepared import prepare
 from dart_eval.util.bits import parse
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
@@ -173,7 +172,7 @@ def test_weights_that_are_rounded_already_are_not_rounded_again():
         dart_eval.rounded_ffns(model, 4),
         pytest.raises(dart_eval.UserError, match=r"these have 4\.5 bits; leave --ffn-bits out"),
     ):
-        prepare(make("rounding"), find_ffns(model), 0.0, None)
+        make("rounding").check(find_ffns(model), 0.0)
 
 
 @pytest.mark.parametrize("method", ["teal", "wina", "rounding"])
@@ -184,13 +183,7 @@ def test_bytes_beside_the_model(method):
         assert session.state_bytes == wanted[method]
 
 
-@pytest.mark.parametrize("spec", ["griffin", "cats", "dart"])
-def test_neurons_and_other_things_are_not_left_out_together(spec):
-    with pytest.raises(dart_eval.UserError, match="the method leaves out neurons, but entries=norms leaves out inputs"):
-        make(spec, {"entries": "norms"})
-
-
 def test_without_a_text_there_are_no_thresholds():
     for name, params in (("teal", {}), ("cats", {"choice.threshold": "calibrated"})):
         with pytest.raises(dart_eval.UserError, match="needs a calibration"):
-            prepare(make(name, params), find_ffns(biased("llama")), 0.5, None)
+            make(name, params).fit(find_ffns(biased("llama")), 0.5, None)

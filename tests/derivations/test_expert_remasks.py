@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.registry import BUILT_IN
+from dart_eval.pruning.registry import methods
 from tests.helpers.sessions import RESTLESS, bits, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny
 
@@ -55,8 +55,8 @@ def _row(row, *tensors):
     return [t.view(2, -1, t.shape[-1])[row] for t in tensors]
 
 
-EVERY = {"remask": "drift", **RESTLESS, "remask.blend": 0.2}
-DENSE = {"remask": "drift", **RESTLESS, "remask.dense_tokens": 2, "remask.blend": 0.3}
+EVERY = {"allocation": "uniform", **RESTLESS, "remask.blend": 0.2}
+DENSE = {"allocation": "uniform", **RESTLESS, "remask.dense_tokens": 2, "remask.blend": 0.3}
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -68,11 +68,11 @@ DENSE = {"remask": "drift", **RESTLESS, "remask.dense_tokens": 2, "remask.blend"
 def test_a_new_mask_is_made_from_recent_tokens_under_their_own_experts(name, params, steps, old, recent):
     model, prompts = tiny(name), prompts_of(2, 9)
     experts, before = model.model.layers[LAYER].mlp.experts, bits(model)
-    with watching(model) as seen, open_session(model, "griffin", 0.5, "masked", **params) as session:
+    with watching(model) as seen, open_session(model, "dart", 0.5, "masked", **params) as session:
         seen.clear()  # the trial forwards
         generate(model, prompts, steps + 1)
         assert session.remasks == [1, 1]
-        masks = session.state.layers[LAYER].mask
+        masks = session.rows.mask[LAYER]
         assert torch.equal(find_ffns(model)[LAYER].routed.index, seen[-1][1])  # of the forward before it
         first = [event["overlap"][LAYER] for event in session.events]
     assert same(model, before)
@@ -81,7 +81,7 @@ def test_a_new_mask_is_made_from_recent_tokens_under_their_own_experts(name, par
         scores = []
         for token in tokens:
             h = of_token(experts, *token)
-            scores.append((h / h.norm()).square())
+            scores.append(h.square())
         prompt, late = sum(scores[:9]) / 9, sum(scores[i] for i in recent) / len(recent)
         unseen = (late == 0).all(-1, keepdim=True)  # experts that no recent token had keep their old scores
         new = old * prompt + (1 - old) * torch.where(unseen, prompt, late)
@@ -105,7 +105,7 @@ def test_depth_goes_by_what_all_experts_of_a_layer_add(name):
         model(input_ids=prompt, use_cache=True)
         for hook in hooks:
             hook.remove()
-        cosine, change = session.state.change.cosine[0, LAYER], session.state.change.change[0, LAYER]
+        cosine, change = session.rows.change.cosine[0, LAYER], session.rows.change.change[0, LAYER]
     y, z = found["y"], torch.as_tensor(found["after"]).view(10, -1) - found["y"]
     wanted = [float((a @ b) / a.norm() / b.norm()) for a, b in zip(y, z, strict=True)]
     moved = [float((b - a).norm() / a.norm()) for a, b in zip(y, z, strict=True)]
@@ -113,11 +113,7 @@ def test_depth_goes_by_what_all_experts_of_a_layer_add(name):
     assert float(change) == pytest.approx(sum(moved), rel=1e-3)
 
 
-# Said in one line: `compatibility._not_for_experts`.
-NOT_MADE = {
-    "flap", "teal", "wina", "graded-both", "grinqh", "decdec", "rounding",
-}  # fmt: skip
-EVERY_METHOD = [m for m in BUILT_IN if m.prunes and not m.looks_ahead and m.name not in NOT_MADE]
+EVERY_METHOD = [cls() for cls in methods().values() if cls.prunes and not cls.looks_ahead and cls.fits_experts]
 
 
 @pytest.mark.parametrize("method", [

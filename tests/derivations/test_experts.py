@@ -40,7 +40,7 @@ def test_griffins_mask_has_equally_many_neurons_of_each_expert(name, length):
     by_hand = [scores_by_hand(model, prompt, layer) for layer in range(4)]
     with torch.no_grad(), open_session(model, "griffin", 0.5) as session:
         model(input_ids=prompt, use_cache=True)
-        masks = [session.state.layers[layer].mask[0] for layer in range(4)]
+        masks = [session.masks(0)[layer] for layer in range(4)]
     for layer, (scores, seen) in enumerate(by_hand):
         ffn = find_ffns(model)[layer]
         mask = masks[layer].view(scores.shape)
@@ -112,7 +112,7 @@ def test_what_is_rounded_in_a_layer_of_experts_is_made_up_for_in_others(method, 
     with open_session(model, make(*parse(method)), sparsity, "masked") as session:
         generate(model, prompts_of(2, 12), 4)
         reads = torch.stack([step.read for step in session.steps]) * neurons
-        kept = [session.state.layers[i].mask.view(-1, 4, 16).sum(-1) for i in range(4)]
+        kept = [torch.stack([session.masks(row)[i] for row in range(2)]).view(-1, 4, 16).sum(-1) for i in range(4)]
     label = round((1 - sparsity) * neurons)
     assert bool((reads <= label + 1e-9).all()) and bool((reads > label - 2).all())
     assert all(bool((layer == layer[:, :1]).all()) for layer in kept)  # every expert of a layer has as many

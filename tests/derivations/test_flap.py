@@ -25,10 +25,11 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.cost import overhead
-from dart_eval.pruning.tables import Global
-from dart_eval.pruning.masks.scores import Fluctuation, Wanda
-from dart_eval.pruning.session import prune
+from dart_eval.pruning.methods.flap import Flap
+from dart_eval.pruning.methods.griffin import WandaSP
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.rows import nbytes
+from dart_eval.pruning.session import prune
 from tests.derivations import ours
 from tests.derivations.plain import Plain
 from tests.derivations.test_static import rows_and_column
@@ -92,10 +93,9 @@ def test_its_bytes_and_flops_are_those_of_masks_and_constants():
         model(torch.tensor([DECODED[:1]]), use_cache=True, past_key_values=out.past_key_values)
         kept = session.ffns
         layers, width, size = len(kept), kept[0].width, kept[0].size
-        counters = session.state.nbytes()
-        assert session.prepared.nbytes() == layers * (size + 4 * width)  # a byte a neuron, fp32 constants
-        assert before == session.prepared.nbytes() + counters
-        assert all(layer.sums is None for layer in session.state.layers)
+        assert session.method.nbytes() == layers * (size + 4 * width)  # a byte a neuron, fp32 constants
+        assert before == session.method.nbytes() + nbytes(session.rows)
+        assert session.rows.sums == [None] * layers
     added = overhead(make("flap"), shape_of(model, find_ffns(model)), 100, 0.5)
     assert (added.prefill, added.decode_step, added.remask) == (0, layers * width, 0)
 
@@ -109,29 +109,27 @@ def shifted(model, layer, by):
     ffn.down.register_forward_hook(lambda _m, _args, out: out - written)
 
 
-@pytest.mark.parametrize("score", [Fluctuation(), Fluctuation(variance="code"), Wanda()], ids=lambda s: str(s)[:30])
-def test_a_constant_on_h_moves_wandas_score_and_not_flaps(score):
-    def of(model):
+@pytest.mark.parametrize("method", [Flap(), Flap(score_variance="code"), WandaSP()], ids=lambda method: method.spec)
+def test_a_constant_on_h_moves_wandas_score_and_not_flaps(method):
+    def score(model):
         calibration = Calibration(model, OneText())
-        factors = score.factors(calibration)
-        if not score.observes:
-            return factors[1]
-        return score.combine(calibration.sums(score.observe)[1][None], factors[1])[0]
+        method.fit(calibration.ffns, 0.5, calibration)
+        return method.scores(calibration)[1]
 
-    before, moved = of(tiny("llama")), tiny("llama")
+    before, moved = score(tiny("llama")), tiny("llama")
     shifted(moved, 1, 5.0)
-    assert torch.allclose(of(moved), before, rtol=1e-4) == isinstance(score, Fluctuation)
+    assert torch.allclose(score(moved), before, rtol=1e-4) == isinstance(method, Flap)
 
 
 def test_its_constant_is_nothing_where_nothing_is_pruned_and_lowers_the_error_on_the_text():
     model = tiny("llama")
     with prune(model, "flap", 0.0, tokenizer=OneText()) as session:
-        assert all(bool((layer.constant == 0).all()) for layer in session.prepared.layers)
+        assert not any(bool(constant.any()) for constant in session.method.constants)
     text = passages(model)
     for layer, found in enumerate(text):
         h = torch.from_numpy(np.concatenate(found))
         with prune(model, "flap", 0.6, tokenizer=OneText()) as session:
-            mask, added = session.prepared.layers[layer].mask[0], session.prepared.layers[layer].constant
+            mask, added = session.masks(0)[layer], session.method.constants[layer]
         down = torch.from_numpy(rows_and_column(model, layer)[1].copy())
         missing = (h * ~mask) @ down
         assert (missing - added).square().sum() < missing.square().sum()
@@ -140,20 +138,11 @@ def test_its_constant_is_nothing_where_nothing_is_pruned_and_lowers_the_error_on
 def test_the_ranking_keeps_exactly_k_and_one_neuron_of_every_layer():
     heavy, flat = torch.tensor([100.0] + [0.0] * 19), torch.arange(20.0)
     for sparsity in (0.0, 0.3, 0.85, 0.9, 0.95, 0.97):
-        shares = Global().densities(sparsity, [20] * 3, None, slice(None), [heavy, flat, torch.ones(20)])
-        counts = [round(20 * s) for s in shares]
+        method = Flap()
+        method.sparsity = sparsity
+        counts = [round(20 * share) for share in method.densities([heavy, flat, torch.ones(20)])]
         assert sum(counts) == round((1 - sparsity) * 60)
         assert min(counts) >= (1 if sum(counts) >= 3 else 0)
-
-
-def test_scores_of_a_prompt_can_be_ranked_globally_too():
-    model, sparsity = biased("llama"), 0.63
-    plain = Plain(model)
-    plain.run(PROMPT)
-    h = [seen.h.numpy() for seen in plain.seen]
-    masks = ranked([((x / np.sqrt((x**2).sum(1, keepdims=True))) ** 2).sum(0) for x in h], sparsity)
-    found = ours.run(model, "griffin", PROMPT, DECODED, sparsity, allocation="global")
-    assert all(ours.same_masks(now, masks) for now in found.masks)
 
 
 @pytest.mark.parametrize("method", ["flap", "wanda-sp"])

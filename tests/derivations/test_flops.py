@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from dart_eval.evaluation.batching import CACHED_TOKENS, token_bytes
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.pruning.inputs.both import GradedBoth
+from dart_eval.pruning.methods.both import GradedBoth
 from tests.derivations.plain import cache_name
 from tests.helpers.models import CONFIGS, FAMILIES, STREAMS, random_model, random_tokens, tiny
 
@@ -89,8 +89,8 @@ def test_a_second_look_multiplies_rows_once_more():
     shape, neurons = shape_of(model, find_ffns(model)), 120
     x = 2 * shape.layers * shape.width  # inputs of gate and up
     choice = 2 * 4 * (x + neurons) + 3 * x + 14 * neurons
-    part = GradedBoth(neurons=0.1, more=6)
-    assert part.flops_per_step(shape, neurons) == pytest.approx(0.1 * 2 * neurons * 2 * shape.width + choice)
+    method = GradedBoth(entries_neurons=0.1, entries_more=6)
+    assert method.step_flops(shape) == pytest.approx(0.1 * 2 * neurons * 2 * shape.width + choice)
 
 
 def test_latent_attention_compares_more_than_it_sums_up():

@@ -25,8 +25,7 @@ import torch
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.pruning.session import prune
-from dart_eval.pruning.session import Session
+from dart_eval.pruning.session import Session, prune
 from dart_eval.sweep.options import SCOPES
 from tests.derivations.plain import Plain, counts, largest
 from tests.helpers.matrices import in_turn

@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 
-from dart_eval.pruning.choices.cats import ByGate
+from dart_eval.pruning.methods.cats import Cats
 from tests.derivations import ours
 from tests.derivations.plain import Plain
 from tests.derivations.test_choices import budget
@@ -79,7 +79,7 @@ def test_tokens_take_what_is_above_the_threshold(family, sparsity, execution):
 @pytest.mark.parametrize(("threshold", "takes"), [(-1e-30, 1.0), (1e9, 0.0)])
 def test_a_threshold_below_zero_is_dense(threshold, takes, monkeypatch):
     """Every neuron is taken, those that are 0 too, whatever the sparsity; above all of them none is."""
-    monkeypatch.setattr(ByGate, "thresholds", lambda self, ffns, *given: [threshold] * len(ffns))
+    monkeypatch.setattr(Cats, "_measured", lambda self, *given: torch.tensor([threshold] * LAYERS, dtype=torch.float64))
     model, prompt, decoded = biased("opt"), random_tokens(12, 5), random_tokens(6, 6)  # half of its h are 0
     dense = Plain(model)
     wanted = torch.cat([dense.run(prompt), *[dense.run([token]) for token in decoded]])
