@@ -247,7 +247,7 @@ class Scorer(Scoring):
                 inputs = (*context[len(context) - self._last :], *continuation[:-1])
                 if (row := rows.get((parent, inputs))) is None:
                     # What an oracle's mask is made from is the row's own tokens: rows have no hidden state in common.
-                    own = answers.root() if session.looks_ahead else root
+                    own = answers.root() if session.method.looks_ahead else root
                     row = InputRow(parent, len(context), inputs, answers.ask(own, continuation))
                     rows[parent, inputs] = row
                 answers.ask(row.nodes[0], continuation)
@@ -273,13 +273,13 @@ class Scorer(Scoring):
     def _run_dense(self, rows: list[InputRow], seen: Tensor, cache: Cache, answers: Answers) -> None:
         """Run candidates dense, where an oracle must see them or distances are asked for. The cache is used up."""
         session = self.session
-        if not session.looks_ahead and not (self.distances and session.prunes):
+        if not session.method.looks_ahead and not (self.distances and session.prunes):
             return
         tokens, valid = pad([r.inputs for r in rows], left=False, device=self.forwards.device)
         positions = seen.long().sum(1, keepdim=True) + torch.arange(tokens.shape[1], device=self.forwards.device)
 
         def dense(part: slice) -> AbstractContextManager[None]:
-            if not session.looks_ahead:
+            if not session.method.looks_ahead:
                 return session.paused()
             return (session.extend if part.start else session.foresee)(valid[:, part])
 

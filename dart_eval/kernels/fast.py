@@ -17,7 +17,7 @@ from torch.nn.functional import gelu, relu, silu
 
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.cpu.library import ACTS
-from dart_eval.kernels.mask_rows import ABSENT, RowCopies, Swap
+from dart_eval.kernels.mask_rows import RowCopies, Swap, replacing
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.layers.projection import encoded, is_conv1d
 from dart_eval.layers.quantised import bias_of
@@ -120,12 +120,12 @@ class WholeFFN(Swap):
         self.ffn, self.kernel, self.count = ffn, kernel, ffn.size
         self.nbytes = int(kernel.nbytes)
         self.rows_read = (kernel.bytes_read / (6 * ffn.width),) * 3  # as rows of 16 bits
-        block, own = ffn.block, ffn.block.forward
+        own = ffn.block.forward
 
         def forward(x: Tensor, *others: Any, **named: Any) -> Any:
             return kernel(x.reshape(1, -1)).view(x.shape) if x.numel() == x.shape[-1] else own(x, *others, **named)
 
-        self.entries = [(block.__dict__, "forward", forward, block.__dict__.get("forward", ABSENT))]
+        self.entries = [replacing(ffn.block, "forward", forward)]
 
 
 # -- which models have kernels -----------------------------------------------------------------------------------------

@@ -20,6 +20,12 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import is_conv1d
 
 ABSENT = object()
+Entry = tuple[dict[str, Any], str, Any, Any]
+
+
+def replacing(module: nn.Module, name: str, value: object) -> Entry:
+    """Return the entry that replaces a module's attribute, past `__setattr__`, which takes long."""
+    return module.__dict__, name, value, module.__dict__.get(name, ABSENT)
 
 
 class Swap:
@@ -32,10 +38,12 @@ class Swap:
         rows_read: neurons that are read of each matrix.
     """
 
-    entries: list[tuple[dict[str, Any], str, Any, Any]]
     runs: bool = True
     nbytes: int = 0
     rows_read: tuple[float, ...] = ()
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
 
     def begin(self) -> None:
         """Put in the values that replace."""
@@ -106,6 +114,7 @@ class RowCopies(Swap):
     """
 
     def __init__(self, ffn: FFN) -> None:
+        super().__init__()
         self.ffn = ffn
         self.neurons: Tensor | None = None
         self.slots = [Slot(ffn.down, "weight", int(not is_conv1d(ffn.down)))]  # neurons are inputs of down
@@ -129,8 +138,7 @@ class RowCopies(Swap):
             weight, bias = part["weight"].detach(), None if (b := part.get("bias")) is None else b.detach()
             if not is_conv1d(module) and why_no_kernel(weight, bias) is None:
                 self.products.append(RowsProduct(weight, bias))
-                own = module.__dict__.get("forward", ABSENT)
-                self.entries.append((module.__dict__, "forward", self.products[-1], own))
+                self.entries.append(replacing(module, "forward", self.products[-1]))
 
     @property
     def count(self) -> int:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dart_eval.kernels.fast import Fast
+from dart_eval.kernels.mask_rows import Swap, replacing
 from dart_eval.layers import experts
 from dart_eval.layers.families import decoder
 from dart_eval.layers.ffn import FFN
@@ -52,7 +53,6 @@ from dart_eval.util.text import Json
 from dart_eval.weights import rounding
 
 Phase = Literal["off", "context", "decode"]
-ABSENT = object()
 SETTINGS = ("eos_token_id", "pad_token_id", "num_beams")
 
 
@@ -151,11 +151,8 @@ class Session:
         self._ran: set[int] = set()  # FFNs that have passed on their h
         self._thread = threading.get_ident()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._replaced: list[tuple[nn.Module, str, object]] = []  # earlier entries of a module's `__dict__`
+        self._own, self._forwards = Swap(), Swap()  # of the model's own methods, and of projections
         self._experts: list[tuple[object, object]] = []
-
-    def __repr__(self) -> str:
-        return f"<{self.method.spec} at sparsity {self.sparsity:g} on {len(self.ffns)} layers, {self.execution}>"
 
     # -- the model -------------------------------------------------------------------------------------------------
 
@@ -170,19 +167,20 @@ class Session:
         refuse_second(self.model)
         if hasattr(self.model, "_orig_mod") or getattr(self.model, "_compiled_call_impl", None) is not None:
             raise UserError("a model from torch.compile ignores hooks, which prune() needs", "give the model itself")
-        for module in self.model.modules():
-            self._put(module, GUARD, True)
+        self._own.entries = [replacing(module, GUARD, True) for module in self.model.modules()]
         for name in ("generate_batch", "init_continuous_batching"):
             if hasattr(self.model, name):
-                self._put(self.model, name, _refuse_continuous_batching)
+                self._own.entries.append(replacing(self.model, name, _refuse_continuous_batching))
         if callable(generate := getattr(self.model, "generate", None)):
-            self._put(self.model, "generate", functools.partial(self._generate, generate))
+            counted = functools.partial(self._generate, generate)
+            self._own.entries.append(replacing(self.model, "generate", counted))
+        self._own.begin()
         self._install()
 
     def close(self) -> None:
         """Remove every hook, and restore the projections' weights and forwards."""
         self._remove()
-        self._restore(0)
+        self._own.end()
         self.fast.drop()
 
     @contextmanager
@@ -208,32 +206,18 @@ class Session:
             add(ffn.into.register_forward_pre_hook(self._on_h(ffn)))
         for module, install, hook in self.method.hooks(self):
             add(getattr(module, install)(hook))
-        self._kept = len(self._replaced)
-        for module, forward in self.method.forwards(self).items():
-            self._put(module, "forward", forward)
+        forwards = self.method.forwards(self).items()
+        self._forwards.entries = [replacing(module, "forward", forward) for module, forward in forwards]
+        self._forwards.begin()
 
     def _remove(self) -> None:
         self.fast.end()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._restore(getattr(self, "_kept", 0))
+        self._forwards.end()
         experts.give_back(self._experts)
         self._experts = []
-
-    def _put(self, module: nn.Module, name: str, value: object) -> None:
-        # Not by attribute: a module's __setattr__ would register modules, and takes longer.
-        self._replaced.append((module, name, module.__dict__.get(name, ABSENT)))
-        module.__dict__[name] = value
-
-    def _restore(self, kept: int) -> None:
-        """Undo `_put`, but for the first `kept`."""
-        while len(self._replaced) > kept:
-            module, name, before = self._replaced.pop()
-            if before is ABSENT:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = before
 
     def _generate(self, generate: Callable[..., object], *args: Any, **kwargs: Any) -> object:
         """Run the model's `generate`, which alone knows where its prompt ends and which tokens end a sequence."""
@@ -515,11 +499,6 @@ class Session:
         return self.method.prunes
 
     @property
-    def looks_ahead(self) -> bool:
-        """Whether masks are made from the very tokens that run under them (an oracle)."""
-        return self.method.looks_ahead
-
-    @property
     def prompts_on_codes(self) -> bool:
         """Whether prompts run on codes in place of the weights."""
         return self.method.replaces and self.sparsity > 0
@@ -576,10 +555,6 @@ class Session:
         rows = Rows(1, self.ffns, torch.device("cpu"), self.shared_mask)
         self.method.begin(rows)
         return rows
-
-    def computed(self, read: float) -> float:
-        """Return the share of the FFN weights that a pruned token multiplies if it reads the share `read`."""
-        return self.method.computed(read)
 
     @property
     def state_bytes(self) -> int:

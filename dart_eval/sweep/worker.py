@@ -89,7 +89,7 @@ class Worker:
             share, inputs = session.share or rounding.share(ffns), rounding.share_of_inputs(ffns)
             outcome = self._smaller(lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal))
             state = max(outcome.state_bytes, session.state_bytes if session.rows is None else 0)
-            computed = session.computed(outcome.cost.read)
+            computed = session.method.computed(outcome.cost.read)
         measured = {
             "seconds": earlier + time.monotonic() - start,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -7,8 +7,9 @@ y is the stream that enters the FFN, z the FFN's output (of the setting `residua
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -79,15 +80,17 @@ class ChangeHooks:
         for f in self.session.ffns:
             together = [g for g in self.session.ffns if g.holder is f.holder]
             if not f.joint:
-                hooks.append((f.residual, "register_forward_pre_hook", self._enter))
-                hooks.append((f.output, "register_forward_hook", self._leave_ffn(f)))
+                leave = self._leave([f.layer], functools.partial(_scaled, f))
+                hooks += [(f.residual, "register_forward_pre_hook", self._enter)]
+                hooks += [(f.output, "register_forward_hook", leave)]
             elif f is together[0]:
-                hooks.append((f.residual, "register_forward_pre_hook", self._enter_copied))
-                leave = self._leave([g.layer for g in together])
-                if f.after is None:
-                    hooks.append((f.holder, "register_forward_hook", self._leave_layer(f.holder, leave)))
+                layers, layer = [g.layer for g in together], f.holder
+                hooks += [(f.residual, "register_forward_pre_hook", self._enter_copied)]
+                if f.after is not None:
+                    hooks += [(f.after, "register_forward_pre_hook", self._leave(layers, torch.sub))]
                 else:
-                    hooks.append((f.after, "register_forward_pre_hook", lambda _m, args, leave=leave: leave(args[0])))
+                    leave = self._leave(layers, functools.partial(_difference, layer))
+                    hooks += [(layer, "register_forward_hook", leave)]
         return hooks
 
     def _enter(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -98,31 +101,26 @@ class ChangeHooks:
         if self.session.phase == "context":
             self._enter(module, (args[0].clone(),))  # a model may add to it in place before it leaves the layer
 
-    def _leave_ffn(self, ffn: FFN) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
-            if self.session.phase == "context":
-                self._observe([ffn.layer], lambda _y: self.session.in_batch(output * ffn.scale))
+    def _leave(self, layers: Sequence[int], added: Callable[[Any, Tensor], Tensor]) -> Callable[..., None]:
+        """Return the hook of a module behind FFNs. added: by them, from its output (or first input) and the stream."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+            before, self._before = self._before, None
+            if self.session.phase != "context" or self.session.rows is None or before is None:
+                return
+            out = args[0] if output is None else output
+            change = added(self.session.in_batch(out) if isinstance(out, Tensor) else out, before)
+            for layer in layers:
+                self.session.rows.change.observe(layer, before, change, self.session.valid)
 
         return hook
 
-    def _leave_layer(self, layer: nn.Module, leave: Callable[[Tensor], None]) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            if self.session.phase == "context":
-                leave(verify.unscaled(layer, output))
 
-        return hook
+def _scaled(ffn: FFN, output: Tensor, _before: Tensor) -> Tensor:
+    """Return what an FFN adds. output: of `ffn.output`."""
+    return output * ffn.scale
 
-    def _leave(self, layers: Sequence[int]) -> Callable[[Tensor], None]:
-        def observe(stream: Tensor) -> None:
-            if self.session.phase == "context":
-                self._observe(layers, lambda y: self.session.in_batch(stream) - y)
 
-        return observe
-
-    def _observe(self, layers: Sequence[int], added: Callable[[Tensor], Tensor]) -> None:
-        y, self._before = self._before, None
-        if y is None or self.session.rows is None:
-            return
-        change = added(y)
-        for layer in layers:
-            self.session.rows.change.observe(layer, y, change, self.session.valid)
+def _difference(layer: nn.Module, output: Any, before: Tensor) -> Tensor:
+    """Return what all FFNs of a layer add. output: of the layer."""
+    return verify.unscaled(layer, output) - before
