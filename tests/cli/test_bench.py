@@ -18,7 +18,7 @@ from dart_eval.bench import decode, shapes
 from dart_eval.bench.decode import Bench, Times
 from dart_eval.bench.dense_copy import twin
 from dart_eval.kernels.cpu import build
-from dart_eval.kernels.mask_rows import MaskRows
+from dart_eval.kernels.mask_rows import RowCopies
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
@@ -131,13 +131,13 @@ def test_steps_with_a_remask_are_left_out():
 
 def test_a_fifth_of_the_kept_neurons_changes(monkeypatch):
     copied = []
-    original = MaskRows.select
+    original = RowCopies.select
 
     def select(self, mask):
         copied.append((original(self, mask), self.count))
         return copied[-1][0]
 
-    monkeypatch.setattr(MaskRows, "select", select)
+    monkeypatch.setattr(RowCopies, "select", select)
     decode.measure(tiny("llama", torch.float32), make("magnitude"), 0.5, prompt_tokens=5, steps=2, rounds=1)
     assert copied[-27:] == [(4, 20)] * 18 + [(20, 20)] * 9  # three times three layers, there and back; then all anew
 
@@ -222,7 +222,6 @@ def test_the_command_shows_what_it_measures(saved_llama):
     (("--shape", "llama", "--model", "x"), "both given"),
     (("--steps", "0"), "--steps 0 must be at least 1"),
     (("--layers", "2"), "--layers is for a shape"),
-    (("--compile", "fast"), "unknown compile mode"),
     (("--shape", "llama-3.1"), "did you mean"),
     (("--method", "griffin,oracle"), "oracle cannot be timed"),
     (("--format", "xml"), "unknown format 'xml'; known: csv, json, md, table, tex"),

@@ -126,14 +126,14 @@ def test_a_sparsity_out_of_a_methods_reach_is_left_out_with_a_word(saved_llama, 
     assert cells == [("griffin", 0.5), ("griffin", 0.7), ("cats", 0.5)]
     assert not result.failed and not view.broken
     (said,) = view.notes
-    assert said.startswith("cats at sparsity 0.7 is left out: choice=gate reads 1 of the FFN's 3 matrices whole")
+    assert said.startswith("cats at sparsity 0.7 is left out: cats reads 1 of the FFN's 3 matrices whole")
     assert "use a sparsity up to 0.66" in said
     view, others = Watch(), "grinqh,decdec,griffin"
     config = _config(saved_llama, tmp_path / "other", method=others, sparsity="0.3", tasks="smoke_questions")
     assert len(run_local(config, view).records) == 1 and not view.broken
     assert [note.partition(" at ")[0] for note in view.notes] == others.split(",")[:2]
     alone = _config(saved_llama, tmp_path, method="cats", sparsity="0.7", tasks="smoke_questions")
-    with pytest.raises(UserError, match=r"cats at sparsity 0\.7: choice=gate reads 1 of the FFN.s 3 matrices"):
+    with pytest.raises(UserError, match=r"cats at sparsity 0\.7: cats reads 1 of the FFN.s 3 matrices"):
         run_local(alone, Watch())
 
 

@@ -55,7 +55,7 @@ def test_tasks_are_known_before_the_first_sweep(tmp_path, monkeypatch, task, sai
 def test_a_shape_that_cannot_be_counted_is_refused_before_the_first_cell(tmp_path, monkeypatch):
     monkeypatch.setattr("dart_eval.cluster.run.run_all", lambda *a, **k: pytest.fail("a cell ran"))
     cats = {**SHAPE, "shape": "llama-3.2-1b", "method": "cats", "column": "overhead %"}
-    with pytest.raises(UserError, match="claim 'c': choice=gate reads 1 of the FFN's 3 matrices whole"):
+    with pytest.raises(UserError, match="claim 'c': cats reads 1 of the FFN's 3 matrices whole"):
         command._run(load(_file(tmp_path, claims=[cats]), config_from(None, BASE)), False)
     with pytest.raises(UserError, match="sparsity"):
         load(_file(tmp_path, claims=[{**SHAPE, "sparsity": 70}]), config_from(None, BASE))
