@@ -143,7 +143,7 @@ def test_a_fifth_of_the_kept_neurons_changes(monkeypatch):
 
 
 def test_steps_that_all_make_masks_leave_none_to_time():
-    method = make("griffin", {"remask": "drift", **RESTLESS, "remask.window": 1})
+    method = make("dart", {"allocation": "uniform", **RESTLESS, "remask.window": 1})
     with pytest.raises(UserError, match="every timed step makes new masks"):
         decode.measure(tiny("llama", torch.float32), method, 0.5, prompt_tokens=16, steps=3, rounds=1)
 
@@ -241,7 +241,7 @@ def test_an_empty_list_of_methods_is_none():
 
 def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
     few = ("--model", saved_llama, "--prompt", "16", "--steps", "3", "--rounds", "1", "--dtype", "float32")
-    spec = "griffin:remask=drift:remask.window=4"
+    spec = "dart:allocation=uniform:remask.window=4"
     done = command("bench", "decode", *few, "--method", f"{spec},rounding", "--format", "json", "--output", tmp_path)
     assert done.code == 0, done.err
     pruned, top = sorted(speeds.load_speeds(tmp_path), key=lambda s: s.method)
