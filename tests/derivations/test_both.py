@@ -147,8 +147,5 @@ def test_a_second_look_ends_at_all_bits():
 
 def test_neurons_of_a_second_look_are_whole():
     """.29 * 6400 is 1855.9999999999998 in floating point."""
-    products, method = (
-        torch.randn(1, 6400, generator=torch.Generator().manual_seed(0)),
-        GradedBoth(entries_neurons=0.29),
-    )
-    assert int(method.least_known([products], [torch.ones(1, 1)], torch.relu, None).sum()) == 1856
+    method, up = GradedBoth(entries_neurons=0.29), torch.randn(1, 6400, generator=torch.Generator().manual_seed(0))
+    assert int(method.least_known([up], [torch.ones(1, 1)], torch.relu, None).sum()) == 1856

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dart_eval.pruning.tables import SHIPPED, FromTable, read_table, shipped_tables, write_table
 from dart_eval.pruning.counts import in_steps, keep_counts
 from dart_eval.pruning.methods.depth import EPS, depth_aware, normalise_sensitivity
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.tables import SHIPPED, check, content, find, read_table, shipped_tables, write_table
 from dart_eval.util.errors import UserError
 
 # Normalised sensitivities of Llama-3.1-8B, and the keep ratios that DART's scripts ship for it at 70 %.
@@ -61,7 +61,7 @@ def test_shipped_tables_fit_their_models_and_their_labels():
         assert table["sparsity"] == int(label) / 100
         mean = sum(table["keep"]) / len(table["keep"])
         assert mean == pytest.approx(ODD.get(name, 1 - table["sparsity"]), abs=1e-3)
-        FromTable(file=name).check_sparsity(1 - mean, [8] * LAYERS[model])
+        check(name, 1 - mean, [8] * LAYERS[model])
     assert models.keys() == LAYERS.keys()
     assert len(set(models.values())) == len(models)
 
@@ -70,26 +70,26 @@ def test_a_shipped_table_goes_by_its_name_and_says_what_it_keeps(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     method = make("dart", {"allocation": "table:llama-3.2-3b-50"})
     assert method.spec == "dart:allocation=table:allocation.file=llama-3.2-3b-50"
-    table = method.allocation
     with pytest.raises(UserError, match=r"keeps 0\.575 of the neurons, .* keeps 0\.500; run it at --sparsity 0\.425"):
-        table.check_sparsity(0.5, [8] * 28)
+        method.check_sparsity(0.5)
     with pytest.raises(UserError, match="the allocation table has 28 layers, the model 32"):
-        table.check_sparsity(0.425, [8] * 32)
+        check("llama-3.2-3b-50", 0.425, [8] * 32)
     with pytest.raises(UserError, match=r"llama-3\.2-3b-55 is not a file; did you mean llama-3\.2-3b-50"):
-        FromTable(file="llama-3.2-3b-55")
+        make("dart", {"allocation": "table:llama-3.2-3b-55"})
 
 
 def test_a_file_with_a_shipped_tables_name_is_named_by_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "llama-3.2-3b-50"
-    shipped = FromTable(file=name)
+    shipped = content(name)
+    assert len(find(name)[0]) == 28
     (tmp_path / name).write_text('{"keep": [0.5]}')
     with pytest.raises(UserError, match=rf"{name} is a shipped allocation table, and a file .*; write \./{name}"):
-        FromTable(file=name)
-    own = FromTable(file=f"./{name}")
-    assert (own.table, len(shipped.table)) == ([0.5], 28)
-    assert own.contents() == [(tmp_path / name).read_bytes()] != shipped.contents()
-    assert len({FromTable(file=other).contents()[0] for other in shipped_tables() if other != name}) == 36
+        find(name)
+    own = make("dart", {"allocation": f"table:./{name}"})
+    assert find(own.allocation_file)[0] == [0.5]
+    assert own.contents() == [(tmp_path / name).read_bytes()] != [shipped]
+    assert len({content(other) for other in shipped_tables() if other != name}) == 36
 
 
 def test_equal_layers_do_not_divide_by_zero():
@@ -181,11 +181,11 @@ def test_a_saved_table_of_layers_of_many_sizes_has_their_mean(tmp_path):
     sizes, keep = [301, 97, 150, 301], [271, 9, 15, 129]
     write_table(tmp_path / "table.json", [k / n for k, n in zip(keep, sizes, strict=True)], sizes=sizes)
     sparsity = 1 - sum(keep) / sum(sizes)
-    table = FromTable(file=str(tmp_path / "table.json"))
-    table.check_sparsity(sparsity)
-    table.check_sparsity(sparsity, sizes)
+    table = str(tmp_path / "table.json")
+    check(table, sparsity)
+    check(table, sparsity, sizes)
     with pytest.raises(UserError, match="keeps"):
-        table.check_sparsity(sparsity, [100] * 4)
+        check(table, sparsity, [100] * 4)
     (tmp_path / "table.json").write_text('{"keep": [0.5, 0.5], "sizes": [3]}')
     with pytest.raises(UserError, match="`sizes` are not the neurons of its layers"):
         read_table(tmp_path / "table.json")

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dart_eval.pruning.calibration import stats_cache
-from dart_eval.pruning.calibration import Calibration, passages
+from dart_eval.pruning import caches
 from dart_eval.pruning.caches import StatsCache
-from dart_eval.pruning.masks.scores import Activation, Wanda
-from dart_eval.pruning.session import prune
+from dart_eval.pruning.calibration import Calibration, passages
+from dart_eval.pruning.methods.griffin import relative_squares, squares
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.session import prune
 from tests.helpers.models import CONFIGS, random_tokens, tiny
 from tests.helpers.sessions import decoded, open_session
 
@@ -39,7 +39,7 @@ def test_segments_are_no_longer_than_the_model_has_positions(family, positions, 
     calibration = Calibration(model, _Tokenizer(bos))
     assert len(calibration.ffns) == 3
     lengths.clear()  # the trial forward's
-    calibration.sums(Wanda().observe)
+    calibration.sums("squares", squares)
     assert max(lengths) == longest
     assert sum(lengths) == len(WORDS) + bos * len(lengths)
 
@@ -52,7 +52,7 @@ def test_a_model_with_more_positions_has_512_tokens_of_text_after_bos():
     model.base_model.register_forward_pre_hook(
         lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    Calibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
+    Calibration(model, _Tokenizer(bos=True)).sums("squares", squares)
     assert [n for n in lengths if n > 3] == [513, 513, 177]
 
 
@@ -60,11 +60,11 @@ def test_dropout_takes_no_part_in_a_calibration_and_every_mode_comes_back():
     config = CONFIGS["opt"]()
     config.dropout = 0.5
     model = AutoModelForCausalLM.from_config(config).eval()
-    evaluated = Calibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
+    evaluated = Calibration(model, _Tokenizer(bos=True)).sums("squares", squares)
     model.train()
     model.model.decoder.layers[1].eval()
     before = [m.training for m in model.modules()]
-    trained = Calibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
+    trained = Calibration(model, _Tokenizer(bos=True)).sums("squares", squares)
     assert all(torch.equal(a, b) for a, b in zip(evaluated, trained, strict=True))
     assert [m.training for m in model.modules()] == before
     with open_session(model, "wanda-sp", 0.5):
@@ -78,12 +78,12 @@ def test_sums_are_made_in_fp32_over_every_segments_own_tokens(dtype):
     calibration = Calibration(tiny("llama", dtype), _Tokenizer(bos=True))
     seen = []
     handle = calibration.ffns[1].down.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0, 1:].double()))
-    sums = calibration.sums(Wanda().observe)[1]
+    sums = calibration.sums("squares", squares)[1]
     handle.remove()
     assert sum(map(len, seen)) == len(WORDS) and len(seen) > 2
     assert sums.dtype == torch.float32
     assert torch.allclose(sums.double(), torch.cat(seen).square().sum(0), rtol=1e-5)
-    normalised = calibration.sums(Activation(norm="l2").observe)[1]  # of any score that looks at tokens
+    normalised = calibration.sums("relative squares", relative_squares)[1]  # of any score that looks at tokens
     votes = torch.cat(seen) / torch.cat(seen).norm(dim=1, keepdim=True)
     assert torch.allclose(normalised.double(), votes.square().sum(0), rtol=1e-4)
 
@@ -114,7 +114,7 @@ def counted(model, store=None, tokens=None):
 
 def statistics(calibration):
     moments = calibration.moments()
-    return [*calibration.sums(Wanda().observe), *(m.variance for m in moments)]
+    return [*calibration.sums("squares", squares), *(m.variance for m in moments)]
 
 
 def test_a_statistic_is_measured_once():
@@ -123,9 +123,8 @@ def test_a_statistic_is_measured_once():
     assert sum(lengths) == 2 * 600
     assert all(torch.equal(a, b) for a, b in zip(first, statistics(calibration), strict=True))
     assert sum(lengths) == 2 * 600
-    calibration.sums(Activation(norm="l2").observe)  # another one
-    calibration.sums(Activation(norm="l1").observe)
-    assert sum(lengths) == 4 * 600
+    calibration.sums("relative squares", relative_squares)  # another one
+    assert sum(lengths) == 3 * 600
 
 
 @pytest.mark.parametrize(
@@ -167,14 +166,14 @@ def test_what_is_kept_is_found_by_a_later_run_of_the_same_and_of_nothing_else():
 )
 def test_a_kept_file_that_is_damaged_is_made_anew(damage, caplog):
     model, about = tiny("llama"), {"model": f"damaged {damage(bytes(50))}"}
-    before = {*stats_cache.folder().glob("*")}
+    before = {*caches.folder().glob("*")}
     first, _ = counted(model, StatsCache(about))
-    found = first.sums(Wanda().observe)
-    (file,) = {*stats_cache.folder().glob("*")} - before
+    found = first.sums("squares", squares)
+    (file,) = {*caches.folder().glob("*")} - before
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
     again, lengths = counted(model, StatsCache(about))
-    assert all(torch.equal(a, b) for a, b in zip(found, again.sums(Wanda().observe), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, again.sums("squares", squares), strict=True))
     assert lengths and "is damaged" in caplog.text and file.read_bytes() == whole
 
 
@@ -182,7 +181,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("dart_eval.pruning.caches.folder", lambda: tmp_path / "file" / "folder")
     calibration, _ = counted(tiny("llama"), StatsCache({"model": "unkept"}))
-    assert len(calibration.sums(Wanda().observe)) == 3
+    assert len(calibration.sums("squares", squares)) == 3
 
 
 def test_another_tokenizer_has_statistics_of_its_own():
@@ -191,6 +190,6 @@ def test_another_tokenizer_has_statistics_of_its_own():
         calibration, lengths = counted(model, StatsCache(about))
         ids = calibration.tokenizer("")["input_ids"]
         calibration.tokenizer = lambda text, s=shift, ids=ids, **_: {"input_ids": [(t + s) % 64 for t in ids]}
-        found.append((calibration.sums(Wanda().observe)[0], sum(lengths)))
+        found.append((calibration.sums("squares", squares)[0], sum(lengths)))
     assert not torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][0], found[2][0])
     assert found[1][1] and not found[2][1]

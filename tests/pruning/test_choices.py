@@ -3,7 +3,7 @@
 What a whole model says under them: tests/derivations/test_choices.py.
 """
 
-import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,24 +13,20 @@ from hypothesis import strategies as st
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.pruning.choices.cats import ByGate
-from dart_eval.pruning.choices.choice import Choice, Token
-from dart_eval.pruning.choices.countdown import ByUp
-from dart_eval.pruning.choices.oracle import ByHidden
 from dart_eval.pruning.cost import overhead
-from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.registry import CHOICES, make
+from dart_eval.pruning.methods.cats import Cats, MCountdown, OracleToken, TokenChoice
+from dart_eval.pruning.registry import make
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, random_tokens, tiny
-from tests.helpers.sessions import PLAIN, RandomCalibration, cache_of, decoded, open_session, prompts_of, state_of
+from tests.helpers.sessions import PLAIN, RandomCalibration, cache_of, decoded, open_session, prompts_of, rows_of
 
-EXACT = [cls for cls in CHOICES if cls.chooses and cls().exact]
-LOOKS = {ByGate: "gate", ByUp: "up", ByHidden: "h"}
+LOOKS = {Cats: 1, MCountdown: 2, OracleToken: 0}  # at which of h, gate and up
+FIRST_LAYER = SimpleNamespace(layer=0)
 
 
 def tokens_of(seed, size, tokens, ties):
-    """What a layer has computed for two sequences, with many equal numbers where `ties`."""
+    """h, act(gate x) and up x of two sequences, with many equal numbers where `ties`."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape):
@@ -38,7 +34,13 @@ def tokens_of(seed, size, tokens, ties):
         return (x * 1.5).round() if ties else x
 
     gate, up = numbers(2, tokens, size), numbers(2, tokens, size)
-    return Token(gate * up, gate, up)
+    return gate * up, gate, up
+
+
+def chosen(cls, products, taken, written):
+    """[B, T, F] bool. products: h, gate and up. taken, written: [B], of the only layer."""
+    method, counts = cls(), torch.stack([taken, taken, written], -1)[:, None]
+    return method.choose(FIRST_LAYER, products[0], method.importance(*products), SimpleNamespace(counts=counts))
 
 
 def best(scores, among, count):
@@ -52,28 +54,27 @@ def best(scores, among, count):
 
 
 @settings(deadline=None)
-@given(st.sampled_from(EXACT), st.integers(0, 10_000), st.integers(1, 20), st.integers(1, 4), st.booleans())
+@given(st.sampled_from([*LOOKS]), st.integers(0, 10_000), st.integers(1, 20), st.integers(1, 4), st.booleans())
 def test_each_token_takes_exactly_its_count_and_the_most_important_ones(cls, seed, size, tokens, ties):
-    token, generator = tokens_of(seed, size, tokens, ties), torch.Generator().manual_seed(seed + 1)
+    products, generator = tokens_of(seed, size, tokens, ties), torch.Generator().manual_seed(seed + 1)
+    h, looked = products[0], products[LOOKS[cls]].abs()
     taken = (size * torch.rand(2, generator=generator)).round().long()
     written = (taken * torch.rand(2, generator=generator)).round().long()
-    looked = getattr(token, LOOKS[cls]).abs()
     for less in (taken, written):
-        kept = cls().choose(dataclasses.replace(token, taken=taken, written=less))
-        assert kept.dtype == torch.bool and kept.shape == token.h.shape
+        kept = chosen(cls, products, taken, less)
+        assert kept.dtype == torch.bool and kept.shape == h.shape
         assert kept.sum(-1).tolist() == [[int(n)] * tokens for n in less]
         for row in range(2):
             for t in range(tokens):
                 first = best(looked[row, t], torch.ones(size), int(taken[row]))
-                assert torch.equal(kept[row, t], best(token.h[row, t].abs(), first, int(less[row])))
+                assert torch.equal(kept[row, t], best(h[row, t].abs(), first, int(less[row])))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("cls", EXACT)
+@pytest.mark.parametrize("cls", LOOKS)
 def test_a_choice_takes_activations_of_any_dtype_and_sign(cls, dtype):
     h = torch.tensor([[[-4.0, 1.0, -2.0, 0.0, 3.5]]]).to(dtype)
-    kept = cls().choose(Token(h, h, h, torch.tensor([3]), torch.tensor([3])))
-    assert kept.nonzero()[:, 2].tolist() == [0, 2, 4]
+    assert chosen(cls, (h, h, h), torch.tensor([3]), torch.tensor([3])).nonzero()[:, 2].tolist() == [0, 2, 4]
 
 
 # -- a whole model ---------------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ METHODS = ("cats", "m-countdown", "oracle-token")
 @pytest.mark.parametrize(("family", "method"), product(FAMILIES, METHODS, every=2))
 def test_bytes_read_are_the_label_to_the_neuron(family, method):
     model, sparsity = tiny(family), 0.45
-    with open_session(model, method, sparsity, execution="masked", allocation="depth") as session:
+    with open_session(model, method, sparsity, execution="masked") as session:
         out = model(prompts_of(2, 20), use_cache=True)
         counted = []
         handle = _count_columns(model, counted)
@@ -94,12 +95,12 @@ def test_bytes_read_are_the_label_to_the_neuron(family, method):
         (step,) = session.steps
         wanted = round((1 - sparsity) * 120) / 120
         assert step.read.tolist() == [wanted, wanted]  # exactly
-        state = session.state
-        assert torch.equal(step.mask, state.mask_counts.double().sum(1) / 120)
+        assert step.mask.tolist() == [1, 1]
+        written = session.rows.counts[..., 2]
         for layer, columns in enumerate(counted):
-            assert all(a <= b for a, b in zip(columns, state.written[:, layer].tolist(), strict=True))
+            assert all(a <= b for a, b in zip(columns, written[:, layer].tolist(), strict=True))
         if family not in PLAIN:  # there none of a's is exactly 0
-            assert [sum(c[row] for c in counted) for row in range(2)] == state.written.sum(1).tolist()
+            assert [sum(c[row] for c in counted) for row in range(2)] == written.sum(1).tolist()
 
 
 def _count_columns(model, found):
@@ -112,12 +113,11 @@ def _count_columns(model, found):
     return lambda: [h.remove() for h in handles]
 
 
-@pytest.mark.parametrize("execution", ["masked", "auto"])
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_a_session_that_begins_on_a_filled_cache_chooses_from_its_first_token(llama, method, execution):
+def test_a_session_that_begins_on_a_filled_cache_chooses_from_its_first_token(llama, method):
     out, name = llama(prompts_of(1, 20), use_cache=True), cache_argument(llama)
-    with open_session(llama, method, 0.5, execution=execution) as session:
+    with open_session(llama, method, 0.5) as session:
         for token in random_tokens(3, seed=2):
             out = llama(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
         assert [float(step.read[0]) for step in session.steps] == [0.5] * 3 and session.effective_sparsity == 0.5
@@ -145,19 +145,15 @@ def test_what_varies_is_measured_token_by_token(llama):
 
 
 def test_a_blocks_measure_is_the_mean_over_its_real_tokens(llama):
-    state = state_of("cats", llama, batch=2, calibration=RandomCalibration(llama), **CALIBRATED)
-    for layer in state.layers:
-        layer.fitted.threshold = 0.5
-    state.skip_context()
+    method, rows = rows_of("cats", llama, batch=2, calibration=RandomCalibration(llama), **CALIBRATED)
+    method.thresholds = [0.5] * 3
     gate = torch.zeros(2, 3, 40)
     gate[..., 0], gate[0, 0], gate[1, 2] = 1, 1.0, 1.0  # one neuron is above it, or all are
-    for layer in range(3):
-        state.prune(layer, gate, torch.ones(2, 3, dtype=torch.bool), gate, gate)
+    for ffn in method.ffns:
+        method.choose(ffn, gate, gate, rows)
     valid = torch.tensor([[True, True, True], [True, True, False]])
-    step = state.measured(valid)
-    assert step.read.tolist() == pytest.approx([(40 + 2 * (40 + 1 + 1) / 3) / 120, (40 + 2) / 120])
-    assert step.mask.tolist() == [1, 1]
-    assert state.measured(valid) is None  # of a forward that chose nothing
+    assert method.read(rows, valid).tolist() == pytest.approx([(40 + 2 * (40 + 1 + 1) / 3) / 120, (40 + 2) / 120])
+    assert method.read(rows, valid).tolist() == [0.5, 0.5]  # of a forward that chose nothing
 
 
 def test_what_a_choice_costs(llama):
@@ -170,27 +166,26 @@ def test_what_a_choice_costs(llama):
 
 
 def test_a_choice_of_ones_own_says_what_it_reads_and_what_matters(llama):
-    """As docs/extending.md has it: two matrices whole, and a number for each neuron."""
+    """Two matrices whole, and a number for each neuron."""
 
-    class Both(Choice):
-        name = "both"
-        reads_whole = ("gate", "up")
+    class Both(TokenChoice):
+        whole = 2
 
-        def importance(self, token):
-            return (token.gate * token.up).abs()
+        def importance(self, h, gate, up):
+            return (gate * up).abs()
 
-    with open_session(llama, Pruner(choice=Both()), 0.25) as session:
+    with open_session(llama, Both(), 0.25) as session:
         found = decoded(llama, session, prompts_of(1, 12), steps=4)[0]
         assert session.weights_read == 0.75
     with open_session(llama, "oracle-token", 0.75) as session:  # down alone: a quarter of its columns
         assert torch.allclose(found, decoded(llama, session, prompts_of(1, 12), steps=4)[0])
     with pytest.raises(UserError, match="reads 2 of the FFN's 3 matrices whole"):
-        open_session(llama, Pruner(choice=Both()), 0.4).__enter__()
+        open_session(llama, Both(), 0.4).__enter__()
 
 
-def test_a_threshold_is_not_rounded_to_the_models_dtype():
+def test_a_threshold_is_not_rounded_to_the_models_dtype(llama):
     """1.0078125 is a bfloat16, and 1.005 is none: it would be rounded up to it."""
-    choice = make("m-countdown").choice
-    up = torch.tensor([[[1.0078125, 1.0]]], dtype=torch.bfloat16)
-    token = Token(h=up, gate=None, up=up, threshold=1.005, taken=torch.tensor([1]), written=torch.tensor([1]))
-    assert choice.choose(token).tolist() == [[[True, False]]]
+    method, rows = rows_of("cats", llama, calibration=RandomCalibration(llama), **CALIBRATED)
+    method.thresholds = [1.005] * 3
+    gate = torch.tensor([[[1.0078125, 1.0]]], dtype=torch.bfloat16)
+    assert method.choose(method.ffns[0], gate, gate, rows).tolist() == [[[True, False]]]

@@ -77,11 +77,8 @@ def test_scales_that_every_token_reads_are_no_products(bits, method, sparsity):
     model = tiny("llama")
     with dart_eval.rounded_ffns(model, bits), open_session(model, method, sparsity, execution="masked") as run:
         generate(model, torch.tensor([random_tokens(9)]), 2)
-        read = float(run.shares(1).read[0])
-        counts = run.prepared._counts_at([1 - sparsity] * 3)
-        chosen = sum(counts.mask) + sum(counts.taken) + sum(counts.written)
-        expected = chosen / (3 * 120) if method in ("griffin", "cats") else 1 - sparsity
-        assert run.computed(read) == pytest.approx(expected, abs=0.01)
+        expected = float(run.rows.counts.sum()) / (3 * 120) if method in ("griffin", "cats") else 1 - sparsity
+        assert run.computed(float(run.step().read[0])) == pytest.approx(expected, abs=0.01)
 
 
 def test_the_ring_reads_all_experts_that_its_tokens_had():

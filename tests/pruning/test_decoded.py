@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.calibration import code_cache, stats_cache
+from dart_eval.pruning import caches
 from dart_eval.util.bits import Rounding
 from dart_eval.weights import decoded
 from dart_eval.weights.decoded import Decoded
@@ -57,7 +57,7 @@ def test_values_are_cached_while_half_of_the_memory_stays_free(memory, cached, m
 def test_codes_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("dart_eval.pruning.caches.folder", lambda: tmp_path / "calibration")
     made = []
-    monkeypatch.setattr(code_cache, "rounded", lambda *a: made.append(a[0].shape) or rounded(*a))
+    monkeypatch.setattr(caches, "rounded", lambda *a: made.append(a[0].shape) or rounded(*a))
     tokens = torch.tensor([random_tokens(9)])
 
     def run(model, method="grinqh"):
@@ -67,7 +67,7 @@ def test_codes_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_pat
     first = run(tiny("llama"))
     assert len(made) == 9 and not (tmp_path / "codes").exists()  # no matrix is large
     made.clear()
-    monkeypatch.setattr(code_cache, "LARGE", 100)
+    monkeypatch.setattr(caches, "LARGE", 100)
     assert torch.equal(run(tiny("llama")), first)
     assert len(made) == 9 and len(list((tmp_path / "codes").iterdir())) == 9
     assert torch.equal(run(tiny("llama")), first) and len(made) == 9  # another model with the same weights
@@ -80,4 +80,4 @@ def test_codes_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_pat
     for path in (tmp_path / "codes").iterdir():
         path.write_bytes(path.read_bytes()[:-9])
     assert torch.equal(run(tiny("llama")), first) and len(made) == 28
-    assert stats_cache.folder() == tmp_path / "calibration"
+    assert caches.folder() == tmp_path / "calibration"

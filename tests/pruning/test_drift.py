@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from dart_eval.pruning.methods.drift import MAX_REFERENCE_WINDOWS, DriftDetector
-from dart_eval.pruning.masks.remasks import OnDrift
+from dart_eval.pruning.methods.drift import MAX_REFERENCE_WINDOWS, DriftDetector, DriftSettings
 
 D = 6
 CPU = torch.device("cpu")
+DEFAULT = DriftSettings(window=10, sigma=0.5, floor=0.1, patience=2, cooldown=2, min_windows=4, recent=2)
 
 
 def test_a_sequence_that_ended_raises_no_alarm():
-    config = OnDrift(window=4, patience=1, floor=-3.0, sigma=-1000.0)  # every full window is flagged
+    config = DEFAULT._replace(window=4, patience=1, floor=-3.0, sigma=-1000.0)  # every full window is flagged
     detector = DriftDetector(config, 2, D, CPU)
     detector.observe(torch.randn(2, 20, D), torch.ones(2, 20, dtype=torch.bool))
     detector.set_reference()
@@ -21,7 +21,7 @@ def test_a_sequence_that_ended_raises_no_alarm():
 
 
 def test_rebase_moves_the_reference_to_the_latest_windows_of_that_sequence_only():
-    config = OnDrift(window=2, ring=4)  # of two windows
+    config = DEFAULT._replace(window=2, recent=2)
     detector = DriftDetector(config, 2, D, CPU)
     detector.observe(torch.randn(2, 20, D), torch.ones(2, 20, dtype=torch.bool))
     detector.set_reference()
@@ -37,7 +37,7 @@ def test_rebase_moves_the_reference_to_the_latest_windows_of_that_sequence_only(
 def test_a_prompt_in_chunks_closed_each_time_makes_the_same_reference():
     """Chunked prefill: every chunk ends with `set_reference`, and the next one goes on where it stopped."""
     a, valid = torch.randn(1, 47, D), torch.ones(1, 47, dtype=torch.bool)
-    whole, parts = (DriftDetector(OnDrift(window=5), 1, D, CPU) for _ in range(2))
+    whole, parts = (DriftDetector(DEFAULT._replace(window=5), 1, D, CPU) for _ in range(2))
     whole.observe(a, valid)
     whole.set_reference()
     for part in torch.arange(47).split(8):
@@ -51,7 +51,7 @@ def test_a_prompt_in_chunks_closed_each_time_makes_the_same_reference():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_of_attention_outputs_are_kept_in_fp32(dtype):
     """Their sum over a prompt, and that over a window, are beyond float16 and between two numbers of bfloat16."""
-    detector = DriftDetector(OnDrift(window=250), 1, D, CPU)
+    detector = DriftDetector(DEFAULT._replace(window=250), 1, D, CPU)
     a, valid = torch.full((1, 500, D), 300.0, dtype=dtype), torch.ones(1, 500, dtype=torch.bool)
     a[..., 1] = 302.0
     detector.observe(a, valid)
@@ -66,7 +66,7 @@ def test_of_a_long_prompt_the_latest_windows_set_the_threshold():
     """The first six of seventy windows point elsewhere: only the mean of all has them."""
     a = torch.ones(1, MAX_REFERENCE_WINDOWS + 6, D)
     a[0, :6, 0] = -9.0
-    detector = DriftDetector(OnDrift(window=1, floor=0.1), 1, D, CPU)
+    detector = DriftDetector(DEFAULT._replace(window=1, floor=0.1), 1, D, CPU)
     detector.observe(a, torch.ones(a.shape[:2], dtype=torch.bool))
     detector.set_reference()
     alike = torch.cosine_similarity(a[0, -1], a[0].mean(0), dim=0)
@@ -77,7 +77,8 @@ def test_of_a_long_prompt_the_latest_windows_set_the_threshold():
     ("patience", "cooldown", "before", "after"), [(2, 0, [False], [False, True]), (1, 3, [True, False], [True, False])]
 )
 def test_a_further_turn_begins_without_flags_and_without_a_cool_down(patience, cooldown, before, after):
-    config = OnDrift(window=2, sigma=-1000.0, floor=-3.0, patience=patience, cooldown=cooldown)  # all are flagged
+    """All windows are flagged."""
+    config = DEFAULT._replace(window=2, sigma=-1000.0, floor=-3.0, patience=patience, cooldown=cooldown)
     detector, two = DriftDetector(config, 1, D, CPU), torch.ones(1, 2, dtype=torch.bool)
     for alarms in (before, after):
         detector.observe(torch.randn(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
@@ -86,7 +87,7 @@ def test_a_further_turn_begins_without_flags_and_without_a_cool_down(patience, c
 
 
 def test_as_many_windows_as_asked_for_are_enough_to_trust_their_deviation():
-    config = OnDrift(window=2, sigma=3.0, floor=0.0, min_windows=4)
+    config = DEFAULT._replace(window=2, sigma=3.0, floor=0.0, min_windows=4)
     for tokens, trusted in ((6, 0), (8, 1)):
         detector = DriftDetector(config, 1, D, CPU)
         detector.observe(torch.randn(1, tokens, D), torch.ones(1, tokens, dtype=torch.bool))
@@ -96,7 +97,7 @@ def test_as_many_windows_as_asked_for_are_enough_to_trust_their_deviation():
 
 
 def test_windows_of_a_sequence_that_runs_dense_are_none_of_the_cool_down():
-    config = OnDrift(window=2, sigma=-1000.0, floor=-3.0, patience=1, cooldown=1)  # all are flagged
+    config = DEFAULT._replace(window=2, sigma=-1000.0, floor=-3.0, patience=1, cooldown=1)  # all are flagged
     detector, two = DriftDetector(config, 1, D, CPU), torch.ones(1, 2, dtype=torch.bool)
     detector.observe(torch.randn(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
     detector.set_reference()
@@ -105,8 +106,8 @@ def test_windows_of_a_sequence_that_runs_dense_are_none_of_the_cool_down():
 
 
 def test_a_reference_moves_to_windows_of_its_own_turn():
-    """The ring holds four windows of the turn before: an early alarm does not look back at them."""
-    config, axes = OnDrift(window=2, ring=8, patience=1, floor=0.01, min_windows=1), torch.eye(D)
+    """It goes by four windows, and those of the turn before fill three: an early alarm does not look back at them."""
+    config, axes = DEFAULT._replace(window=2, recent=4, patience=1, floor=0.01, min_windows=1), torch.eye(D)
     detector = DriftDetector(config, 1, D, CPU)
     for turn in range(2):
         detector.observe(axes[0].expand(1, 8, D), torch.ones(1, 8, dtype=torch.bool))

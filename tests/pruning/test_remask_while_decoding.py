@@ -8,26 +8,7 @@ import torch
 
 from dart_eval.layers.families import cache_argument
 from tests.helpers.models import random_tokens, tiny
-from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, prompts_of, state_of
-
-
-def _masks(session):
-    return [m.clone() for m in session.state.masks]
-
-
-def _equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _steps(model, session, ids, tokens):
-    """Decode by hand; the masks after each forward."""
-    name = cache_argument(model)
-    out = model(ids, use_cache=True)
-    found = [_masks(session)]
-    for token in tokens:
-        out = model(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
-        found.append(_masks(session))
-    return found
+from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, prompts_of, rows_of
 
 
 def test_watching_only_changes_nothing_but_sees_everything(llama):
@@ -37,7 +18,7 @@ def test_watching_only_changes_nothing_but_sees_everything(llama):
     with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.act": False}) as session:
         watched = generate(llama, ids, tokens=16)
         trace = session.trace(0)
-        assert session.state.remasking.ring is None  # no re-mask, so nothing is kept
+        assert session.rows.watch.ring is None  # no re-mask, so nothing is kept
     assert torch.equal(torch.stack(static.logits), torch.stack(watched.logits))
     assert session.events == []
     assert len(trace["signal"]) == 5
@@ -57,10 +38,11 @@ def test_state_does_not_grow_with_the_prompt(method):
 
 def test_what_an_alarm_will_need_is_counted_before_it_comes(llama):
     with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.dense_tokens": 2}) as session:
-        llama(prompts_of(1, 20), use_cache=True)
+        out = llama(prompts_of(1, 20), use_cache=True)
         before = session.state_bytes
-        _steps(llama, session, prompts_of(1, 20), random_tokens(4, seed=2))
-        assert session.state_bytes == before
+        for token in random_tokens(4, seed=2):
+            out = llama(torch.tensor([[token]]), use_cache=True, **{cache_argument(llama): cache_of(out)})
+        assert bool(session.rows.watch.dense.all()) and session.state_bytes == before
 
 
 def test_padding_in_the_ring_may_hold_anything(llama):
@@ -69,15 +51,14 @@ def test_padding_in_the_ring_may_hold_anything(llama):
     masks = []
     for rubbish in (0.0, float("nan")):
         torch.manual_seed(0)
-        state = state_of("dart", llama.float(), **params)
-        valid = torch.tensor([[False, True, True]])
-        for layer, ffn in enumerate(state.ffns):
+        method, rows = rows_of("dart", llama.float(), **params)
+        rows.seen, valid = torch.tensor([2]), torch.tensor([[False, True, True]])
+        for layer, ffn in enumerate(method.ffns):
             x = torch.randn(1, 3, 32)
             x[:, 0] = rubbish
-            state.remasking.ring.write(layer, x, valid)
-            a, u = ffn.parts(x)
-            state.observe(layer, a * u, valid)
-        state.finish_context(valid)
-        state.remask(torch.tensor([True]))
-        masks.append(state.masks)
-    assert _equal(*masks)
+            rows.watch.ring.write(layer, x, valid)
+            rows.sums[layer] = method.add(None, ffn, ffn.intermediate(x), valid)
+        method.finish(rows, valid)
+        method.make_masks(rows, torch.tensor([True]))
+        masks.append(rows.mask)
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))

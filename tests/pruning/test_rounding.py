@@ -182,10 +182,10 @@ def test_only_ffns_are_rounded():
     assert moved == {name for name in own if ".mlp." in name}
 
 
-def of_neurons(state, whole=0):
-    """Bits of codes and scales by state's counts. whole: matrices of which all rows are read."""
+def of_neurons(batch, whole=0):
+    """Bits of codes and scales by the sequences' counts. whole: matrices of which all rows are read."""
     rows = 4 * WIDTH + 16 * WIDTH / 32  # a row of gate or up: codes, and a scale for each 32 of them
-    taken, written = int(state.taken.sum()), int(state.written.sum())
+    _, taken, written = batch.counts[0].sum(0).tolist()
     return LAYERS * whole * SIZE * rows + (2 - whole) * taken * rows + written * 4 * WIDTH
 
 
@@ -193,10 +193,10 @@ LAYERS, WIDTH, SIZE = 3, 64, 96
 ACROSS = WIDTH * SIZE / 32 * 16  # the scales of down: 32 neurons of a row share one
 BY_HAND = {
     "griffin": ("griffin", {}, of_neurons, 1),
-    "cats": ("cats", {}, lambda state: of_neurons(state, whole=1), 1),
+    "cats": ("cats", {}, lambda rows: of_neurons(rows, whole=1), 1),
     "wanda-sp": ("wanda-sp", {}, of_neurons, 1),
     # Half of the inputs of each matrix, whose scales stand for 32 of them.
-    "wina": ("wina", {}, lambda state: LAYERS * 3 * WIDTH * SIZE * 4 / 2, 3),
+    "wina": ("wina", {}, lambda _rows: LAYERS * 3 * WIDTH * SIZE * 4 / 2, 3),
 }
 
 
@@ -208,7 +208,7 @@ def test_every_token_reads_the_scales_that_stand_for_several_neurons(case):
     model = made(lambda: config, dtype=torch.float32)
     with dart_eval.rounded_ffns(model, 4), open_session(model, name, 0.5, **params) as session:
         generate(model, torch.tensor([random_tokens(20)]), 4)
-        wanted = bits(session.state) + LAYERS * matrices * ACROSS
+        wanted = bits(session.rows) + LAYERS * matrices * ACROSS
         assert session.weights_read == pytest.approx(wanted / (16 * 3 * LAYERS * WIDTH * SIZE))
         assert session.effective_sparsity == pytest.approx(
             1 - (session.weights_read * 3 + share(find_ffns(model))) / 4  # one token of four is made densely
@@ -224,7 +224,7 @@ def test_layers_of_different_bits_are_counted_by_their_own():
             RECORDS[module] = Record(Stored.of(bits))
     with open_session(model, "dart", 0.5, execution="masked", remask="never") as session:
         generate(model, torch.tensor([random_tokens(20)]), 3)
-        kept = session.state.mask_counts[0].tolist()
+        kept = session.rows.counts[0, :, 0].tolist()
         assert len(set(kept)) > 1
         scales = [bits % 1 for bits in each]
         wanted = sum(k * 3 * bits + (40 - k) * scale for k, bits, scale in zip(kept, each, scales, strict=True))

@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_eval.kernels.top import top_k_mask
-from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.methods.ring import RingBuffer
-from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.rows import PerSequence
+from dart_eval.pruning.rows import PerSequence, nbytes
 from tests.helpers.models import tiny
-from tests.helpers.sessions import VARIED, open_session, prompts_of, state_of
+from tests.helpers.sessions import VARIED, open_session, prompts_of, rows_of
 
 
 @given(st.integers(0, 10_000), st.integers(1, 30))
@@ -56,21 +54,20 @@ def test_the_ring_holds_each_sequences_last_real_inputs_wherever_its_padding_sta
 
 @pytest.mark.parametrize("method", ["dart", "griffin"])
 def test_scores_equal_the_formula_and_ignore_padding(llama, method):
-    state = state_of(method, llama, batch=2)
-    size = find_ffns(llama)[0].size
-    h = torch.randn(2, 9, size) * 3
+    fitted, _ = rows_of(method, llama, batch=2)
+    ffn = fitted.ffns[0]
+    h = torch.randn(2, 9, ffn.size) * 3
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[0, :4] = False
     h[0, :4] = torch.nan
-    for layer in range(3):
-        state.observe(layer, h[:, :5], valid[:, :5])  # in chunks
-        state.observe(layer, h[:, 5:], valid[:, 5:])
+    sums = fitted.add(None, ffn, h[:, :5], valid[:, :5])  # in chunks
+    sums = fitted.add(sums, ffn, h[:, 5:], valid[:, 5:])
     for row, first in ((0, 4), (1, 0)):
-        total = torch.zeros(size, dtype=torch.float64)
+        total = torch.zeros(ffn.size, dtype=torch.float64)
         for t in range(first, 9):
             token = h[row, t].double()
             total += (token / token.norm()) ** 2 if method == "griffin" else token**2
-        assert torch.allclose(state.layers[0].sums[row].double(), total, rtol=1e-5)
+        assert torch.allclose(sums[row].double(), total, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -78,20 +75,20 @@ def test_scores_equal_the_formula_and_ignore_padding(llama, method):
 def test_a_layers_sensitivity_is_made_in_fp32(llama, dtype, sensitivity):
     """Also of the stream after the FFN, where that is what counts."""
     valid = torch.ones(1, 7, dtype=torch.bool)
-    state = state_of("dart", llama, **{"allocation.sensitivity": sensitivity})
+    change = rows_of("dart", llama, **{"allocation.sensitivity": sensitivity})[1].change
     y, z = torch.randn(1, 7, 32).to(dtype), torch.randn(1, 7, 32).to(dtype)
-    state.observe_change(1, y, z, valid)
-    state.change.finish(valid)
+    change.observe(1, y, z, valid)
+    change.finish(valid)
     y, z = y[0].double(), z[0].double()
     z = y + z if sensitivity == "residual" else z
     turn = 1 - torch.cosine_similarity(y, z, dim=1).mean()
-    assert state.change.sensitivity(slice(None))[1] == pytest.approx(
+    assert change.sensitivity(slice(None))[1] == pytest.approx(
         float(turn * ((z - y).norm(dim=1) / y.norm(dim=1)).mean()), rel=1e-5
     )
 
 
 def tensors_of(value, seen=None):
-    """Every tensor that a state holds, walked by hand; what a model or a method has is no part of it."""
+    """Every tensor that rows hold, walked by hand; what a model or a method has is no part of it."""
     seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
         return [value]
@@ -114,38 +111,32 @@ def test_a_copy_takes_every_tensor_and_all_of_them_are_counted(method, params):
         out = model(prompts_of(3, 20), use_cache=True)
         for _ in range(4):
             out = model(out.logits[:, -1:].argmax(-1), use_cache=True, past_key_values=out.past_key_values)
-        state = session.state
-        held = tensors_of(state)
-        once = {
-            t.data_ptr(): t.numel() * t.element_size() for t in held if t.numel()
-        }  # layers share the tokens' weight
-        assert state.nbytes() == sum(once.values())
-        assert session.state_bytes == state.nbytes() + session.prepared.nbytes()
-        per_row = [t for t in held if not any(t is w for windows in _windows(state) for w in windows)]
+        rows = session.rows
+        held = tensors_of(rows)
+        assert rows.nbytes() == sum({t.data_ptr(): t.nbytes for t in held if t.numel()}.values())
+        assert session.state_bytes == nbytes(rows) + session.method.nbytes()
+        per_row = [t for t in held if not any(t is w for windows in _windows(rows) for w in windows)]
         assert all(t.shape[0] == 3 for t in per_row)
-        copy = state.select(torch.tensor([2, 0, 2, 1]))
+        copy = rows.select(torch.tensor([2, 0, 2, 1]))
     taken = tensors_of(copy)
-    assert len(taken) == len(held) + len(_windows(state)[0:1])  # one list of windows more
+    assert len(taken) == len(held) + len(_windows(rows))  # the windows of a sequence more
     theirs = [t for t in taken if not any(t is w for windows in _windows(copy) for w in windows)]
     for old, new in zip(per_row, theirs, strict=True):
         torch.testing.assert_close(new, old[torch.tensor([2, 0, 2, 1])], rtol=0, atol=0, equal_nan=True)
         assert not old.numel() or new.data_ptr() != old.data_ptr()
-    assert copy.batch == 4 and state.batch == 3
+    assert len(copy) == 4 and len(rows) == 3
 
 
-def _windows(state):
+def _windows(rows):
     """The detector's windows of the prompt: one tensor a sequence, of as many as it had."""
-    detector = getattr(state.remasking, "detector", None)
-    return [] if detector is None else [detector.windows]
+    watch = getattr(rows, "watch", None)
+    return [] if watch is None else [watch.drift.windows]
 
 
-def test_what_differs_in_a_state_is_what_its_parts_keep(llama):
-    ffns = find_ffns(llama)
-    for spec, sums, remasking in (
+def test_methods_keep_of_a_sequence_what_they_need(llama):
+    for method, sums, watch in (
         ("griffin", True, False), ("cats", False, False), ("dart", True, True), ("random", False, False),
     ):  # fmt: skip
-        with open_session(llama, make(*parse(spec)), 0.5) as session:
+        with open_session(llama, method, 0.5) as session:
             llama(prompts_of(1, 9), use_cache=True)
-            state = session.state
-        assert (state.layers[0].sums is not None) == sums and (state.remasking is not None) == remasking
-        assert state.ffns == tuple(ffns)
+            assert (session.rows.sums[0] is not None, hasattr(session.rows, "watch")) == (sums, watch)

@@ -246,7 +246,7 @@ class Grinqh(Columns):
             return [Nested(levels, w, b, room) for w, b in zip(weights, biases, strict=True)]
 
         held = [parameter_of(module), *([] if (bias := bias_of(module)) is None else [bias])]
-        return _CODES.get(module, held, (self, share), make)
+        return _CODES.get(module, held, (self.spec, share), make)  # no method: it would keep the model
 
     def forwards(self, session: Session) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
         return {module: self._graded(session, module) for module in self.matrices}
@@ -299,7 +299,7 @@ class Grinqh(Columns):
             return kernel.ColumnsFFN(parts, fast.act_of(ffn) or "")
 
         own = [parameter_of(m) for m in ffn.projections]
-        return _KERNELS.get(ffn.up, own, (self, gate.limit, down.limit), make)
+        return _KERNELS.get(ffn.up, own, (self.spec, gate.limit, down.limit), make)
 
 
 class DecDEC(Grinqh):
