@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.layers import llama4
-from dart_eval.layers.projection import Step
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +48,8 @@ class Routed:
         rows, columns = experts.down_proj.shape[1:]
         self.inner, self.width = (rows, columns) if experts.is_transposed else (columns, rows)
         self.size = self.count * self.inner
-        self.up, self.down = _Up(self, self.width, self.size), _Down(self, self.size, self.width)
+        self.up = _Up(self, "gate_up_proj" if experts.has_gate else "up_proj", self.width, self.size)
+        self.down = _Down(self, "down_proj", self.size, self.width)
         self.index: Tensor = torch.empty(0, self.count, dtype=torch.long)
         self.weights: Tensor = torch.empty(0, self.count)
         self.inward: Tensor | None = None
@@ -145,8 +145,7 @@ class Routed:
 
     def input_weights(self) -> list[Tensor]:
         """Return gate and up (or up alone) of all experts, [pool, D] each: copies."""
-        projected = self.experts.gate_up_proj if self.experts.has_gate else self.experts.up_proj
-        projected = projected.mT if not self.experts.is_transposed else projected  # [E, D, rows]
+        projected = self.up.parameter if self.experts.is_transposed else self.up.parameter.mT  # [E, D, rows]
         parts = self.halves(projected) if self.experts.has_gate else (projected,)
         return [part.transpose(1, 2).reshape(self.pool, self.width) for part in parts]
 
@@ -172,33 +171,45 @@ class Routed:
             tokens, places = (index == expert).nonzero(as_tuple=True)
             yield expert, tokens, places
 
-    def times(self, x: Tensor, name: str, expert: int) -> Tensor:
-        """Return the product with one of an expert's matrices."""
+    def times(self, x: Tensor, name: str, expert: int, share: Tensor | float) -> Tensor:
+        """Return the product with one of an expert's matrices, plus a share of its bias."""
         weight = getattr(self.experts, name)[expert]
-        return x @ weight if self.experts.is_transposed else nn.functional.linear(x, weight)
-
-    def bias(self, name: str, expert: int) -> Tensor | None:
-        """Return the bias of an expert's matrix, or None."""
-        return getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else None
+        product = x @ weight if self.experts.is_transposed else nn.functional.linear(x, weight)
+        return product + share * getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else product
 
 
-class _Step(Step):
-    """One of the two steps: a module with the experts' parameters, so that it can be hooked."""
+class ExpertProjection(nn.Module):
+    """One of the two steps: a module with the experts' parameters, so that it can be hooked.
 
-    def __init__(self, routed: Routed, in_features: int, out_features: int) -> None:
+    Attributes:
+        routed: the experts.
+        in_features, out_features: D and F, or F and D.
+        name: of the parameter that it multiplies with.
+    """
+
+    def __init__(self, routed: Routed, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.routed, self.in_features, self.out_features = routed, in_features, out_features
+        self.routed, self.name, self.in_features, self.out_features = routed, name, in_features, out_features
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The matrices of all experts."""
+        return getattr(self.routed.experts, self.name)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.routed.experts.parameters(recurse)
 
+    def matrix(self) -> Tensor:
+        """Return the matrices of all experts as [out, in], their rows below each other; perhaps a copy."""
+        raise NotImplementedError
 
-class _Up(_Step):
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Convert such a matrix to the parameter's layout: a copy."""
+        raise NotImplementedError
+
+
+class _Up(ExpertProjection):
     """[N, D] of the last N tokens -> gate x and up x of each one's experts, [N, 2 F] (of a plain FFN up x, [N, F])."""
-
-    @property
-    def held(self) -> nn.Parameter:
-        return self.routed.experts.gate_up_proj if self.routed.experts.has_gate else self.routed.experts.up_proj
 
     def matrix(self) -> Tensor:
         return torch.cat(self.routed.input_weights())
@@ -209,12 +220,9 @@ class _Up(_Step):
     def forward(self, x: Tensor) -> Tensor:
         routed, shape = self.routed, x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
-        name = "gate_up_proj" if routed.experts.has_gate else "up_proj"
         projected = x.new_zeros(len(x), routed.count, routed.inner * (2 if routed.experts.has_gate else 1))
         for expert, tokens, places in routed.each(routed.index[-len(x) :]):
-            out = routed.times(x[tokens], name, expert)
-            bias = routed.bias(name, expert)
-            projected[tokens, places] = out if bias is None else out + bias
+            projected[tokens, places] = routed.times(x[tokens], self.name, expert, 1.0)
         if routed.inward is not None:
             projected = projected * routed.inward[-len(x) :, :, None].to(projected.dtype)
         routed.projected = projected
@@ -225,16 +233,12 @@ class _Up(_Step):
         return torch.cat([gate.reshape(*shape, -1), rest.reshape(*shape, -1)], -1)
 
 
-class _Down(_Step):
+class _Down(ExpertProjection):
     """h of each token's experts [N, F] -> their output [N, D]."""
 
-    @property
-    def held(self) -> nn.Parameter:
-        return self.routed.experts.down_proj
-
     def matrix(self) -> Tensor:
-        down = self.routed.experts.down_proj
-        return (down.mT if self.routed.experts.is_transposed else down).reshape(-1, self.routed.inner)
+        down = self.parameter.mT if self.routed.experts.is_transposed else self.parameter
+        return down.reshape(-1, self.routed.inner)
 
     def stored(self, matrix: Tensor) -> Tensor:
         each = matrix.view(self.routed.all, self.routed.width, -1)
@@ -243,12 +247,10 @@ class _Down(_Step):
     def forward(self, h: Tensor) -> Tensor:
         routed, shape = self.routed, h.shape[:-1]
         h = h.reshape(-1, routed.count, routed.inner)
-        out, weights = h.new_zeros(len(h), routed.width), routed.weights[-len(h) :]
+        out = h.new_zeros(len(h), routed.width)
+        weights = routed.weights[-len(h) :].to(h.dtype) * (not routed.silent)
         for expert, tokens, places in routed.each(routed.index[-len(h) :]):
-            written = routed.times(h[tokens, places], "down_proj", expert)
-            bias = routed.bias("down_proj", expert)
-            if bias is not None and not routed.silent:
-                written = written + bias * weights[tokens, places, None].to(bias.dtype)
+            written = routed.times(h[tokens, places], self.name, expert, weights[tokens, places, None])
             out.index_add_(0, tokens, written.to(out.dtype))
         return out.reshape(*shape, -1)
 
@@ -303,45 +305,61 @@ def ours(experts: nn.Module) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     return functools.partial(_forward, experts)
 
 
-def take_over(model: nn.Module) -> list[tuple[Any, object]]:
-    """Let our function compute the model's experts. Return the argument of `give_back`."""
+def take_over(model: nn.Module, as_written: bool = False) -> list[tuple[Any, str, object]]:
+    """Let our function compute the model's experts; `as_written`: the modules' own code, in any dtype.
+
+    Returns:
+        The argument of `give_back`.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # takes a second
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
-    before = _hand_to(model, NAME)
-    for module in model.modules():
+    before: list[tuple[Any, str, object]] = []
+    for module in filter(is_routed, model.modules()):
         if llama4.is_block(module):
-            before.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = ours(module)
-    return before
-
-
-def _hand_to(model: nn.Module, name: str) -> list[tuple[object, object]]:
-    """Let a function of transformers' table compute the experts. Return the former settings."""
-    before = []
-    configs: list[Any] = [m.config for m in model.modules() if is_routed(m) and not llama4.is_block(m)]
-    for config in {id(c): c for c in configs}.values():
-        before.append((config, config._experts_implementation_internal))
-        config._experts_implementation_internal = name
-    return before
-
-
-def give_back(before: list[tuple[Any, Any]]) -> None:
-    """Undo `take_over`."""
-    for owner, was in before:
-        if not isinstance(owner, nn.Module):
-            owner._experts_implementation_internal = was
-        elif was is None:
-            owner.__dict__.pop("forward", None)
+            owner, name, value = module, "forward", module.forward if as_written else ours(module)
         else:
-            owner.__dict__["forward"] = was
+            owner, name, value = module.config, "_experts_implementation_internal", "eager" if as_written else NAME
+        before.append((owner, name, vars(owner).get(name, ...)))
+        vars(owner)[name] = value
+    return before
+
+
+def give_back(before: Sequence[tuple[Any, str, object]]) -> None:
+    """Undo `take_over`."""
+    for owner, name, value in reversed(before):
+        vars(owner).pop(name)
+        vars(owner).update({} if value is ... else {name: value})
 
 
 @contextmanager
 def taken_over(model: nn.Module, as_written: bool = False) -> Iterator[None]:
-    """Let our function compute the model's experts inside; `as_written`: the modules' own code, in any dtype."""
-    before = _hand_to(model, "eager") if as_written else take_over(model)
+    """Let our function compute the model's experts inside. as_written: see `take_over`."""
+    before = take_over(model, as_written)
     try:
         yield
     finally:
         give_back(before)
+
+
+# -- outside a forward: of earlier tokens ------------------------------------------------------------------------------
+
+
+def routing(routed: Routed, batch: int) -> Tensor:
+    """Return [B, T, 2 count] fp32, the experts of each token of the current forward, and their weights."""
+    counts = routed.weights if routed.inward is None else routed.inward
+    return torch.cat([routed.index.float(), counts.float()], -1).view(batch, -1, 2 * routed.count)
+
+
+@contextmanager
+def under(routed: Routed, routing: Tensor) -> Iterator[None]:
+    """Give tokens this routing inside: [..., 2 count]."""
+    before = routed.index, routed.weights, routed.inward
+    index, counts = routing.reshape(-1, 2 * routed.count).chunk(2, -1)
+    routed.index, routed.weights = index.long(), counts
+    if routed.inward is not None:
+        routed.weights, routed.inward = torch.ones_like(counts), counts
+    try:
+        yield
+    finally:
+        routed.index, routed.weights, routed.inward = before

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,32 +21,16 @@ class Llama4Experts:
     has_bias = has_post_expert_norm = False
 
     def __init__(self, block: Any) -> None:
-        self._block = weakref.ref(block)
+        self._experts = block.experts
         self.config = SimpleNamespace(num_experts_per_tok=int(block.top_k))
 
-    @property
-    def _experts(self) -> Any:
-        block: Any = self._block()
-        return block.experts
-
-    @property
-    def down_proj(self) -> nn.Parameter:
-        """[E, I, D]."""
-        return self._experts.down_proj
-
-    @property
-    def gate_up_proj(self) -> nn.Parameter:
-        """[E, D, 2 I]."""
-        return self._experts.gate_up_proj
+    def __getattr__(self, name: str) -> Any:
+        """Return a part of the experts: `gate_up_proj` [E, D, 2 I], `down_proj` [E, I, D]."""
+        return getattr(self._experts, name)
 
     def _apply_gate(self, projected: Tensor) -> Tensor:
         gate, up = projected.chunk(2, -1)
         return self._experts.act_fn(gate) * up
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The parameters of the block."""
-        block: Any = self._block()
-        return block.parameters(recurse)
 
 
 def run(block: Any, steps: Callable[[Tensor, Tensor, Tensor], Tensor], hidden_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dart_eval.layers.expert_pool import routing
+from dart_eval.layers.experts import routing
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.masks.drift import DriftDetector
 from dart_eval.pruning.masks.remasks import Remask

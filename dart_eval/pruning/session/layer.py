@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from dart_eval.layers.expert_pool import under
+from dart_eval.layers.experts import under
 from dart_eval.layers.ffn import device_of
 from dart_eval.pruning.choices.choice import Token
 from dart_eval.pruning.session.fitted import Fitted
@@ -170,7 +170,7 @@ class Layer(PerSequence):
         Args:
             x: [b, R, D], their FFN inputs.
             valid: [b, R] bool.
-            routing: their experts, see `expert_pool`.
+            routing: their experts, see `experts.routing`.
         """
         weight = valid.to(x.device).float()
         with nullcontext() if self.ffn.routed is None or routing is None else under(self.ffn.routed, routing):
