@@ -11,19 +11,39 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dart_eval.layers import llama4
+from dart_eval.layers.families import get
 from dart_eval.util.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 NAME = "dart_eval"  # of the function, in `config._experts_implementation`
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
+
+
+class Llama4Experts:
+    """The experts of a block of Llama 4 with transformers' interface: see `use_experts_implementation` there.
+
+    transformers does not hand them to a function. The router's weight multiplies x, not an expert's output.
+    """
+
+    has_gate = is_concatenated = is_transposed = True
+    has_bias = has_post_expert_norm = False
+
+    def __init__(self, block: Any) -> None:
+        self._experts = block.experts
+        self.config = SimpleNamespace(num_experts_per_tok=int(block.top_k))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a part of the experts: `gate_up_proj` [E, D, 2 I], `down_proj` [E, I, D]."""
+        return getattr(self._experts, name)
+
+    def _apply_gate(self, projected: Tensor) -> Tensor:
+        gate, up = projected.chunk(2, -1)
+        return self._experts.act_fn(gate) * up
 
 
 class Routed:
@@ -34,6 +54,8 @@ class Routed:
         count: experts of a token.
         inner: neurons of an expert.
         size: neurons of a token's experts.
+        all: number of experts.
+        pool: neurons of all experts together.
         width: D.
         silent: leave out biases of down.
         index: [N, count], experts of N tokens.
@@ -43,11 +65,18 @@ class Routed:
 
     def __init__(self, experts: Any) -> None:
         # A weak reference, as the module is the key in `_KNOWN`.
-        self._experts = (lambda: experts) if isinstance(experts, llama4.Llama4Experts) else weakref.ref(experts)
-        self.count = _routed(experts.config)
+        self._experts = (lambda: experts) if isinstance(experts, Llama4Experts) else weakref.ref(experts)
+        counts = (getattr(experts.config, name, None) for name in ROUTED)
+        self.count = next((count for count in counts if isinstance(count, int)), 0)
+        if not self.count:
+            raise UserError(
+                f"how many experts a token of {experts.config.model_type} has is not known",
+                "add the name of its setting to ROUTED in dart_eval/layers/experts.py",
+            )
         rows, columns = experts.down_proj.shape[1:]
         self.inner, self.width = (rows, columns) if experts.is_transposed else (columns, rows)
-        self.size = self.count * self.inner
+        self.size, self.all = self.count * self.inner, len(experts.down_proj)
+        self.pool = self.all * self.inner
         self.up = _Up(self, "gate_up_proj" if experts.has_gate else "up_proj", self.width, self.size)
         self.down = _Down(self, "down_proj", self.size, self.width)
         self.index: Tensor = torch.empty(0, self.count, dtype=torch.long)
@@ -64,17 +93,14 @@ class Routed:
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[N, D] -> [N, D], as stock experts."""
         self.index, self.weights = index, weights
-        if isinstance(self.experts, llama4.Llama4Experts):
+        if isinstance(self.experts, Llama4Experts):
             self.inward, self.weights = self.weights, torch.ones_like(self.weights)
         self.up(x)
         projected, self.projected = self.projected, None
         assert projected is not None
-        h = self.hidden(projected) * self.weights[..., None].to(projected.dtype)
+        h = self.experts._apply_gate(projected) if self.experts.has_gate else self.experts.act_fn(projected)
+        h = h * self.weights[..., None].to(projected.dtype)
         return self.down(h.reshape(len(x), -1))
-
-    def hidden(self, projected: Tensor) -> Tensor:
-        """Return [N, count, I], h without the router's weight. projected: the experts' first product."""
-        return self.experts._apply_gate(projected) if self.experts.has_gate else self.experts.act_fn(projected)
 
     def act(self, gate: Tensor) -> Tensor:
         """Return the gate's factor in h, elementwise: h for up = 1. For a plain FFN, the activation."""
@@ -101,16 +127,6 @@ class Routed:
         return projected[..., ::2], projected[..., 1::2]
 
     # -- masks of all experts' neurons -----------------------------------------------------------------------------
-
-    @property
-    def all(self) -> int:
-        """Number of experts."""
-        return len(self.experts.down_proj)
-
-    @property
-    def pool(self) -> int:
-        """Neurons of all experts together."""
-        return self.inner * self.all
 
     def _index(self, batch: int, tokens: int | None = None) -> Tensor:
         """Return [B, T, count], the experts of the last `tokens` tokens of each sequence; None: of all."""
@@ -153,15 +169,6 @@ class Routed:
         """Return down of all experts, [D, pool]: a copy."""
         down = self.experts.down_proj if self.experts.is_transposed else self.experts.down_proj.mT  # [E, I, D]
         return down.reshape(self.pool, self.width).T
-
-    def stored_inputs(self, parts: Sequence[Tensor]) -> Tensor:
-        """Convert the output of `input_weights` to the parameter's layout: a copy, [E, D, rows] or [E, rows, D]."""
-        each = [part.view(self.all, self.inner, self.width).transpose(1, 2) for part in parts]
-        if len(each) == 1 or self.experts.is_concatenated:
-            projected = torch.cat(each, -1)
-        else:
-            projected = torch.stack(each, -1).flatten(-2)
-        return (projected if self.experts.is_transposed else projected.mT).contiguous()
 
     # -- the two steps ---------------------------------------------------------------------------------------------
 
@@ -215,7 +222,11 @@ class _Up(ExpertProjection):
         return torch.cat(self.routed.input_weights())
 
     def stored(self, matrix: Tensor) -> Tensor:
-        return self.routed.stored_inputs(matrix.chunk(2 if self.routed.experts.has_gate else 1))
+        routed, parts = self.routed, matrix.chunk(2 if self.routed.experts.has_gate else 1)
+        each = [part.view(routed.all, routed.inner, routed.width).transpose(1, 2) for part in parts]
+        apart = len(each) == 2 and not routed.experts.is_concatenated
+        projected = torch.stack(each, -1).flatten(-2) if apart else torch.cat(each, -1)
+        return (projected if routed.experts.is_transposed else projected.mT).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         routed, shape = self.routed, x.shape[:-1]
@@ -255,20 +266,18 @@ class _Down(ExpertProjection):
         return out.reshape(*shape, -1)
 
 
-def _routed(config: PretrainedConfig) -> int:
-    count = next((getattr(config, name) for name in ROUTED if isinstance(getattr(config, name, None), int)), None)
-    if count is None:
-        raise UserError(
-            f"how many experts a token of {config.model_type} has is not known",
-            "add the name of its setting to ROUTED in dart_eval/layers/experts.py",
-        )
-    return count
-
-
 def routes(settings: Mapping[str, object]) -> bool:
     """Whether a model has routed experts, by the settings of its configuration and of nested ones."""
     inner = (value for value in settings.values() if isinstance(value, dict))
     return any(settings.get(name) for name in ROUTED) or any(map(routes, inner))
+
+
+def is_llama4(module: nn.Module) -> bool:
+    """Whether this is a block of Llama 4 with experts of plain weights."""
+    matrices = get(module, "experts.gate_up_proj"), get(module, "experts.down_proj")
+    return all(isinstance(m, nn.Parameter) and m.dim() == 3 for m in matrices) and all(
+        get(module, name) is not None for name in ("router", "shared_expert", "experts.act_fn", "top_k")
+    )
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, Routed] = weakref.WeakKeyDictionary()
@@ -277,7 +286,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, Routed] = weakref.WeakKeyDictionary
 def is_routed(module: nn.Module) -> bool:
     """Whether a module is experts that transformers hands to a registered function, or a block of Llama 4."""
     interface = hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
-    return interface or llama4.is_block(module)
+    return interface or is_llama4(module)
 
 
 def routed(experts: Any) -> Routed:
@@ -286,11 +295,11 @@ def routed(experts: Any) -> Routed:
     Raises:
         UserError: the module has a norm between an expert's output and the router's weight.
     """
-    block = llama4.is_block(experts)
+    block = is_llama4(experts)
     if not block and experts.has_post_expert_norm:
         raise UserError(f"{type(experts).__name__} has a norm behind each expert", "such experts are not supported")
     if experts not in _KNOWN:
-        _KNOWN[experts] = Routed(llama4.Llama4Experts(experts) if block else experts)
+        _KNOWN[experts] = Routed(Llama4Experts(experts) if block else experts)
     return _KNOWN[experts]
 
 
@@ -298,11 +307,17 @@ def _forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
     return routed(experts)(hidden_states, top_k_index, top_k_weights)
 
 
+def _run_llama4(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the forward of a block of Llama 4: experts take x times the router's weight; all others x times 0."""
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    scores, logits = block.router(x)
+    weights, index = scores.topk(block.top_k)
+    return block.shared_expert(x) + routed(block)(x, index, weights), logits
+
+
 def ours(experts: nn.Module) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """Return the function that computes a module of experts in our two steps, with its forward's arguments."""
-    if llama4.is_block(experts):
-        return functools.partial(llama4.run, experts, routed(experts))
-    return functools.partial(_forward, experts)
+    return functools.partial(_run_llama4 if is_llama4(experts) else _forward, experts)
 
 
 def take_over(model: nn.Module, as_written: bool = False) -> list[tuple[Any, str, object]]:
@@ -315,11 +330,13 @@ def take_over(model: nn.Module, as_written: bool = False) -> list[tuple[Any, str
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
     before: list[tuple[Any, str, object]] = []
+    changed: tuple[Any, str, object]
     for module in filter(is_routed, model.modules()):
-        if llama4.is_block(module):
-            owner, name, value = module, "forward", module.forward if as_written else ours(module)
+        if is_llama4(module):
+            changed = module, "forward", module.forward if as_written else ours(module)
         else:
-            owner, name, value = module.config, "_experts_implementation_internal", "eager" if as_written else NAME
+            changed = module.config, "_experts_implementation_internal", "eager" if as_written else NAME
+        owner, name, value = changed
         before.append((owner, name, vars(owner).get(name, ...)))
         vars(owner)[name] = value
     return before

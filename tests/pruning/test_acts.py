@@ -58,7 +58,7 @@ def _times(mask):
 
 
 def test_gates_that_are_compared_with_each_other_are_refused_by_what_they_do():
-    with pytest.raises(UserError, match=r"layer 0 of .* compares the gates of all its neurons with each other"):
+    with pytest.raises(UserError, match=r"layer 0 of .* does more than act\(gate x\) \* \(up x\)"):
         find_ffns(tiny("gemma3n_text"))
 
 

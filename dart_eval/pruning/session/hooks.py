@@ -77,7 +77,7 @@ class Hooks:
         self.decoder = decoder(model)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
-        self._experts: list[tuple[object, object]] = []
+        self._experts: list[tuple[Any, str, object]] = []
 
     def install(self, begin: Callable[..., None], end: Callable[..., None]) -> None:
         """Watch the model. begin, end: run before and after each forward of its decoder."""
