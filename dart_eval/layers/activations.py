@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,53 +14,32 @@ Factors = Sequence[float | Tensor]  # numbers, or one per neuron, [F]
 
 
 @dataclass(frozen=True, eq=False)
-class Act:
-    """An activation whose input has factors (Falcon-H1, Dory) or an upper bound (DeepSeek V4).
+class Scaled:
+    """An activation, or the identity, whose input has factors (Falcon-H1, Dory) or bounds (DeepSeek V4).
 
     Attributes:
-        act: [..., F] -> [..., F].
+        act: [..., F] -> [..., F]; None: the identity.
         factors: of its input.
-        most: upper bound of its input, or None.
+        least, most: bounds of its input after the factors, or None.
+        plus: constant that is added to the result (MiniMax M3).
     """
 
-    act: Callable[[Tensor], Tensor]
+    act: Callable[[Tensor], Tensor] | None
     factors: Factors = ()
-    most: float | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = _times(x, self.factors)
-        return self.act(x if self.most is None else x.clamp(max=self.most))
-
-
-@dataclass(frozen=True, eq=False)
-class Lift:
-    """A function of up x: times factors (Dory), bounded on both sides (DeepSeek V4), plus 1 (MiniMax M3).
-
-    Attributes:
-        factors: of up x.
-        most: bound of its absolute value, or None.
-        plus: constant that is added.
-    """
-
-    factors: Factors = ()
+    least: float | None = None
     most: float | None = None
     plus: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = _times(x, self.factors)
-        x = x if self.most is None else x.clamp(-self.most, self.most)
+        for factor in self.factors:
+            x = x * factor
+        x = x if self.most is None else x.clamp(self.least, self.most)
+        x = x if self.act is None else self.act(x)
         return x + self.plus if self.plus else x
 
 
-def _times(x: Tensor, factors: Factors) -> Tensor:
-    for factor in factors:
-        x = x * factor
-    return x
-
-
-@functools.cache
 def swish(alpha: float) -> Callable[[Tensor], Tensor]:
-    """Return x sigmoid(alpha x): one function per alpha, since layers are compared by identity."""
+    """Return x sigmoid(alpha x)."""
     return lambda x: x * torch.sigmoid(x * alpha)
 
 
@@ -71,14 +49,14 @@ def activation(layer: nn.Module, layout: Layout) -> Callable[[Tensor], Tensor] |
     alpha = get(layer, layout.alpha) if layout.alpha else None
     act = next((a for a in acts if a is not None), None if alpha is None else swish(float(alpha)))
     factors, limit = _factors(layer, layout.factors), get(layer, layout.limit) if layout.limit else None
-    return act if act is None or (not factors and limit is None) else Act(act, factors, limit)
+    return act if act is None or (not factors and limit is None) else Scaled(act, factors, most=limit)
 
 
-def lift(layer: nn.Module, layout: Layout) -> Lift | None:
+def lift(layer: nn.Module, layout: Layout) -> Scaled | None:
     """Return the function of up x before the product, or None."""
     factors, limit = _factors(layer, layout.lifts), get(layer, layout.limit) if layout.limit else None
-    plus = 1.0 if layout.alpha else 0.0
-    return Lift(factors, limit, plus) if factors or plus or limit is not None else None
+    plus, least = 1.0 if layout.alpha else 0.0, None if limit is None else -limit
+    return Scaled(None, factors, least, limit, plus) if factors or plus or limit is not None else None
 
 
 def _factors(layer: nn.Module, paths: Sequence[str]) -> list[float | Tensor]:

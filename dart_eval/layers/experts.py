@@ -11,20 +11,39 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dart_eval.layers import llama4
-from dart_eval.layers.projection import Step
+from dart_eval.layers.families import get
 from dart_eval.util.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 NAME = "dart_eval"  # of the function, in `config._experts_implementation`
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
+
+
+class Llama4Experts:
+    """The experts of a block of Llama 4 with transformers' interface: see `use_experts_implementation` there.
+
+    transformers does not hand them to a function. The router's weight multiplies x, not an expert's output.
+    """
+
+    has_gate = is_concatenated = is_transposed = True
+    has_bias = has_post_expert_norm = False
+
+    def __init__(self, block: Any) -> None:
+        self._experts = block.experts
+        self.config = SimpleNamespace(num_experts_per_tok=int(block.top_k))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a part of the experts: `gate_up_proj` [E, D, 2 I], `down_proj` [E, I, D]."""
+        return getattr(self._experts, name)
+
+    def _apply_gate(self, projected: Tensor) -> Tensor:
+        gate, up = projected.chunk(2, -1)
+        return self._experts.act_fn(gate) * up
 
 
 class Routed:
@@ -35,6 +54,8 @@ class Routed:
         count: experts of a token.
         inner: neurons of an expert.
         size: neurons of a token's experts.
+        all: number of experts.
+        pool: neurons of all experts together.
         width: D.
         silent: leave out biases of down.
         index: [N, count], experts of N tokens.
@@ -44,12 +65,20 @@ class Routed:
 
     def __init__(self, experts: Any) -> None:
         # A weak reference, as the module is the key in `_KNOWN`.
-        self._experts = (lambda: experts) if isinstance(experts, llama4.Llama4Experts) else weakref.ref(experts)
-        self.count = _routed(experts.config)
+        self._experts = (lambda: experts) if isinstance(experts, Llama4Experts) else weakref.ref(experts)
+        counts = (getattr(experts.config, name, None) for name in ROUTED)
+        self.count = next((count for count in counts if isinstance(count, int)), 0)
+        if not self.count:
+            raise UserError(
+                f"how many experts a token of {experts.config.model_type} has is not known",
+                "add the name of its setting to ROUTED in dart_eval/layers/experts.py",
+            )
         rows, columns = experts.down_proj.shape[1:]
         self.inner, self.width = (rows, columns) if experts.is_transposed else (columns, rows)
-        self.size = self.count * self.inner
-        self.up, self.down = _Up(self, self.width, self.size), _Down(self, self.size, self.width)
+        self.size, self.all = self.count * self.inner, len(experts.down_proj)
+        self.pool = self.all * self.inner
+        self.up = _Up(self, "gate_up_proj" if experts.has_gate else "up_proj", self.width, self.size)
+        self.down = _Down(self, "down_proj", self.size, self.width)
         self.index: Tensor = torch.empty(0, self.count, dtype=torch.long)
         self.weights: Tensor = torch.empty(0, self.count)
         self.inward: Tensor | None = None
@@ -64,17 +93,14 @@ class Routed:
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[N, D] -> [N, D], as stock experts."""
         self.index, self.weights = index, weights
-        if isinstance(self.experts, llama4.Llama4Experts):
+        if isinstance(self.experts, Llama4Experts):
             self.inward, self.weights = self.weights, torch.ones_like(self.weights)
         self.up(x)
         projected, self.projected = self.projected, None
         assert projected is not None
-        h = self.hidden(projected) * self.weights[..., None].to(projected.dtype)
+        h = self.experts._apply_gate(projected) if self.experts.has_gate else self.experts.act_fn(projected)
+        h = h * self.weights[..., None].to(projected.dtype)
         return self.down(h.reshape(len(x), -1))
-
-    def hidden(self, projected: Tensor) -> Tensor:
-        """Return [N, count, I], h without the router's weight. projected: the experts' first product."""
-        return self.experts._apply_gate(projected) if self.experts.has_gate else self.experts.act_fn(projected)
 
     def act(self, gate: Tensor) -> Tensor:
         """Return the gate's factor in h, elementwise: h for up = 1. For a plain FFN, the activation."""
@@ -101,16 +127,6 @@ class Routed:
         return projected[..., ::2], projected[..., 1::2]
 
     # -- masks of all experts' neurons -----------------------------------------------------------------------------
-
-    @property
-    def all(self) -> int:
-        """Number of experts."""
-        return len(self.experts.down_proj)
-
-    @property
-    def pool(self) -> int:
-        """Neurons of all experts together."""
-        return self.inner * self.all
 
     def _index(self, batch: int, tokens: int | None = None) -> Tensor:
         """Return [B, T, count], the experts of the last `tokens` tokens of each sequence; None: of all."""
@@ -145,8 +161,7 @@ class Routed:
 
     def input_weights(self) -> list[Tensor]:
         """Return gate and up (or up alone) of all experts, [pool, D] each: copies."""
-        projected = self.experts.gate_up_proj if self.experts.has_gate else self.experts.up_proj
-        projected = projected.mT if not self.experts.is_transposed else projected  # [E, D, rows]
+        projected = self.up.parameter if self.experts.is_transposed else self.up.parameter.mT  # [E, D, rows]
         parts = self.halves(projected) if self.experts.has_gate else (projected,)
         return [part.transpose(1, 2).reshape(self.pool, self.width) for part in parts]
 
@@ -154,15 +169,6 @@ class Routed:
         """Return down of all experts, [D, pool]: a copy."""
         down = self.experts.down_proj if self.experts.is_transposed else self.experts.down_proj.mT  # [E, I, D]
         return down.reshape(self.pool, self.width).T
-
-    def stored_inputs(self, parts: Sequence[Tensor]) -> Tensor:
-        """Convert the output of `input_weights` to the parameter's layout: a copy, [E, D, rows] or [E, rows, D]."""
-        each = [part.view(self.all, self.inner, self.width).transpose(1, 2) for part in parts]
-        if len(each) == 1 or self.experts.is_concatenated:
-            projected = torch.cat(each, -1)
-        else:
-            projected = torch.stack(each, -1).flatten(-2)
-        return (projected if self.experts.is_transposed else projected.mT).contiguous()
 
     # -- the two steps ---------------------------------------------------------------------------------------------
 
@@ -172,49 +178,62 @@ class Routed:
             tokens, places = (index == expert).nonzero(as_tuple=True)
             yield expert, tokens, places
 
-    def times(self, x: Tensor, name: str, expert: int) -> Tensor:
-        """Return the product with one of an expert's matrices."""
+    def times(self, x: Tensor, name: str, expert: int, share: Tensor | float) -> Tensor:
+        """Return the product with one of an expert's matrices, plus a share of its bias."""
         weight = getattr(self.experts, name)[expert]
-        return x @ weight if self.experts.is_transposed else nn.functional.linear(x, weight)
-
-    def bias(self, name: str, expert: int) -> Tensor | None:
-        """Return the bias of an expert's matrix, or None."""
-        return getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else None
+        product = x @ weight if self.experts.is_transposed else nn.functional.linear(x, weight)
+        return product + share * getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else product
 
 
-class _Step(Step):
-    """One of the two steps: a module with the experts' parameters, so that it can be hooked."""
+class ExpertProjection(nn.Module):
+    """One of the two steps: a module with the experts' parameters, so that it can be hooked.
 
-    def __init__(self, routed: Routed, in_features: int, out_features: int) -> None:
+    Attributes:
+        routed: the experts.
+        in_features, out_features: D and F, or F and D.
+        name: of the parameter that it multiplies with.
+    """
+
+    def __init__(self, routed: Routed, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.routed, self.in_features, self.out_features = routed, in_features, out_features
+        self.routed, self.name, self.in_features, self.out_features = routed, name, in_features, out_features
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The matrices of all experts."""
+        return getattr(self.routed.experts, self.name)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.routed.experts.parameters(recurse)
 
+    def matrix(self) -> Tensor:
+        """Return the matrices of all experts as [out, in], their rows below each other; perhaps a copy."""
+        raise NotImplementedError
 
-class _Up(_Step):
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Convert such a matrix to the parameter's layout: a copy."""
+        raise NotImplementedError
+
+
+class _Up(ExpertProjection):
     """[N, D] of the last N tokens -> gate x and up x of each one's experts, [N, 2 F] (of a plain FFN up x, [N, F])."""
-
-    @property
-    def held(self) -> nn.Parameter:
-        return self.routed.experts.gate_up_proj if self.routed.experts.has_gate else self.routed.experts.up_proj
 
     def matrix(self) -> Tensor:
         return torch.cat(self.routed.input_weights())
 
     def stored(self, matrix: Tensor) -> Tensor:
-        return self.routed.stored_inputs(matrix.chunk(2 if self.routed.experts.has_gate else 1))
+        routed, parts = self.routed, matrix.chunk(2 if self.routed.experts.has_gate else 1)
+        each = [part.view(routed.all, routed.inner, routed.width).transpose(1, 2) for part in parts]
+        apart = len(each) == 2 and not routed.experts.is_concatenated
+        projected = torch.stack(each, -1).flatten(-2) if apart else torch.cat(each, -1)
+        return (projected if routed.experts.is_transposed else projected.mT).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         routed, shape = self.routed, x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
-        name = "gate_up_proj" if routed.experts.has_gate else "up_proj"
         projected = x.new_zeros(len(x), routed.count, routed.inner * (2 if routed.experts.has_gate else 1))
         for expert, tokens, places in routed.each(routed.index[-len(x) :]):
-            out = routed.times(x[tokens], name, expert)
-            bias = routed.bias(name, expert)
-            projected[tokens, places] = out if bias is None else out + bias
+            projected[tokens, places] = routed.times(x[tokens], self.name, expert, 1.0)
         if routed.inward is not None:
             projected = projected * routed.inward[-len(x) :, :, None].to(projected.dtype)
         routed.projected = projected
@@ -225,16 +244,12 @@ class _Up(_Step):
         return torch.cat([gate.reshape(*shape, -1), rest.reshape(*shape, -1)], -1)
 
 
-class _Down(_Step):
+class _Down(ExpertProjection):
     """h of each token's experts [N, F] -> their output [N, D]."""
 
-    @property
-    def held(self) -> nn.Parameter:
-        return self.routed.experts.down_proj
-
     def matrix(self) -> Tensor:
-        down = self.routed.experts.down_proj
-        return (down.mT if self.routed.experts.is_transposed else down).reshape(-1, self.routed.inner)
+        down = self.parameter.mT if self.routed.experts.is_transposed else self.parameter
+        return down.reshape(-1, self.routed.inner)
 
     def stored(self, matrix: Tensor) -> Tensor:
         each = matrix.view(self.routed.all, self.routed.width, -1)
@@ -243,24 +258,12 @@ class _Down(_Step):
     def forward(self, h: Tensor) -> Tensor:
         routed, shape = self.routed, h.shape[:-1]
         h = h.reshape(-1, routed.count, routed.inner)
-        out, weights = h.new_zeros(len(h), routed.width), routed.weights[-len(h) :]
+        out = h.new_zeros(len(h), routed.width)
+        weights = routed.weights[-len(h) :].to(h.dtype) * (not routed.silent)
         for expert, tokens, places in routed.each(routed.index[-len(h) :]):
-            written = routed.times(h[tokens, places], "down_proj", expert)
-            bias = routed.bias("down_proj", expert)
-            if bias is not None and not routed.silent:
-                written = written + bias * weights[tokens, places, None].to(bias.dtype)
+            written = routed.times(h[tokens, places], self.name, expert, weights[tokens, places, None])
             out.index_add_(0, tokens, written.to(out.dtype))
         return out.reshape(*shape, -1)
-
-
-def _routed(config: PretrainedConfig) -> int:
-    count = next((getattr(config, name) for name in ROUTED if isinstance(getattr(config, name, None), int)), None)
-    if count is None:
-        raise UserError(
-            f"how many experts a token of {config.model_type} has is not known",
-            "add the name of its setting to ROUTED in dart_eval/layers/experts.py",
-        )
-    return count
 
 
 def routes(settings: Mapping[str, object]) -> bool:
@@ -269,13 +272,21 @@ def routes(settings: Mapping[str, object]) -> bool:
     return any(settings.get(name) for name in ROUTED) or any(map(routes, inner))
 
 
+def is_llama4(module: nn.Module) -> bool:
+    """Whether this is a block of Llama 4 with experts of plain weights."""
+    matrices = get(module, "experts.gate_up_proj"), get(module, "experts.down_proj")
+    return all(isinstance(m, nn.Parameter) and m.dim() == 3 for m in matrices) and all(
+        get(module, name) is not None for name in ("router", "shared_expert", "experts.act_fn", "top_k")
+    )
+
+
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, Routed] = weakref.WeakKeyDictionary()
 
 
 def is_routed(module: nn.Module) -> bool:
     """Whether a module is experts that transformers hands to a registered function, or a block of Llama 4."""
     interface = hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
-    return interface or llama4.is_block(module)
+    return interface or is_llama4(module)
 
 
 def routed(experts: Any) -> Routed:
@@ -284,11 +295,11 @@ def routed(experts: Any) -> Routed:
     Raises:
         UserError: the module has a norm between an expert's output and the router's weight.
     """
-    block = llama4.is_block(experts)
+    block = is_llama4(experts)
     if not block and experts.has_post_expert_norm:
         raise UserError(f"{type(experts).__name__} has a norm behind each expert", "such experts are not supported")
     if experts not in _KNOWN:
-        _KNOWN[experts] = Routed(llama4.Llama4Experts(experts) if block else experts)
+        _KNOWN[experts] = Routed(Llama4Experts(experts) if block else experts)
     return _KNOWN[experts]
 
 
@@ -296,52 +307,76 @@ def _forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
     return routed(experts)(hidden_states, top_k_index, top_k_weights)
 
 
+def _run_llama4(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the forward of a block of Llama 4: experts take x times the router's weight; all others x times 0."""
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    scores, logits = block.router(x)
+    weights, index = scores.topk(block.top_k)
+    return block.shared_expert(x) + routed(block)(x, index, weights), logits
+
+
 def ours(experts: nn.Module) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """Return the function that computes a module of experts in our two steps, with its forward's arguments."""
-    if llama4.is_block(experts):
-        return functools.partial(llama4.run, experts, routed(experts))
-    return functools.partial(_forward, experts)
+    return functools.partial(_run_llama4 if is_llama4(experts) else _forward, experts)
 
 
-def take_over(model: nn.Module) -> list[tuple[Any, object]]:
-    """Let our function compute the model's experts. Return the argument of `give_back`."""
+def take_over(model: nn.Module, as_written: bool = False) -> list[tuple[Any, str, object]]:
+    """Let our function compute the model's experts; `as_written`: the modules' own code, in any dtype.
+
+    Returns:
+        The argument of `give_back`.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # takes a second
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
-    before = _hand_to(model, NAME)
-    for module in model.modules():
-        if llama4.is_block(module):
-            before.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = ours(module)
-    return before
-
-
-def _hand_to(model: nn.Module, name: str) -> list[tuple[object, object]]:
-    """Let a function of transformers' table compute the experts. Return the former settings."""
-    before = []
-    configs: list[Any] = [m.config for m in model.modules() if is_routed(m) and not llama4.is_block(m)]
-    for config in {id(c): c for c in configs}.values():
-        before.append((config, config._experts_implementation_internal))
-        config._experts_implementation_internal = name
-    return before
-
-
-def give_back(before: list[tuple[Any, Any]]) -> None:
-    """Undo `take_over`."""
-    for owner, was in before:
-        if not isinstance(owner, nn.Module):
-            owner._experts_implementation_internal = was
-        elif was is None:
-            owner.__dict__.pop("forward", None)
+    before: list[tuple[Any, str, object]] = []
+    changed: tuple[Any, str, object]
+    for module in filter(is_routed, model.modules()):
+        if is_llama4(module):
+            changed = module, "forward", module.forward if as_written else ours(module)
         else:
-            owner.__dict__["forward"] = was
+            changed = module.config, "_experts_implementation_internal", "eager" if as_written else NAME
+        owner, name, value = changed
+        before.append((owner, name, vars(owner).get(name, ...)))
+        vars(owner)[name] = value
+    return before
+
+
+def give_back(before: Sequence[tuple[Any, str, object]]) -> None:
+    """Undo `take_over`."""
+    for owner, name, value in reversed(before):
+        vars(owner).pop(name)
+        vars(owner).update({} if value is ... else {name: value})
 
 
 @contextmanager
 def taken_over(model: nn.Module, as_written: bool = False) -> Iterator[None]:
-    """Let our function compute the model's experts inside; `as_written`: the modules' own code, in any dtype."""
-    before = _hand_to(model, "eager") if as_written else take_over(model)
+    """Let our function compute the model's experts inside. as_written: see `take_over`."""
+    before = take_over(model, as_written)
     try:
         yield
     finally:
         give_back(before)
+
+
+# -- outside a forward: of earlier tokens ------------------------------------------------------------------------------
+
+
+def routing(routed: Routed, batch: int) -> Tensor:
+    """Return [B, T, 2 count] fp32, the experts of each token of the current forward, and their weights."""
+    counts = routed.weights if routed.inward is None else routed.inward
+    return torch.cat([routed.index.float(), counts.float()], -1).view(batch, -1, 2 * routed.count)
+
+
+@contextmanager
+def under(routed: Routed, routing: Tensor) -> Iterator[None]:
+    """Give tokens this routing inside: [..., 2 count]."""
+    before = routed.index, routed.weights, routed.inward
+    index, counts = routing.reshape(-1, 2 * routed.count).chunk(2, -1)
+    routed.index, routed.weights = index.long(), counts
+    if routed.inward is not None:
+        routed.weights, routed.inward = torch.ones_like(counts), counts
+    try:
+        yield
+    finally:
+        routed.index, routed.weights, routed.inward = before

@@ -147,8 +147,6 @@ STREAMS = (
     "ple", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "attn_sconv", "mlp_sconv",
     "router", "mamba_decoder", "linear", "q_message_gate", "k_message_gate", "v_message_gate", "mlp_message_gate",
 )  # fmt: skip
-# Of an FFN's block, if not 0: the gates of all neurons are compared (Gemma 3n), so leaving one out changes the rest.
-COMPARED = ("activation_sparsity",)
 
 
 def get(module: object, path: str) -> Any:

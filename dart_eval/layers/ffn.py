@@ -154,7 +154,6 @@ class FFN:
 
 
 def device_of(ffn: FFN) -> torch.device:
-    """Return the device of an FFN's weights, which some libraries hold as buffers; torch packs them only on CPUs."""
+    """Return the device of an FFN's weights, which some libraries hold as buffers."""
     quantised.refuse_offloaded(ffn.down)
-    held = itertools.chain(ffn.down.parameters(), ffn.down.buffers())
-    return next((tensor.device for tensor in held), torch.device("cpu"))
+    return next(itertools.chain(ffn.down.parameters(), ffn.down.buffers())).device

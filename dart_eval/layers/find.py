@@ -7,21 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from dart_eval.layers import experts, verify
+from dart_eval.layers import experts, families, verify
 from dart_eval.layers.activations import activation, lift
-from dart_eval.layers.families import (
-    ATTENTION_OUTPUTS,
-    EMBEDDED,
-    LAYOUTS,
-    OUTPUT_NORMS,
-    RECURRENT_OUTPUTS,
-    RESIDUAL_NORMS,
-    SCALES,
-    Layout,
-    decoder_layers,
-    first,
-    get,
-)
+from dart_eval.layers.families import Layout, decoder_layers, first, get
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, features
 from dart_eval.layers.quantised import RECORDS, Record, stated_bits
@@ -37,7 +25,7 @@ def _described(layer: nn.Module, number: int, index: int, before: nn.Module | No
         before: the attention's output projection, of this layer or an earlier one.
     """
     ffns: list[FFN] = []
-    for layout in LAYOUTS:
+    for layout in families.LAYOUTS:
         ffn = _laid_out(layer, layout, number, index + len(ffns), before)
         if ffn is not None and all(ffn.down is not f.down for f in ffns):
             ffns.append(ffn)
@@ -57,12 +45,12 @@ def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attenti
     modules = [block, up, down, attention, *([gate] if layout.gate else [])]
     if act is None or not all(isinstance(m, nn.Module) for m in modules):
         return None
-    post_norm = first(layer, OUTPUT_NORMS)
-    residual, after = _residual(layer, block), get(layer, EMBEDDED)
+    post_norm = first(layer, families.OUTPUT_NORMS)
+    residual, after = _residual(layer, block), get(layer, families.EMBEDDED)
     if getattr(layer, "do_layer_norm_before", True) is False:  # OPT-350m: the norm comes after the sum
         residual, after = block, get(layer, "final_layer_norm")
     size, width = features(down)
-    scale = first(layer, SCALES)
+    scale = first(layer, families.SCALES)
     return FFN(
         layer=index, number=number, holder=layer, block=block, gate=gate, up=up, down=down, act=act,
         fused=layout.fused, residual=residual, output=post_norm if post_norm is not None else down,
@@ -77,14 +65,14 @@ def _routed(layer: nn.Module, module: object, number: int, index: int, attention
     return FFN(
         layer=index, number=number, holder=layer, block=routed.up, gate=None, up=routed.up, down=routed.down,
         act=routed.act, fused=routed.experts.has_gate, residual=_residual(layer, routed.up), attention=attention,
-        output=first(layer, OUTPUT_NORMS) or routed.down, size=routed.size, width=routed.width, routed=routed,
-        after=get(layer, EMBEDDED),
+        output=first(layer, families.OUTPUT_NORMS) or routed.down, size=routed.size, width=routed.width, routed=routed,
+        after=get(layer, families.EMBEDDED),
     )  # fmt: skip
 
 
 def _residual(layer: nn.Module, block: nn.Module) -> nn.Module:
     """Return the module that the stream enters on its way to the FFN."""
-    residual = first(layer, RESIDUAL_NORMS)
+    residual = first(layer, families.RESIDUAL_NORMS)
     if get(layer, "post_feedforward_layernorm") is not None and get(layer, "pre_feedforward_layernorm") is None:
         return block  # OLMo 2: without a norm
     return block if residual is None else residual
@@ -93,7 +81,7 @@ def _residual(layer: nn.Module, block: nn.Module) -> nn.Module:
 def _has_none(layer: nn.Module) -> bool:
     """Whether a layer is attention, or its replacement, and nothing else (Nemotron-H)."""
     parts = [m for m in layer.children() if any(p.dim() > 1 for p in m.parameters())]
-    return len(parts) == 1 and first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) is not None
+    return len(parts) == 1 and first(layer, families.ATTENTION_OUTPUTS + families.RECURRENT_OUTPUTS) is not None
 
 
 # model -> the identities of its layers' parts when its FFNs were found, and these
@@ -135,7 +123,7 @@ def describe(model: nn.Module) -> list[FFN]:
     ffns: list[FFN] = []
     attention = None
     for number, layer in enumerate(decoder_layers(model)):
-        attention = first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) or attention
+        attention = first(layer, families.ATTENTION_OUTPUTS + families.RECURRENT_OUTPUTS) or attention
         described = _described(layer, number, len(ffns), attention)
         if not described and not _has_none(layer):
             raise UserError(

@@ -7,38 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from dart_eval.layers import quantised
+from dart_eval.layers.experts import ExpertProjection
 from dart_eval.util.errors import UserError
-
-
-class Step(nn.Module):
-    """A projection of all experts of a layer, whose parameters belong to one module.
-
-    Attributes:
-        routed: the experts.
-        in_features, out_features: D and F, or F and D.
-    """
-
-    routed: Any
-    in_features: int
-    out_features: int
-
-    @property
-    def held(self) -> nn.Parameter:
-        """The experts' parameter that it multiplies with."""
-        raise NotImplementedError
-
-    def matrix(self) -> Tensor:
-        """Return the matrices of all experts as [out, in], their rows below each other; perhaps a copy."""
-        raise NotImplementedError
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Convert such a matrix to the parameter's layout: a copy."""
-        raise NotImplementedError
 
 
 def weight_matrix(linear: nn.Module) -> Tensor:
     """Return a projection's weight as [out, in], to be read. Quantised weights are computed (`quantised.values`)."""
-    if encoded(linear) and not isinstance(linear, Step):
+    if encoded(linear) and not isinstance(linear, ExpertProjection):
         return quantised.values(linear, features(linear)[0])
     return plain_matrix(linear)
 
@@ -54,7 +29,7 @@ def plain_matrix(linear: nn.Module) -> Tensor:
             f"the weights of {type(linear).__name__} {reason}: others cannot stand in their place",
             "load the model unquantised and merge adapters, or use a method that leaves weights as they are",
         )
-    if isinstance(linear, Step):
+    if isinstance(linear, ExpertProjection):
         return linear.matrix()
     quantised.refuse_offloaded(linear)
     weight: Any = linear.weight
@@ -70,13 +45,13 @@ def encoded(linear: nn.Module) -> str | None:
         return "carry an adapter"
     if (record := quantised.RECORDS.get(linear)) is not None and record.form is not None:
         return record.form
-    step = isinstance(linear, Step)
-    weight = linear.held if isinstance(linear, Step) else getattr(linear, "weight", None)
+    of_experts = isinstance(linear, ExpertProjection)
+    weight = linear.parameter if isinstance(linear, ExpertProjection) else getattr(linear, "weight", None)
     if weight is None:
         return "are kept in a form of their own"
     if type(weight) not in PLAIN:  # a library's own tensor, whatever dtype it claims to have
         return f"are quantised or wrapped ({type(weight).__name__})"
-    if not weight.is_floating_point() or weight.element_size() < 2 or weight.dim() != 2 + step:
+    if not weight.is_floating_point() or weight.element_size() < 2 or weight.dim() != 2 + of_experts:
         return f"are quantised ({str(weight.dtype).removeprefix('torch.')})"
     return None
 

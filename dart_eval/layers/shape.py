@@ -105,19 +105,14 @@ def _others(model: nn.Module, ffns: Sequence[FFN]) -> list[nn.Module]:
 
 
 def stored_share(model: nn.Module, ffns: Sequence[FFN]) -> float:
-    """Return the share of the FFNs in the bytes that a decoded token reads of the weights as they lie in memory."""
-    stated = stated_bits(model.config).total
+    """Return about the share of the FFNs in the bytes that a decoded token reads of the weights as they lie in memory.
 
-    def bits(module: nn.Module) -> float:
-        return stated if encoded(getattr(module, "base_layer", module)) else OWN_BITS
-
-    own = 0.0
-    for f in ffns:
-        into = [bits(m) for m in (f.gate, f.up) if m is not None]
-        own += f.size * f.width * ((f.matrices - 1) * sum(into) / len(into) + bits(f.down))
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    others = [*_others(model, ffns), head]
-    return own / (own + sum(bits(m) * math.prod(features(m)) for m in others))
+    Where FFNs are quantised, the decoder's other projections count as many bits.
+    """
+    shape, parts = shape_of(model, ffns), (ffns[0].down, model.get_output_embeddings())  # type: ignore[operator]
+    bits, of_head = (stated_bits(model.config).total if encoded(part) else OWN_BITS for part in parts)
+    own, others = shape.ffn_weights * bits, shape.other_weights * bits
+    return own / (own + others + shape.head_weights * of_head)
 
 
 def _windows(config: PretrainedConfig, layers: int) -> tuple[int | None, ...]:

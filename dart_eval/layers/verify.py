@@ -10,7 +10,8 @@ whether they add to the stream: it then leaves the layer unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dart_eval.layers import experts
-from dart_eval.layers.families import COMPARED, STREAMS
+from dart_eval.layers.families import STREAMS
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.finite import refuse_not_finite
 from dart_eval.layers.quantised import input_device
@@ -59,6 +60,7 @@ def explaining(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
+@dataclass
 class _Seen:
     """The activations of one layer, float32 on the CPU, [T, ...]; None if it did not run.
 
@@ -84,9 +86,7 @@ class _Seen:
     mixture: Tensor | None = None
     eps: float = 0.0
     runs: int = 0
-
-    def __init__(self) -> None:
-        self.others: set[str] = set()
+    others: set[str] = field(default_factory=set)
 
     def record(self, name: str, value: Tensor | Sequence[Tensor]) -> None:
         value = value if isinstance(value, Tensor) else value[0]
@@ -121,14 +121,13 @@ def _check_experts(model: nn.Module) -> None:
     Raises:
         UserError: they do not.
     """
-    handles = [m.register_forward_hook(_same, with_kwargs=True) for m in model.modules() if experts.is_routed(m)]
-    try:
-        if handles:
-            with experts.taken_over(model, as_written=True):
-                _forward(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    routed = [m for m in model.modules() if experts.is_routed(m)]
+    with ExitStack() as stack:
+        for module in routed:
+            stack.enter_context(module.register_forward_hook(_same, with_kwargs=True))
+        if routed:
+            stack.enter_context(experts.taken_over(model, as_written=True))
+            _forward(model)
 
 
 def _same(
@@ -154,22 +153,16 @@ def _forward(model: Any) -> None:
 
 def _run(model: nn.Module, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
     """Run a few tokens and return the layers' activations. zero: with every neuron at 0."""
-    seen, handles = [_Seen() for _ in ffns], []
-    for s, f in zip(seen, ffns, strict=True):
-        handles += _watch(s, f, [g for g in ffns if g.holder is f.holder])
-        if zero and f.routed:
-            f.routed.silent = True  # biases differ from expert to expert
-        if zero:
-            handles.append(f.into.register_forward_pre_hook(_zeros))
-    try:
-        with experts.taken_over(model):
-            _forward(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for f in ffns:
-            if f.routed:
-                f.routed.silent = False
+    seen = [_Seen() for _ in ffns]
+    with ExitStack() as stack, experts.taken_over(model):
+        for s, f in zip(seen, ffns, strict=True):
+            zeros = [f.into.register_forward_pre_hook(_zeros)] if zero else []
+            for handle in [*_watch(s, f, [g for g in ffns if g.holder is f.holder]), *zeros]:
+                stack.enter_context(handle)
+            if zero and f.routed:
+                f.routed.silent = True  # biases differ from expert to expert
+                stack.callback(setattr, f.routed, "silent", False)
+        _forward(model)
     return seen
 
 
@@ -240,18 +233,13 @@ def _alike(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _check_hidden(name: str, f: FFN, s: _Seen) -> None:
-    if s.x is None or s.h is None:
+    if s.x is None or s.h is None or s.z is None:
         raise UserError(f"layer {f.number} of {name} did not run its FFN as described")
     f.dtype = s.x.dtype
     refuse_not_finite(s.x, f"inputs of the FFN of layer {f.number}")
     refuse_not_finite(s.h, f"intermediate values h of the FFN of layer {f.number}")
     theirs, ours = _rows(s.h), _rows(f.intermediate(s.x))
     if not _alike(ours, theirs):
-        if any(getattr(f.block, attribute, 0) for attribute in COMPARED):
-            raise UserError(
-                f"the FFN of layer {f.number} of {name} compares the gates of all its neurons with each other",
-                "none of them can be left out alone: such models are not supported",
-            )
         raise UserError(
             f"the FFN of layer {f.number} of {name} does more than act(gate x) * (up x)",
             "this family needs an entry of its own in dart_eval/layers/families.py",
@@ -285,8 +273,7 @@ def _check_alone(name: str, f: FFN, s: _Seen, empty: _Seen) -> None:
 
     empty: activations with every neuron at 0. If the stream is a sum, its last term decides; else other weights do.
     """
-    if s.z is None or empty.z is None:
-        raise UserError(f"layer {f.number} of {name} did not run its FFN as described")
+    assert s.z is not None and empty.z is not None
     differs = (empty.z - empty.z[:1]).abs().max() > CONSTANT * s.z.abs().max()
     if s.mixture is not None and empty.mixture is not None:  # nothing else in it may have an output
         differs |= (empty.mixture - empty.mixture[:1]).abs().max() > CONSTANT * s.mixture.abs().max()

@@ -152,7 +152,7 @@ class Session:
         self._thread = threading.get_ident()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._own, self._forwards = Swap(), Swap()  # of the model's own methods, and of projections
-        self._experts: list[tuple[object, object]] = []
+        self._experts: list[tuple[Any, str, object]] = []
 
     # -- the model -------------------------------------------------------------------------------------------------
 

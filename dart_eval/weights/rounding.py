@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dart_eval.layers.experts import ExpertProjection
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.guard import refuse_second
-from dart_eval.layers.projection import Step, is_conv1d, plain_matrix
+from dart_eval.layers.projection import is_conv1d, plain_matrix
 from dart_eval.layers.quantised import RECORDS, Record
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored, parse
 from dart_eval.util.errors import UserError
@@ -182,12 +183,12 @@ def parameter_of(module: nn.Module) -> nn.Parameter:
         UserError: they are quantised.
     """
     plain_matrix(module)
-    return module.held if isinstance(module, Step) else module.weight  # type: ignore[return-value]
+    return module.parameter if isinstance(module, ExpertProjection) else module.weight  # type: ignore[return-value]
 
 
 def as_held(module: nn.Module, values: Tensor) -> Tensor:
     """Convert a matrix [out, in] to the layout of its projection's parameter."""
-    if isinstance(module, Step):
+    if isinstance(module, ExpertProjection):
         return module.stored(values)
     return values.T.contiguous() if is_conv1d(module) else values
 

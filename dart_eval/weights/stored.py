@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import BitsAndBytesConfig, Mxfp4Config
 
+from dart_eval.layers.experts import ExpertProjection
 from dart_eval.layers.find import describe
-from dart_eval.layers.projection import Step
 from dart_eval.layers.quantised import RECORDS, Record, method_of, quantisation_of, stated_bits
 from dart_eval.util.bits import OWN_BITS
 
@@ -55,7 +55,7 @@ def record_bits(config: PretrainedConfig, model: PreTrainedModel) -> list[str]:
     expanded, settings = method in EXPANDED, quantisation_of(config)
     skipped = [str(part) for name in SKIPPED for part in settings.get(name) or ()]
     names = {id(module): name for name, module in model.named_modules()}
-    hidden = [m for f in describe(model) for m in f.projections if expanded or not isinstance(m, Step)]
+    hidden = [m for f in describe(model) for m in f.projections if expanded or not isinstance(m, ExpertProjection)]
     for module in hidden if expanded or model.device.type == "meta" else ():
         name = names.get(id(module), "")
         if not any(re.match(part[3:], name) if part.startswith("re:") else part in name for part in skipped):

@@ -112,12 +112,12 @@ def test_weights_are_what_the_codes_stand_for(checkpoint, kind):
                 found, wanted = weight_matrix(module), values[f"{names[id(module)]}.weight"]
             elif kind == "mxfp4":
                 part = "down_proj" if module is ffn.down else "gate_up_proj"
-                found, wanted = module.held, values[f"model.layers.{ffn.layer}.mlp.experts.{part}"]
+                found, wanted = module.parameter, values[f"model.layers.{ffn.layer}.mlp.experts.{part}"]
             else:
                 root = f"model.layers.{ffn.layer}.mlp.experts"
                 parts = ["down_proj"] if module is ffn.down else ["gate_proj", "up_proj"]
                 wanted = torch.stack([torch.cat([values[f"{root}.{e}.{p}.weight"] for p in parts]) for e in range(4)])
-                found = module.held
+                found = module.parameter
             assert torch.allclose(found.float(), wanted, rtol=2**-7, atol=1e-3)  # rounded to 16 bits
 
 

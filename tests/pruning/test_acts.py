@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dart_eval.layers.activations import Act, Lift, swish
+from dart_eval.layers.activations import Scaled, swish
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.methods.both import expected_square
 from dart_eval.util.errors import UserError
@@ -15,8 +15,9 @@ from tests.matrix.types import tiny
 
 def test_by_hand():
     x = torch.tensor([-3.0, -0.4, 0.2, 3.0])
-    assert torch.equal(Act(torch.relu, (2.0,), 1.0)(x), torch.tensor([0.0, 0.0, 0.4, 1.0]))
-    assert torch.allclose(Lift((torch.tensor([1.0, 1.0, 2.0, 1.0]),), 1.0, 1.0)(x), torch.tensor([0.0, 0.6, 1.4, 2.0]))
+    assert torch.equal(Scaled(torch.relu, (2.0,), most=1.0)(x), torch.tensor([0.0, 0.0, 0.4, 1.0]))
+    lift = Scaled(None, (torch.tensor([1.0, 1.0, 2.0, 1.0]),), -1.0, 1.0, 1.0)
+    assert torch.allclose(lift(x), torch.tensor([0.0, 0.6, 1.4, 2.0]))
     assert torch.allclose(swish(1.702)(x), x / (1 + (-1.702 * x).exp()))
 
 
@@ -31,7 +32,7 @@ def test_h_is_what_stock_code_feeds_into_down(name):
         ffn.block(x)
         handle.remove()
         assert torch.allclose(ffn.intermediate(x).flatten(0, 1), seen[0].flatten(0, -2), atol=1e-5)
-        raw = ffn.act.act if isinstance(ffn.act, Act) else ffn.act
+        raw = ffn.act.act if isinstance(ffn.act, Scaled) else ffn.act
         gate, up = (ffn.gate(x), ffn.up(x)) if ffn.gate is not None else ffn.up(x).chunk(2, -1)
     # Without what stands in these entries it would be something else (BitNet's norm alone comes later).
     assert (name == "bitnet") == torch.allclose(raw(gate) * up, ffn.intermediate(x), atol=1e-5)
@@ -57,7 +58,7 @@ def _times(mask):
 
 
 def test_gates_that_are_compared_with_each_other_are_refused_by_what_they_do():
-    with pytest.raises(UserError, match=r"layer 0 of .* compares the gates of all its neurons with each other"):
+    with pytest.raises(UserError, match=r"layer 0 of .* does more than act\(gate x\) \* \(up x\)"):
         find_ffns(tiny("gemma3n_text"))
 
 
@@ -107,7 +108,7 @@ def test_what_counts_a_token_once_does_not_fit_layers_that_run_more_often(method
 @pytest.mark.parametrize("up", [0.5, 2.5])
 def test_what_a_look_misses_of_up_is_bounded_with_it(up):
     """By hand: an up of 0.5 or 2.5 that is off by 0.25 either way, doubled and bounded by 2; the gate is known."""
-    lift = Lift((2.0,), 2.0, 0.0)
+    lift = Scaled(None, (2.0,), -2.0, 2.0)
     seen, errors = [torch.tensor([3.0]), torch.tensor([up])], [torch.zeros(1), torch.tensor([0.25])]
     expected = expected_square(torch.relu, seen, errors, lift)
     assert expected.item() == pytest.approx(9 * (1.5**2 + 0.5**2) / 2 if up < 1 else 9 * 4)

@@ -5,7 +5,6 @@ import torch
 
 from dart_eval.layers import experts
 from dart_eval.layers.find import find_ffns
-from dart_eval.layers.llama4 import is_block
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded_ffns
 from tests.helpers.models import random_tokens
@@ -42,7 +41,7 @@ def test_neurons_are_rows_of_gate_and_up_and_columns_of_down():
             handle.remove()
         (x,), ((h, out),) = seen, wrote
         gate, up = ffn.input_weights()
-        routed, act = ffn.routed, next(m for m in model.modules() if is_block(m)).experts.act_fn
+        routed, act = ffn.routed, next(m for m in model.modules() if experts.is_llama4(m)).experts.act_fn
         gate, up = gate.view(-1, routed.inner, ffn.width), up.view(-1, routed.inner, ffn.width)
         down = ffn.output_weight().T.view(-1, routed.inner, ffn.width)
         for t in range(len(x)):
@@ -72,7 +71,7 @@ def test_experts_that_compute_something_else_are_refused(name):
 
 def test_a_forward_of_somebody_elses_is_put_back():
     model = tiny(NAME)
-    block = next(m for m in model.modules() if is_block(m))
+    block = next(m for m in model.modules() if experts.is_llama4(m))
     theirs = block.__dict__["forward"] = block.forward
     with open_session(model, "griffin", 0.5, execution="masked"):
         assert block.__dict__["forward"] is not theirs

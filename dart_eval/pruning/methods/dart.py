@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dart_eval.layers.expert_pool import routing, under
+from dart_eval.layers.experts import routing, under
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import tables
 from dart_eval.pruning.log import Log
