@@ -61,7 +61,6 @@ def test_the_page_runs_as_printed(small, capsys):
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     said = capsys.readouterr().out
-    assert "<dart at sparsity 0.7 on 3 layers, copied>\n" in said
     assert said.count("\ndart:remask.window=8") == 2
     assert "\ngriffin 0.7 acc " in said and "unknown method 'grifin'; did you mean griffin, grinqh?" in said
     assert names["rows"][0]["method"] == "griffin"
@@ -110,13 +109,13 @@ def test_a_method_is_spelled_as_on_the_command_line_or_made_of_its_class(llama):
             pass
 
 
-def test_a_session_says_what_it_is(llama):
-    with open_session(llama, "griffin") as session:
-        assert repr(session) == "<griffin at sparsity 0.5 on 3 layers, masked>"
-        generate(llama, prompts_of(1, 8), 2)
-        assert repr(session) == "<griffin at sparsity 0.5 on 3 layers, copied>"
-    with open_session(llama, "dart", execution="masked", allocation="uniform") as session:
-        assert repr(session) == "<dart:allocation=uniform at sparsity 0.5 on 3 layers, masked>"
+@pytest.mark.parametrize(
+    ("batch", "asked", "ran"), [(1, "auto", "copied"), (2, "auto", "masked"), (1, "masked", "masked")]
+)
+def test_a_session_says_how_it_runs(llama, batch, asked, ran):
+    with open_session(llama, "griffin", execution=asked) as session:
+        generate(llama, prompts_of(batch, 8), 2)
+        assert session.execution == ran
 
 
 @pytest.mark.parametrize(("method", "options"), [("griffin", {}), ("dart", RESTLESS), ("cats", {}), ("grinqh", {})])
