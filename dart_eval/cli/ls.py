@@ -27,7 +27,6 @@ def methods(
     dart-eval ls methods dart
     dart-eval ls methods dart:remask=never
     """
-    from dart_eval.cli.describe import described
     from dart_eval.pruning.registry import make, parse
     from dart_eval.pruning.registry import methods as known
 
@@ -36,6 +35,8 @@ def methods(
         say("\nOptions of one method: dart-eval ls methods dart")
         return
     chosen = make(*parse(method))
+    from dart_eval.cli.describe import described  # not before the name is checked: it imports torch
+
     listed([(f"{chosen.spec}:", chosen.summary)])
     if chosen.paper:
         say(f"Paper: https://arxiv.org/abs/{chosen.paper}")

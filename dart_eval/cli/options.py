@@ -184,7 +184,7 @@ TraceText = Annotated[
 ]
 TraceFile = Annotated[Path | None, own("Read the prompt from this file.", PROMPT, "FILE")]
 TraceTokens = Annotated[int, count("Stop this many tokens after the prompt.", PROMPT)]
-RUN = "Run this method: a name, or a name with other parts, such as griffin:remask=drift."
+RUN = "Run this method: a name, or a name with options, such as dart:remask=never."
 TraceMethod = Annotated[str, own(RUN, PRUNING, "NAME")]
 TraceOutput = Annotated[Path | None, own("Write the trace to this JSON file.", OUTPUT, "FILE")]
 TracePlot = Annotated[Path | None, own("Draw the trace into this file: png, svg or pdf.", OUTPUT, "FILE")]

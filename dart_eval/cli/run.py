@@ -146,18 +146,21 @@ def _next(records: Sequence[Record], everything: Sequence[Record], output: str) 
 
 
 def understood(file: Path | None, given: Json) -> list[RunConfig]:
-    """Return the configurations of a run, one for each seed; wrong input is refused before torch is imported.
+    """Return the configurations of a run, one for each seed; wrong names are refused before torch is imported.
 
     Raises:
         UserError: the input is wrong.
     """
     from dart_eval.evaluation import task_names
+    from dart_eval.pruning.registry import check_name, parse
     from dart_eval.sweep.config import configs_from
     from dart_eval.sweep.plan import methods_of
 
     found = configs_from(file, given)
-    methods_of(found[0])
+    for spec in found[0].method:
+        check_name(parse(spec)[0])
     task_names.check_names(found[0].tasks, found[0].include_path)
+    methods_of(found[0])
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 
 import torch
@@ -12,22 +11,6 @@ from torch import Tensor
 from dart_eval.layers.ffn import FFN
 from dart_eval.util.errors import UserError
 from dart_eval.weights import rounding
-
-
-def check_sparsity(sparsity: float) -> float:
-    """Return the sparsity if it is a number in [0, 1).
-
-    Raises:
-        UserError: it is not.
-    """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
-        raise UserError(f"sparsity {sparsity!r} is not a number", "for example 0.5")
-    if not 0 <= sparsity < 1:
-        raise UserError(
-            f"sparsity {sparsity:g} is outside [0, 1)",
-            "it is the share of the FFN weights that a token does not read: write 0.7 for 70 %",
-        )
-    return sparsity
 
 
 def keep_counts(ratios: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[int]:

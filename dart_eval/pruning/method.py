@@ -27,6 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from dart_eval.layers.ffn import FFN
 from dart_eval.util.bits import Stored
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.retired import retired
 from dart_eval.util.text import short_repr
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class Option:
             return _checker(self.kind, self.least, self.most, self.above).validate_python(value)
         except (ValidationError, ValueError) as error:
             if self.words:
-                raise UserError(f"{self.path} is {value!r}", nearest(str(value), self.words)) from None
+                near = nearest(str(value), self.words)
+                raise retired("value", str(value)) or UserError(f"{self.path} is {value!r}", near) from None
             problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise UserError(f"{self.path} is {short_repr(value)}", problem[:1].lower() + problem[1:]) from None
 
@@ -185,7 +187,7 @@ class Method:
         options = {}
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             declared = ((base, vars(base).get("__dataclass_fields__", {}).get(field.name)) for base in cls.__mro__)
-            base, first = next((base, f) for base, f in declared if f is not None and f.metadata)
+            base, first = next(((base, f) for base, f in declared if f is not None and f.metadata), (cls, option(None)))
             kind, path = typing.get_type_hints(base)[field.name], field.name.replace("_", ".", 1)
             options[path] = Option(path, field.name, kind, field.default, **first.metadata)
         return options

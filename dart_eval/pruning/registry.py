@@ -1,10 +1,14 @@
-"""The names of methods: the built-in ones, and classes of other packages by the entry point `dart_eval.methods`."""
+"""The names of methods: the built-in ones, and classes of other packages by the entry point `dart_eval.methods`.
+
+What is asked for is checked here as far as torch is not needed for it.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import logging
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import TYPE_CHECKING, Any
@@ -56,16 +60,18 @@ def methods() -> dict[str, type[Method]]:
 
     classes = {name: _built_in(name) for name in BUILT_IN}
     for name, entry in offered(entry_points).items():
+        if name in classes:
+            continue
         try:
             cls = entry.load()
         except Exception as error:
             log.error("method %s of another package cannot be imported: %s", name, error)
             continue
-        if not (isinstance(cls, type) and issubclass(cls, Method)):
-            log.error("method %s of another package is no class of dart_eval.Method: left out", name)
+        if not (isinstance(cls, type) and issubclass(cls, Method)) or cls in (Method, *classes.values()):
+            log.error("method %s of another package is no new class of dart_eval.Method: left out", name)
             continue
         cls.name = name  # records and commands call it by the name that finds it
-        classes.setdefault(name, cls)
+        classes[name] = cls
     return classes
 
 
@@ -81,6 +87,33 @@ def offered(search: Callable[..., EntryPoints]) -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in search(group="dart_eval.methods")}
 
 
+def check_name(name: str) -> None:
+    """Refuse an unknown name. Nothing is imported.
+
+    Raises:
+        UserError: with the nearest names.
+    """
+    if name not in names():
+        near = nearest(name, names()) or "`dart-eval ls methods` lists them"
+        raise retired("method", name) or UserError(f"unknown method {name!r}", near)
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return the sparsity if it is a number in [0, 1).
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+        raise UserError(f"sparsity {sparsity!r} is not a number", "for example 0.5")
+    if not 0 <= sparsity < 1:
+        raise UserError(
+            f"sparsity {sparsity:g} is outside [0, 1)",
+            "it is the share of the FFN weights that a token does not read: write 0.7 for 70 %",
+        )
+    return sparsity
+
+
 def make(name: str, settings: Mapping[str, object] | None = None) -> Method:
     """Return the method of that name, with other values of its options.
 
@@ -90,11 +123,10 @@ def make(name: str, settings: Mapping[str, object] | None = None) -> Method:
     Raises:
         UserError: unknown name (nearest ones offered), unknown option, or a bad value.
     """
-    cls = _built_in(name) if name in BUILT_IN else methods().get(name) if name in names() else None
+    check_name(name)
+    cls = _built_in(name) if name in BUILT_IN else methods().get(name)
     if cls is None:
-        raise retired("method", name) or UserError(
-            f"unknown method {name!r}", nearest(name, names()) or "`dart-eval ls methods` lists them"
-        )
+        raise UserError(f"method {name!r} of another package cannot be used", "install that package anew")
     given = dict(_flattened(settings or {}))
     if str(table := given.get("allocation", "")).startswith(TABLE):
         if "allocation.file" in given:
@@ -104,9 +136,12 @@ def make(name: str, settings: Mapping[str, object] | None = None) -> Method:
         options = cls.options()
         for path in given:
             if path not in options:
-                word = retired("part", path.partition(".")[0]) if "." not in path else None
+                owner, dot, _ = path.partition(".")
+                mistyped = dot and any(known.startswith(f"{owner}.") for known in options)
                 near = nearest(path, options) if options else "it has none"
-                raise word or UserError(f"there is no option {path!r}", near)
+                raise (None if mistyped else retired("setting", owner)) or UserError(
+                    f"there is no option {path!r}", near
+                )
         method = cls(**{options[path].field: value for path, value in given.items()})
         for path in given.keys() - method.valid_options().keys():
             owner = path.partition(".")[0]

@@ -41,11 +41,10 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.layers.guard import GUARD, refuse_second
 from dart_eval.pruning.cache import cache_in, check_cache, real_tokens
 from dart_eval.pruning.calibration import Calibration
-from dart_eval.pruning.counts import check_sparsity
 from dart_eval.pruning.log import Log, Step, Tally
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dense import Dense
-from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.registry import check_sparsity, make, parse
 from dart_eval.pruning.rows import Rows, nbytes
 from dart_eval.util.bits import OWN_BITS, unread
 from dart_eval.util.errors import UserError
@@ -146,6 +145,7 @@ class Session:
         self._prompt, self._ends, self._turn, self._last_turn = 0, frozenset[int](), 0, 0
         self._prompting = False
         self._cached = 0  # tokens of the last forward's cache
+        self._decoded = 0  # of them since the prompt
         self._cache: Callable[[], Cache | None] = lambda: None  # a weak reference to it
         self._has_cache = True
         self._ran: set[int] = set()  # FFNs that have passed on their h
@@ -287,23 +287,26 @@ class Session:
         self.rows = None if rows is None else rows.select(index)
 
     def rewind(self, tokens: int, rows: Rows | None = None) -> None:
-        """Take back the last decoded tokens, in the KV cache too.
+        """Take back the last decoded tokens, in the KV cache too. What they read still counts.
 
         Args:
             tokens: their number.
             rows: the sequences before them (`session.rows.select(...)`), of a method that makes new masks meanwhile.
 
         Raises:
-            UserError: the cache cannot be cut, or the method needs `rows`.
+            UserError: the cache cannot be cut, fewer tokens were decoded, or the method needs `rows`.
         """
         cache: Any = self._cache()
         layers = getattr(cache, "layers", None)
         if not layers or any(not hasattr(x, "crop") or getattr(x, "is_sliding", False) for x in layers):
             raise UserError(f"a {type(cache).__name__} cannot be rewound", "use a DynamicCache of full attention")
+        if not 1 <= tokens <= self._decoded:
+            raise UserError(f"{tokens} tokens cannot be taken back", f"decoded since the prompt: {self._decoded}")
         if rows is None and self.room() is not None:
             raise UserError(f"{self.method.name} follows the tokens that are taken back", "give the rows before them")
-        cache.crop(self._cached - tokens)
+        cache.crop(-tokens)
         self._cached -= tokens
+        self._decoded -= tokens
         if rows is not None:
             self.rows, self._step = rows, None
             self.fast.move(self.method.masks(rows))
@@ -366,7 +369,7 @@ class Session:
         if self.phase == "decode":
             self._begin_decode(tokens, length)
             return None
-        self._step = None
+        self._step, self._decoded = None, 0
         if self._forced is None:
             self._tally.context(batch, chunk)
         if kwargs.get("logits_to_keep"):
@@ -435,6 +438,7 @@ class Session:
         step = self.step()
         self.log.steps.append(step)
         self.log.decoded += length
+        self._decoded += length
         if not self._forced and len(tokens) > 1 and self._ends and not tokens.is_floating_point():
             ended = torch.isin(tokens[:, -1:], torch.tensor(sorted(self._ends), device=tokens.device))
             self.going = self.valid & ~ended

@@ -38,7 +38,7 @@ class Speed:
     """The decoding speed of one method on one model.
 
     Attributes:
-        method: the user's spelling, `griffin:remask=drift`.
+        method: the user's spelling, `dart:remask=never`.
         params: every part of the method and every field, as in the inputs of a cell.
         sparsity: share of the FFN weights that a token does not read; 0 if the method has none.
         model: its name, revision and hash of weights, as in the inputs of a cell.

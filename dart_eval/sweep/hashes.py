@@ -12,9 +12,12 @@ import hashlib
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dart_eval.pruning.method import Method
 from dart_eval.util.source import tree_hash
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.method import Method
 
 PACKAGE = Path(__file__).parents[1]
 NUMERIC = (

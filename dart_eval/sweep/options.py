@@ -92,7 +92,7 @@ class Options:
     trust_remote_code: Annotated[Flag, option(MODEL, "", DECIDES,
         "Allow the model's own Python code to run. Without this option it is refused.")] = False
     method: Annotated[tuple[str, ...], BeforeValidator(values.methods), option(PRUNING, "NAMES", CELL,
-        "Run these methods, comma-separated: a name, or a name with other parts, such as griffin:remask=drift. "
+        "Run these methods, comma-separated: a name, or a name with options, such as dart:remask.window=8. "
         "`dart-eval ls methods` lists them. Without it and --ffn-bits, dense runs in a rounding of each read, too.")
     ] = ("dense", "griffin", "dart", "grinqh")
     sparsity: Annotated[tuple[float, ...], BeforeValidator(values.sparsities), option(PRUNING, "SHARES", CELL,

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dart_eval.pruning.counts import check_sparsity
-from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.registry import check_sparsity, make, parse
 from dart_eval.results import metrics
 from dart_eval.results.claims import ANY, SHAPED, Claim
 from dart_eval.results.paper_layout import TableLayout

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from dart_eval.evaluation.task_names import tasks_dir
-from dart_eval.pruning.method import Method
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.format import sparsity as percent
 from dart_eval.sweep.config import RunConfig
@@ -26,6 +25,7 @@ from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
     from dart_eval.models.loading import Resolved
+    from dart_eval.pruning.method import Method
 
 
 @dataclass(frozen=True)

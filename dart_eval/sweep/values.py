@@ -24,7 +24,7 @@ from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import LENGTHS, Json, items_of, short_repr
 
-FIELDS = "griffin:remask=drift:remask.window=8"  # an example
+FIELDS = "dart:remask=never:allocation=uniform"  # an example
 MOST = 2**32  # no count of anything is as large
 PATHS = ("output", "data_dir", "calibration", "include_path")  # `~` in them is the user's home; a model's name stays
 P = ParamSpec("P")
@@ -125,7 +125,7 @@ def sparsities(value: object) -> tuple[float, ...]:
     """Return numbers in [0, 1), ranges of them in full."""
     if isinstance(value, dict):
         raise UserError(f"sparsity must be a list, not {short_repr(value)}", "for example 0.5,0.7")
-    from dart_eval.pruning.counts import check_sparsity  # not for `--help`: it takes a tenth of a second
+    from dart_eval.pruning.registry import check_sparsity  # not for `--help`: it takes a tenth of a second
 
     return tuple(check_sparsity(s) for item in items_of(value) for s in _sparsity(item))
 
@@ -274,7 +274,7 @@ def _method(item: object) -> str:
         if text.lower() == "all":
             raise UserError("--method all does not exist", "give names; `dart-eval ls methods` lists them")
         if "=" in text and "=" in text.partition(":")[0]:
-            raise UserError(f"method {text!r} has no name", "join a method's fields with colons, as in " + FIELDS)
+            raise UserError(f"method {text!r} has no name", "join a method's options with colons, as in " + FIELDS)
         return text
     if len(item) != 1:
         raise UserError(f"method {short_repr(item)} has several names", "put a dash before each method")

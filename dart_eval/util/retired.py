@@ -16,18 +16,23 @@ METHODS = {
     "fewer-experts": "griffin chooses neurons inside experts", "drop-experts": "griffin chooses neurons inside experts",
     "graded-experts": "grinqh reads as few bytes",
 }  # fmt: skip
-PARTS = {
-    "choice": "a token's choice is a method: cats, m-countdown, oracle-token", "image": "previews have left",
-    "every": "re-masks are remask=drift or remask=never", "ends": "allocation=depth or allocation=uniform",
-    "votes": "score=activation is griffin's", "ranks": "score=activation is griffin's",
-    "mean-token": "compensation=mean is flap's", "routing": "griffin chooses neurons inside experts",
+SETTINGS = {  # of methods; some have them still
+    "score": "a score is a method's own: griffin, static, wanda-sp, magnitude, random",
+    "mask": "a mask is a method's own: griffin's is of the prompt, static's of a calibration text",
+    "choice": "a token's choice is a method: cats, m-countdown, oracle-token",
+    "entries": "what is read of columns is a method: teal, wina, grinqh, decdec, graded-both, rounding",
+    "compensation": "flap adds the mean output of what it leaves out", "draw": "griffin:draw=sample draws its mask",
+    "remask": "dart:allocation=uniform re-masks", "allocation": "dart spreads by depth, flap over all layers",
+}  # fmt: skip
+VALUES = {  # of them
+    "every": "remask=drift or remask=never", "ends": "allocation=depth or allocation=uniform",
+    "global": "flap ranks the neurons of all layers together",
 }  # fmt: skip
 OPTIONS = {
-    "log": "dart_eval.records() gives the results to wandb (docs/recipes.md)",
-    "log-project": "dart_eval.records() gives the results to wandb (docs/recipes.md)",
+    **dict.fromkeys(("log", "log-project"), "dart_eval.records() gives the results to wandb (docs/recipes.md)"),
     "share-prefix": "prefixes are always shared", "read-at-batch": "results/README.md has its page",
-    "calibration-tokens": "cut the file of --calibration", "calibration-seed": "cut the file of --calibration",
-    "allocation": "write METHOD:allocation=NAME", "cue": "write a task of your own for --include-path",
+    **dict.fromkeys(("calibration-tokens", "calibration-seed"), "cut the file of --calibration"),
+    "allocation": "write dart:allocation=NAME", "cue": "write a task of your own for --include-path",
     "executor": "--ray ADDRESS runs cells on Ray", "ray-address": "--ray ADDRESS runs cells on Ray",
     "cpus-per-cell": "--gpus-per-cell stays", "shards": "a cell is one task: give more cells",
     "compile": "prune() refuses compiled models",
@@ -35,21 +40,21 @@ OPTIONS = {
 VIEWS = {
     "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view costs has re-masks",
     "frontier": "--save FILE.svg draws it", "time": "the board has the speed",
-    "batch": "results/README.md has its page",
-    "all": "--view board, long and costs",
+    "batch": "results/README.md has its page", "all": "--view board, long and costs",
 }  # fmt: skip
-KINDS = {"method": METHODS, "part": PARTS, "option": OPTIONS, "view": VIEWS}
+KINDS = {"method": METHODS, "setting": SETTINGS, "value": VALUES, "option": OPTIONS, "view": VIEWS}
 
 
 def retired(kind: str, word: str) -> UserError | None:
     """Return the answer to a word that has left; None if it never was one.
 
     Args:
-        kind: "method", "part", "option" or "view".
+        kind: "method", "setting" or "value" (of a method), "option" or "view".
         word: as typed, without dashes before an option.
     """
     nearest = KINDS[kind].get(word)
     if nearest is None:
         return None
     numbers = "its numbers: " if kind == "method" else ""
-    return UserError(f"{word} left in {VERSION} ({numbers}{PAGE})", nearest)
+    what = f"the option {word!r}" if kind == "setting" else word
+    return UserError(f"{what} left in {VERSION} ({numbers}{PAGE})", nearest)

@@ -24,9 +24,17 @@ def module(*parts):
     return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if parts and f.is_file()), None)
 
 
+def running(node):
+    """The nodes of code that runs: a method and its session name each other as types."""
+    if not (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"):
+        yield node
+        for child in ast.iter_child_nodes(node):
+            yield from running(child)
+
+
 def imports(file):
-    """Files of the package that a file imports anywhere in it, for types too."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    """Files of the package that a file imports anywhere in it, but for types alone."""
+    for node in running(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
             parts = node.module.split(".")[1:]
             yield from {module(*parts, a.name) or module(*parts) for a in node.names} - {None, file}

@@ -7,15 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
+from dart_eval import Method
 from dart_eval.kernels.cpu import build
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
-from dart_eval.pruning.registry import make, offered
+from dart_eval.pruning.registry import make, methods, names, offered
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.plan import plan
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import program
+from tests.helpers.models import tiny
+from tests.helpers.sessions import generate, open_session, prompts_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending.md"
@@ -27,7 +31,6 @@ def package(tmp_path_factory):
     """A folder into which the package of the page has been installed."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for name, text in BLOCK.findall(PAGE.read_text()):
-        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(text)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*pip, "--disable-pip-version-check", "--target", str(target), str(source)], check=True)
@@ -41,14 +44,13 @@ def installed(package, monkeypatch):
     offered.cache_clear()
     yield
     offered.cache_clear()
-    for name in [n for n in sys.modules if n.partition(".")[0] == "dart_often"]:
-        del sys.modules[name]
+    sys.modules.pop("dart_votes", None)
 
 
-def test_a_score_is_20_lines_and_a_choice_20():
-    lengths = {name: len(text.strip().splitlines()) for name, text in BLOCK.findall(PAGE.read_text())}
-    assert lengths["dart_often/score.py"] <= 25  # with its imports
-    assert lengths["dart_often/choice.py"] <= 25
+def test_a_method_is_one_file_of_25_lines():
+    files = dict(BLOCK.findall(PAGE.read_text()))
+    assert [*files] == ["dart_votes.py", "pyproject.toml"]
+    assert len(files["dart_votes.py"].splitlines()) <= 25
 
 
 @pytest.mark.process
@@ -65,21 +67,63 @@ def test_the_pages_package_runs_by_the_pages_commands(package, saved_llama, tmp_
         done = program(*words, *more, cwd=tmp_path, script=tmp_path / "begin.py")
         assert done.returncode == 0, done.stderr
         said.append(done.stdout + done.stderr)
-    tree, ran = said
-    assert "score=often" in tree
-    assert "share of the neurons that counts as largest (above 0, at most 1)" in tree
+    options, ran = said
+    assert "power=2.0  exponent of a share; 2 is griffin's (above 0)" in options
     assert ran.count("done smoke_questions") == 3
-    assert "cats:choice=positive 50 %" in ran
+    assert "votes:power=1.0 50 %" in ran
 
 
 @pytest.mark.usefixtures("installed")
-def test_their_code_is_in_the_key_and_their_fields_are_checked():
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_its_masks_are_griffins(family):
+    model, prompts = tiny(family), prompts_of(3, 12)
+    masks = {}
+    for method in ("griffin", "votes", "votes:power=1"):
+        name, _, power = method.partition(":power=")
+        with open_session(model, name, 0.6, **({"power": power} if power else {})) as session:
+            generate(model, prompts, 3)
+            masks[method] = [session.masks(row) for row in range(3)]
+            assert session.effective_sparsity == pytest.approx(0.6 * 2 / 3, abs=0.01)
+    same = {m: all(torch.equal(a, b) for rows in zip(masks["griffin"], masks[m], strict=True)
+                   for a, b in zip(*rows, strict=True)) for m in masks}  # fmt: skip
+    assert same == {"griffin": True, "votes": True, "votes:power=1": False}
+
+
+@pytest.mark.usefixtures("installed")
+def test_its_code_is_in_the_key_and_its_options_are_checked():
     model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32", config=LlamaConfig())
-    config = RunConfig(method=("griffin", "griffin:score=often", "often"), tasks=("arc",))
-    ours, score, both = (cell.inputs["method_code"] for cell in plan(config, model, ("arc",), {"arc": "h"}, "cpu"))
-    assert len({ours, score, both}) == 3
-    with pytest.raises(UserError, match=r"griffin: score\.share is 2; it must be at most 1"):
-        make("griffin", {"score": "often", "score.share": 2})
+    config = RunConfig(method=("griffin", "votes", "votes:power=1"), tasks=("arc",))
+    griffin, votes, power = (cell.inputs for cell in plan(config, model, ("arc",), {"arc": "h"}, "cpu"))
+    assert griffin["method_code"] != votes["method_code"] == power["method_code"]
+    assert (votes["params"], power["params"]) == ({"method": "votes", "power": 2.0}, {"method": "votes", "power": 1.0})
+    with pytest.raises(UserError, match=r"votes: power is '0'; input should be greater than 0"):
+        make("votes", {"power": "0"})
+
+
+def test_what_is_offered_and_is_no_method_is_left_out(monkeypatch, caplog):
+    from importlib.metadata import EntryPoint
+
+    from dart_eval.pruning import registry
+
+    entries = {
+        name: EntryPoint(name, value, "dart_eval.methods")
+        for name, value in (("gone", "nowhere:X"), ("odd", "pathlib:Path"), ("griffin", "dart_eval:Method"))
+    }
+    monkeypatch.setattr(registry, "offered", lambda _: entries)
+    assert {"gone", "odd"} <= {*names()} and not {"gone", "odd"} & {*methods()}
+    assert methods()["griffin"].__name__ == "Griffin" and Method.name == "custom"
+    assert "gone of another package cannot be imported" in caplog.text and "odd of another package is no" in caplog.text
+    with pytest.raises(UserError, match="method 'odd' of another package cannot be used"):
+        make("odd")
+
+
+def test_a_field_without_a_word_of_help_is_an_option_too():
+    class Plain(Method):
+        width: int = 3
+
+    assert Plain(width="4").spec == "custom:width=4"
+    with pytest.raises(UserError, match="width is 'x'"):
+        Plain(width="x")
 
 
 @pytest.mark.parametrize("name", ["methods", "options"])

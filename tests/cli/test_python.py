@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from dart_eval.pruning.masks.remasks import OnDrift
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dart_eval
 from dart_eval import UserError
 from dart_eval.models import demo_model
 from dart_eval.models.loaded import Loaded
+from dart_eval.pruning.methods.dart import Dart
 from dart_eval.sweep.config import RunConfig
 from tests.helpers.models import tiny, word_tokenizer
-from tests.helpers.sessions import generate, hooked, open_session, prompts_of
+from tests.helpers.sessions import RESTLESS, cache_of, generate, hooked, open_session, prompts_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "python.md"
@@ -61,8 +61,7 @@ def test_the_page_runs_as_printed(small, capsys):
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     said = capsys.readouterr().out
-    assert "<dart at sparsity 0.7 on 3 layers, execution copied>\n" in said
-    assert said.count("\ngriffin:remask=drift:remask.window=8") == 3
+    assert said.count("\ndart:remask.window=8") == 2
     assert "\ngriffin 0.7 acc " in said and "unknown method 'grifin'; did you mean griffin, grinqh?" in said
     assert names["rows"][0]["method"] == "griffin"
     values = {(row["key"], row["metric"], row["value"]) for row in names["rows"]}
@@ -94,28 +93,54 @@ def test_evaluate_has_the_options_of_run_and_their_defaults():
     assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 
 
-def test_a_method_is_spelled_as_on_the_command_line(llama):
-    with dart_eval.prune(llama, "dart:remask.window=8", sparsity=0.7) as session:
-        assert session.method.mask.remask == OnDrift(window=8)
-    with dart_eval.prune(llama, "dart:remask.window=8", allocation="uniform", remask={"floor": 0.2}) as session:
-        assert session.method.spec == "dart:remask.window=8:remask.floor=0.2:allocation=uniform"
-    for method, part, words in (
-        ("dart:allocation=uniform", {"allocation": "depth"}, "dart: allocation is given twice"),
-        ("dart", {"remask": "drif"}, "there is no remask=drif; did you mean drift"),
-        (session.method, {"remask": "never"}, "parts go into the Pruner itself"),
-        (0.7, {}, "method 0.7 is neither a name nor a Pruner"),
+def test_a_method_is_spelled_as_on_the_command_line_or_made_of_its_class(llama):
+    spelled = "dart:remask.window=8:remask.floor=0.2:allocation=uniform"
+    for method in (spelled, Dart(remask_window="8", remask_floor=0.2, allocation="uniform")):
+        with dart_eval.prune(llama, method, 0.7) as session:
+            assert session.method.spec == spelled
+            assert session.method == Dart(remask_window=8, remask_floor=0.2, allocation="uniform")
+    for method, words in (
+        ("dart:allocation=depth:allocation=uniform", "allocation is given twice"),
+        ("dart:remask=drif", "dart: remask is 'drif'; did you mean drift"),
+        (Dart, "is neither a name nor a Method"),
+        (0.7, "method 0.7 is neither a name nor a Method"),
     ):
-        with pytest.raises(UserError, match=words), dart_eval.prune(llama, method, **part):
+        with pytest.raises(UserError, match=words), dart_eval.prune(llama, method):
             pass
 
 
-def test_a_session_says_what_it_is(llama):
-    with open_session(llama, "griffin") as session:
-        assert repr(session) == "<griffin at sparsity 0.5 on 3 layers, execution auto>"
-        generate(llama, prompts_of(1, 8), 2)
-        assert repr(session) == "<griffin at sparsity 0.5 on 3 layers, execution copied>"
-    with open_session(llama, "griffin", execution="masked", allocation="depth") as session:
-        assert repr(session) == "<griffin:allocation=depth at sparsity 0.5 on 3 layers, execution masked>"
+@pytest.mark.parametrize(
+    ("batch", "asked", "ran"), [(1, "auto", "copied"), (2, "auto", "masked"), (1, "masked", "masked")]
+)
+def test_a_session_says_how_it_runs(llama, batch, asked, ran):
+    with open_session(llama, "griffin", execution=asked) as session:
+        generate(llama, prompts_of(batch, 8), 2)
+        assert session.execution == ran
+
+
+@pytest.mark.parametrize(("method", "options"), [("griffin", {}), ("dart", RESTLESS), ("cats", {}), ("grinqh", {})])
+@torch.no_grad()
+def test_tokens_that_were_taken_back_are_decoded_as_at_first(llama, method, options):
+    """Two ways on from one prefix, the second after `rewind`; `dart` has made new masks meanwhile."""
+    with open_session(llama, method, **options) as session:
+        cache = cache_of(llama(prompts_of(2, 12), use_cache=True))
+
+        def decode(tokens):
+            return torch.stack([llama(torch.full((2, 1), t), use_cache=True, cache=cache).logits for t in tokens])
+
+        decode([1, 2])
+        before = session.rows.select(torch.arange(2)) if session.room() is not None else None
+        first, remasks = decode([3, 4, 5, 6, 7]), session.remasks
+        session.rewind(5, before)
+        assert cache.get_seq_length() == 14
+        assert torch.equal(decode([3, 4, 5, 6, 7]), first) and session.remasks == remasks
+        assert (max(remasks) > 0) == (method == "dart")
+        for tokens, words in ((8, "8 tokens cannot be taken back; decoded since the prompt: 7"), (0, "0 tokens")):
+            with pytest.raises(UserError, match=words):
+                session.rewind(tokens, before)
+        if before is not None:
+            with pytest.raises(UserError, match="dart follows the tokens that are taken back; give the rows"):
+                session.rewind(1)
 
 
 # -- loaded models -----------------------------------------------------------------------------------------------------

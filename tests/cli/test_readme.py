@@ -105,7 +105,7 @@ def test_yaml_block(tmp_path):
     (block,) = _blocks("yaml", README.parent / "docs" / "options.md")
     (tmp_path / "run.yaml").write_text(block)
     config = config_from(tmp_path / "run.yaml", {"limit": 3})
-    assert config.method == ("dense", "dart", "griffin:remask=drift")
+    assert config.method == ("dense", "dart", "dart:remask=never")
     assert (config.sparsity, config.limit, config.model) == ((0.5, 0.6, 0.7), 3, "./my-model")
 
 

@@ -27,8 +27,8 @@ from dart_eval import cli
 for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method", "grifin"], ["run", "--sparsty", "0.5"],
               ["run", "--tasks", "helaswag"], ["run", "--tasks", "smoke", "--dtype", "flaot32"], ["ls", "tasks"],
               ["trace", "--method", "grifin"], ["bench", "decode", "--method", "grifin"], ["paper", "smok"],
-              ["ls", "tasks", "--all"],
-              ["ls", "methods", "griffin"], ["run", "--tasks", "smoke", "--device", "gpu"],
+              ["ls", "tasks", "--all"], ["run", "--tasks", "smoke", "--method", "grifin:remask=drift"],
+              ["ls", "methods", "grifin"], ["run", "--tasks", "smoke", "--device", "gpu"],
               ["trace", "--device", "gpu"], ["bench", "decode", "--device", "gpu"]):
     sys.argv = ["dart-eval", *words]
     try:
@@ -44,7 +44,7 @@ for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method",
 def test_help_lists_and_wrong_names_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", QUICK], cwd=ROOT, capture_output=True, text=True, check=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("IMPORTED")]
-    assert len(said) == 15 and all(line.endswith("set()") for line in said), said
+    assert len(said) == 16 and all(line.endswith("set()") for line in said), said
     assert "unknown method 'grifin'; did you mean griffin, grinqh?" in done.stderr
     assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
     assert "unknown dtype 'flaot32'; did you mean float32" in done.stderr

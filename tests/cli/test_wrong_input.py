@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dart_eval.pruning.prune import check_sparsity, prune
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dart_eval
+from dart_eval.pruning.registry import check_sparsity
+from dart_eval.pruning.session import prune
 from dart_eval.sweep.config import DEFAULTS, checked, config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
@@ -68,7 +69,7 @@ CONFIGS = {
     f"data_dir: {LONG}": "--data-dir xxx",
     f"calibration: {LONG}": "--calibration xxx",
     f"model: {LONG}": "--model xxx",
-    f"method: 'dart:allocation=table:{LONG}'": "allocation table xxx",
+    f"tasks: smoke\nmethod: 'dart:allocation=table:{LONG}'": "allocation table xxx",
     "limit: true": "or a share of the documents below 1, not True",
     "limit: 2.5": "or a share of the documents below 1, not 2.5",
     "limit: [3]": "or a share of the documents below 1, not [3]",
