@@ -181,6 +181,7 @@ class Session:
         """Remove every hook, and restore the projections' weights and forwards."""
         self._remove()
         self._own.end()
+        self._own.entries, self._forwards.entries = [], []  # they hold the model, and a second call restores nothing
         self.fast.drop()
 
     @contextmanager

@@ -78,7 +78,7 @@ def test_scales_that_every_token_reads_are_no_products(bits, method, sparsity):
     with dart_eval.rounded_ffns(model, bits), open_session(model, method, sparsity, execution="masked") as run:
         generate(model, torch.tensor([random_tokens(9)]), 2)
         expected = float(run.rows.counts.sum()) / (3 * 120) if method in ("griffin", "cats") else 1 - sparsity
-        assert run.computed(float(run.step().read[0])) == pytest.approx(expected, abs=0.01)
+        assert run.method.computed(float(run.step().read[0])) == pytest.approx(expected, abs=0.01)
 
 
 def test_the_ring_reads_all_experts_that_its_tokens_had():

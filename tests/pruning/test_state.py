@@ -1,5 +1,7 @@
 """Bookkeeping per sequence: masks, ring buffer, re-masks, copies."""
 
+import gc
+import weakref
 from collections import deque
 
 import pytest
@@ -11,7 +13,7 @@ from dart_eval.kernels.top import top_k_mask
 from dart_eval.pruning.methods.ring import RingBuffer
 from dart_eval.pruning.rows import PerSequence, nbytes
 from tests.helpers.models import tiny
-from tests.helpers.sessions import VARIED, open_session, prompts_of, rows_of
+from tests.helpers.sessions import VARIED, generate, open_session, prompts_of, rows_of
 
 
 @given(st.integers(0, 10_000), st.integers(1, 30))
@@ -140,3 +142,17 @@ def test_methods_keep_of_a_sequence_what_they_need(llama):
         with open_session(llama, method, 0.5) as session:
             llama(prompts_of(1, 9), use_cache=True)
             assert (session.rows.sums[0] is not None, hasattr(session.rows, "watch")) == (sums, watch)
+
+
+@pytest.mark.parametrize("method", ["griffin", "dart", "cats", "grinqh", "rounding", "flap"])
+def test_a_session_keeps_no_model_alive_after_its_block(method):
+    """Nor does a cache of codes; and no collection of garbage has to run first."""
+    model = tiny("llama")
+    alive = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    with open_session(model, method, 0.5):
+        generate(model, prompts_of(1, 9), 3)
+    del model
+    gc.enable()
+    assert alive() is None

@@ -16,6 +16,7 @@ Densities stay the prompt's here; the code computed them anew.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -252,7 +253,7 @@ class Dart(PromptMask):
     # -- decoded tokens --------------------------------------------------------------------------------------------
 
     def hooks(self, session: Session) -> list[Hook]:
-        self.session = session
+        self.session: Session = weakref.proxy(session)  # which has this method: a circle would keep the model
         self.attention: Tensor | None = None  # of the last layer, in the current decoding forward
         hooks = ChangeHooks(session).all() if self.allocation == "depth" else []
         if self.keeps_ring:
