@@ -19,7 +19,7 @@ from torch.nn.functional import linear, silu
 
 from dart_eval.kernels.cpu import packing
 from dart_eval.kernels.cpu.ffns import CodedFFN
-from dart_eval.kernels.cpu.rows import RowsProduct
+from dart_eval.kernels.mask_rows import RowsProduct
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.codes import Packed
 

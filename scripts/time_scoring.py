@@ -37,7 +37,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import LOGIT_BYTES, Answers
 from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.tasks import Tasks, leaves
-from dart_eval.layers.families import decoder
+from dart_eval.layers.find import decoder
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.session import Session
 from dart_eval.results.writers import Table, markdown

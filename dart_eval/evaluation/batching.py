@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dart_eval.layers.quantised import input_device
+from dart_eval.layers.projection import input_device
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dart_eval.layers.families import base_of, cache_argument
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import base_of
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 

@@ -13,11 +13,12 @@ from transformers import Cache, PreTrainedModel
 from dart_eval.evaluation.cache import can_pad, new_cache
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
-from dart_eval.layers.families import base_of, cache_argument
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import base_of
 from dart_eval.layers.finite import refuse_not_finite
-from dart_eval.layers.quantised import input_device
+from dart_eval.layers.projection import input_device
 from dart_eval.layers.verify import explaining
-from dart_eval.pruning.cache import cache_in
+from dart_eval.pruning.session import cache_in
 from dart_eval.util.errors import UserError
 
 # Models that compute several tokens after a cached context wrongly, but one token correctly: Jamba's state space begins

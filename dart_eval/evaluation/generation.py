@@ -28,7 +28,7 @@ from dart_eval.evaluation.requests import Text
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.truncation import fit
 from dart_eval.evaluation.unusable import LogitsWatch
-from dart_eval.layers.families import decoder
+from dart_eval.layers.find import decoder
 from dart_eval.pruning.log import Step
 from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError

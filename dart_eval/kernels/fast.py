@@ -19,8 +19,7 @@ from dart_eval.kernels.cpu import build
 from dart_eval.kernels.cpu.library import ACTS
 from dart_eval.kernels.mask_rows import RowCopies, Swap, replacing
 from dart_eval.layers.ffn import FFN, device_of
-from dart_eval.layers.projection import encoded, is_conv1d
-from dart_eval.layers.quantised import bias_of
+from dart_eval.layers.projection import bias_of, encoded, is_conv1d
 from dart_eval.util.errors import UserError, nearest
 
 if TYPE_CHECKING:

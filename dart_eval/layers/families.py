@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dart_eval.util.errors import UserError
-
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 # The last two: Llama 4, whose name does not give its base model.
 LAYER_LISTS = (
@@ -159,38 +157,6 @@ def get(module: object, path: str) -> Any:
 
 def first(layer: nn.Module, paths: Sequence[str]) -> Any:
     return next((m for p in paths if (m := get(layer, p)) is not None), None)
-
-
-def base_of(model: PreTrainedModel) -> nn.Module:
-    """Return the module that computes the last hidden states: the base model, or the decoder if that is the model."""
-    base = getattr(model, "base_model", model)
-    return decoder(model) if base is model else base
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """Return the module that owns the decoder layers and runs them in order (hooks on it see every forward)."""
-    base = getattr(model, "base_model", model)
-    for path in LAYER_LISTS:
-        layers = get(base, path)
-        if isinstance(layers, nn.ModuleList) and len(layers):
-            owner, _, _ = path.rpartition(".")
-            return get(base, owner) if owner else base
-    if all(get(base, path) is not None for path in STACKS):
-        return base
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        remedy = "give model.get_base_model(), or the merged model"
-        raise UserError(f"{type(model).__name__} wraps the model whose layers are to be pruned", remedy)
-    raise UserError(
-        f"the decoder layers of {type(model).__name__} were not found",
-        "add the family to dart_eval/layers/families.py (docs/architecture.md, 'a model family')",
-    )
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers of a Hugging Face causal language model."""
-    owner = decoder(model)
-    layers = next((m for p in LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None), None)
-    return nn.ModuleList(layer for path in STACKS for layer in get(owner, path)) if layers is None else layers
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dart_eval.layers import experts, quantised
-from dart_eval.layers.projection import encoded, weight_matrix
+from dart_eval.layers import experts
+from dart_eval.layers.projection import bias_of, encoded, refuse_offloaded, weight_matrix
 
 
 @dataclass(eq=False)
@@ -133,7 +133,7 @@ class FFN:
 
     def write(self, h: Tensor) -> Tensor:
         """Return down h without its bias: [..., F] -> [..., D] fp32."""
-        bias = quantised.bias_of(self.down)
+        bias = bias_of(self.down)
         added = self.down(h).float()
         return added if bias is None else added - bias.float()
 
@@ -155,5 +155,5 @@ class FFN:
 
 def device_of(ffn: FFN) -> torch.device:
     """Return the device of an FFN's weights, which some libraries hold as buffers."""
-    quantised.refuse_offloaded(ffn.down)
+    refuse_offloaded(ffn.down)
     return next(itertools.chain(ffn.down.parameters(), ffn.down.buffers())).device

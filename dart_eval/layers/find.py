@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -9,11 +10,13 @@ from torch import nn
 
 from dart_eval.layers import experts, families, verify
 from dart_eval.layers.activations import activation, lift
-from dart_eval.layers.families import Layout, decoder_layers, first, get
+from dart_eval.layers.families import Layout, first, get
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, features
 from dart_eval.layers.quantised import RECORDS, Record, stated_bits
 from dart_eval.util.errors import UserError
+
+GUARD = "_under_prune"  # an attribute of all modules of a model with a session
 
 
 def _described(layer: nn.Module, number: int, index: int, before: nn.Module | None) -> list[FFN]:
@@ -82,6 +85,56 @@ def _has_none(layer: nn.Module) -> bool:
     """Whether a layer is attention, or its replacement, and nothing else (Nemotron-H)."""
     parts = [m for m in layer.children() if any(p.dim() > 1 for p in m.parameters())]
     return len(parts) == 1 and first(layer, families.ATTENTION_OUTPUTS + families.RECURRENT_OUTPUTS) is not None
+
+
+def base_of(model: Any) -> nn.Module:
+    """Return the module that computes the last hidden states: the base model, or the decoder if that is the model."""
+    base = getattr(model, "base_model", model)
+    return decoder(model) if base is model else base
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """Return the module that owns the decoder layers and runs them in order (hooks on it see every forward)."""
+    base = getattr(model, "base_model", model)
+    for path in families.LAYER_LISTS:
+        owner, _, name = path.rpartition(".")
+        with contextlib.suppress(AttributeError):
+            layers = getattr(module := base.get_submodule(owner), name)
+            if isinstance(layers, nn.ModuleList) and len(layers):
+                return module
+    if all(get(base, path) is not None for path in families.STACKS):
+        return base
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        remedy = "give model.get_base_model(), or the merged model"
+        raise UserError(f"{type(model).__name__} wraps the model whose layers are to be pruned", remedy)
+    raise UserError(
+        f"the decoder layers of {type(model).__name__} were not found",
+        "add the family to dart_eval/layers/families.py (docs/architecture.md, 'a model family')",
+    )
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers of a Hugging Face causal language model."""
+    owner = decoder(model)
+    layers = next(
+        (m for p in families.LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None), None
+    )
+    return nn.ModuleList(layer for path in families.STACKS for layer in get(owner, path)) if layers is None else layers
+
+
+def refuse_second(model: nn.Module) -> None:
+    """Refuse a model with a session on it or on a part of it, and an object that is not a model.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"prune() needs a loaded model, and {model!r} is a {type(model).__name__}",
+            "load it first, with transformers.AutoModelForCausalLM",
+        )
+    if any(GUARD in module.__dict__ for module in model.modules()):
+        raise UserError("this model is already under another prune()", "leave that block")
 
 
 # model -> the identities of its layers' parts when its FFNs were found, and these

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dart_eval.layers import quantised
@@ -31,7 +32,7 @@ def plain_matrix(linear: nn.Module) -> Tensor:
         )
     if isinstance(linear, ExpertProjection):
         return linear.matrix()
-    quantised.refuse_offloaded(linear)
+    refuse_offloaded(linear)
     weight: Any = linear.weight
     return weight.T if is_conv1d(linear) else weight
 
@@ -66,3 +67,32 @@ def features(linear: Any) -> tuple[int, int]:
     if is_conv1d(linear):
         return int(linear.nx), int(linear.nf)
     return int(linear.in_features), int(linear.out_features)
+
+
+def bias_of(linear: Any) -> Tensor | None:
+    """Return the bias of a projection, however its weights are stored."""
+    return getattr(linear, "bias", None)
+
+
+def offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the parameters of a module elsewhere between its forwards."""
+    return "_hf_hook" in vars(module) and any(p.is_meta for p in module.parameters(recurse=False))
+
+
+def refuse_offloaded(linear: nn.Module) -> None:
+    """Refuse to read weights that are in memory only while their module runs.
+
+    Raises:
+        UserError: the module is offloaded.
+    """
+    if offloaded(linear):
+        raise UserError(
+            f"the weights of {type(linear).__name__} are offloaded: they are in memory only while it runs",
+            "load the model without offload, or take a method that reads no weights, such as griffin",
+        )
+
+
+def input_device(model: Any) -> torch.device:
+    """Return the device of a model's input tokens."""
+    embeddings = model.get_input_embeddings()
+    return embeddings._hf_hook.execution_device if offloaded(embeddings) else embeddings.weight.device

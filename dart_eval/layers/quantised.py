@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.util.bits import OWN_BITS, SCALE_BITS, Stored
-from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
 CHUNK = 1024  # unit vectors that go through a projection at a time
@@ -93,35 +92,6 @@ def _nbytes(tensor: Tensor) -> int:
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
     return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])  # of torchao
-
-
-def offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps the parameters of a module elsewhere between its forwards."""
-    return "_hf_hook" in vars(module) and any(p.is_meta for p in module.parameters(recurse=False))
-
-
-def refuse_offloaded(linear: nn.Module) -> None:
-    """Refuse to read weights that are in memory only while their module runs.
-
-    Raises:
-        UserError: the module is offloaded.
-    """
-    if offloaded(linear):
-        raise UserError(
-            f"the weights of {type(linear).__name__} are offloaded: they are in memory only while it runs",
-            "load the model without offload, or take a method that reads no weights, such as griffin",
-        )
-
-
-def input_device(model: Any) -> torch.device:
-    """Return the device of a model's input tokens."""
-    embeddings = model.get_input_embeddings()
-    return embeddings._hf_hook.execution_device if offloaded(embeddings) else embeddings.weight.device
-
-
-def bias_of(linear: Any) -> Tensor | None:
-    """Return the bias of a projection, however its weights are stored."""
-    return getattr(linear, "bias", None)
 
 
 @torch.no_grad()

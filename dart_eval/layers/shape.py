@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dart_eval.layers.families import ATTENTION_OUTPUTS, decoder, decoder_layers, first
+from dart_eval.layers.families import ATTENTION_OUTPUTS, first
 from dart_eval.layers.ffn import FFN
+from dart_eval.layers.find import decoder, decoder_layers
 from dart_eval.layers.projection import encoded, features, is_conv1d
 from dart_eval.layers.quantised import nbytes, stated_bits
 from dart_eval.util.bits import OWN_BITS

@@ -22,7 +22,7 @@ from dart_eval.layers import experts
 from dart_eval.layers.families import STREAMS
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.finite import refuse_not_finite
-from dart_eval.layers.quantised import input_device
+from dart_eval.layers.projection import input_device
 from dart_eval.util.errors import UserError, out_of_memory, summary
 
 TOKENS = 3

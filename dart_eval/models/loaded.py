@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dart_eval.layers.guard import refuse_second
+from dart_eval.layers.find import refuse_second
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.util.errors import UserError
 from dart_eval.weights.checkpoint import check_tokenizer

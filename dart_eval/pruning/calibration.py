@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dart_eval.layers import experts
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
-from dart_eval.layers.quantised import input_device
+from dart_eval.layers.projection import input_device
 from dart_eval.layers.verify import evaluating
 from dart_eval.pruning.caches import StatsCache
 from dart_eval.util.errors import UserError

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
+from torch import Tensor
 
 from dart_eval.layers.ffn import FFN
 from dart_eval.util.bits import Stored
@@ -31,7 +32,7 @@ from dart_eval.util.retired import retired
 from dart_eval.util.text import short_repr
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from typing_extensions import dataclass_transform
 
     from dart_eval.layers.shape import ModelShape
@@ -169,6 +170,7 @@ class Method:
 
     ffns: Sequence[FFN]
     sparsity: float
+    _counted: Tensor | None = None  # [B, T], by the current forward
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -354,6 +356,18 @@ class Method:
         """
         return torch.ones(len(rows.seen), dtype=torch.float64)
 
+    def count(self, read: Tensor) -> None:
+        """Count what the tokens of the current forward read, where it is measured. read: [B, T] fp64, a share."""
+        self._counted = read if self._counted is None else self._counted + read
+
+    def counted(self, valid: Tensor | None) -> Tensor | None:
+        """Return what was counted, [B] fp64, mean over tokens, and begin anew; None: nothing. valid: see `read`."""
+        if valid is None or self._counted is None:
+            return None
+        read, self._counted = self._counted, None
+        real = valid.cpu().double()
+        return (read * real).sum(1) / real.sum(1).clamp_min(1)
+
     def in_mask(self, rows: Rows) -> Tensor:
         """Return the share of the neurons in the masks: [B] fp64 on the CPU."""
         return torch.ones(len(rows.seen), dtype=torch.float64)
@@ -387,6 +401,28 @@ class Method:
     def kernel(self, ffn: FFN) -> Any:
         """Return what runs an FFN for one token, [1, D] -> [1, D]; None: products with copies of the mask's rows."""
         return None
+
+
+class Measured(Method):
+    """Base of methods whose tokens choose columns, or bits of them: what they read is measured.
+
+    Attributes:
+        fixed_read: what the sparsity says that a token reads / the served FFN weight bytes; `fit` sets it.
+    """
+
+    exact = False
+    by_token = True
+    fits_experts = False
+    fits_norms = False
+    fits_repeats = False
+
+    def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
+        super().fit(ffns, sparsity, calibration)
+        self.fixed_read = 1.0
+
+    def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
+        counted = self.counted(valid)
+        return torch.full((len(rows),), self.fixed_read, dtype=torch.float64) if counted is None else counted
 
 
 def text_of(value: object) -> str:

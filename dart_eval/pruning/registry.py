@@ -127,7 +127,9 @@ def make(name: str, settings: Mapping[str, object] | None = None) -> Method:
     cls = _built_in(name) if name in BUILT_IN else methods().get(name)
     if cls is None:
         raise UserError(f"method {name!r} of another package cannot be used", "install that package anew")
-    given = dict(_flattened(settings or {}))
+    if not settings:
+        return cls()
+    given = dict(_flattened(settings))
     if str(table := given.get("allocation", "")).startswith(TABLE):
         if "allocation.file" in given:
             raise UserError("allocation.file is given twice", "leave one of them out")

@@ -103,9 +103,3 @@ class Rows(PerSequence):
     def tokens(self, like: Tensor) -> Tensor:
         """Return [B, 1], the tokens of the context, at least 1, on the device of a tensor."""
         return self.seen.clamp_min(1).to(like.device)[:, None]
-
-
-def mean_of(values: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean over the tokens `valid` ([B, T] bool) of each sequence: [B] fp64. values: [B, T] fp64."""
-    real = valid.cpu().double()
-    return (values * real).sum(1) / real.sum(1).clamp_min(1)

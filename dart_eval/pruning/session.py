@@ -35,11 +35,8 @@ from transformers import Cache
 from dart_eval.kernels.fast import Fast
 from dart_eval.kernels.mask_rows import Swap, replacing
 from dart_eval.layers import experts
-from dart_eval.layers.families import decoder
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.find import find_ffns
-from dart_eval.layers.guard import GUARD, refuse_second
-from dart_eval.pruning.cache import cache_in, check_cache, real_tokens
+from dart_eval.layers.find import GUARD, decoder, find_ffns, refuse_second
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.log import Log, Step, Tally
 from dart_eval.pruning.method import Method
@@ -53,6 +50,7 @@ from dart_eval.weights import rounding
 
 Phase = Literal["off", "context", "decode"]
 SETTINGS = ("eos_token_id", "pad_token_id", "num_beams")
+MASK_REMEDY = "pass attention_mask of shape [batch, cached and new tokens]"
 
 
 @contextmanager
@@ -94,8 +92,10 @@ def prune(
         method = make(*parse(method))
     if not isinstance(method, Method):
         raise UserError(f"method {method!r} is neither a name nor a Method", "for example 'dart'")
-    if calibration is None or isinstance(calibration, str | Path):
+    if method.calibrates and not isinstance(calibration, Calibration):
         calibration = Calibration(model, tokenizer, calibration)
+    elif not isinstance(calibration, Calibration):
+        calibration = None
     session = Session(model, method, sparsity, calibration, execution, shared_mask)
     try:
         session.open()
@@ -131,6 +131,8 @@ class Session:
         self.share = rounding.served_bits(self.ffns) / OWN_BITS if self.ffns else None
         if self.prunes:
             self.method.check(self.ffns, self.sparsity)
+        if self.method.calibrates and calibration is None:
+            raise UserError(f"method {self.method.name} needs a calibration", "pass tokenizer= to prune()")
         self.method.fit(self.ffns, self.sparsity, calibration)
         self.fast = Fast(self.ffns, self.method, execution, shared_mask)
         self.rows: Rows | None = None
@@ -217,7 +219,8 @@ class Session:
             handle.remove()
         self._handles.clear()
         self._forwards.end()
-        experts.give_back(self._experts)
+        if self._experts:
+            experts.give_back(self._experts)
         self._experts = []
 
     def _generate(self, generate: Callable[..., object], *args: Any, **kwargs: Any) -> object:
@@ -344,13 +347,15 @@ class Session:
         if threading.get_ident() != self._thread:
             raise UserError("a model under prune() runs in the thread of the block alone", "enter the block there")
         named = named_arguments(module, args, kwargs) if args else kwargs
-        tokens = next(t for t in map(named.get, ("input_ids", "inputs_embeds")) if t is not None)
+        tokens = named.get("input_ids")
+        tokens = named["inputs_embeds"] if tokens is None else tokens
         batch, length = tokens.shape[:2]
         cache = named.get("cache", named.get("past_key_values"))
         check_cache(cache, named.get("use_cache"))
         self._has_cache = cache is not None
         past = int(cache.get_seq_length()) if cache is not None else 0
-        self.fast.end()  # an exception may have left it on
+        if self.fast.on:  # an exception left it so
+            self.fast.end()
         self.phase = self._forced[0] if self._forced else self._phase(cache, past, length)
         if self._forced:
             self.valid = self._forced[1]
@@ -471,11 +476,12 @@ class Session:
     def _end(self, _module: nn.Module, _args: tuple[object, ...], output: object) -> None:
         # From here on nothing is a forward, a re-mask's own projections included.
         phase, self.phase, self._last = self.phase, "off", self.phase
-        fast = self.fast.on
-        self.fast.end()
+        if fast := self.fast.on:
+            self.fast.end()
         if not self._has_cache:
             self._follow(cache_in(output, type(self.model).__name__), self._cached)
-        if not fast and (missing := [f.layer for f in self.ffns if f.layer not in self._ran]):
+        if not fast and len(self._ran) < len(self.ffns):
+            missing = [f.layer for f in self.ffns if f.layer not in self._ran]
             raise UserError(
                 f"{len(missing)} of {len(self.ffns)} FFNs of {type(self.model).__name__} did not run where prune() "
                 f"found them (the first in layer {missing[0]})",
@@ -622,3 +628,98 @@ def _drop_compiled_code() -> None:
     if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
         dynamo.config.skip_nnmodule_hook_guards = False
         dynamo.reset()
+
+
+# -- what a forward's KV cache and attention mask tell ---------------------------------------------------------------
+
+
+def real_tokens(mask: object, cache: Cache | None, past: int, batch: int, length: int, device: torch.device) -> Tensor:
+    """Return [B, T] bool, the new tokens that are not padding.
+
+    Args:
+        mask: the decoder's argument: None, one mask, or one per type of layer.
+        cache: the KV cache before the forward, or None.
+        past: tokens in the cache.
+        batch: B.
+        length: T.
+        device: of the result.
+
+    Raises:
+        UserError: the mask has a form that does not show padding.
+    """
+    kind = None
+    if isinstance(mask, dict):
+        # A missing mask is a plain causal one, which a padded batch never has.
+        kind = next((k for k in ("full_attention", *mask) if mask.get(k) is not None), None)
+        mask = None if kind is None else mask[kind]
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    if not hasattr(mask, "shape") or len(mask.shape) not in (2, 4):
+        raise UserError(
+            f"an attention mask of type {type(mask).__name__} does not tell prune() what is padding", MASK_REMEDY
+        )
+    width = int(mask.shape[-1])
+    start = past - _offset(cache, width, length, kind)
+    if start < 0 or start + length > width:
+        raise UserError(
+            f"the attention mask has {width} columns, and the forward has {length} tokens after {past} cached ones",
+            MASK_REMEDY,
+        )
+    return _own_entries(mask, start, length).to(device).expand(batch, length)
+
+
+def _offset(cache: Cache | None, width: int, length: int, kind: str | None) -> int:
+    """Return the position of a mask's first column: caches of sliding windows drop the oldest tokens."""
+    for layer in sorted(getattr(cache, "layers", ()), key=lambda layer: bool(getattr(layer, "is_sliding", False))):
+        if kind is not None and getattr(layer, "is_sliding", False) == (kind == "full_attention"):
+            continue
+        if hasattr(layer, "get_mask_sizes"):
+            columns, offset = layer.get_mask_sizes(length)
+            if columns == width:
+                return int(offset)
+    return 0
+
+
+def _own_entries(mask: Any, start: int, length: int) -> Tensor:
+    """Return [B or 1, T] bool, whether each new token attends to itself; its key is in column start + t."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask[:, start : start + length] > 0
+    if not isinstance(mask, Tensor):  # flex attention: a function of batch, head, query and key
+        rows = torch.arange(mask.shape[0], device=mask.kv_num_blocks.device)[:, None]
+        queries = torch.arange(length, device=rows.device)[None]
+        return mask.mask_mod(rows, torch.zeros_like(rows), queries, queries + start).expand(mask.shape[0], length)
+    own = mask[:, 0].diagonal(offset=start, dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+
+
+def cache_in(output: object, model: str) -> Cache:
+    """Return the KV cache in the output of a forward. model: its class, for the message.
+
+    Raises:
+        UserError: there is none.
+    """
+    values = output if isinstance(output, (tuple, list)) else vars(output).values()
+    cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
+    if cache is None:
+        raise UserError(
+            f"{model} gave no KV cache: under prune() each forward would be a new prompt",
+            "leave use_cache on and gradient checkpointing off; prune() needs a model with a KV cache",
+        )
+    return cache
+
+
+def check_cache(cache: Cache | None, use_cache: bool | None) -> None:
+    """Refuse a forward without KV cache, or with one whose length is unknown.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise UserError(
+            f"the KV cache is a {type(cache).__name__}, and prune() needs one of transformers' classes",
+            "use DynamicCache, or let the model make one",
+        )
+    if use_cache is False and cache is None:
+        raise UserError(
+            "under prune() a forward without KV cache would always be a new, dense prompt", "leave use_cache on"
+        )

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from dart_eval.layers.experts import ExpertProjection
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.find import find_ffns
-from dart_eval.layers.guard import refuse_second
+from dart_eval.layers.find import find_ffns, refuse_second
 from dart_eval.layers.projection import is_conv1d, plain_matrix
 from dart_eval.layers.quantised import RECORDS, Record
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored, parse

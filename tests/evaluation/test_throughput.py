@@ -13,7 +13,7 @@ from dart_eval.evaluation.batching import Budget, batches, budget, common_prefix
 from dart_eval.evaluation.cache import can_share_prefix, fork, new_cache
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.layers.families import decoder
+from dart_eval.layers.find import decoder
 from dart_eval.pruning.session import Session
 from dart_eval.sweep.config import checked
 from dart_eval.util.errors import UserError

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from dart_eval.pruning.inputs.columns import GradedColumns
+from dart_eval.pruning.session.kernels import lacking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
@@ -10,10 +12,8 @@ from transformers import LlamaForCausalLM
 from dart_eval.kernels.cpu import blocks, build
 from dart_eval.kernels.cpu.columns import ColumnsFFN, ColumnsMatrix
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.inputs.columns import GradedColumns
-from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session.kernels import lacking
+from dart_eval.pruning.session import prune
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from tests.helpers.models import odd_llama, random_tokens

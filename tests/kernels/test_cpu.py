@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.cpu.ffns import CodedFFN
 from dart_eval.kernels.cpu.packing import why_no_kernel
-from dart_eval.kernels.cpu.rows import RowsProduct
+from dart_eval.kernels.mask_rows import RowsProduct
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.codes import Packed
 from dart_eval.weights.rounding import rounded

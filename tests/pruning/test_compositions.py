@@ -1,13 +1,13 @@
 """Every composition comes back from what is written of it."""
 
 import pytest
+from dart_eval.pruning.part import kind_of
+from dart_eval.pruning.spelling import plain_fields, slots, text_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from dart_eval.pruning.tables import FromTable
-from dart_eval.pruning.part import kind_of
 from dart_eval.pruning.registry import make, parts
-from dart_eval.pruning.spelling import plain_fields, slots, text_of
+from dart_eval.pruning.tables import FromTable
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn
 from tests.pruning.test_parts import METHODS, SLOTS, made

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from dart_eval.pruning.masks.remasks import OnDrift
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dart_eval.evaluation.forwards import output_head
@@ -21,9 +22,8 @@ from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.pruning.methods.drift import DriftDetector
-from dart_eval.pruning.masks.remasks import OnDrift
-from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.session import prune
 from tests.helpers.models import SMALL, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, open_session, state_of
 

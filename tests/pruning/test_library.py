@@ -4,6 +4,8 @@ import gc
 
 import pytest
 import torch
+from dart_eval.pruning.masks.mask import FromPrompt
+from dart_eval.pruning.masks.scores import Activation, Score
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -11,8 +13,6 @@ from dart_eval import Pruner, UserError, prune, rounded_ffns
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.layers.families import cache_argument
 from dart_eval.pruning import registry
-from dart_eval.pruning.masks.mask import FromPrompt
-from dart_eval.pruning.masks.scores import Activation, Score
 from dart_eval.sweep.dart_lm import DartLM
 from tests.helpers.models import SMALL, save_tiny
 from tests.helpers.sessions import cache_of, generate, open_session, prompts_of

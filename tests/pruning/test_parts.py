@@ -4,8 +4,6 @@ import itertools
 import math
 
 import pytest
-
-from dart_eval.cli.describe import part_rows, tree
 from dart_eval.pruning.choices.cats import ByGate
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.countdown import ByUp
@@ -16,16 +14,18 @@ from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wina import ByNorms
 from dart_eval.pruning.kinds import kind_with
-from dart_eval.pruning.tables import FromTable, Global, Uniform
 from dart_eval.pruning.masks.compensations import MeanOutput
-from dart_eval.pruning.methods.depth import DepthAware
 from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.masks.remasks import Never, OnDrift
 from dart_eval.pruning.masks.scores import Activation, Fluctuation, Random, Wanda, Weights
-from dart_eval.pruning.method import KINDS, Pruner
 from dart_eval.pruning.part import kind_of, takes
-from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
 from dart_eval.pruning.spelling import changed, plain_fields, slot_names, text_of
+
+from dart_eval.cli.describe import part_rows, tree
+from dart_eval.pruning.method import KINDS, Pruner
+from dart_eval.pruning.methods.depth import DepthAware
+from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
+from dart_eval.pruning.tables import FromTable, Global, Uniform
 from dart_eval.results.board_text import ABSTRACTS
 from dart_eval.util.errors import UserError
 

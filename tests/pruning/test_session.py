@@ -6,8 +6,8 @@ import torch
 import dart_eval
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.session import prune
 from dart_eval.pruning.registry import BUILT_IN
+from dart_eval.pruning.session import prune
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, random_tokens, tiny

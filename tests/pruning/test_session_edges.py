@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, OpenAIGPTConfig
 
 from dart_eval.kernels.cpu import build
 from dart_eval.layers.families import cache_argument
-from dart_eval.layers.find import find_ffns
-from dart_eval.layers.guard import GUARD
-from dart_eval.pruning.session import prune
+from dart_eval.layers.find import GUARD, find_ffns
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.session import prune
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.weights.decoded import Decoded

@@ -9,8 +9,8 @@ from transformers import BartConfig, DogeConfig, Gemma4TextConfig
 
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.layers import experts, verify
-from dart_eval.layers.families import cache_argument, decoder_layers
-from dart_eval.layers.find import find_ffns
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import decoder_layers, find_ffns
 from dart_eval.pruning.methods.depth import depth_aware, normalise_sensitivity
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn

@@ -67,7 +67,7 @@ class GradedBoth(Grinqh):
         product = matrix.product(x, level)
         if matrix in self._twice:
             self._first[matrix] = x, product, level
-        self.count(session, matrix.rows * matrix.row_bits(level))
+        self.count_bits(session, matrix.rows * matrix.row_bits(level))
         return product.to(x.dtype)
 
     def _refine(self, session: Session, ffn: FFN) -> Callable[..., tuple[Tensor, ...] | None]:
@@ -87,7 +87,7 @@ class GradedBoth(Grinqh):
                 further = self.second_look(x, matrix)
                 products.append(matrix.product(x, further).to(x.dtype))
                 more = matrix.row_bits(further) - matrix.row_bits(level)
-                self.count(session, more * int(self.entries_neurons * ffn.size + 1e-9))
+                self.count_bits(session, more * int(self.entries_neurons * ffn.size + 1e-9))
             a = ffn.act(products[0])
             again = a if len(products) == 1 else a * ffn.lifted(products[1])
             return (torch.where(chosen, again, args[0].view(again.shape)).view(args[0].shape), *args[1:])

@@ -27,9 +27,8 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.calibration import BELOW_ALL, Calibration, Quantile
 from dart_eval.pruning.counts import NeuronCost, chosen_counts
 from dart_eval.pruning.method import Method, option
-from dart_eval.pruning.rows import Rows, mean_of
+from dart_eval.pruning.rows import Rows
 from dart_eval.util.bits import Stored
-from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from dart_eval.layers.shape import ModelShape
@@ -120,7 +119,8 @@ class TokenChoice(Method):
         return largest(h.abs(), written, chosen) if bool((written < taken).any()) else chosen
 
     def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
-        return self.cost.read(rows.counts)
+        counted = self.counted(valid)
+        return self.cost.read(rows.counts) if counted is None else counted
 
     def computed(self, read: float) -> float:
         return self.cost.computed(self.counts, read)
@@ -158,11 +158,9 @@ class Cats(TokenChoice):
 
     def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
         super().fit(ffns, sparsity, calibration)
-        self._read: list[Tensor] = []  # [B, T] fp64 per FFN, what the current tokens read
         if self.exact:
             return
-        if calibration is None:
-            raise UserError(f"method {self.name} needs a calibration", "pass tokenizer= to prune()")
+        assert calibration is not None
         taken = self.counts[:, 1].tolist()
         if taken == [f.size for f in ffns]:
             self.thresholds = [BELOW_ALL] * len(ffns)
@@ -189,14 +187,8 @@ class Cats(TokenChoice):
         if self.exact:
             return super().choose(ffn, h, importance, rows)
         chosen = importance.float() > self.thresholds[ffn.layer]  # it is finer than bfloat16
-        self._read.append(self.cost.read_of(ffn.layer, chosen.sum(-1, dtype=torch.float64).cpu()))
+        self.count(self.cost.read_of(ffn.layer, chosen.sum(-1, dtype=torch.float64).cpu()))
         return chosen
-
-    def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
-        if valid is None or not self._read:
-            return super().read(rows)
-        read, self._read = torch.stack(self._read).sum(0), []
-        return mean_of(read, valid)
 
 
 class MCountdown(TokenChoice):

@@ -31,12 +31,10 @@ from dart_eval.kernels import fast
 from dart_eval.kernels.cpu import columns as kernel
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.projection import plain_matrix
-from dart_eval.layers.quantised import bias_of
+from dart_eval.layers.projection import bias_of, plain_matrix
 from dart_eval.pruning.caches import WeightCache, codes_of
 from dart_eval.pruning.calibration import Calibration
-from dart_eval.pruning.method import option
-from dart_eval.pruning.methods.teal import Columns
+from dart_eval.pruning.method import Measured, option
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored
 from dart_eval.util.errors import UserError
 from dart_eval.weights.decoded import Decoded
@@ -175,7 +173,7 @@ class Nested:
         return bits.cpu() + self.width * self.scale
 
 
-class Grinqh(Columns):
+class Grinqh(Measured):
     """More bits of the columns whose inputs are larger, equally many for every token."""
 
     name = "grinqh"
@@ -267,12 +265,12 @@ class Grinqh(Columns):
     def product(self, session: Session, matrix: Nested, x: Tensor) -> Tensor:
         """Return a decoded token's product with a matrix, and count what it reads. x: [..., n]."""
         level = matrix.choose(x)
-        self.count(session, matrix.rows * matrix.row_bits(level))
+        self.count_bits(session, matrix.rows * matrix.row_bits(level))
         return matrix.product(x, level).to(x.dtype)
 
-    def count(self, session: Session, bits: Tensor) -> None:
+    def count_bits(self, session: Session, bits: Tensor) -> None:
         """Add to what the current tokens read. bits: [B, T] or [B * T] fp64."""
-        self._read = self._read + bits.view(session.valid.shape) / self._weights
+        self.count(bits.view(session.valid.shape) / self._weights)
 
     def computed(self, read: float) -> float:
         return 1.0  # fewer bits are no fewer products

@@ -16,6 +16,7 @@ Densities stay the prompt's here; the code computed them anew.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -173,17 +174,17 @@ class Dart(PromptMask):
         if self.allocation == "table":
             tables.find(self.allocation_file)  # so that a bad file fails early
 
-    @property
+    @functools.cached_property
     def watches(self) -> bool:
         """Whether a drift detector watches."""
         return self.remask == "drift"
 
-    @property
+    @functools.cached_property
     def keeps_ring(self) -> bool:
         """Whether it keeps the recent FFN inputs."""
         return self.watches and self.remask_act and not self.remask_dense_tokens
 
-    @property
+    @functools.cached_property
     def gathers(self) -> bool:
         """Whether tokens run dense after an alarm, and are scored."""
         return self.watches and self.remask_act and self.remask_dense_tokens > 0
@@ -266,7 +267,7 @@ class Dart(PromptMask):
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             session = self.session
             if session.phase != "off" and not session.frozen and session.rows is not None:
-                x = session.in_batch(args[0])
+                x = args[0] if args[0].dim() == 3 else session.in_batch(args[0])
                 session.rows.watch.ring.write(ffn.layer, x, session.going)
                 if ffn.routed is not None:
                     experts = routing(ffn.routed, len(x))
@@ -293,7 +294,7 @@ class Dart(PromptMask):
         return rows.watch is not None and 0 < self.remask_release <= rows.watch.ran
 
     def masks(self, rows: Rows) -> list[Tensor]:
-        return [] if self.released(rows) else rows.mask
+        return [] if self.remask_release and self.released(rows) else rows.mask
 
     def decode(self, ffn: FFN, h: Tensor, rows: Rows) -> Tensor:
         pruned = super().decode(ffn, h, rows)

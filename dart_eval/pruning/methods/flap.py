@@ -56,7 +56,8 @@ class Flap(StaticMask):
             left_out = torch.where(mask, 0.0, moments.mean.to(mask.device))
             self.constants.append(ffn.write(left_out.to(floating(ffn))))
 
-    def scores(self, calibration: Calibration) -> list[Tensor]:
+    def scores(self, calibration: Calibration | None) -> list[Tensor]:
+        assert calibration is not None
         true = self.score_variance == "true"
         variances = [m.variance if true else m.code_variance for m in calibration.moments()]
         norms = [f.output_weight().float().square().sum(0) for f in self.ffns]

@@ -37,7 +37,6 @@ from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.counts import NeuronCost, in_steps, keep_counts
 from dart_eval.pruning.method import Method, option
 from dart_eval.pruning.rows import Rows, nbytes
-from dart_eval.util.errors import UserError
 
 SEEDS = 2**32 - 1
 
@@ -178,7 +177,7 @@ class Oracle(PromptMask):
 class StaticMask(NeuronMask):
     """Base of masks that all texts share, made before any prompt."""
 
-    def scores(self, calibration: Calibration) -> list[Tensor]:
+    def scores(self, calibration: Calibration | None) -> list[Tensor]:
         """Return the scores of the neurons, per layer [pool]. The highest are kept."""
         raise NotImplementedError
 
@@ -188,8 +187,6 @@ class StaticMask(NeuronMask):
 
     def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
         super().fit(ffns, sparsity, calibration)
-        if calibration is None:
-            raise UserError(f"method {self.name} needs a calibration", "pass tokenizer= to prune()")
         # The weights of a model without weights give no scores.
         scores = [torch.zeros_like(s, device="cpu") if s.is_meta else s for s in self.scores(calibration)]
         self.counts = self.kept(self.densities(scores))
@@ -216,7 +213,7 @@ class Random(StaticMask):
     recorded: ClassVar = {"mask": "static", "score": "random", "allocation": "uniform", "compensation": "none"}
     score_seed: int = option(0, "seed of the draw; --seed by default", least=0, most=SEEDS)
 
-    def scores(self, calibration: Calibration) -> list[Tensor]:
+    def scores(self, calibration: Calibration | None) -> list[Tensor]:
         # Drawn on the CPU, so that a seed means the same neurons on every device.
         generators = (torch.Generator().manual_seed(self.score_seed * 100_003 + f.layer) for f in self.ffns)
         return [torch.rand(f.pool, generator=g) for f, g in zip(self.ffns, generators, strict=True)]
@@ -230,7 +227,7 @@ class Magnitude(StaticMask):
     paper = "2404.01365"
     recorded: ClassVar = {"mask": "static", "score": "weights", "allocation": "uniform", "compensation": "none"}
 
-    def scores(self, calibration: Calibration) -> list[Tensor]:
+    def scores(self, calibration: Calibration | None) -> list[Tensor]:
         norms = ([w.float().norm(dim=1) for w in f.input_weights()] for f in self.ffns)
         return [math.prod(of_layer, start=1.0) for of_layer in norms]  # type: ignore[misc]
 
@@ -245,7 +242,8 @@ class Static(StaticMask):
     }  # fmt: skip
     calibrates = True
 
-    def scores(self, calibration: Calibration) -> list[Tensor]:
+    def scores(self, calibration: Calibration | None) -> list[Tensor]:
+        assert calibration is not None
         return calibration.sums("relative squares", relative_squares)
 
 
@@ -258,7 +256,8 @@ class WandaSP(StaticMask):
     recorded: ClassVar = {"mask": "static", "score": "wanda", "allocation": "uniform", "compensation": "none"}
     calibrates = True
 
-    def scores(self, calibration: Calibration) -> list[Tensor]:
+    def scores(self, calibration: Calibration | None) -> list[Tensor]:
+        assert calibration is not None
         sums = calibration.sums("squares", squares)
         weights = (f.output_weight().float().abs().mean(0) for f in self.ffns)
         return [weight * total.sqrt().to(weight.device) for weight, total in zip(weights, sums, strict=True)]

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.projection import is_conv1d, plain_matrix
-from dart_eval.layers.quantised import bias_of
+from dart_eval.layers.projection import bias_of, is_conv1d, plain_matrix
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import Method, option
 from dart_eval.pruning.rows import Rows

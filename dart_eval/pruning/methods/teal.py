@@ -25,13 +25,11 @@ from torch import Tensor, nn
 
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN
-from dart_eval.layers.projection import weight_matrix
-from dart_eval.layers.quantised import bias_of
+from dart_eval.layers.projection import bias_of, weight_matrix
 from dart_eval.pruning.calibration import Calibration, Quantile
 from dart_eval.pruning.counts import keep_counts
-from dart_eval.pruning.method import Method, option
-from dart_eval.pruning.rows import Rows, mean_of, nbytes
-from dart_eval.util.errors import UserError
+from dart_eval.pruning.method import Measured, option
+from dart_eval.pruning.rows import nbytes
 from dart_eval.weights.rounding import served_bits, stored_inputs, stored_of
 
 if TYPE_CHECKING:
@@ -39,34 +37,10 @@ if TYPE_CHECKING:
     from dart_eval.pruning.session import Session
 
 
-class Columns(Method):
-    """Base of methods that leave out columns, or bits of columns. What tokens read is measured.
-
-    Attributes:
-        fixed_read: what the sparsity says that a token reads / the served FFN weight bytes.
-    """
+class InputColumns(Measured):
+    """Base of methods that leave out whole columns of the matrices as they are."""
 
     granularity = "input channels"
-    exact = False
-    by_token = True
-    fits_experts = False
-    fits_norms = False
-    fits_repeats = False
-
-    def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
-        super().fit(ffns, sparsity, calibration)
-        self.fixed_read = 1.0
-        self._read: Tensor | float = 0.0  # [B, T] fp64, what the current tokens have read so far
-
-    def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
-        if valid is None or not isinstance(self._read, Tensor):
-            return torch.full((len(rows),), self.fixed_read, dtype=torch.float64)
-        read, self._read = self._read, 0.0
-        return mean_of(read, valid)
-
-
-class InputColumns(Columns):
-    """Base of methods that leave out whole columns of the matrices as they are."""
 
     def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
         super().fit(ffns, sparsity, calibration)
@@ -137,7 +111,7 @@ class InputColumns(Columns):
         """Zero the inputs that tokens leave out, and count the rest."""
         columns, bits = self.columns(ffn.layer, matrix, x), self.bits[ffn.layer][matrix]
         share = columns.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
-        self._read = self._read + (share * bits.code + bits.scale) * self._weights[ffn.layer]
+        self.count((share * bits.code + bits.scale) * self._weights[ffn.layer])
         return x * columns
 
     def computed(self, read: float) -> float:
@@ -155,8 +129,7 @@ class Teal(InputColumns):
 
     def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
         super().fit(ffns, sparsity, calibration)
-        if calibration is None:
-            raise UserError(f"method {self.name} needs a calibration", "pass tokenizer= to prune()")
+        assert calibration is not None
         self.thresholds: list[list[float]] = []
         if sparsity:
             name = f"quantiles of inputs, {self.counts} read"
