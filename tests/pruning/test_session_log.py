@@ -114,7 +114,7 @@ def test_tokens_that_are_taken_back_were_never_decoded(method, batch, before, wr
         rows = session.rows.select(torch.arange(batch)) if name == "dart" else None
         if wrong:
             fed(model, out, wrong)
-        session.rewind(len(wrong), rows)
+            session.rewind(len(wrong), rows)
         found, _ = fed(model, out, right)
         assert session.remasks == remasks
     assert torch.equal(found, wanted)
@@ -123,7 +123,7 @@ def test_tokens_that_are_taken_back_were_never_decoded(method, batch, before, wr
 @pytest.mark.parametrize(("family", "method", "tokens", "words"), [
     ("gemma3", "griffin", 1, "cannot be rewound; use a DynamicCache of full attention"),
     ("llama", "dart", 1, "dart follows the tokens that are taken back; give the rows before them"),
-    ("llama", "griffin", 4, "4 tokens cannot be taken back; 3 were decoded since the context"),
+    ("llama", "griffin", 4, "4 tokens cannot be taken back; decoded since the prompt: 3"),
     ("llama", "griffin", -1, "-1 tokens cannot be taken back"),
 ])  # fmt: skip
 def test_tokens_that_cannot_be_taken_back_stay(family, method, tokens, words):
