@@ -354,6 +354,9 @@ class Method:
         """
         return torch.ones(len(rows.seen), dtype=torch.float64)
 
+    def clear(self) -> None:
+        """Forget what a decoding forward has counted of its read, if an exception ended it. Not called if `exact`."""
+
     def in_mask(self, rows: Rows) -> Tensor:
         """Return the share of the neurons in the masks: [B] fp64 on the CPU."""
         return torch.ones(len(rows.seen), dtype=torch.float64)

@@ -438,6 +438,8 @@ class Session:
         self.fast.move(self.method.masks(self.rows))
 
     def _begin_decode(self, tokens: Tensor, length: int) -> None:
+        if not self.method.exact:
+            self.method.clear()
         step = self.step()
         self.log.steps.append(step)
         self.log.decoded += length

@@ -192,6 +192,9 @@ class Cats(TokenChoice):
         self._read.append(self.cost.read_of(ffn.layer, chosen.sum(-1, dtype=torch.float64).cpu()))
         return chosen
 
+    def clear(self) -> None:
+        self._read = []
+
     def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
         if valid is None or not self._read:
             return super().read(rows)

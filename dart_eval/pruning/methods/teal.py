@@ -58,6 +58,9 @@ class Columns(Method):
         self.fixed_read = 1.0
         self._read: Tensor | float = 0.0  # [B, T] fp64, what the current tokens have read so far
 
+    def clear(self) -> None:
+        self._read = 0.0
+
     def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
         if valid is None or not isinstance(self._read, Tensor):
             return torch.full((len(rows),), self.fixed_read, dtype=torch.float64)
