@@ -368,6 +368,10 @@ class Method:
         real = valid.cpu().double()
         return (read * real).sum(1) / real.sum(1).clamp_min(1)
 
+    def clear(self) -> None:
+        """Forget what was counted of a forward that an exception ended. Not called if `exact`."""
+        self._counted = None
+
     def in_mask(self, rows: Rows) -> Tensor:
         """Return the share of the neurons in the masks: [B] fp64 on the CPU."""
         return torch.ones(len(rows.seen), dtype=torch.float64)

@@ -167,8 +167,8 @@ class Session:
         if not self.prunes:
             return
         refuse_second(self.model)
-        if hasattr(self.model, "_orig_mod") or getattr(self.model, "_compiled_call_impl", None) is not None:
-            raise UserError("a model from torch.compile ignores hooks, which prune() needs", "give the model itself")
+        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in self.model.modules()):
+            raise _compiled("give the model itself")
         self._own.entries = [replacing(module, GUARD, True) for module in self.model.modules()]
         for name in ("generate_batch", "init_continuous_batching"):
             if hasattr(self.model, name):
@@ -306,7 +306,7 @@ class Session:
             raise UserError(f"a {type(cache).__name__} cannot be rewound", "use a DynamicCache of full attention")
         if not 1 <= tokens <= self._decoded:
             raise UserError(f"{tokens} tokens cannot be taken back", f"decoded since the prompt: {self._decoded}")
-        if rows is None and self.room() is not None:
+        if rows is None and type(self.method).after is not Method.after:
             raise UserError(f"{self.method.name} follows the tokens that are taken back", "give the rows before them")
         cache.crop(-tokens)
         self._cached -= tokens
@@ -344,6 +344,8 @@ class Session:
 
     @torch.no_grad()
     def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            _refuse_compiled()
         if threading.get_ident() != self._thread:
             raise UserError("a model under prune() runs in the thread of the block alone", "enter the block there")
         named = named_arguments(module, args, kwargs) if args else kwargs
@@ -441,6 +443,8 @@ class Session:
         self.fast.move(self.method.masks(self.rows))
 
     def _begin_decode(self, tokens: Tensor, length: int) -> None:
+        if not self.method.exact:
+            self.method.clear()
         step = self.step()
         self.log.steps.append(step)
         self.log.decoded += length
@@ -615,6 +619,15 @@ def _refuse_continuous_batching(*_args: object, **_kwargs: object) -> object:
         "continuous batching runs prompts and decoded tokens in one forward, which prune() cannot follow",
         "use generate()",
     )
+
+
+def _compiled(remedy: str) -> UserError:
+    return UserError("a model from torch.compile ignores hooks, which prune() needs", remedy)
+
+
+@torch.compiler.disable  # the compiler leaves the call as it is, and goes on without what it sees raised
+def _refuse_compiled() -> None:
+    raise _compiled("call the model itself, and generate() with disable_compile=True")
 
 
 def _ids(value: object) -> list[int]:

@@ -20,6 +20,7 @@ import torch
 import dart_eval
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.session import Session
 from dart_eval.util.bits import parse
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
@@ -186,4 +187,4 @@ def test_bytes_beside_the_model(method):
 def test_without_a_text_there_are_no_thresholds():
     for name, params in (("teal", {}), ("cats", {"choice.threshold": "calibrated"})):
         with pytest.raises(dart_eval.UserError, match="needs a calibration"):
-            make(name, params).fit(find_ffns(biased("llama")), 0.5, None)
+            Session(biased("llama"), make(name, params), 0.5)

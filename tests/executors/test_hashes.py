@@ -209,7 +209,6 @@ WITHOUT_NUMBERS = {
     "kernels/cpu/ffns.py": "is not run",
     "kernels/cpu/library.py": "is not run",
     "kernels/cpu/packing.py": "is not run",
-    "kernels/cpu/rows.py": "is not run",
     "kernels/fast.py": "is not run",
     "kernels/mask_rows.py": "is not run",
     "layers/finite.py": "refuses",

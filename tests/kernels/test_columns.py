@@ -2,31 +2,29 @@
 
 import pytest
 import torch
-from dart_eval.pruning.inputs.columns import GradedColumns
-from dart_eval.pruning.session.kernels import lacking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 from transformers import LlamaForCausalLM
 
-from dart_eval.kernels.cpu import blocks, build
-from dart_eval.kernels.cpu.columns import ColumnsFFN, ColumnsMatrix
+from dart_eval.kernels import fast
+from dart_eval.kernels.cpu import build
+from dart_eval.kernels.cpu.columns import LEVELS, ColumnsFFN, ColumnsMatrix
 from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.methods.columns import Levels, Nested
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import prune
 from dart_eval.util.bits import Rounding
-from dart_eval.util.errors import UserError
 from tests.helpers.models import odd_llama, random_tokens
 from tests.helpers.twins import ACTS, SHAPES, apart, coded, matrices, token
 
 pytestmark = pytest.mark.skipif(build.why_no_kernel() is not None, reason=f"{build.why_no_kernel()}")
-PART = GradedColumns(levels="0-2-4-6-8")
 PROMPT = torch.tensor([random_tokens(20, seed=4)])
 
 
 def product(packed, at, x):
     """What columns of these levels give, and the size of the sums, in double precision."""
-    weight = sum(packed.decoded(torch.float64, b) * (at == i) for i, b in enumerate(PART.bits) if b)
+    weight = sum(packed.decoded(torch.float64, b) * (at == i) for i, b in enumerate(LEVELS) if b)
     return linear(x.double(), weight), (weight.norm(dim=1) * (x.double() * (at > 0)).norm())
 
 
@@ -49,7 +47,8 @@ def test_columns_are_chosen_and_multiplied_as_by_their_twin(
 ):
     packed, x = coded(*matrices(width, neurons, seed, kind), Rounding(8, group)), token(width, seed, kind)
     own = matrices(width, neurons, seed, kind)
-    gains = [PART.fit(w, p) for w, p in zip(own, packed, strict=True)]
+    levels = Levels("0-2-4-6-8", group)
+    gains = [Nested(levels, weight, None, 16 * share).gains for weight in own]
     made = [ColumnsMatrix(p, g.tolist(), int(16 * share * p.shape[1])) for p, g in zip(packed, gains, strict=True)]
     before = torch.get_num_threads()
     try:
@@ -132,7 +131,7 @@ def test_a_batch_runs_by_masks(model):
 def test_what_a_token_reads_is_the_label(model):
     with prune(model, "grinqh", 0.7) as run:
         model.generate(PROMPT, max_new_tokens=3, do_sample=False)
-        read = sum(sum(rows.rows_read) * 2 * rows.ffn.width for rows in run.copies)
+        read = sum(sum(rows.rows_read) * 2 * rows.ffn.width for rows in run.fast.copies)
     everything = sum(2 * p.weight.numel() for f in run.ffns for p in f.projections)
     # Rows are filled up to whole groups of 128 in memory: of 301 and 130 to 384 and 256.
     assert read / everything == pytest.approx(0.3 * (2 * 384 / 301 + 256 / 130) / 3, rel=0.05)
@@ -143,7 +142,7 @@ def test_what_a_token_reads_is_the_label(model):
     ("grinqh:entries.group=32", "scales of 128 weights"), ("grinqh", None), ("grinqh:entries.group=0", None),
 ])  # fmt: skip
 def test_what_settings_have_a_kernel(model, spec, reason):
-    found = lacking(make(*parse(spec)), find_ffns(model))
+    found = fast.why_no_kernel(make(*parse(spec)), find_ffns(model))
     assert found is None if reason is None else reason in found
 
 
@@ -159,23 +158,16 @@ def doubled(ffn):
 ])  # fmt: skip
 def test_what_the_kernel_cannot_run_has_a_reason(model, change, reason):
     ffn = find_ffns(LlamaForCausalLM(model.config).bfloat16().eval())[1]
-    assert blocks.lacking(ffn) is None
+    assert fast.why_not_whole(ffn) is None
     change(ffn)
-    assert reason in blocks.lacking(ffn)
-    assert reason in lacking(make("grinqh"), [ffn]) or ffn.down.weight.is_meta
+    assert reason in fast.why_not_whole(ffn)
+    assert reason in fast.why_no_kernel(make("grinqh"), [ffn]) or ffn.down.weight.is_meta
 
 
-@pytest.mark.parametrize("act", blocks.ACTS)
+@pytest.mark.parametrize("act", fast.ACTS)
 def test_activations_are_known_by_their_values(model, act):
     ffn = find_ffns(model)[0]
-    twin = blocks.TWINS[blocks.ACTS.index(act)]
-    assert blocks.act_of(type("F", (), {"act": staticmethod(twin)})()) == act
-    assert blocks.act_of(type("F", (), {"act": staticmethod(lambda x: twin(x) * 1.001)})()) is None
-    assert blocks.act_of(ffn) == "silu"
-
-
-def test_copies_that_a_machine_cannot_have_say_why(model, monkeypatch):
-    monkeypatch.setattr(build, "why_no_kernel", lambda: "no C compiler is on the PATH")
-    expected = pytest.raises(UserError, match="no C compiler is on the PATH; use execution='masked'")
-    with expected, prune(model, "grinqh", 0.5, execution="copied"):
-        pass
+    twin = fast.TWINS[fast.ACTS.index(act)]
+    assert fast.act_of(type("F", (), {"act": staticmethod(twin)})()) == act
+    assert fast.act_of(type("F", (), {"act": staticmethod(lambda x: twin(x) * 1.001)})()) is None
+    assert fast.act_of(ffn) == "silu"

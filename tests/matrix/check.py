@@ -72,16 +72,16 @@ def masked(model):
     prompt = torch.tensor([random_tokens(PROMPT)])
     with open_session(model, "magnitude", 0.5, execution="masked") as session:
         ours = generate(model, prompt, 2)
-        masks = [layer.mask.clone() for layer in session.state.layers]
+        masks = session.masks(0)
     less = copy.deepcopy(model)
 
     def once_decoding(_model, _args, kwargs):
         if kwargs["input_ids"].shape[1] == 1:
             for ffn, mask in zip(describe(less), masks, strict=True):
                 if ffn.norm is not None:
-                    weight_matrix(ffn.up)[~mask[0]] = 0
+                    weight_matrix(ffn.up)[~mask] = 0
                 elif ffn.routed is None:
-                    weight_matrix(ffn.down)[:, ~mask[0]] = 0
+                    weight_matrix(ffn.down)[:, ~mask] = 0
                 else:
                     experts = ffn.routed.experts  # [E, D, I], or [E, I, D]
                     down = experts.down_proj.mT if experts.is_transposed else experts.down_proj
@@ -155,7 +155,7 @@ def _largest(model, prompt):
             for ffn in ffns:
                 hooks.callback(_h(ffn, after).remove)
             generate(model, prompt, 2)
-            counts = session.state.taken[0].tolist()
+            counts = session.rows.counts[0, :, 1].tolist()
     for ffn, count in zip(ffns, counts, strict=True):
         h, kept = before[ffn.layer].abs(), after[ffn.layer] != 0
         assert int(kept.sum()) == min(count, int((h > 0).sum())) and bool(h[kept].min() >= h[~kept].max())
@@ -180,7 +180,7 @@ def dart(model):
     """Layers keep as much as they change the stream, all of them their share, and new masks come while it decodes."""
     with open_session(model, "dart", 0.5, execution="masked", **RESTLESS) as session:
         generate(model, torch.tensor([random_tokens(PROMPT)]), 2 * STEPS)
-        kept = [int(k) / f.size for k, f in zip(session.state.mask_counts[0], session.ffns, strict=True)]
+        kept = [int(k) / f.size for k, f in zip(session.rows.counts[0, :, 0], session.ffns, strict=True)]
         assert all(abs(float(step.read[0]) - 0.5) < 0.03 for step in session.steps) and sum(session.remasks)
         assert len(session.ffns) == 1 or max(kept) > min(kept)
 
@@ -188,12 +188,12 @@ def dart(model):
 def copied(model):
     """The neurons that are kept, side by side in memory, give what masks give."""
     found = []
-    for execution in ("masked", "copied"):
+    for execution, runs in (("masked", "masked"), ("auto", "copied")):
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             with open_session(model, "griffin", 0.5, execution) as session:
                 found.append(decoded(model, session, [random_tokens(PROMPT)], STEPS)[0])
-                if execution != session.execution:
+                if runs != session.execution:
                     raise UserError(str(warned[0].message))
     assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
 

@@ -1,17 +1,16 @@
-"""Execution `copied`: the same numbers as masks, the kept rows and no others, the model's own weights untouched."""
+"""Copies of a mask's rows: the numbers of masks, the kept rows and no others, the model's own weights untouched."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_eval.kernels.mask_rows import MaskRows
+from dart_eval.kernels.mask_rows import RowCopies, Slot
 from dart_eval.layers.find import find_ffns
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, biased, random_tokens
 from tests.helpers.sessions import (
-    CHOOSING,
     REMASKED,
     RESTLESS,
     Interrupt,
@@ -24,8 +23,8 @@ from tests.helpers.sessions import (
 )
 
 STATIC = [("magnitude", {}), ("wanda-sp", {})]
-COPIED = CHOOSING[::2]
-METHODS = [*REMASKED, *COPIED, *STATIC, ("dart", {"allocation": "uniform"})]
+EXECUTIONS = (("masked", "masked"), ("auto", "copied"))
+METHODS = [*REMASKED, *STATIC, ("dart", {"allocation": "uniform"})]
 
 
 @pytest.mark.parametrize(("family", "method", "params"), product([*FAMILIES, "phi3"], METHODS, every=3))
@@ -34,10 +33,10 @@ def test_copied_equals_masked(family, method, params):
     model = biased(family)
     before = bits(model)
     found = {}
-    for execution in ("masked", "copied"):
+    for execution, runs in EXECUTIONS:
         with open_session(model, method, 0.5, execution=execution, **params) as session:
-            found[execution] = [decoded(model, session, [random_tokens(20, seed)], steps=12) for seed in (3, 4)]
-            assert session.execution == execution
+            found[runs] = [decoded(model, session, [random_tokens(20, seed)], steps=12) for seed in (3, 4)]
+            assert session.execution == runs
         assert same(model, before)
     for (ours, events, share), (theirs, their_events, their_share) in zip(*found.values(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
@@ -47,24 +46,22 @@ def test_copied_equals_masked(family, method, params):
         assert found["copied"][0][1]  # masks did change
 
 
-@pytest.mark.parametrize(("method", "params"), [REMASKED[4], CHOOSING[1], STATIC[0]])
+@pytest.mark.parametrize(("method", "params"), [REMASKED[4], STATIC[0]])
 def test_one_mask_for_a_batch(method, params):
     """Explicitly shared (or static): the batch runs on copies, and as the same mask by factors does."""
     model = biased("llama")
     prompts = [random_tokens(20, seed) for seed in (3, 4, 5)]
     found = {}
-    for execution in ("masked", "copied"):
+    for execution, runs in EXECUTIONS:
         with open_session(model, method, 0.5, execution=execution, shared_mask=True, **params) as session:
-            found[execution] = decoded(model, session, prompts)
-            if session.state.masks is not None:
-                for mask in session.state.masks:
-                    assert all(torch.equal(mask[0], row) for row in mask)
-                remasks = session.remasks
-                assert len(set(remasks)) == 1
+            found[runs] = decoded(model, session, prompts)
+            assert session.execution == runs and len(set(session.remasks)) == 1
+            for mask, *others in zip(*map(session.masks, range(3)), strict=True):
+                assert all(torch.equal(mask, other) for other in others)
     assert torch.allclose(found["masked"][0], found["copied"][0], rtol=1e-8, atol=1e-8)
     with open_session(model, method, 0.5, **params) as session:  # each its own: another result
         own = decoded(model, session, prompts)[0]
-        if not session.method.mask.fixed:
+        if session.method.keeps_state:
             assert session.execution == "masked"
             assert not torch.allclose(own, found["masked"][0])
 
@@ -84,18 +81,10 @@ def test_auto_takes_what_fits():
     with open_session(model, "griffin", 0.5) as session:
         decoded(model, session, [random_tokens(20)])
         assert session.execution == "copied"
-        assert session.copies is not None and same(model, before)  # between forwards nothing is replaced
+        assert session.fast.copies is not None and same(model, before)  # between forwards nothing is replaced
         decoded(model, session, [random_tokens(20), random_tokens(20, 1)])  # masks of their own: the copies are gone
-        assert session.execution == "masked" and session.copies is None
-    with (
-        pytest.raises(UserError, match="one mask at a time, and this batch has 2"),
-        open_session(model, "griffin", 0.5, execution="copied") as session,
-    ):
-        decoded(model, session, [random_tokens(20), random_tokens(20, 1)])
-    with (
-        pytest.raises(UserError, match="known: auto, copied, masked"),
-        open_session(model, "griffin", execution="copy"),
-    ):
+        assert session.execution == "masked" and session.fast.copies is None
+    with pytest.raises(UserError, match="known: auto, masked"), open_session(model, "griffin", execution="copy"):
         pass
 
 
@@ -104,14 +93,14 @@ def test_a_further_turn_and_chunked_prefill():
     model = biased("qwen2")
     first, second = torch.tensor([random_tokens(18, 1)]), torch.tensor([random_tokens(9, 2)])
     found = {}
-    for execution in ("masked", "copied"):
+    for execution, _ in EXECUTIONS:
         with torch.no_grad(), open_session(model, "dart", 0.5, execution=execution, **RESTLESS) as session:
             out = model(first, use_cache=True)
             for token in (5, 6, 7, 8):
                 out = model(torch.tensor([[token]]), use_cache=True, past_key_values=cache_of(out))
             with session.prompt():
                 out = model(second, use_cache=True, past_key_values=cache_of(out))
-            sums = [layer.sums.clone() for layer in session.state.layers]
+            sums = [of_layer.clone() for of_layer in session.rows.sums]
             last = model(torch.tensor([[9]]), use_cache=True, past_key_values=cache_of(out)).logits
             found[execution] = sums, last
     for ours, theirs in zip(*(f[0] for f in found.values()), strict=True):
@@ -129,7 +118,7 @@ def test_random_masks_multiply_their_neurons_and_no_others(family, seed, changes
     before, ffns = bits(model), find_ffns(model)
     x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     plain = [f.intermediate(x) for f in ffns]
-    kept = [MaskRows(f) for f in ffns]
+    kept = [RowCopies(f) for f in ffns]
     generator = torch.Generator().manual_seed(seed)
     for _ in range(changes):
         for f, rows in zip(ffns, kept, strict=True):
@@ -155,7 +144,7 @@ def test_layers_that_are_one_module_run_by_masks():
         session = open_session(model, "griffin", 0.5).__enter__()
     decoded(model, session, [random_tokens(20)], steps=2)
     assert session.execution == "masked"
-    session.detach()
+    session.close()
 
 
 def test_restored_after_an_exception():
@@ -205,13 +194,13 @@ def test_a_keyboard_interrupt_in_generate():
 def test_the_kept_rows_are_all_that_is_copied():
     model = biased("llama")
     ffn = sum(p.nbytes for name, p in model.named_parameters() if ".mlp." in name and "down_proj.bias" not in name)
-    with open_session(model, "griffin", 0.7, execution="copied") as session:
+    with open_session(model, "griffin", 0.7, execution="auto") as session:
         decoded(model, session, [random_tokens(20)], steps=2)
-        assert session.executing.nbytes == pytest.approx(0.3 * ffn)
-        addresses = [slot.part.data_ptr() for kept in session.copies for slot in kept._slots]
+        assert session.fast.nbytes == pytest.approx(0.3 * ffn)
+        addresses = [slot.part.data_ptr() for kept in session.fast.copies for slot in kept.slots]
         decoded(model, session, [random_tokens(20, 1)], steps=2)  # as many neurons: in the same place
-        assert [slot.part.data_ptr() for kept in session.copies for slot in kept._slots] == addresses
-    assert session.executing.nbytes == 0
+        assert [slot.part.data_ptr() for kept in session.fast.copies for slot in kept.slots] == addresses
+    assert session.fast.nbytes == 0
 
 
 # -- where it cannot be done ---------------------------------------------------------------------------------
@@ -224,10 +213,10 @@ def test_weights_in_one_memory_keep_neurons_of_their_own():
     last.up_proj.weight = first.up_proj.weight
     first.gate_proj.weight = torch.nn.Parameter(first.up_proj.weight.detach()[:])
     found = []
-    for execution in ("masked", "copied"):
+    for execution, runs in EXECUTIONS:
         with open_session(model, "griffin", 0.5, execution=execution) as session:
             found.append(decoded(model, session, [random_tokens(20)])[0])
-            assert session.execution == execution
+            assert session.execution == runs
     assert torch.allclose(*found, rtol=1e-8, atol=1e-8)
 
 
@@ -237,23 +226,22 @@ def test_rows_that_break_off_while_they_are_copied_are_copied_anew(monkeypatch, 
     model = biased("llama")
     before, (ffn, *_) = bits(model), find_ffns(model)
     masks = [torch.randperm(ffn.size, generator=torch.Generator().manual_seed(i)) < 12 for i in range(3)]
-    rows = MaskRows(ffn)
+    rows = RowCopies(ffn)
     if not first:
         rows.select(masks[0])
-    done, slot = [], type(rows._slots[0])
-    for name in ("copy", "change"):
-        own = getattr(slot, name)
+    done, taken = [], Slot.taken
 
-        def broken(self, *args, own=own):
-            done.append(own(self, *args))
-            if len(done) == 1:
-                raise torch.OutOfMemoryError
+    def broken(slot, neurons):
+        done.append(slot)
+        if len(done) == 2:  # down's columns are copied, and a row of gate or up is not
+            raise torch.OutOfMemoryError
+        return taken(slot, neurons)
 
-        monkeypatch.setattr(slot, name, broken)
+    monkeypatch.setattr(Slot, "taken", broken)
     with pytest.raises(torch.OutOfMemoryError):
         rows.select(masks[1])
     monkeypatch.undo()
     rows.select(masks[2])
-    up = next(s for s in rows._slots if s.module is ffn.up)
+    up = next(s for s in rows.slots if s.module is ffn.up)
     assert torch.equal(up.part, ffn.up.weight[masks[2]]) and torch.equal(rows.neurons, masks[2].nonzero().flatten())
     assert same(model, before)

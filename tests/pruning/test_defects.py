@@ -11,7 +11,6 @@ import math
 
 import pytest
 import torch
-from dart_eval.pruning.masks.remasks import OnDrift
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dart_eval.evaluation.forwards import output_head
@@ -21,23 +20,23 @@ from dart_eval.evaluation.tasks import tasks_dir
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.calibration import DEFAULT_TEXT
-from dart_eval.pruning.methods.drift import DriftDetector
+from dart_eval.pruning.methods.drift import DriftDetector, DriftSettings
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session import prune
 from tests.helpers.models import SMALL, random_tokens, tiny
-from tests.helpers.sessions import RESTLESS, cache_of, open_session, state_of
+from tests.helpers.sessions import RESTLESS, cache_of, open_session, rows_of
 
 CPU = torch.device("cpu")
+FIRST = torch.tensor([0])
+SETTINGS = DriftSettings(window=5, sigma=0.5, floor=0.0, patience=2, cooldown=2, min_windows=4, recent=4)
 
 
 def decode(model, session, ids, tokens):
     """Masks of all layers in force at each decoded token, as kept counts; then all events."""
     name, out, counts = cache_argument(model), model(ids, use_cache=True), []
     for token in tokens:
-        dense = bool(session.state.remasking.dense_now.any())
-        counts.append(
-            [f.size if dense else int(m.sum()) for f, m in zip(find_ffns(model), session.state.masks, strict=True)]
-        )
+        dense = bool(session.rows.watch.dense.any())
+        counts.append([f.size if dense else int(m.sum()) for f, m in zip(session.ffns, session.masks(0), strict=True)])
         out = model(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
     return counts, session.events
 
@@ -55,7 +54,7 @@ def test_d1_every_layer_is_masked_again_after_an_alarm_and_the_next_alarm_can_co
     assert dense_tokens * len(events) <= sum(ran_dense) <= dense_tokens * (len(events) + 1)  # none from the ring
     for c, dense in zip(counts, ran_dense, strict=True):
         assert dense or sum(c) == 60  # half of 3 x 40, whatever came before
-    assert all(math.isfinite(float(t)) for t in session.state.remasking.detector.threshold)
+    assert all(math.isfinite(float(t)) for t in session.rows.watch.drift.threshold)
 
 
 def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
@@ -72,7 +71,7 @@ def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
 def test_d5_the_first_prompt_has_a_threshold_unless_it_is_too_short_to_have_a_window(llama, length):
     with open_session(llama, "dart", 0.5, **{"remask.window": 5}) as session:
         llama(prompt(length), use_cache=True)
-        threshold = float(session.state.remasking.detector.threshold[0])
+        threshold = float(session.rows.watch.drift.threshold[0])
     assert math.isfinite(threshold) == (length > 5)
     assert not math.isnan(threshold)
 
@@ -84,7 +83,7 @@ def test_d6_sigma_acts_and_the_first_token_is_out():
     valid = torch.ones(1, 60, dtype=torch.bool)
     found = {}
     for sigma in (0.5, 2.0):
-        detector = DriftDetector(OnDrift(window=5, sigma=sigma, floor=0.0), 1, 16, CPU)
+        detector = DriftDetector(SETTINGS._replace(sigma=sigma), 1, 16, CPU)
         detector.observe(a[:, 1:], valid[:, 1:])
         detector.set_reference()
         found[sigma] = float(detector.threshold[0])
@@ -92,19 +91,20 @@ def test_d6_sigma_acts_and_the_first_token_is_out():
 
     model = tiny("llama")
     for skip, sees_sink in ((True, False), (False, True)):
-        state = state_of("dart", model, **{"remask.window": 5, "remask.skip_first": skip})
-        state.remasking.detector = DriftDetector(state.remasking.part, 1, 16, CPU)
-        state.observe_attention(a, valid)
-        assert (float(state.remasking.detector.total.min()) < 0) == sees_sink
+        with open_session(model, "dart", 0.5, **{"remask.skip_first": skip}) as session:
+            attention = session.ffns[-1].attention
+            sink = attention.register_forward_hook(lambda _m, _args, out: out.index_fill(1, FIRST, -100), prepend=True)
+            model(prompt(), use_cache=True)
+            sink.remove()
+            assert (float(session.rows.watch.drift.total.max()) < -50) == sees_sink
 
 
 def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
     name, second = cache_argument(llama), prompt(24, seed=5)
 
     def snapshot(session):
-        state = session.state
-        detector = state.remasking.detector
-        return [*state.masks, detector.reference, detector.threshold, detector.pressure]
+        detector = session.rows.watch.drift
+        return [*session.masks(0), detector.reference, detector.threshold, detector.pressure]
 
     with open_session(llama, "dart", 0.5, **RESTLESS) as session:
         llama(second, use_cache=True)
@@ -118,44 +118,20 @@ def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
             llama(second[:, 9:], use_cache=True, **{name: cache_of(out)})
         chunked = snapshot(session)
         out = llama(second[:, :1], use_cache=True)  # a prompt of one token is a prompt
-        assert session.state.tokens.tolist() == [1.0]
+        assert session.rows.seen.tolist() == [1.0]
     assert all(torch.equal(x, y) for x, y in zip(alone, after, strict=True))
     assert all(torch.allclose(x.double(), y.double()) for x, y in zip(alone, chunked, strict=True))
 
 
-def test_d7_a_cache_that_went_back_is_refused(llama):
-    from dart_eval.util.errors import UserError
-
-    with open_session(llama, "dart", 0.5):
-        out = llama(prompt(20), use_cache=True)
-        cache = cache_of(out)
-        cache.crop(-5)
-        with pytest.raises(UserError, match="went back from 20 to 15"):
-            llama(prompt(1), use_cache=True, **{cache_argument(llama): cache})
-
-
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "itself"}])
-def test_d7_assisted_decoding_is_refused(llama, options):
-    from dart_eval.util.errors import UserError
-
-    if "assistant_model" in options:
-        options = {"assistant_model": tiny("llama", seed=1)}
-    ids = torch.tensor([[*random_tokens(6), *random_tokens(6), *random_tokens(6)]])
-    with open_session(llama, "dart", 0.7), pytest.raises(UserError, match="went back"):
-        llama.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0, **options)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_d8_sums_are_kept_in_fp32(llama, dtype):
-    for params, power in (({}, 2), ({"score.norm": "l1"}, 0)):
-        state = state_of("dart", llama, **params)
-        h = torch.full((1, 3000, 40), 1e-4, dtype=dtype)
-        valid = torch.ones(1, 3000, dtype=torch.bool)
-        state.observe(0, h, valid)
-        token = float(h[0, 0, 0])
-        wanted = token**power if power else (1 / 40) ** 2
-        assert state.layers[0].sums.dtype == torch.float32
-        assert float(state.layers[0].sums[0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
+    h = torch.full((1, 3000, 40), 1e-4, dtype=dtype)
+    token = float(h[0, 0, 0])
+    for name, wanted in (("dart", token**2), ("griffin", 1 / 40)):  # there relative to the token's norm
+        method, _ = rows_of(name, llama)
+        sums = method.add(None, method.ffns[0], h, torch.ones(1, 3000, dtype=torch.bool))
+        assert sums.dtype == torch.float32
+        assert float(sums[0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
 
 
 def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibration_text(llama):
@@ -179,7 +155,7 @@ def test_d13_dense_tokens_count_against_the_label(llama):
 
 
 def test_d17_a_long_prompt_keeps_no_more_than_a_short_one():
-    detector = [DriftDetector(OnDrift(window=2), 1, 8, CPU) for _ in range(2)]
+    detector = [DriftDetector(SETTINGS._replace(window=2), 1, 8, CPU) for _ in range(2)]
     for found, length in zip(detector, (200, 2000), strict=True):
         found.observe(torch.randn(1, length, 8), torch.ones(1, length, dtype=torch.bool))
         found.set_reference()

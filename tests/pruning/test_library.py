@@ -1,21 +1,15 @@
-"""What a developer meets who uses the package as a library: several chats, edits, blocks in blocks, own methods."""
+"""What a developer meets who uses the package as a library: heads, rounding in rounding, batches, seeds."""
 
-import gc
-
-import pytest
 import torch
-from dart_eval.pruning.masks.mask import FromPrompt
-from dart_eval.pruning.masks.scores import Activation, Score
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dart_eval import Pruner, UserError, prune, rounded_ffns
+from dart_eval import prune, rounded_ffns
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.layers.families import cache_argument
-from dart_eval.pruning import registry
 from dart_eval.sweep.dart_lm import DartLM
 from tests.helpers.models import SMALL, save_tiny
-from tests.helpers.sessions import cache_of, generate, open_session, prompts_of
+from tests.helpers.sessions import cache_of, open_session, prompts_of
 
 
 def test_a_head_that_was_untied_stays_so(tokenizer):
@@ -28,18 +22,6 @@ def test_a_head_that_was_untied_stays_so(tokenizer):
     assert model.lm_head.weight is head and torch.equal(model(prompts_of(1, 8)).logits, wanted)
 
 
-@torch.no_grad()
-def test_the_cache_of_another_prompt_is_refused_when_the_last_one_is_gone(llama):
-    """As long as the last one, whose masks would run."""
-    with prune(llama, "griffin"):
-        first = generate(llama, prompts_of(1, 12, seed=1), 5)
-        generate(llama, prompts_of(1, 12, seed=2), 5)
-        gc.collect()
-        ids = torch.cat([first.sequences, prompts_of(1, 3, seed=9)], 1)
-        with pytest.raises(UserError, match="not the one that the masks"):
-            generate(llama, ids, 4, **{cache_argument(llama): cache_of(first)})
-
-
 def test_rounding_inside_rounding_leaves_the_outer_one(llama):
     read = []
     with rounded_ffns(llama, 4):
@@ -47,26 +29,6 @@ def test_rounding_inside_rounding_leaves_the_outer_one(llama):
             with rounded_ffns(llama, bits), prune(llama, "griffin", 0.5) as session:
                 read.append(session.weights_read)
     assert read[0] == read[2] < read[1] < 0.6
-
-
-@pytest.mark.parametrize("make", [
-    lambda: Pruner(mask=FromPrompt(score="votes")), lambda: Pruner(mask=FromPrompt(score=Activation)),
-    lambda: Pruner(mask=FromPrompt(), allocation="depth"), lambda: Pruner(mask="prompt"),
-])  # fmt: skip
-def test_a_slot_takes_no_name_of_a_part(make):
-    with pytest.raises(UserError, match="which is no part; give an object"):
-        make()
-
-
-def test_methods_and_parts_of_others_without_names(monkeypatch, caplog):
-    class Nameless(Score):
-        pass
-
-    offers = {"methods": [("theirs", Pruner(mask=FromPrompt()))], "parts": [("nameless", Nameless)]}
-    monkeypatch.setattr(registry, "offered", lambda group, _search: offers[group.rpartition(".")[2]])
-    assert registry.make("theirs").spec == "theirs"
-    assert registry.make("theirs", {"remask": "drift"}).spec == "theirs:remask=drift"
-    assert "part nameless of another package has no name: left out" in caplog.text
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_masks_for_generate
 
-from dart_eval.pruning.cache import real_tokens
+from dart_eval.pruning.session import real_tokens
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import SMALL, random_tokens, tiny
@@ -124,7 +124,7 @@ def test_a_padded_batch_generates_what_each_sequence_does_alone(name, cache, met
     for row, length in enumerate(LENGTHS):
         with open_session(model, method, 0.5, execution="masked", **params) as session:
             alone = generate(model, ids[row : row + 1, -length:], attention[row : row + 1, -length:])
-            assert session.state.tokens.tolist() == [length]
+            assert session.rows.seen.tolist() == [length]
         for a, b in zip(alone.logits, together.logits, strict=True):
             assert torch.allclose(a[0], b[row], atol=1e-6)
 
@@ -133,7 +133,7 @@ def test_one_padded_prompt_under_a_static_cache_is_scored_without_its_padding(ll
     ids, attention = prompts()
     with open_session(llama, "griffin", 0.5) as session:
         generate(llama, ids[1:2], attention[1:2], tokens=3, cache_implementation="static", disable_compile=True)
-        assert session.state.tokens.tolist() == [9]
+        assert session.rows.seen.tolist() == [9]
 
 
 def test_layers_that_share_keys_and_values_are_judged_by_the_whole_prompt():
@@ -141,9 +141,9 @@ def test_layers_that_share_keys_and_values_are_judged_by_the_whole_prompt():
     model, ids = gemma4(), torch.tensor([random_tokens(12)])
     with open_session(model, "griffin", 0.5) as session:
         model(ids, use_cache=True)
-        whole = [m.clone() for m in session.state.masks]
+        whole = session.masks(0)
         model(ids, use_cache=True, logits_to_keep=1)
-        assert all(torch.equal(a, b) for a, b in zip(whole, session.state.masks, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(whole, session.masks(0), strict=True))
 
 
 def test_padding_on_the_right_leaves_the_recent_inputs_to_the_real_tokens(llama):
@@ -154,10 +154,10 @@ def test_padding_on_the_right_leaves_the_recent_inputs_to_the_real_tokens(llama)
     settings = {**RESTLESS, "remask.blend": 0.0, "remask.ring": 8, "execution": "masked"}
     with open_session(llama, "dart", 0.5, **settings) as session:
         llama(ids, attention_mask=mask, use_cache=True)
-        session.state.remask(torch.ones(2, dtype=torch.bool))
-        together = [m.clone() for m in session.state.masks]
+        session.method.make_masks(session.rows, torch.ones(2, dtype=torch.bool))
+        together = session.rows.mask
     for row, tokens in enumerate(rows):
         with open_session(llama, "dart", 0.5, **settings) as session:
             llama(torch.tensor([tokens]), use_cache=True)
-            session.state.remask(torch.ones(1, dtype=torch.bool))
-            assert all(torch.equal(a[row], b[0]) for a, b in zip(together, session.state.masks, strict=True))
+            session.method.make_masks(session.rows, torch.ones(1, dtype=torch.bool))
+            assert all(torch.equal(a[row], b[0]) for a, b in zip(together, session.rows.mask, strict=True))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import linear
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from dart_eval.kernels.mask_rows import unlike_plain
+from dart_eval.kernels.fast import unlike_plain
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import weight_matrix
@@ -107,11 +107,10 @@ def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(cha
     model = tiny("llama", torch.float64)
     for module in _projections(model):
         change(module)
-    for asked in ("auto", "copied"):
-        with pytest.warns(UserWarning, match=reason) as said:
-            found, execution = _decoded(model, asked)
-        assert execution == "masked" and len(said) == 1
-        assert torch.equal(found, _decoded(model, "masked")[0])
+    with pytest.warns(UserWarning, match=reason) as said:
+        found, execution = _decoded(model, "auto")
+    assert execution == "masked" and len(said) == 1
+    assert torch.equal(found, _decoded(model, "masked")[0])
 
 
 def _unpacked(model):
@@ -205,13 +204,13 @@ def test_weights_that_torch_packs_are_refused():
 def test_a_model_that_accelerate_spreads_is_still_reordered():
     """Its hooks replace the forward of every module, and keep the class's own."""
     model = tiny("llama")
-    before, _ = _decoded(model, "copied")
+    before, _ = _decoded(model, "auto")
     for module in _projections(model):
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     assert unlike_plain(find_ffns(model)) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        found, execution = _decoded(model, "copied")
+        found, execution = _decoded(model, "auto")
     assert execution == "copied"
     assert torch.equal(found, before)
     wrapped = tiny("llama")

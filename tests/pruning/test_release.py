@@ -18,8 +18,9 @@ from tests.helpers.requests import output_head_of
 from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, prompts_of
 
 N = 4  # a window of the detector ends one token before
+CALM = {"remask": "never", "allocation": "uniform"}
 RELEASED = [
-    ("griffin", {}),
+    ("dart", CALM),
     ("dart", RESTLESS), ("dart-code", {**RESTLESS, "remask.dense_tokens": 3}),  # the alarm's tokens are cut short
 ]  # fmt: skip
 
@@ -36,13 +37,13 @@ def fed(model, ids, tokens, before=lambda n: None):
     return torch.stack(logits, 1)
 
 
-@pytest.mark.parametrize("execution", ["masked", "copied"])
+@pytest.mark.parametrize("execution", ["masked", "auto"])
 @pytest.mark.parametrize(("method", "params"), RELEASED)
 def test_logits_are_those_of_masked_tokens_and_then_of_dense_ones_on_their_cache(llama, method, params, execution):
     ids, tokens = prompts_of(1, 20), random_tokens(12, seed=3)
     with open_session(llama, method, 0.5, execution=execution, **params) as session:
         # By hand: the hooks go after N tokens, and the cache stays.
-        wanted = fed(llama, ids, tokens, lambda n: session._hooks.remove() if n == N else None)
+        wanted = fed(llama, ids, tokens, lambda n: session._remove() if n == N else None)
         by_hand = [[e["token"] for e in found] for found in (session.events, session.log.alarms)]
     with open_session(llama, method, 0.5, execution=execution, **params, **{"remask.release": N}) as session:
         found = fed(llama, ids, tokens)
@@ -50,8 +51,8 @@ def test_logits_are_those_of_masked_tokens_and_then_of_dense_ones_on_their_cache
         logged = [[e["token"] for e in found] for found in (session.events, session.log.alarms)]
         windows = len(session.log.signals)
         skipped = session.effective_sparsity * 13  # the prompt makes the first token
-        assert session.shares(1).mask.tolist() == [1]
-        assert (session.mask_sparsity, session.state.room()) == (0, None)
+        assert session.step().mask.tolist() == [1]
+        assert (session.mask_sparsity, session.room()) == (0, None)
     assert torch.equal(found, wanted)
     assert logged == [[n for n in found if n < N] for found in by_hand]
     assert windows == bool(by_hand[1])
@@ -101,7 +102,7 @@ def test_blocks_of_any_size_release_after_exactly_so_many_tokens(release, sizes,
 def test_scored_and_generated_tokens_beyond_are_dense_and_count_as_dense(llama):
     """Scoring: the context's last token is the first decoded one. A new prompt and a new turn start anew."""
     request = Request(random_tokens(15, seed=1), random_tokens(9, seed=2))
-    with open_session(llama, "griffin", 0.5, **{"remask.release": N}) as session:
+    with open_session(llama, "dart", 0.5, **CALM, **{"remask.release": N}) as session:
         score = scorer(llama, output_head_of(llama, session), session, 2)
         (found,) = [answer for unit in score.units([request]) for _, answer in score.run(unit)]
         ids = torch.tensor([request.context[:-1]])
@@ -126,11 +127,11 @@ def test_scored_and_generated_tokens_beyond_are_dense_and_count_as_dense(llama):
 @pytest.mark.parametrize("scope", [*SHARES, "last"])
 def test_scopes_without_decoded_tokens_are_refused(llama, scope):
     head = output_head_of(llama)
-    with open_session(llama, "griffin", 0.5, **{"remask.release": N}) as session:
+    with open_session(llama, "dart", 0.5, **CALM, **{"remask.release": N}) as session:
         if scope == "last":  # one token runs pruned, the first
             assert scorer(llama, head, session, 2, scope).scope == "last"
             return
-        with pytest.raises(UserError, match=r"griffin:remask.release=4 counts decoded tokens, and under --scope"):
+        with pytest.raises(UserError, match=r"remask.release=4\S* counts decoded tokens, and under --scope"):
             scorer(llama, head, session, 2, scope)
 
 
@@ -141,5 +142,5 @@ def test_cells_of_versions_without_it_ask_the_same():
 
 
 def test_a_method_that_is_released_is_not_timed():
-    with pytest.raises(UserError, match=r"griffin:remask.release=5 runs dense after its first tokens; time it without"):
-        check_timeable(make("griffin", {"remask.release": 5}))
+    with pytest.raises(UserError, match=r"dart:remask.release=5 runs dense after its first tokens; time it without"):
+        check_timeable(make("dart", {"remask.release": 5}))

@@ -109,7 +109,8 @@ def test_a_turn_ends_what_was_to_run_dense(llama):
     seen.decode(2)
     assert seen.watch.dense.tolist() == [True, True]
     seen.context(3)
-    assert seen.watch.dense.tolist() == [False, False]
+    assert seen.method.dense_now(seen.rows).tolist() == [False, False]
+    assert seen.method.read(seen.rows).tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("dense", [0, 3])

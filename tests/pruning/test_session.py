@@ -6,7 +6,9 @@ import torch
 import dart_eval
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.registry import BUILT_IN
+from dart_eval.pruning.methods.griffin import NeuronMask
+from dart_eval.pruning.methods.teal import Teal
+from dart_eval.pruning.registry import methods
 from dart_eval.pruning.session import prune
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import on_families
@@ -25,9 +27,8 @@ from tests.helpers.sessions import (
     same,
 )
 
-PRUNERS = [m.name for m in BUILT_IN if m.prunes and not m.looks_ahead]
-SIZED = [m.name for m in BUILT_IN if m.name in PRUNERS and m.sized]  # what they read follows from the sparsity
-MASKS = [m.name for m in BUILT_IN if m.name in PRUNERS and not m.choice.chooses and m.leaves_out == "neurons"]
+PRUNERS = [name for name, cls in methods().items() if cls.prunes and not cls.looks_ahead]
+SIZED = [name for name in PRUNERS if methods()[name].sized]  # what they read follows from the sparsity
 
 
 @on_families(["method"], FAMILIES, SIZED, every=2)
@@ -48,13 +49,12 @@ def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
         generate(model, prompts_of(2, 20), tokens=5)
         neurons = sum(f.size for f in find_ffns(model))
         exact = 1 - round((1 - sparsity) * neurons) / neurons
-        if method in MASKS:
-            masks = [layer.mask for layer in session.state.layers]
-            for row in range(len(masks[0])):
-                assert sum(int(m[row].sum()) for m in masks) == round((1 - sparsity) * neurons)
+        if isinstance(session.method, NeuronMask):
+            for row in range(2):
+                assert sum(int(m.sum()) for m in session.masks(row)) == round((1 - sparsity) * neurons)
             assert session.mask_sparsity == pytest.approx(exact)
-        if session.method.leaves_out != "neurons":  # to a column where it counts them; thresholds meet it on their text
-            varies = session.method.entries.calibrates
+        if session.method.granularity:  # to a column where it counts them; thresholds meet it on their text
+            varies = isinstance(session.method, Teal)
             assert abs(session.weights_read - (1 - exact)) < (0.2 if varies else 0.02)
             exact = 1 - session.weights_read
         assert session.weights_read == pytest.approx(1 - exact)
@@ -111,33 +111,9 @@ def test_a_new_prompt_starts_afresh(llama):
     assert torch.equal(torch.stack(alone.logits), torch.stack(after.logits))
 
 
-def test_beam_search_is_refused_where_masks_cannot_follow(llama):
-    with open_session(llama, "griffin", 0.5) as session:
-        llama(prompts_of(2, 12), use_cache=True)
-        state = session.state
-        out = llama(prompts_of(1, 12), use_cache=True)
-        session.state = state
-        with pytest.raises(UserError, match="batch changed"):
-            llama(prompts_of(1, 1), use_cache=True, **{cache_argument(llama): cache_of(out)})
-
-
-def test_beams_are_refused_where_sequences_have_masks(llama):
-    beams = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    with open_session(llama, "griffin", 0.5), pytest.raises(UserError, match="beams change places"):
-        llama.generate(prompts_of(2, 12), **beams)
-    with open_session(llama, "random", 0.5) as session:  # one mask for all
-        llama.generate(prompts_of(2, 12), **beams)
-        assert session.effective_sparsity > 0.3
-
-
-def test_another_cache_than_that_of_the_masks_is_refused(llama):
+def test_another_cache_serves_where_one_mask_is_for_all(llama):
     name = cache_argument(llama)
-    with open_session(llama, "griffin", 0.5):
-        first = llama(prompts_of(1, 20), use_cache=True)
-        llama(prompts_of(1, 12, seed=3), use_cache=True)
-        with pytest.raises(UserError, match="not the one that the masks"):
-            llama(prompts_of(1, 1), use_cache=True, **{name: cache_of(first)})
-    with open_session(llama, "random", 0.5):  # one mask for all
+    with open_session(llama, "random", 0.5):
         first = llama(prompts_of(1, 20), use_cache=True)
         llama(prompts_of(1, 12, seed=3), use_cache=True)
         llama(prompts_of(1, 1), use_cache=True, **{name: cache_of(first)})
@@ -148,8 +124,8 @@ def test_masks_for_all_sequences_are_all_that_is_kept_of_them(llama, method, mas
     """A byte a neuron; no factors, which are in the masks, and nothing of a mask of everything."""
     with open_session(llama, method, 0.5) as session:
         generate(llama, prompts_of(2, 20), tokens=3)
-        assert session.prepared.nbytes() == masks * 120
-        assert session.state_bytes - session.prepared.nbytes() <= 200  # counts and sums of tokens
+        assert session.method.nbytes() == masks * 120
+        assert session.state_bytes - session.method.nbytes() <= 200  # counts and sums of tokens
 
 
 def test_the_python_surface():
@@ -160,8 +136,3 @@ def test_the_python_surface():
         pass
     with pytest.raises(UserError, match="tokenizer"), prune(tiny("llama"), "wanda-sp", 0.5):
         pass
-
-
-def test_a_forward_without_cache_is_refused(llama):
-    with open_session(llama, "griffin", 0.5), pytest.raises(UserError, match="use_cache"):
-        llama.generate(prompts_of(1, 12), max_new_tokens=3, use_cache=False, pad_token_id=0)

@@ -13,7 +13,7 @@ from dart_eval.kernels.top import top_k_mask
 from dart_eval.pruning.methods.ring import RingBuffer
 from dart_eval.pruning.rows import PerSequence, nbytes
 from tests.helpers.models import tiny
-from tests.helpers.sessions import VARIED, generate, open_session, prompts_of, rows_of
+from tests.helpers.sessions import RESTLESS, VARIED, generate, open_session, prompts_of, rows_of
 
 
 @given(st.integers(0, 10_000), st.integers(1, 30))
@@ -156,3 +156,27 @@ def test_a_session_keeps_no_model_alive_after_its_block(method):
     del model
     gc.enable()
     assert alive() is None
+
+
+@pytest.mark.parametrize(("method", "params"), [
+    ("dart", RESTLESS), ("m-countdown", {}), ("cats", {"choice.threshold": "calibrated"}), ("teal", {}), ("wina", {}),
+    ("grinqh", {}), ("graded-both", {}),
+])  # fmt: skip
+def test_a_forward_that_breaks_off_leaves_nothing_behind(method, params):
+    """Of a decoded token that ends between gate and down: the next prompt, and what is read, are what they are else."""
+    model, prompt, found = tiny("llama"), prompts_of(1, 12), []
+
+    def broken(_module, _args, output):
+        if output.shape[1] == 1:
+            raise RuntimeError("out of memory")
+
+    with open_session(model, method, 0.5, execution="masked", **params) as session:
+        for breaks in (False, True):
+            if breaks:
+                handle = model.model.layers[1].mlp.up_proj.register_forward_hook(broken, prepend=True)
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    generate(model, prompt, 6)
+                handle.remove()
+            logits = torch.stack(generate(model, prompt, 6).logits)
+            found.append((logits, torch.stack([step.read for step in session.steps])))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -41,7 +41,13 @@ def _sensitivity(model, ids, before=()):
         for count in before:
             model(torch.tensor([random_tokens(count, seed=count)]), use_cache=True)
         model(ids, use_cache=True)
-        return session.state.change.sensitivity(slice(None))
+        return of_ffns(session)
+
+
+def of_ffns(session):
+    """S of every FFN, which is that of its layer."""
+    of_layers = session.rows.change.sensitivity(torch.arange(1))
+    return [of_layers[ffn.number] for ffn in session.ffns]
 
 
 def _by_hand(model, ids):
@@ -117,8 +123,8 @@ def test_depth_gives_ffns_of_one_layer_one_density(name, numbers):
     ffns = find_ffns(model)
     with open_session(model, "dart", 0.5, remask="never") as session:
         model(ids, use_cache=True)
-        found = session.state.change.sensitivity(slice(None))
-        kept = session.state.mask_counts[0].tolist()
+        found = of_ffns(session)
+        kept = session.rows.counts[0, :, 0].tolist()
     assert [f.number for f in ffns] == numbers
     sizes = [sum(f.size for f in ffns if f.number == n) for n in range(4)]
     unlike = sizes if len(set(sizes)) > 1 else None

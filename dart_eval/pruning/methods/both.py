@@ -58,6 +58,8 @@ class GradedBoth(Grinqh):
         return max(room - few * self.entries_more, (room - few * most) / (1 - few))  # a second look ends at all bits
 
     def hooks(self, session: Session) -> list[Hook]:
+        if not self.matrices:  # sparsity 0
+            return []
         self._first: dict[Nested, tuple[Tensor, Tensor, Tensor]] = {}  # x, product and levels of the first look
         self._twice = {m for f in session.ffns for p in f.projections if p is not f.down for m in self.matrices[p]}
         return [(f.into, "register_forward_pre_hook", self._refine(session, f)) for f in session.ffns]
