@@ -13,11 +13,11 @@ import dart_eval
 PACKAGE = Path(dart_eval.__file__).parent
 ROOT = PACKAGE.parent
 LINES = {
-    "bench": 1_300, "cli": 2_030, "cluster": 250, "evaluation": 4_225, "export": 150, "kernels": 1_080, "layers": 1_650,
-    "models": 600, "pruning": 6_590, "results": 7_125, "sweep": 2_430, "util": 975, "weights": 800,
+    "bench": 1_300, "cli": 2_030, "cluster": 250, "evaluation": 4_225, "export": 150, "kernels": 1_110, "layers": 1_650,
+    "models": 600, "pruning": 4_540, "results": 7_125, "sweep": 2_430, "util": 975, "weights": 800,
 }  # fmt: skip
-PACKAGE_LINES, TEST_LINES, SCRIPT_LINES = 29_350, 27_780, 1_900
-LINES_PER_STATEMENT = 1.62
+PACKAGE_LINES, TEST_LINES, SCRIPT_LINES = 27_300, 27_700, 1_900
+LINES_PER_STATEMENT = 1.6  # 1.62 before methods were classes, whose name and summary are statements of one line
 
 
 def lines(files):
