@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
@@ -188,7 +188,8 @@ def executions(dry: bool) -> dict[str, Any]:
                 raise AssertionError(f"{name}: no mask changed")
     generator: Any = model
     texts = []
-    for execution in ("masked", "copied"):
+    ways: tuple[Literal["masked", "auto"], ...] = ("masked", "auto")
+    for execution in ways:
         with prune(model, make("dart", RESTLESS), SPARSITY, execution=execution):
             texts.append(generator.generate(tokens_for(model, PROMPT), max_new_tokens=STEPS, do_sample=False))
     if not torch.equal(texts[0], texts[1]):

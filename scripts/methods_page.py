@@ -42,7 +42,7 @@ def page() -> str:
     for cls in built_in().values():
         lines += card(cls())
         options = cls.options()
-        inherited = next((base.name for base in cls.__mro__[1:] if getattr(base, "name", "") in BUILT_IN), None)
+        inherited = next((name for b in cls.__mro__[1:] if (name := getattr(b, "name", "")) in BUILT_IN), None)
         if options and inherited:
             changed = [
                 f"`{p}={text_of(o.default)}`" for p, o in options.items() if o != built_in()[inherited].options().get(p)

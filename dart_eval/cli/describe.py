@@ -16,5 +16,5 @@ def meaning(option: Option) -> str:
     if option.words:
         return f"{option.help} ({', '.join(option.words)})"
     bounds = (("at least", option.least), ("above", option.above), ("at most", option.most))
-    words = ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+    words = ", ".join(f"{word} {bound:.10g}" for word, bound in bounds if bound is not None)
     return f"{option.help} ({words})" if words else option.help

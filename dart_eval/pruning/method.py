@@ -49,6 +49,12 @@ else:
         return lambda cls: cls
 
 
+# What a wrong value must be: by pydantic's word for a bound, else by the kind of the option.
+BOUNDS = {
+    "greater_than_equal": ("at least", "least"), "greater_than": ("above", "above"),
+    "less_than_equal": ("at most", "most"),
+}  # fmt: skip
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 CHUNK_BYTES = 64 << 20  # of fp32 activations observed at a time
 
 
@@ -104,14 +110,15 @@ class Option:
             value = "on" if value else "off"
         try:
             if isinstance(value, bool) and self.kind is not bool:
-                raise ValueError(f"it must be {self.kind.__name__}")
+                raise ValueError
             return _checker(self.kind, self.least, self.most, self.above).validate_python(value)
-        except (ValidationError, ValueError) as error:
+        except ValueError as error:  # pydantic's is one
             if self.words:
                 near = nearest(str(value), self.words)
                 raise retired("value", str(value)) or UserError(f"{self.path} is {value!r}", near) from None
-            problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise UserError(f"{self.path} is {short_repr(value)}", problem[:1].lower() + problem[1:]) from None
+            word, bound = BOUNDS.get(error.errors()[0]["type"] if isinstance(error, ValidationError) else "", ("", ""))
+            needed = f"{word} {getattr(self, bound):.10g}" if bound else NOUNS.get(self.kind, str(self.kind))
+            raise UserError(f"{self.path} is {short_repr(value)}", f"it must be {needed}") from None
 
 
 @functools.cache

@@ -76,7 +76,7 @@ class CellInputs(TypedDict):
         Model, _asked("name, revision, hash of the weights, whether code of its own ran or it came `loaded`", False)
     ]
     method: Annotated[str, _asked("the method's name", False)]
-    params: Annotated[Json, _asked("its options as typed, and words for what it is made of", False)]
+    params: Annotated[Json, _asked("its options by the paths that a user types, and what it is made of", False)]
     sparsity: Annotated[Share, _asked("share of FFN weight bytes that a decoded token is not to read", False)]
     ffn_bits: NotRequired[
         Annotated[str, Role(ASKED, "bits that FFN weights were rounded to first, where they were", column=True)]

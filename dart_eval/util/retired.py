@@ -7,35 +7,29 @@ from dart_eval.util.errors import UserError
 PAGE = "docs/findings.md#retired"
 VERSION = "0.3"
 METHODS = {
-    **dict.fromkeys(("dart-plus", "preview", "prox"), "grinqh reads as few bytes"),
-    "dart-choice": "grinqh reads as few bytes", "pop": "griffin is as good", "coreinfer": "griffin is as good",
+    **dict.fromkeys(("dart-plus", "dart-choice", "preview", "prox", "graded-experts"), "grinqh reads as few bytes"),
+    "pop": "griffin is as good", "coreinfer": "griffin is as good",
     "glass": "griffin is as good", "probe": "griffin is as good", "mag-sp": "magnitude is its like",
     "top-p": "oracle-token is the upper bound", "graded-rows": "graded-both is better",
     "graded-layers": "--ffn-bits q4_k is level with it", "oracle-layers": "--ffn-bits q4_k is level with it",
     "bits-by-position": "--ffn-bits q4_k is level with it", "wanda": "wanda-sp leaves out neurons",
     "fewer-experts": "griffin chooses neurons inside experts", "drop-experts": "griffin chooses neurons inside experts",
-    "graded-experts": "grinqh reads as few bytes",
 }  # fmt: skip
 SETTINGS = {  # of methods; some have them still
-    "score": "a score is a method's own: griffin, static, wanda-sp, magnitude, random",
-    "mask": "a mask is a method's own: griffin's is of the prompt, static's of a calibration text",
+    "score": "a score is a method's own: griffin, static, wanda-sp, magnitude, random", "mask": "griffin or static",
     "choice": "a token's choice is a method: cats, m-countdown, oracle-token",
     "entries": "what is read of columns is a method: teal, wina, grinqh, decdec, graded-both, rounding",
     "compensation": "flap adds the mean output of what it leaves out", "draw": "griffin:draw=sample draws its mask",
     "remask": "dart:allocation=uniform re-masks", "allocation": "dart spreads by depth, flap over all layers",
 }  # fmt: skip
-VALUES = {  # of them
-    "every": "remask=drift or remask=never", "ends": "allocation=depth or allocation=uniform",
-    "global": "flap ranks the neurons of all layers together",
-}  # fmt: skip
+VALUES = {"every": "remask=drift", "ends": "allocation=depth", "global": "flap ranks the neurons of all layers"}
 OPTIONS = {
     **dict.fromkeys(("log", "log-project"), "dart_eval.records() gives the results to wandb (docs/recipes.md)"),
     "share-prefix": "prefixes are always shared", "read-at-batch": "results/README.md has its page",
     **dict.fromkeys(("calibration-tokens", "calibration-seed"), "cut the file of --calibration"),
     "allocation": "write dart:allocation=NAME", "cue": "write a task of your own for --include-path",
-    "executor": "--ray ADDRESS runs cells on Ray", "ray-address": "--ray ADDRESS runs cells on Ray",
-    "cpus-per-cell": "--gpus-per-cell stays", "shards": "a cell is one task: give more cells",
-    "compile": "prune() refuses compiled models",
+    **dict.fromkeys(("executor", "ray-address"), "--ray ADDRESS runs cells on Ray"),
+    "cpus-per-cell": "--gpus-per-cell stays", "shards": "give more cells", "compile": "prune() refuses compiled models",
 }  # fmt: skip
 VIEWS = {
     "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view costs has re-masks",

@@ -1,4 +1,4 @@
-"""The house as docs/architecture.md has it: folders in their order, imports down, no circles."""
+"""The house as docs/architecture.md has it: folders in their order, imports down, no circles, names that there are."""
 
 import ast
 import functools
@@ -70,3 +70,11 @@ def test_imports_go_down():
 
 def test_no_files_import_each_other_in_a_circle():
     graphlib.TopologicalSorter(graph()).prepare()  # raises a CycleError that names the files
+
+
+def test_the_page_is_short_and_names_what_there_is():
+    assert sum(any(map(str.isalnum, word)) for word in PAGE.split()) <= 600
+    texts = [file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")]
+    for cls, name in set(re.findall(r"`([A-Z]\w+)\.(\w+)`", PAGE)):
+        own = [text for text in texts if re.search(rf"^class {cls}\b", text, re.MULTILINE)]
+        assert any(re.search(rf"def {name}\(|^    {name}: |self\.{name}\b", t, re.MULTILINE) for t in own), (cls, name)

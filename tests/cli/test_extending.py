@@ -96,7 +96,7 @@ def test_its_code_is_in_the_key_and_its_options_are_checked():
     griffin, votes, power = (cell.inputs for cell in plan(config, model, ("arc",), {"arc": "h"}, "cpu"))
     assert griffin["method_code"] != votes["method_code"] == power["method_code"]
     assert (votes["params"], power["params"]) == ({"method": "votes", "power": 2.0}, {"method": "votes", "power": 1.0})
-    with pytest.raises(UserError, match=r"votes: power is '0'; input should be greater than 0"):
+    with pytest.raises(UserError, match=r"votes: power is '0'; it must be above 0"):
         make("votes", {"power": "0"})
 
 

@@ -400,7 +400,7 @@ def test_words_that_have_left_are_answered_wherever_they_are_given(tmp_path):
     for file, given in ((tmp_path / "run.yaml", {}), (None, {"share_prefix": True})):
         with pytest.raises(UserError, match=said):
             configs_from(file, given)
-    for name, params, word in (("fewer-experts", {}, "fewer-experts"), ("griffin", {"routing": "fewer"}, "routing")):
+    for name, params, word in (("fewer-experts", {}, "fewer-experts"), ("griffin", {"remask": "drift"}, "remask'")):
         with pytest.raises(UserError, match=f"{word} left in"):
             make(name, params)
     with pytest.raises(UserError, match="frontier left in"):

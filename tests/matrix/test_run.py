@@ -51,11 +51,11 @@ def test_what_is_not_made_for_experts_is_left_out_with_a_line(tmp_path, tokenize
     assert [note for note in watch.notes if "left out" in note] == [
         f"{title} is left out: {part} is not made for experts yet; take another method, or a dense model"
         for title, part in (
-            ("flap at sparsity 0.5", "allocation=global"),
-            ("teal at sparsity 0.5", "entries=threshold"),
+            ("flap at sparsity 0.5", "flap"),
+            ("teal at sparsity 0.5", "teal"),
         )
     ]
-    with pytest.raises(UserError, match=r"flap at sparsity 0\.5: allocation=global is not made for experts yet"):
+    with pytest.raises(UserError, match=r"flap at sparsity 0\.5: flap is not made for experts yet"):
         run_local(config_from(None, given | {"method": "flap"}), Watch())
 
 
@@ -69,6 +69,6 @@ def test_what_does_not_fit_a_norm_of_neurons_is_left_out_too(tmp_path, tokenizer
     )
     assert not result.failed and [r.inputs["method"] for r in result.records] == ["griffin"]
     assert any(
-        "teal at sparsity 0.5 is left out: entries=threshold does not fit an FFN that has a norm" in note
+        "teal at sparsity 0.5 is left out: teal does not fit an FFN that has a norm" in note
         for note in watch.notes
     )
