@@ -19,7 +19,7 @@ from dart_eval.pruning.method import Method
 from dart_eval.pruning.session import prune
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import share
+from dart_eval.weights.rounding import served_share
 
 BYTES_ONLY = "bytes only"  # stands in place of times
 ALL_WEIGHTS = "packed products read all weights of a matrix"
@@ -101,7 +101,7 @@ def measure(
         why = packed.why_no_kernel(model, rounding) or ALL_WEIGHTS
     # As the weights lie in memory: a head that is not quantised weighs more beside FFNs that are.
     phi, bench = stored_share(model, ffns), Bench(model, model)
-    own = share(ffns) if rounding is None else 1.0
+    own = served_share(ffns) if rounding is None else 1.0
     with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as run:
         cache = bench.cache()
         bench.step(model, bench.tokens(prompt_tokens), cache)

@@ -71,7 +71,7 @@ class Fast:
             self.copies = [RowCopies(f) if kernel is None else WholeFFN(f, kernel) for f, kernel in kernels]
             self._ready = all(isinstance(copy, WholeFFN) for copy in self.copies)
 
-    def move(self, masks: Sequence[Tensor]) -> None:
+    def copy_rows(self, masks: Sequence[Tensor]) -> None:
         """Copy the weights of neurons that are new in the masks. masks: per layer [1, F]; none: tokens run dense."""
         if self.copies is None or isinstance(self.copies[0], WholeFFN):
             return

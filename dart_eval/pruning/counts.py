@@ -131,7 +131,7 @@ class NeuronCost:
         self.neurons = sum(f.size for f in ffns)
         self._weights = self._matrices * self.neurons
         terms = []  # rows of an average matrix that a neuron reads: always, in the mask, if taken, if written
-        for into, down, scales in map(rounding.rows, ffns):
+        for into, down, scales in map(rounding.bits_per_row, ffns):
             into, down, scales = into / unit, down / unit, scales / unit
             terms.append((scales, into * self.full, into * (self._matrices - 1 - self.full), down - scales))
         self._terms = torch.tensor(terms, dtype=torch.float64)

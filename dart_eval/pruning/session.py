@@ -313,7 +313,7 @@ class Session:
         self._decoded -= tokens
         if rows is not None:
             self.rows, self._step = rows, None
-            self.fast.move(self.method.masks(rows))
+            self.fast.copy_rows(self.method.masks(rows))
 
     def room(self) -> int | None:
         """Return the tokens that may run in one decoding forward before masks may change; None for any number."""
@@ -440,7 +440,7 @@ class Session:
         self._step = None
         self.rows = Rows(batch, self.ffns, device, self.shared_mask)
         self.method.begin(self.rows)
-        self.fast.move(self.method.masks(self.rows))
+        self.fast.copy_rows(self.method.masks(self.rows))
 
     def _begin_decode(self, tokens: Tensor, length: int) -> None:
         if not self.method.exact:
@@ -496,7 +496,7 @@ class Session:
         if phase == "context":
             rows.seen = rows.seen + self.valid.sum(1)
             self.method.finish(rows, self.valid)
-            self.fast.move(self.method.masks(rows))
+            self.fast.copy_rows(self.method.masks(rows))
             return
         if not self.method.exact:
             self.log.steps[-1] = Step(self.method.read(rows, self.valid), self.log.steps[-1].mask)
@@ -504,7 +504,7 @@ class Session:
         self._tally.decode(self.log.steps[-1].read, self.valid.shape[1], ended)
         if not self.frozen and self.method.after(rows, self.going, self.log):
             self._step = None
-            self.fast.move(self.method.masks(rows))
+            self.fast.copy_rows(self.method.masks(rows))
 
     # -- what it tells ---------------------------------------------------------------------------------------------
 

@@ -109,18 +109,18 @@ def served_bits(ffns: Sequence[FFN], rounding: Rounding | None = None) -> float:
     return bits / weights
 
 
-def share(ffns: Sequence[FFN]) -> float:
+def served_share(ffns: Sequence[FFN]) -> float:
     """Return the FFN weight bytes as served now / those in the model's own dtype."""
     return served_bits(ffns) / OWN_BITS
 
 
-def share_of_inputs(ffns: Sequence[FFN]) -> float:
+def served_share_of_inputs(ffns: Sequence[FFN]) -> float:
     """Return the same share for the matrices that make h."""
     weights = sum(f.size * f.width for f in ffns)
-    return sum(rows(f)[0] * f.size * f.width for f in ffns) / weights / OWN_BITS
+    return sum(bits_per_row(f)[0] * f.size * f.width for f in ffns) / weights / OWN_BITS
 
 
-def rows(ffn: FFN) -> tuple[float, float, float]:
+def bits_per_row(ffn: FFN) -> tuple[float, float, float]:
     """Return the bits per weight: of a row of gate or up (their mean), of a column of down, and of down's scales.
 
     A scale of down spans weights of several neurons, so every token reads all of them.

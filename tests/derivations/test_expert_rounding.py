@@ -6,7 +6,7 @@ import torch
 import dart_eval
 from dart_eval.layers.find import find_ffns
 from dart_eval.util.bits import Rounding, parse
-from dart_eval.weights.rounding import rounded, share
+from dart_eval.weights.rounding import rounded, served_share
 from tests.helpers.matrices import in_turn
 from tests.helpers.sessions import bits, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny
@@ -53,7 +53,7 @@ def test_dense_on_few_bits_is_a_control_for_experts_too(name, inner, matrices_of
     wanted = ((matrices_of - 1) * into + out) / matrices_of / 16
     assert out == 4 + 16 * -(-inner // 32) / inner
     with dart_eval.rounded_ffns(model, 4):
-        assert share(find_ffns(model)) == pytest.approx(wanted)
+        assert served_share(find_ffns(model)) == pytest.approx(wanted)
         dense = generate(model, prompt, 3)
         with open_session(model, "griffin", 0.0) as session:
             assert torch.equal(generate(model, prompt, 3).sequences, dense.sequences)
@@ -62,5 +62,5 @@ def test_dense_on_few_bits_is_a_control_for_experts_too(name, inner, matrices_of
             generate(model, prompt, 3)
             across = (out - 4) / matrices_of / 16  # the scales of down, each of which stands for several neurons
             assert session.weights_read == pytest.approx((wanted + across) / 2)
-    assert share(find_ffns(model)) == 1
+    assert served_share(find_ffns(model)) == 1
     assert not torch.equal(generate(model, prompt, 3).logits[0], dense.logits[0])

@@ -69,6 +69,5 @@ def test_what_does_not_fit_a_norm_of_neurons_is_left_out_too(tmp_path, tokenizer
     )
     assert not result.failed and [r.inputs["method"] for r in result.records] == ["griffin"]
     assert any(
-        "teal at sparsity 0.5 is left out: teal does not fit an FFN that has a norm" in note
-        for note in watch.notes
+        "teal at sparsity 0.5 is left out: teal does not fit an FFN that has a norm" in note for note in watch.notes
     )

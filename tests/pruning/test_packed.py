@@ -15,7 +15,7 @@ from dart_eval.pruning.registry import make
 from dart_eval.results import speeds
 from dart_eval.util.bits import parse
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import rounded_ffns, share
+from dart_eval.weights.rounding import rounded_ffns, served_share
 from tests.helpers.commands import command
 from tests.helpers.models import made, random_tokens, tiny
 from tests.helpers.sessions import bits, same
@@ -122,7 +122,7 @@ def test_the_model_is_its_own_again_after_methods_on_rounded_weights(monkeypatch
     with pytest.raises(ZeroDivisionError) if fails else nullcontext():
         found, rounded, _ = _measured(subject, Setting(8, 2, 1), [make("griffin")], 0.25, ("3",), None)
         assert [f.method for f in found] == ["griffin"] and [f.method for f in rounded] == ["dense", "griffin"]
-    assert same(model, before) and share(find_ffns(model)) == 1
+    assert same(model, before) and served_share(find_ffns(model)) == 1
 
 
 @pytest.mark.parametrize("spelled", ["3", "4:row", "8:row"])
@@ -132,4 +132,4 @@ def test_what_is_read_of_rounded_weights_counts_every_row(family, spelled):
     model = types.tiny(family) if family == "qwen3_moe" else tiny(family)
     read = packed.share(model, parse(spelled))
     with rounded_ffns(model, spelled):
-        assert read == pytest.approx(share(find_ffns(model)), rel=1e-12)
+        assert read == pytest.approx(served_share(find_ffns(model)), rel=1e-12)

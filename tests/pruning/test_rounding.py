@@ -15,7 +15,7 @@ from dart_eval.layers.projection import weight_matrix
 from dart_eval.layers.quantised import RECORDS, Record
 from dart_eval.util.bits import Rounding, Stored, parse
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import rounded, served_bits, share
+from dart_eval.weights.rounding import rounded, served_bits, served_share
 from tests.helpers.models import FAMILIES, SMALL, made, phi3, random_tokens, tiny
 from tests.helpers.sessions import generate, open_session
 
@@ -141,13 +141,13 @@ def test_a_model_runs_on_rounded_weights_and_gets_its_own_back(family):
         assert not torch.equal(model(tokens).logits, before)
         # Rows of 32 in gate and up have one scale each, those of 40 in down have two.
         bits = (2 * 3.5 + 3.8) / 3 if ffns[0].gated else (3.5 + 3.8) / 2
-        assert served_bits(ffns) == pytest.approx(bits) and share(ffns) == pytest.approx(bits / 16)
+        assert served_bits(ffns) == pytest.approx(bits) and served_share(ffns) == pytest.approx(bits / 16)
         for ffn in ffns:
             for module in (m for m in (ffn.gate, ffn.up, ffn.down) if m is not None):
                 assert torch.equal(weight_matrix(module), codes[module].values)
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
-    assert torch.equal(model(tokens).logits, before) and share(find_ffns(model)) == 1
+    assert torch.equal(model(tokens).logits, before) and served_share(find_ffns(model)) == 1
 
 
 def test_a_model_gets_its_weights_back_after_an_error():
@@ -211,7 +211,7 @@ def test_every_token_reads_the_scales_that_stand_for_several_neurons(case):
         wanted = bits(session.rows) + LAYERS * matrices * ACROSS
         assert session.weights_read == pytest.approx(wanted / (16 * 3 * LAYERS * WIDTH * SIZE))
         assert session.effective_sparsity == pytest.approx(
-            1 - (session.weights_read * 3 + share(find_ffns(model))) / 4  # one token of four is made densely
+            1 - (session.weights_read * 3 + served_share(find_ffns(model))) / 4  # one token of four is made densely
         )
 
 
