@@ -16,7 +16,7 @@ from dart_eval.layers.projection import weight_matrix
 from dart_eval.layers.quantised import nbytes, values
 from dart_eval.layers.shape import shape_of
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import about, rounded_ffns, served_bits, served_share
+from dart_eval.weights.rounding import about, bits_per_row, rounded_ffns, served_bits, served_share
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import cache_of, open_session
@@ -136,9 +136,8 @@ def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, ch
             out = one(ids, use_cache=True)
             step = one(ids[:, :1], use_cache=True, **{cache_argument(one): cache_of(out)})
             ffns = find_ffns(one)
-            scales = (
-                0.4 * bits_per_row(ffns[0])[2] / served_bits(ffns) / 3
-            )  # of the columns of down that are left out: they are read, too
+            # Of the columns of down that are left out: they are read, too.
+            scales = 0.4 * bits_per_row(ffns[0])[2] / served_bits(ffns) / 3
             found.append((step.logits, session.weights_read / served_share(ffns) - scales))
     (ours, read), (theirs, theirs_read) = found
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6) and read == pytest.approx(theirs_read)
