@@ -108,8 +108,8 @@ def chosen_counts(
     share = [x / (middle + 1) for x in room]
     most_taken = min(rest // middle, math.ceil(rest / (middle + 1)))
     taken = exact_counts(share, sizes, most_taken)
-    unwritten = [x - middle * s for x, s in zip(room, share, strict=True)]
-    return taken, exact_counts(unwritten, taken, min(most_taken, rest - middle * most_taken))
+    wanted = [x - middle * s for x, s in zip(room, share, strict=True)]
+    return taken, exact_counts(wanted, taken, min(most_taken, rest - middle * most_taken))
 
 
 class NeuronCost:

@@ -1,15 +1,17 @@
 """A pruning method is one class: its fields are its options, and a session calls its methods.
 
-check    does it fit these FFNs, at this sparsity?
-fit      before any prompt: codes, masks of all texts, thresholds
-begin    new sequences: tensors of its own in `rows`
-observe  context tokens pass, dense: what is added to `rows.sums`
-finish   the context is over: `rows.mask`
-decode   a decoded token: what down multiplies
-forwards what a projection computes in place of its product
-hooks    further hooks
-after    a decoding forward is over: new masks
-read     the share of the FFN weights that a token reads
+    check    does it fit these FFNs, at this sparsity?
+    fit      before any prompt: codes, masks of all texts, thresholds
+    begin    new sequences: tensors of its own in `rows`
+    observe  context tokens pass, dense: what is added to `rows.sums`
+    finish   a context forward is over: `rows.mask`, made anew
+    decode   a decoded token: what down multiplies
+    forwards what a projection computes in place of its product
+    hooks    further hooks
+    after    a decoding forward is over: new masks
+    read     the share of the FFN weights that a token reads
+
+`fit` runs on a copy that the session owns. What belongs to sequences stands in `rows`, batch first.
 """
 
 from __future__ import annotations
@@ -131,13 +133,11 @@ def _checker(kind: Any, least: float | None, most: float | None, above: float | 
 class Method:
     """Base of all methods. A subclass is a dataclass: every field is an option.
 
-    `fit` runs on a copy that the session owns. What belongs to sequences stands in `rows`, batch first.
-
     Attributes:
         name: the word that a user types and tables show.
         summary: one line for `dart-eval ls methods`.
         paper: arXiv number.
-        recorded: further words by which records have named what the method is made of.
+        recorded: what records say in place of `method: NAME`, so that old cells keep their rows; none in new methods.
         prunes: whether anything is ever left out.
         sized: whether the sparsity decides how much is left out.
         exact: whether the sparsity sets the bytes that every token reads; if not, they are measured.
@@ -152,7 +152,7 @@ class Method:
         fits_experts: whether it supports routed experts, which differ from token to token.
         fits_norms: whether it supports a norm over all neurons before down.
         fits_repeats: whether it counts a token once when a layer runs several times for it.
-        observe_flops: elementwise operations per neuron and observed token.
+        observe_flops: elementwise operations of `observe` per neuron and token; comparisons do not count.
     """
 
     name: ClassVar[str] = "custom"
@@ -270,11 +270,12 @@ class Method:
         """Give new sequences tensors of the method's own."""
 
     def observe(self, ffn: FFN, h: Tensor, weight: Tensor) -> Tensor:
-        """Return the sum over context tokens that `rows.sums` gathers.
+        """Return the sum over context tokens that `rows.sums` gathers. Called for some tokens at a time.
 
         Args:
-            h: [B, T, pool] fp32, the input of the down projection.
-            weight: [B, T] fp32, 1; 0 for padding.
+            h: [B, T, pool] fp32, the input of the down projection: F neurons, but with experts those of all, 0 where a
+                token lacks an expert. A token's own are `ffn.size`.
+            weight: [B, T] fp32, 1 for real tokens; 0 for padding, where h is 0, too.
 
         Returns:
             [B, pool] fp32.

@@ -61,6 +61,7 @@ def methods() -> dict[str, type[Method]]:
     classes = {name: _built_in(name) for name in BUILT_IN}
     for name, entry in offered(entry_points).items():
         if name in classes:
+            log.error("method %s of another package has the name of a built-in one: left out", name)
             continue
         try:
             cls = entry.load()

@@ -40,6 +40,8 @@ def _select(value: object, index: Tensor) -> object:
         return value.select(index)
     if isinstance(value, list):
         return [_select(v, index) for v in value]
+    if isinstance(value, (dict, tuple)) and nbytes(value):
+        raise TypeError("tensors of sequences stand alone or in lists")
     return value
 
 
@@ -53,7 +55,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, PerSequence):
         yield from _tensors(vars(value))
-    elif isinstance(value, (list, dict)):
+    elif isinstance(value, (list, tuple, dict)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _tensors(inner)
 

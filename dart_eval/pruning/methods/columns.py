@@ -19,6 +19,7 @@ that codes can replace the weights. With the levels 0-2-4-6-8 a kernel for CPUs 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -187,7 +188,7 @@ class Grinqh(Measured):
     )
     entries_group: int = option(128, "number of weights that share a scale; 0: a whole row", least=0)
 
-    @property
+    @functools.cached_property
     def levels(self) -> Levels:
         """Bits in which columns are read."""
         return Levels(self.entries_levels, self.entries_group)

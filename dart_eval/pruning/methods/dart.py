@@ -225,10 +225,6 @@ class Dart(PromptMask):
     def observe(self, ffn: FFN, h: Tensor, weight: Tensor) -> Tensor:
         return squares(h, weight)
 
-    def forget(self, rows: Rows) -> None:
-        super().forget(rows)
-        self.begin(rows)
-
     def densities(self, rows: Rows, index: Tensor) -> list[float]:
         if self.allocation == "uniform":
             return super().densities(rows, index)
@@ -327,9 +323,10 @@ class Dart(PromptMask):
             return False
         if watch.ring is not None:
             watch.ring.advance(valid)
+        released = self.released(rows)
         watch.ran += valid.shape[1]
         if self.released(rows):
-            return True
+            return not released
         if watch.drift is None or attention is None:
             return False
         watch.alarms = watch.drift.update(attention.to(watch.alarms.device), valid, watch.dense)

@@ -3,7 +3,7 @@
 Signal: the last layer's attention output after its projection, a_t in R^D (no attention probabilities, so any
 attention backend). Reference: the mean b over the prompt's tokens; the prompt's windows of W tokens give
 s_k = cos(mean of window k, b), their mean mu and standard deviation sigma. While decoding, each full window is
-compared with b: it is flagged if s < mu - max(sigma_multiple * sigma, floor). A counter goes up on a flag and
+compared with b: it is flagged if s < mu - max(remask.sigma * sigma, floor). A counter goes up on a flag and
 down otherwise; the alarm is raised when it reaches `patience` (arXiv 2601.22632; the floor and the cool-down are
 ours). Everything is per sequence.
 """

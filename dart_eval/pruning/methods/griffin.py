@@ -1,11 +1,11 @@
 """GRIFFIN (arXiv 2404.01365), and the masks that all texts share.
 
-    score_j = sum over the prompt's tokens of (|h_tj| / ||h_t||)^2,   h = act(gate x) * (up x)
+    score_j^2 = sum over the prompt's tokens of (|h_tj| / ||h_t||)^2,   h = act(gate x) * (up x)
 
 Each sequence keeps the k neurons with the highest scores, the same share in every layer, from the end of its prompt on.
-Sums of squares have the order of their roots, which are never taken. Commit d1d3d6e of its code also draws the mask,
-`draw=sample` (there `sample`, and `topk_sample` for `draw.best=0.5`): the best floor(best k) neurons are taken, and the
-rest is drawn without replacement, each with a probability proportional to its score: those with the largest
+The sums have the order of their roots, the scores, which only a draw takes. Commit d1d3d6e of its code draws the mask,
+too, `draw=sample` (there `sample`, and `topk_sample` for `draw.best=0.5`): the best floor(best k) neurons are taken,
+and the rest is drawn without replacement, each with a probability proportional to its score: those with the largest
 log score_j - log e_j, e_j exponentially distributed. There each prompt draws anew. Here a layer has the same e for
 every text, so that neither batches nor restarts change a mask.
 
