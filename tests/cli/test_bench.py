@@ -241,7 +241,7 @@ def test_an_empty_list_of_methods_is_none():
 
 def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
     few = ("--model", saved_llama, "--prompt", "16", "--steps", "3", "--rounds", "1", "--dtype", "float32")
-    spec = "dart:allocation=uniform:remask.window=4"
+    spec = "dart:remask.window=4:allocation=uniform"
     done = command("bench", "decode", *few, "--method", f"{spec},rounding", "--format", "json", "--output", tmp_path)
     assert done.code == 0, done.err
     pruned, top = sorted(speeds.load_speeds(tmp_path), key=lambda s: s.method)
