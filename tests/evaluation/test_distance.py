@@ -148,7 +148,7 @@ def test_an_oracle_is_held_against_dense_too(llama):
     request = Request(random_tokens(20, seed=3), random_tokens(9, seed=4))
     with open_session(llama, "oracle", 0.5) as session:
         (score,) = _scores(llama, session, requests=[request])
-        masks = session.state.masks
+        masks = session.rows.mask
     assert score.cost.distance.positions == 9
 
     def masked(layer):
