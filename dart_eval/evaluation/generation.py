@@ -167,13 +167,12 @@ class Generator:
                 max_length=ids.shape[1] + unit.new_tokens, logits_processor=LogitsProcessorList([watch]), **unit.kwargs,
             )[:, ids.shape[1] :]  # fmt: skip
         self.state_bytes = max(self.state_bytes, self.session.state_bytes_each(len(prompts)))
-        beams = int(str(unit.kwargs.get("num_beams") or lm.model.generation_config.num_beams or 1))
         texts, ends = [], unit.kwargs.get("eos_token_id")
         for row, prompt in enumerate(prompts):
             tokens = output[row].tolist()
             counted = self.counted(tokens, unit.stop, ends)  # a row that has ended may go on until its whole batch has
             text = self._answer(tokens[:counted], unit.stop)
-            cost = log.cost(row * beams, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
+            cost = log.cost(row, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
             usable = watch.usable(row, counted)
             texts.append((prompt.request, Text(text, cost, prompt.cut, usable, tokens[:counted])))
         return texts

@@ -11,7 +11,6 @@ from dart_eval.sweep.config import config_from, made
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny, word_tokenizer
 from tests.helpers.requests import TextRequest, words
-from tests.helpers.sessions import open_session
 
 
 def _asked(lm, session=None, **settings):
@@ -35,20 +34,6 @@ def test_an_end_among_the_settings_ends_what_is_counted(several):
     found, counts = _asked(lm, eos_token_id=[end] if several else end)
     assert found == expected
     assert counts == [len(ids) for ids in expected]
-
-
-def test_beams_of_a_checkpoints_own_settings_are_those_of_a_request():
-    """Each text's costs are of its own beams, not of another text's."""
-    model = tiny("llama").float()
-    lm = PrunedLM(model, word_tokenizer(), batch_size=3, max_length=64)
-
-    def costs(**settings):
-        with open_session(model, "teal", execution="masked") as session:
-            return _asked(lm, session, **settings), [lm.costs["t", i] for i in range(3)]
-
-    expected = costs(num_beams=3)
-    model.generation_config.num_beams = 3
-    assert costs() == expected
 
 
 def test_the_tokens_of_a_cut_prompt_are_those_that_are_read():

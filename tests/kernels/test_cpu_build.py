@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dart_eval.kernels.cpu import build, rows
+from dart_eval.kernels import mask_rows
+from dart_eval.kernels.cpu import build
 
 SMALL = '__attribute__((visibility("default"))) int cpu_level(void) { return 1; }\n'  # a library that is made quickly
 
@@ -182,7 +183,7 @@ def test_instructions_that_there_are_none_of_leave_the_work_to_torch(monkeypatch
     monkeypatch.setenv("DART_EVAL_CPU_LEVEL", "AVX2")
     assert build.why_no_kernel() == "$DART_EVAL_CPU_LEVEL is AVX2, which is none of avx2, avx512"
     weight = torch.zeros(4, 8, dtype=torch.bfloat16)
-    assert rows.why_no_kernel(weight, None) == build.why_no_kernel()
+    assert mask_rows.why_no_kernel(weight, None) == build.why_no_kernel()
 
 
 @has_compiler
