@@ -136,8 +136,8 @@ class Routed:
     def gather(self, mask: Tensor, batch: int) -> Tensor:
         """Select the neurons of each token's experts in the current forward: [B or 1, pool] -> [B, T, F]."""
         mask, index = mask.expand(batch, -1), self._index(batch)
-        own = mask.view(batch, -1, self.inner).gather(1, index.reshape(batch, -1, 1).expand(-1, -1, self.inner))
-        return own.view(batch, -1, self.size)
+        rows = mask.view(batch, -1, self.inner).gather(1, index.reshape(batch, -1, 1).expand(-1, -1, self.inner))
+        return rows.view(batch, -1, self.size)
 
     def spread(self, h: Tensor, some: slice, tokens: int | None) -> Tensor:
         """See `ffn.FFN.spread`."""

@@ -122,8 +122,8 @@ def values(linear: Any, width: int) -> Tensor:
 @contextlib.contextmanager
 def _without_bias(linear: Any) -> Iterator[None]:
     """Let a projection add no bias inside the block, since the sum is rounded."""
-    own = getattr(linear, "base_layer", linear)
-    parts: Any = next((part for part in (own._parameters, own._buffers) if part.get("bias") is not None), {})
+    base = getattr(linear, "base_layer", linear)
+    parts: Any = next((part for part in (base._parameters, base._buffers) if part.get("bias") is not None), {})
     bias, parts["bias"] = parts.get("bias"), None
     try:
         yield

@@ -112,8 +112,8 @@ def stored_share(model: nn.Module, ffns: Sequence[FFN]) -> float:
     """
     shape, parts = shape_of(model, ffns), (ffns[0].down, model.get_output_embeddings())  # type: ignore[operator]
     bits, of_head = (stated_bits(model.config).total if encoded(part) else OWN_BITS for part in parts)
-    own, others = shape.ffn_weights * bits, shape.other_weights * bits
-    return own / (own + others + shape.head_weights * of_head)
+    of_ffns, others = shape.ffn_weights * bits, shape.other_weights * bits
+    return of_ffns / (of_ffns + others + shape.head_weights * of_head)
 
 
 def _windows(config: PretrainedConfig, layers: int) -> tuple[int | None, ...]:

@@ -110,9 +110,9 @@ def _check(name: str, reader: GGUFReader, model: PreTrainedModel) -> list[str]:
         UserError: the file has other layers than it says, or lacks tensors.
     """
     layers = model.config.get_text_config().num_hidden_layers
-    held = len({t.name.split(".")[1] for t in reader.tensors if t.name.startswith("blk.")})
-    if layers != held:
-        raise UserError(f"model {name} names {layers} layers, and holds weights of {held}")
+    blocks = len({t.name.split(".")[1] for t in reader.tensors if t.name.startswith("blk.")})
+    if layers != blocks:
+        raise UserError(f"model {name} names {layers} layers, and holds weights of {blocks}")
     numbers, needed = sum(int(t.n_elements) for t in reader.tensors), sum(p.numel() for p in model.parameters())
     if numbers < needed:
         raise UserError(f"model {name} lacks tensors: {needed - numbers} numbers of its weights stand in none")

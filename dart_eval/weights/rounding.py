@@ -102,10 +102,10 @@ def served_bits(ffns: Sequence[FFN], rounding: Rounding | None = None) -> float:
     bits = weights = 0.0
     for ffn in ffns:
         for module in ffn.projections:
-            held = (2 if ffn.fused and module is ffn.up else 1) * ffn.size * ffn.width
+            size = (2 if ffn.fused and module is ffn.up else 1) * ffn.size * ffn.width
             stored = stored_of(module) if rounding is None else rounding.stored(plain_matrix(module).shape[1])
-            bits += stored.total * held
-            weights += held
+            bits += stored.total * size
+            weights += size
     return bits / weights
 
 
@@ -169,10 +169,10 @@ class Rounded:
                 parameter.data, RECORDS[module] = values, record
             yield
         finally:
-            for (module, parameter, *_), (own, earlier) in zip(self._parts, before, strict=True):
+            for (module, parameter, *_), (original, earlier) in zip(self._parts, before, strict=True):
                 RECORDS.pop(module, None)
                 RECORDS.update({module: earlier} if earlier else {})
-                parameter.data = own.to(parameter.device, parameter.dtype)  # the user may have moved the model
+                parameter.data = original.to(parameter.device, parameter.dtype)  # the user may have moved the model
 
 
 def parameter_of(module: nn.Module) -> nn.Parameter:
