@@ -89,20 +89,18 @@ class _Stopped(BaseException):
         self.number = number
 
 
+_STOPPED: list[int] = []  # the signal that came; compiled code (Ray's, pydantic's) may turn its exception into another
+
+
 def _stop(number: int, _frame: object) -> None:
+    _STOPPED[:] = [number]
     raise _Stopped(number)
-
-
-def _stop_behind(error: BaseException | None) -> _Stopped | None:
-    """Return the stop that led to an error: Ray's compiled code wraps it, and a closed terminal refuses writes."""
-    while error is not None and not isinstance(error, _Stopped):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def main() -> None:
     """Entry point: wrong input becomes one line and status 2, a signal status 128 plus its number."""
     view.settle_streams()
+    _STOPPED.clear()
     numbers = [number for name in STOPS if (number := getattr(signal, name, None)) is not None]  # Windows has no SIGHUP
     heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
     for number in heeded:
@@ -123,13 +121,7 @@ def _run() -> None:
         view.problem(str(error))
         sys.exit(2)
     except (_Stopped, SystemError, OSError) as error:
-        stop = _stop_behind(error)
-        if stop is not None:
-            with contextlib.suppress(OSError):
-                resumes = sys.argv[1:2] in (["run"], ["paper"])
-                anew = "; with --force the same command begins anew" if "--force" in sys.argv else RESUMES
-                view.print_note(STOPS[signal.Signals(stop.number).name] + (anew if resumes else ""))
-            _leave(128 + stop.number)
+        _end_stopped()
         if isinstance(error, BrokenPipeError):
             _leave(0)  # `dart-eval tables out | head`
         _end_without_memory(error)
@@ -139,6 +131,7 @@ def _run() -> None:
             _leave(2)
         raise
     except Exception as error:
+        _end_stopped()
         _end_without_memory(error)
         if not hasattr(error, "format_message"):  # what typer's errors have, whichever version
             raise
@@ -147,6 +140,16 @@ def _run() -> None:
         sys.exit(2)
     else:
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _end_stopped() -> None:
+    """Exit with one line if a signal came, whatever its exception became."""
+    for number in _STOPPED:
+        with contextlib.suppress(OSError):
+            resumes = sys.argv[1:2] in (["run"], ["paper"])
+            anew = "; with --force the same command begins anew" if "--force" in sys.argv else RESUMES
+            view.print_note(STOPS[signal.Signals(number).name] + (anew if resumes else ""))
+        _leave(128 + number)
 
 
 def _end_without_memory(error: BaseException) -> None:
