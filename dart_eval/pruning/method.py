@@ -28,10 +28,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from dart_eval.layers.ffn import FFN
-from dart_eval.util.bits import Stored
+from dart_eval.util.bits import OWN_BITS, Stored
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.retired import retired
 from dart_eval.util.text import short_repr
+from dart_eval.weights.rounding import stored_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -245,6 +246,16 @@ class Method:
     def unfit(self, what: str) -> UserError:
         """Return the refusal of a kind of FFN."""
         return UserError(f"{self.name} does not fit {what}", "take another method, such as griffin")
+
+    @staticmethod
+    def refuse_codes(ffns: Sequence[FFN], bits: Stored | None, reason: str) -> None:
+        """Refuse served weights that are codes already, with the reason why the method needs 16 bits."""
+        for stored in [bits] if bits else [stored_of(m) for f in ffns for m in f.projections]:
+            if stored.code != OWN_BITS:
+                raise UserError(
+                    f"{reason}, and these have {stored.total:.3g} bits",
+                    "leave --ffn-bits out, or load the model unquantised",
+                )
 
     def check_sparsity(self, sparsity: float) -> None:
         """Refuse a sparsity that no model allows, before one is loaded."""

@@ -39,7 +39,7 @@ from dart_eval.pruning.method import Measured, option
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored
 from dart_eval.util.errors import UserError
 from dart_eval.weights.decoded import Decoded
-from dart_eval.weights.rounding import parameter_of, stored_of
+from dart_eval.weights.rounding import parameter_of
 
 if TYPE_CHECKING:
     from dart_eval.layers.shape import ModelShape
@@ -204,12 +204,7 @@ class Grinqh(Measured):
 
     def check(self, ffns: Sequence[FFN], sparsity: float, bits: Stored | None = None) -> None:
         super().check(ffns, sparsity, bits)
-        for stored in [bits] if bits else [stored_of(m) for f in ffns for m in f.projections]:
-            if stored.code != OWN_BITS:
-                raise UserError(
-                    f"{self.name} makes codes of 16-bit weights, and these have {stored.total:.3g} bits",
-                    "leave --ffn-bits out, or load the model unquantised",
-                )
+        self.refuse_codes(ffns, bits, f"{self.name} makes codes of 16-bit weights")
         for width in {n for f in ffns for n in (f.width, f.size)} if sparsity else ():
             least, most = ((b + self.levels.scale(width)) / OWN_BITS for b in (self.fewest, self.levels.bits[-1]))
             if not least <= 1 - sparsity <= most + TOLERANCE:

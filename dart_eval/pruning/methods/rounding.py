@@ -17,8 +17,7 @@ from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import Method, option
 from dart_eval.pruning.rows import Rows
 from dart_eval.util.bits import LAST_BITS, OWN_BITS, Stored, parse
-from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import rounded, stored_of
+from dart_eval.weights.rounding import rounded
 
 if TYPE_CHECKING:
     from dart_eval.pruning.session import Session
@@ -41,12 +40,7 @@ class RoundedWeights(Method):
 
     def check(self, ffns: Sequence[FFN], sparsity: float, bits: Stored | None = None) -> None:
         super().check(ffns, sparsity, bits)
-        for stored in [bits] if bits else [stored_of(m) for f in ffns for m in f.projections]:
-            if stored.code != OWN_BITS:
-                raise UserError(
-                    f"what is rounded are 16-bit weights, and these have {stored.total:.3g} bits",
-                    "leave --ffn-bits out, or load the model unquantised",
-                )
+        self.refuse_codes(ffns, bits, "what is rounded are 16-bit weights")
 
     @torch.no_grad()
     def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
