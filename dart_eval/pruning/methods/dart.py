@@ -172,7 +172,12 @@ class Dart(PromptMask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.allocation == "table":
-            tables.find(self.allocation_file)  # so that a bad file fails early
+            _ = self.table  # so that a bad file fails early
+
+    @functools.cached_property
+    def table(self) -> tuple[list[float], list[int] | None]:
+        """Densities of the layers, [L], and the neurons of the model's layers if known: read once for all masks."""
+        return tables.find(self.allocation_file)
 
     @functools.cached_property
     def watches(self) -> bool:
@@ -229,7 +234,7 @@ class Dart(PromptMask):
         if self.allocation == "uniform":
             return super().densities(rows, index)
         if self.allocation == "table":
-            return tables.find(self.allocation_file)[0]
+            return self.table[0]
         sizes: dict[int, int] = {}  # of decoder layers, whose FFNs change the stream together
         for f in self.ffns:
             sizes[f.number] = sizes.get(f.number, 0) + f.size
