@@ -85,11 +85,7 @@ def read_table(path: str | Path) -> tuple[list[float], list[int] | None]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"allocation table {path} cannot be read ({error})", remedy) from None
     ratios = data.get("keep") if isinstance(data, dict) else None
-    if (
-        not isinstance(ratios, list)
-        or not ratios
-        or not all(isinstance(r, (int, float)) and 0 <= r <= 1 for r in ratios)
-    ):
+    if not (isinstance(ratios, list) and ratios and all(isinstance(r, (int, float)) and 0 <= r <= 1 for r in ratios)):
         raise UserError(f"{path} is no allocation table: it needs `keep`, a list of ratios in [0, 1]", remedy)
     sizes = data.get("sizes")
     if sizes is not None and not (
