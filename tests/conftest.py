@@ -15,7 +15,7 @@ settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Fixtures that need something give its marker to every test that uses them.
-NEEDS = {"demo_installed": "demo", "data_dir": "data", "browser": "browser", "task_index": "slow"}
+NEEDS = {"demo_installed": "demo", "data_dir": "data", "browser": "browser"}
 LONG = ("ray", "demo", "process", "slow")
 # Of what a user sees: commands, sweeps, messages, pages, and files of models and data.
 SURFACE = (

@@ -41,23 +41,6 @@ def saved_llama(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def task_index():
-    """lm-eval's index of all tasks, built once: it takes seconds."""
-    from dart_eval.evaluation.task_index import TaskManager
-    from dart_eval.evaluation.task_names import tasks_dir
-
-    return TaskManager(include_path=str(tasks_dir()))
-
-
-@pytest.fixture
-def indexed(task_index, monkeypatch):
-    """Who asks for the index of all tasks in this test has it at once."""
-    monkeypatch.setattr(
-        "dart_eval.evaluation.task_index.TaskManager", lambda include_path, include_defaults: task_index
-    )
-
-
-@pytest.fixture(scope="session")
 def data_dir():
     """A mirror of real evaluation data (layout: docs/data.md)."""
     folder = Path(os.environ.get("DART_EVAL_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")

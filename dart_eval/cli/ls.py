@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dart_eval.cli import options
-from dart_eval.cli.view import listed, say
+from dart_eval.cli.view import TerminalView, listed, say
 from dart_eval.util.errors import UserError, nearest
 
 app = typer.Typer(help="List methods or tasks.", no_args_is_help=True)
@@ -68,7 +68,9 @@ def tasks(
     rows = [(name, ", ".join(members)) for name, members in ALIASES.items()] + [*COMMON.items()]
     listed([row for row in rows if pattern in row[0]], least=16)
     if every or pattern:
-        names = sorted(known(checked("include_path", given["include_path"] or ())))
+        with TerminalView() as view:
+            view.status("looking up tasks")
+            names = sorted(known(checked("include_path", given["include_path"] or ())))
         if pattern and not any(pattern in name for name in (*names, *ALIASES)):
             raise UserError(f"no task name contains {pattern!r}", nearest(pattern, names))
         shown = set(ALIASES) | set(COMMON)

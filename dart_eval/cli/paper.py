@@ -59,9 +59,11 @@ def paper(
     if tables is not None:
         spec = spec.only(items_of(tables))
         given["tables"] = ",".join(spec.sweeps)
-    if spec.configs:  # a task of the last sweep would be looked up after days; without its package it is left out
+    if spec.configs:  # a task of the last sweep would be looked up after days
         tasks = dict.fromkeys(task for config in spec.configs for task in config.tasks)
-        task_names.check_names(tasks, needs=False)
+        with TerminalView() as view:
+            view.status("looking up tasks")
+            task_names.check_names(tasks)
     if plan:
         show_plan(spec.runs, verbose, skip_missing=True)
         return

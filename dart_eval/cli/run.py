@@ -159,7 +159,9 @@ def understood(file: Path | None, given: Json) -> list[RunConfig]:
     found = configs_from(file, given)
     for spec in found[0].method:
         check_name(parse(spec)[0])
-    task_names.check_names(found[0].tasks, found[0].include_path)
+    with TerminalView() as view:
+        view.status("looking up tasks")  # lm-eval's take a while, once
+        task_names.check_names(found[0].tasks, found[0].include_path)
     methods_of(found[0])
     return found
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
@@ -16,8 +17,9 @@ from dart_eval.evaluation.tasks import leaves
 from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.models.loading import work_offline_if_unreachable
 from dart_eval.pruning.calibration import DEFAULT_TEXT
-from dart_eval.util.errors import UserError, summary
-from dart_eval.util.files import read_regular, read_text, reason
+from dart_eval.util.errors import UserError, naming, summary
+from dart_eval.util.files import read_text
+from dart_eval.util.text import Json
 
 MOST = 4_000_000  # characters of a data set, from its beginning
 REMEDY = "give a text file or a data set, see docs/data.md"
@@ -59,12 +61,31 @@ def calibration_text(name: str | None, data_dir: str | None = None) -> Calibrati
 def _of_data_set(name: str, data_dir: str | None) -> CalibrationText:
     """Return the first text field of a data set's train split, up to `MOST` characters."""
     data_set, _, configuration = name.partition(":")
-    rows = _local(data_set, configuration, data_dir) if data_dir is not None else _of_hub(data_set, configuration)
-    field, texts, length = "", [], 0
+    what = f"calibration {data_set}"
+    rows: Iterable[Json]
+    if data_dir is not None:
+        file = Path(data_dir) / data_set.replace("/", "__") / (configuration or "default") / "train.jsonl"
+        if not file.is_file():
+            place = file.relative_to(data_dir)
+            raise UserError(f"{what} is neither a file nor a data set of {data_dir} (looked for {place})", REMEDY)
+        with naming("calibration: "):
+            rows = rows_of(file)
+    else:
+        work_offline_if_unreachable()
+        try:
+            with block_local_code(what, False):
+                rows = datasets.load_dataset(data_set, configuration or None, split="train")
+        except UserError as error:
+            raise UserError(error.problem, "start dart-eval in another folder, or give the full path") from None
+        except Exception as error:  # each library has errors of its own
+            words = summary(error)[:200]
+            raise UserError(f"{what} is neither a file nor a data set that can be loaded ({words})", REMEDY) from None
+    texts: list[str] = []
+    length, field = 0, None
     for row in rows:
-        field = field or next((key for key, value in row.items() if isinstance(value, str)), "")
-        if not field:
-            raise UserError(f"calibration data set {name} has no text field", "give another data set, or a text file")
+        field = field or next((key for key, value in row.items() if isinstance(value, str)), None)
+        if field is None:
+            raise UserError(f"{what} has no text field", "give another data set, or a text file")
         if (text := str(row[field] or "")).strip():
             texts.append(text)
             length += len(text)
@@ -72,38 +93,6 @@ def _of_data_set(name: str, data_dir: str | None) -> CalibrationText:
             break
     joined = "\n\n".join(texts)
     return CalibrationText(joined, hashlib.sha256(joined.encode()).hexdigest(), data_set)
-
-
-def _local(data_set: str, configuration: str, data_dir: str) -> Iterable[dict[str, object]]:
-    file = Path(data_dir) / data_set.replace("/", "__") / (configuration or "default") / "train.jsonl"
-    if not file.is_file():
-        raise UserError(
-            f"calibration {data_set} is neither a file nor a data set of {data_dir} (looked for "
-            f"{file.relative_to(data_dir)})",
-            REMEDY,
-        )
-    try:
-        return [row for _, row in rows_of(read_regular(file))]
-    except OSError as error:
-        raise UserError(f"calibration: {file} cannot be read ({reason(error)})", REMEDY) from None
-    except ValueError as error:
-        raise UserError(f"calibration: {file}, {error}", "fix the file") from None
-
-
-def _of_hub(data_set: str, configuration: str) -> Iterable[dict[str, object]]:
-    import datasets
-
-    work_offline_if_unreachable()
-    try:
-        with block_local_code(f"calibration {data_set}", False):
-            return datasets.load_dataset(data_set, configuration or None, split="train")
-    except UserError as error:
-        raise UserError(error.problem, "start dart-eval in another folder, or give the full path") from None
-    except Exception as error:  # each library has errors of its own
-        raise UserError(
-            f"calibration {data_set} is neither a file nor a data set that can be loaded ({summary(error)[:200]})",
-            REMEDY,
-        ) from None
 
 
 def sharing(items: list[Task | Group], data_set: str) -> list[str]:

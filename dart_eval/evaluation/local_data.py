@@ -1,16 +1,11 @@
-"""Errors in local data by file, line and cause, as the libraries that read it only say that they failed."""
+"""Local data in place of the hub's; rows and documents that cannot be asked are refused with their file."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import traceback
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import datasets
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator_utils import get_sample_size
@@ -19,11 +14,7 @@ from dart_eval.util.errors import UserError, summary
 from dart_eval.util.files import read_regular, reason
 from dart_eval.util.text import Json
 
-WORDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}
-
-
-# Functions of lm-eval that make texts of a document, and their name for it. A new task tries its first document.
-ASKING = {**dict.fromkeys(("doc_to_text", "doc_to_target", "doc_to_choice"), "doc"), "__init__": "test_doc"}
+KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}
 PRINTED = re.compile(r"\{\{-?\s*(\w+)\s*-?\}\}")  # a field of a document in a template, as it is
 
 
@@ -44,14 +35,12 @@ def redirect(config: Json, data_dir: Path) -> list[str]:
             f"task {name} has no data in {data_dir} (looked for {folder.relative_to(data_dir)}/*.jsonl)",
             "add the files, or leave --data-dir out to load from the hub",
         )
-    wanted = [config.get(k) for k in ("training_split", "fewshot_split", "test_split")]
-    if not config.get("test_split"):  # lm-eval evaluates the test split, else the validation split
-        wanted.append(config.get("validation_split"))
     for file in files.values():
         if not Path(file).is_file():  # a pipe would be waited for
             raise UserError(f"task {name}: {file} is not a regular file", "give the files of the data set themselves")
-    missing = sorted({w for w in wanted if isinstance(w, str)} - set(files))
-    if missing:
+    evaluated = "test_split" if config.get("test_split") else "validation_split"  # as in lm-eval
+    wanted = {config.get(key) for key in ("training_split", "fewshot_split", evaluated)}
+    if missing := sorted({split for split in wanted if isinstance(split, str)} - files.keys()):
         raise UserError(
             f"task {name} needs the split {', '.join(missing)}, and {folder} has only {', '.join(files)}",
             "add the missing .jsonl file, or leave --data-dir out to load from the hub",
@@ -61,113 +50,52 @@ def redirect(config: Json, data_dir: Path) -> list[str]:
     return list(files.values())
 
 
-def first_fault(
-    files: Iterable[str], prepare: Callable[[object], object] | None, most: int | None = None, all_fields: bool = True
-) -> str | None:
-    """Return the first line that cannot be a document, with its file and cause, or None.
+def rows_of(file: str | Path, most: int | None = None) -> list[Json]:
+    """Return the rows of a file of JSON lines, each with the types of the first.
 
     Args:
-        files: JSON lines.
-        prepare: the task's preparation of a file's rows, if any.
-        most: rows of each file to check; None: all.
-        all_fields: whether each row must have all fields.
-    """
-    for file in files:
-        try:
-            rows = rows_of(read_regular(file), most, all_fields)
-            if prepare is not None:
-                _prepared(rows, prepare)
-        except OSError as error:
-            return f"{file} cannot be read ({reason(error)})"
-        except ValueError as error:
-            return f"{file}, {error}"
-    return None
-
-
-def rows_of(data: bytes, most: int | None = None, all_fields: bool = True) -> list[tuple[int, dict[str, object]]]:
-    """Return (line number, object) pairs of JSON lines; see `first_fault`.
+        most: rows to read; None: all.
 
     Raises:
-        ValueError: names the first bad line and the reason.
+        UserError: names the file, the first bad line and the reason.
     """
-    rows: list[tuple[int, dict[str, object]]] = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
+    try:
+        lines = read_regular(file).removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({reason(error)})", "give another file") from None
+    rows: list[Json] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or len(rows) == most:
             continue
-        if len(rows) == most:
-            break
         try:
-            row = json.loads(line.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number, parse_int=_whole)
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"line {number} is not UTF-8 text (byte {line[error.start]:#04x})") from None
-        except UnicodeEncodeError:
-            raise ValueError(f"line {number} holds half a character (a lone surrogate)") from None
-        except RecursionError:
-            raise ValueError(f"line {number} is nested too deeply") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON ({error.msg} at column {error.colno})") from None
-        except ValueError as error:
-            raise ValueError(f"line {number} {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is {WORDS.get(type(row), 'null')}, not an object")
-        if rows:
-            _alike(row, number, *rows[0], all_fields)
-        rows.append((number, row))
+            row = json.loads(line.decode(), object_pairs_hook=_once, parse_constant=_no_number)
+            _check_kinds(row, rows[0] if rows else {})
+        except (ValueError, RecursionError) as error:
+            cause = getattr(error, "msg", None) or summary(error)  # without JSON's own line, which is always 1
+            raise UserError(f"{file}, line {number}: {cause}", "fix the line") from None
+        rows.append(row)
     if not rows:
-        raise ValueError("which holds no documents")
+        raise UserError(f"{file} has no documents", "add a line for each")
     return rows
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"has the field {next(n for n in names if names.count(n) > 1)!r} twice")
-    return found
+def _once(pairs: list[tuple[str, object]]) -> Json:
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError("a field stands twice")
+    return row
 
 
 def _no_number(text: str) -> object:
-    raise ValueError(f"holds {text}, which is no number of JSON")
+    raise ValueError(f"{text} is no number of JSON")
 
 
-def _whole(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
-        raise ValueError("holds a number of more than 64 bits")
-    return int(text)
-
-
-def _alike(row: dict[str, object], number: int, first: int, pattern: dict[str, object], all_fields: bool) -> None:
-    """Refuse a row with another type of value in a field than the first row, or with `all_fields` other fields."""
-    for name in (*pattern, *row):
-        if name not in row or name not in pattern:
-            if not all_fields:
-                continue
-            lacks, has = (number, first) if name not in row else (first, number)
-            raise ValueError(f"line {lacks} lacks the field {name!r}, which line {has} has")
-        kinds = [WORDS.get(type(value)) for value in (row[name], pattern[name])]
+def _check_kinds(row: object, first: Json) -> None:
+    if not isinstance(row, dict):
+        raise ValueError("it is no object")
+    for name in row.keys() & first.keys():
+        kinds = [KINDS.get(type(value)) for value in (row[name], first[name])]
         if None not in kinds and kinds[0] != kinds[1]:
-            raise ValueError(f"line {number} has {kinds[0]} in the field {name!r}, where line {first} has {kinds[1]}")
-
-
-def _prepared(rows: list[tuple[int, dict[str, object]]], prepare: Callable[[object], Any]) -> None:
-    """Refuse the first row that the task's preparation fails on."""
-
-    def fails(count: int) -> Exception | None:
-        try:
-            list(prepare(datasets.Dataset.from_list([row for _, row in rows[:count]])))
-        except Exception as error:  # the task's own code
-            return error
-        return None
-
-    if fails(len(rows)) is None:
-        return
-    low, high = 0, len(rows)  # the first `low` rows pass, the first `high` do not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fails(middle) else (middle, high)
-    error = fails(high)
-    raise ValueError(f"line {rows[high - 1][0]}: the task cannot use it ({summary(error) if error else 'no reason'})")
+            raise ValueError(f"the field {name!r} has {kinds[0]}, and {kinds[1]} in the first line")
 
 
 def number_asked(task: Task, limit: float | None) -> int:
@@ -176,11 +104,11 @@ def number_asked(task: Task, limit: float | None) -> int:
     return docs if limit is None else min(docs, get_sample_size(task, limit))
 
 
-def check_documents(task: Task, limit: float | None, files: Sequence[str]) -> None:
+def check_documents(task: Task, limit: float | None, file: str | None) -> None:
     """Refuse a task without documents, and documents that cannot be asked or lack the right answer among their choices.
 
     Args:
-        files: of local data that the documents come from; none for data of the hub.
+        file: of local data that the documents come from; None for data of the hub.
 
     Raises:
         UserError: names the document by its number, from 0.
@@ -189,15 +117,14 @@ def check_documents(task: Task, limit: float | None, files: Sequence[str]) -> No
     if not len(docs):
         raise UserError(f"task {task.task_name} has no documents", "add documents to its evaluated split")
     for number in range(number_asked(task, limit) if isinstance(task, ConfigurableTask) else 0):
-        doc = docs[number]
         try:
-            fault = _fault(task, doc, bool(files))
+            fault = _fault(task, docs[number], file is not None)
         except (ImportError, UserError):
             raise
         except Exception as error:  # of a template, or of the task's own code
             fault = f"cannot be asked ({summary(error)})"
         if fault:
-            where = f" ({place})" if (place := place_of(files, doc)) else ""
+            where = f" ({file})" if file else ""
             raise UserError(f"document {number} of task {task.task_name}{where} {fault}", "fix or remove it")
 
 
@@ -253,24 +180,3 @@ def check_shots(task: Task, num_fewshot: int | None) -> None:
             f"task {task.task_name} needs {shots} few-shot examples, and has {max(most, 0)}",
             f"give --num-fewshot {max(most, 0)} or less",
         )
-
-
-def place_of(files: Iterable[str], doc: Any) -> str:
-    """Return the file and line of the row that a document was made of; empty if no row is like it."""
-    for file in files if isinstance(doc, dict) else ():
-        with contextlib.suppress(ValueError):
-            for number, row in rows_of(read_regular(file), all_fields=False):
-                same = row.keys() & doc.keys()
-                if same and all(row[name] == doc[name] for name in same):
-                    return f"{file}, line {number}"
-    return ""
-
-
-def asked_at(error: BaseException | None) -> object:
-    """Return the document that lm-eval was making a text of when it failed, or None."""
-    while error is not None:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if (name := ASKING.get(frame.f_code.co_name)) in frame.f_locals:
-                return frame.f_locals[name]
-        error = error.__cause__
-    return None

@@ -1,20 +1,24 @@
-"""Names of tasks: this project's own, and those of lm-eval's YAML files.
+"""Names of tasks: this project's own, and those of lm-eval's `TaskManager`.
 
-lm-eval is not imported, as that takes seconds. This module parses its YAML files itself, so an unknown
-name is refused within a second. A test compares the names with lm-eval's own index.
+lm-eval parses its 14,000 YAML files in every process, which takes 15 seconds. Its index is therefore written to the
+cache, and read from there as long as these files stay as they are; then lm-eval itself is not even imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from dart_eval.evaluation import task_needs
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.files import cache_dir, write_atomically
 from dart_eval.util.text import Json
 
 # What a user types -> lm-eval tasks. Every other lm-eval task, group or tag goes by its own name.
@@ -63,8 +67,8 @@ COMMON: dict[str, str] = {
     "drift_cnn_dailymail": "the same from CNN/DailyMail's; control drift_cnn_dailymail_same",
 }
 
-PASSED_OVER = ("__pycache__", ".ipynb_checkpoints")  # folders, as in lm-eval's index
-KEYS = ("task", "group", "tag", "class", "include")
+NAME = re.compile(r"^(?:task|group): *([\w-]+)$", re.MULTILINE)  # in a file of this project
+Found = tuple[str, "str | None", list[str]]  # lm-eval's kind of a name, its file in lm-eval's folder, its tags or tasks
 
 
 def tasks_dir() -> Path:
@@ -75,67 +79,100 @@ def tasks_dir() -> Path:
 
 
 def names(folders: Sequence[str] = ()) -> set[str]:
-    """Return every task, group and tag: this project's, lm-eval's, and those of more folders.
-
-    Args:
-        folders: of `--include-path`.
-    """
-    return {*own(), *lm_evals(), *(name for folder in folders for name in _named_in(Path(folder)))}
+    """Return every task, group and tag: this project's, lm-eval's, and those of more folders (`--include-path`)."""
+    return {*own(), *lm_evals(), *_names_in(tuple(folders))}
 
 
 def aliases(folders: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
     """Return `ALIASES` without those that name a task of these folders (of `--include-path`)."""
-    taken = {name for folder in folders for name in _named_in(Path(folder))}
+    taken = _names_in(tuple(folders))
     return {name: tasks for name, tasks in ALIASES.items() if name not in taken}
 
 
-def own() -> dict[str, str]:
-    """Return the project's own tasks, each with the path of its YAML file."""
-    return _named_in(tasks_dir())
+@functools.cache
+def own() -> dict[str, Path]:
+    """Return the project's own tasks and groups, each with its YAML file."""
+    files = [file for file in tasks_dir().rglob("*.yaml") if not file.name.startswith("_")]
+    return {name: file for file in files for name in NAME.findall(file.read_text(encoding="utf-8"))}
 
 
-def lm_evals() -> dict[str, str]:
-    """Return lm-eval's tasks, groups and tags, each with the path of a YAML file (for a tag, of one task)."""
+def config_of(name: str) -> Json:
+    """Return the settings of one of the project's own tasks, functions as texts."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return load_yaml(own()[name], resolve_func=False)
+
+
+def lm_evals_dir() -> Path:
+    """Return the folder of lm-eval's tasks."""
     spec = find_spec("lm_eval")
-    places = (spec.submodule_search_locations if spec else None) or []
-    return {name: path for place in places for name, path in _named_in(Path(place) / "tasks").items()}
+    assert spec is not None and spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]) / "tasks"
 
 
-def config_of(name: str) -> dict[str, object]:
-    """Return a task's YAML settings with included files; this project's tasks come before lm-eval's.
-
-    The result is empty for an unknown name or a file that cannot be read.
-    """
-    path = own().get(name) or lm_evals().get(name)
+@functools.cache
+def lm_evals() -> dict[str, Found]:
+    """Return lm-eval's tasks, groups and tags."""
+    folder = lm_evals_dir()
+    state = _state(str(folder))
+    file = cache_dir() / f"tasks-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
     try:
-        return _with_included(path) if path else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
+        cached = json.loads(file.read_bytes())
+        if cached["state"] == state:
+            return {name: (kind, path, tags) for name, (kind, path, tags) in cached["index"].items()}
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # none yet, or a damaged one
+    from lm_eval.tasks import TaskManager
+
+    index: dict[str, Found] = {
+        str(name): (entry.kind.name, entry.yaml_path and os.path.relpath(entry.yaml_path, folder), sorted(entry.tags))
+        for name, entry in TaskManager().task_index.items()
+    }
+    with contextlib.suppress(OSError):  # the next process parses them again
+        write_atomically(file, json.dumps({"state": state, "index": index}))
+    return index
 
 
-def check_names(asked: Iterable[str], folders: Sequence[str] = (), needs: bool = True) -> None:
+def _state(folder: str) -> str:
+    """Return a digest of the names, sizes and times of the files in a folder."""
+    digest = hashlib.sha256()
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        for name in sorted(files):
+            about = os.stat(path := os.path.join(place, name))
+            digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache  # a process sees the files of its first look
+def _names_in(folders: tuple[str, ...]) -> frozenset[str]:
+    """Return the names of tasks, groups and tags in folders of a user."""
+    if not folders:
+        return frozenset()
+    from lm_eval.tasks import TaskManager
+
+    return frozenset(TaskManager(include_path=[*folders], include_defaults=False).task_index)
+
+
+def check_names(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
     """Refuse unknown names of tasks.
 
     Args:
         asked: as a user types them.
         folders: of `--include-path`.
-        needs: whether to refuse tasks whose packages are missing, too.
 
     Raises:
-        UserError: names the nearest names, or a missing package of a task.
+        UserError: names the nearest names.
     """
-    wanted = [*asked]
-    if not wanted:
+    if not (wanted := {*asked}):
         raise none_given()
     short = aliases(folders)
-    if not {*wanted} <= {*short, *own()}:
-        known = {*names(folders), *short}
-        for name in wanted:
-            if name not in known and not (is_pattern(name) and fnmatch.filter(known, name)):
-                raise unknown(name, known)
-    for name in wanted if needs else ():
-        if path := own().get(name) or (lm_evals().get(name) if name not in short else None):
-            task_needs.check_needs(name, path)
+    if wanted <= {*short, *own()}:
+        return
+    known = {*names(folders), *short}
+    for name in sorted(wanted - known):
+        if not (is_pattern(name) and fnmatch.filter(known, name)):
+            raise unknown(name, known)
 
 
 def is_pattern(name: str) -> bool:
@@ -152,84 +189,3 @@ def unknown(name: str, known: Iterable[str]) -> UserError:
 def none_given() -> UserError:
     """Return the error for a missing name."""
     return UserError("no task given", "for example --tasks smoke (no network needed); `dart-eval ls tasks` lists them")
-
-
-@functools.cache  # a process sees the files of its first look
-def _named_in(folder: Path) -> dict[str, str]:
-    """Return every name in a folder's YAML files with the path of a file; a task's own file comes first."""
-    tasks: dict[str, str] = {}
-    tagged: dict[str, str] = {}
-    for path in _yaml_files(str(folder)):
-        try:
-            name, *tags = _names_of(path) or [""]
-        except (OSError, ValueError, RecursionError):  # lm-eval skips unreadable files, too
-            continue
-        tasks |= {name: path} if name else {}
-        tagged |= dict.fromkeys(tags, path)
-    return {**tagged, **tasks}
-
-
-def _yaml_files(folder: str) -> Iterator[str]:
-    """Yield the paths of the YAML files in a folder and below it, as far as this user may read it."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name not in PASSED_OVER]
-        yield from (os.path.join(place, name) for name in files if name.endswith(".yaml"))
-
-
-def _names_of(path: str) -> list[str]:
-    """Return the names in a file: a group, or a task and its tags."""
-    header = _header(path)
-    if "group" in header and "class" not in header:
-        return [text for text in [header["group"]] if isinstance(text, str)]
-    task, tags = header.get("task"), header.get("tag") or []
-    if not isinstance(task, str):
-        return []
-    return [task, *([tags] if isinstance(tags, str) else (t for t in tags if isinstance(t, str)))]
-
-
-@functools.cache  # many files include one
-def _header(path: str) -> Json:
-    """Return the values of the keys in `KEYS`, those of included files too."""
-    with open(path, "rb") as file:
-        text = file.read()
-    found: dict[str, object] = {key: value for key, value in _parsed(text).items() if key in KEYS}
-    if "group" in found and "class" not in found:
-        found.pop("task", None)  # its members
-    return _on_included(path, found, _header)
-
-
-def _on_included(path: str, own: Json, read: Callable[[str], dict[str, object]]) -> dict[str, object]:
-    """Return a file's settings on top of those of the files that it includes."""
-    include = own.pop("include", [])
-    base: dict[str, object] = {}
-    for name in [include] if isinstance(include, str) else include:
-        base |= read(os.path.join(os.path.dirname(path), name))
-    return {**base, **own}
-
-
-def _with_included(path: str) -> dict[str, object]:
-    """Return all settings of a file and of those that it includes."""
-    return _on_included(path, _parsed(Path(path).read_bytes()), _with_included)
-
-
-def _parsed(text: bytes) -> dict[str, object]:
-    """Parse all keys and values as YAML; functions stay texts."""
-    import yaml
-
-    try:
-        loaded = yaml.load(text, Loader=_loader())
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
-    return loaded if isinstance(loaded, dict) else {}
-
-
-@functools.cache
-def _loader() -> type:
-    """Return PyYAML's safe loader in C, to which lm-eval's functions are texts."""
-    import yaml
-
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
-    return Loader

@@ -6,48 +6,42 @@ data source of each task, group members included.
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import functools
 import hashlib
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
 import numpy as np
-from datasets import Dataset
 from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
-from lm_eval.tasks._index import Entry
+from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from dart_eval.evaluation import sampling, task_needs
-from dart_eval.evaluation.local_data import (
-    asked_at,
-    check_documents,
-    check_shots,
-    first_fault,
-    number_asked,
-    place_of,
-    redirect,
-)
+from dart_eval.evaluation import sampling, task_names
+from dart_eval.evaluation.local_data import check_documents, check_shots, number_asked, redirect, rows_of
 from dart_eval.evaluation.seeded_data import prepared_once, seeded, without_other_lengths
-from dart_eval.evaluation.task_index import Index
-from dart_eval.evaluation.task_names import aliases, is_pattern, none_given, own, tasks_dir, unknown
+from dart_eval.evaluation.task_names import aliases, is_pattern, none_given, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import block_local_code, check_task, check_yaml, own_metrics, sandbox_templates
 from dart_eval.models.loading import work_offline_if_unreachable
 from dart_eval.util.errors import UserError, naming
 from dart_eval.util.text import Json
 
-Local = tuple[list[str], Callable[[Dataset], Dataset] | None]  # files of a task from `data_dir`, their preparation
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+EXTRA = {  # what code of lm-eval's tasks imports and the extra [tasks] installs
+    "langdetect", "immutabledict", "nltk", "wonderwords", "jieba", "fuzzywuzzy", "rouge", "sympy", "math_verify",
+    "antlr4",
+}  # fmt: skip
+PUNKT = "punkt_tab"  # NLTK's data for sentences, which lm-eval downloads where it can
 
 # Documents that share this field are no independent draws: they form a cluster for the statistics. A task of our own
 # names the field itself (`metadata.cluster`). Members of a group are clustered by task, whatever this says.
@@ -80,7 +74,7 @@ class _Factory(TaskFactory):
         self.data_dir, self.unsafe_code = data_dir, unsafe_code
         self.tokenizer, self.limit = tokenizer, limit
         self.folders = [folder.resolve() for folder in folders]
-        self.local: list[Local] = []  # of each leaf read from `data_dir`
+        self.local: list[str] = []  # files of `data_dir` that the task's documents are read from
 
     def _load_full_config(self, entry: Entry, overrides: Json | None = None) -> Json:
         if not self.unsafe_code:  # asked before its functions are resolved: that runs the module they stand in
@@ -88,8 +82,6 @@ class _Factory(TaskFactory):
                 check_yaml(entry.name, entry.yaml_path, (Path(lm_eval.tasks.__file__).parent, tasks_dir()))
             raw = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
             check_task(entry.name, bool({**raw, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
-        if entry.yaml_path:
-            task_needs.check_needs(entry.name, str(entry.yaml_path))
         return self._prepared(entry.name, super()._load_full_config(entry, overrides))
 
     def _build_group_members(
@@ -110,8 +102,7 @@ class _Factory(TaskFactory):
             config["custom_dataset"] = seeded(make, name, self.tokenizer, self.data_dir, self.limit)
         elif config.get("dataset_path") and "custom_dataset" not in config:
             if self.data_dir is not None:
-                files = redirect(config, self.data_dir)
-                self.local.append((files, config.get("process_docs")))
+                self.local += redirect(config, self.data_dir)
             else:
                 work_offline_if_unreachable()
         elif "class" in config and self.data_dir is not None:
@@ -135,7 +126,6 @@ class Tasks:
         gen_kwargs: settings of generation that stand before each task's own.
         tokenizer: gives the model's, for tasks that make documents of a length (RULER).
         limit: so many documents will be asked at most, or a share of all: these tasks make no more.
-        like: tasks of the same folders, whose index serves these too.
     """
 
     def __init__(
@@ -146,28 +136,29 @@ class Tasks:
         gen_kwargs: Json | None = None,
         tokenizer: Callable[[], object] | None = None,
         limit: float | None = None,
-        like: Tasks | None = None,
     ) -> None:
         self.unsafe_code, self.gen_kwargs = unsafe_code, gen_kwargs
         self.folders = [Path(folder) for folder in include_path]
         if self.folders and not unsafe_code:
             sandbox_templates()
         self.data_dir = Path(data_dir) if data_dir is not None else None
-        self._factory = _Factory(self.data_dir, unsafe_code, self.folders, tokenizer, limit)
-        self._index: Index = Index([str(tasks_dir()), *map(str, self.folders)]) if like is None else like._index
+        self.manager = TaskManager(include_path=[tasks_dir(), *self.folders], include_defaults=False)
+        self.manager._factory = self._factory = _Factory(self.data_dir, unsafe_code, self.folders, tokenizer, limit)
+        self._complete = False
         self._loaded: dict[str, list[Task | Group]] = {}
-        self._local: dict[str, list[Local]] = {}  # as in the factory, by name
-
-    @property
-    def manager(self) -> TaskManager:
-        """lm-eval's, which makes tasks as they are to be here."""
-        manager = copy.copy(self._index.manager)
-        manager._factory = self._factory
-        return manager
+        self._files: dict[str, list[str]] = {}  # of local data, by the task that was loaded
 
     def names(self) -> list[str]:
-        """Every known task, group and tag. Indexing lm-eval's own thousands takes seconds, so it waits until asked."""
-        return self._index.whole().all_tasks
+        """Every known task, group and tag. lm-eval's own thousands are looked up only when somebody asks."""
+        if not self._complete:
+            folder = task_names.lm_evals_dir()
+            stock = {
+                name: Entry(name, Kind[kind], folder / path if path else None, None, set(tags))
+                for name, (kind, path, tags) in task_names.lm_evals().items()
+            }
+            self.manager._index = {**stock, **self.manager._index}
+            self._complete = True
+        return [*self.manager.task_index]
 
     def expand(self, names: list[str]) -> list[str]:
         """Task names with aliases replaced, in order, each once.
@@ -180,7 +171,7 @@ class Tasks:
         for name in names:
             matching = fnmatch.filter(sorted(self.names()), name) if is_pattern(name) else ()
             for task in matching or short.get(name, (name,)):
-                if task not in self.manager.all_tasks and task not in self.names():
+                if task not in self.manager.task_index and task not in self.names():
                     raise unknown(name, {*self.names(), *short})
                 expanded.setdefault(task)
         if not expanded:
@@ -194,13 +185,13 @@ class Tasks:
             UserError: its data cannot be had, or it would run code that nobody has confirmed.
         """
         if name not in self._loaded:
-            self._factory.local = []
+            self._files[name] = self._factory.local = []
             try:
                 self.expand([name])  # indexes lm-eval's own tasks where the name asks for it
-                if self.folders and name not in own():  # a group of another folder may have any task as a member
+                if self.manager.task_index[name].kind is Kind.GROUP:  # which may have any task as a member
                     self.names()
                 _forget_modules()
-                with block_local_code(f"task {name}", self.unsafe_code):
+                with block_local_code(f"task {name}", self.unsafe_code), redirect_stdout(sys.stderr):
                     loaded = self.manager._load_spec(name)
             except UserError:
                 raise
@@ -209,6 +200,7 @@ class Tasks:
             items = loaded if isinstance(loaded, list) else [loaded]
             for task in leaves(items):
                 check_task(task.task_name, bool(getattr(task, "UNSAFE_CODE", False)), self.unsafe_code)
+                _check_sentences(task.task_name)
                 if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
                     own_settings = task.get_config("generation_kwargs") or {}
                     with naming(f"task {task.task_name}: "):
@@ -222,7 +214,6 @@ class Tasks:
                 if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling"):
                     without_overflow(task)
             self._loaded[name] = items
-            self._local[name] = self._factory.local
         return self._loaded[name]
 
     def check_task(self, name: str, limit: float | None, num_fewshot: int | None = None) -> None:
@@ -233,63 +224,105 @@ class Tasks:
         """
         try:
             for task in leaves(self.load(name)):
-                files = self._files(task)
-                check_documents(task, limit, files)
+                file = self._file(task)
+                if file is not None:
+                    with naming(f"task {name}: "):
+                        rows_of(file, None if getattr(task.config, "process_docs", None) else number_asked(task, limit))
+                check_documents(task, limit, file)
                 check_shots(task, num_fewshot)
-                most = None if getattr(task.config, "process_docs", None) else number_asked(task, limit)
-                if fault := first_fault(files, None, most, all_fields=False):
-                    raise UserError(f"task {name}: {fault}", "fix the file, or leave --data-dir out")
         except UserError:
             raise
         except Exception as error:
-            self._factory.local = self._local[name]
             raise self._explain(name, error) from error
 
-    def _files(self, task: Task) -> list[str]:
+    def _file(self, task: Task) -> str | None:
         """The file of local data that a task's documents are read from, if it is."""
         config = task.config
         if self.data_dir is None or not isinstance(task, ConfigurableTask) or config.dataset_path != "json":
-            return []
-        found = (config.dataset_kwargs or {}).get("data_files") or {}
-        return [found[split]] if (split := config.test_split or config.validation_split) in found else []
+            return None
+        files: dict[str, str] = (config.dataset_kwargs or {}).get("data_files") or {}
+        return files.get(config.test_split or config.validation_split)
 
     def _explain(self, name: str, error: Exception) -> UserError:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, ModuleNotFoundError) and cause.name:
-            return task_needs.missing(name, cause.name.partition(".")[0])
-        for files, prepare in self._factory.local if not isinstance(cause, ImportError) else ():
-            if fault := first_fault(files, prepare if callable(prepare) else None):
-                return UserError(f"task {name}: {fault}", "fix the file, or leave --data-dir out")
-        text = f"{type(cause).__name__}: {cause}"
-        if self._factory.local and (place := place_of(self._factory.local[-1][0], asked_at(error))):
-            return UserError(f"task {name}: {place}: it cannot be used ({text[:300]})", "fix or remove it")
-        if "Couldn't find a module script" in str(cause):
+        """Return why a task could not be loaded, in one line."""
+        causes = [*_causes(error)]
+        for cause in causes:
+            if isinstance(cause, UserError):
+                return cause
+            if isinstance(error, ImportError) and isinstance(cause, ModuleNotFoundError) and cause.name:
+                return missing(name, cause.name.partition(".")[0])
+            if isinstance(cause, LookupError) and PUNKT in str(cause):
+                return without_sentences(name)
+        files = self._files[name]
+        try:
+            with naming(f"task {name}: "):
+                for file in files:
+                    rows_of(file)
+        except UserError as fault:
+            return fault
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        text = f"{type(root).__name__}: {root}"[:300]
+        if "Couldn't find a module script" in text:
             return UserError(
                 f"the metric of task {name} could not be loaded: the hub cannot be reached",
                 "fill the Hugging Face cache first, or put the metric's folder into the working directory",
             )
-        if self.data_dir is None and _is_connection_error(error):
+        if files:
+            folder = Path(files[-1]).parent
+            return UserError(f"task {name} cannot use the documents of {folder} ({text})", "fix or remove them")
+        if self.data_dir is None and any(map(_is_of_connection, causes)):
             return UserError(
                 f"the data of task {name} could not be loaded: the hub cannot be reached",
                 "give local data with --data-dir, or set HF_ENDPOINT / a proxy, or fill the Hugging Face cache first",
             )
-        library = "install what the task needs" if isinstance(error, ImportError) else None
-        remedy = library or "check the task's name and data with `dart-eval ls tasks`"
-        return UserError(f"task {name} could not be loaded ({text[:300]})", remedy)
+        remedy = "check the task's name and data with `dart-eval ls tasks`"
+        if isinstance(error, ImportError):
+            remedy = "install what the task needs"
+        return UserError(f"task {name} could not be loaded ({text})", remedy)
 
 
-def _is_connection_error(error: BaseException | None) -> bool:
-    names = ("ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
+def missing(task: str, module: str) -> UserError:
+    """Return the error for a module that is not installed."""
+    remedy = "pip install 'dart-eval[tasks]'" if module in EXTRA else f"pip install {module}"
+    return UserError(f"task {task} needs the package {module}", remedy)
+
+
+def _check_sentences(task: str) -> None:
+    """Refuse a task that cuts answers into sentences without NLTK's data: it would fail after all answers."""
+    if task.startswith(("ifeval", "leaderboard_ifeval")):
+        import nltk
+
+        try:
+            nltk.data.find(f"tokenizers/{PUNKT}")
+        except LookupError:
+            raise without_sentences(task) from None
+
+
+def without_sentences(task: str) -> UserError:
+    """Return the error for NLTK's missing data."""
+    return UserError(
+        f"task {task} needs NLTK's data {PUNKT}, which could not be downloaded",
+        f"run python -m nltk.downloader {PUNKT} with a network; NLTK_DATA names its folder",
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that led to it."""
     while error is not None:
-        if type(error).__name__ in names or isinstance(error, ConnectionError):
-            return True
-        text = str(error)
-        if "Couldn't reach" in text or "offline mode" in text.lower() or "doesn't exist on the Hub" in text:
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    names = ("ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
+    said = ("Couldn't reach", "offline mode", "Offline mode", "doesn't exist on the Hub")
+    return (
+        type(error).__name__ in names
+        or isinstance(error, ConnectionError)
+        or any(words in str(error) for words in said)
+    )
 
 
 def leaves(items: list[Task | Group]) -> list[Task]:

@@ -6,15 +6,12 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 from unittest.mock import patch
 
 import lm_eval.utils
@@ -23,14 +20,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dart_eval.util.errors import UserError
 
-REMEDY = "start dart-eval in another folder, or give --confirm-run-unsafe-code"
-LOADERS = {
-    "evaluate.loading": ("LocalEvaluationModuleFactory",),
-    # of datasets 4, and of datasets 3
-    "datasets.load": (
-        "LocalDatasetModuleFactory", "LocalDatasetModuleFactoryWithScript", "LocalDatasetModuleFactoryWithoutScript",
-    ),
-}  # fmt: skip
+LOADERS = (  # those of `datasets` differ between its releases 3 and 4
+    ("evaluate.loading", "LocalEvaluationModuleFactory"),
+    ("datasets.load", "LocalDatasetModuleFactory"),
+    ("datasets.load", "LocalDatasetModuleFactoryWithScript"),
+    ("datasets.load", "LocalDatasetModuleFactoryWithoutScript"),
+)
 
 
 def check_task(name: str, unsafe: bool, confirmed: bool) -> None:
@@ -67,22 +62,20 @@ def check_yaml(name: str, path: Path, trusted: Sequence[Path]) -> None:
     Raises:
         UserError: it would run a function, a metric or a data set's script that is not lm-eval's.
     """
-    files, seen = [path.resolve()], set()
-    folders = [folder.resolve() for folder in trusted]
-    while files:
-        file = files.pop()
-        if file in seen or any(file.is_relative_to(folder) for folder in folders):
+    files = [path.resolve()]
+    for file in files:  # which grows by what is included
+        if any(file.is_relative_to(folder.resolve()) for folder in trusted):
             continue
-        seen.add(file)
-        with file.open("rb") as opened:
-            loaded = yaml.load(opened, Loader=_Loader)
-        if what := next(_code(loaded), None):
+        with file.open("rb") as stream:
+            settings = yaml.load(stream, Loader=_Loader)
+        if code := next(_code(settings), None):
             raise UserError(
-                f"task {name} would run {what} ({file})", "add --confirm-run-unsafe-code if you trust the file"
+                f"task {name} would run {code} ({file})", "add --confirm-run-unsafe-code if you trust the file"
             )
-        included = loaded.get("include", []) if isinstance(loaded, dict) else []
+        included = settings.get("include", []) if isinstance(settings, dict) else []
         for other in [included] if isinstance(included, str) else included:
-            files.append((file.parent / str(other)).resolve())
+            path = (file.parent / str(other)).resolve()
+            files += [path] if path not in files else []
 
 
 def _code(value: object) -> Iterator[str]:
@@ -93,15 +86,14 @@ def _code(value: object) -> Iterator[str]:
         for item in value:
             yield from _code(item)
     elif isinstance(value, dict):
-        metric, data = value.get("metric"), value.get("dataset_path")
+        metric = value.get("metric")
         if isinstance(metric, str) and ("/" in metric or os.sep in metric):
             yield f"the metric {metric}"
-        if data == "pandas":
+        if value.get("dataset_path") == "pandas":
             yield "what its pickled data say"
         if value.get("trust_remote_code"):
             yield "a data set's script"
-        for item in value.values():
-            yield from _code(item)
+        yield from _code([*value.values()])
 
 
 def sandbox_templates() -> None:
@@ -124,67 +116,44 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
         confirmed: allow them, and let generated code run.
 
     Raises:
-        UserError: a metric or data set of the working directory would be loaded, even if the error is swallowed.
+        UserError: a metric or data set of the working directory would be loaded.
     """
     if confirmed:
         with patch.dict(os.environ, {"HF_ALLOW_CODE_EVAL": "1"}):
             yield
         return
-    refused: list[UserError] = []
+    stock, guarded = builtins.__import__, set()
+
+    def guard() -> None:
+        for loader in LOADERS:
+            kind = getattr(sys.modules.get(loader[0]), loader[1], None)
+            if kind is not None and loader not in guarded:
+                guarded.add(loader)
+                stack.enter_context(patch.object(kind, "__init__", _refusing(kind.__init__, name)))
+
+    def importing(*args: object, **kwargs: object) -> object:
+        module = stock(*args, **kwargs)  # type: ignore[arg-type]
+        guard()
+        return module
+
     with ExitStack() as stack:
-
-        def guard(module: ModuleType) -> None:
-            for loader in LOADERS[module.__name__]:
-                if (stock := getattr(module, loader, None)) is not None:
-                    stack.enter_context(patch.object(module, loader, _guarded(stock, name, refused)))
-
-        for imported in LOADERS.keys() & sys.modules.keys():
-            guard(sys.modules[imported])
-        sys.meta_path.insert(0, watch := _Watch(guard))
-        stack.callback(sys.meta_path.remove, watch)
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            if refused:
-                raise refused[0] from error
-            raise
-    if refused:
-        raise refused[0]
+        stack.enter_context(patch.object(builtins, "__import__", importing))  # `evaluate` takes seconds: few need it
+        guard()
+        yield
 
 
-class _Watch(MetaPathFinder):
-    """Hands a module of `LOADERS` to `guard` once it is imported: `evaluate` takes seconds, and few tasks need it."""
+def _refusing(stock: Callable[..., None], who: str) -> Callable[..., None]:
+    """Return a loader's `__init__` that refuses the working directory."""
 
-    def __init__(self, guard: Callable[[ModuleType], None]) -> None:
-        self.guard = guard
+    def __init__(self: object, path: str, *args: object, **kwargs: object) -> None:
+        if not os.path.isabs(path):
+            raise UserError(
+                f"{who} would load ./{path} of the working directory",
+                "start dart-eval in another folder, or give --confirm-run-unsafe-code",
+            )
+        stock(self, path, *args, **kwargs)
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in LOADERS:
-            return None
-        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
-        if spec is not None and spec.loader is not None:
-            stock = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                stock(module)
-                self.guard(module)
-
-            setattr(spec.loader, "exec_module", exec_module)  # noqa: B010 - for mypy, methods are fixed
-        return spec
-
-
-def _guarded(stock: Any, who: str, refused: list[UserError]) -> object:
-    class Guarded(stock):
-        def __init__(self, path: str, *args: object, **kwargs: object) -> None:
-            if not os.path.isabs(path):
-                refused.append(UserError(f"{who} would load ./{path} of the working directory", REMEDY))
-                raise refused[-1]
-            super().__init__(path, *args, **kwargs)
-
-    return Guarded
+    return __init__
 
 
 @contextmanager

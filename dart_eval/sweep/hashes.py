@@ -28,7 +28,7 @@ METHODS = ("pruning/methods",)
 # What refuses, names and hashes, and ways to decode faster: `run` multiplies by masks.
 NO_NUMBER = (
     "pruning/registry.py", "layers/finite.py", "weights/checkpoint.py",
-    "evaluation/task_hash.py", "evaluation/task_names.py", "evaluation/task_needs.py",
+    "evaluation/task_hash.py", "evaluation/task_names.py",
 )  # fmt: skip
 
 

@@ -107,10 +107,9 @@ def plan_all(
         view.status("looking up tasks")
         shelf = (config.data_dir, config.num_fewshot, config.limit, config.gen_kwargs)
         if shelf not in shelves:
-            like = next(iter(shelves.values()), None)
             shelves[shelf] = Tasks(
                 config.data_dir, config.confirm_run_unsafe_code, config.include_path,
-                pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit, like,
+                pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit,
             )  # fmt: skip
         tasks = shelves[shelf]
         names = tasks.expand(list(config.tasks))

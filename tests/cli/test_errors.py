@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dart_eval.evaluation import task_names
 from dart_eval.models import demo_model
 from tests.helpers.commands import command
 from tests.matrix.types import tiny
@@ -16,17 +17,16 @@ from tests.matrix.types import tiny
 def _empty_folder(tmp_path, monkeypatch):
     """A command may write where it stands; colours would only be in the way."""
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+    task_names.lm_evals()  # once a process: looking them up for the first time has a line of its own
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
 
 @pytest.fixture
-def refused(tmp_path, request):
+def refused(tmp_path):
     """Runs a command that must fail, and returns its message."""
 
-    def run(*args, indexed=True):
-        if indexed:
-            request.getfixturevalue("indexed")
+    def run(*args):
         shown = command(*args)
         assert shown.code == 2
         assert shown.out == ""
@@ -94,7 +94,7 @@ def test_no_tasks_are_answered_with_an_example(refused):
     ("dart:remask.window=ten", "dart: remask.window is 'ten'; it must be a whole number"),
 ])  # fmt: skip
 def test_a_wrong_method_is_refused_before_the_tasks_are_looked_up(refused, method, words):
-    assert words in refused("run", "--tasks", "arc", "--method", method, indexed=False)
+    assert words in refused("run", "--tasks", "arc", "--method", method)
 
 
 @pytest.mark.parametrize(("sparsity", "words"), [
@@ -105,7 +105,7 @@ def test_a_wrong_method_is_refused_before_the_tasks_are_looked_up(refused, metho
     ("abc", "sparsity 'abc' is not a number or a list of numbers; for example 0.5,0.7"),
 ])  # fmt: skip
 def test_a_sparsity_outside_its_range_is_refused(refused, sparsity, words):
-    assert words in refused("run", "--tasks", "arc", "--sparsity", sparsity, indexed=False)
+    assert words in refused("run", "--tasks", "arc", "--sparsity", sparsity)
 
 
 @pytest.mark.parametrize(("option", "value", "words"), [
@@ -246,7 +246,7 @@ def test_a_data_file_that_is_not_json_is_refused(refused, model_folder, tmp_path
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text("not json\n")
     message = refused("run", "--tasks", "hellaswag", "--data-dir", tmp_path / "data", "--model", model_folder)
-    assert message.startswith("task hellaswag: ") and "train.jsonl, line 1 is not JSON (" in message
+    assert message.startswith("task hellaswag: ") and "train.jsonl, line 1: " in message
 
 
 # -- configuration file and tables ---------------------------------------------------------------------------------
@@ -261,11 +261,11 @@ def test_a_data_file_that_is_not_json_is_refused(refused, model_folder, tmp_path
 def test_a_bad_configuration_file_is_refused(refused, tmp_path, text, words):
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    assert words in refused("run", "--config", file, indexed=False)
+    assert words in refused("run", "--config", file)
 
 
 def test_a_configuration_file_that_does_not_exist_is_refused(refused):
-    assert refused("run", "--config", "none.yaml", indexed=False).startswith("config none.yaml cannot be read")
+    assert refused("run", "--config", "none.yaml").startswith("config none.yaml cannot be read")
 
 
 def test_an_unknown_table_format_is_answered_with_the_nearest(refused):
@@ -303,7 +303,7 @@ def test_a_record_that_cannot_be_read_is_named(refused, tmp_path):
 
 @pytest.mark.parametrize("folder", ["[/red]", "a [b] c"])
 def test_brackets_are_printed_as_typed(refused, folder):
-    assert f"no results in {folder}" in refused("tables", folder, indexed=False)
+    assert f"no results in {folder}" in refused("tables", folder)
 
 
 def test_the_remedy_names_the_extra(refused, monkeypatch, tmp_path):
@@ -358,17 +358,17 @@ def test_a_device_that_is_not_there_is_refused(refused, llama_folder):
 @pytest.mark.parametrize("content", [b"tasks: \xff\xfe", b"tasks: {arc: 1}"])
 def test_odd_config_files_are_refused(refused, tmp_path, content):
     (tmp_path / "run.yaml").write_bytes(content)
-    refused("run", "--config", tmp_path / "run.yaml", indexed=False)
+    refused("run", "--config", tmp_path / "run.yaml")
 
 
 def test_a_seed_that_lm_eval_cannot_take_is_refused(refused):
-    assert "--seed -1" in refused("run", "--tasks", "smoke_questions", "--seed", "-1", indexed=False)
+    assert "--seed -1" in refused("run", "--tasks", "smoke_questions", "--seed", "-1")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_run(refused, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "cells").touch()
-    message = refused("run", "--tasks", "smoke_questions", "--output", tmp_path / "taken", indexed=False)
+    message = refused("run", "--tasks", "smoke_questions", "--output", tmp_path / "taken")
     assert "cells exists and is not a folder" in message
     assert not (tmp_path / "taken" / "samples").exists()
 
@@ -376,7 +376,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_run(refused, tmp
 def test_a_record_that_is_no_object_is_named(refused, tmp_path):
     (tmp_path / "r" / "cells").mkdir(parents=True)
     (tmp_path / "r" / "cells" / "x.json").write_text("[]")
-    assert "x.json cannot be read (not a record)" in refused("tables", tmp_path / "r", indexed=False)
+    assert "x.json cannot be read (not a record)" in refused("tables", tmp_path / "r")
 
 
 def test_two_prompts_of_a_trace_are_refused(refused):

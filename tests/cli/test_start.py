@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import typer
 import yaml
+from lm_eval.tasks import TaskManager
 
 from dart_eval import cli
 from dart_eval.cli import options, view
 from dart_eval.evaluation import task_names
+from dart_eval.evaluation.tasks import Tasks
 from dart_eval.sweep.options import DEFAULTS, choices_of, help_of
 from dart_eval.util.errors import nearest
 from tests.helpers.commands import command
@@ -42,6 +44,7 @@ for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method",
 
 @pytest.mark.process
 def test_help_lists_and_wrong_names_import_nothing_heavy():
+    task_names.lm_evals()  # in the cache from now on
     done = subprocess.run([sys.executable, "-c", QUICK], cwd=ROOT, capture_output=True, text=True, check=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("IMPORTED")]
     assert len(said) == 16 and all(line.endswith("set()") for line in said), said
@@ -144,47 +147,33 @@ def test_the_package_runs_as_a_module():
 # -- names of tasks ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_names_are_those_of_lm_evals_index(task_index):
-    assert task_names.names() == {str(name) for name in task_index.all_tasks}
+@pytest.mark.slow  # lm-eval's index
+def test_the_names_are_those_of_lm_evals_index_from_the_cache_and_before_there_is_one(tmp_path, monkeypatch):
+    stock = TaskManager(include_path=[task_names.tasks_dir()])
+    stock_index = {str(name): entry for name, entry in stock.task_index.items()}
+    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path))
+    found = []
+    for damage in (None, None, "{", '{"state": 1}', '{"state": "x", "index": {"a": 5}}'):
+        if damage:
+            (file,) = tmp_path.glob("tasks-*.json")
+            file.write_text(damage.replace("x", task_names._state(str(task_names.lm_evals_dir()))))
+        task_names.lm_evals.cache_clear()
+        found.append(task_names.names())
+    task_names.lm_evals.cache_clear()
+    assert all(names == {*stock_index} for names in found)
+    tasks = Tasks()
+    tasks.names()
+    for name, entry in tasks.manager.task_index.items():
+        theirs = stock_index[name]
+        assert (entry.kind, entry.yaml_path, entry.tags) == (theirs.kind, theirs.yaml_path, theirs.tags), name
 
 
-ODD = {
-    "plain.yaml": "task: plain\ntag: [one, two]\n",
-    "quoted.yaml": '"task": \'quoted\'  # a comment\n"tag":\n  - three',
-    "list.yaml": "task: list\ntag:\n- four\n# a comment\n- 'five'\ndataset_path: x\n",
-    "group.yaml": "group: members\ntask:\n  - task: plain\n    num_fewshot: 1\n  - inside\ntag: not_a_tag\n",
-    "python.yaml": "task: python\nclass: !function module.Class\ntag: six\n",
-    "both.yaml": "group: ignored\ntask: both\nclass: !function module.Class\n",
-    "_base": "tag: seven\ntask: of_the_base\n",
-    "includes.yaml": "include: _base\ntask: includes\n",
-    "inherits.yaml": "doc_to_text: x\ninclude: [_base]\n",
-    "missing.yaml": "include: nowhere\ntask: missing\n",
-    "cycle.yaml": "include: cycle.yaml\ntask: cycle\n",
-    "flow.yaml": "{task: flow, tag: eight}\n",
-    "folded.yaml": "task: >-\n  folded\n",
-    "escaped.yaml": 'task: "esc\\u0061ped"\n',
-    "anchor.yaml": "x: &name anchored\ntask: *name\n",
-    "null.yaml": "task: no_tag\ntag: null\n",
-    "members.yaml": "task: [plain]\n",
-    "text.yaml": "doc_to_text: |\n  task: inside_a_text\ntask: text\n",
-    "nested.yaml": "other:\n  task: nested\n",
-    "no.yaml": "just text",
-    "broken.yaml": "task: [broken",
-    "__pycache__/x.yaml": "task: cached\n",
-    "below/below.yaml": "task: below\r\ntag: nine\r\n",
-}
-
-
-def test_odd_files_are_read_as_lm_eval_reads_them(tmp_path):
-    from lm_eval.tasks._index import TaskIndex
-
-    for name, text in ODD.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(text.encode())
-    found = {*task_names._named_in(tmp_path)}
-    assert found == {*TaskIndex.build([tmp_path])}
-    assert {"plain", "seven", "folded", "anchored", "nine"} <= found and "nested" not in found
+def test_a_changed_file_is_noticed(tmp_path):
+    (tmp_path / "one.yaml").write_text("task: one")
+    before = task_names._state(str(tmp_path))
+    assert task_names._state(str(tmp_path)) == before
+    (tmp_path / "one.yaml").write_text("task: three")
+    assert task_names._state(str(tmp_path)) != before
 
 
 def test_every_shipped_name_is_known():

@@ -43,9 +43,7 @@ def test_of_a_data_set_the_first_text_field_of_the_train_split_is_read(tmp_path)
 
 
 @pytest.mark.parametrize(("rows", "words"), [
-    ([], "train.jsonl, which holds no documents; fix the file"),
-    (["{"], "train.jsonl, line 1 is not JSON"),
-    ([{"id": 1}], "calibration data set org/name has no text field"),
+    ([], "train.jsonl has no documents"), (["{"], "train.jsonl, line 1: "), ([{"id": 1}], "has no text field"),
 ])  # fmt: skip
 def test_a_data_set_that_is_no_text_is_refused(tmp_path, rows, words):
     with pytest.raises(UserError, match=words):

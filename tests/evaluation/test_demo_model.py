@@ -64,12 +64,12 @@ def test_dense_equals_stock_lm_eval_on_the_shipped_tasks(ours, stock, name):
     ("name", "num_fewshot"),
     [("arc_easy", None), ("hellaswag", None), ("boolq", None), ("winogrande", None), ("medmcqa", 2)],
 )
-def test_dense_equals_stock_lm_eval_on_real_items(ours, stock, data_dir, indexed, name, num_fewshot):
+def test_dense_equals_stock_lm_eval_on_real_items(ours, stock, data_dir, name, num_fewshot):
     _compare(ours, stock, Tasks(data_dir, gen_kwargs=FEW), name, num_fewshot)
 
 
 @pytest.mark.parametrize("name", ["multi_news", "gov_report"])
-def test_a_long_document_loses_its_end_and_nothing_that_stands_around_it(ours, data_dir, indexed, name):
+def test_a_long_document_loses_its_end_and_nothing_that_stands_around_it(ours, data_dir, name):
     (task,) = Tasks(data_dir).load(name)
     doc = max(task.eval_docs, key=lambda d: len(d["context"]))
     prompt, document = task.doc_to_text(doc), doc["context"].strip()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dart_eval.evaluation.seeded_data import prepared_alike, seeded, without_other_lengths
+from dart_eval.evaluation.seeded_data import prepared_once, seeded, without_other_lengths
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.util.errors import UserError
@@ -74,7 +74,7 @@ def test_documents_are_the_same_whatever_was_drawn_before(make, data, capsys):
 
 def test_what_local_data_lack_is_named(make, data):
     (data / "squad.json").unlink()
-    with pytest.raises(UserError, match=r"task mine cannot read .*squad\.json"):
+    with pytest.raises(UserError, match=r"looked for squad\.json"):
         seeded(make, "mine", lambda: "ours", data)()
     (data / "who__essays" / "default" / "train.jsonl").unlink()
     with pytest.raises(UserError, match=r"looked for who__essays/default/train\.jsonl"):
@@ -151,15 +151,21 @@ def test_documents_that_a_task_shuffles_are_the_same_in_every_process():
     before = random.getstate()
 
     def shuffled(rows):
+        assert not datasets.is_caching_enabled()
         return rows.map(lambda row: {"order": random.sample(range(9), 9)})
 
-    found = []
+    rows, found = datasets.Dataset.from_dict({"q": [*"abcd"]}), []
     for seed in (1, 2):
         random.seed(seed)
-        with prepared_alike(shuffled):
-            assert not datasets.is_caching_enabled()
-            found.append(shuffled(datasets.Dataset.from_dict({"q": [*"abcd"]}))["order"])
+        prepare = prepared_once(shuffled)
+        found.append(prepare(rows))
+        assert prepare(rows) is found[-1]
     random.setstate(before)
-    assert list(found[0]) == list(found[1]) and len({*map(tuple, found[0])}) > 1
-    with prepared_alike(str.upper):  # draws nothing
-        assert datasets.is_caching_enabled()
+    assert datasets.is_caching_enabled()
+    assert list(found[0]["order"]) == list(found[1]["order"]) and len({*map(tuple, found[0]["order"])}) > 1
+
+
+def test_what_draws_nothing_is_prepared_with_the_cache():
+    module = types.ModuleType("plain")
+    exec("import datasets\ndef prepare(rows):\n    return datasets.is_caching_enabled()", module.__dict__)
+    assert prepared_once(module.prepare)("rows")

@@ -1,13 +1,16 @@
-"""What tasks need beside lm-eval: named in one line, before anything is loaded."""
+"""What tasks need beside lm-eval: named in one line, before any model is loaded."""
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import lm_eval.tasks
 import nltk
 import pytest
 
-from dart_eval.evaluation import task_names, task_needs
+from dart_eval.evaluation import tasks
+from dart_eval.evaluation.tasks import Tasks
 from dart_eval.util.errors import UserError
 
 FOLDER = Path(lm_eval.tasks.__file__).parent
@@ -15,55 +18,59 @@ PACKAGES = {"math_verify": "math-verify", "antlr4": "antlr4-python3-runtime"}
 
 
 @pytest.fixture
-def installed(monkeypatch):
-    """Everything is, and NLTK's data are."""
-    monkeypatch.setattr(task_needs, "find_spec", lambda name: name)
-    monkeypatch.setattr(nltk.data, "find", lambda name: name)
+def _unloaded(monkeypatch):
+    """Code of tasks is imported anew."""
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.") and "._" not in name]:
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-@pytest.mark.slow  # reads the names of all tasks
+@pytest.mark.slow  # the index of all tasks
+@pytest.mark.usefixtures("_unloaded")
 @pytest.mark.parametrize(
-    ("task", "module"), [("ifeval", "langdetect"), ("ruler_4k", "wonderwords"), ("longbench_lcc", "rouge")]
+    ("task", "module"),
+    [("ifeval", "langdetect"), ("ruler_4k", "wonderwords"), ("longbench_lcc", "rouge"), ("minerva_math", "sympy")],
 )
-def test_a_missing_package_is_named_with_its_remedy(task, module, installed, monkeypatch):
-    task_names.check_names([task])
-    monkeypatch.setattr(task_needs, "find_spec", lambda name: None if name == module else name)
+def test_a_missing_package_is_named_with_its_remedy(task, module, monkeypatch, tmp_path):
+    monkeypatch.setattr(nltk.data, "find", lambda name: name)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError) as refused:
-        task_names.check_names([task])
+        Tasks(tmp_path, tokenizer=lambda: None).load(task)
     assert str(refused.value.problem) == f"task {task} needs the package {module}"
     assert refused.value.remedy == "pip install 'dart-eval[tasks]'"
 
 
-def test_other_packages_go_by_their_own_name():
-    assert task_needs.missing("mine", "else").remedy == "pip install else"
+def test_other_packages_go_by_their_own_name(tmp_path):
+    (tmp_path / "code.py").write_text("import no_such_package")
+    (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: !function code.text\n")
+    with pytest.raises(UserError, match=r"task mine needs the package no_such_package; pip install no_such_package$"):
+        Tasks(include_path=[tmp_path], unsafe_code=True).load("mine")
 
 
 @pytest.mark.slow
-def test_data_of_nltk_are_downloaded_or_named(installed, monkeypatch):
+def test_missing_data_of_nltk_are_named_before_any_answer(monkeypatch, tmp_path):
+    pytest.importorskip("langdetect")
+    row = {"key": 1, "prompt": "w5", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"keywords": None}]}
+    folder = tmp_path / "google__IFEval" / "default"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(nltk, "download", lambda name, **_: False)
+    monkeypatch.setattr(nltk.data, "find", lambda name: name)
+    Tasks(tmp_path).load("ifeval")
+
     def lacks(name):
-        raise LookupError(name)
+        raise LookupError(f"Resource {name.rpartition('/')[2]} not found.\nPlease use the NLTK Downloader")
 
     monkeypatch.setattr(nltk.data, "find", lacks)
-    monkeypatch.setattr(nltk, "download", lambda name, **_: name == "punkt_tab")
-    task_names.check_names(["ifeval"])
-    monkeypatch.setattr(nltk, "download", lambda name, **_: False)
-    task_names.check_names(["niah_single_1", "ruler_vt"])  # these cut no sentences
-    for task in ("ifeval", "ruler_8k", "niah_single_2", "niah_multikey_1"):
-        with pytest.raises(UserError, match=f"task {task} needs NLTK's data punkt_tab, which could not be downloaded"):
-            task_names.check_names([task])
+    with pytest.raises(UserError, match="task ifeval needs NLTK's data punkt_tab, which could not be downloaded"):
+        Tasks(tmp_path).load("ifeval")
+
+
+def test_sentences_that_cannot_be_cut_while_documents_are_made_are_told_alike():
+    error = LookupError("\n  Resource punkt_tab not found.\n")
+    assert "python -m nltk.downloader punkt_tab" in Tasks()._explain("niah_single_2", error).remedy
 
 
 def test_the_extra_has_what_they_need():
     text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
     extra = re.search(r"^tasks = \[[^\n]*\n(.*?)^\]", text, re.S | re.M)[1]
-    assert {PACKAGES.get(m, m) for m in task_needs.EXTRA} == set(re.findall(r'^ +"([a-z0-9-]+)', extra, re.M))
-
-
-def test_their_code_imports_it():
-    """Each module of the table is imported by a file of its folder, and the folder is one of lm-eval's."""
-    for folder, modules in task_needs.MODULES.items():
-        places = [p for p in FOLDER.glob(f"**/{folder}") if p.is_dir()]
-        said = "\n".join(file.read_text() for place in places for file in place.glob("*.py"))
-        for module in modules:
-            imported = re.search(rf"^\s*(import|from) {module}\b", said, re.M)
-            assert imported or f"{PACKAGES.get(module)}==" in said, (folder, module)  # sympy's parser imports antlr4
+    assert {PACKAGES.get(m, m) for m in tasks.EXTRA} == set(re.findall(r'^ +"([a-z0-9-]+)', extra, re.M))

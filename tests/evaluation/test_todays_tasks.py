@@ -78,7 +78,7 @@ def data(tmp_path):
         ("mbpp", (), {"pass_at_1"}),
     ],
 )  # fmt: skip
-def test_it_runs_with_pruned_decoding(task, modules, metrics, saved_llama, data, tmp_path, indexed, monkeypatch):
+def test_it_runs_with_pruned_decoding(task, modules, metrics, saved_llama, data, tmp_path, monkeypatch):
     for module in modules:
         pytest.importorskip(module)
     monkeypatch.setattr(nltk.data, "find", lambda name: name)  # no instruction here cuts sentences

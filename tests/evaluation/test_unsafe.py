@@ -1,6 +1,8 @@
 """Tasks run nothing of the working directory, and nothing that the model writes, unless told."""
 
+import builtins
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -61,9 +63,7 @@ def data(tmp_path):
 
 @pytest.mark.slow  # the index of all tasks
 @pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp"])
-def test_a_task_that_runs_generated_code_is_refused_by_name_before_anything_of_it_runs(
-    task, indexed, marker, data, monkeypatch
-):
+def test_a_task_that_runs_generated_code_is_refused_by_name_before_anything_of_it_runs(task, marker, data, monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     monkeypatch.setattr("dart_eval.sweep.jobs.resolve", lambda spec: None)
     done = command("run", "--tasks", task, "--data-dir", data, "--model", "m")
@@ -73,7 +73,7 @@ def test_a_task_that_runs_generated_code_is_refused_by_name_before_anything_of_i
 
 
 @pytest.mark.slow
-def test_with_the_users_word_such_a_task_runs(indexed, marker, data, monkeypatch):
+def test_with_the_users_word_such_a_task_runs(marker, data, monkeypatch):
     from dart_eval.evaluation import evaluate as ours
 
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
@@ -106,20 +106,31 @@ def test_a_metric_of_the_working_directory_that_may_run_belongs_to_the_tasks_has
 def test_other_metrics_of_the_working_directory_are_refused_by_name(marker, swallowed, imported, monkeypatch):
     for name in [] if imported else [n for n in sys.modules if n.partition(".")[0] == "evaluate"]:
         monkeypatch.delitem(sys.modules, name)
-    finders = [*sys.meta_path]
+    stock = builtins.__import__
 
     def load():
         with block_local_code("task other", False), block_local_code("task french", False):
             try:
                 importlib.import_module("evaluate").load("code_eval")
-            except UserError:  # as several tasks do: they say that a package is missing
+            except UserError as error:  # as several tasks do: they say that a package is missing
                 if not swallowed:
                     raise ImportError("install what the task needs") from None
+                raise error
 
-    with pytest.raises(UserError, match=r"task french would load \./code_eval/code_eval.py of the working directory"):
+    with pytest.raises((UserError, ImportError)) as said:
         load()
-    assert not marker.exists() and sys.meta_path == finders
-    assert sys.modules["evaluate.loading"].LocalEvaluationModuleFactory.__name__ == "LocalEvaluationModuleFactory"
+    assert "task french would load ./code_eval/code_eval.py of the working directory" in str(
+        said.value if swallowed else said.value.__context__
+    )
+    assert not marker.exists() and builtins.__import__ is stock
+    kind = sys.modules["evaluate.loading"].LocalEvaluationModuleFactory
+    assert "path" in inspect.signature(kind.__init__).parameters and kind.__init__.__module__ == "evaluate.loading"
+
+
+def test_a_refused_metric_is_named_whatever_the_task_makes_of_the_error():
+    refusal, error = UserError("task x would load ./m", "start elsewhere"), ImportError("install evaluate")
+    error.__context__ = refusal
+    assert Tasks()._explain("x", error) is refusal
 
 
 def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def test_a_failing_cell_keeps_its_answers_and_another_run_goes_on_with_them(save
     ({"device": "cuda:1"}, "--device cuda:1 does not work with --ray"),
     ({"workers": 2}, "--workers 2 does not work with --ray"),
 ])  # fmt: skip
-def test_what_no_cluster_could_do_is_refused(saved_llama, tmp_path, indexed, changes, word):
+def test_what_no_cluster_could_do_is_refused(saved_llama, tmp_path, changes, word):
     with pytest.raises(UserError, match=word):
         run_all([_config(saved_llama, tmp_path / "out", **changes)], Watch())
     assert not (tmp_path / "out").exists()

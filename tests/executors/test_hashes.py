@@ -203,7 +203,6 @@ def test_code_of_the_projects_tasks_is_shared(tmp_path):
 WITHOUT_NUMBERS = {
     "evaluation/task_hash.py": "hashes",
     "evaluation/task_names.py": "names",
-    "evaluation/task_needs.py": "refuses",
     "kernels/cpu/build.py": "is not run",
     "kernels/cpu/columns.py": "is not run",
     "kernels/cpu/ffns.py": "is not run",

@@ -373,7 +373,7 @@ def hashes(data_dir, *names):
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_task_hashes_are_the_same_in_every_process(data_dir, indexed):
+def test_task_hashes_are_the_same_in_every_process(data_dir):
     """Functions inside configurations must not be hashed by their address."""
     names = ["arc_easy", "hellaswag", "winogrande", "medmcqa", "wikitext", "cnn_dailymail", "xsum", "smoke_drift"]
     root = Path(__file__).resolve().parents[2]

@@ -391,7 +391,7 @@ def test_shipped_files_are_understood(name):
 
 
 @pytest.mark.slow
-def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, indexed, monkeypatch):
+def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, monkeypatch):
     tables = [*SMALL["tables"], {
         "name": "three", "title": "Three", "columns": {"Q": {"task": "arc_easy", "metric": "acc", "limit": 2}},
     }]  # fmt: skip

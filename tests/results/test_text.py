@@ -213,7 +213,7 @@ def test_no_name_in_a_record_reaches_a_comparison_raw(tmp_path):
     ("tables", "no\x1b[31m\u202e\x9b"), ("run", "--tasks", "\x1b[31m"), ("run", "--method", "\x1b[31m"),
     ("run", "--tasks", "smoke", "--model", "./\x1b[31m\x9b"), ("compare", "\x1b[31m", "b"), ("paper", "\x1b[31m"),
 ])  # fmt: skip
-def test_no_error_reaches_the_terminal_raw(indexed, words, monkeypatch, tmp_path):
+def test_no_error_reaches_the_terminal_raw(words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shown = command(*words)
     assert (shown.code, shown.out) == (2, "")
