@@ -16,8 +16,8 @@ from dart_eval.util.text import Json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dart_eval.sweep.config import RunConfig
     from dart_eval.sweep.jobs import View
+    from dart_eval.sweep.options import RunConfig
 
 
 def evaluate(
@@ -51,7 +51,7 @@ def evaluate(
     from dart_eval.cluster import run
     from dart_eval.results.frame import lines
     from dart_eval.results.store import Store
-    from dart_eval.sweep.config import configs_from
+    from dart_eval.sweep.options import configs_from
     from dart_eval.util.quiet import without_remarks
 
     given = {key: value for key, value in {"tasks": tasks, **options}.items() if value is not None}
@@ -107,7 +107,7 @@ def _check(config: RunConfig) -> None:
     Raises:
         UserError: such a parameter is given.
     """
-    from dart_eval.models.loading import ModelSpec
+    from dart_eval.models.spec import ModelSpec
 
     for name in [field.name for field in fields(ModelSpec)[1:]]:
         if getattr(config, name) != getattr(type(config)(), name):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dart_eval.cli import options
 from dart_eval.results.writers import escaped
-from dart_eval.sweep.options import DEFAULTS, about, choices_of, default_of, help_of
+from dart_eval.sweep.options import DEFAULTS, OPTIONS, choices_of, default_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 
@@ -17,10 +17,10 @@ def page() -> str:
     for panel in options.PANELS:
         lines += [f"## {panel}\n", "| option | what it means | default |", "| --- | --- | --- |"]
         for name in DEFAULTS:
-            if about(name).panel == panel:
+            if OPTIONS[name].panel == panel:
                 words = f" One of {', '.join(choices_of(name))}." if choices_of(name) else ""
                 default = default_of(name) or ("off" if DEFAULTS[name] is False else "")
-                lines.append(f"| `{name}` | {escaped(help_of(name) + words)} | {escaped(default)} |")
+                lines.append(f"| `{name}` | {escaped(OPTIONS[name].help + words)} | {escaped(default)} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 

@@ -233,7 +233,7 @@ class Fuzz:
 
     def config(self, draw: random.Random) -> str:
         """`run --config`: what is understood is a share of weights."""
-        from dart_eval.sweep.config import config_from
+        from dart_eval.sweep.options import config_from
 
         config = config_from(self._yaml(draw, CONFIG), {})
         if not all(type(s) is float and 0 <= s < 1 for s in config.sparsity):

@@ -125,7 +125,7 @@ def subject(spec: ModelSpec, shape: str | None, layers: int | None, note: Callab
     Raises:
         UserError: there is none, or a name or number is wrong.
     """
-    if shape is not None and spec.name is not None:
+    if shape is not None and spec.model is not None:
         raise UserError("--shape and --model are both given", "leave one of them out")
     if shape is None:
         if layers is not None:

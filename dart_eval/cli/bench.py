@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dart_eval.bench.packed import RoundedSpeed
     from dart_eval.bench.subject import Setting, Subject
     from dart_eval.pruning.method import Method
-    from dart_eval.sweep.config import RunConfig
+    from dart_eval.sweep.options import RunConfig
 
 T = TypeVar("T", bound="DecodeSpeed | RoundedSpeed | BytesOnly")
 
@@ -85,7 +85,7 @@ def decode(
 
     for one in methods:
         bench.check_timeable(one)
-    timed = subject(asked.model_spec, shape, layers, print_note)
+    timed = subject(asked, shape, layers, print_note)
     fewer = "give a shorter --prompt, or fewer --steps"
     bench.check_length(timed.model, prompt + steps, "prompt and steps", fewer)
     setting = Setting(prompt, steps, rounds)

@@ -63,7 +63,7 @@ def tasks(
     """
     from dart_eval.evaluation.task_names import ALIASES, COMMON
     from dart_eval.evaluation.task_names import names as known
-    from dart_eval.sweep.config import checked
+    from dart_eval.sweep.options import checked
 
     rows = [(name, ", ".join(members)) for name, members in ALIASES.items()] + [*COMMON.items()]
     listed([row for row in rows if pattern in row[0]], least=16)

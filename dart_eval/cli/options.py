@@ -6,14 +6,24 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_origin
 
 import typer
 from typer.models import OptionInfo
 
-from dart_eval.sweep import values
-from dart_eval.sweep.config import RunConfig, made
-from dart_eval.sweep.options import CLUSTER, MODEL, OUTPUT, PRUNING, TASKS, about, default_of, help_of, option_of, typed
+from dart_eval.sweep.options import (
+    CLUSTER,
+    MODEL,
+    OPTIONS,
+    OUTPUT,
+    PRUNING,
+    TASKS,
+    RunConfig,
+    config_of,
+    default_of,
+    kinds_of,
+    option_of,
+)
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.retired import retired
 
@@ -33,7 +43,7 @@ def takes(*names: str) -> Callable[[Verb], Verb]:
         names: of options in `sweep.options`.
     """
     shared: dict[str, object] = {}
-    for name in sorted(names, key=lambda name: PANELS.index(about(name).panel)):
+    for name in sorted(names, key=lambda name: PANELS.index(OPTIONS[name].panel)):
         shared |= _of_run(name)
 
     def wrap(verb: Verb) -> Verb:
@@ -58,18 +68,20 @@ def takes(*names: str) -> Callable[[Verb], Verb]:
 
 def _of_run(name: str) -> dict[str, object]:
     """Return the annotation of an option of a run. A flag has one more, `--no-`; the less useful one is hidden."""
-    kind, known, default = typed(name), about(name), default_of(name)
-    text = f"{help_of(name)}  \\[default: {default}]" if default else help_of(name)
-    more = {"parser": values.number} if name == "limit" else {}
+    kinds, known, default = kinds_of(name), OPTIONS[name], default_of(name)
+    text = f"{known.help}  \\[default: {default}]" if default else known.help
     short = [word for word in known.second if word.startswith("-")]  # the long ones are for `token_normalize_func`
-    if kind is bool:
+    if kinds == [bool]:
         on, off = option_of(name), f"--no-{option_of(name)[2:]}"
         return {
             name: Annotated[bool | None, own(text, known.panel, "", on, hidden=default == "on")],
             f"no_{name}": Annotated[bool | None, own(known.off, known.panel, "", off, hidden=not known.off)],
         }
-    field = own(text, known.panel, known.metavar, option_of(name), *short, show_default=False, **more)
-    return {name: Annotated[list[str] | None if kind is list else kind | None, field]}
+    kind: Any = int if kinds == [int] else str
+    if get_origin(kinds[0]) is tuple or name in ("gen_kwargs", "seed"):
+        kind = list[str]
+    field = own(text, known.panel, known.metavar, option_of(name), *short, show_default=False)
+    return {name: Annotated[kind | None, field]}
 
 
 def own(help: str, panel: str | None, metavar: str | None, *names: str, **more: Any) -> OptionInfo:
@@ -119,7 +131,7 @@ def one_of(
 
 def chosen(**given: object) -> RunConfig:
     """Return the options that a verb shares with a run; wrong values are refused before torch is imported."""
-    return made({name: value for name, value in given.items() if value is not None})
+    return config_of(given)
 
 
 # -- of several verbs --------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def paper(
     given |= {"limit": limit, "output": output}
     hush(verbose)
     from dart_eval.evaluation import task_names
-    from dart_eval.sweep.config import config_from
+    from dart_eval.sweep.options import config_from
     from dart_eval.sweep.paper import load
     from dart_eval.sweep.plan import command_line
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dart_eval.results.record import Record
-    from dart_eval.sweep.config import RunConfig
     from dart_eval.sweep.jobs import RunResult
+    from dart_eval.sweep.options import RunConfig
 
 # Loggers with many messages of little use.
 NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "asyncio", "lm_eval.tasks")
@@ -153,7 +153,7 @@ def understood(file: Path | None, given: Json) -> list[RunConfig]:
     """
     from dart_eval.evaluation import task_names
     from dart_eval.pruning.registry import check_name, parse
-    from dart_eval.sweep.config import configs_from
+    from dart_eval.sweep.options import configs_from
     from dart_eval.sweep.plan import methods_of
 
     found = configs_from(file, given)

@@ -47,7 +47,7 @@ def trace(
     from dart_eval.models.loading import resolve
 
     context, then = tracing.smoke_passage() if prompt is None else (prompt, None)
-    model, tokenizer = resolve(chosen.model_spec).load(print_note)
+    model, tokenizer = resolve(chosen).load(print_note)
     found = tracing.trace(model, tokenizer, pruner, sparsity, context, then, tokens)
     say(tracing.summary(found), err=output is not None)
     if output is not None:

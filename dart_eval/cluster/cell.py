@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
-from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.options import RunConfig
 from dart_eval.util.errors import UserError, summary
 from dart_eval.util.text import Json
 
@@ -73,5 +73,5 @@ def _loaded(common: RunConfig) -> tuple[Resolved, Worker]:
     from dart_eval.sweep.jobs import Silent
     from dart_eval.sweep.worker import Worker
 
-    model = resolve(common.model_spec)
+    model = resolve(common)
     return model, Worker(common, model, Silent())

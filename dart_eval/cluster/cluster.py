@@ -19,8 +19,8 @@ from typing import Any
 from dart_eval.cluster.cell import Made, run_cell
 from dart_eval.evaluation.unsafe import away_from_this_folder
 from dart_eval.results.journal import Journal
-from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.jobs import Job, RunResult, Sweep, View, begin_sweep
+from dart_eval.sweep.options import RunConfig
 from dart_eval.util.errors import UserError, summary
 
 TRIES = 3  # more, where the process at work on a cell is lost

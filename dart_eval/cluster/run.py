@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dart_eval.models.loaded import Loaded
-    from dart_eval.sweep.config import RunConfig
     from dart_eval.sweep.jobs import RunResult, View
+    from dart_eval.sweep.options import RunConfig
 
 
 def run_all(

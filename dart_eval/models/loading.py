@@ -26,6 +26,7 @@ from transformers.utils.hub import extract_commit_hash
 from dart_eval.layers import experts
 from dart_eval.layers.quantised import method_of, quantisation_of
 from dart_eval.models import adapters, demo_model
+from dart_eval.models.spec import ModelSpec
 from dart_eval.util.errors import UserError, nearest, out_of_memory
 from dart_eval.util.files import check_name, feed, reason
 from dart_eval.util.quiet import muted
@@ -44,35 +45,6 @@ UNREACHABLE = re.compile(  # words of libraries' errors
     re.IGNORECASE,
 )
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The user's choice of a model, and how to load it.
-
-    Attributes:
-        name: the demo alias, a local folder, a GGUF file or a hub id; None: the demo model.
-        revision: branch, tag or commit on the hub.
-        dtype: auto (the checkpoint's), float32, bfloat16 or float16.
-        device: auto (cuda, mps, else cpu) or a torch device.
-        device_map: for accelerate (`auto`: spread over the GPUs); replaces `device`.
-        trust_remote_code: run the code that a model brings along; without it none ever runs.
-        peft: an adapter that is merged into its weights, a local folder or a hub id.
-        load_in: 4bit or 8bit: bitsandbytes quantises its linear layers while they are loaded.
-        tokenizer: a folder or hub id whose tokenizer is taken; None: the model's.
-        attn_implementation: transformers' name of the code of attention; None: the model's.
-    """
-
-    name: str | None = None
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
-    trust_remote_code: bool = False
-    peft: str | None = None
-    load_in: str | None = None
-    tokenizer: str | None = None
-    attn_implementation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -228,7 +200,7 @@ def resolve(spec: ModelSpec) -> Resolved:
     if spec.load_in not in (None, "4bit", "8bit"):
         raise UserError(f"unknown load_in {spec.load_in!r}", "4bit or 8bit")
     choose_device(spec.device)
-    name = demo_model.ALIAS if spec.name is None else spec.name
+    name = demo_model.ALIAS if spec.model is None else spec.model
     check_name(name, "--model")
     path = Path(os.path.expanduser(name))
     try:

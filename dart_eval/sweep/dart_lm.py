@@ -27,7 +27,7 @@ from dart_eval.util.text import Json
 from dart_eval.weights.rounding import Rounded
 
 NAME = "dart"  # of `--model`
-LOADING = {f.name for f in dataclasses.fields(ModelSpec)} - {"name", "device"}
+LOADING = {f.name for f in dataclasses.fields(ModelSpec)} - {"model", "device"}
 OF_LM = {"chunk", "enable_thinking", "think_end_token", "add_bos_token"}  # `PrunedLM` takes these
 NO_CACHE = "lm-eval's response cache knows neither the model nor the method", "leave --use_cache out"
 

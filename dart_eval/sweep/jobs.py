@@ -26,8 +26,8 @@ from dart_eval.pruning.method import Method
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Kind, Store
-from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.feasible import drop_infeasible
+from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import Cell, methods_of, plan
 from dart_eval.sweep.values import pairs
 from dart_eval.util.errors import UserError
@@ -138,7 +138,7 @@ def _found(config: RunConfig, device: str | None, view: View) -> Resolved:
     """Find the model. device: see `plan_all`."""
     new = config.model in (None, demo_model.ALIAS) and not demo_model.expanded()
     view.status("expanding the demo model's weights, once: about a minute" if new else "finding the model")
-    spec = config.model_spec
+    spec = config
     return resolve(spec if device is None else dataclasses.replace(spec, device="cpu"))
 
 
@@ -155,7 +155,7 @@ def _hashes(
         view.status(f"loading task {name}")
         try:
             tasks.check_task(name, config.limit, config.num_fewshot)
-            hashes[name] = task_hash(tasks.load(name), config.eval_settings)
+            hashes[name] = task_hash(tasks.load(name), config)
         except UserError as error:
             if not skip_missing:
                 raise

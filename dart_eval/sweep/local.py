@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dart_eval.models.loading import resolve
-from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.jobs import Job, RunResult, Sweep, View, begin_sweep, count_requests
+from dart_eval.sweep.options import RunConfig
 from dart_eval.util.errors import StoreError, summary
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run_rest(sweep: Sweep, config: RunConfig, model: Loaded | None = None) -> Ru
     if sweep.todo:
         from dart_eval.sweep.worker import Worker  # with transformers' models it takes seconds
 
-        worker = Worker(config, model or resolve(config.model_spec), sweep.view)
+        worker = Worker(config, model or resolve(config), sweep.view)
 
     def work(todo: list[Job]) -> None:
         for job in todo:

@@ -20,7 +20,7 @@ from dart_eval.results.labels import grouped
 from dart_eval.results.metrics import BY_SECOND_FORWARD, kind_of
 from dart_eval.results.paper_layout import COLUMNS, FIELDS, MEAN, PaperColumn, PaperRow, Reported, TableLayout
 from dart_eval.sweep import values
-from dart_eval.sweep.config import RunConfig, checked
+from dart_eval.sweep.options import RunConfig, checked
 from dart_eval.sweep.paper_claims import SEE, claims_of
 from dart_eval.sweep.plan import methods_of, settings_of
 from dart_eval.util.bits import parse as parse_bits

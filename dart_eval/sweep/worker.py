@@ -27,9 +27,9 @@ from dart_eval.pruning.method import Method
 from dart_eval.pruning.session import Session, prune
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
-from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.hashes import digest, numeric_files
 from dart_eval.sweep.jobs import Job, View
+from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import Cell, command, environment, versions
 from dart_eval.util.bits import Rounding, bits_text, unread
 from dart_eval.util.errors import UserError, out_of_memory
@@ -79,7 +79,7 @@ class Worker:
 
     def run(self, job: Job, journal: Journal) -> tuple[TaskResult, Record]:
         """Evaluate one cell."""
-        cell, settings = job.cell, job.config.eval_settings
+        cell, settings = job.cell, job.config
         self.lm.on_progress = functools.partial(self._view.advanced, cell)
         start, earlier = time.monotonic(), journal.seconds
         with contextlib.ExitStack() as stack:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.sweep import local
-from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.jobs import RunResult, Silent, View, begin_sweep
+from dart_eval.sweep.options import RunConfig
 from dart_eval.util.errors import writing
 
 POLL = 0.5  # seconds between looks at the workers

@@ -14,7 +14,7 @@ from dart_eval import Method
 from dart_eval.kernels.cpu import build
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.pruning.registry import make, methods, names, offered
-from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import plan
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import program

@@ -17,7 +17,7 @@ from dart_eval import UserError
 from dart_eval.models import demo_model
 from dart_eval.models.loaded import Loaded
 from dart_eval.pruning.methods.dart import Dart
-from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.options import RunConfig
 from tests.helpers.models import tiny, word_tokenizer
 from tests.helpers.sessions import RESTLESS, cache_of, generate, hooked, open_session, prompts_of
 

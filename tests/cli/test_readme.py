@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dart_eval.models import demo_model
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from tests.helpers.commands import program
 
 README = Path(__file__).resolve().parents[2] / "README.md"

@@ -18,7 +18,7 @@ from dart_eval import cli
 from dart_eval.cli import options, view
 from dart_eval.evaluation import task_names
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.sweep.options import DEFAULTS, choices_of, help_of
+from dart_eval.sweep.options import DEFAULTS, OPTIONS, choices_of
 from dart_eval.util.errors import nearest
 from tests.helpers.commands import command
 
@@ -50,8 +50,8 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     assert len(said) == 16 and all(line.endswith("set()") for line in said), said
     assert "unknown method 'grifin'; did you mean griffin, grinqh?" in done.stderr
     assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
-    assert "unknown dtype 'flaot32'; did you mean float32" in done.stderr
-    assert done.stderr.count("unknown device 'gpu'; auto, cpu, cuda, cuda:1, mps\n") == 3
+    assert "dtype 'flaot32' must be 'auto', 'float32'" in done.stderr
+    assert len(re.findall("device 'gpu' .*cuda:1 or mps", done.stderr)) == 3
     assert "error: dart-eval run has no option --sparsty; did you mean --sparsity?" in done.stderr
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
 
@@ -118,7 +118,7 @@ def test_every_option_of_a_run_is_in_its_help_and_says_what_it_means():
     found = {p.name: p for p in typer.main.get_command(cli.application()).commands["run"].params}
     assert {*DEFAULTS} <= {*found}
     for name in DEFAULTS:
-        assert help_of(name)[-1] == "." and help_of(name) in found[name].help
+        assert OPTIONS[name].help[-1] == "." and OPTIONS[name].help in found[name].help
 
 
 def test_words_that_an_option_may_be_are_those_of_the_code():
@@ -131,9 +131,7 @@ def test_words_that_an_option_may_be_are_those_of_the_code():
 
 
 def test_options_may_be_spelled_as_lm_eval_has_them():
-    assert (
-        "--limit 0 must be at least 1" in command("run", "--tasks", "smoke", "--num_fewshot", "5", "--limit", "0").err
-    )
+    assert "limit 0 must be" in command("run", "--tasks", "smoke", "--num_fewshot", "5", "--limit", "0").err
 
 
 @pytest.mark.process

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dart_eval
 from dart_eval.pruning.registry import check_sparsity
 from dart_eval.pruning.session import prune
-from dart_eval.sweep.config import DEFAULTS, checked, config_from
+from dart_eval.sweep.options import DEFAULTS, checked, config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.models import tiny
@@ -43,48 +43,31 @@ def refused(tmp_path, monkeypatch):
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
+WORDS = {  # what a message names beside the option -> values that it refuses
+    "number": [
+        "sparsity: true", "sparsity: false", "sparsity: [0.5, [0.7]]", "sparsity: 2024-01-01",
+    ],
+    "list": ["sparsity: {a: 0.5}"],
+    "outside [0, 1)": ["sparsity: .nan"],
+    "text": [
+        "tasks: [[arc, hellaswag]]", "tasks: [5]", "tasks: {arc: 1}", "tasks: &a [*a]", "method: no",
+        "method: [dense, ~]", "method: 2024-01-01", "model: 5", "output: [out]", "ray: [auto]",
+    ],
+    "empty": ["model: ''", "output: ''"],
+    "NUL": ['model: "a\\0b"', 'output: "a\\0b"'],
+    "path": [f"output: {LONG}", f"output: {DEEP}", f"data-dir: {LONG}", f"calibration: {LONG}", f"model: {LONG}"],
+    "share": ["limit: true", "limit: 2.5", "limit: [3]"],
+    "4294967296": ["limit: " + "9" * 30, "limit: 0x" + "f" * 5000, "batch_size: 0x" + "f" * 5000],
+    "greater than": ["limit: -" + "9" * 30],
+    "integer": ["seed: 1.0", "batch_size: true", "batch_size: [8]", "gpus_per_cell: .inf"],
+    "boolean": ["chat_template: 'yes'"],
+    "given twice": ["batch_size: 8\nbatch-size: 4"],
+}  # fmt: skip
 CONFIGS = {
-    "sparsity: true": "sparsity True is not a number",
-    "sparsity: false": "sparsity False is not a number",
-    "sparsity: [0.5, [0.7]]": "sparsity [0.7] is not a number",
-    "sparsity: {a: 0.5}": "sparsity must be a list, not {'a': 0.5}",
-    "sparsity: .nan": "sparsity nan is outside [0, 1)",
-    "sparsity: 2024-01-01": "sparsity datetime.date(2024, 1, 1) is not a number",
-    "sparsity: 0x" + "f" * 5000: "sparsity a value of kind int is not a number",
-    "tasks: [[arc, hellaswag]]": "tasks must be text or a list of texts, not ['arc', 'hellaswag']",
-    "tasks: [5]": "tasks must be text or a list of texts, not 5",
-    "tasks: {arc: 1}": "tasks must be text or a list of texts, not {'arc': 1}",
-    "tasks: &a [*a]": "tasks must be text or a list of texts, not [[[[[[[...]]]]]]]",
-    "method: no": "method must be text or a list of texts, not False",
-    "method: [dense, ~]": "method must be text or a list of texts, not None",
-    "method: 2024-01-01": "method must be text",
-    "model: 5": "model must be text, not 5",
-    "model: ''": "model is empty",
-    'model: "a\\0b"': "model contains a NUL character",
-    "output: ''": "output is empty; give a value, or leave the key out",
-    "output: [out]": "output must be text, not ['out']",
-    'output: "a\\0b"': "output contains a NUL character",
-    f"output: {LONG}": "--output xxx",
-    f"output: {DEEP}": "File name too long",
-    f"data_dir: {LONG}": "--data-dir xxx",
-    f"calibration: {LONG}": "--calibration xxx",
-    f"model: {LONG}": "--model xxx",
+    "sparsity: 0x" + "f" * 5000: "number",
     f"tasks: smoke\nmethod: 'dart:allocation=table:{LONG}'": "allocation table xxx",
-    "limit: true": "or a share of the documents below 1, not True",
-    "limit: 2.5": "or a share of the documents below 1, not 2.5",
-    "limit: [3]": "or a share of the documents below 1, not [3]",
-    "limit: " + "9" * 30: "limit is too large; give a number below 2^32",
-    "limit: 0x" + "f" * 5000: "limit is too large",
-    "limit: -" + "9" * 30: "must be at least 1",
-    "seed: 1.0": "seed must be a whole number, not 1.0",
-    "batch_size: true": "--batch-size True is not a batch size",
-    "batch_size: [8]": "--batch-size [8] is not a batch size",
-    "batch_size: 0x" + "f" * 5000: "is not a batch size",
-    "chat_template: 'yes'": "chat_template must be true or false, not 'yes'",
-    "gpus_per_cell: .inf": "gpus_per_cell must be a whole number, not inf",
-    "ray: [auto]": "ray must be text, not ['auto']",
+    **{text: word for word, texts in WORDS.items() for text in texts},
     "tasks: arc\ntasks: hellaswag": "'tasks' is given twice in \"the file\", line 2",
-    "batch_size: 8\nbatch-size: 8": "batch_size is given twice in",
     "1: 2": "unknown key '1'",
     "? [a, b]\n: c": "is not YAML",
     "2024-13-45: x": "is not YAML (month must be in 1..12)",
@@ -140,16 +123,16 @@ def test_any_configuration_is_understood_or_refused(tmp_path_factory, data):
 
 COLUMNS = "columns: {a: {task: x, metric: acc}}"
 TABLES = {
-    f"{COLUMNS}, sparsity: [x]": "sparsity 'x' is not a number",
-    f"{COLUMNS}, sparsity: true": "sparsity True is not a number",
+    f"{COLUMNS}, sparsity: [x]": "no number",
+    f"{COLUMNS}, sparsity: true": "no number",
     f"{COLUMNS}, methods: [dart]": "methods must map labels to methods",
-    f"{COLUMNS}, methods: {{a: [dart]}}": "method must be text",
+    f"{COLUMNS}, methods: {{a: [dart]}}": "must be text",
     f"{COLUMNS}, reported: 5": "a value is of the wrong kind",
     f"{COLUMNS}, reported: [{{label: x}}]": "a value is of the wrong kind (KeyError: 'values')",
     f"{COLUMNS}, reported: [{{label: x, sparsity: y, values: {{}}, source: z}}]": "a value is of the wrong kind",
     "columns: {a: 5}": "column 'a' must contain keys and values, not 5",
-    "columns: {a: {task: [[x]], metric: acc}}": "tasks must be text or a list of texts, not ['x']",
-    "columns: {a: {task: x, metric: acc, limit: y}}": "or a share of the documents below 1, not 'y'",
+    "columns: {a: {task: [[x]], metric: acc}}": "must be text",
+    "columns: {a: {task: x, metric: acc, limit: y}}": "share",
     "columns: [a]": "columns must map heads to tasks",
     f"{COLUMNS}, name: ../x": "the name is not a file name",
 }
@@ -232,7 +215,8 @@ def test_every_real_number_is_one(sparsity):
 
 
 @pytest.mark.parametrize("options", [
-    {"sparsity": "half"}, {"sparsity": True}, {"sparsity": [["0.5"]]}, {"tasks": [1]}, {"output": ""}, {"limit": "3"},
+    {"sparsity": "half"}, {"sparsity": True}, {"sparsity": [["0.5"]]}, {"tasks": [1]}, {"output": ""},
+    {"limit": "three"},
     {"limit": datetime.date(2024, 1, 1)}, {"model": b"folder"}, {"method": object()},
 ])  # fmt: skip
 def test_evaluate_refuses_in_one_line(options, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from dart_eval.layers.shape import shape_of
 from dart_eval.models import adapters
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.session import prune
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, command, run_local
 from tests.helpers.models import random_tokens

@@ -9,7 +9,7 @@ import pytest
 from dart_eval.evaluation.calibration_text import calibration_text, sharing
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.sweep import jobs
-from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.options import RunConfig
 from dart_eval.util.errors import UserError
 
 

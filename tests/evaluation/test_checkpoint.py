@@ -17,7 +17,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.layers.find import describe
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.session import Session
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, command, run_local
 from tests.helpers.models import FAMILIES, tiny

@@ -23,9 +23,8 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.results import metrics
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
-from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import Silent
-from dart_eval.sweep.options import SCOPES
+from dart_eval.sweep.options import SCOPES, config_from
 from tests.helpers.commands import command, run_local
 from tests.helpers.distances import apart, assert_apart, dense_logits
 from tests.helpers.matrices import in_turn

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from dart_eval.weights import gguf
 from dart_eval.weights.rounding import about, served_bits, stored_of

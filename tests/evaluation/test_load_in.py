@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from dart_eval.layers.find import describe, find_ffns
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import served_bits
 from tests.helpers.commands import Watch, run_local

@@ -11,7 +11,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.sweep.worker import Worker
 from dart_eval.util.errors import UserError
 from tests.evaluation.test_tasks import ours  # noqa: F401

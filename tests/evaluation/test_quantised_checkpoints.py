@@ -19,8 +19,8 @@ from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.registry import make
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
-from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import plan_all
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import about, served_bits
 from tests.helpers.commands import Watch, run_local

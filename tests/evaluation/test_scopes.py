@@ -14,9 +14,8 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.session import Session, prune
 from dart_eval.pruning.tables import write_table
-from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import Silent
-from dart_eval.sweep.options import SCOPES
+from dart_eval.sweep.options import SCOPES, config_from
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded_ffns
 from tests.helpers.commands import run_local

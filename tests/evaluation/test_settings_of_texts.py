@@ -7,7 +7,7 @@ from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.pruning.session import Session
-from dart_eval.sweep.config import config_from, made
+from dart_eval.sweep.options import config_from, config_of
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny, word_tokenizer
 from tests.helpers.requests import TextRequest, words
@@ -56,7 +56,7 @@ def test_the_tokens_of_a_cut_prompt_are_those_that_are_read():
 def test_settings_of_other_types_are_refused_before_anything_is_loaded(given, message):
     """`do_sample=no` is a text, and so true: it drew tokens. Others ended in tracebacks of their libraries."""
     with pytest.raises(UserError, match=message):
-        made({"gen_kwargs": given})
+        config_of({"gen_kwargs": given})
 
 
 @pytest.mark.parametrize(("given", "expected"), [
@@ -70,7 +70,7 @@ def test_settings_of_other_types_are_refused_before_anything_is_loaded(given, me
 ])  # fmt: skip
 def test_settings_of_their_types_pass(given, expected):
     """A number for a truth value is the truth value, so that it has the same key. lm-eval takes JSON, too."""
-    assert made({"gen_kwargs": given}).gen_kwargs == (expected or given)
+    assert config_of({"gen_kwargs": given}).gen_kwargs == (expected or given)
 
 
 def test_draws_at_a_tasks_own_temperature_of_0_are_refused_with_what_helps():
@@ -95,7 +95,7 @@ def test_settings_that_the_harness_gives_itself_are_refused(name, remedy):
 
 def test_a_key_of_json_counts_once():
     with pytest.raises(UserError, match="max_gen_toks is given twice in gen_kwargs"):
-        made({"gen_kwargs": '{"max_gen_toks": 4, "max_gen_toks": 8}'})
+        config_of({"gen_kwargs": '{"max_gen_toks": 4, "max_gen_toks": 8}'})
 
 
 def test_groups_of_rounded_weights_are_no_times_of_day(tmp_path):

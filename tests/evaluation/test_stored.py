@@ -18,7 +18,7 @@ from dart_eval.results import board_text
 from dart_eval.results.board import boards
 from dart_eval.results.format import percent
 from dart_eval.results.store import Store
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import about, served_bits, stored_of
 from tests.helpers import stored

@@ -14,7 +14,7 @@ from dart_eval.evaluation.rotary import Angles
 from dart_eval.pruning.session import Session
 from dart_eval.results.store import Store
 from dart_eval.sweep import jobs
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, save_tiny, tiny
 from tests.helpers.requests import TextRequest, words
@@ -101,7 +101,7 @@ def test_the_chat_template_is_told(chatty, thinks, word):
     ({"enable_thinking": True, "think_end_token": "x"}, "--enable-thinking needs --chat-template; add --chat-temp"),
     ({"enable_thinking": False}, "--no-enable-thinking needs --chat-template"),
     ({"enable_thinking": True, "chat_template": True}, "--enable-thinking needs the token that ends thinking"),
-    ({"think_end_token": ""}, "think_end_token is empty"),
+    ({"think_end_token": ""}, "think_end_token .* is empty"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused(given, message):
     with pytest.raises(UserError, match=message):

@@ -15,7 +15,7 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.layers.find import decoder
 from dart_eval.pruning.session import Session
-from dart_eval.sweep.config import checked
+from dart_eval.sweep.options import checked
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
 from tests.helpers.models import CONFIGS, FAMILIES, random_tokens, tiny
@@ -251,7 +251,7 @@ def test_batch_sizes(given_, wanted):
 
 @pytest.mark.parametrize("given_", [0, -1, "0", "many", 2.5, True, None, ""])
 def test_what_is_no_batch_size_is_refused(given_):
-    with pytest.raises(UserError, match="give a whole number from 1, or auto"):
+    with pytest.raises(UserError, match="or must be 'auto'"):
         checked("batch_size", given_)
 
 

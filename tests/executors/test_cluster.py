@@ -9,7 +9,7 @@ from dart_eval.cluster import cluster
 from dart_eval.cluster.run import run_all
 from dart_eval.results.store import Store
 from dart_eval.sweep import jobs
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.executors.test_workers import broken_task
 from tests.helpers.commands import Watch, program, results, run_local

@@ -10,7 +10,6 @@ import pytest
 
 from dart_eval.evaluation.tasks import tasks_dir
 from dart_eval.pruning.registry import make
-from dart_eval.sweep.config import config_from
 from dart_eval.sweep.hashes import (
     METHODS,
     NO_NUMBER,
@@ -23,6 +22,7 @@ from dart_eval.sweep.hashes import (
     shared_files,
     shared_hash,
 )  # fmt: skip
+from dart_eval.sweep.options import config_from
 from dart_eval.util.source import source_hash
 from tests.helpers.commands import Watch, run_local
 
@@ -212,6 +212,7 @@ WITHOUT_NUMBERS = {
     "kernels/mask_rows.py": "is not run",
     "layers/finite.py": "refuses",
     "models/demo_model.py": "makes a model, whose files are hashed",
+    "models/spec.py": "what a user asks for, whose files are hashed",
     "pruning/registry.py": "makes methods, whose options are part of a key",
     "results/format.py": "messages",
     "results/inputs.py": "describes what it was given",
@@ -220,7 +221,6 @@ WITHOUT_NUMBERS = {
     "results/metrics.py": "describes metrics",
     "results/record.py": "holds what it was given",
     "results/store.py": "keeps records",
-    "sweep/config.py": "reads options, which are part of a key",
     "sweep/feasible.py": "says what is to be run",
     "sweep/hashes.py": "hashes",
     "sweep/jobs.py": "says what is to be run",

@@ -13,7 +13,7 @@ import dart_eval
 from dart_eval.pruning.registry import make
 from dart_eval.results.store import Store
 from dart_eval.sweep import jobs, worker
-from dart_eval.sweep.config import RunConfig, config_from
+from dart_eval.sweep.options import RunConfig, config_from
 from dart_eval.sweep.plan import Cell
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, command, run_local

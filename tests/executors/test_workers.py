@@ -8,7 +8,7 @@ import pytest
 
 from dart_eval.cluster.run import run_all
 from dart_eval.sweep import jobs, workers
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Forked, Watch, results, run_local
 

@@ -5,7 +5,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from tests.helpers.commands import Watch, run_local
 from tests.matrix.check import CHECKS
 from tests.matrix.types import _usual

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local
 from tests.matrix.types import tiny

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from dart_eval.layers import projection
 from dart_eval.models.loading import ModelSpec, Resolved, resolve
 from dart_eval.sweep import jobs, local
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.cards import Cards, OnCard
 from tests.helpers.commands import Watch

@@ -20,7 +20,7 @@ from dart_eval.results import baseline, outcomes
 from dart_eval.results.check import check
 from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
 from dart_eval.sweep import jobs
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import run_local
 from tests.helpers.models import tiny

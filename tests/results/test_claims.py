@@ -14,7 +14,7 @@ from dart_eval.results.paper_layout import PaperColumn
 from dart_eval.results.paper_tables import Paper
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.sweep.paper import load
 from dart_eval.util.errors import UserError
 from tests.helpers.records import answered, choosing

@@ -12,7 +12,7 @@ from dart_eval.results.report import build
 from dart_eval.results.rows import rows
 from dart_eval.results.store import Store
 from dart_eval.sweep import jobs
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from tests.helpers.commands import run_local
 from tests.helpers.records import record, render, sealed
 

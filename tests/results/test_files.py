@@ -14,7 +14,7 @@ import pytest
 from dart_eval.results import baseline
 from dart_eval.results.store import Store
 from dart_eval.results.thresholds import thresholds_from
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.util import files
 from dart_eval.util.errors import StoreError, UserError
 from tests.helpers.commands import command, program

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.results import inputs, metrics
 from dart_eval.results.record import Metric
-from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import plan
 from tests.helpers.records import answered, right
 

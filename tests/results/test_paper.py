@@ -21,7 +21,7 @@ from dart_eval.results.record import Metric
 from dart_eval.results.report import charts
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, latex, markdown
-from dart_eval.sweep.config import config_from
+from dart_eval.sweep.options import config_from
 from dart_eval.sweep.paper import SHIPPED, load
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
@@ -475,7 +475,7 @@ def test_a_column_may_be_a_short_name_for_tasks(tmp_path):
     [
         ({"method": "griffin", "num_fewshot": 3}, "row 'X': unknown key 'num_fewshot'"),
         ({"scope": "all"}, "row 'X' needs a method"),
-        ({"method": "griffin", "scope": "al"}, "unknown scope 'al'; did you mean all"),
+        ({"method": "griffin", "scope": "al"}, "scope 'al' must be"),
         ({"method": "griffin", "ffn_bits": "x"}, "ffn-bits 'x' is not understood"),
     ],
 )
