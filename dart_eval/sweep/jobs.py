@@ -114,6 +114,8 @@ def plan_all(
         tasks = shelves[shelf]
         names = tasks.expand(list(config.tasks))
         model = model or _found(config, device, view)
+        if config.chat_template and not getattr(model.load_tokenizer(), "chat_template", None):
+            raise UserError(f"model {model.identity.name} has no chat template", "leave --chat-template out")
         hashes, found = _hashes(tasks, names, config, view, skip_missing)
         missing |= found
         drawn = {name for name in hashes if _draws(tasks.load(name), config)}

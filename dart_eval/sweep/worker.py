@@ -51,8 +51,6 @@ class Worker:
         view.status(f"loading {resolved.identity.name}")
         self.notes: list[str] = []
         self.model, self.tokenizer = resolved.load(self.notes.append)
-        if config.chat_template and not getattr(self.tokenizer, "chat_template", None):
-            raise UserError(f"model {resolved.identity.name} has no chat template", "leave --chat-template out")
         view.status("looking at the model's layers")
         self.halved = 0  # how often memory ran out in the last cell
         self.shape = shape_of(self.model, find_ffns(self.model))

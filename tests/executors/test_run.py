@@ -230,8 +230,11 @@ def test_the_chat_template_is_used_when_asked_for(saved_llama, tmp_path):
         hashes[wanted] = [json.loads(line)["prompt_hash"] for line in samples.read_text().splitlines()]
         assert record.inputs["chat_template"] is wanted
     assert not set(hashes[True]) & set(hashes[False])
+    bare = tmp_path / "bare"  # refused before any weights are read
+    shutil.copytree(saved_llama, bare)
+    (bare / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="no chat template"):
-        run_local(_config(saved_llama, tmp_path / "none", chat_template=True), Watch())
+        run_local(_config(str(bare), tmp_path / "none", chat_template=True), Watch())
 
 
 @pytest.mark.slow
