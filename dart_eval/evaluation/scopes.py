@@ -1,16 +1,13 @@
 """Log-likelihoods in the scopes of other papers that let a part of an input run pruned: each input is a sequence.
 
-An input is a context and an answer but its last token: n tokens, of which the last ones predict the answer. Each scope
-says how many of them run pruned, counted from the end (`pruned_inputs`). Those before run dense, and make the mask of a
-method that has one from its prompt; no mask is made anew inside an input.
+An input is a context and an answer but its last token; the last tokens of an input predict the answer. No mask is made
+anew inside an input.
 
-`last`     one: GRIFFIN's for classification (arXiv 2404.01365).
-`last-50`  n / 2: the public code of TEAL (arXiv 2408.14690).
-`last-99`  .99 n: that of WINA (arXiv 2505.19427).
-`all`      all n: the public code of arXiv 2601.22632. A mask is made from all of them too, so it looks ahead.
-
-Under the others no token sees a mask that was made from itself or from later ones. But where the answer reaches into
-the dense part, its own first tokens help to make the mask that its last ones run under.
+`last`     The last token runs pruned: GRIFFIN's for classification (arXiv 2404.01365). Those before run dense, and make
+           the mask of a method that has one from its prompt. If the answer reaches into the dense part, its own first
+           tokens help to make the mask that its last one runs under.
+`all`      All tokens run pruned: the public code of arXiv 2601.22632. The mask is made from all of them too, so it
+           looks ahead.
 """
 
 from __future__ import annotations
@@ -27,19 +24,9 @@ from dart_eval.evaluation.cache import fork, new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad, scores
-from dart_eval.evaluation.settings import SHARES, check_released
+from dart_eval.evaluation.settings import check_released
 from dart_eval.pruning.log import Step
 from dart_eval.pruning.session import Session
-from dart_eval.util.errors import UserError
-
-
-def pruned_inputs(scope: str, inputs: int) -> int:
-    """How many of so many inputs run pruned, the last ones: a share is rounded down, but to no less than one.
-
-    So it is in the code of TEAL, where one token alone counts as decoded, and in WINA's, whose slice of the last 0
-    tokens is the whole input.
-    """
-    return 1 if scope == "last" else max(1, inputs * SHARES[scope] // 100)
 
 
 @dataclass(frozen=True)
@@ -65,7 +52,7 @@ class Inputs:
 
 
 class WholeInputs(Scoring):
-    """Scores requests by inputs that run whole, in the scopes of `pruned_inputs`."""
+    """Scores requests by inputs that run whole, in the scopes `all` and `last`."""
 
     session: Session
 
@@ -73,12 +60,6 @@ class WholeInputs(Scoring):
         self, forwards: Forwards, session: Session, budget: Budget, scope: str, distances: bool = False
     ) -> None:
         check_released(session.method, scope)
-        if forwards.room and scope not in ("all", "last"):
-            raise UserError(
-                f"{type(forwards.model).__name__} runs only one token at a time after a cached context, and scope "
-                f"{scope} runs several",
-                "use --scope scored",
-            )
         self.forwards, self.session, self.budget = forwards, session, budget
         self.scope, self.distances = scope, distances
 
@@ -93,7 +74,7 @@ class WholeInputs(Scoring):
 
         def alike(row: tuple[tuple[int, ...], int]) -> tuple[int, bool]:
             """Rows of a forward: with the same angles, and none without a dense part beside some that have one."""
-            return self.forwards.angles.least_length(len(row[0])), len(row[0]) > pruned_inputs(self.scope, len(row[0]))
+            return self.forwards.angles.least_length(len(row[0])), self.scope == "last" and len(row[0]) > 1
 
         for (angles, _), found in itertools.groupby(order, key=alike):
             group = list(found)
@@ -127,32 +108,28 @@ class WholeInputs(Scoring):
         return [(hidden[i, -n:], dense[i, -n:]) for i, n in enumerate(unit.answers)]
 
     def _ends(self, unit: Inputs) -> list[tuple[Tensor, Tensor]]:
-        """Run inputs dense up to where the scope begins, and pruned from there on. The same as `_whole` returns."""
+        """Run inputs dense but for their last token. The same as `_whole` returns."""
         session, device, cache = self.session, self.forwards.device, new_cache(self.forwards.model)
-        ends = [pruned_inputs(self.scope, len(row)) for row in unit.inputs]
-        before = [row[: len(row) - end] for row, end in zip(unit.inputs, ends, strict=True)]
-        tokens, seen = pad(before, left=True, device=device)
+        before, seen = pad([row[:-1] for row in unit.inputs], left=True, device=device)
         dense = None
-        if before[0]:  # else none has a dense part
+        if before.shape[1]:  # else none has a dense part
             with session.context(seen):
-                dense = self.forwards(tokens, seen, seen.long().cumsum(1) - 1, cache)
+                dense = self.forwards(before, seen, seen.long().cumsum(1) - 1, cache)
             self._note_state(len(before))
         else:
             session.no_context(len(before), device)
-        tokens, new = pad([row[-end:] for row, end in zip(unit.inputs, ends, strict=True)], left=False, device=device)
-        places = torch.arange(tokens.shape[1], device=device)
-        scored = torch.tensor([[end - n] for end, n in zip(ends, unit.answers, strict=True)], device=device) <= places
-        valid, places = torch.cat([seen, new], 1), seen.long().sum(1, keepdim=True) + places
+        tokens, new = pad([row[-1:] for row in unit.inputs], left=False, device=device)
+        valid, places = torch.cat([seen, new], 1), seen.long().sum(1, keepdim=True)
         twin = None
         if self.distances:
             with session.paused():
                 twin = self.forwards(tokens, valid, places, fork(cache))
-        with session.decode(new & scored, frozen=True):
+        with session.decode(new, frozen=True):
             hidden = self.forwards(tokens, valid, places, cache)
         found = []
-        for i, (end, n) in enumerate(zip(ends, unit.answers, strict=True)):
-            row = hidden[i, :end] if dense is None else torch.cat([dense[i], hidden[i, :end]])
-            found.append((row[-n:], (hidden if twin is None else twin)[i, max(0, end - n) : end]))
+        for i, n in enumerate(unit.answers):
+            row = hidden[i] if dense is None else torch.cat([dense[i], hidden[i]])
+            found.append((row[-n:], (hidden if twin is None else twin)[i]))
         return found
 
     def _scores(self, unit: Inputs, hidden: Sequence[tuple[Tensor, Tensor]], step: Step) -> list[tuple[int, Score]]:
@@ -172,7 +149,7 @@ class WholeInputs(Scoring):
             asked.give(nodes, states)
             if self.distances:
                 asked.compare(nodes[len(nodes) - len(dense) :], dense)
-            ran = min(len(nodes), pruned_inputs(self.scope, len(row)))
+            ran = len(nodes) if self.scope == "all" else 1
             not_read, outside = float(1 - step.read[i]), float(1 - step.mask[i])
             cost = Cost(pruned_tokens=ran * (not_read > 0), not_read_sum=not_read * ran, outside_sum=outside * ran)
             made.append((InputRow(i, len(row) + 1 - len(nodes), row, nodes, found), cost))

@@ -10,8 +10,6 @@ from dart_eval.util.errors import UserError
 if TYPE_CHECKING:
     from dart_eval.pruning.method import Method
 
-SHARES = {"last-50": 50, "last-99": 99, "all": 100}  # per cent of the inputs that run pruned
-
 
 @dataclass(frozen=True)
 class EvalSettings:
@@ -37,8 +35,8 @@ def check_released(method: Method, scope: str) -> None:
     Raises:
         UserError: the remedy.
     """
-    if scope in SHARES and method.releases:
+    if scope == "all" and method.releases:
         raise UserError(
-            f"{method.spec} counts decoded tokens, and under --scope {scope} whole inputs run pruned",
+            f"{method.spec} counts decoded tokens, and under --scope all whole inputs run pruned",
             "use --scope scored, or leave remask.release out",
         )

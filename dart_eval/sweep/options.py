@@ -67,7 +67,7 @@ class Option(NamedTuple):
 
 
 # Which tokens run pruned when answers are scored: `evaluation.scoring` and `evaluation.scopes` say how.
-Scope = Literal["scored", "continuation", "all", "last", "last-50", "last-99", "decode"]
+Scope = Literal["scored", "continuation", "all", "last", "decode"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 
@@ -121,7 +121,7 @@ class RunConfig(ModelSpec, EvalSettings):
         "(default 32). q3_k, q4_k and q5_k are formats of llama.cpp; 16 does not round.")] = ("16",)
     scope: Annotated[Scope, Option(PRUNING, "SCOPE", DECIDES,
         "Choose which tokens run pruned when an answer is scored. scored: the last prompt token and the answer. "
-        "continuation, all, last, last-50, last-99, decode: scopes of papers, see docs/concepts.md.")] = "scored"
+        "continuation, all, last, decode: scopes of papers, see docs/concepts.md.")] = "scored"
     tasks: Annotated[tuple[str, ...], BeforeValidator(values.texts), Option(TASKS, "NAMES", CELL,
         "Run these tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke, or any name of lm-eval.",
         second=("-t",))] = ()

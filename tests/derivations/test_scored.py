@@ -13,8 +13,6 @@ all     (the public code of DART, arXiv 2601.22632) One forward of all inputs ma
         and all inputs run under it. It looks ahead.
 last    (GRIFFIN's for classification, arXiv 2404.01365) All inputs but the last one run dense and make the mask; the
         last one alone runs under it.
-last-50 (the code of TEAL, arXiv 2408.14690) The same with the last n // 2 of n inputs; the only one, if n is 1.
-last-99 (the code of WINA, arXiv 2505.19427) The same with the last int(0.99 n), or the only one.
 decode  (CoreInfer, arXiv 2410.18311) Only a forward of one token that comes after others runs pruned: none here does.
 oracle  No method: as scored, but the mask is made from the very inputs that it is used on, seen dense beforehand.
 """
@@ -43,9 +41,7 @@ def griffin(seen, sparsity, start=0):
 def dense_inputs(scope, context, inputs):
     """How many of the inputs run dense, the first ones."""
     return {
-        "scored": context - 1, "oracle": context - 1, "continuation": context, "last": inputs - 1,
-        "last-50": inputs - inputs // 2 if inputs > 1 else 0,
-        "last-99": inputs - int(0.99 * inputs) if inputs > 1 else 0, "decode": inputs,
+        "scored": context - 1, "oracle": context - 1, "continuation": context, "last": inputs - 1, "decode": inputs,
     }[scope]  # fmt: skip
 
 

@@ -28,9 +28,7 @@ def test_rows_that_must_not_be_padded_run_with_their_equals():
     assert batches(lengths, rows=8, forward=100) == [slice(0, 8)]  # and others may
 
 
-@pytest.mark.parametrize(
-    "scope", ["last-50", *(pytest.param(s, marks=pytest.mark.slow) for s in ("scored", "last", "all"))]
-)
+@pytest.mark.parametrize("scope", ["last", *(pytest.param(s, marks=pytest.mark.slow) for s in ("scored", "all"))])
 def test_a_model_that_pools_columns_gives_the_same_numbers_in_batches(scope):
     model = tiny("deepseek_v4")
     assert not can_pad(model) and not can_share_prefix(model)
@@ -67,16 +65,6 @@ def test_a_state_space_that_begins_anew_takes_one_token_at_a_time(method):
 
 def test_others_take_several(llama):
     assert Forwards(llama, output_head(llama)).blocks(3) == [slice(0, 3)]
-
-
-def test_a_scope_that_runs_several_tokens_on_a_cache_is_refused():
-    model = tiny("jamba")
-    head = output_head(model)
-    with (
-        open_session(model, "griffin", 0.5, execution="masked") as session,
-        pytest.raises(UserError, match="runs only one token at a time after a cached context, and scope last-50"),
-    ):
-        scorer(model, head, session, 4, "last-50")
 
 
 def test_copies_of_a_cache_of_its_own_class_are_independent():

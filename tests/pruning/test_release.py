@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from dart_eval.bench.decode import check_timeable
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.evaluation.settings import SHARES
 from dart_eval.layers.families import cache_argument
 from dart_eval.pruning.registry import make
 from dart_eval.results.inputs import without_legacy_defaults
@@ -124,7 +123,7 @@ def test_scored_and_generated_tokens_beyond_are_dense_and_count_as_dense(llama):
         assert [float(step.read[0]) for step in session.steps] == ([0.5] * N + [1]) * 2
 
 
-@pytest.mark.parametrize("scope", [*SHARES, "last"])
+@pytest.mark.parametrize("scope", ["all", "last"])
 def test_scopes_without_decoded_tokens_are_refused(llama, scope):
     head = output_head_of(llama)
     with open_session(llama, "dart", 0.5, **CALM, **{"remask.release": N}) as session:
