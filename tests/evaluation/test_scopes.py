@@ -67,7 +67,7 @@ def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, saved
         ({"method": "oracle", "scope": "last"}, "and --scope last has none"),
         ({"method": "oracle", "tasks": "smoke_summary"}, "generates"),
         ({"scope": "all", "tasks": "smoke_summary"}, "generates text"),
-        ({"scope": "last-50"}, "unknown scope 'last-50'; did you mean last"),
+        ({"scope": "last-50"}, "scope 'last-50' must be"),
         ({"method": "dart:allocation=table:none.json"}, "not a file"),
     ):  # fmt: skip
         given = {"tasks": "smoke_questions", "method": "dart", "limit": 1, "output": str(tmp_path / "out"), **changes}
