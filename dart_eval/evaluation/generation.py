@@ -166,7 +166,7 @@ class Generator:
                 context=ids.to(lm.device), attention_mask=attention.to(lm.device), stop=unit.stop,
                 max_length=ids.shape[1] + unit.new_tokens, logits_processor=LogitsProcessorList([watch]), **unit.kwargs,
             )[:, ids.shape[1] :]  # fmt: skip
-        self.state_bytes = max(self.state_bytes, self.session.state_bytes_each(len(prompts)))
+        self.state_bytes = max(self.state_bytes, self.session.state_bytes)
         texts, ends = [], unit.kwargs.get("eos_token_id")
         for row, prompt in enumerate(prompts):
             tokens = output[row].tolist()

@@ -109,9 +109,9 @@ class Scoring(ABC):
     def run(self, unit: Any) -> list[tuple[int, Score]]:
         """Return the scores of a unit's requests, with their indices."""
 
-    def _note_state(self, sequences: int) -> None:
-        """Note the state bytes after the contexts of `sequences` sequences have run."""
-        self.state_bytes = max(self.state_bytes, self.session.state_bytes_each(sequences))
+    def _note_state(self) -> None:
+        """Note the state bytes of a sequence after contexts have run."""
+        self.state_bytes = max(self.state_bytes, self.session.state_bytes)
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         """Return one score per request, in order."""

@@ -102,7 +102,7 @@ class WholeInputs(Scoring):
         positions = valid.long().cumsum(1) - 1
         with session.context(valid):
             dense = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
-        self._note_state(len(unit.inputs))
+        self._note_state()
         with session.decode(valid, frozen=True):
             hidden = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
         return [(hidden[i, -n:], dense[i, -n:]) for i, n in enumerate(unit.answers)]
@@ -115,7 +115,7 @@ class WholeInputs(Scoring):
         if before.shape[1]:  # else none has a dense part
             with session.context(seen):
                 dense = self.forwards(before, seen, seen.long().cumsum(1) - 1, cache)
-            self._note_state(len(before))
+            self._note_state()
         else:
             session.no_context(len(before), device)
         tokens, new = pad([row[-1:] for row in unit.inputs], left=False, device=device)

@@ -230,7 +230,7 @@ class Scorer(Scoring):
             session.fork(shared.rows, torch.zeros(batch, dtype=torch.long, device=self.forwards.device))
             with session.extend(valid[:, start:] & (places >= len(shared.tokens))):
                 hidden = self.forwards(block, valid, places, cache)
-        self._note_state(batch)
+        self._note_state()
         return cache, valid, hidden
 
     def _run(self, batch: Batch, answers: Answers) -> list[tuple[InputRow, Cost]]:
@@ -330,7 +330,6 @@ class Unpruned(Scorer):
         self, forwards: Forwards, session: Session, budget: Budget, share_prefix: bool, distances: bool = False
     ) -> None:
         super().__init__(forwards, Session(), budget, share_prefix, distances=distances)
-        self.state_bytes = session.state_bytes  # what is kept before any prompt
         self._pruning = session
 
     def run(self, unit: Unit) -> list[tuple[int, Score]]:

@@ -40,6 +40,7 @@ class Fast:
     Attributes:
         copies: per FFN what replaces it; None while the current sequences run by masks.
         on: whether the current forward runs on it.
+        available: whether one sequence may run on copies or kernels, if the execution is `auto`.
 
     Raises:
         UserError: unknown execution.
@@ -51,9 +52,10 @@ class Fast:
         self.ffns, self.method, self.shared_mask = ffns, method, shared_mask
         self.copies: list[Swap] | None = None
         self.on = self._ready = False
-        self._possible = method.prunes and execution == "auto" and method.why_no_kernel(ffns) is None
-        if self._possible and (reason := unlike_plain(ffns)):
-            self._possible = False
+        reason = method.why_no_kernel(ffns) or unlike_plain(ffns) if method.prunes else "it is dense"
+        self.available = reason is None
+        self._possible = self.available and execution == "auto"
+        if execution == "auto" and method.prunes and method.why_no_kernel(ffns) is None and reason:
             warnings.warn(f"{reason}: pruning by masks, which saves no time", stacklevel=5)
 
     def choose(self, batch: int, by_hand: bool) -> None:

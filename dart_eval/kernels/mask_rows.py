@@ -161,7 +161,7 @@ class RowCopies(Swap):
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of the copies."""
-        return sum(slot.part.nbytes for slot in self.slots if slot.part is not slot.own)
+        return 0 if self.neurons is None else copies_bytes(self.ffn, self.count)
 
     @property
     def rows_read(self) -> tuple[float, ...]:  # type: ignore[override]
@@ -186,6 +186,13 @@ class RowCopies(Swap):
             slot.part.detach().index_copy_(slot.dim, slot.entries_of(rows, slot.part), slot.taken(new))
         self.neurons = before.index_copy(0, rows, new)
         return len(new)
+
+
+def copies_bytes(ffn: FFN, neurons: int) -> int:
+    """Return the bytes of copies of some neurons' weights, and of their numbers."""
+    parameters = [p for m in (ffn.gate, ffn.up) if m is not None for p in m.parameters()]
+    weights: Any = ffn.down.weight
+    return neurons * ((weights.nbytes + sum(p.nbytes for p in parameters)) // ffn.size + torch.long.itemsize)
 
 
 class RowsProduct:

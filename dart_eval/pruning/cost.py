@@ -1,12 +1,48 @@
-"""The work that a method adds, in FLOPs and bytes, counted from the shapes of the loaded model (`shape.ModelShape`)."""
+"""The work and the memory that a method adds, counted from the loaded model and its shapes (`shape.ModelShape`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dart_eval.kernels.cpu import packing
+from dart_eval.kernels.fast import why_not_whole
+from dart_eval.layers.ffn import FFN
 from dart_eval.layers.shape import ModelShape
 from dart_eval.pruning.method import Method
+from dart_eval.util.bits import Rounding
 from dart_eval.util.text import Json
+from dart_eval.weights.rounding import parameter_of, served_bits
+
+
+def memory(method: Method, ffns: Sequence[FFN], fast: bool, state: int, rounding: Rounding | None = None) -> int:
+    """Return the bytes that lie beside the dense model while one sequence decodes with `execution="auto"`.
+
+    They are copies of the mask's rows or a kernel's codes, codes that prompts run on with their decoded values (which
+    are cached while there is room), masks and statistics that sequences share, and the state of one sequence. All are
+    counted from shapes, so that a session that runs by masks, or in batches, tells the same.
+
+    Args:
+        method: fitted to a model. ffns: of that model.
+        fast: whether one sequence decodes by copies or a kernel (`Fast.available`).
+        state: bytes that each sequence adds.
+        rounding: of the served FFN weights; None: none. Dense runs on a kernel's codes of them where there is one
+            (`why_not_packed`), all else on their values.
+    """
+    of_method = method.nbytes() + method.weight_bytes(fast)
+    if rounding is None:
+        return of_method + state
+    if not method.prunes and why_not_packed(ffns, rounding) is None:
+        return round(served_bits(ffns, rounding) * sum(f.size * f.width * f.matrices for f in ffns) / 8)
+    return of_method + state + sum(parameter_of(m).nbytes for f in ffns for m in f.projections)
+
+
+def why_not_packed(ffns: Sequence[FFN], rounding: Rounding) -> str | None:
+    """Return why no kernel runs dense FFNs on rounded weights, or None."""
+    if any(f.routed for f in ffns):
+        return "experts have no packed products here"
+    reasons = (packing.why_no_kernel(rounding, width) for f in ffns for width in (f.width, f.size))
+    return next(filter(None, reasons), None) or next(filter(None, map(why_not_whole, ffns)), None)
 
 
 @dataclass(frozen=True)

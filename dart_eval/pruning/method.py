@@ -400,7 +400,15 @@ class Method:
         return read
 
     def nbytes(self) -> int:
-        """Return the bytes beside the model that all sequences share."""
+        """Return the bytes of masks and statistics that all sequences share."""
+        return 0
+
+    def weight_bytes(self, fast: bool) -> int:
+        """Return the bytes of copies, codes and decoded values of weights that lie beside the model.
+
+        Args:
+            fast: whether one sequence decodes by copies or a kernel, which then count although this session may not.
+        """
         return 0
 
     def prompt_flops(self, shape: ModelShape) -> float:

@@ -37,6 +37,7 @@ from dart_eval.kernels.mask_rows import Swap, replacing
 from dart_eval.layers import experts
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import GUARD, decoder, find_ffns, refuse_second
+from dart_eval.pruning import cost
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.log import Log, Step, Tally
 from dart_eval.pruning.method import Method
@@ -81,7 +82,7 @@ def prune(
         shared_mask: all sequences of a batch have one mask.
 
     Yields:
-        The `Session`, with effective sparsity, state bytes and re-masks.
+        The `Session`, with effective sparsity, memory and re-masks.
 
     Raises:
         UserError: an unknown name, a sparsity outside [0, 1), or an FFN or weights that the method does not support.
@@ -572,13 +573,14 @@ class Session:
         return rows
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes that the method stores beside the model: masks, scores and their factors, ring buffer, detector."""
-        return self.state_bytes_each(1)
+    def memory(self) -> int:
+        """Bytes that lie beside the dense model while one sequence decodes (`cost.memory`)."""
+        return cost.memory(self.method, self.ffns, self.fast.available, self.state_bytes)
 
-    def state_bytes_each(self, sequences: int) -> int:
-        """Return the state bytes of one of several sequences. State that all of them share counts in full."""
-        return self.method.nbytes() + nbytes(self.rows) // sequences
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that each sequence adds: its masks, scores and their factors, ring buffer, detector."""
+        return 0 if self.rows is None else nbytes(self.rows) // len(self.rows)
 
     @property
     def remasks(self) -> list[int]:

@@ -60,7 +60,7 @@ class BoardRow:
         nats: log-likelihood of the right answers minus that under dense, mean over tasks.
         flips: share of items whose chosen answer is not dense's, mean over tasks.
         kl: divergence of dense's next-token distribution to the row's, in nats, mean over tasks.
-        memory: bytes stored beside the model, the most over the cells.
+        memory: bytes beside the model while one sequence decodes, the most over the cells; None in old records.
         overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
         calibrated: whether it has read a text before any prompt.
         speed: decoding speed from `bench`, if the folder has one, or the lack of a kernel.
@@ -80,7 +80,7 @@ class BoardRow:
     nats: Estimate | None = None
     flips: Estimate | None = None
     kl: Estimate | None = None
-    memory: int = 0
+    memory: int | None = None
     overhead: float = 0.0
     calibrated: bool = False
     speed: Speed | None = None

@@ -149,7 +149,7 @@ def _row(label: str, records: Sequence[Record], speeds: Sequence[Speed], metric:
         values={m.task: m for r in records for m in main_metrics(r, metric)},
         asked={m.task: inputs.question(r.inputs, [*inputs.UNLIKE_DENSE, "seed"])
                for r in records for m in main_metrics(r, metric)},
-        memory=max(r.memory.get("state", 0) for r in records),
+        memory=max((r.memory["beside"] for r in records if "beside" in r.memory), default=None),
         overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
         calibrated=first.inputs.get("calibration") is not None, speed=of_cell(speeds, first.inputs),
         keys=tuple(r.key for r in records), about=any(r.settings.get("about") for r in records),

@@ -37,8 +37,8 @@ EXPLAINED = (
     "x dense: perplexity / dense's on the same documents, geometric mean over texts.",
     "flips: share of items whose likeliest answer is not dense's, right or wrong.",
     "KL: KL(dense || row) of the next token, mean over scored positions, in nats; rows on rounded weights have none.",
-    "memory: what the method keeps beside the model; codes that can stand for the weights do not count. work: FLOPs "
-    "that it adds to a decoded token / FLOPs of dense.",
+    "memory: bytes that lie beside the dense model while one sequence decodes, copies and codes of weights included. "
+    "work: FLOPs that the method adds to a decoded token / FLOPs of dense.",
     "speed today: decode speed / dense's, measured by `dart-eval bench decode`; none: no kernel turns the saved "
     "bytes into time.",
     "Value ± its own standard error: rows share documents, so the paired tests compare them. * best pruned row of its "
@@ -79,7 +79,8 @@ def columns_of(block: Block) -> list[BoardColumn]:
                             lambda r: "0" if r.kind == CONTROL else f"{r.kl.value:.3g}" if r.kl else "-",
                             lambda r: r.kl.value if r.kl else None))  # fmt: skip
     found += [
-        BoardColumn("memory", ("memory", "beside"), lambda r: _beside(r, size(r.memory)), lambda r: r.memory),
+        BoardColumn("memory", ("memory", "beside"), 
+                    lambda r: "-" if r.memory is None else _beside(r, size(r.memory)), lambda r: r.memory),
         BoardColumn("work", ("work", ""),
                     lambda r: _beside(r, "+" * (r.overhead >= 1e-4) + small_share(r.overhead)), lambda r: r.overhead),
     ]  # fmt: skip

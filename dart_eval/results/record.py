@@ -104,7 +104,8 @@ class Record:
     ]  # fmt: skip
     memory: Annotated[
         dict[str, int], Holds(dict[str, Number]),
-        "bytes: `weights`, and `state`: what the method adds for one sequence, with all that sequences share",
+        "bytes: `weights`, `beside` (what lies beside the dense model while one sequence decodes with "
+        "execution `auto`, copies and codes of weights included), and `state` (what each further sequence adds)",
     ]  # fmt: skip
     settings: Annotated[Json, Holds(Settings), "how the cell was run: below"]
     environment: Annotated[dict[str, str], "versions, the kind of machine, and its `gpu` or its `threads`"]

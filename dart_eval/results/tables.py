@@ -29,16 +29,17 @@ COUNTED = ("prefill", "overhead_prefill", "decode_step_dense", "decode_step_prun
 COSTS = (
     Column("read", "weights_read", THREE), Column("context", "flops_context_tokens", partial(number, digits=0)),
     Column("prefill", "prefill", count), Column("decode", "decode", count), Column("/ dense", "ratio", THREE),
-    Column("re-masks", "remasks"), Column("weights", "memory_weights", size), Column("extra", "memory_state", size),
-    Column("peak", "memory_peak", size), Column("seconds", text=partial(number, digits=1)),
-    Column("tokens/s", "speed", partial(number, digits=1)),
+    Column("re-masks", "remasks"), Column("weights", "memory_weights", size), Column("memory", "memory_beside", size),
+    Column("state", "memory_state", size), Column("peak", "memory_peak", size),
+    Column("seconds", text=partial(number, digits=1)), Column("tokens/s", "speed", partial(number, digits=1)),
 )  # fmt: skip
 COSTS_NOTE = (
     "read: share of FFN weight bytes that a pruned token reads. FLOPs are counted from shapes (a multiply-add is two) "
     "at the mean context length of the cell, with all that the method adds, re-masks included. decode: FLOPs of a "
     "decoded token; / dense: over those of a dense one. Runs multiply by masks, so these FLOPs count a model that "
-    "skips the pruned neurons; they are not time saved. weights: bytes of the model. extra: memory of the method "
-    "beside it, per sequence. peak: largest memory of the process (CPU) or of the GPU during the cell. seconds: of the "
+    "skips the pruned neurons; they are not time saved. weights: bytes of the model. memory: bytes that lie beside the "
+    "dense model while one sequence decodes, copies and codes of weights included. state: bytes that each further "
+    "sequence adds. peak: largest memory of the process (CPU) or of the GPU during the cell. seconds: of the "
     "whole cell. tokens/s: its scored or generated tokens / seconds."
 )
 

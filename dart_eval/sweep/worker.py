@@ -87,14 +87,14 @@ class Worker:
             share = session.share or rounding.served_share(ffns)
             inputs = rounding.served_share_of_inputs(ffns)
             outcome = self._smaller(lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal))
-            state = max(outcome.state_bytes, session.state_bytes if session.rows is None else 0)
+            memory = cost.memory(session.method, ffns, session.fast.available, outcome.state_bytes, cell.rounding)
             computed = session.method.computed(outcome.cost.read)
         measured = {
             "seconds": earlier + time.monotonic() - start,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "peak": peak(),
         }
-        return outcome, self._record(job, outcome, state, measured, share, inputs, computed)
+        return outcome, self._record(job, outcome, memory, measured, share, inputs, computed)
 
     def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> Session:
         self.lm.begin(Session(), {})  # the copies of the last method go before the next ones come
@@ -158,11 +158,12 @@ class Worker:
         return bool(self.lm.kinds - {"generate_until"})
 
     def _record(
-        self, job: Job, outcome: TaskResult, state: int, measured: Json, share: float, inputs: float, computed: float
+        self, job: Job, outcome: TaskResult, memory: int, measured: Json, share: float, inputs: float, computed: float
     ) -> Record:
         """Return the record of a cell.
 
         Args:
+            memory: see `cost.memory`.
             share: FFN weight bytes as they were served / those of the model's own dtype.
             inputs: the same of gate and up alone, which re-masks read.
             computed: share of the FFN weights that a pruned token multiplied.
@@ -191,7 +192,7 @@ class Worker:
                 for task, own in outcome.by_task.items()
             },
             flops={**flops, "remask_bytes": flops["remask_reads"] * inputs},
-            memory={"weights": self.shape.weight_bytes, "state": state},
+            memory={"weights": self.shape.weight_bytes, "beside": memory, "state": outcome.state_bytes},
             settings={
                 "batch_size": config.batch_size,
                 "method": cell.method.spec,

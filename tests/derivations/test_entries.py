@@ -178,10 +178,10 @@ def test_weights_that_are_rounded_already_are_not_rounded_again():
 
 @pytest.mark.parametrize("method", ["teal", "wina", "rounding"])
 def test_bytes_beside_the_model(method):
-    """Of wina the norms of gate's columns, of teal two thresholds a layer, of rounding nothing."""
-    wanted = {"teal": 3 * 2 * 4, "wina": 3 * D * 4, "rounding": 0}
+    """Of wina the norms of gate's columns, of teal two thresholds a layer, of rounding the values of every weight."""
+    wanted = {"teal": 3 * 2 * 4, "wina": 3 * D * 4, "rounding": 3 * 3 * D * F * 8}
     with open_session(biased("llama"), method, 0.5) as session:
-        assert session.state_bytes == wanted[method]
+        assert (session.memory, session.state_bytes) == (wanted[method], 0)
 
 
 def test_without_a_text_there_are_no_thresholds():

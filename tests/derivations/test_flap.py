@@ -90,11 +90,11 @@ def test_its_bytes_and_flops_are_those_of_masks_and_constants():
     with prune(model, "flap", 0.5, tokenizer=OneText()) as session:
         out = model(torch.tensor([PROMPT]), use_cache=True)
         before = session.state_bytes
+        assert before == nbytes(session.rows)
         model(torch.tensor([DECODED[:1]]), use_cache=True, past_key_values=out.past_key_values)
         kept = session.ffns
         layers, width, size = len(kept), kept[0].width, kept[0].size
         assert session.method.nbytes() == layers * (size + 4 * width)  # a byte a neuron, fp32 constants
-        assert before == session.method.nbytes() + nbytes(session.rows)
         assert session.rows.sums == [None] * layers
     added = overhead(make("flap"), shape_of(model, find_ffns(model)), 100, 0.5)
     assert (added.prefill, added.decode_step, added.remask) == (0, layers * width, 0)
@@ -149,5 +149,4 @@ def test_the_ranking_keeps_exactly_k_and_one_neuron_of_every_layer():
 def test_what_it_keeps_is_counted_for_a_model_of_which_no_weights_are_at_hand(method):
     found = measure(make(method), "llama-3.2-1b", 0.5, prompts=(16,))
     masks, constants = 16 * 8192, 16 * 2048 * 4 if method == "flap" else 0
-    assert (found.parts["masks"], found.parts["compensation"]) == (masks, constants)
-    assert found.state_bytes[16] == masks + constants + found.parts["other"]
+    assert (found.shared_bytes, found.parts["masks"]) == (masks + constants, 0)

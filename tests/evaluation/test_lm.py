@@ -101,9 +101,8 @@ def test_generated_tokens_but_the_first_are_pruned(lm):
     assert lm.journal.state_bytes > 0
 
 
-@pytest.mark.parametrize("method", ["flap", "grinqh"])
-def test_what_is_kept_once_for_all_sequences_is_not_divided_by_them(method, tokenizer):
-    """Side by side and alone they need as much, up to counts and sums of whole batches."""
+@pytest.mark.parametrize("method", ["flap", "griffin"])
+def test_a_sequence_adds_as_much_side_by_side_with_others_as_alone(method, tokenizer):
     kept = []
     for rows in (1, 4):
         lm = PrunedLM(tiny("llama"), tokenizer, batch_size=rows)
@@ -111,9 +110,8 @@ def test_what_is_kept_once_for_all_sequences_is_not_divided_by_them(method, toke
         with open_session(lm.model, method, 0.5) as session:
             lm.begin(session, {})
             lm.generate_until(requests)
-            assert lm.journal.state_bytes >= session.method.nbytes()
         kept.append(lm.journal.state_bytes)
-    assert kept[1] == pytest.approx(kept[0], abs=200)
+    assert kept[1] == kept[0] > 0
 
 
 def test_tokens_after_a_stop_sequence_do_not_count(lm):

@@ -12,6 +12,7 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.cost import describe
 from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.rows import nbytes
 from dart_eval.pruning.session import Session, prune
 from tests.golden.cases import CALIBRATION
 from tests.helpers.models import word_tokenizer
@@ -63,7 +64,7 @@ def seen_of_all(session):
         "effective sparsity": session.effective_sparsity,
         "outside the mask": session.mask_sparsity,
         "read": session.weights_read,
-        "state bytes": session.state_bytes,
+        "state bytes": session.method.nbytes() + nbytes(session.rows),
         "re-masks": session.remasks,
     }
 
@@ -79,7 +80,7 @@ def scores(model, setting, questions):
                 "logprob": [a.logprob for a in answers],
                 "greedy": [a.greedy for a in answers],
                 **_used([a.cost for a in answers]),
-                "state bytes": run.state_bytes,
+                "state bytes": session.method.nbytes() + run.state_bytes,
             }
     return found
 

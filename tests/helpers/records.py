@@ -32,7 +32,7 @@ def record(method="dart", sparsity=0.5, params=None, metrics=ARC, key="k1", mode
     return Record(
         key=key, inputs=inputs, metrics=list(metrics), mask_sparsity=0.5004, effective_sparsity=0.4321,
         weights_read=0.4996, tokens=1234, remasks=3, flops=FLOPS,
-        memory={"weights": 2**20, "state": 512},
+        memory={"weights": 2**20, "beside": 3000, "state": 512},
         settings={"batch_size": 8, "command": "dart-eval run"}, environment={"torch": "2"},
         measured={"seconds": 1.5, "created": created, "peak": 3 * 2**20},
         samples=[{
@@ -103,7 +103,8 @@ def answered(
         metrics = [metric_of(task, name, values, up) for name in values[0] if name != "gold_ll"]
     return Record(
         key=digest(json.dumps(inputs, sort_keys=True) + created), inputs=inputs, metrics=metrics, mask_sparsity=0.5,
-        effective_sparsity=0.5, weights_read=0.5, tokens=1, remasks=0, flops={}, memory={"weights": 1, "state": 1},
+        effective_sparsity=0.5, weights_read=0.5, tokens=1, remasks=0, flops={},
+        memory={"weights": 1, "beside": 1, "state": 1},
         settings={"batch_size": 8, "command": "dart-eval run"}, environment={},
         measured={"seconds": 1.0, "created": created, "peak": 1}, samples=lines or samples(task, values),
     )  # fmt: skip
@@ -157,7 +158,7 @@ def cell(method="dart", sparsity=0.5, task="arc_easy", metrics=None, model="tiny
         },
         metrics=list(made if metrics is None else metrics), mask_sparsity=sparsity, effective_sparsity=sparsity,
         weights_read=1 - sparsity, tokens=1234, remasks=3, flops=dense if method == "dense" else FLOPS,
-        memory={"weights": 2**20, "state": 0 if method == "dense" else 512},
+        memory={"weights": 2**20, "beside": 0 if method == "dense" else 3000, "state": 0 if method == "dense" else 512},
         settings={"batch_size": 8, "command": f"dart-eval run --method {method} --tasks {task}"},
         environment={"torch": "2", "machine": "x86_64"}, by_task={task: {}},
         measured={"seconds": 1.5, "created": "2026-01-02T03:04:05+00:00", "peak": 3 * 2**20}, samples=list(samples),

@@ -540,11 +540,13 @@ def test_a_level_keeps_or_leaves_whole_rows(tmp_path):
 
 def test_a_column_without_room_still_sorts(tmp_path):
     cells = [choices(0.8, method="dense")]
-    cells += [dataclasses.replace(choices(0.4, method=m), memory={"weights": 1, "state": state})
-              for m, state in (("griffin", 900_000), ("dart", 500), ("flap", 90))]  # fmt: skip
+    cells += [dataclasses.replace(choices(0.4, method=m), memory={"weights": 1, "beside": size, "state": 1})
+              for m, size in (("griffin", 900_000), ("dart", 500), ("flap", 90))]  # fmt: skip
     lines = board_text.lines(board_of(tmp_path, *cells), 60, sort="memory")
     names = [line[11:].split()[0] for line in lines if line[:5].strip() == "30 %"]
     assert names == ["flap", "dart", "griffin"] and any("no room for" in line for line in lines)
+    old = board_of(tmp_path / "old", *(dataclasses.replace(cell, memory={"weights": 1, "state": 9}) for cell in cells))
+    assert all(row.memory is None for row in old.rows)
     shares = {0.0: "0 %", 5e-5: "< 0.01 %", 0.0012: "0.12 %", 0.993: "99 %", 0.996: "100 %", 1.284: "128 %"}
     assert {value: small_share(value) for value in shares} == shares
 

@@ -66,7 +66,7 @@ def test_the_answer_stands_on_top_and_says_what_the_tests_say(page):
     rows = re.findall(r'<tr><th scope="row">(.*?)</th><td data-head="FFN bytes read">(.*?)</td>', html)
     assert rows == [('dart <span class="tag">no winner</span>', read) for read in ("50 %", "30 %")]
     first = re.search(r'(?s)<table class="answer">.*?</tr>\s*</tbody>', html)[0]
-    assert 'data-head="above guessing">70 % [' in first and 'data-head="costs">512 B beside, &lt; 0.01 % work' in first
+    assert 'data-head="above guessing">70 % [' in first and 'data-head="costs">3.0 kB beside, &lt; 0.01 % work' in first
     assert html.index('id="answer"') < html.index('id="board"')
 
 

@@ -129,7 +129,7 @@ def test_costs_are_shown_with_units_and_with_all_that_the_method_adds():
     shown = dict(zip(costs.columns, costs.body[0], strict=True))
     assert shown["prefill"] == "4.00 M" and shown["decode"] == "150.01 k"
     assert shown["/ dense"] == f"{(150_000 + 12.5) / 200_000:.3f}"
-    assert shown["extra"] == "512 B" and shown["peak"] == "3.1 MB"
+    assert (shown["memory"], shown["state"]) == ("3.0 kB", "512 B") and shown["peak"] == "3.1 MB"
     assert shown["seconds"] == "1.5" and shown["tokens/s"] == f"{1234 / 1.5:.1f}"
 
 

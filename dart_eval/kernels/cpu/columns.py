@@ -62,8 +62,15 @@ class ColumnsMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.planes.nbytes + self.scales.nbytes
+        """Bytes of codes and scales, and of what a product works in."""
+        return matrix_bytes(self.rows, self.width, self.job.group)
+
+
+def matrix_bytes(rows: int, width: int, group: int) -> int:
+    """Return the bytes of a `ColumnsMatrix` of this shape. group: weights that share a scale; 0: a row."""
+    rows, groups = -(-rows // HALF) * HALF, -(-width // min(group or GROUP, GROUP))
+    work = width * (4 * PLANES + 1) + groups * (8 + 6 * ROOM + 4 * PLANES)
+    return rows * (width + 2 * groups) + work
 
 
 class ColumnsFFN:

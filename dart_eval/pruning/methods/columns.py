@@ -36,6 +36,7 @@ from dart_eval.layers.projection import bias_of, plain_matrix
 from dart_eval.pruning.caches import WeightCache, codes_of
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import Measured, option
+from dart_eval.pruning.rows import nbytes
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored
 from dart_eval.util.errors import UserError
 from dart_eval.weights.decoded import Decoded
@@ -273,6 +274,15 @@ class Grinqh(Measured):
 
     def nbytes(self) -> int:
         return sum(m.gains.nbytes for matrices in self.matrices.values() for m in matrices)
+
+    def weight_bytes(self, fast: bool) -> int:
+        total = 0
+        for matrix in (m for matrices in self.matrices.values() for m in matrices):
+            read = [v.dtype.itemsize * matrix.packed.codes.numel() for v in matrix.values if v is not None]
+            # A kernel reads codes of its own; prompts read all bits, of values that are cached while there is room.
+            of_kernel = kernel.matrix_bytes(matrix.rows, matrix.width, self.entries_group) if fast else 0
+            total += nbytes(vars(matrix.packed)) + (read[-1] if fast else sum(read)) + of_kernel
+        return total
 
     def step_flops(self, shape: ModelShape) -> float:
         steps = len(self.levels.bits) - 1  # a product for each step, and its place among the others

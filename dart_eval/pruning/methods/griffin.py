@@ -31,6 +31,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from dart_eval.kernels.mask_rows import copies_bytes
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning.calibration import Calibration
@@ -85,6 +86,10 @@ class NeuronMask(Method):
 
     def why_no_kernel(self, ffns: Sequence[FFN]) -> str | None:
         return None
+
+    def weight_bytes(self, fast: bool) -> int:
+        kept = zip(self.ffns, self.labelled[:, 0].tolist(), strict=True)
+        return sum(copies_bytes(f, count) for f, count in kept) if fast else 0
 
 
 class PromptMask(NeuronMask):

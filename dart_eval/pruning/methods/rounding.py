@@ -15,7 +15,7 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import bias_of, is_conv1d, plain_matrix
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import Method, option
-from dart_eval.pruning.rows import Rows
+from dart_eval.pruning.rows import Rows, nbytes
 from dart_eval.util.bits import LAST_BITS, OWN_BITS, Stored, parse
 from dart_eval.weights.rounding import rounded
 
@@ -73,6 +73,9 @@ class RoundedWeights(Method):
 
     def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
         return torch.full((len(rows),), self.fixed_read, dtype=torch.float64)
+
+    def weight_bytes(self, fast: bool) -> int:
+        return nbytes(self.values)
 
     def computed(self, read: float) -> float:
         return 1.0
