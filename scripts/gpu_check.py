@@ -284,7 +284,9 @@ def decoding(dry: bool) -> dict[str, Any]:
     size: Any = (
         {"prompt_tokens": 8, "steps": 1, "rounds": 1} if dry else {"prompt_tokens": 128, "steps": 30, "rounds": 2}
     )
-    rows = [decode.row(decode.measure(model, make(name), SPARSITY, **size)) for name in ("griffin", "dart")]
+    rows = [
+        decode.measure(model, make(name), SPARSITY, decode.Setting(**size)).to_json() for name in ("griffin", "dart")
+    ]
     said = ", ".join(f"{r['method']} {r['speedup']:.2f}x of {r['ceiling']:.2f}x" for r in rows)
     said += f"; dense {rows[0]['control']:.2f}x itself, {rows[0]['dense_tokens_per_second']:.0f} tokens/s"
     return {"layers": model.config.num_hidden_layers, "rows": rows, "said": said}

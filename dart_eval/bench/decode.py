@@ -14,89 +14,52 @@ cannot decode faster than 1 / (1 - phi (1 - r)) times the dense one, r being the
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from dart_eval.bench.dense_copy import by_kernel, own_bytes, stream_rate, twin
+from dart_eval.bench.row import Row
+from dart_eval.kernels.cpu.ffns import CodedFFN
+from dart_eval.kernels.fast import WholeFFN, act_of, why_no_kernel
 from dart_eval.kernels.mask_rows import swapped
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.layers.shape import shape_of
+from dart_eval.layers.projection import plain_matrix
+from dart_eval.layers.shape import stored_share
+from dart_eval.pruning import cost
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dart import Dart
 from dart_eval.pruning.session import Session, prune
-from dart_eval.results.ratio import Ratio, paired
+from dart_eval.results.ratio import paired
+from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import foreign_cpu, peak_memory, timed
+from dart_eval.weights.rounding import rounded, served_bits, served_share
 
 CHANGED = 0.2  # share of the masks' neurons that the timed re-mask replaces
+ALL_WEIGHTS = "packed products read all weights of a matrix"
 
 
 @dataclass(frozen=True)
-class DecodeSpeed:
-    """One method at one sparsity on one model; times as ratios to the dense model's.
+class Setting:
+    """The settings of a timing.
 
     Attributes:
-        speedup: dense step / pruned step. control: dense step / dense step.
-        over_kernel: step of the dense model in our own product / pruned step; None where there is none.
-        stream_rate: bytes a second that this product reads; None likewise.
-        ceiling: from the bytes of this model, at the FFN weights that a token reads. ceiling_executed: at those that
-            this execution multiplies (a token's choice inside its mask saves reads only where a kernel skips them).
-        achieved_over_ceiling: over_kernel / ceiling, or speedup / ceiling where there is no kernel.
-        first_token: prompt's time with scoring, masks and the first copies / dense prompt's time.
-        remask_masks_dense_steps: the first half of a re-mask, in dense steps: new scores and masks are made from the
-            inputs in the ring. None where the method keeps no ring.
-        remask_moves_dense_steps: the second half, in dense steps: in every layer a fifth of the kept neurons gives way
-            to others, whose weights are copied.
-        begin_dense_steps: once for the first prompt of a `prune()`, in dense steps: copying the kept neurons' weights.
-        overhead: what hooks, detector and ring buffer add to a pruned step, as a share of it.
-        dense_tokens_per_second, tokens_per_second: for orientation; they hold for this machine at this moment.
-        extra_weight_bytes: of the copies of the kept neurons' weights. state_bytes: of the method. twin_bytes: of the
-            FFN weights that the dense side has once more; the benchmark's alone, in no other number. peak_bytes: of the
-            GPU, or of the process, without them.
-        foreign_cores: processors that other processes kept busy meanwhile, on average (None: not known here).
+        prompt_tokens: the length of each round's prompt.
+        steps: the tokens decoded in a round.
+        rounds: the number of timed rounds, after one that warms up.
     """
 
-    method: str
-    sparsity: float
-    weights_read: float
-    weights_executed: float
-    speedup: Ratio
-    control: Ratio
-    over_kernel: Ratio | None
-    stream_rate: float | None
-    ceiling: float
-    ceiling_executed: float
-    achieved_over_ceiling: float
-    first_token: Ratio
-    remask_masks_dense_steps: Ratio | None
-    remask_moves_dense_steps: Ratio
-    begin_dense_steps: Ratio
-    overhead: Ratio
-    dense_tokens_per_second: float
-    tokens_per_second: float
-    extra_weight_bytes: int
-    state_bytes: int
-    twin_bytes: int
-    peak_bytes: int
-    foreign_cores: float | None
-
-
-def row(result: Any) -> dict[str, Any]:
-    """Return plain numbers: of a ratio its median, with `NAME_quartiles` and `NAME_n`."""
-    made: dict[str, Any] = {}
-    for field in dataclasses.fields(result):
-        value = getattr(result, field.name)
-        made[field.name] = value.median if isinstance(value, Ratio) else value
-        if isinstance(value, Ratio):
-            made |= {f"{field.name}_quartiles": [value.low, value.high], f"{field.name}_n": value.n}
-    return made
+    prompt_tokens: int = 128
+    steps: int = 30
+    rounds: int = 3
 
 
 def check_timeable(method: Method) -> None:
@@ -127,55 +90,74 @@ def check_length(model: PreTrainedModel, tokens: int, what: str, remedy: str) ->
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel,
-    method: Method,
-    sparsity: float,
-    *,
-    tokenizer: Any = None,
-    prompt_tokens: int = 128,
-    steps: int = 30,
-    rounds: int = 3,
-) -> DecodeSpeed:
-    """Time one method on one sequence of random tokens.
+    model: PreTrainedModel, method: Method, sparsity: float, setting: Setting = Setting(), *, tokenizer: Any = None,
+    rounding: Rounding | None = None,
+) -> Row:  # fmt: skip
+    """Time one method on one sequence of random tokens, or count its reads where no kernel turns them into time.
 
     Args:
+        method: `dense` is timed on rounded weights, beside itself unrounded.
         tokenizer: of the model, for methods that calibrate on a text.
-        prompt_tokens: the length of each round's prompt.
-        steps: the tokens decoded in each round.
-        rounds: the number of timed rounds, after one that warms up.
+        rounding: of the FFN weights; None: none. Of `dense` it is applied here, of other methods it is in place.
 
     Raises:
-        UserError: a method that does not prune or looks ahead, weights of which no rows can be copied, or no memory
-            for the FFN weights of the dense side.
+        UserError: a method that looks ahead or does not prune, or no memory for the FFN weights of the dense side.
     """
-    check_timeable(method)
-    shape = shape_of(model, find_ffns(model))
-    bench = Bench(model, twin(model))
-    times = Times()
-    with (
-        peak_memory(bench.device.type) as peak,
-        foreign_cpu() as foreign,
-        prune(model, method, sparsity, tokenizer=tokenizer, execution="auto") as run,
-    ):
-        bench.rounds(run, times, prompt_tokens, steps, rounds)
-        for _ in range(max(3, rounds)):
-            bench.move(run, times.moves)
-            if isinstance(run.method, Dart) and run.method.keeps_ring:  # to compute new masks from
-                bench.remask(run, times.masks)
-        read, executed = run.weights_read / (run.share or 1.0), _executed(run)
-        for _ in range(max(3, rounds)):
-            bench.begin(run, times.once)
-        extra, state = run.fast.nbytes, run.state_bytes
-    ceilings = [1 / (1 - shape.ffn_share * (1 - r)) for r in (read, executed)]
-    speeds = _speeds(times)
-    return DecodeSpeed(
-        method=method.spec, sparsity=sparsity, weights_read=read, weights_executed=executed, **speeds,
-        ceiling=ceilings[0], ceiling_executed=ceilings[1],
-        achieved_over_ceiling=(speeds["over_kernel"] or speeds["speedup"]).median / ceilings[0],
-        stream_rate=None if bench.full is None else stream_rate(bench.full),
-        extra_weight_bytes=extra, state_bytes=state, twin_bytes=own_bytes(model),
-        peak_bytes=max(0, peak() - own_bytes(model)), foreign_cores=foreign(),
-    )  # fmt: skip
+    ffns = find_ffns(model)
+    if rounding is None or method.prunes:
+        check_timeable(method)
+    if rounding is None:
+        why = why_no_kernel(method, ffns)
+    else:
+        why = cost.why_not_packed(ffns, rounding) or (ALL_WEIGHTS if method.prunes else None)
+    with contextlib.ExitStack() as stack:
+        clock = None if why else Clock(model, stack)
+        if method.prunes:
+            execution: Any = "masked" if why else "auto"
+            run = stack.enter_context(prune(model, method, sparsity, tokenizer=tokenizer, execution=execution))
+            times = clock.of_method(run, setting) if clock else _by_masks(model, run, setting)
+            # Of the model's own bytes, which may have few bits already.
+            read, state = run.weights_read / (served_share(ffns) if rounding is None else 1.0), run.state_bytes
+            memory = cost.memory(run.method, ffns, run.fast.available, state, rounding)
+        else:
+            assert rounding is not None
+            times = clock.of_rounded(rounding, setting) if clock else {}
+            read, state = served_bits(ffns, rounding) / OWN_BITS, 0
+            memory = cost.memory(method, ffns, False, state, rounding)
+        # As the weights lie in memory: a head that is not quantised weighs more beside FFNs that are.
+        ceiling = 1 / (1 - stored_share(model, ffns) * (1 - read))
+        best = times.get("over_kernel") or times.get("speedup")
+        return Row(
+            method.spec, sparsity if method.prunes else 0.0, rounding.text if rounding else None, read, ceiling, memory,
+            state, why=why, achieved_over_ceiling=best.median / ceiling if best else None, **times,
+        )  # fmt: skip
+
+
+def _by_masks(model: PreTrainedModel, run: Session, setting: Setting) -> dict[str, Any]:
+    """Let a method read by masks, as many tokens as what it reads varies by; there is nothing to time."""
+    bench = Bench(model, model)
+    cache = bench.cache()
+    bench.step(model, bench.tokens(setting.prompt_tokens), cache)
+    for _ in range(1 if run.method.exact else setting.steps):
+        bench.step(model, bench.tokens(1), cache)
+    return {}
+
+
+@contextlib.contextmanager
+def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
+    """Run a model's FFNs on rounded weights inside the block: single tokens, while prompts run on the model's own.
+
+    Raises:
+        UserError: no kernel runs them (`cost.why_not_packed`), or the weights are quantised.
+    """
+    if reason := cost.why_not_packed(find_ffns(model), rounding):
+        raise UserError(reason, "take a dense model, and use 4:128, 5:128, 6:128 or 8:128")
+    kernels = []
+    for ffn in find_ffns(model):
+        gate, up, down = (rounded(plain_matrix(m), rounding) for m in ffn.projections)
+        kernels.append(WholeFFN(ffn, CodedFFN(gate, up, down, act_of(ffn) or "")))
+    with swapped(kernels):
+        yield
 
 
 class Times:
@@ -197,26 +179,62 @@ class Times:
         self.once: dict[str, list[float]] = {"dense": [], "begin": []}
 
 
-def _speeds(times: Times) -> dict[str, Any]:
-    """Return the fields of `DecodeSpeed` that depend only on times."""
-    steps, prompts, masks, moves, once = times.steps, times.prompts, times.masks, times.moves, times.once
-    if not steps["pruned"]:
-        raise UserError(
-            "every timed step makes new masks or runs dense after an alarm, and none is left to time",
-            "give more --steps",
-        )
-    return {
-        "speedup": paired(steps["dense"], steps["pruned"]),
-        "control": paired(steps["dense"], steps["again"]),
-        "over_kernel": paired(steps["kernel"], steps["pruned"]) if steps["kernel"] else None,
-        "first_token": paired(prompts["pruned"], prompts["dense"]),
-        "remask_masks_dense_steps": paired(masks["remask"], masks["dense"]) if masks["dense"] else None,
-        "remask_moves_dense_steps": paired(moves["remask"], moves["dense"]),
-        "begin_dense_steps": paired(once["begin"], once["dense"]),
-        "overhead": paired(steps["pruned"], steps["bare"], 1.0),
-        "dense_tokens_per_second": 1 / statistics.median(steps["dense"]),
-        "tokens_per_second": 1 / statistics.median(steps["pruned"]),
-    }
+class Clock:
+    """Times a model beside its dense twin: the fields of a `Row` that depend on the machine.
+
+    Args:
+        model: before it is pruned.
+        stack: ends what counts memory and other processes.
+    """
+
+    def __init__(self, model: PreTrainedModel, stack: contextlib.ExitStack) -> None:
+        self.model, self.bench, self.times = model, Bench(model, twin(model)), Times()
+        self._peak = stack.enter_context(peak_memory(self.bench.device.type))
+        self._foreign = stack.enter_context(foreign_cpu())
+
+    def of_method(self, run: Session, setting: Setting) -> dict[str, Any]:
+        """Return the times of a pruned model."""
+        bench, times = self.bench, self.times
+        bench.rounds(run, times, setting)
+        for _ in range(max(3, setting.rounds)):
+            bench.move(run, times.moves)
+            if isinstance(run.method, Dart) and run.method.keeps_ring:  # to compute new masks from
+                bench.remask(run, times.masks)
+        for _ in range(max(3, setting.rounds)):
+            bench.begin(run, times.once)
+        copies, everything = run.fast.copies, sum(f.size * f.matrices for f in run.ffns)
+        assert copies is not None
+        return {
+            **self._of_steps(),
+            "weights_executed": sum(sum(kept.rows_read) for kept in copies) / everything,
+            "first_token": paired(times.prompts["pruned"], times.prompts["dense"]),
+            "remask_masks_dense_steps": paired(times.masks["remask"], times.masks["dense"]) if times.masks["dense"]
+            else None,
+            "remask_moves_dense_steps": paired(times.moves["remask"], times.moves["dense"]),
+            "begin_dense_steps": paired(times.once["begin"], times.once["dense"]),
+            "overhead": paired(times.steps["pruned"], times.steps["bare"], 1.0),
+        }  # fmt: skip
+
+    def of_rounded(self, rounding: Rounding, setting: Setting) -> dict[str, Any]:
+        """Return the times of the dense model on rounded weights."""
+        with packed_ffns(self.model, rounding):
+            self.bench.rounds(None, self.times, setting)
+        return self._of_steps()
+
+    def _of_steps(self) -> dict[str, Any]:
+        steps, kernel, own = self.times.steps, self.bench.full, own_bytes(self.model)
+        if not steps["pruned"]:
+            problem = "every timed step makes new masks or runs dense after an alarm, and none is left to time"
+            raise UserError(problem, "give more --steps")
+        return {
+            "speedup": paired(steps["dense"], steps["pruned"]),
+            "control": paired(steps["dense"], steps["again"]),
+            "over_kernel": paired(steps["kernel"], steps["pruned"]) if steps["kernel"] else None,
+            "dense_tokens_per_second": 1 / statistics.median(steps["dense"]),
+            "tokens_per_second": 1 / statistics.median(steps["pruned"]),
+            "stream_rate": None if kernel is None else stream_rate(kernel),
+            "twin_bytes": own, "peak_bytes": max(0, self._peak() - own), "foreign_cores": self._foreign(),
+        }  # fmt: skip
 
 
 class Bench:
@@ -239,20 +257,19 @@ class Bench:
         kwargs = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
         return timed(lambda: model(input_ids=tokens, **kwargs), self.device)
 
-    def rounds(self, run: Session | None, times: Times, prompt: int, steps: int, rounds: int) -> None:
+    def rounds(self, run: Session | None, times: Times, setting: Setting) -> None:
         """Time prompts and their decoding, all variants in turn; the first round warms up and is discarded.
 
         Args:
             run: of the pruned model; None: the model as it is (`pruned`) is timed beside its twin.
             times: the times are added to its steps and prompts, without those of steps with a re-mask, or dense ones
                 after an alarm.
-            prompt: the length of each prompt. steps: the tokens decoded in each round. rounds: their number.
 
         Raises:
             UserError: rows of the model's weights cannot be copied.
         """
-        for i in range(1 + rounds):
-            self._round(run, times if i else Times(), prompt, steps)
+        for i in range(1 + setting.rounds):
+            self._round(run, times if i else Times(), setting.prompt_tokens, setting.steps)
             if run is not None and run.fast.copies is None:
                 raise UserError("rows of this model's weights cannot be copied: no time to save", "load it unquantised")
 
@@ -326,10 +343,3 @@ class Bench:
     def cache(self) -> DynamicCache:
         """Return an empty cache."""
         return DynamicCache(config=self.model.config)
-
-
-def _executed(run: Session) -> float:
-    """Return FFN weights that a forward on copies multiplies / all FFN weights."""
-    assert run.fast.copies is not None
-    total = sum(f.size * f.matrices for f in run.ffns)
-    return sum(sum(kept.rows_read) for kept in run.fast.copies) / total

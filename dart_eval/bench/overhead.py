@@ -23,6 +23,8 @@ from dart_eval.pruning.calibration import Calibration, Moments
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dart import Dart
 from dart_eval.pruning.rows import Rows, nbytes
+from dart_eval.results.format import sparsity as percent
+from dart_eval.results.writers import Table
 from dart_eval.util.errors import UserError
 
 CHUNK = 64  # prompt tokens fed at a time
@@ -33,8 +35,9 @@ class Overhead:
     """The overhead of one method at one sparsity on one shape.
 
     Attributes:
-        state_bytes: prompt length in tokens -> bytes of state per sequence.
-        parts: bytes by purpose, at the longest prompt.
+        state_bytes: prompt length in tokens -> bytes that each sequence adds.
+        parts: of these the bytes by purpose, at the longest prompt.
+        shared_bytes: of masks and statistics that all sequences share.
         decode_share: FLOPs per decoded token (the detector, and each token's choice) over those of a dense token.
         scoring_share: FLOPs per prompt token (scores, sensitivity, detector) over those of a dense token.
         remask_tokens: FLOPs of one re-mask of all layers, in dense tokens.
@@ -46,6 +49,7 @@ class Overhead:
     sparsity: float
     state_bytes: dict[int, int]
     parts: dict[str, int]
+    shared_bytes: int
     decode_share: float
     scoring_share: float
     remask_tokens: float
@@ -66,22 +70,23 @@ def measure(
     ffns = describe(model)
     sizes = shape_of(model, ffns)
     dense = sizes.decode(context + 1)
+    fitted = copy.copy(method)
+    fitted.fit(ffns, sparsity if method.sized else 0.0, Shapes(ffns))
     state: dict[int, int] = {}
     parts: dict[str, int] = {}
     for length in sorted(prompts):
-        state[length], parts = _state(method, ffns, sparsity, length)
+        parts = _state(fitted, ffns, length)
+        state[length] = sum(parts.values())
     added = cost.overhead(method, sizes, context, 1 - sparsity)
     return Overhead(
-        method.spec, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
-        added.remask / dense, added.remask_read,
+        method.spec, shape, sparsity, state, parts, fitted.nbytes(), added.decode_step / dense,
+        added.prefill / context / dense, added.remask / dense, added.remask_read,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def _state(method: Method, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int]]:
-    """Return the bytes of state in total and by part after a prompt of random activations."""
-    fitted = copy.copy(method)
-    fitted.fit(ffns, sparsity if method.sized else 0.0, Shapes(ffns))
+def _state(fitted: Method, ffns: list[FFN], tokens: int) -> dict[str, int]:
+    """Return the bytes of a sequence's state by part, after a prompt of random activations."""
     rows = Rows(1, ffns, torch.device("cpu"))
     fitted.begin(rows)
     observes = type(fitted).observe is not Method.observe
@@ -105,13 +110,33 @@ def _state(method: Method, ffns: list[FFN], sparsity: float, tokens: int) -> tup
         fitted.finish(rows, valid)
     parts = {
         "scores": nbytes(rows.sums),
-        "masks": nbytes(fitted.masks(rows)),
-        "compensation": nbytes(getattr(fitted, "constants", None)),
+        "masks": nbytes(rows.mask),
         "recent inputs": nbytes(getattr(watch, "ring", None)),
         "detector": nbytes(getattr(watch, "drift", None)),
     }
-    total = rows.nbytes() + fitted.nbytes()
-    return total, {**parts, "other": total - sum(parts.values())}
+    return {**parts, "other": rows.nbytes() - sum(parts.values())}
+
+
+def table(results: list[Overhead]) -> Table:
+    """Return the state and the work of methods, for people."""
+    lengths, parts = list(results[0].state_bytes), list(results[0].parts)[:-1]
+    work = ["decoded token", "prompt token", "re-mask", "re-mask reads"]
+    body = []
+    for f in results:
+        sizes = [*f.state_bytes.values(), *(f.parts[part] for part in parts), f.shared_bytes]
+        body.append([
+            f.method, *(f"{size / 10**6:.2f}" for size in sizes),
+            f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %",
+            f"{f.remask_tokens:.2f}" if f.remask_tokens else "-", f"{f.remask_read:.2f}" if f.remask_read else "-",
+        ])  # fmt: skip
+    note = (
+        f"Shape {results[0].shape}, sparsity {percent(results[0].sparsity)}. In megabytes (10^6 bytes): what each "
+        "sequence adds after prompts of these lengths, the parts of the last, and what all sequences share. Decoded "
+        "token, prompt token: FLOPs that the method adds, over those of a dense decoded token after 1024 tokens. "
+        "Re-mask: FLOPs of one re-mask over all layers, in dense tokens. Re-mask reads: FFN weights that it reads / "
+        "those that a dense token reads. They come as often as the text drifts."
+    )
+    return Table("Overhead", ["method", *(f"{n} tokens" for n in lengths), *parts, "shared", *work], body, note)
 
 
 class Shapes(Calibration):

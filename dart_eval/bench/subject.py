@@ -1,45 +1,32 @@
-"""The subject of `dart-eval bench decode`, and the records of its speeds."""
+"""The subject of `dart-eval bench decode`, its rows, and the records of their speeds."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
 
-from dart_eval.bench import bytes_only, decode, packed, shapes
-from dart_eval.bench.bytes_only import BytesOnly
-from dart_eval.bench.decode import DecodeSpeed
-from dart_eval.bench.packed import RoundedSpeed
-from dart_eval.kernels.fast import why_no_kernel
+from dart_eval.bench import decode, shapes
+from dart_eval.bench.decode import Setting
+from dart_eval.bench.row import BYTES_ONLY, Row
 from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.pruning.method import Method
+from dart_eval.pruning.methods.dense import Dense
 from dart_eval.results.speeds import Speed
 from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import Rounded, refuse_fixed
 
 # Fields that a stored speed has by itself.
-FIELDS = ("method", "sparsity", "weights_read", "read", "bits", "speedup", "control", "ceiling")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The settings of a timing.
-
-    Attributes:
-        prompt_tokens: the length of each round's prompt.
-        steps: the tokens decoded in a round.
-        rounds: the number of timed rounds.
-    """
-
-    prompt_tokens: int
-    steps: int
-    rounds: int
+FIELDS = ("method", "sparsity", "weights_read", "bits", "speedup", "control", "ceiling")
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -59,57 +46,70 @@ class Subject:
     dtype: str
 
     @property
-    def title(self) -> str:
-        """The model, for people."""
-        return f"{self.identity['name']}, {self.dtype}"
-
-    @property
     def hardware(self) -> str:
         """The GPU's name, or the number of threads."""
         cuda = self.model.device.type == "cuda"
         threads = torch.get_num_threads()
         return torch.cuda.get_device_name(self.model.device) if cuda else f"{threads} thread{'s' * (threads > 1)}"
 
+    @property
+    def title(self) -> str:
+        """The model and the hardware, for people."""
+        return f"{self.identity['name']}, {self.dtype}, {self.hardware}"
+
     def refused(self, method: Method, sparsity: float) -> UserError | None:
         """Return why a method cannot run here at this sparsity, or None if it can."""
-        return bytes_only.refused(self.model, method, sparsity, self.tokenizer)
+        if method.calibrates and self.tokenizer is None:
+            return UserError("it calibrates on a text, and random weights have no tokenizer", "give a model")
+        try:
+            method.check(find_ffns(self.model), sparsity)
+        except UserError as error:
+            return error
+        return None
 
-    def measure(self, method: Method, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
-        """Time one method (`decode.measure`), or count its reads if there is nothing to time."""
-        if why_no_kernel(method, find_ffns(self.model)):  # no kernel turns its bytes into time
-            return self.count(method, sparsity, setting)
-        return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **dataclasses.asdict(setting))
+    def rows(
+        self, methods: Sequence[Method], sparsity: float, setting: Setting, roundings: Sequence[Rounding], note: Note
+    ) -> Iterator[tuple[Row, Speed]]:
+        """Measure methods on the model's own weights, then dense and methods on rounded ones, one after the other.
 
-    def count(self, method: Method, sparsity: float, setting: Setting, rounding: Rounding | None = None) -> BytesOnly:
-        """Count the weights that one method reads, see `bytes_only.measure`."""
-        return bytes_only.measure(
-            self.model, method, sparsity, tokenizer=self.tokenizer, prompt_tokens=setting.prompt_tokens,
-            steps=setting.steps, rounding=rounding,
-        )  # fmt: skip
+        Args:
+            note: receives what is measured next, and the methods that cannot run.
 
-    def measure_rounded(self, rounding: Rounding, setting: Setting) -> RoundedSpeed | BytesOnly:
-        """Time the dense model on rounded FFN weights (`packed.measure`), or count its reads."""
-        if why := packed.why_no_kernel(self.model, rounding):
-            return bytes_only.alone(self.model, rounding, why)
-        return packed.measure(
-            self.model, rounding, prompt_tokens=setting.prompt_tokens, steps=setting.steps, rounds=setting.rounds
-        )
+        Raises:
+            UserError: no method can run, or the weights cannot be rounded.
+        """
+        if roundings:
+            refuse_fixed(find_ffns(self.model))
+        for rounding in (None, *roundings):
+            where = f" on {rounding.text} bits" if rounding else ""
+            if rounding is not None:
+                yield self._measured(Dense(), 0.0, setting, rounding, note)
+            with contextlib.nullcontext() if rounding is None else Rounded(self.model, rounding).in_place():
+                reasons = {method.spec: self.refused(method, sparsity) for method in methods}
+                if rounding is None and all(reasons.values()):
+                    spec, reason = next(iter(reasons.items()))
+                    assert reason is not None
+                    raise UserError(f"{spec} at sparsity {sparsity:g}: {reason.problem}", reason.remedy)
+                for method in methods:
+                    if reason := reasons[method.spec]:
+                        note(f"{method.spec}{where} at sparsity {sparsity:g} is left out: {reason}")
+                    else:
+                        yield self._measured(method, sparsity, setting, rounding, note)
 
-    def speed(self, result: DecodeSpeed | RoundedSpeed | BytesOnly, method: Method, setting: Setting) -> Speed:
-        """Return the stored part of a measurement. method: its method; `dense` for rounding alone."""
-        more = {name: value for name, value in dataclasses.asdict(result).items() if name not in FIELDS}
-        row = bytes_only.as_row(result)
-        times: dict[str, Any] = {"speedup": None, "control": None, "times": bytes_only.BYTES_ONLY}
-        if not isinstance(result, BytesOnly):
-            times = {"speedup": result.speedup, "control": result.control}
-        return Speed(
-            method=method.spec, params=method.params(), sparsity=row["sparsity"] if method.sized else 0.0,
+    def _measured(
+        self, method: Method, sparsity: float, setting: Setting, rounding: Rounding | None, note: Note
+    ) -> tuple[Row, Speed]:
+        note(f"measuring {method.spec}{f' on {rounding.text} bits' if rounding else ''}")
+        row = decode.measure(self.model, method, sparsity, setting, tokenizer=self.tokenizer, rounding=rounding)
+        more = {name: value for name, value in dataclasses.asdict(row).items() if name not in FIELDS}
+        return row, Speed(
+            method=method.spec, params=method.params(), sparsity=row.sparsity if method.sized else 0.0,
             model=self.identity, dtype=self.dtype, device=self.model.device.type, hardware=self.hardware,
-            compiled=None, prompt_tokens=setting.prompt_tokens,
-            read=row["weights_read"], ceiling=result.ceiling, **times,
+            compiled=None, prompt_tokens=setting.prompt_tokens, read=row.weights_read, speedup=row.speedup,
+            control=row.control, ceiling=row.ceiling, times=BYTES_ONLY if row.why else "measured",
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(),
-            ffn_bits=row.get("bits"),
+            ffn_bits=row.bits,
         )  # fmt: skip
 
 

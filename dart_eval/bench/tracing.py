@@ -54,7 +54,7 @@ def trace(
             "layers": {"kept": session.rows.counts[0, :, 0].tolist(), "sizes": [f.size for f in session.ffns]},
             "detector": session.trace(0),
             "remasks": [{k: e[k] for k in ("token", "overlap")} for e in session.events],
-            **{k: getattr(session, k) for k in ("effective_sparsity", "weights_read", "state_bytes")},
+            **{k: getattr(session, k) for k in ("effective_sparsity", "weights_read", "memory", "state_bytes")},
         }  # fmt: skip
 
 
@@ -82,7 +82,8 @@ def summary(trace: dict[str, Any]) -> str:
         f"{trace['method']} at sparsity {trace['sparsity']:g}: a prompt of {trace['prompt_tokens']} tokens, then "
         f"{len(trace['tokens'])}; mean log-probability {mean:.3f}\n"
         f"layers keep {min(shares):.0%} to {max(shares):.0%} of their neurons; bytes read {trace['weights_read']:.1%}; "
-        f"effective sparsity {trace['effective_sparsity']:.3f}; state {trace['state_bytes'] / 10**6:.2f} MB\n"
+        f"effective sparsity {trace['effective_sparsity']:.3f}; memory {trace['memory'] / 10**6:.2f} MB, of which "
+        f"{trace['state_bytes'] / 10**6:.2f} MB are this sequence's\n"
         f"alarms after tokens: {', '.join(map(str, alarms or '-'))}; re-masks: {len(overlaps)}"
         f"{f', which keep at least {min(overlaps):.0%} of the mask' if overlaps else ''}"
     )

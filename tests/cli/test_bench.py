@@ -46,13 +46,13 @@ def test_what_is_counted():
     model = tiny("llama", torch.float32)
     before = {n: p.clone() for n, p in model.named_parameters()}
     shape = shape_of(model, find_ffns(model))
-    found = decode.measure(model, make("griffin"), 0.7, prompt_tokens=20, steps=5, rounds=2)
+    found = decode.measure(model, make("griffin"), 0.7, decode.Setting(20, 5, 2))
     assert found.weights_read == found.weights_executed == pytest.approx(0.3)
     phi = shape.ffn_weights / (shape.ffn_weights + shape.other_weights + shape.head_weights)
-    assert found.ceiling == found.ceiling_executed == pytest.approx(1 / (1 - 0.7 * phi))
+    assert found.ceiling == pytest.approx(1 / (1 - 0.7 * phi))
     assert found.achieved_over_ceiling == pytest.approx(found.speedup.median / found.ceiling)
-    assert found.extra_weight_bytes == 3 * 3 * 12 * 32 * 4
-    assert found.state_bytes > 0 and found.peak_bytes > 0
+    assert found.memory - found.state == 3 * 12 * (3 * 32 * 4 + 8)  # copies of rows, and each neuron's number
+    assert found.state > 0 and found.peak_bytes > 0
     assert found.speedup.n == found.control.n == found.overhead.n == 10  # the warm-up is not counted
     assert found.remask_masks_dense_steps is None
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
@@ -88,14 +88,14 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", keep)
     monkeypatch.setattr(decode, "timed", watched)
-    found = decode.measure(model, make("griffin"), 0.7, prompt_tokens=20, steps=5, rounds=2)
+    found = decode.measure(model, make("griffin"), 0.7, decode.Setting(20, 5, 2))
     # Three rounds: the prompt for each cache that begins dense (one is of our own product, in bfloat16), five tokens
     # twice; then before the changes of every re-mask, and before all rows are copied.
     own = found.over_kernel is not None
     assert own == (dtype == torch.bfloat16 and build.why_no_kernel() is None)
     assert len(dense) == 3 * (3 + own + 2 * 5) + 3 + 3
     ffn = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".mlp." in n)
-    assert (found.twin_bytes, found.extra_weight_bytes) == (ffn, 3 * 3 * 12 * 32 * dtype.itemsize)
+    assert (found.twin_bytes, found.memory - found.state) == (ffn, 3 * 12 * (3 * 32 * dtype.itemsize + 8))
     for module, ids, logits, past in dense:
         assert module is not model
         if not past:
@@ -124,7 +124,7 @@ def test_steps_with_a_remask_are_left_out():
     """A window of 3 tokens, an alarm in every one: of 5 steps of a round one has a re-mask."""
     restless = ":".join(f"{k}={v}" for k, v in RESTLESS.items())
     method = make(*parse(f"dart:{restless}"))
-    found = decode.measure(tiny("llama", torch.float32), method, 0.5, prompt_tokens=20, steps=5)
+    found = decode.measure(tiny("llama", torch.float32), method, 0.5, decode.Setting(20, 5))
     assert found.speedup.n == 3 * 4
     assert found.remask_masks_dense_steps.n >= 3
 
@@ -138,14 +138,14 @@ def test_a_fifth_of_the_kept_neurons_changes(monkeypatch):
         return copied[-1][0]
 
     monkeypatch.setattr(RowCopies, "select", select)
-    decode.measure(tiny("llama", torch.float32), make("magnitude"), 0.5, prompt_tokens=5, steps=2, rounds=1)
+    decode.measure(tiny("llama", torch.float32), make("magnitude"), 0.5, decode.Setting(5, 2, 1))
     assert copied[-27:] == [(4, 20)] * 18 + [(20, 20)] * 9  # three times three layers, there and back; then all anew
 
 
 def test_steps_that_all_make_masks_leave_none_to_time():
     method = make("dart", {"allocation": "uniform", **RESTLESS, "remask.window": 1})
     with pytest.raises(UserError, match="every timed step makes new masks"):
-        decode.measure(tiny("llama", torch.float32), method, 0.5, prompt_tokens=16, steps=3, rounds=1)
+        decode.measure(tiny("llama", torch.float32), method, 0.5, decode.Setting(16, 3, 1))
 
 
 def test_what_cannot_be_timed_is_refused():
@@ -209,12 +209,12 @@ def test_the_command_shows_what_it_measures(saved_llama):
     assert [f["method"] for f in found] == ["griffin", "dart"]
     for key in ("achieved_over_ceiling", "speedup", "ceiling", "remask_moves_dense_steps", "overhead"):
         assert isinstance(found[0][key], float)
-    assert 0 < found[0]["extra_weight_bytes"] < found[0]["twin_bytes"] / 2
+    assert 0 < found[0]["state"] < found[0]["memory"] < found[0]["twin_bytes"] / 2
     assert found[0]["speedup_quartiles"][0] <= found[0]["speedup"] <= found[0]["speedup_quartiles"][1]
     assert found[0]["speedup_n"] == 3
     assert (found[0]["remask_masks_dense_steps"] is None, found[1]["remask_masks_dense_steps"] > 0) == (True, True)
     shown = command("bench", "decode", *few).out
-    for word in ("griffin", "speed-up", "ceiling", "control", "thread", "prompt", "extra MB"):
+    for word in ("griffin", "speed-up", "ceiling", "control", "thread", "prompt", "memory MB"):
         assert word in shown
 
 
@@ -246,7 +246,7 @@ def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
     assert done.code == 0, done.err
     pruned, top = sorted(speeds.load_speeds(tmp_path), key=lambda s: s.method)
     rows = json.loads(done.out)  # what was written is said elsewhere
-    assert sorted(done.err.splitlines()) == sorted(f"wrote {speeds.path_of(tmp_path, s)}" for s in (pruned, top))
+    assert {f"wrote {speeds.path_of(tmp_path, s)}" for s in (pruned, top)} < {*done.err.splitlines()}
     assert (pruned.method, pruned.sparsity, pruned.dtype, pruned.device) == (spec, 0.7, "float32", "cpu")
     assert (pruned.params["remask.window"], pruned.compiled, pruned.prompt_tokens) == (4, None, 16)
     assert pruned.hardware.startswith(f"{torch.get_num_threads()} thread")
@@ -262,7 +262,7 @@ def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
 def test_steps_that_run_dense_after_an_alarm_are_not_timed():
     """Of 12 steps windows of 3 alarm after the third; the next 6 run dense, up to a re-mask."""
     spec = ":".join(["dart", *(f"{k}={v}" for k, v in {**RESTLESS, "remask.dense_tokens": 6}.items())])
-    found = decode.measure(tiny("llama", torch.float32), make(*parse(spec)), 0.5, prompt_tokens=20, steps=12, rounds=1)
+    found = decode.measure(tiny("llama", torch.float32), make(*parse(spec)), 0.5, decode.Setting(20, 12, 1))
     assert found.speedup.n == 6 and found.weights_read == pytest.approx(0.5)
 
 
@@ -273,5 +273,5 @@ def test_only_the_first_round_warms_up_whatever_its_length():
     def round_(_run, times, _prompt, _steps):
         times.steps["dense"] += [float(n := next(lengths))] * n
 
-    Bench.rounds(SimpleNamespace(_round=round_), None, kept, 8, 30, 2)
+    Bench.rounds(SimpleNamespace(_round=round_), None, kept, decode.Setting(8, 30, 2))
     assert kept.steps["dense"] == [27.0] * 54

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from dart_eval.bench import bytes_only
+from dart_eval.bench.decode import Setting, measure
+from dart_eval.bench.subject import Subject
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.fast import why_no_kernel
 from dart_eval.layers.find import find_ffns
@@ -25,11 +26,11 @@ def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
     done = command(*words, "--format", "json", "--output", tmp_path)
     assert done.code == 0, done.err
     griffin, *others = json.loads(done.out)
-    assert griffin["speedup"] > 0 and "times" not in griffin
+    assert griffin["speedup"] > 0 and griffin["why"] is None
     assert [r["method"] for r in others] == UNTIMED.split(",")
     for row in others:
-        assert (row["times"], row["speedup"], row["control"]) == ("bytes only", None, None)
-        assert 0.2 < row["weights_read"] < 0.75 and row["ceiling"] > 1 and row["why"]
+        assert (row["speedup"], row["control"], row["overhead"]) == (None, None, None)
+        assert 0.2 < row["weights_read"] < 0.75 and row["ceiling"] > 1 and row["why"] and row["memory"] >= row["state"]
     assert others[2]["weights_read"] == pytest.approx(0.5, abs=0.01)
     assert others[0]["ceiling"] == pytest.approx(griffin["ceiling"], rel=0.02)  # bytes that are nearly as many
     found = {s.method: s for s in speeds.load_speeds(tmp_path)}
@@ -38,8 +39,7 @@ def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
     assert found["teal"].more["why"] == "teal has no kernel"
     table = command(*words, "--format", "md").out
     assert table.count("| bytes only ") == 4 and "cats chooses" in table
-    (costs,) = [part for part in table.split("###") if "Other costs of a method" in part]
-    assert "griffin" in costs and "oracle-token" not in costs
+    assert "| memory MB | state MB |" in table
 
 
 def test_where_nothing_can_be_timed_a_line_says_so(saved_llama):
@@ -55,7 +55,7 @@ def test_where_nothing_can_be_timed_a_line_says_so(saved_llama):
         "md",
     )
     done = command(*words)
-    assert done.code == 0 and "No method here can be timed." in done.out and "Other costs" not in done.out
+    assert done.code == 0 and "No method here can be timed." in done.out and "| overhead" not in done.out
 
 
 def test_a_sparsity_out_of_reach_leaves_one_method_out(saved_llama):
@@ -67,20 +67,21 @@ def test_a_sparsity_out_of_reach_leaves_one_method_out(saved_llama):
     assert (alone.code, alone.out) == (2, "") and "error: cats at sparsity 0.7: cats reads 1" in alone.err
 
 
+def refused(model, method, tokenizer=None):
+    return Subject(model, tokenizer, {"name": "tiny"}, "float32").refused(make(method), 0.5)
+
+
 def test_a_text_that_nothing_can_read_leaves_one_method_out():
     model = tiny("llama", torch.float32)
-    assert "no tokenizer" in str(bytes_only.refused(model, make("teal"), 0.5, None))
-    assert bytes_only.refused(model, make("teal"), 0.5, object()) is bytes_only.refused(
-        model, make("griffin"), 0.5, None
-    )
+    assert "no tokenizer" in str(refused(model, "teal"))
+    assert refused(model, "teal", object()) is refused(model, "griffin") is None
 
 
 def test_what_does_not_fit_a_model_is_left_out_too():
-    depth = bytes_only.refused(types.tiny("deepseek_v4"), make("dart"), 0.5, object())
-    assert "allocation=depth does not fit this model" in str(depth)
+    assert "allocation=depth does not fit this model" in str(refused(types.tiny("deepseek_v4"), "dart", object()))
     model = types.tiny("qwen3_moe")
-    assert "teal is not made for experts" in str(bytes_only.refused(model, make("teal"), 0.5, object()))
-    assert bytes_only.refused(model, make("griffin"), 0.5, object()) is None
+    assert "teal is not made for experts" in str(refused(model, "teal", object()))
+    assert refused(model, "griffin", object()) is None
 
 
 @pytest.mark.parametrize(("method", "why"), [
@@ -98,10 +99,10 @@ def test_weights_that_cannot_be_copied_are_counted_and_not_timed():
     model = tiny("llama", torch.float32)
     model.model.layers[2].mlp = model.model.layers[0].mlp
     assert "have one FFN" in why_no_kernel(make("griffin"), find_ffns(model))
-    found = bytes_only.measure(model, make("griffin"), 0.7, prompt_tokens=8)
+    found = measure(model, make("griffin"), 0.7, Setting(8))
     assert found.weights_read == pytest.approx(0.3, abs=0.01) and "have one FFN" in found.why
 
 
 def test_what_neither_prunes_nor_knows_only_the_past_is_refused():
     with pytest.raises(UserError, match="oracle cannot be timed"):
-        bytes_only.measure(tiny("llama", torch.float32), make("oracle"), 0.5)
+        measure(tiny("llama", torch.float32), make("oracle"), 0.5)

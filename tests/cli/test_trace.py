@@ -145,7 +145,7 @@ def test_overhead_is_that_of_the_real_state(small_shape, name):
     neurons = 3 * 40
     assert found.parts["masks"] == neurons
     assert found.parts["scores"] == neurons * 4
-    assert found.parts["compensation"] == 0
+    assert found.shared_bytes == 0
     ring = {"dart": 24}.get(name, 0)
     assert found.parts["recent inputs"] == (
         3 * ring * 32 * 2 + ring + 8 if ring else 0

@@ -10,7 +10,7 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
-from dart_eval.bench import bytes_only
+from dart_eval.bench.decode import Setting, measure
 from dart_eval.layers import quantised
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import weight_matrix
@@ -108,7 +108,7 @@ def test_memory_is_what_parameters_take(checkpoints, kind, scales):
 @pytest.mark.parametrize("kind", ["torchao-4", "bitsandbytes-4"])
 def test_a_ceiling_is_held_against_the_model_itself(checkpoints, kind):
     model = _loaded(checkpoints[kind])
-    found = bytes_only.measure(model, make("griffin"), 0.5, prompt_tokens=8, steps=1)
+    found = measure(model, make("griffin"), 0.5, Setting(8, 1))
     phi = stored_share(model, find_ffns(model))
     bits = BITS[kind]
     read = (bits + bits // 1 / 2 + bits % 1) / (3 * bits)  # half of all but the scales of down
@@ -117,7 +117,7 @@ def test_a_ceiling_is_held_against_the_model_itself(checkpoints, kind):
 
 def test_a_head_of_16_bits_lowers_the_ceiling_of_quantised_ffns(checkpoints):
     model = _loaded(checkpoints["torchao-8"])
-    found = bytes_only.measure(model, make("griffin"), 0.5, prompt_tokens=8, steps=1)
+    found = measure(model, make("griffin"), 0.5, Setting(8, 1))
     ours = {id(m) for f in find_ffns(model) for m in f.projections}
     size = {id(m): 8 * m.in_features * m.out_features for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
     own, everything = sum(size[i] for i in ours), sum(size.values()) + 16 * model.lm_head.weight.numel()

@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from dart_eval.bench import packed
-from dart_eval.bench.subject import Setting, Subject
-from dart_eval.cli.bench import _measured
+from dart_eval.bench import decode
+from dart_eval.bench.decode import packed_ffns
+from dart_eval.bench.subject import Subject
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make
 from dart_eval.results import speeds
 from dart_eval.util.bits import parse
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import rounded_ffns, served_share
+from dart_eval.weights.rounding import rounded_ffns, served_bits, served_share
 from tests.helpers.commands import command
 from tests.helpers.models import made, random_tokens, tiny
 from tests.helpers.sessions import bits, same
@@ -31,13 +31,13 @@ def wide():
 def test_the_model_says_the_same_through_packed_products_and_is_itself_afterwards():
     model, tokens = wide(), torch.tensor([random_tokens(1)])
     before = model(tokens).logits
-    with packed.packed_ffns(model, parse("4:128")):
+    with packed_ffns(model, parse("4:128")):
         inside = model(tokens).logits
     assert torch.equal(model(tokens).logits, before) and not torch.equal(inside, before)
     with rounded_ffns(model, "4:128"):
         torch.testing.assert_close(inside, model(tokens).logits, rtol=0.05, atol=0.1)
     refused = pytest.raises(UserError, match="the kernels read 4, 5, 6 or 8 bits")
-    with refused, packed.packed_ffns(tiny("llama"), parse("4:16")):
+    with refused, packed_ffns(tiny("llama"), parse("4:16")):
         pass
 
 
@@ -52,7 +52,11 @@ def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
     )  # fmt: skip
     griffin, dense, _ = json.loads(out.out)
     bits = 4 + 16 * (2 / 64 + 1 / 128) / 3  # a scale for each row
-    assert griffin["method"] == "griffin" and dense["bits"] == "4:128" and dense["read"] == pytest.approx(bits / 16)
+    assert (
+        griffin["method"] == "griffin"
+        and dense["bits"] == "4:128"
+        and dense["weights_read"] == pytest.approx(bits / 16)
+    )
     assert dense["speedup"] > 0 and dense["ceiling"] > 1 and dense["speedup_n"] == 2
     found = {(s.method, s.ffn_bits): s for s in speeds.load_speeds(tmp_path / "out")}
     alone, own, on_four = (found[key] for key in (("dense", "4:128"), ("griffin", None), ("griffin", "4:128")))
@@ -79,14 +83,13 @@ def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, to
             # A scale of down stands for 32 neurons: those of all neurons are read.
             own = int(few) + 0.5
             share = (own if method == "dense" else 0.5 * own + 0.5 * 0.5 / 3) / 16
-            assert (row["times"], row["speedup"]) == ("bytes only", None)
+            assert row["why"] and row["speedup"] is None
             assert row["weights_read"] == pytest.approx(share)
             ffn = 1 - 1 / found["dense", "4"]["ceiling"]  # saved at 4.5 of 16 bits
             assert 1 - 1 / row["ceiling"] == pytest.approx(ffn * (1 - row["weights_read"]) / (1 - 4.5 / 16))
     assert found["dense", "3"]["why"].startswith("the kernels read 4, 5, 6 or 8 bits")
     assert found["griffin", "3"]["why"] == found["dense", "3"]["why"]
     table = command(*words, "--format", "md").out
-    assert "Methods do not read 50 % of the rounded weights; read is a share of the bytes of 16-bit weights." in table
     assert table.count("| bytes only ") == 4 and "\n| griffin on 3 bits | 0.11 | bytes only" in table
 
 
@@ -104,10 +107,10 @@ def test_methods_out_of_reach_on_rounded_weights_alone_are_left_out_there(tmp_pa
 
 
 def test_what_cannot_be_rounded_is_refused_before_anything_is_timed(saved_llama, monkeypatch):
-    monkeypatch.setattr(Subject, "measure", lambda *given: pytest.fail("timed"))
+    monkeypatch.setattr(decode, "measure", lambda *given, **more: pytest.fail("timed"))
     words = ("bench", "decode", "--method", "griffin", "--ffn-bits", "4")
     checked = []
-    monkeypatch.setattr("dart_eval.weights.rounding.refuse_fixed", lambda ffns: checked.append(len(ffns)))
+    monkeypatch.setattr("dart_eval.bench.subject.refuse_fixed", lambda ffns: checked.append(len(ffns)))
     with pytest.raises(pytest.fail.Exception, match="timed"):
         command(*words, "--model", saved_llama)
     assert checked == [3]
@@ -118,10 +121,10 @@ def test_the_model_is_its_own_again_after_methods_on_rounded_weights(monkeypatch
     model = wide()
     subject, before = Subject(model, None, {"name": "tiny"}, "bfloat16"), bits(model)
     if fails:
-        monkeypatch.setattr(Subject, "count", lambda *given: 1 / 0)
+        monkeypatch.setattr(decode, "_by_masks", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError) if fails else nullcontext():
-        found, rounded, _ = _measured(subject, Setting(8, 2, 1), [make("griffin")], 0.25, ("3",), None)
-        assert [f.method for f in found] == ["griffin"] and [f.method for f in rounded] == ["dense", "griffin"]
+        rows = subject.rows([make("griffin")], 0.25, decode.Setting(8, 2, 1), [parse("3")], print)
+        assert [row.title for row, _ in rows] == ["griffin", "dense on 3 bits", "griffin on 3 bits"]
     assert same(model, before) and served_share(find_ffns(model)) == 1
 
 
@@ -130,6 +133,6 @@ def test_the_model_is_its_own_again_after_methods_on_rounded_weights(monkeypatch
 def test_what_is_read_of_rounded_weights_counts_every_row(family, spelled):
     """Rows of down have another width than those of gate and up: as the same weights count when they are in place."""
     model = types.tiny(family) if family == "qwen3_moe" else tiny(family)
-    read = packed.share(model, parse(spelled))
+    read = served_bits(find_ffns(model), parse(spelled)) / 16
     with rounded_ffns(model, spelled):
         assert read == pytest.approx(served_share(find_ffns(model)), rel=1e-12)
