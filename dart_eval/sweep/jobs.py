@@ -14,7 +14,6 @@ import torch
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
-from dart_eval.evaluation.calibration_text import calibration_text, sharing
 from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.sampling import task_draws
 from dart_eval.evaluation.settings import check_released
@@ -120,7 +119,6 @@ def plan_all(
         missing |= found
         drawn = {name for name in hashes if _draws(tasks.load(name), config)}
         kind = device or choose_device("auto" if config.device_map else config.device).type
-        _warn_shared_data(config, tasks, list(hashes), view)
         cells = plan(config, model, list(hashes), hashes, kind, drawn)
         try:
             kept = drop_infeasible(cells, model, Store(config.output), view.status, view.note)
@@ -200,19 +198,6 @@ def count_requests(items: Sequence[Task | Group], limit: float | None) -> int:
 def documents(job: Job) -> int:
     """Return the number of documents that a cell asks."""
     return sum(number_asked(task, job.config.limit) for task in leaves(job.tasks.load(job.cell.task)))
-
-
-def _warn_shared_data(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:
-    """Note the tasks whose documents come from the data set on which methods calibrate."""
-    if config.calibration is None or not any(method.calibrates for method in methods_of(config)):
-        return
-    data_set = calibration_text(config.calibration, config.data_dir).data_set
-    shared = [task for name in names for task in sharing(tasks.load(name), data_set)] if data_set else []
-    if shared:
-        view.note(
-            f"{', '.join(shared)}: methods calibrate on the same data set, {data_set}, so other texts would be a "
-            "fairer test (docs/numbers.md)"
-        )
 
 
 @dataclass
