@@ -68,7 +68,7 @@ def rows_of(file: str | Path, most: int | None = None) -> list[Json]:
         if not line.strip() or len(rows) == most:
             continue
         try:
-            row = json.loads(line.decode(), object_pairs_hook=_once, parse_constant=_no_number)
+            row = json.loads(line.decode(), object_pairs_hook=_once, parse_constant=_no_number, parse_int=_whole)
             _check_kinds(row, rows[0] if rows else {})
         except (ValueError, RecursionError) as error:
             cause = getattr(error, "msg", None) or summary(error)  # without JSON's own line, which is always 1
@@ -87,6 +87,12 @@ def _once(pairs: list[tuple[str, object]]) -> Json:
 
 def _no_number(text: str) -> object:
     raise ValueError(f"{text} is no number of JSON")
+
+
+def _whole(text: str) -> int:
+    if not -(2**63) <= int(text) < 2**64:
+        raise ValueError("a number of more than 64 bits")
+    return int(text)
 
 
 def _check_kinds(row: object, first: Json) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from dart_eval.evaluation.seeded_data import prepared_once, seeded, without_othe
 from dart_eval.evaluation.task_names import aliases, is_pattern, none_given, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import block_local_code, check_task, check_yaml, own_metrics, sandbox_templates
 from dart_eval.models.loading import work_offline_if_unreachable
-from dart_eval.util.errors import UserError, naming
+from dart_eval.util.errors import UserError, naming, summary
 from dart_eval.util.text import Json
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
@@ -41,7 +41,9 @@ EXTRA = {  # what code of lm-eval's tasks imports and the extra [tasks] installs
     "langdetect", "immutabledict", "nltk", "wonderwords", "jieba", "fuzzywuzzy", "rouge", "sympy", "math_verify",
     "antlr4",
 }  # fmt: skip
-PUNKT = "punkt_tab"  # NLTK's data for sentences, which lm-eval downloads where it can
+OFFLINE = (  # errors of the hub's libraries and of those below them
+    "ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError",
+)  # fmt: skip
 
 # Documents that share this field are no independent draws: they form a cluster for the statistics. A task of our own
 # names the field itself (`metadata.cluster`). Members of a group are clustered by task, whatever this says.
@@ -245,15 +247,17 @@ class Tasks:
 
     def _explain(self, name: str, error: Exception) -> UserError:
         """Return why a task could not be loaded, in one line."""
-        causes = [*_causes(error)]
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
         for cause in causes:
             if isinstance(cause, UserError):
                 return cause
             if isinstance(error, ImportError) and isinstance(cause, ModuleNotFoundError) and cause.name:
-                return missing(name, cause.name.partition(".")[0])
-            if isinstance(cause, LookupError) and PUNKT in str(cause):
-                return without_sentences(name)
-        files = self._files[name]
+                module = cause.name.partition(".")[0]
+                remedy = "pip install 'dart-eval[tasks]'" if module in EXTRA else f"pip install {module}"
+                return UserError(f"task {name} needs the package {module}", remedy)
+        files = self._files.get(name, [])
         try:
             with naming(f"task {name}: "):
                 for file in files:
@@ -263,30 +267,17 @@ class Tasks:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
-        text = f"{type(root).__name__}: {root}"[:300]
-        if "Couldn't find a module script" in text:
-            return UserError(
-                f"the metric of task {name} could not be loaded: the hub cannot be reached",
-                "fill the Hugging Face cache first, or put the metric's folder into the working directory",
-            )
         if files:
-            folder = Path(files[-1]).parent
-            return UserError(f"task {name} cannot use the documents of {folder} ({text})", "fix or remove them")
-        if self.data_dir is None and any(map(_is_of_connection, causes)):
+            place = Path(files[-1]).parent
+            return UserError(f"task {name} cannot use the documents of {place} ({summary(root)})", "fix or remove them")
+        if self.data_dir is None and any(type(cause).__name__ in OFFLINE for cause in causes):
             return UserError(
-                f"the data of task {name} could not be loaded: the hub cannot be reached",
+                f"the data of task {name} could not be loaded: the hub cannot be reached ({summary(root)})",
                 "give local data with --data-dir, or set HF_ENDPOINT / a proxy, or fill the Hugging Face cache first",
             )
-        remedy = "check the task's name and data with `dart-eval ls tasks`"
-        if isinstance(error, ImportError):
-            remedy = "install what the task needs"
-        return UserError(f"task {name} could not be loaded ({text})", remedy)
-
-
-def missing(task: str, module: str) -> UserError:
-    """Return the error for a module that is not installed."""
-    remedy = "pip install 'dart-eval[tasks]'" if module in EXTRA else f"pip install {module}"
-    return UserError(f"task {task} needs the package {module}", remedy)
+        return UserError(
+            f"task {name} could not be loaded ({summary(root)})", "`dart-eval ls tasks` lists names, docs/data.md data"
+        )
 
 
 def _check_sentences(task: str) -> None:
@@ -295,34 +286,12 @@ def _check_sentences(task: str) -> None:
         import nltk
 
         try:
-            nltk.data.find(f"tokenizers/{PUNKT}")
+            nltk.data.find("tokenizers/punkt_tab")
         except LookupError:
-            raise without_sentences(task) from None
-
-
-def without_sentences(task: str) -> UserError:
-    """Return the error for NLTK's missing data."""
-    return UserError(
-        f"task {task} needs NLTK's data {PUNKT}, which could not be downloaded",
-        f"run python -m nltk.downloader {PUNKT} with a network; NLTK_DATA names its folder",
-    )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_of_connection(error: BaseException) -> bool:
-    names = ("ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
-    said = ("Couldn't reach", "offline mode", "Offline mode", "doesn't exist on the Hub")
-    return (
-        type(error).__name__ in names
-        or isinstance(error, ConnectionError)
-        or any(words in str(error) for words in said)
-    )
+            raise UserError(
+                f"task {task} needs NLTK's data punkt_tab, which could not be downloaded",
+                "run python -m nltk.downloader punkt_tab with a network; NLTK_DATA names its folder",
+            ) from None
 
 
 def leaves(items: list[Task | Group]) -> list[Task]:

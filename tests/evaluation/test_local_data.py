@@ -39,6 +39,7 @@ FAULTS = {
     "null": (GOOD + b"\nnull\n", 6, "no object"),
     "twice": (GOOD + b'{"a": 1, "a": 2}\n', 5, "twice"),
     "nan": (GOOD + lines(row(float("nan"), label="1")), 5, "NaN is no number"),
+    "huge": (GOOD + lines(row(10**30)), 5, "more than 64 bits"),
     "deep": (GOOD + b'{"a":' * 100_000, 5, "recursion"),
     "kind": (GOOD + lines(row(5, endings="one")), 5, "'endings' has text, and a list"),
     "number for text": (GOOD + lines(row(5, label=3)), 5, "'label' has a number, and text"),
@@ -105,8 +106,8 @@ def test_a_task_whose_data_cannot_be_read_names_the_line(tmp_path, kind):
 @pytest.mark.slow  # the index of all tasks
 @pytest.mark.usefixtures("_beside")
 @pytest.mark.parametrize("bad", [
-    lines(row(10**30)), lines(row(5, ctx="\ud800")), lines({"ctx": "a"}), lines(row(5, label="b"), row(6)),
-], ids=["huge", "half a character", "without fields", "no label"])  # fmt: skip
+    lines(row(5, ctx="\ud800")), lines({"ctx": "a"}), lines(row(5, label="b"), row(6)),
+], ids=["half a character", "without fields", "no label"])  # fmt: skip
 def test_rows_that_only_the_task_or_the_loader_cannot_use_are_told_with_their_data(tmp_path, bad):
     data_dir(tmp_path / "data", GOOD + bad)
     with pytest.raises(UserError, match="Rowan__hellaswag/default"):

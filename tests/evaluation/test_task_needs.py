@@ -65,11 +65,6 @@ def test_missing_data_of_nltk_are_named_before_any_answer(monkeypatch, tmp_path)
         Tasks(tmp_path).load("ifeval")
 
 
-def test_sentences_that_cannot_be_cut_while_documents_are_made_are_told_alike():
-    error = LookupError("\n  Resource punkt_tab not found.\n")
-    assert "python -m nltk.downloader punkt_tab" in Tasks()._explain("niah_single_2", error).remedy
-
-
 def test_the_extra_has_what_they_need():
     text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
     extra = re.search(r"^tasks = \[[^\n]*\n(.*?)^\]", text, re.S | re.M)[1]
