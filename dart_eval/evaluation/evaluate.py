@@ -118,7 +118,7 @@ def _metrics(results: Json) -> list[Metric]:
     found = []
     for task, values in results["results"].items():
         better = _directions(task, groups, results["higher_is_better"])
-        n = sizes[task] if task in sizes else _group_size(task, groups, sizes)
+        n = sum(sizes.get(member, 0) for member in _members(task, groups))
         for name, value in values.items():
             metric, _, filter_ = name.partition(",")
             if not filter_ or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -147,10 +147,6 @@ def _directions(task: str, groups: dict[str, list[str]], of_tasks: Json) -> Json
         for metric, better in (of_tasks.get(member) or {}).items():
             found.setdefault(metric, set()).add(better)
     return {metric: values.pop() if len(values) == 1 else None for metric, values in found.items()}
-
-
-def _group_size(group: str, groups: dict[str, list[str]], sizes: dict[str, int]) -> int:
-    return sum(sizes[c] if c in sizes else _group_size(c, groups, sizes) for c in groups.get(group, []))
 
 
 def _distances(

@@ -17,8 +17,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, batches
@@ -26,8 +27,6 @@ from dart_eval.evaluation.cache import can_pad
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.requests import Text
 from dart_eval.evaluation.rotary import Angles
-from dart_eval.evaluation.truncation import fit
-from dart_eval.evaluation.unusable import LogitsWatch
 from dart_eval.layers.find import decoder
 from dart_eval.pruning.log import Step
 from dart_eval.pruning.session import Session
@@ -208,6 +207,65 @@ def ends_of(lm: HFLM) -> set[int | None]:
     """Return the tokens that end a text: the tokenizer's end of sequence, and those of the model's settings."""
     ends = getattr(lm.model.generation_config, "eos_token_id", None)
     return {lm.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+
+
+def fit(lm: HFLM, request: Instance, budget: int, field: str | None) -> tuple[str, bool]:
+    """Cut the end of the document in a prompt, so that the prompt has at most `budget` tokens.
+
+    Args:
+        lm: for its tokenizer.
+        field: of the document that may be cut; None leaves the prompt to lm-eval, which keeps its last tokens.
+
+    Returns:
+        The prompt, and whether it was or will be cut.
+
+    Raises:
+        UserError: the rest of the prompt alone is too long, or the document is not in the prompt.
+    """
+    prompt: str = request.args[0]
+    excess = len(lm.tok_encode(prompt)) - budget
+    if excess <= 0:
+        return prompt, False
+    document = str(request.doc.get(field, "")).strip() if field else ""
+    at = prompt.rfind(document) if document else -1
+    if at < 0:
+        if field is None:
+            return prompt, True
+        raise UserError(f"the document of {request.task_name} was not found in its prompt")
+    pieces = lm.tok_encode(document, add_special_tokens=False)
+    keep = len(pieces) - excess
+    while True:
+        if keep <= 0:
+            raise UserError(
+                f"a prompt of {request.task_name} leaves no room for its document in {budget} tokens",
+                "use fewer shots, a larger --max-length, or a model with a longer context",
+            )
+        short = lm.tok_decode(pieces[:keep]).rstrip()
+        cut = prompt[:at] + short + prompt[at + len(document) :]
+        excess = len(lm.tok_encode(cut)) - budget
+        if excess <= 0:
+            return cut, True
+        keep -= excess
+
+
+class LogitsWatch(LogitsProcessor):
+    """Notes during generation which rows had a logit of NaN or infinity, or no possible word.
+
+    Args:
+        rows: sequences of the batch.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._usable: list[Tensor] = []  # per token: [rows] bool
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._usable.append(scores.amax(-1).isfinite().view(self.rows, -1).all(1))  # several beams to a row
+        return scores
+
+    def usable(self, row: int, tokens: int) -> bool:
+        """Whether the first `tokens` tokens of a row came from finite logits."""
+        return all(bool(step[row]) for step in self._usable[:tokens])
 
 
 class GenerationLog:

@@ -30,14 +30,14 @@ from dart_eval.evaluation.requests import Request, Score, Scoring, Text, holds, 
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import RollingLogLikelihood
-from dart_eval.evaluation.truncation import truncated
-from dart_eval.evaluation.unusable import Unusable
+from dart_eval.layers.finite import REMEDY
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
+HOPELESS = 64  # answers without a usable one after which a cell ends
 
 
 class PrunedLM(HFLM):
@@ -127,11 +127,14 @@ class PrunedLM(HFLM):
             make: returns the scorer or generator for a size of forwards.
             answer: type of the answers; anything else in the journal does not count.
 
+        Answers of NaN or infinity stay out of it. A log-likelihood of -inf counts too: log_softmax in fp32 returns it
+        only for a logit of -inf, which is an overflow or a word that the model rules out, and it ranks no answer.
+
         Raises:
-            UserError: answers are NaN or infinite.
+            UserError: answers are NaN or infinite: at the end, or earlier if none was usable for long.
         """
         names, asked, answering = list(requests), list(requests.values()), make(self.planned)
-        unusable = Unusable(len(names))
+        seen = wrong = 0
         self.kinds.add(kind)
         for name in names:
             if name in self.journal and not holds(self.journal[name], answer):
@@ -147,9 +150,14 @@ class PrunedLM(HFLM):
                 pieces = answering.units([asked[i] for i in open_requests])
             for piece in pieces:
                 answers = {names[open_requests[i]]: answer for i, answer in answering.run(piece)}
-                self._keep(unusable.sift(answers), answering.state_bytes)
+                usable = {name: answer for name, answer in answers.items() if answer.usable}
+                seen, wrong = seen + len(answers), wrong + len(answers) - len(usable)
+                if wrong == seen >= HOPELESS:
+                    raise UserError(f"{wrong} of the first {seen} of {len(names)} answers are NaN or infinite", REMEDY)
+                self._keep(usable, answering.state_bytes)
                 self.on_progress(len(answers), True)
-        unusable.check_usable(over=True)
+        if wrong:
+            raise UserError(f"{wrong} of {len(names)} answers are NaN or infinite", REMEDY)
 
     def _keep(self, answers: Mapping[str, Score | Text], state_bytes: int) -> None:
         """Write a finished batch into the journal, with the time since the last one."""
@@ -275,6 +283,23 @@ class PrunedLM(HFLM):
             self._record(request, text.cost, text.cut)
             self.token_ids.setdefault((request.task_name, request.doc_id), text.token_ids)
         return [text.text for text in texts]
+
+
+def truncated(context: list[int], continuation: list[int], max_length: int) -> Request:
+    """Cut from the left as `HFLM` does: at most max_length + 1 tokens, the last of which is only predicted.
+
+    Raises:
+        UserError: the continuation alone is too long, or empty.
+    """
+    if not continuation:
+        raise UserError("an answer has no token of its own after its context", "check the task's target_delimiter")
+    if len(continuation) > max_length:
+        raise UserError(
+            f"a continuation of {len(continuation)} tokens does not fit in {max_length}", "use a larger --max-length"
+        )
+    whole = (context + continuation)[-(max_length + 1) :]
+    split = len(whole) - len(continuation)
+    return Request(tuple(whole[:split]), tuple(whole[split:]))
 
 
 def _name(*request: object) -> str:

@@ -7,10 +7,10 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 
 from dart_eval.evaluation.evaluate import evaluate_task
+from dart_eval.evaluation.generation import fit
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks, documents
-from dart_eval.evaluation.truncation import fit
 from dart_eval.models import demo_model
 from dart_eval.pruning.session import Session, prune
 from dart_eval.results.journal import Journal

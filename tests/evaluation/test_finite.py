@@ -10,9 +10,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dart_eval.bench import tracing
-from dart_eval.evaluation import generation, unusable
+from dart_eval.evaluation import generation
+from dart_eval.evaluation import lm as lm_module
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.requests import Score
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session import Session, prune
@@ -98,7 +100,7 @@ def test_answers_that_are_no_numbers_fail_their_cell_with_the_count(forgetful, t
 def test_a_cell_without_any_usable_answer_ends_before_all_are_asked_and_the_others_go_on(
     forgetful, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(unusable, "HOPELESS", 3)
+    monkeypatch.setattr(lm_module, "HOPELESS", 3)
     tasks = ("--tasks", "smoke_drift,smoke_questions", "--limit", 6, "--output", tmp_path / "out", "--batch-size", 1)
     status, said = _run("--model", forgetful(60, torch.nan), "--method", "dense", *tasks)
     assert status == 1
@@ -155,7 +157,7 @@ def test_records_of_such_answers_from_before_are_named_and_not_compared(forgetfu
     out = tmp_path / "out"
     run = ("--model", forgetful(12, torch.nan), "--tasks", "smoke_questions,smoke_drift", "--limit", 6, "--output", out)
     with monkeypatch.context() as before:
-        before.setattr(unusable.Unusable, "sift", lambda self, answers: answers)
+        before.setattr(Score, "usable", True)
         assert _run(*run, "--method", "dense,griffin", "--no-kl")[0] == 0
     words = "of 6 answers of smoke_questions under dense at 0 % in .* are NaN or infinite; run the cell again"
     for line in (

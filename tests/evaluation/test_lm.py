@@ -19,12 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.evaluate import _perplexity_stderr
-from dart_eval.evaluation.generation import GenerationLog, Generator
-from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.generation import GenerationLog, Generator, fit
+from dart_eval.evaluation.lm import PrunedLM, truncated
 from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.tasks import Tasks, whole_tokens
-from dart_eval.evaluation.truncation import fit, truncated
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 from dart_eval.util.errors import UserError
