@@ -43,7 +43,7 @@ from dart_eval.pruning.session import Session
 from dart_eval.results.writers import Table, markdown
 from dart_eval.sweep.values import AUTO
 from dart_eval.util.errors import UserError
-from dart_eval.util.machine import foreign_cpu, timed
+from dart_eval.util.machine import timed
 
 METRICS = ("acc", "acc_norm")  # per document, if a task has them
 
@@ -83,7 +83,6 @@ class TaskSpeed:
     Attributes:
         items: documents. requests: answers scored.
         needed: what must be computed. limit_seconds: the least time for it, per round.
-        foreign_cores: processor cores that other processes kept busy meanwhile, mean; None where it cannot be told.
     """
 
     task: str
@@ -94,7 +93,6 @@ class TaskSpeed:
     sides: list[Side]
     needed: Computed
     limit_seconds: list[float]
-    foreign_cores: float | None
 
 
 class _Watched(PrunedLM):
@@ -137,16 +135,15 @@ def measure(
     answers: list[list[tuple[float, bool]]] = [[] for _ in works]
     limits: list[float] = []
     needed = Computed()
-    with foreign_cpu() as foreign:
-        for _ in range(rounds):
-            for i, (side, work) in enumerate(zip(sides, works, strict=True)):
-                with counted(model) as computed:
-                    seconds, answers[i] = timed(work, model.device)
-                side.seconds.append(seconds)
-                side.computed = computed
-                if i == 1:  # between our two sides, so that all three see the same machine
-                    needed, least = _limit(model, ours[batch_size])
-                    limits.append(least)
+    for _ in range(rounds):
+        for i, (side, work) in enumerate(zip(sides, works, strict=True)):
+            with counted(model) as computed:
+                seconds, answers[i] = timed(work, model.device)
+            side.seconds.append(seconds)
+            side.computed = computed
+            if i == 1:  # between our two sides, so that all three see the same machine
+                needed, least = _limit(model, ours[batch_size])
+                limits.append(least)
     by_document = [accuracies(instances, members, found) for found in answers]
     for side, found, metrics in zip(sides, answers, by_document, strict=True):
         side.ratio = statistics.median(a / b for a, b in zip(sides[0].seconds, side.seconds, strict=True))
@@ -156,9 +153,7 @@ def measure(
                 side.accuracy[metric] = statistics.mean(values)
         side.same = metrics == by_document[0]
         side.difference = max(abs(a[0] - b[0]) for a, b in zip(found, answers[0], strict=True))
-    return TaskSpeed(
-        name, len(by_document[0]), len(instances), num_fewshot, batch_size, sides, needed, limits, foreign()
-    )
+    return TaskSpeed(name, len(by_document[0]), len(instances), num_fewshot, batch_size, sides, needed, limits)
 
 
 def _limit(model: Any, lm: _Watched) -> tuple[Computed, float]:
@@ -271,11 +266,7 @@ def dense_table(results: Sequence[TaskSpeed], model: str) -> Table:
             ])  # fmt: skip
         needed = [str(f.needed.tokens), str(f.needed.logits)]
         body.append([f.task, "limit", f"{statistics.median(f.limit_seconds):.2f}", "", *needed, *[""] * 3])
-    counts = "; ".join(
-        f"{f.task}: {f.items} items, {f.requests} answers"
-        + ("" if f.foreign_cores is None else f", other processes kept {f.foreign_cores:.1f} cores busy")
-        for f in results
-    )
+    counts = "; ".join(f"{f.task}: {f.items} items, {f.requests} answers" for f in results)
     note = (
         f"Batch size {results[0].batch_size}, medians of {len(results[0].limit_seconds)} rounds. speed-up: HFLM's "
         "seconds / the scorer's. same: every document has HFLM's accuracies. apart: largest difference of a "

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from dart_eval.bench.dense_copy import by_kernel, own_bytes, stream_rate, twin
+from dart_eval.bench.dense_copy import by_kernel, own_bytes, twin
 from dart_eval.bench.row import Row
 from dart_eval.kernels.cpu.ffns import CodedFFN
 from dart_eval.kernels.fast import WholeFFN, act_of, why_no_kernel
@@ -40,7 +40,7 @@ from dart_eval.pruning.session import Session, prune
 from dart_eval.results.ratio import paired
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.errors import UserError
-from dart_eval.util.machine import foreign_cpu, peak_memory, timed
+from dart_eval.util.machine import timed
 from dart_eval.weights.rounding import rounded, served_bits, served_share
 
 CHANGED = 0.2  # share of the masks' neurons that the timed re-mask replaces
@@ -110,32 +110,30 @@ def measure(
         why = why_no_kernel(method, ffns)
     else:
         why = cost.why_not_packed(ffns, rounding) or (ALL_WEIGHTS if method.prunes else None)
-    with contextlib.ExitStack() as stack:
-        clock = None if why else Clock(model, stack)
-        if method.prunes:
-            execution: Any = "masked" if why else "auto"
-            run = stack.enter_context(prune(model, method, sparsity, tokenizer=tokenizer, execution=execution))
-            times = clock.of_method(run, setting) if clock else _by_masks(model, run, setting)
+    if method.prunes:
+        execution: Any = "masked" if why else "auto"
+        bench = Bench(model, model if why else twin(model))
+        with prune(model, method, sparsity, tokenizer=tokenizer, execution=execution) as run:
+            times = _by_masks(model, run, bench, setting) if why else _time(model, run, bench, setting)
             # Of the model's own bytes, which may have few bits already.
             read, state = run.weights_read / (served_share(ffns) if rounding is None else 1.0), run.state_bytes
             memory = cost.memory(run.method, ffns, run.fast.available, state, rounding)
-        else:
-            assert rounding is not None
-            times = clock.of_rounded(rounding, setting) if clock else {}
-            read, state = served_bits(ffns, rounding) / OWN_BITS, 0
-            memory = cost.memory(method, ffns, False, state, rounding)
-        # As the weights lie in memory: a head that is not quantised weighs more beside FFNs that are.
-        ceiling = 1 / (1 - stored_share(model, ffns) * (1 - read))
-        best = times.get("over_kernel") or times.get("speedup")
-        return Row(
-            method.spec, sparsity if method.prunes else 0.0, rounding.text if rounding else None, read, ceiling, memory,
-            state, why=why, achieved_over_ceiling=best.median / ceiling if best else None, **times,
-        )  # fmt: skip
+    else:
+        assert rounding is not None
+        times = {} if why else _time_rounded(model, rounding, setting)
+        read, state = served_bits(ffns, rounding) / OWN_BITS, 0
+        memory = cost.memory(method, ffns, False, state, rounding)
+    # As the weights lie in memory: a head that is not quantised weighs more beside FFNs that are.
+    ceiling = 1 / (1 - stored_share(model, ffns) * (1 - read))
+    best = times.get("over_kernel") or times.get("speedup")
+    return Row(
+        method.spec, sparsity if method.prunes else 0.0, rounding.text if rounding else None, read, ceiling, memory,
+        state, why=why, achieved_over_ceiling=best.median / ceiling if best else None, **times,
+    )  # fmt: skip
 
 
-def _by_masks(model: PreTrainedModel, run: Session, setting: Setting) -> dict[str, Any]:
+def _by_masks(model: PreTrainedModel, run: Session, bench: Bench, setting: Setting) -> dict[str, Any]:
     """Let a method read by masks, as many tokens as what it reads varies by; there is nothing to time."""
-    bench = Bench(model, model)
     cache = bench.cache()
     bench.step(model, bench.tokens(setting.prompt_tokens), cache)
     for _ in range(1 if run.method.exact else setting.steps):
@@ -178,51 +176,9 @@ class Times:
         self.moves: dict[str, list[float]] = {"dense": [], "remask": []}
         self.once: dict[str, list[float]] = {"dense": [], "begin": []}
 
-
-class Clock:
-    """Times a model beside its dense twin: the fields of a `Row` that depend on the machine.
-
-    Args:
-        model: before it is pruned.
-        stack: ends what counts memory and other processes.
-    """
-
-    def __init__(self, model: PreTrainedModel, stack: contextlib.ExitStack) -> None:
-        self.model, self.bench, self.times = model, Bench(model, twin(model)), Times()
-        self._peak = stack.enter_context(peak_memory(self.bench.device.type))
-        self._foreign = stack.enter_context(foreign_cpu())
-
-    def of_method(self, run: Session, setting: Setting) -> dict[str, Any]:
-        """Return the times of a pruned model."""
-        bench, times = self.bench, self.times
-        bench.rounds(run, times, setting)
-        for _ in range(max(3, setting.rounds)):
-            bench.move(run, times.moves)
-            if isinstance(run.method, Dart) and run.method.keeps_ring:  # to compute new masks from
-                bench.remask(run, times.masks)
-        for _ in range(max(3, setting.rounds)):
-            bench.begin(run, times.once)
-        copies, everything = run.fast.copies, sum(f.size * f.matrices for f in run.ffns)
-        assert copies is not None
-        return {
-            **self._of_steps(),
-            "weights_executed": sum(sum(kept.rows_read) for kept in copies) / everything,
-            "first_token": paired(times.prompts["pruned"], times.prompts["dense"]),
-            "remask_masks_dense_steps": paired(times.masks["remask"], times.masks["dense"]) if times.masks["dense"]
-            else None,
-            "remask_moves_dense_steps": paired(times.moves["remask"], times.moves["dense"]),
-            "begin_dense_steps": paired(times.once["begin"], times.once["dense"]),
-            "overhead": paired(times.steps["pruned"], times.steps["bare"], 1.0),
-        }  # fmt: skip
-
-    def of_rounded(self, rounding: Rounding, setting: Setting) -> dict[str, Any]:
-        """Return the times of the dense model on rounded weights."""
-        with packed_ffns(self.model, rounding):
-            self.bench.rounds(None, self.times, setting)
-        return self._of_steps()
-
-    def _of_steps(self) -> dict[str, Any]:
-        steps, kernel, own = self.times.steps, self.bench.full, own_bytes(self.model)
+    def of_tokens(self) -> dict[str, Any]:
+        """Return the fields of a row that any timed row has."""
+        steps = self.steps
         if not steps["pruned"]:
             problem = "every timed step makes new masks or runs dense after an alarm, and none is left to time"
             raise UserError(problem, "give more --steps")
@@ -232,9 +188,42 @@ class Clock:
             "over_kernel": paired(steps["kernel"], steps["pruned"]) if steps["kernel"] else None,
             "dense_tokens_per_second": 1 / statistics.median(steps["dense"]),
             "tokens_per_second": 1 / statistics.median(steps["pruned"]),
-            "stream_rate": None if kernel is None else stream_rate(kernel),
-            "twin_bytes": own, "peak_bytes": max(0, self._peak() - own), "foreign_cores": self._foreign(),
-        }  # fmt: skip
+        }
+
+    def of_masks(self) -> dict[str, Any]:
+        """Return the fields of a row that rows with masks have beside."""
+        masks = self.masks if self.masks["dense"] else None
+        return {
+            "first_token": paired(self.prompts["pruned"], self.prompts["dense"]),
+            "remask_masks_dense_steps": paired(masks["remask"], masks["dense"]) if masks else None,
+            "remask_moves_dense_steps": paired(self.moves["remask"], self.moves["dense"]),
+            "begin_dense_steps": paired(self.once["begin"], self.once["dense"]),
+            "overhead": paired(self.steps["pruned"], self.steps["bare"], 1.0),
+        }
+
+
+def _time(model: PreTrainedModel, run: Session, bench: Bench, setting: Setting) -> dict[str, Any]:
+    """Return the fields of the row of a pruned model that are times, and what it multiplies."""
+    times = Times()
+    bench.rounds(run, times, setting)
+    for _ in range(max(3, setting.rounds)):
+        bench.move(run, times.moves)
+        if isinstance(run.method, Dart) and run.method.keeps_ring:  # to compute new masks from
+            bench.remask(run, times.masks)
+    for _ in range(max(3, setting.rounds)):
+        bench.begin(run, times.once)
+    copies, everything = run.fast.copies, sum(f.size * f.matrices for f in run.ffns)
+    assert copies is not None
+    executed = sum(sum(kept.rows_read) for kept in copies) / everything
+    return {"weights_executed": executed, "twin_bytes": own_bytes(model), **times.of_tokens(), **times.of_masks()}
+
+
+def _time_rounded(model: PreTrainedModel, rounding: Rounding, setting: Setting) -> dict[str, Any]:
+    """Return the fields of the row of the dense model on rounded weights that are times."""
+    times, bench = Times(), Bench(model, twin(model))
+    with packed_ffns(model, rounding):
+        bench.rounds(None, times, setting)
+    return {"twin_bytes": own_bytes(model), **times.of_tokens()}
 
 
 class Bench:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
-import time
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from dart_eval.kernels.mask_rows import RowCopies
@@ -44,21 +41,6 @@ def by_kernel(model: nn.Module) -> list[RowCopies] | None:
     """The FFNs of a dense model in our own product: the yardstick for other kernels. None where there is none."""
     rows = [RowCopies(ffn) for ffn in find_ffns(model)]
     return rows if all(one.linked for one in rows) else None
-
-
-def stream_rate(rows: list[RowCopies], rounds: int = 5) -> float:
-    """Bytes a second that the dense FFNs read in our own product, the best of some rounds over all layers."""
-    best = math.inf
-    for _ in range(rounds):
-        seconds = 0.0
-        for one in rows:
-            for product in one.products:
-                x = torch.ones(1, product.weight.shape[1], dtype=product.weight.dtype)
-                start = time.perf_counter()
-                product(x)
-                seconds += time.perf_counter() - start
-        best = min(best, seconds)
-    return sum(p.weight.nbytes for one in rows for p in one.products) / best
 
 
 def own_bytes(model: nn.Module) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 from dart_eval.results.format import sparsity as percent
 from dart_eval.results.ratio import Ratio
 from dart_eval.results.writers import Table
-from dart_eval.util.machine import huge_pages
 
 BYTES_ONLY = "bytes only"  # stands in place of times
 
@@ -38,10 +37,7 @@ class Row:
         begin_dense_steps: once for the first prompt of a `prune()`, in dense steps: copying the kept neurons' weights.
         overhead: what hooks, detector and ring buffer add to a pruned step, as a share of it.
         dense_tokens_per_second, tokens_per_second: for orientation; they hold for this machine at this moment.
-        stream_rate: bytes a second that our own dense product reads; None where there is none.
         twin_bytes: of the FFN weights that the dense side has once more; the benchmark's alone, in no other number.
-        peak_bytes: of the GPU, or of the process, without them.
-        foreign_cores: processors that other processes kept busy meanwhile, on average (None: not known here).
     """
 
     method: str
@@ -64,10 +60,7 @@ class Row:
     overhead: Ratio | None = None
     dense_tokens_per_second: float | None = None
     tokens_per_second: float | None = None
-    stream_rate: float | None = None
     twin_bytes: int | None = None
-    peak_bytes: int | None = None
-    foreign_cores: float | None = None
 
     @property
     def title(self) -> str:
@@ -148,10 +141,6 @@ def table(rows: Sequence[Row], where: str) -> Table:
     notes = [f"{where}; one sequence" + (f", sparsity {percent(sparse[0].sparsity)}." if sparse else "."), BYTES]
     if timed and (ratio := timed[0].speedup):
         notes += [TIMES, f"{ratio.n} steps a row."]
-        foreign = [row.foreign_cores for row in timed if row.foreign_cores is not None]
-        notes += [f"Other processes kept {max(foreign):.2f} cores busy at most."] if foreign else []
-        rates = [row.stream_rate for row in timed if row.stream_rate is not None]
-        notes += [f"Our dense kernel reads {max(rates) / 10**9:.1f} GB/s here ({huge_pages()})."] if rates else []
     else:
         notes.append("No method here can be timed.")
     if any(row.bits and row.method == "dense" for row in rows):

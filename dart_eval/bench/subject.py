@@ -131,6 +131,7 @@ def subject(spec: ModelSpec, shape: str | None, layers: int | None, note: Callab
         if layers is not None:
             raise UserError("--layers is for a shape", "give --shape, or leave it out")
         resolved = resolve(spec)
+        note(f"loading {resolved.identity.name}")
         return Subject(*resolved.load(note), resolved.identity.to_json(), resolved.dtype)
     kind: Any = torch.bfloat16 if spec.dtype == "auto" else DTYPES[spec.dtype]
     made = shapes.with_random_weights(shape, layers, kind, choose_device(spec.device))

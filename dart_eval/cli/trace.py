@@ -47,6 +47,7 @@ def trace(
     from dart_eval.models.loading import resolve
 
     context, then = tracing.smoke_passage() if prompt is None else (prompt, None)
+    print_note("loading the model, then tracing")
     model, tokenizer = resolve(chosen).load(print_note)
     found = tracing.trace(model, tokenizer, pruner, sparsity, context, then, tokens)
     say(tracing.summary(found), err=output is not None)

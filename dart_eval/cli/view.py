@@ -32,7 +32,7 @@ from dart_eval.results import metrics
 from dart_eval.results.format import with_error
 from dart_eval.results.writers import Table, data_text, finite, latex, markdown, pieces
 from dart_eval.util import files
-from dart_eval.util.text import PLAIN, Json, folded, json_text, printable
+from dart_eval.util.text import Json, folded, json_text, printable
 
 if TYPE_CHECKING:
     from rich.progress import Task, TaskID
@@ -227,7 +227,7 @@ def settle_streams() -> None:
     """Write UTF-8 to files and pipes, whatever the locale; spell out what a terminal cannot show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=PLAIN)
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
 
 
 def console(stderr: bool = False, soft_wrap: bool = False, width: int | None = None) -> Console:

@@ -1,7 +1,7 @@
 """Files that a user names, read and written in the same way by every verb.
 
-A regular file is old or new, never half. Pipes and devices (/dev/stdout, /dev/null) are written to and never replaced;
-a symbolic link's target is written. All text is UTF-8, whatever the locale.
+A regular file is old or new, never half. A symbolic link's target is written, and the link stays; a pipe or a device is
+written into, and never replaced. All text is UTF-8, whatever the locale.
 """
 
 from __future__ import annotations
@@ -12,20 +12,14 @@ import hashlib
 import os
 import re
 import stat
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from dart_eval.util.errors import UserError
 
-LINKS = 40  # as many as Linux follows
 HEAD = 4096  # bytes that identify a file of ours
-WRITER_COMES = 2.0  # most seconds to wait for a writer of a pipe
 LONGEST = 100  # bytes of a part of a path: file systems take 255, and endings are added
-# Names that Windows keeps for its devices, whatever their ending.
-DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
 
 
 def cache_dir() -> Path:
@@ -50,19 +44,10 @@ def write(path: str | Path, data: str | bytes, remedy: str = "choose another fil
     """
     content = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     try:
-        number = _own_stream(path)
-        if number is not None:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            with open(number, "wb", closefd=False) as own:
-                own.write(content)
-            return
-        target = _target(path)
-        if is_stream(target):
-            with open(target, "wb") as opened:
-                opened.write(content)
+        if is_stream(path):
+            Path(path).write_bytes(content)
         else:
-            write_atomically(target, content)
+            write_atomically(Path(os.path.realpath(path)), content)
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
@@ -76,15 +61,12 @@ def check_target(path: str | Path, remedy: str = "choose another file") -> None:
         UserError: with the reason.
     """
     try:
-        if _own_stream(path) is not None:
-            return
-        target = _target(path)
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        place = target if is_stream(target) else target.parent
+        target = place = Path(os.path.realpath(path))
+        if target.is_dir() or target.is_symlink():  # a link that leads to itself
+            raise IsADirectoryError(errno.EISDIR, "it is a folder" if target.is_dir() else "its links lead nowhere")
         while not place.exists() and place != place.parent:
             place = place.parent
-        if not is_stream(target) and not place.is_dir():
+        if not is_stream(path) and place != target and not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if not os.access(place, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -104,15 +86,11 @@ def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
     Raises:
         UserError: the file is not ours.
     """
-    if is_stream(path):
-        return
-    try:
+    if os.path.isfile(path):
         with open(path, "rb") as stream:
             head = stream.read(HEAD)
-    except (OSError, ValueError):  # nothing is there, or `check_target` has refused it
-        return
-    if head and not begins.search(head):
-        raise UserError(f"{path} is not a {what}, and would be overwritten", "choose another file, or give --force")
+        if head and not begins.search(head):
+            raise UserError(f"{path} is not a {what}, and would be overwritten", "choose another file, or give --force")
 
 
 def check_name(path: str | Path, what: str) -> None:
@@ -130,19 +108,16 @@ def check_name(path: str | Path, what: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             os.stat(path)
     except (OSError, ValueError) as error:
-        short = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}..."
-        raise UserError(f"{what} {short} cannot be a path ({reason(error)})", "give another path") from None
+        raise UserError(f"{what} {str(path)[:100]} cannot be a path ({reason(error)})", "give another path") from None
 
 
 def safe(text: str) -> str:
-    """Return a text as one part of a path, valid on every system; a long one is cut and ends in a hash."""
-    kept = re.sub(r"[^\w.@=+-]+", "_", text.replace("/", "__")).strip(".")
-    if kept.partition(".")[0].upper() in DEVICES:
-        kept = f"_{kept}"
-    if len(kept.encode()) > LONGEST:
+    """Return a text as one part of a path; a long one is cut and ends in a hash."""
+    part = re.sub(r"[^\w.@=+-]+", "_", text.replace("/", "__")).strip(".")
+    if len(part.encode()) > LONGEST:
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        kept = f"{kept.encode()[: LONGEST - 9].decode(errors='ignore')}-{digest}"
-    return kept or "_"
+        part = f"{part.encode()[: LONGEST - 9].decode(errors='ignore')}-{digest}"
+    return part or "_"
 
 
 def read_text(path: str | Path, what: str, remedy: str) -> str:
@@ -155,30 +130,15 @@ def read_text(path: str | Path, what: str, remedy: str) -> str:
         UserError: it cannot be read, or is not UTF-8.
     """
     try:
-        return _bytes(path).decode("utf-8").replace("\r\n", "\n")
+        if stat.S_ISCHR(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is a device")
+        return Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         why = f"not UTF-8 text: byte {error.object[error.start]:#04x} in line {line}"
         raise UserError(f"{what} {path} cannot be read ({why})", remedy) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{what} {path} cannot be read ({reason(error)})", remedy) from None
-
-
-def _bytes(path: str | Path) -> bytes:
-    """Return all bytes of a file, or of a pipe with a writer."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISCHR(mode):
-        raise OSError(errno.EINVAL, "it is a device")
-    if not stat.S_ISFIFO(mode):
-        return Path(path).read_bytes()
-    end = time.monotonic() + WRITER_COMES
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
-        while (begun := pipe.read()) == b"":  # no writer; None: a writer that has written nothing yet
-            if time.monotonic() > end:
-                raise OSError(errno.EPIPE, "a pipe that nobody writes into")
-            time.sleep(0.02)
-        os.set_blocking(pipe.fileno(), True)
-        return (begun or b"") + pipe.read()
 
 
 def read_regular(path: str | Path) -> bytes:
@@ -193,12 +153,8 @@ def read_regular(path: str | Path) -> bytes:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether a path is a stream: a pipe, a terminal or a device."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        return False
-    return _own_stream(path) is not None or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    """Whether a path is a pipe, a terminal or a device."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def format_of(path: Path, format: str | None, formats: Sequence[str]) -> str | None:
@@ -241,27 +197,3 @@ def write_atomically(path: Path, data: str | bytes, owner: str | None = None) ->
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _target(path: str | Path) -> Path:
-    """Return the target of a path's links, which need not exist."""
-    target = Path(os.path.realpath(path))
-    if target.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-    return target
-
-
-def _own_stream(path: str | Path) -> int | None:
-    """Return the descriptor of this process that a path names (/dev/stdout, /dev/fd/3), or None.
-
-    Such a path must not be opened a second time, so that output follows what was written before.
-    """
-    place = os.path.abspath(path)
-    for _ in range(LINKS):
-        place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
-        if match := re.fullmatch(rf"(?:/proc/{os.getpid()}(?:/task/\d+)?|/dev)/fd/(\d+)", place):
-            return int(match[1])
-        if not os.path.islink(place):
-            return None
-        place = os.path.join(os.path.dirname(place), os.readlink(place))
-    return None

@@ -1,4 +1,4 @@
-"""The machine: its name, its memory, other processes' use of it, and waiting for its GPU before a clock is read."""
+"""The machine: its name, its memory, and waiting for its GPU before a clock is read."""
 
 from __future__ import annotations
 
@@ -97,16 +97,11 @@ def release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def wait(device: torch.device) -> None:
-    """Wait until the device has finished, before a clock is read."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-
-
 def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
     """Return the seconds of a call, until the device has finished, and its result."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     wait(device)
     start = time.perf_counter()
     result = work()
@@ -114,42 +109,6 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
     return time.perf_counter() - start, result
 
 
-@contextlib.contextmanager
-def foreign_cpu() -> Iterator[Callable[[], float | None]]:
-    """Yield a function that returns the mean number of cores used by other processes since; None if unknown."""
-    begun, busy, own = time.perf_counter(), _busy(), time.process_time()
-
-    def cores() -> float | None:
-        now = _busy()
-        if busy is None or now is None:
-            return None
-        return max(0.0, now - busy - (time.process_time() - own)) / (time.perf_counter() - begun)
-
-    yield cores
-
-
-def _busy() -> float | None:
-    """Return the processors' busy seconds since the machine started, stolen ones included; None if unknown."""
-    try:
-        with open("/proc/stat", encoding="ascii") as stream:
-            ticks = [int(n) for n in stream.readline().split()[1:9]]
-    except (OSError, ValueError):
-        return None
-    user, nice, system, _idle, _waiting, interrupt, soft, stolen = ticks
-    return (user + nice + system + interrupt + soft + stolen) / os.sysconf("SC_CLK_TCK")
-
-
 def has_cuda() -> bool:
     """Whether a GPU's driver is there (NVIDIA's, or AMD's, which torch calls cuda, too). Torch is not needed."""
     return os.name == "nt" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
-
-
-def huge_pages() -> str:
-    """Return whether weights may lie in huge pages, which are read faster; torch asks for them by a variable."""
-    try:
-        mode = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
-    except OSError:
-        return "huge pages: unknown"
-    wanted = "always" if "[always]" in mode else "madvise" if "[madvise]" in mode else "never"
-    asked = os.environ.get("THP_MEM_ALLOC_ENABLE", "unset")
-    return f"huge pages: {wanted}, THP_MEM_ALLOC_ENABLE {asked}"

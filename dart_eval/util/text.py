@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 import reprlib
@@ -64,21 +63,6 @@ def json_text(data: object, indent: int | None = 1, sort_keys: bool = False, all
     """Return readable JSON in UTF-8; hidden characters of its texts are escaped, so that nothing is lost."""
     text = json.dumps(data, ensure_ascii=False, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan)
     return _HIDDEN.sub(lambda c: c.group() if c.group() == "\n" else json.dumps(c.group())[1:-1], text)
-
-
-PLAIN = "dart_eval.plain"  # error handler of encodings for missing characters
-_SPELLED = {"±": "+-", "−": "-", "→": "->", "∞": "inf", "…": "...", "\u202f": " ", "\xa0": " "}
-
-
-def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """Spell a character in other letters, or return its escape."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    missing = error.object[error.start : error.end]
-    return "".join(_SPELLED.get(c) or c.encode("unicode_escape").decode() for c in missing), error.end
-
-
-codecs.register_error(PLAIN, _spelled)
 
 
 def folded(name: str, width: int) -> list[str]:

@@ -5,7 +5,6 @@ import functools
 import json
 import platform
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ from dart_eval.pruning.registry import make, parse
 from dart_eval.results import speeds
 from dart_eval.results.ratio import paired
 from dart_eval.util.errors import UserError
-from dart_eval.util.machine import foreign_cpu, hardware
+from dart_eval.util.machine import hardware
 from tests.helpers.commands import command
 from tests.helpers.models import tiny
 from tests.helpers.sessions import RESTLESS
@@ -52,7 +51,7 @@ def test_what_is_counted():
     assert found.ceiling == pytest.approx(1 / (1 - 0.7 * phi))
     assert found.achieved_over_ceiling == pytest.approx(found.speedup.median / found.ceiling)
     assert found.memory - found.state == 3 * 12 * (3 * 32 * 4 + 8)  # copies of rows, and each neuron's number
-    assert found.state > 0 and found.peak_bytes > 0
+    assert found.state > 0
     assert found.speedup.n == found.control.n == found.overhead.n == 10  # the warm-up is not counted
     assert found.remask_masks_dense_steps is None
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
@@ -153,15 +152,6 @@ def test_what_cannot_be_timed_is_refused():
     for name in ("dense", "oracle"):
         with pytest.raises(UserError, match=f"{name} cannot be timed"):
             decode.measure(model, make(name), 0.5)
-
-
-@pytest.mark.process
-def test_foreign_cpu_sees_other_processes():
-    with foreign_cpu() as foreign:
-        if foreign() is None:
-            pytest.skip("the system does not tell")
-        subprocess.run([sys.executable, "-S", "-c", "sum(i for i in range(10**7))"], check=True)
-        assert foreign() > 0.1
 
 
 @pytest.fixture

@@ -1,17 +1,12 @@
 """scripts/time_scoring.py: counts are those of the shapes, ours and stock agree, the input is checked."""
 
-import io
-import os
-
 import pytest
 import torch
 
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.results.writers import markdown
-from dart_eval.util import machine
 from dart_eval.util.errors import UserError
-from dart_eval.util.machine import foreign_cpu
 from scripts import time_scoring
 from scripts.time_scoring import Computed, counted, main, measure, needed_for
 from tests.helpers.models import random_tokens, tiny
@@ -69,32 +64,6 @@ def test_tokens_are_counted_where_they_are_computed(llama):
         llama.base_model(torch.tensor([random_tokens(5)]))
     llama(torch.tensor([random_tokens(7)]))
     assert computed == Computed(3 * 7 + 5, 3 * 7)
-
-
-def test_the_work_of_other_processes_is_what_the_system_did_without_us(monkeypatch):
-    clocks = {"busy": [100, 130], "process": [10.0, 20.0], "wall": [0.0, 10.0]}
-
-    def stat(path, **_):
-        assert path == "/proc/stat"
-        ticks = clocks["busy"].pop(0) * os.sysconf("SC_CLK_TCK")
-        # of every kind of work some; idle and waiting, the fourth and fifth, are none
-        shares = 50, 10, 20, 700, 300, 10, 5, 5
-        return io.StringIO(" ".join(["cpu ", *(str(ticks * share // 100) for share in shares), "0 0\n"]))
-
-    monkeypatch.setattr(machine, "open", stat, raising=False)
-    monkeypatch.setattr(machine.time, "process_time", lambda: clocks["process"].pop(0))
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: clocks["wall"].pop(0))
-    with foreign_cpu() as foreign:
-        assert foreign() == pytest.approx(2.0)  # 30 seconds of which 10 were ours, in 10
-
-
-def test_where_the_system_does_not_tell_nothing_is_recorded(monkeypatch):
-    def absent(*_, **__):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(machine, "open", absent, raising=False)
-    with foreign_cpu() as foreign:
-        assert foreign() is None
 
 
 def test_a_task_without_answers_is_refused(tokenizer):

@@ -55,6 +55,4 @@ def test_a_prompt_longer_than_a_models_positions_is_refused(tmp_path):
         json.dumps({**json.loads((tmp_path / "model" / "config.json").read_text()), "n_positions": 256})
     )
     done = command("bench", "decode", "--model", folder, "--method", "griffin", "--prompt", "250", "--steps", "7")
-    assert done.code == 2 and done.err == (
-        "error: prompt and steps have 257 tokens, the model takes 256; give a shorter --prompt, or fewer --steps\n"
-    )
+    assert done.code == 2 and "257 tokens, the model takes 256; give a shorter --prompt" in done.err

@@ -1,23 +1,18 @@
 """Files that a user names: pipes and devices are written into, links followed, records that are none refused."""
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from dart_eval.results import baseline
 from dart_eval.results.store import Store
-from dart_eval.results.thresholds import thresholds_from
 from dart_eval.sweep.options import config_from
 from dart_eval.util import files
 from dart_eval.util.errors import StoreError, UserError
-from tests.helpers.commands import command, program
+from tests.helpers.commands import command
 from tests.helpers.records import answered, record, samples, save
 
 VALUES = [{"acc": float(i % 2)} for i in range(12)]
@@ -115,29 +110,6 @@ def test_a_device_is_written_into_and_stays_a_device(tmp_path):
         files.read_text(null, "config", "give a file")
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("append", [True, False])
-def test_standard_output_by_its_name_comes_after_what_was_said_before(tmp_path, append):
-    """Also where it is a file: a second opening of it would begin at its start, a rename would lose it."""
-    code = "from dart_eval.util.files import write; print('first'); write('own', 'second\\n'); "
-    code += "write('/dev/fd/1', b'third\\n'); print('fourth')"
-    (tmp_path / "own").symlink_to("/proc/self/fd/1")  # what /dev/stdout is, and no harm is done if it is replaced
-    target = tmp_path / "shown"
-    target.write_text("old\n")
-    with target.open("a" if append else "w") as stream:
-        subprocess.run([sys.executable, "-c", code], stdout=stream, cwd=tmp_path, check=True, timeout=60)
-    assert target.read_text() == ("old\n" if append else "") + "first\nsecond\nthird\nfourth\n"
-    assert (tmp_path / "own").is_symlink()
-
-
-@pytest.mark.process
-def test_tables_to_standard_output_hold_the_table_alone(folder, tmp_path):
-    (tmp_path / "own").symlink_to("/proc/self/fd/1")
-    done = program("tables", "out", "--save", "own", "--format", "json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[0]["method"] == "griffin"
-
-
 @pytest.mark.parametrize(("verb", "name"), [("tables", "t.txt"), ("tables", "t"), ("compare", "c.txt")])
 def test_an_ending_that_tells_no_format_is_refused(folder, tmp_path, run, verb, name):
     command = verbs(folder, tmp_path / name)[verb][:-2]
@@ -182,20 +154,6 @@ def test_a_text_that_is_not_utf8_is_told_with_its_line(tmp_path):
     (tmp_path / "latin").write_bytes(b"one\ntwo\nna\xefve\n")
     with pytest.raises(UserError, match=r"config .*latin cannot be read \(not UTF-8 text: byte 0xef in line 3\); why"):
         files.read_text(tmp_path / "latin", "config", "why")
-
-
-READERS = {
-    "config": lambda path: config_from(path, {}), "thresholds": thresholds_from, "baseline": baseline.load_baseline,
-    "text": lambda path: files.read_text(path, "text", "give another"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", READERS)
-def test_a_pipe_that_nobody_writes_into_is_refused(tmp_path, monkeypatch, what):
-    monkeypatch.setattr(files, "WRITER_COMES", 0.1)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match=rf"{what} .*pipe cannot be read \(a pipe that nobody writes into\); "):
-        READERS[what](tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.2])
