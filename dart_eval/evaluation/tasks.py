@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lm_eval.tasks
 import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask, Task
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, _factory
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -60,65 +61,8 @@ class RollingLogLikelihood(float):
     coverage: float = 1.0
 
 
-class _Factory(TaskFactory):
-    """lm-eval's factory, with the data source replaced in each leaf's configuration.
-
-    Args:
-        folders: of tasks that are neither lm-eval's nor this project's.
-        tokenizer: gives the model's, for tasks that make their own documents. limit: they need not make more.
-    """
-
-    def __init__(
-        self, data_dir: Path | None, unsafe_code: bool, folders: Sequence[Path],
-        tokenizer: Callable[[], object] | None, limit: float | None,
-    ) -> None:  # fmt: skip
-        super().__init__(meta={})
-        self.data_dir, self.unsafe_code = data_dir, unsafe_code
-        self.tokenizer, self.limit = tokenizer, limit
-        self.folders = [folder.resolve() for folder in folders]
-        self.local: list[str] = []  # files of `data_dir` that the task's documents are read from
-
-    def _load_full_config(self, entry: Entry, overrides: Json | None = None) -> Json:
-        if not self.unsafe_code:  # asked before its functions are resolved: that runs the module they stand in
-            if entry.yaml_path and self.folders:  # wherever a link of such a folder leads
-                check_yaml(entry.name, entry.yaml_path, (Path(lm_eval.tasks.__file__).parent, tasks_dir()))
-            raw = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
-            check_task(entry.name, bool({**raw, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
-        return self._prepared(entry.name, super()._load_full_config(entry, overrides))
-
-    def _build_group_members(
-        self, member_list: list[str | Json], group_name: str, overrides: Json | None, registry: dict[str, Entry]
-    ) -> list[Task | Group]:
-        """Prepare tasks that a group's file writes out, as those of a file of their own."""
-
-        def prepared(item: str | Json) -> str | Json:
-            if isinstance(item, str) or "group" in item or (name := item.get("task")) is None or name in registry:
-                return item
-            return self._prepared(name, {**(overrides or {}), **item})
-
-        return super()._build_group_members([prepared(m) for m in member_list], group_name, overrides, registry)
-
-    def _prepared(self, name: str, config: Json) -> Json:
-        """Return a task's configuration with its documents and their source as they are to be here."""
-        if callable(make := config.get("custom_dataset")):
-            config["custom_dataset"] = seeded(make, name, self.tokenizer, self.data_dir, self.limit)
-        elif config.get("dataset_path") and "custom_dataset" not in config:
-            if self.data_dir is not None:
-                self.local += redirect(config, self.data_dir)
-            else:
-                work_offline_if_unreachable()
-        elif "class" in config and self.data_dir is not None:
-            raise UserError(
-                f"task {name} is a Python class of lm-eval that loads data itself, whatever --data-dir says",
-                "run it without --data-dir",
-            )
-        if callable(prepare := config.get("process_docs")):  # lm-eval's constructor prepares examples already
-            config["process_docs"] = prepared_once(prepare)
-        return config
-
-
-class Tasks:
-    """Finds and loads tasks.
+class Tasks(TaskFactory):
+    """Finds and loads tasks: lm-eval's factory, with the data source replaced in each leaf's configuration.
 
     Args:
         data_dir: folder of local data (layout above); None loads from the hub as lm-eval does.
@@ -139,16 +83,44 @@ class Tasks:
         tokenizer: Callable[[], object] | None = None,
         limit: float | None = None,
     ) -> None:
-        self.unsafe_code, self.gen_kwargs = unsafe_code, gen_kwargs
+        super().__init__(meta={})
+        self.unsafe_code, self.gen_kwargs, self.tokenizer, self.limit = unsafe_code, gen_kwargs, tokenizer, limit
         self.folders = [Path(folder) for folder in include_path]
         if self.folders and not unsafe_code:
             sandbox_templates()
         self.data_dir = Path(data_dir) if data_dir is not None else None
         self.manager = TaskManager(include_path=[tasks_dir(), *self.folders], include_defaults=False)
-        self.manager._factory = self._factory = _Factory(self.data_dir, unsafe_code, self.folders, tokenizer, limit)
+        self.manager._factory = self
         self._complete = False
         self._loaded: dict[str, list[Task | Group]] = {}
         self._files: dict[str, list[str]] = {}  # of local data, by the task that was loaded
+        self._loading = ""
+
+    def _load_full_config(self, entry: Entry, overrides: Json | None = None) -> Json:
+        if not self.unsafe_code:  # asked before its functions are resolved: that runs the module they stand in
+            if entry.yaml_path and self.folders:  # wherever a link of such a folder leads
+                check_yaml(entry.name, entry.yaml_path, (Path(lm_eval.tasks.__file__).parent, tasks_dir()))
+            raw = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
+            check_task(entry.name, bool({**raw, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
+        config = super()._load_full_config(entry, overrides)
+        if "class" in config and self.data_dir is not None:
+            raise UserError(
+                f"task {entry.name} is a Python class of lm-eval that loads data itself, whatever --data-dir says",
+                "run it without --data-dir",
+            )
+        return config
+
+    def _task(self, config: Json) -> ConfigurableTask:
+        """Return the task of a configuration, with its documents and their source as they are to be here."""
+        if callable(make := config.get("custom_dataset")):
+            config["custom_dataset"] = seeded(make, config["task"], self.tokenizer, self.data_dir, self.limit)
+        elif config.get("dataset_path") and self.data_dir is not None:
+            self._files[self._loading] += redirect(config, self.data_dir)
+        elif config.get("dataset_path"):
+            work_offline_if_unreachable()
+        if callable(prepare := config.get("process_docs")):  # lm-eval's constructor prepares examples already
+            config["process_docs"] = prepared_once(prepare)
+        return ConfigurableTask(config=config)
 
     def names(self) -> list[str]:
         """Every known task, group and tag. lm-eval's own thousands are looked up only when somebody asks."""
@@ -187,13 +159,16 @@ class Tasks:
             UserError: its data cannot be had, or it would run code that nobody has confirmed.
         """
         if name not in self._loaded:
-            self._files[name] = self._factory.local = []
+            self._loading, self._files[name] = name, []
             try:
                 self.expand([name])  # indexes lm-eval's own tasks where the name asks for it
                 if self.manager.task_index[name].kind is Kind.GROUP:  # which may have any task as a member
                     self.names()
                 _forget_modules()
-                with block_local_code(f"task {name}", self.unsafe_code), redirect_stdout(sys.stderr):
+                with (
+                    block_local_code(f"task {name}", self.unsafe_code), redirect_stdout(sys.stderr),
+                    patch.object(_factory, "ConfigurableTask", self._task),
+                ):  # fmt: skip
                     loaded = self.manager._load_spec(name)
             except UserError:
                 raise
