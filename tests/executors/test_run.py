@@ -46,7 +46,7 @@ def test_a_sweep_and_its_records(saved_llama, tmp_path):
         assert all(m.n == 3 for m in record.metrics)
         assert record.memory["weights"] > 0
         assert record.measured["peak"] > record.memory["weights"]
-        assert (record.memory["state"] > 0) == (sparsity > 0)
+        assert (record.memory["beside"] > record.memory["state"] > 0) == (sparsity > 0)
     names = {m.metric for r in result.records for m in r.metrics}
     distance = {"kl", "kl_p95", "kl_p99", "top1"}
     assert names == {"acc", "acc_norm", "rouge1", "rouge2", "rougeL", "bleu", "summary_words", "empty", *distance}
