@@ -16,7 +16,7 @@ from dart_eval.util.text import Json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dart_eval.sweep.jobs import View
+    from dart_eval.sweep.events import Tell
     from dart_eval.sweep.options import RunConfig
 
 
@@ -71,8 +71,8 @@ def evaluate(
         ready = Loaded.named(name, model, tokenizer)
     first = configs[0]
     model_in_use = contextlib.nullcontext() if ready is None else evaluating(ready.model)
-    with without_remarks(), _view(progress) as view, model_in_use:
-        result = run.run_all(configs, view, model=ready)
+    with without_remarks(), _view(progress) as tell, model_in_use:
+        result = run.run_all(configs, tell, model=ready)
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
     if result.lost:
@@ -91,14 +91,14 @@ evaluate.__signature__ = signature(evaluate).replace(  # type: ignore[attr-defin
 )
 
 
-def _view(progress: bool | None) -> contextlib.AbstractContextManager[View]:
+def _view(progress: bool | None) -> contextlib.AbstractContextManager[Tell]:
     """What shows how far a run is."""
     from dart_eval.cli.view import TerminalView
-    from dart_eval.sweep.jobs import Silent
+    from dart_eval.sweep.events import silent
 
     shown = TerminalView()
     wanted = shown.live or shown.console.is_jupyter if progress is None else progress
-    return shown if wanted else contextlib.nullcontext(Silent())
+    return shown if wanted else contextlib.nullcontext(silent)
 
 
 def _check(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from dart_eval.cli import options
 from dart_eval.cli.view import TerminalView, listed, say
+from dart_eval.sweep.events import Event
 from dart_eval.util.errors import UserError, nearest
 
 app = typer.Typer(help="List methods or tasks.", no_args_is_help=True)
@@ -68,8 +69,8 @@ def tasks(
     rows = [(name, ", ".join(members)) for name, members in ALIASES.items()] + [*COMMON.items()]
     listed([row for row in rows if pattern in row[0]], least=16)
     if every or pattern:
-        with TerminalView() as view:
-            view.status("looking up tasks")
+        with TerminalView() as tell:
+            tell(Event("wait", "looking up tasks"))
             names = sorted(known(checked("include_path", given["include_path"] or ())))
         if pattern and not any(pattern in name for name in (*names, *ALIASES)):
             raise UserError(f"no task name contains {pattern!r}", nearest(pattern, names))

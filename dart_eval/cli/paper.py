@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dart_eval.cli import options
 from dart_eval.cli.run import finish, hush, load_libraries, show_plan
 from dart_eval.cli.view import TerminalView, say, show
+from dart_eval.sweep.events import Event
 from dart_eval.util.errors import StoreError, UserError, naming
 from dart_eval.util.text import items_of
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from dart_eval.results.paper_tables import Paper
     from dart_eval.results.record import Record
     from dart_eval.results.writers import Table
-    from dart_eval.sweep.jobs import RunResult
     from dart_eval.sweep.paper import PaperSpec
+    from dart_eval.sweep.run import RunResult
 
 
 SHARED = (
@@ -61,8 +62,8 @@ def paper(
         given["tables"] = ",".join(spec.sweeps)
     if spec.configs:  # a task of the last sweep would be looked up after days
         tasks = dict.fromkeys(task for config in spec.configs for task in config.tasks)
-        with TerminalView() as view:
-            view.status("looking up tasks")
+        with TerminalView() as tell:
+            tell(Event("wait", "looking up tasks"))
             task_names.check_names(tasks)
     if plan:
         show_plan(spec.runs, verbose, skip_missing=True)
@@ -96,12 +97,12 @@ def _run(spec: PaperSpec, verbose: bool) -> tuple[RunResult, dict[str | None, li
     Returns:
         The outcome of them together, records by the model as it was named, and why sweeps after the first are lacking.
     """
-    from dart_eval.sweep.jobs import RunResult
+    from dart_eval.sweep.run import RunResult
 
     records: dict[str | None, list[Record]] = {}
     whole, refused = RunResult([], [], {}), list[UserError]()
-    with TerminalView() as view:
-        load_libraries(view, verbose)
+    with TerminalView() as tell:
+        load_libraries(tell, verbose)
         from dart_eval.cluster.run import run_all
 
         for claim in spec.claims:
@@ -110,13 +111,13 @@ def _run(spec: PaperSpec, verbose: bool) -> tuple[RunResult, dict[str | None, li
                     _of_shape(replace(claim, prompt=1))
         for configs in spec.runs:
             try:
-                result = run_all(configs, view, skip_missing=True)
+                result = run_all(configs, tell, skip_missing=True)
             except StoreError:
                 raise
             except UserError as error:
                 if not whole.records:
                     raise
-                view.note(f"left out: {error}")
+                tell(Event("note", f"left out: {error}"))
                 refused.append(error)
                 continue
             records.setdefault(configs[0].model, []).extend(result.records)

@@ -12,6 +12,7 @@ import typer
 from dart_eval.cli import options
 from dart_eval.cli.view import TerminalView, put, say, show
 from dart_eval.results.writers import Table
+from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.options import DEFAULTS
 from dart_eval.util.errors import UserError
 from dart_eval.util.quiet import hush_warnings, silence
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dart_eval.results.record import Record
-    from dart_eval.sweep.jobs import RunResult
     from dart_eval.sweep.options import RunConfig
+    from dart_eval.sweep.run import RunResult
 
 # Loggers with many messages of little use.
 NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "asyncio", "lm_eval.tasks")
@@ -80,26 +81,26 @@ def show_plan(
     Raises:
         UserError: the input is wrong.
     """
-    with TerminalView() as view:
-        load_libraries(view, verbose)
+    with TerminalView() as tell:
+        load_libraries(tell, verbose)
         from dart_eval.results.store import Store
-        from dart_eval.sweep.jobs import documents, plan_all
+        from dart_eval.sweep.run import documents, plan_all
 
         cells: list[Json] = []
         for configs in runs:
             try:
-                jobs, missing = plan_all(configs, view, skip_missing)
+                planned, missing = plan_all(configs, tell, skip_missing)
             except UserError as error:
                 if not cells:
                     raise
-                view.note(f"left out: {error}")
+                tell(Event("note", f"left out: {error}"))
                 continue
             for text in missing.values():
-                view.note(f"left out: {text}")
+                tell(Event("note", f"left out: {text}"))
             store, anew = Store(configs[0].output), configs[0].force
-            for key, job in jobs.items():
-                finished = not anew and store.get(job.cell.name, key) is not None
-                cells.append({"cell": job.cell.title, "key": key, "documents": documents(job), "finished": finished})
+            for key, cell in planned.items():
+                finished = not anew and store.get(cell.name, key) is not None
+                cells.append({"cell": cell.title, "key": key, "documents": documents(cell), "finished": finished})
     if format == "json":
         put(json_text(cells) + "\n")
         return
@@ -159,19 +160,19 @@ def understood(file: Path | None, given: Json) -> list[RunConfig]:
     found = configs_from(file, given)
     for spec in found[0].method:
         check_name(parse(spec)[0])
-    with TerminalView() as view:
-        view.status("looking up tasks")  # lm-eval's take a while, once
+    with TerminalView() as tell:
+        tell(Event("wait", "looking up tasks"))  # lm-eval's take a while, once
         task_names.check_names(found[0].tasks, found[0].include_path)
     methods_of(found[0])
     return found
 
 
-def load_libraries(view: TerminalView, verbose: bool) -> None:
+def load_libraries(tell: Tell, verbose: bool) -> None:
     """Import what takes seconds, once everything that can be refused without it has been."""
-    view.status("loading torch and lm-eval")
+    tell(Event("wait", "loading torch and lm-eval"))
     if not verbose:
         silence()
-    from dart_eval.sweep import jobs  # noqa: F401
+    from dart_eval.sweep import run  # noqa: F401
 
 
 def finish(result: RunResult, output: str) -> None:

@@ -9,7 +9,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +31,13 @@ from dart_eval.results import metrics
 from dart_eval.results.format import with_error
 from dart_eval.results.writers import Table, data_text, finite, latex, markdown, pieces
 from dart_eval.util import files
-from dart_eval.util.text import Json, folded, json_text, printable
+from dart_eval.util.text import Json, counted, folded, json_text, printable
 
 if TYPE_CHECKING:
     from rich.progress import Task, TaskID
 
     from dart_eval.results.record import Metric, Record
+    from dart_eval.sweep.events import Event
     from dart_eval.sweep.plan import Cell
 
 NAMES = ("method", "claim", "cell", "cells")  # columns that may go over several lines
@@ -54,35 +54,13 @@ class _TimeLeft(TimeRemainingColumn):
         return Text.assemble(super().render(task), " left") if task.total else Text()
 
 
-@dataclass
-class _Count:
-    """Progress of a cell: its requests, its place, its start (seconds), answers, and those of an earlier run."""
-
-    requests: int
-    place: int
-    start: float
-    done: int = 0
-    kept: int = 0
-
-    def count(self, requests: int, fresh: bool) -> None:
-        """Count answered requests. fresh: they were computed now, and not by an earlier run."""
-        self.done += requests
-        if not fresh:
-            self.kept += requests
-
-    def line(self, cells: int, title: str) -> str:
-        """`cell 5 of 8, arc dense: 120 of 480 requests, about 6 min left in it`."""
-        if self.done > self.requests:
-            return f"cell {self.place} of {cells}, {title}: {self.done} requests, as a long text counts as several"
-        left = (time.monotonic() - self.start) * (self.requests - self.done) / max(self.done - self.kept, 1)
-        about = f"about {left / 60:.0f} min left in it" if left > 90 else f"about {left:.0f} s left in it"
-        return f"cell {self.place} of {cells}, {title}: {self.done} of {self.requests} requests, {about}"
-
-
 class TerminalView:
-    """Progress of a run on stderr: bars on a terminal, lines in a log.
+    """Shows the events of a run, or of any command that waits, on stderr: bars on a terminal, lines in a log.
 
-    A line of a log names what the run waits for, if that lasts, and from time to time the progress of a cell.
+        with TerminalView() as tell:
+            tell(Event("wait", "loading the model"))
+
+    A log names what lasts, and from time to time how far a cell is.
     """
 
     def __init__(self) -> None:
@@ -94,133 +72,119 @@ class TerminalView:
             TimeElapsedColumn(), _TimeLeft(),
             console=self.console, transient=True, disable=not self.live,
         )  # fmt: skip
-        self._bar: TaskID | None = None  # of what is waited for
+        self._step = self._said = ""  # what is waited for, and what a log last said of it
+        self._bar: TaskID | None = None  # of that
         self._all: TaskID  # of all cells
         self._cells: dict[str, TaskID] = {}  # the bars of cells under way, by key
-        self._step = self._said = ""  # what is waited for, and what a log last said of it
-        self._soon: object = None  # identifies the timer under way
-        self._under_way: dict[str, _Count] = {}  # by key
-        self._count, self._over, self._spoke = 0, 0, time.monotonic()  # cells, ended cells, time of the last line
+        self._over = 0  # cells that have ended
+        self._open, self._spoke = False, 0.0  # whether the block runs; when the last line was written
 
     def __enter__(self) -> TerminalView:
+        self._open, self._spoke = True, time.monotonic()
         self.progress.start()
+        if not self.live:
+            threading.Thread(target=self._name_what_lasts, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._go_on()
+        self._open = False  # the thread is not waited for: that takes a lock, which a signal can leave taken for good
+        self._end_step()
         self.progress.stop()
 
-    def status(self, text: str) -> None:
-        """Show a step while no cell answers. A log names it if it lasts."""
-        self._step = printable(text)
-        if self.live and self._bar is not None:
-            self.progress.update(self._bar, description=self._step)
-        elif self.live:
-            self._bar = self.progress.add_task(self._step, total=None)
-        elif self._soon is None and self._step != self._said:
-            self._soon = object()
-            timer = threading.Timer(LASTS, self._say_step, [self._soon])
-            timer.daemon = True
-            timer.start()
+    def _name_what_lasts(self) -> None:
+        while self._open:
+            time.sleep(min(1.0, LASTS / 5))
+            if not self.live and self._step not in ("", self._said) and time.monotonic() - self._spoke > LASTS:
+                self._said = self._step
+                self._say(f"{self._step} ...")
 
-    def _say_step(self, soon: object) -> None:
-        if soon is not self._soon:
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        cell, text = event.cell, printable(event.text)
+        if event.kind == "wait":
+            if not self._step:
+                self._spoke = time.monotonic()
+            self._step = text
+            if self._bar is not None:
+                self.progress.update(self._bar, description=text)
+            elif self.live:
+                self._bar = self.progress.add_task(text, total=None)
             return
-        self._soon = None
-        if self._step and self._step != self._said:
-            self._said = self._step
-            self._say(f"{self._step} ...")
+        if event.kind == "note":
+            self._say((text, "yellow"))
+            return
+        if event.kind != "answered" or self.live:
+            self._end_step()
+        if event.kind == "about":
+            self._say(text)
+        elif event.kind == "planned":
+            if event.n:
+                self._say(f"{event.n} of {event.of} cells are finished already")
+            self._over = event.n
+            self._all = self.progress.add_task("all cells", total=event.of, completed=event.n)
+        elif cell is not None:
+            self._show_cell(event, cell, text)
 
-    def _go_on(self) -> None:
-        """Remove the step: nothing is waited for any more."""
+    def _show_cell(self, event: Event, cell: Cell, text: str) -> None:
+        title, bar = printable(cell.title), self._cells.get(cell.key)
+        if event.kind == "started" and bar is None:
+            room = max(20, self.console.width - BESIDE)
+            short = title if len(title) <= room else f"{title[: room - 1]}…"
+            place = self._over + len(self._cells) + 1
+            self._cells[cell.key] = self.progress.add_task(short, total=event.n, title=title, place=place, kept=0)
+        elif event.kind == "answered" and bar is not None:
+            task = self.progress.tasks[self.progress.task_ids.index(bar)]
+            self.progress.update(bar, advance=event.n, kept=task.fields["kept"] + event.kept)
+            if not self.live and time.monotonic() - self._spoke > EVERY:
+                self._say(self._how_far(task))
+        elif event.kind in ("finished", "failed"):
+            if event.record is not None:
+                self._say(("done", "green"), f" {title:<34} {printable(_numbers(event.record))}")
+            else:
+                self._say(("failed", "red"), f" {title:<32} {text} (traceback: {event.where})")
+            self.progress.advance(self._all)
+            self._over += 1
+            if (bar := self._cells.pop(cell.key, None)) is not None:
+                self.progress.remove_task(bar)
+
+    def _how_far(self, task: Task) -> str:
+        """`cell 5 of 8, arc dense: 120 of 480 requests, about 6 min left in it`."""
+        cells, total = self.progress.tasks[self.progress.task_ids.index(self._all)].total, task.total or 0
+        where = f"cell {task.fields['place']} of {cells:.0f}, {task.fields['title']}: {task.completed:.0f}"
+        if task.completed > total:
+            return f"{where} requests, as a long text counts as several"
+        computed = max(task.completed - task.fields["kept"], 1)  # answers of an earlier run are no speed
+        left = (task.elapsed or 0) * (total - task.completed) / computed
+        about = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+        return f"{where} of {total:.0f} requests, about {about} left in it"
+
+    def _end_step(self) -> None:
+        """Nothing is waited for any more."""
         self._step = ""
-        self._soon = None  # not cancelled: that takes a lock, which a signal can leave taken for good
         if self._bar is not None:
             self.progress.remove_task(self._bar)
             self._bar = None
-
-    def planned(self, cells: int, finished: int) -> None:
-        """Show the plan: the number of cells, and of those finished earlier."""
-        self._go_on()
-        if finished:
-            self.console.print(f"{finished} of {cells} cells are finished already")
-        self._count, self._over = cells, finished
-        self._all = self.progress.add_task("all cells", total=cells, completed=finished)
-
-    def started(self, cell: Cell, requests: int) -> None:
-        """Begin the bar of a cell."""
-        self._go_on()
-        if cell.key not in self._cells:
-            self._cells[cell.key] = self.progress.add_task(self._short(printable(cell.title)), total=requests)
-            place = self._over + len(self._under_way) + 1
-            self._under_way[cell.key] = _Count(requests, place, time.monotonic())
-
-    def advanced(self, cell: Cell, requests: int, fresh: bool = True) -> None:
-        """Count answered requests of a cell (see `_Count`). A log names a long cell from time to time."""
-        if self.live:
-            self._go_on()
-        if cell.key in self._cells:
-            self.progress.advance(self._cells[cell.key], requests)
-            self._under_way[cell.key].count(requests, fresh)
-            if not self.live and time.monotonic() - self._spoke > EVERY:
-                self._say(self._under_way[cell.key].line(self._count, printable(cell.title)))
-
-    def finished(self, cell: Cell, record: Record) -> None:
-        """Print the line of a finished cell."""
-        self._go_on()
-        shown = ", ".join(
-            f"{_place(m, record)}{m.metric} {with_error(m.metric, m.value, m.stderr)}" for m in headline(record.metrics)
-        )
-        more = f"{_some(record.remasks, 're-mask')}{_some(record.cut, 'cut prompt')}  {record.seconds:.0f} s"
-        sparsity = f"  effective sparsity {record.effective_sparsity:.3f}"
-        self._say(("done", "green"), f" {printable(cell.title):<34} {printable(shown)}{sparsity}{more}")
-        self._next(cell)
-
-    def failed(self, cell: Cell, error: str, where: Path) -> None:
-        """Print the line of a failed cell."""
-        self._go_on()
-        self._say(("failed", "red"), f" {printable(cell.title):<32} {printable(error)} (traceback: {where})")
-        self._next(cell)
-
-    def note(self, text: str) -> None:
-        """Print something that a person should know."""
-        self._say((printable(text), "yellow"))
-
-    def about(self, text: str) -> None:
-        """Print what the run is, in a line at its beginning."""
-        self._go_on()
-        self._say(printable(text))
 
     def _say(self, *parts: str | tuple[str, str]) -> None:
         self._spoke = time.monotonic()
         self.console.print(Text.assemble(*parts))
 
-    def _short(self, title: str) -> str:
-        """Return a title that leaves room for its bar and the times beside it."""
-        room = max(20, self.console.width - BESIDE)
-        return title if len(title) <= room else f"{title[: room - 1]}…"
 
-    def _next(self, cell: Cell) -> None:
-        self.progress.advance(self._all)
-        self._over += 1
-        self._under_way.pop(cell.key, None)
-        if cell.key in self._cells:
-            self.progress.remove_task(self._cells.pop(cell.key))
+def _numbers(record: Record) -> str:
+    """Return what the line of a finished cell shows."""
+    shown = ", ".join(
+        f"{'' if m.task == record.inputs['task'] else f'{m.task} '}{m.metric} {with_error(m.metric, m.value, m.stderr)}"
+        for m in headline(record.metrics)
+    )
+    counts = [counted(n, what) for n, what in ((record.remasks, "re-mask"), (record.cut, "cut prompt")) if n]
+    sparsity = f"effective sparsity {record.effective_sparsity:.3f}"
+    return f"{shown}  {', '.join([sparsity, *counts])}  {record.seconds:.0f} s"
 
 
 def headline(found: Sequence[Metric]) -> list[Metric]:
     """Return the one number per task that a line shows."""
     own = [m for m in found if m.part_of is None]
     return metrics.main(own) or own[:1]
-
-
-def _place(metric: Metric, record: Record) -> str:
-    return "" if metric.task == record.inputs["task"] else f"{metric.task} "
-
-
-def _some(count: int | None, what: str) -> str:
-    """Return a count after a comma; nothing for none."""
-    return f", {count} {what}{'s' if count > 1 else ''}" if count else ""
 
 
 def settle_streams() -> None:

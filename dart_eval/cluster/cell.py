@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
+from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import RunConfig
 from dart_eval.util.errors import UserError, summary
 from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
-    from dart_eval.models.loading import Resolved
     from dart_eval.sweep.worker import Worker
 
 
@@ -41,7 +41,7 @@ def run_cell(config: RunConfig, key: str, journal: Journal, common: RunConfig, f
     """
     import torch
 
-    from dart_eval.sweep.jobs import Silent, plan_all
+    from dart_eval.sweep.run import plan_all
     from dart_eval.util.quiet import silence
 
     silence()
@@ -51,15 +51,13 @@ def run_cell(config: RunConfig, key: str, journal: Journal, common: RunConfig, f
         torch.set_num_threads(1)  # the one that Ray gives
     start, journal.path = time.monotonic(), None
     try:
-        model, worker = _loaded(common)
+        worker = _loaded(common)
         # Own copies of the tasks: a run writes into lm-eval's, which would change their hashes.
-        jobs, _ = plan_all([config], Silent(), False, common.device, model)
-        if key not in jobs:
-            raise UserError(
-                "this node would evaluate another cell than the driver planned",
-                "install the same versions and give every node the same model and --data-dir",
-            )
-        outcome, record = worker.run(jobs[key], journal)
+        cells, _ = plan_all([config], silent, False, common.device, worker.resolved)
+        if key not in cells:
+            problem = "this node would evaluate another cell than the driver planned"
+            raise UserError(problem, "install the same versions and give every node the same model and --data-dir")
+        outcome, record = worker.run(cells[key], journal)
     except Exception as error:
         failure = summary(error), "".join(traceback.format_exception(error))
         return Made(journal, time.monotonic() - start, failure=failure)
@@ -67,11 +65,9 @@ def run_cell(config: RunConfig, key: str, journal: Journal, common: RunConfig, f
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(common: RunConfig) -> tuple[Resolved, Worker]:
+def _loaded(common: RunConfig) -> Worker:
     """Load the model; Ray runs one cell after another in a process without a GPU."""
     from dart_eval.models.loading import resolve
-    from dart_eval.sweep.jobs import Silent
     from dart_eval.sweep.worker import Worker
 
-    model = resolve(common)
-    return model, Worker(common, model, Silent())
+    return Worker(resolve(common), silent)

@@ -19,8 +19,10 @@ from typing import Any
 from dart_eval.cluster.cell import Made, run_cell
 from dart_eval.evaluation.unsafe import away_from_this_folder
 from dart_eval.results.journal import Journal
-from dart_eval.sweep.jobs import Job, RunResult, Sweep, View, begin_sweep
+from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.options import RunConfig
+from dart_eval.sweep.plan import Cell
+from dart_eval.sweep.run import RunResult, Sweep, begin_sweep
 from dart_eval.util.errors import UserError, summary
 
 TRIES = 3  # more, where the process at work on a cell is lost
@@ -28,61 +30,61 @@ AHEAD = 256  # cells that Ray has at once: the claim of each is an open file
 POLL = 0.5  # seconds between looks: Ray keeps Ctrl-C back while it waits
 
 
-def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
+def run_all(configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False) -> RunResult:
     """See `run.run_all`.
 
     Raises:
         UserError: the input is wrong, or there is no such cluster. Nothing has been written.
     """
     first = configs[0]
-    view.status("connecting to Ray")
+    tell(Event("wait", "connecting to Ray"))
     with _connected(str(first.ray)):
         import ray
 
         gpus = _gpus(first)
         device, spread = ("cuda", "auto" if gpus > 1 else None) if gpus else ("cpu", None)
-        sweep = begin_sweep(configs, view, skip_missing, device)
+        sweep = begin_sweep(configs, tell, skip_missing, device)
         common = dataclasses.replace(first, device=device, device_map=first.device_map or spread)
         remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TRIES)(run_cell)
 
-        def submit(job: Job, journal: Journal) -> object:
-            config = dataclasses.replace(job.config, tasks=(job.cell.task,))
-            return remote.remote(config, job.cell.key, journal, common, os.getcwd())
+        def submit(cell: Cell, journal: Journal) -> object:
+            config = dataclasses.replace(cell.config, tasks=(cell.task,))
+            return remote.remote(config, cell.key, journal, common, os.getcwd())
 
         return sweep.work_through(lambda todo: _work(sweep, todo, submit))
 
 
-def _work(sweep: Sweep, todo: Sequence[Job], submit: Callable[[Job, Journal], object]) -> None:
+def _work(sweep: Sweep, todo: Sequence[Cell], submit: Callable[[Cell, Journal], object]) -> None:
     """Run the cells that no other process has claimed, and write what comes of them."""
     import ray
 
-    waiting, pending = iter(todo), dict[object, tuple[Job, Journal, contextlib.ExitStack]]()
+    waiting, pending = iter(todo), dict[object, tuple[Cell, Journal, contextlib.ExitStack]]()
     with contextlib.ExitStack() as claims:
         while True:
-            for job in itertools.islice(waiting, AHEAD - len(pending)):
+            for cell in itertools.islice(waiting, AHEAD - len(pending)):
                 claim = claims.enter_context(contextlib.ExitStack())
-                journal = claim.enter_context(sweep.claim(job))
+                journal = claim.enter_context(sweep.claim(cell))
                 if journal is not None:
-                    pending[submit(job, journal)] = job, journal, claim
+                    pending[submit(cell, journal)] = cell, journal, claim
             if not pending:
                 return
             for found in ray.wait([*pending], timeout=POLL)[0]:
-                job, journal, claim = pending.pop(found)
+                cell, journal, claim = pending.pop(found)
                 with claim:
                     try:
-                        _take(sweep, job, journal, ray.get(found))
+                        _take(sweep, cell, journal, ray.get(found))
                     except ray.exceptions.RayError as error:
-                        sweep.fail(job.cell, f"the process at work on it was lost ({summary(error)})", str(error))
+                        sweep.fail(cell, f"the process at work on it was lost ({summary(error)})", str(error))
 
 
-def _take(sweep: Sweep, job: Job, journal: Journal, made: Made) -> None:
+def _take(sweep: Sweep, cell: Cell, journal: Journal, made: Made) -> None:
     """Write what came of a cell."""
     if made.record is not None:
-        sweep.save(job.cell, made.record, made.texts, journal)
+        sweep.save(cell, made.record, made.texts, journal)
         return
     answers = {name: answer for name, answer in made.journal.items() if name not in journal}
     journal.add(answers, made.journal.state_bytes, made.seconds)
-    sweep.fail(job.cell, *made.failure)
+    sweep.fail(cell, *made.failure)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dart_eval.models.loaded import Loaded
-    from dart_eval.sweep.jobs import RunResult, View
+    from dart_eval.sweep.events import Tell
     from dart_eval.sweep.options import RunConfig
+    from dart_eval.sweep.run import RunResult
 
 
 def run_all(
-    configs: Sequence[RunConfig], view: View, skip_missing: bool = False, model: Loaded | None = None
+    configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False, model: Loaded | None = None
 ) -> RunResult:
     """Run several sweeps of one model into one folder, where the first one says.
 
@@ -27,9 +28,9 @@ def run_all(
     if configs[0].ray is not None:
         from dart_eval.cluster import cluster
 
-        return cluster.run_all(configs, view, skip_missing)
-    from dart_eval.sweep import local, workers
+        return cluster.run_all(configs, tell, skip_missing)
+    from dart_eval.sweep import run, workers
 
     if configs[0].workers > 1:
-        return workers.run_all(configs, view, skip_missing)
-    return local.run_all(configs, view, skip_missing, model)
+        return workers.run_all(configs, tell, skip_missing)
+    return run.run_all(configs, tell, skip_missing, model)

@@ -23,6 +23,7 @@ from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
+    from dart_eval.evaluation.tasks import Tasks
     from dart_eval.models.loading import Resolved
     from dart_eval.pruning.method import Method
 
@@ -32,8 +33,8 @@ class Cell:
     """One (model, method, sparsity, task ...) combination: the unit of running and skipping.
 
     `inputs` is everything that can change a number, as recorded; `key` its hash, whatever the method was called: two
-    spellings of one composition are one cell. `rounding` is of the FFN weights, None: as they are. `name` is for
-    people.
+    spellings of one composition are one cell. `rounding` is of the FFN weights, None: as they are. `config` and
+    `tasks` are what it runs with. `name` is for people.
     """
 
     method: Method
@@ -41,6 +42,8 @@ class Cell:
     task: str
     inputs: Json = field(compare=False)
     rounding: Rounding | None = None
+    config: RunConfig = field(default=RunConfig(), compare=False, repr=False)
+    tasks: Tasks | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -87,14 +90,14 @@ def methods_of(config: RunConfig) -> list[Method]:
 
 def plan(
     config: RunConfig, model: Resolved, tasks: Sequence[str], hashes: Mapping[str, str], device: str,
-    drawn: Collection[str] = (),
+    drawn: Collection[str] = (), shelf: Tasks | None = None,
 ) -> list[Cell]:  # fmt: skip
     """Return all cells, task by task. A method that does not prune has one cell, whatever the sparsities.
 
     Args:
         model: found, not loaded. tasks: expanded names. hashes: task -> hash of its configuration and documents.
         device: type of device (cpu, cuda): kernels differ in their last bits.
-        drawn: those of the tasks that draw their answers.
+        drawn: those of the tasks that draw their answers. shelf: has the tasks.
     """
     from dart_eval.evaluation.calibration_text import calibration_text
 
@@ -124,7 +127,7 @@ def plan(
                 **(drawn_tokens if method.calibrates else {}),
                 **({} if rounding is None else {"ffn_bits": rounding.text}),
             }  # fmt: skip
-            cells.append(Cell(method, sparsity, task, inputs, rounding))
+            cells.append(Cell(method, sparsity, task, inputs, rounding, config, shelf))
     return cells
 
 

@@ -18,9 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dart_eval.sweep import local
-from dart_eval.sweep.jobs import RunResult, Silent, View, begin_sweep
+from dart_eval.sweep import run
+from dart_eval.sweep.events import Event, Tell, silent
 from dart_eval.sweep.options import RunConfig
+from dart_eval.sweep.run import RunResult, begin_sweep, run_rest
 from dart_eval.util.errors import writing
 
 POLL = 0.5  # seconds between looks at the workers
@@ -28,14 +29,14 @@ POLL = 0.5  # seconds between looks at the workers
 BEGIN = "import sys; sys.path[:] = filter(None, sys.path); from dart_eval.sweep.workers import serve; serve()"
 
 
-def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
+def run_all(configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False) -> RunResult:
     """See `cluster.run.run_all`. What no worker could begin runs in this process, which says why.
 
     Raises:
         UserError: the input is wrong.
     """
     since = time.time()
-    sweep = begin_sweep(configs, view, skip_missing, since=since)
+    sweep = begin_sweep(configs, tell, skip_missing, since=since)
     count, cards = min(configs[0].workers, len(sweep.todo)), _cards(configs[0])
     threads = max(1, len(os.sched_getaffinity(0)) // max(1, count)) if hasattr(os, "sched_getaffinity") else 1
     with contextlib.ExitStack() as stack:
@@ -54,10 +55,11 @@ def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False
                 del running[place]
                 if status:
                     how = f"signal {-status}" if status < 0 else f"status {status}"
-                    view.note(f"worker {place + 1} died ({how}); see {_log(sweep.store.folder, place)}")
+                    text = f"worker {place + 1} died ({how}); see {_log(sweep.store.folder, place)}"
+                    tell(Event("note", text))
                     if sweep.todo and len(sweep.failed) > failed:  # at a cell, and not before its first
                         running[place] = start(place)
-    return local.run_rest(sweep, configs[0])
+    return run_rest(sweep, configs[0])
 
 
 def _log(folder: Path, place: int) -> Path:
@@ -104,4 +106,4 @@ def serve() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # it leaves no mark on its cell
     silence()
     configs, skip_missing, since = pickle.load(sys.stdin.buffer)
-    local.run_all(configs, Silent(), skip_missing, since=since)
+    run.run_all(configs, silent, skip_missing, since=since)

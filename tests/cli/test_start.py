@@ -18,6 +18,7 @@ from dart_eval import cli
 from dart_eval.cli import options, view
 from dart_eval.evaluation import task_names
 from dart_eval.evaluation.tasks import Tasks
+from dart_eval.sweep.events import Event
 from dart_eval.sweep.options import DEFAULTS, OPTIONS, choices_of
 from dart_eval.util.errors import nearest
 from tests.helpers.commands import command
@@ -192,11 +193,11 @@ def test_a_signal_while_a_line_is_called_off_leaves_nothing_locked(monkeypatch):
         raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt), view.TerminalView() as shown:
-        shown.status("loading a model")
+        shown(Event("wait", "loading a model"))
         monkeypatch.setattr(threading.Condition, "_real", threading.Condition.__enter__, raising=False)
         monkeypatch.setattr(threading.Condition, "__enter__", taken)
         try:
-            shown.planned(1, 0)
+            shown(Event("planned", of=1))
         finally:
             monkeypatch.setattr(threading.Condition, "__enter__", threading.Condition._real)
 
@@ -204,14 +205,14 @@ def test_a_signal_while_a_line_is_called_off_leaves_nothing_locked(monkeypatch):
 def test_a_log_says_what_lasts_once_and_nothing_of_what_does_not(capsys, monkeypatch):
     monkeypatch.setattr(view, "LASTS", 0.05)
     with view.TerminalView() as shown:
-        shown.status("looking up tasks")
-        shown.status("loading the model")
+        shown(Event("wait", "looking up tasks"))
+        shown(Event("wait", "loading the model"))
         time.sleep(0.15)
-        shown.status("loading the model")
+        shown(Event("wait", "loading the model"))
         time.sleep(0.15)
-        shown.planned(1, 0)
-        shown.status("waiting for another process")
-        shown.planned(1, 0)
+        shown(Event("planned", of=1))
+        shown(Event("wait", "waiting for another process"))
+        shown(Event("planned", of=1))
         time.sleep(0.15)
     assert capsys.readouterr().err == "loading the model ...\n"
 
@@ -222,18 +223,18 @@ def test_what_a_cell_waits_for_is_said_until_its_first_answers(capsys, monkeypat
     bars = []
     with view.TerminalView() as shown:
         shown.live = live
-        shown.planned(2, 0)
+        shown(Event("planned", of=2))
         for cell in (SimpleNamespace(key=i, title=f"cell {i}") for i in range(2)):
-            shown.started(cell, 8)
-            shown.status("preparing dart")
+            shown(Event("started", cell=cell, n=8))
+            shown(Event("wait", "preparing dart"))
             time.sleep(0.15)
-            shown.status(f"running {cell.title}")
+            shown(Event("wait", f"running {cell.title}"))
             bars.append(shown._bar is not None)
-            shown.advanced(cell, 4)
+            shown(Event("answered", cell=cell, n=4))
             bars.append(shown._bar is not None)
             time.sleep(0.15)
-            shown.status("what does not last")
-            shown.failed(cell, "it fell", Path("log"))
+            shown(Event("wait", "what does not last"))
+            shown(Event("failed", "it fell", cell, where=Path("log")))
             time.sleep(0.1)
     assert bars == [live, False] * 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" ...")]

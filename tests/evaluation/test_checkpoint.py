@@ -90,15 +90,16 @@ def test_weights_of_another_shape_are_refused_in_one_line(folder, refused):
 
 def test_weights_that_are_not_used_are_told_and_recorded(folder, tmp_path):
     _configure(folder, num_hidden_layers=2)
-    view, told = Watch(), []
-    view.note = told.append
+    view = Watch()
     config = config_from(None, {
         "model": str(folder), "tasks": "smoke_questions", "limit": 2, "method": "dense", "device": "cpu",
         "output": str(tmp_path / "out"),
     })  # fmt: skip
     (record,) = run_local(config, view).records
-    assert told == record.settings["notes"]
-    assert told[0].startswith("model model: 9 weights of the checkpoint are not used (model.layers.2.input_layernorm.")
+    assert view.notes == record.settings["notes"]
+    assert view.notes[0].startswith(
+        "model model: 9 weights of the checkpoint are not used (model.layers.2.input_layernorm."
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

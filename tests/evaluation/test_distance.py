@@ -23,7 +23,7 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.results import metrics
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
-from dart_eval.sweep.jobs import Silent
+from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import SCOPES, config_from
 from tests.helpers.commands import command, run_local
 from tests.helpers.distances import apart, assert_apart, dense_logits
@@ -199,7 +199,7 @@ def swept(tmp_path_factory, saved_llama):
         "model": saved_llama, "tasks": "smoke_questions,smoke_drift,smoke_summary", "method": "dense,random,griffin",
         "sparsity": "0.6", "limit": 7, "gen_kwargs": "max_gen_toks=5", "output": str(out),
     }  # fmt: skip
-    run_local(config_from(None, given), Silent())
+    run_local(config_from(None, given), silent)
     return out
 
 

@@ -2,20 +2,20 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
 
 from dart_eval.evaluation.evaluate import _perplexity_stderr, _simple_evaluate
-from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.sweep.options import config_from
-from dart_eval.sweep.worker import Worker
+from dart_eval.sweep.run import check_template
 from dart_eval.util.errors import UserError
 from tests.evaluation.test_tasks import ours  # noqa: F401
-from tests.helpers.models import tiny, word_tokenizer
+from tests.helpers.models import word_tokenizer
 
 CODE = """from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.filter import Filter
@@ -61,12 +61,11 @@ REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{%
 def test_a_system_message_that_the_template_leaves_out_is_refused(template, fits):
     tokenizer = word_tokenizer()
     tokenizer.chat_template = template
-    worker = Worker.__new__(Worker)
-    worker.lm, worker._identity = PrunedLM(tiny("llama"), tokenizer), {"name": "m"}
+    model = SimpleNamespace(load_tokenizer=lambda: tokenizer, identity=SimpleNamespace(name="m"))
     if fits:
-        return worker._check_system(" Be brief. ")
+        return check_template(model, " Be brief. ")
     with pytest.raises(UserError, match="chat template of m takes no system message; leave --system-instruction out"):
-        worker._check_system("Be brief.")
+        check_template(model, "Be brief.")
 
 
 @pytest.mark.parametrize("name", ["data[1]", "data*", "da?ta", "da::ta"])

@@ -19,8 +19,8 @@ from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.registry import make
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
-from dart_eval.sweep.jobs import plan_all
 from dart_eval.sweep.options import config_from
+from dart_eval.sweep.run import plan_all
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import about, served_bits
 from tests.helpers.commands import Watch, run_local
@@ -131,8 +131,8 @@ def test_what_needs_plain_weights_is_left_out_before_the_first_cell(checkpoints,
     def planned(**more):
         given = {"tasks": "smoke_questions", "model": str(checkpoints[kind]), "output": str(tmp_path / "out"), **more}
         watch = Watch()
-        jobs, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
-        return [job.cell.method.name for job in jobs.values()], [note for note in watch.notes if "left out" in note]
+        cells, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
+        return [cell.method.name for cell in cells.values()], [note for note in watch.notes if "left out" in note]
 
     library = kind.partition("-")[0]
     fixed = rf"--ffn-bits 4{{}} the weights of Linear are quantised \({library}\): others cannot stand in their place; "

@@ -13,7 +13,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.pruning.session import Session
 from dart_eval.results.store import Store
-from dart_eval.sweep import jobs
+from dart_eval.sweep import run
 from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, save_tiny, tiny
@@ -111,17 +111,16 @@ def test_what_cannot_be_meant_is_refused(given, message):
 @pytest.mark.parametrize("kind", ["multiple_choice", "loglikelihood", "generate_until"])
 def test_given_answers_are_no_task_for_a_model_that_thinks(kind, monkeypatch):
     task = SimpleNamespace(task_name="arc", OUTPUT_TYPE=kind)
-    monkeypatch.setattr(jobs, "leaves", lambda items: [task])
-    monkeypatch.setattr(jobs, "task_draws", lambda found: found == [task])
+    monkeypatch.setattr(run, "leaves", lambda items: [task])
     given = {"tasks": "arc", "chat_template": True, "think_end_token": "x"}
-    assert jobs._draws([], config_from(None, {**given, "enable_thinking": False}))
+    run.check_answers([], config_from(None, {**given, "enable_thinking": False}))
     thinks = config_from(None, {**given, "enable_thinking": True})
     if kind == "generate_until":
-        assert jobs._draws([], thinks)
+        run.check_answers([], thinks)
     else:
         said = "task arc scores given answers, but a thinking model thinks before it answers"
         with pytest.raises(UserError, match=said):
-            jobs._draws([], thinks)
+            run.check_answers([], thinks)
 
 
 @pytest.mark.slow

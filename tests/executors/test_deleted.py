@@ -19,15 +19,15 @@ def run(saved_llama, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_deleted_after_a_cell_is_missed_at_the_end(run, tmp_path, monkeypatch):
-    stock, deleted = view.TerminalView.finished, []
+    stock, deleted = view.TerminalView.__call__, []
 
-    def finished(self, cell, record):
-        stock(self, cell, record)
-        if not deleted:
+    def tell(self, event):
+        stock(self, event)
+        if event.kind == "finished" and not deleted:
             deleted.extend((tmp_path / "out" / "cells").iterdir())
             shutil.rmtree(tmp_path / "out")
 
-    monkeypatch.setattr(view.TerminalView, "finished", finished)
+    monkeypatch.setattr(view.TerminalView, "__call__", tell)
     status, _, errors = run()
     assert status == 1
     assert errors.endswith(
@@ -56,14 +56,14 @@ def test_a_folder_that_is_deleted_inside_a_cell_holds_that_cell_in_the_end(run, 
 
 @pytest.mark.parametrize("kind", ["samples", "texts"])
 def test_a_part_of_a_cell_that_is_deleted_is_missed(run, tmp_path, monkeypatch, kind):
-    stock = view.TerminalView.finished
+    stock = view.TerminalView.__call__
 
-    def finished(self, cell, record):
-        stock(self, cell, record)
-        if cell.method.prunes:
+    def tell(self, event):
+        stock(self, event)
+        if event.kind == "finished" and event.cell.method.prunes:
             shutil.rmtree(tmp_path / "out" / kind)
 
-    monkeypatch.setattr(view.TerminalView, "finished", finished)
+    monkeypatch.setattr(view.TerminalView, "__call__", tell)
     status, _, errors = run()
     assert status == 1
     assert f"smoke_questions dense (out/{kind}/smoke_questions" in errors

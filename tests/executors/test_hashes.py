@@ -221,9 +221,8 @@ WITHOUT_NUMBERS = {
     "results/metrics.py": "describes metrics",
     "results/record.py": "holds what it was given",
     "results/store.py": "keeps records",
-    "sweep/feasible.py": "says what is to be run",
+    "sweep/events.py": "shows how far a run is",
     "sweep/hashes.py": "hashes",
-    "sweep/jobs.py": "says what is to be run",
     "sweep/options.py": "options, which are part of a key",
     "sweep/plan.py": "makes keys: all that it decides is in them",
     "sweep/values.py": "reads options, which are part of a key",
@@ -285,4 +284,4 @@ def test_what_cells_execute_is_known(saved_llama, tmp_path):
     ours = {Path(f).relative_to(PACKAGE).as_posix() for f in executed if Path(f).is_relative_to(PACKAGE)}
     numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files()}
     assert {"pruning/session.py", "evaluation/lm.py", "sweep/worker.py", "results/journal.py"} <= ours
-    assert ours - numeric <= {*WITHOUT_NUMBERS, "sweep/local.py"}  # which hands cells to the worker
+    assert ours - numeric <= {*WITHOUT_NUMBERS, "sweep/run.py"}  # which hands cells to the worker

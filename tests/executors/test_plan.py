@@ -23,8 +23,8 @@ from dart_eval.pruning.method import Method, option
 from dart_eval.pruning.methods.dart import Dart
 from dart_eval.pruning.methods.griffin import Griffin, PromptMask
 from dart_eval.pruning.registry import make
-from dart_eval.sweep import jobs
 from dart_eval.sweep import plan as plan_module
+from dart_eval.sweep import run
 from dart_eval.sweep.options import RunConfig, config_from
 from dart_eval.sweep.plan import command, methods_of, plan
 from dart_eval.util.errors import UserError
@@ -459,11 +459,11 @@ def test_one_row_that_no_model_can_meet_leaves_out_itself_alone(saved_llama, tmp
     good = config_from(None, {**common, "method": "griffin", "sparsity": "0.9"})
     bad = config_from(None, {**common, "method": "cats", "sparsity": "0.9", "scope": "all"})
     view = Watch()
-    found, _ = jobs.plan_all([good, bad], view, True)
-    assert [job.cell.method.name for job in found.values()] == ["griffin"]
+    found, _ = run.plan_all([good, bad], view, True)
+    assert [cell.method.name for cell in found.values()] == ["griffin"]
     assert any(note.startswith("left out: cats at sparsity 0.9") for note in view.notes)
     with pytest.raises(UserError, match=r"cats at sparsity 0\.9"):
-        jobs.plan_all([bad], view, True)
+        run.plan_all([bad], view, True)
 
 
 def test_another_tokenizer_makes_another_model(saved_llama, tmp_path):

@@ -47,16 +47,16 @@ class _Teller(Watch):
         super().__init__()
         self.pipe, self.holds = pipe, holds
 
-    def planned(self, cells, finished):
+    def planned(self, event):
         self.pipe.send(("planned", time.monotonic()))
 
-    def started(self, cell, requests):
-        super().started(cell, requests)
+    def started(self, cell):
+        super().started(cell)
         self.pipe.send(("started", cell.name))
         if self.holds:
             time.sleep(600)
 
-    def status(self, text):
+    def waits(self, text):
         self.pipe.send((text.split()[0], text))
 
 

@@ -1,5 +1,6 @@
 """A whole run on a tiny saved model: records, resuming, failures, the Python surface."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 import dart_eval
 from dart_eval.pruning.registry import make
 from dart_eval.results.store import Store
-from dart_eval.sweep import jobs, worker
+from dart_eval.sweep import run, worker
 from dart_eval.sweep.options import RunConfig, config_from
 from dart_eval.sweep.plan import Cell
 from dart_eval.util.errors import UserError
@@ -112,8 +113,8 @@ def test_under_force_earlier_answers_are_dropped(tmp_path):
     store, cell = Store(tmp_path), Cell(make("griffin"), 0.5, "t", {"task": "t"})
     for force, kept in ((False, {"a": [1.0, True]}), (True, {})):
         store.journal(cell.name, cell.key).add({"a": [1.0, True]}, 0, 1.0)
-        job = jobs.Job(cell, RunConfig(force=force), None)
-        with jobs.Sweep({cell.key: job}, {}, store, Watch(), {}).claim(job) as journal:
+        cell = dataclasses.replace(cell, config=RunConfig(force=force))
+        with run.Sweep({cell.key: cell}, {}, store, Watch(), {}).claim(cell) as journal:
             assert dict(journal) == kept
 
 
@@ -151,7 +152,7 @@ def test_a_run_says_what_it_makes_before_a_cell_has_answers(saved_llama, tmp_pat
     said = []
 
     class Told(Watch):
-        def status(self, text):
+        def waits(self, text):
             said.append(text)
 
     changes = {"method": "dense,griffin,wanda-sp", "ffn_bits": "16,4", "tasks": "smoke_questions", "sparsity": "0.46"}

@@ -14,9 +14,9 @@ from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.pruning.registry import make
-from dart_eval.sweep.jobs import count_requests
 from dart_eval.sweep.options import DEFAULTS, RunConfig, checked, config_from, configs_from
 from dart_eval.sweep.plan import command, plan
+from dart_eval.sweep.run import count_requests
 from dart_eval.util.bits import rounding_at
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local

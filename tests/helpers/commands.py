@@ -28,7 +28,7 @@ import pytest
 
 from dart_eval import cli
 from dart_eval.cli import view
-from dart_eval.sweep import jobs, local
+from dart_eval.sweep import run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -73,29 +73,40 @@ def command(*args):
 
 def run_local(config, view):
     """Run one sweep in this process."""
-    return local.run_all([config], view)
+    return run.run_all([config], view)
 
 
-class Watch(jobs.Silent):
-    """Records what the executor reports."""
+class Watch:
+    """Records the events of a run."""
 
     def __init__(self):
         self.begun, self.done, self.broken, self.notes, self.answered = [], [], [], [], 0
 
-    def started(self, cell, requests):
+    def __call__(self, event):
+        if event.kind == "wait":
+            self.waits(event.text)
+        elif event.kind == "planned":
+            self.planned(event)
+        elif event.kind == "started":
+            self.started(event.cell)
+        elif event.kind == "answered":
+            self.answered += event.n
+        elif event.kind == "finished":
+            self.done.append(event.cell.name)
+        elif event.kind == "failed":
+            self.broken.append((event.cell.name, event.text, event.where))
+        elif event.kind == "note":
+            self.notes.append(event.text)
+
+    def waits(self, text):
+        """It waits for a step."""
+
+    def planned(self, event):
+        """The plan is made."""
+
+    def started(self, cell):
+        """A cell begins."""
         self.begun.append(cell.name)
-
-    def advanced(self, cell, requests, fresh=True):
-        self.answered += requests
-
-    def finished(self, cell, record):
-        self.done.append(cell.name)
-
-    def failed(self, cell, error, where):
-        self.broken.append((cell.name, error, where))
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 def results(output):

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from dart_eval.layers import projection
 from dart_eval.models.loading import ModelSpec, Resolved, resolve
-from dart_eval.sweep import jobs, local
+from dart_eval.sweep import run as sweep_run
+from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.cards import Cards, OnCard
@@ -73,14 +74,14 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_ll
 
     def run(output, view):
         given = {"model": saved_llama, "device": "cpu", "output": str(tmp_path / output)}
-        return local.run_all([config_from(None, given | cells) for cells in CELLS], view)
+        return sweep_run.run_all([config_from(None, given | cells) for cells in CELLS], view)
 
     def load(self, note=print):
         model, tokenizer = _load(self)
         return spread(model), tokenizer
 
     monkeypatch.setattr(Resolved, "load", _load)
-    wanted = run("one", jobs.Silent())
+    wanted = run("one", silent)
     monkeypatch.setattr(Resolved, "load", load)
     monkeypatch.setattr(torch, "autocast", lambda **_: contextlib.nullcontext())  # knows no cards but real ones
     view = Watch()

@@ -19,7 +19,7 @@ from dart_eval.results.report import charts
 from dart_eval.results.seeds import mean_record
 from dart_eval.results.store import Store
 from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST, Stand
-from dart_eval.sweep.jobs import RunResult
+from dart_eval.sweep.run import RunResult
 from tests.helpers.commands import command
 from tests.helpers.records import answered, choosing, perplexities, right, samples, save
 

@@ -19,7 +19,7 @@ from dart_eval.pruning.methods.griffin import Griffin
 from dart_eval.results import baseline, outcomes
 from dart_eval.results.check import check
 from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
-from dart_eval.sweep import jobs
+from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import run_local
@@ -62,7 +62,7 @@ def run(model, output):
         "model": model, "output": str(output), "tasks": "smoke_drift,smoke_questions", "method": "dense,griffin",
         "sparsity": "0.5", "limit": 10,
     })  # fmt: skip
-    assert not run_local(config, jobs.Silent()).failed
+    assert not run_local(config, silent).failed
     return output
 
 

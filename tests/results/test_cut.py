@@ -11,7 +11,7 @@ from dart_eval.results.record import Record
 from dart_eval.results.report import build
 from dart_eval.results.rows import rows
 from dart_eval.results.store import Store
-from dart_eval.sweep import jobs
+from dart_eval.sweep.events import Event, silent
 from dart_eval.sweep.options import config_from
 from tests.helpers.commands import run_local
 from tests.helpers.records import record, render, sealed
@@ -42,7 +42,7 @@ def _too_long(store, record, tokenizer, length):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", LENGTHS)
 def test_cut_prompts_are_counted_also_where_a_run_goes_on(saved_llama, tmp_path, monkeypatch, tokenizer, task):
-    whole = run_local(_config(saved_llama, tmp_path / "whole", task), jobs.Silent()).records
+    whole = run_local(_config(saved_llama, tmp_path / "whole", task), silent).records
     expected = _too_long(Store(tmp_path / "whole"), whole[0], tokenizer, LENGTHS[task])
     assert 0 < expected < 6
     for r in whole:
@@ -58,15 +58,15 @@ def test_cut_prompts_are_counted_also_where_a_run_goes_on(saved_llama, tmp_path,
     config = _config(saved_llama, output, task)
     monkeypatch.setattr(*STEP[task], stops)
     with pytest.raises(KeyboardInterrupt):
-        run_local(config, jobs.Silent())
+        run_local(config, silent)
     monkeypatch.undo()
-    again = run_local(config, jobs.Silent()).records
+    again = run_local(config, silent).records
     assert [r.by_task for r in again] == [r.by_task for r in whole]
 
 
 def test_where_every_prompt_fits_none_is_counted(saved_llama, tmp_path):
     config = _config(saved_llama, tmp_path, "smoke_questions", max_length=200, method="dense")
-    (made,) = run_local(config, jobs.Silent()).records
+    (made,) = run_local(config, silent).records
     assert (made.cut, made.by_task["smoke_questions"]["cut"]) == (0, 0)
     assert "cut to fit" not in render([made], "md")
 
@@ -99,8 +99,8 @@ def test_the_line_of_a_cell_says_it(capsys):
         key, title = "k", "arc_easy dart 0.5"
 
     view = TerminalView()
-    view.planned(1, 0)
-    view.finished(Cell, _cut())
+    view(Event("planned", of=1))
+    view(Event("finished", cell=Cell, record=_cut()))
     assert "3 re-masks, 12 cut prompts  2 s" in capsys.readouterr().err
 
 

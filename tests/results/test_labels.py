@@ -20,6 +20,7 @@ from dart_eval.results.store import Store
 from dart_eval.results.tables import tables
 from dart_eval.results.thresholds import Thresholds
 from dart_eval.results.writers import Table
+from dart_eval.sweep.events import Event
 from dart_eval.util.text import folded
 from tests.helpers.records import FLOPS, answered, record, render, right, save
 
@@ -201,8 +202,8 @@ def test_a_long_name_leaves_room_for_its_bar(width, monkeypatch):
         key, title = "k", f"smoke_questions {LONG} 0.5"
 
     shown = view.TerminalView()
-    shown.planned(1, 0)
-    shown.started(Cell, 10)
+    shown(Event("planned", of=1))
+    shown(Event("started", cell=Cell, n=10))
     (title,) = [t.description for t in shown.progress.tasks if "dart" in t.description]
     assert title == Cell.title[: width - 47] + "…"
 

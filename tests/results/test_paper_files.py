@@ -12,9 +12,9 @@ from dart_eval.results.paper_layout import PaperColumn, PaperRow
 from dart_eval.results.paper_tables import Paper
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
-from dart_eval.sweep.jobs import RunResult
 from dart_eval.sweep.options import config_from
 from dart_eval.sweep.paper import load
+from dart_eval.sweep.run import RunResult
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command as typed
 from tests.helpers.records import answered, metric_of

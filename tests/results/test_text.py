@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from itertools import chain
 from types import SimpleNamespace
 
 import pytest
+import rich.progress
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +22,7 @@ from dart_eval.results import check, compare, stats, writers
 from dart_eval.results.report import build
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, csv_text
+from dart_eval.sweep.events import Event
 from dart_eval.util.errors import UserError, summary
 from dart_eval.util.text import json_text, printable
 from tests.helpers.commands import command
@@ -145,8 +146,8 @@ def test_the_terminal_shows_every_text_and_obeys_none(text):
         view.show(Table(text, ["a", text], [[text, "1"]], text, bold=frozenset({(0, 0)})))
         view.show(Table(text, ["a"], [], text))
         terminal = view.TerminalView()
-        terminal.status(text)
-        terminal.note(text)
+        terminal(Event("wait", text))
+        terminal(Event("note", text))
         view.say(text)
         view.put(text)
     finally:
@@ -161,34 +162,36 @@ def test_the_terminal_shows_every_text_and_obeys_none(text):
 EVIL = "evil\x1b[31m\x9b\u202e\n=1+1\0"
 
 
-def test_a_line_of_progress_never_has_less_than_no_time_left():
-    """A text that is longer than the model takes is scored in several requests, which no plan counts."""
-    count = view._Count(6, 1, time.monotonic() - 60, done=3)
-    assert count.line(2, "wikitext dense") == "cell 1 of 2, wikitext dense: 3 of 6 requests, about 60 s left in it"
-    count.done = 9
-    assert count.line(2, "wikitext dense").endswith(": 9 requests, as a long text counts as several")
+@pytest.mark.parametrize(("kept", "answered", "said"), [
+    (0, 3, "3 of 6 requests, about 60 s left in it"), (4, 1, "5 of 6 requests, about 60 s left in it"),
+    (0, 9, "9 requests, as a long text counts as several"),
+])  # fmt: skip
+def test_a_line_of_a_log_says_how_far_a_cell_is(capsys, monkeypatch, kept, answered, said):
+    """Answers of an earlier run are no speed; a long text is scored in several requests, which no plan counts."""
+    cell = SimpleNamespace(key="k", title="arc dense")
+    with view.TerminalView() as shown:
+        shown.live = False
+        shown(Event("planned", n=1, of=3))
+        shown(Event("started", cell=cell, n=6))
+        shown(Event("answered", cell=cell, n=kept, kept=kept))
+        monkeypatch.setattr(rich.progress.Task, "elapsed", 60.0)
+        monkeypatch.setattr(view, "EVERY", -1.0)
+        shown(Event("answered", cell=cell, n=answered))
+    assert capsys.readouterr().err.splitlines()[-1] == f"cell 2 of 3, arc dense: {said}"
 
 
 def test_cells_side_by_side_have_places_of_their_own(capsys, monkeypatch):
     monkeypatch.setattr(view, "EVERY", -1.0)
     with view.TerminalView() as shown:
         shown.live = False
-        shown.planned(3, 1)
+        shown(Event("planned", n=1, of=3))
         cells = [SimpleNamespace(key=i, title=f"cell {i}") for i in range(2)]
         for cell in cells:
-            shown.started(cell, 8)
+            shown(Event("started", cell=cell, n=8))
         for cell in cells:
-            shown.advanced(cell, 4)
+            shown(Event("answered", cell=cell, n=4))
     said = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines() if "of 8 requests" in line]
     assert said == ["cell 2 of 3", "cell 3 of 3"]
-
-
-def test_answers_of_an_earlier_run_are_no_speed():
-    """400 of 480 were there at once; since then 4 were computed in 10 seconds."""
-    count = view._Count(480, 5, time.monotonic() - 10)
-    count.count(400, False)
-    count.count(4, True)
-    assert count.line(8, "arc dense") == "cell 5 of 8, arc dense: 404 of 480 requests, about 3 min left in it"
 
 
 def test_no_name_in_a_record_reaches_a_table_raw():
