@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from dart_eval.cli import view
-from dart_eval.sweep.options import SECOND_NAMES
+from dart_eval.sweep.options import DEFAULTS, SECOND_NAMES
 from dart_eval.util.errors import UserError, nearest, out_of_memory
 from dart_eval.util.retired import retired
 
@@ -167,6 +167,8 @@ def _misused(error: Any) -> UserError:
     if name := getattr(error, "option_name", None) if type(error).__name__ == "NoSuchOption" else None:
         if left := retired("option", name.lstrip("-").removeprefix("no-")):
             return left
+        if command == "dart-eval" and _spelled(name.lstrip("-")).replace("-", "_") in DEFAULTS:
+            return UserError(f"{command} needs a command before {name}", f"did you mean dart-eval run {name}?")
         there = [o for p in known if not p.hidden for o in p.opts if o.startswith("-")]
         return UserError(f"{command} has no option {name}", (there and nearest(name, there)) or remedy)
     said = error.format_message().rstrip(".")

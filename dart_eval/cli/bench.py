@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,12 +11,14 @@ from dart_eval.cli import options
 from dart_eval.cli.run import hush
 from dart_eval.cli.view import output as show
 from dart_eval.cli.view import print_note, say
-from dart_eval.pruning.method import Method
 from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import methods_of
 from dart_eval.util.bits import parse
 from dart_eval.util.errors import UserError
 from dart_eval.util.quiet import silence
+
+if TYPE_CHECKING:  # it imports torch
+    from dart_eval.pruning.method import Method
 
 app = typer.Typer(help="Measure the decode speed of methods, or their state and FLOPs.", no_args_is_help=True)
 

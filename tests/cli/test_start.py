@@ -65,6 +65,7 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     (["check", "out"], "missing option '--baseline'; see dart-eval check -h"),
     (["ls", "methods", "--foo"], "dart-eval ls methods has no option --foo; see dart-eval ls methods -h"),
     (["ls", "tasks", "--tasks", "x"], "dart-eval ls tasks has no option --tasks; known: --all, --include-path"),
+    (["--model", "x"], "dart-eval needs a command before --model; did you mean dart-eval run --model?"),
     (["run", "--zzz", "5"], "dart-eval run has no option --zzz; see dart-eval run -h"),
 ])  # fmt: skip
 def test_words_that_no_command_takes_are_answered_in_one_line(words, said):
