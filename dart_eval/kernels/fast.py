@@ -104,22 +104,16 @@ class Fast:
         self.end()
         self.copies = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the copies."""
-        return sum(copy.nbytes for copy in self.copies or ())
-
 
 class WholeFFN(Swap):
     """An FFN that a kernel runs as a whole while a single token decodes, and the block itself all other forwards.
 
     Args:
-        kernel: [1, D] -> [1, D]; it has `nbytes` and `bytes_read`.
+        kernel: [1, D] -> [1, D]; it has `bytes_read`.
     """
 
     def __init__(self, ffn: FFN, kernel: Any) -> None:
         self.ffn, self.kernel, self.count = ffn, kernel, ffn.size
-        self.nbytes = int(kernel.nbytes)
         self.rows_read = (kernel.bytes_read / (6 * ffn.width),) * 3  # as rows of 16 bits
         own = ffn.block.forward
 

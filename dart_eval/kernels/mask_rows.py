@@ -37,12 +37,10 @@ class Swap:
     Attributes:
         entries: dictionary, key, the value that replaces, the module's own (`ABSENT`: none).
         runs: whether the modules accept what replaces.
-        nbytes: of what replaces.
         rows_read: neurons that are read of each matrix.
     """
 
     runs: bool = True
-    nbytes: int = 0
     rows_read: tuple[float, ...] = ()
 
     def __init__(self) -> None:
@@ -157,11 +155,6 @@ class RowCopies(Swap):
     def linked(self) -> bool:
         """Whether our own kernel multiplies every projection."""
         return len(self.products) == len(self.ffn.projections)
-
-    @property
-    def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes of the copies."""
-        return 0 if self.neurons is None else copies_bytes(self.ffn, self.count)
 
     @property
     def rows_read(self) -> tuple[float, ...]:  # type: ignore[override]

@@ -178,6 +178,7 @@ class Method:
 
     ffns: Sequence[FFN]
     sparsity: float
+    fixed_read: float = 1.0  # share of the served FFN weight bytes that a token reads as the sparsity says
     _counted: Tensor | None = None  # [B, T], by the current forward
 
     def __init_subclass__(cls) -> None:
@@ -273,7 +274,7 @@ class Method:
             sparsity: share of the FFN weight bytes that a decoded token does not read.
             calibration: of methods that read a text, or the weights of all layers.
         """
-        self.ffns, self.sparsity = ffns, sparsity
+        self.ffns, self.sparsity, self.fixed_read = ffns, sparsity, 1.0
 
     # -- sequences -------------------------------------------------------------------------------------------------
 
@@ -371,21 +372,22 @@ class Method:
         """Return the share of the served FFN weight bytes that a token reads: [B] fp64 on the CPU.
 
         Args:
-            valid: [B, T] bool, the tokens of the forward that is over, whose mean counts; None: as the sparsity says.
+            valid: [B, T] bool, the tokens of the forward that is over, whose mean counts, and counting begins anew;
+                None: as the sparsity says.
         """
-        return torch.ones(len(rows.seen), dtype=torch.float64)
+        if valid is None or self._counted is None:
+            return self.expected_read(rows)
+        read, self._counted = self._counted, None
+        real = valid.cpu().double()
+        return (read * real).sum(1) / real.sum(1).clamp_min(1)
+
+    def expected_read(self, rows: Rows) -> Tensor:
+        """Return the share as the sparsity says, of what is not counted: [B] fp64."""
+        return torch.full((len(rows),), self.fixed_read, dtype=torch.float64)
 
     def count(self, read: Tensor) -> None:
         """Count what the tokens of the current forward read, where it is measured. read: [B, T] fp64, a share."""
         self._counted = read if self._counted is None else self._counted + read
-
-    def counted(self, valid: Tensor | None) -> Tensor | None:
-        """Return what was counted, [B] fp64, mean over tokens, and begin anew; None: nothing. valid: see `read`."""
-        if valid is None or self._counted is None:
-            return None
-        read, self._counted = self._counted, None
-        real = valid.cpu().double()
-        return (read * real).sum(1) / real.sum(1).clamp_min(1)
 
     def clear(self) -> None:
         """Forget what was counted of a forward that an exception ended. Not called if `exact`."""
@@ -435,25 +437,13 @@ class Method:
 
 
 class Measured(Method):
-    """Base of methods whose tokens choose columns, or bits of them: what they read is measured.
-
-    Attributes:
-        fixed_read: what the sparsity says that a token reads / the served FFN weight bytes; `fit` sets it.
-    """
+    """Base of methods whose tokens choose columns, or bits of them: what they read is measured."""
 
     exact = False
     by_token = True
     fits_experts = False
     fits_norms = False
     fits_repeats = False
-
-    def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
-        super().fit(ffns, sparsity, calibration)
-        self.fixed_read = 1.0
-
-    def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
-        counted = self.counted(valid)
-        return torch.full((len(rows),), self.fixed_read, dtype=torch.float64) if counted is None else counted
 
 
 def text_of(value: object) -> str:

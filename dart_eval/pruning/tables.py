@@ -4,39 +4,44 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from dart_eval.util.errors import UserError, nearest
-from dart_eval.util.files import check_name, read_text, write
+from dart_eval.util.files import read_text, write
 
 SHIPPED = Path(__file__).parents[1] / "data" / "keep-tables.json"
 TOLERANCE = 0.005  # of the mean density: published tables are rounded to four digits
+REMEDY = "write one with `dart-eval trace --save-allocation FILE`"
+
+
+class Table(BaseModel):
+    """A file's densities by layer, and the neurons of these layers."""
+
+    keep: list[Annotated[float, Field(ge=0, le=1)]] = Field(min_length=1)
+    sizes: list[PositiveInt] | None = None
 
 
 def find(name: str) -> tuple[list[float], list[int] | None]:
     """Return the densities of a table, [L], and the neurons of the layers that it was made for; None: all alike.
 
     Args:
-        name: of a file or of a shipped table.
+        name: of a shipped table, or of a file; `./NAME` is a file of the same name.
 
     Raises:
-        UserError: there is none, or both.
+        UserError: there is none.
     """
     if not name:
         raise UserError("allocation=table needs a file", "for example allocation=table:FILE")
-    check_name(name, "allocation table")
-    shipped, is_file = shipped_tables().get(name), Path(name).is_file()
-    if shipped and is_file:
-        raise UserError(
-            f"{name} is a shipped allocation table, and a file in this folder",
-            f"write ./{name} for the file, or rename it to take the shipped table",
-        )
-    if not shipped and not is_file:
-        known = nearest(name, shipped_tables())
-        remedy = "write one with `dart-eval trace --save-allocation FILE`"
-        raise UserError(f"allocation table {name} is not a file", known or remedy)
-    return (shipped, None) if shipped else read_table(name)
+    if shipped := shipped_tables().get(name):
+        return shipped, None
+    if not os.path.isfile(name):
+        raise UserError(f"allocation table {name} is not a file", nearest(name, shipped_tables()) or REMEDY)
+    return read_table(name)
 
 
 def content(name: str) -> bytes:
@@ -79,20 +84,14 @@ def read_table(path: str | Path) -> tuple[list[float], list[int] | None]:
     Raises:
         UserError: the file cannot be read or holds no ratios.
     """
-    remedy = "write one with `dart-eval trace --save-allocation FILE`"
     try:
-        data = json.loads(read_text(path, "allocation table", remedy))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"allocation table {path} cannot be read ({error})", remedy) from None
-    ratios = data.get("keep") if isinstance(data, dict) else None
-    if not (isinstance(ratios, list) and ratios and all(isinstance(r, (int, float)) and 0 <= r <= 1 for r in ratios)):
-        raise UserError(f"{path} is no allocation table: it needs `keep`, a list of ratios in [0, 1]", remedy)
-    sizes = data.get("sizes")
-    if sizes is not None and not (
-        isinstance(sizes, list) and len(sizes) == len(ratios) and all(isinstance(n, int) and n > 0 for n in sizes)
-    ):
-        raise UserError(f"{path} is no allocation table: its `sizes` are not the neurons of its layers", remedy)
-    return [float(r) for r in ratios], sizes
+        table = Table.model_validate_json(read_text(path, "allocation table", REMEDY), strict=True)
+    except ValidationError as error:
+        why = f"`keep` is a list of ratios in [0, 1], `sizes` the neurons of its layers: {error.errors()[0]['msg']}"
+        raise UserError(f"{path} is no allocation table ({why})", REMEDY) from None
+    if table.sizes is not None and len(table.sizes) != len(table.keep):
+        raise UserError(f"{path} is no allocation table: `sizes` are not the neurons of its layers", REMEDY)
+    return table.keep, table.sizes
 
 
 def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> None:

@@ -157,7 +157,11 @@ class Rounded:
         self._parts: list[tuple[nn.Module, nn.Parameter, Tensor, Record]] = []  # with rounded values
         for module in (m for f in find_ffns(model) for m in f.projections):
             matrix, parameter = plain_matrix(module), parameter_of(module)
-            values = as_held(module, rounded(matrix, rounding).decoded(matrix.dtype))
+            values = rounded(matrix, rounding).decoded(matrix.dtype)
+            if isinstance(module, ExpertProjection):  # in the layout of the parameter
+                values = module.stored(values)
+            elif is_conv1d(module):
+                values = values.T.contiguous()
             self._parts.append((module, parameter, values, Record(rounding.stored(matrix.shape[1]))))
 
     @contextmanager
@@ -183,13 +187,6 @@ def parameter_of(module: nn.Module) -> nn.Parameter:
     """
     plain_matrix(module)
     return module.parameter if isinstance(module, ExpertProjection) else module.weight  # type: ignore[return-value]
-
-
-def as_held(module: nn.Module, values: Tensor) -> Tensor:
-    """Convert a matrix [out, in] to the layout of its projection's parameter."""
-    if isinstance(module, ExpertProjection):
-        return module.stored(values)
-    return values.T.contiguous() if is_conv1d(module) else values
 
 
 @contextmanager

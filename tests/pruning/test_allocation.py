@@ -84,8 +84,7 @@ def test_a_file_with_a_shipped_tables_name_is_named_by_its_path(tmp_path, monkey
     shipped = content(name)
     assert len(find(name)[0]) == 28
     (tmp_path / name).write_text('{"keep": [0.5]}')
-    with pytest.raises(UserError, match=rf"{name} is a shipped allocation table, and a file .*; write \./{name}"):
-        find(name)
+    assert len(find(name)[0]) == 28
     own = make("dart", {"allocation": f"table:./{name}"})
     assert find(own.allocation_file)[0] == [0.5]
     assert own.contents() == [(tmp_path / name).read_bytes()] != [shipped]
@@ -173,7 +172,7 @@ def test_layers_of_two_sizes_by_hand():
 def test_a_table_of_no_ratios_is_refused(tmp_path, ratios):
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"keep": ratios}))
-    with pytest.raises(UserError, match=r"is no allocation table: it needs `keep`, a list of ratios in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"no allocation table .* ratios in \[0, 1\]"):
         read_table(path)
 
 

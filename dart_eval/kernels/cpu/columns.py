@@ -60,14 +60,9 @@ class ColumnsMatrix:
         """Bytes that a token reads."""
         return self.job.steps * self.job.rows // 4 + self.scales.nbytes
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales, and of what a product works in."""
-        return matrix_bytes(self.rows, self.width, self.job.group)
-
 
 def matrix_bytes(rows: int, width: int, group: int) -> int:
-    """Return the bytes of a `ColumnsMatrix` of this shape. group: weights that share a scale; 0: a row."""
+    """Return the bytes of a `ColumnsMatrix`, and of what a product works in. group: as of its codes; 0: a row."""
     rows, groups = -(-rows // HALF) * HALF, -(-width // min(group or GROUP, GROUP))
     work = width * (4 * PLANES + 1) + groups * (8 + 6 * ROOM + 4 * PLANES)
     return rows * (width + 2 * groups) + work
@@ -81,11 +76,6 @@ class ColumnsFFN:
         self.matrices = matrices
         self._jobs = (Matrix * 3)(*(matrix.job for matrix in matrices))
         self._job = Columns(self._jobs, None, None, None, ACTS.index(act), matrices[0].width)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes beside the model's own."""
-        return sum(matrix.nbytes for matrix in self.matrices)
 
     @property
     def bytes_read(self) -> int:

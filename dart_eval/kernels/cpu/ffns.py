@@ -34,11 +34,9 @@ class CodedFFN:
             setattr(self._job, name, getattr(codes, name).data_ptr())
 
     @property
-    def nbytes(self) -> int:
-        """Bytes beside the model's own."""
+    def bytes_read(self) -> int:
+        """Bytes that a token reads: all of them."""
         return self.codes.nbytes
-
-    bytes_read = nbytes  # a token reads all of them
 
     def __call__(self, x: Tensor) -> Tensor:
         """[1, D] -> [1, D]."""

@@ -118,9 +118,8 @@ class TokenChoice(Method):
         chosen = largest(importance, taken)
         return largest(h.abs(), written, chosen) if bool((written < taken).any()) else chosen
 
-    def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
-        counted = self.counted(valid)
-        return self.cost.read(rows.counts) if counted is None else counted
+    def expected_read(self, rows: Rows) -> Tensor:
+        return self.cost.read(rows.counts)
 
     def computed(self, read: float) -> float:
         return self.cost.computed(self.counts, read)

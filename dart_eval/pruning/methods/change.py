@@ -7,7 +7,6 @@ y is the stream that enters the FFN, z the FFN's output (of the setting `residua
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,18 +78,16 @@ class ChangeHooks:
         hooks: list[Hook] = []
         for f in self.session.ffns:
             together = [g for g in self.session.ffns if g.holder is f.holder]
+            leave = self._leave(together if f.joint else [f])
             if not f.joint:
-                leave = self._leave([f.layer], functools.partial(_scaled, f))
                 hooks += [(f.residual, "register_forward_pre_hook", self._enter)]
                 hooks += [(f.output, "register_forward_hook", leave)]
             elif f is together[0]:
-                layers, layer = [g.layer for g in together], f.holder
                 hooks += [(f.residual, "register_forward_pre_hook", self._enter_copied)]
                 if f.after is not None:
-                    hooks += [(f.after, "register_forward_pre_hook", self._leave(layers, torch.sub))]
+                    hooks += [(f.after, "register_forward_pre_hook", leave)]
                 else:
-                    leave = self._leave(layers, functools.partial(_difference, layer))
-                    hooks += [(layer, "register_forward_hook", leave)]
+                    hooks += [(f.holder, "register_forward_hook", leave)]
         return hooks
 
     def _enter(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -101,26 +98,18 @@ class ChangeHooks:
         if self.session.phase == "context":
             self._enter(module, (args[0].clone(),))  # a model may add to it in place before it leaves the layer
 
-    def _leave(self, layers: Sequence[int], added: Callable[[Any, Tensor], Tensor]) -> Callable[..., None]:
-        """Return the hook of a module behind FFNs. added: by them, from its output (or first input) and the stream."""
+    def _leave(self, ffns: Sequence[FFN]) -> Callable[..., None]:
+        """Return the hook of a module behind FFNs: it tells what they add together."""
+        joint, layer = ffns[0].joint, ffns[0].holder
 
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
             before, self._before = self._before, None
             if self.session.phase != "context" or self.session.rows is None or before is None:
                 return
-            out = args[0] if output is None else output
-            change = added(self.session.in_batch(out) if isinstance(out, Tensor) else out, before)
-            for layer in layers:
-                self.session.rows.change.observe(layer, before, change, self.session.valid)
+            stream = args[0] if output is None else verify.unscaled(layer, output) if joint else output
+            stream = self.session.in_batch(stream)
+            added = stream - before if joint else stream * ffns[0].scale
+            for f in ffns:
+                self.session.rows.change.observe(f.layer, before, added, self.session.valid)
 
         return hook
-
-
-def _scaled(ffn: FFN, output: Tensor, _before: Tensor) -> Tensor:
-    """Return what an FFN adds. output: of `ffn.output`."""
-    return output * ffn.scale
-
-
-def _difference(layer: nn.Module, output: Any, before: Tensor) -> Tensor:
-    """Return what all FFNs of a layer add. output: of the layer."""
-    return verify.unscaled(layer, output) - before

@@ -75,7 +75,7 @@ class NeuronMask(Method):
         mask = ffn.of_token(masks[ffn.layer].to(h.device), len(h))
         return h * mask.view(torch.uint8)  # four times as fast as booleans on a CPU
 
-    def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
+    def expected_read(self, rows: Rows) -> Tensor:
         return self.cost.read(rows.counts)
 
     def in_mask(self, rows: Rows) -> Tensor:
@@ -128,8 +128,8 @@ class PromptMask(NeuronMask):
     def masks(self, rows: Rows) -> list[Tensor]:
         return rows.mask
 
-    def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
-        return self.where_masked(rows, super().read(rows))
+    def expected_read(self, rows: Rows) -> Tensor:
+        return self.where_masked(rows, super().expected_read(rows))
 
     def in_mask(self, rows: Rows) -> Tensor:
         return self.where_masked(rows, super().in_mask(rows))

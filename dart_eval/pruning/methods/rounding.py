@@ -15,7 +15,7 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import bias_of, is_conv1d, plain_matrix
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import Method, option
-from dart_eval.pruning.rows import Rows, nbytes
+from dart_eval.pruning.rows import nbytes
 from dart_eval.util.bits import LAST_BITS, OWN_BITS, Stored, parse
 from dart_eval.weights.rounding import rounded
 
@@ -70,9 +70,6 @@ class RoundedWeights(Method):
             return torch.addmm(bias, x.view(-1, x.shape[-1]), stored).view(*x.shape[:-1], -1)  # as the module itself
 
         return forward
-
-    def read(self, rows: Rows, valid: Tensor | None = None) -> Tensor:
-        return torch.full((len(rows),), self.fixed_read, dtype=torch.float64)
 
     def weight_bytes(self, fast: bool) -> int:
         return nbytes(self.values)

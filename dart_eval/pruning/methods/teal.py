@@ -71,39 +71,27 @@ class InputColumns(Measured):
     def forwards(self, session: Session) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
         forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         for ffn in self.ffns if self.sparsity else ():
-            forwards[ffn.down] = self._thinned(session, ffn, ffn.matrices - 1, ffn.down)
-            if ffn.fused:
-                forwards[ffn.up] = self._both(session, ffn)
-                continue
-            for i, module in enumerate(m for m in (ffn.gate, ffn.up) if m is not None):
-                forwards[module] = self._thinned(session, ffn, i, module)
+            matrices = iter(range(ffn.matrices))
+            for module in ffn.projections:
+                of_module = [next(matrices) for _ in range(1 + (ffn.fused and module is ffn.up))]
+                forwards[module] = self._thinned(session, ffn, of_module, module)
         return forwards
 
-    def _thinned(self, session: Session, ffn: FFN, matrix: int, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def _thinned(
+        self, session: Session, ffn: FFN, matrices: Sequence[int], module: nn.Module
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the forward of a projection. matrices: that it holds; of gate and up each reads inputs of its own."""
         own = module.forward
 
         def forward(x: Tensor) -> Tensor:
             if session.phase != "decode":
                 return own(x)
-            return own(self._thin(ffn, matrix, session.in_batch(x)).view(x.shape))
-
-        return forward
-
-    def _both(self, session: Session, ffn: FFN) -> Callable[[Tensor], Tensor]:
-        """Return the forward of gate and up in one projection: each reads inputs of its own."""
-        module: nn.Module = ffn.up
-        own = module.forward
-
-        def forward(x: Tensor) -> Tensor:
-            if session.phase != "decode":
-                return own(x)
-            inputs, bias = session.in_batch(x), bias_of(module)
-            biases = [None, None] if bias is None else bias.chunk(2)
-            outputs = [
-                nn.functional.linear(self._thin(ffn, i, inputs), half, b)
-                for i, (half, b) in enumerate(zip(weight_matrix(module).chunk(2), biases, strict=True))
-            ]
-            return torch.cat(outputs, dim=-1).view(*x.shape[:-1], -1)
+            inputs = [self._thin(ffn, i, session.in_batch(x)).view(x.shape) for i in matrices]
+            if len(inputs) == 1:
+                return own(inputs[0])
+            biases = [None, None] if (bias := bias_of(module)) is None else bias.chunk(2)
+            parts = zip(inputs, weight_matrix(module).chunk(2), biases, strict=True)
+            return torch.cat([nn.functional.linear(*part) for part in parts], dim=-1)
 
         return forward
 
