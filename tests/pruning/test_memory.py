@@ -38,7 +38,9 @@ def beside(model, method, sparsity):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "ffns"), [("griffin", 0.3), ("dart", 0.31), ("grinqh", 2.03), ("rounding", 1.0)])
+@pytest.mark.parametrize(
+    ("method", "ffns"), [("griffin", 0.3), ("dart", 0.31), ("grinqh", 2.03), ("graded-both", 4.51), ("rounding", 1.0)]
+)
 def test_memory_is_what_lies_beside_the_demo_model(method, ffns):
     """Within .1 %, of which most is what a session notes of its tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder(), dtype=torch.bfloat16)
