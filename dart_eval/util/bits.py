@@ -12,8 +12,6 @@ OWN_BITS = 16  # of a weight as models are served; a float32 checkpoint counts a
 SCALE_BITS = 16
 LAST_BITS = "last bits"  # left out of every weight by rounding
 GROUP = 32
-LEAST, MOST = 2, 8
-TYPED = re.compile(r"([0-9]{1,9})(?::(row|[0-9]{1,9}))?")
 BLOCK = 256  # weights that share the factors of a K-quant
 
 
@@ -73,21 +71,20 @@ def parse(text: str) -> Rounding | None:
     Raises:
         UserError: it is none of these.
     """
-    if match := re.fullmatch(r"q([0-9])_k", text.strip().lower()):
-        if (of := K_QUANTS.get(int(match[1]))) is None:
-            raise UserError(f"--ffn-bits {text!r} is not understood", f"write {', '.join(f'q{b}_k' for b in K_QUANTS)}")
-        return Rounding(int(match[1]), of.group, k=True)
-    if text.strip() == str(OWN_BITS):
+    spelled = text.strip().lower()
+    if spelled == str(OWN_BITS):
         return None
-    remedy = f"write 4, 4:64 (weights that share a scale; {GROUP} if not given), 4:row or q4_k; {OWN_BITS} is unrounded"
-    match = TYPED.fullmatch(text.strip())
-    bits, group = match.groups() if match else ("", None)
-    size = 0 if group == "row" else int(group or GROUP)
-    if not match or (group != "row" and size < 2):
-        raise UserError(f"--ffn-bits {text!r} is not understood", remedy)
-    if not LEAST <= int(bits) <= MOST:
-        raise UserError(f"--ffn-bits {text!r}: weights are rounded to {LEAST} to {MOST} bits", remedy)
-    return Rounding(int(bits), size)
+    if match := re.fullmatch("q([345])_k", spelled):
+        return Rounding(bits := int(match[1]), K_QUANTS[bits].group, k=True)
+    match = re.fullmatch("([2-8])(?::(row|[0-9]{1,9}))?", spelled)
+    size = 0 if not match or match[2] == "row" else int(match[2] or GROUP)
+    if not match or (match[2] != "row" and size < 2):
+        raise UserError(
+            f"--ffn-bits {text!r} is not understood",
+            f"write 4, 4:64 (2 to 8 bits, and the weights that share a scale; {GROUP} if not given), 4:row, or q3_k, "
+            f"q4_k, q5_k; {OWN_BITS} is unrounded",
+        )
+    return Rounding(int(match[1]), size)
 
 
 # One for each number of bits, to stand beside methods that read as much.

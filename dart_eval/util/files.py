@@ -13,12 +13,11 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dart_eval.util.errors import UserError
 
-HEAD = 4096  # bytes that identify a file of ours
 LONGEST = 100  # bytes of a part of a path: file systems take 255, and endings are added
 
 
@@ -36,6 +35,17 @@ def feed(digest: hashlib._Hash, file: Path) -> None:
             digest.update(block)
 
 
+@contextlib.contextmanager
+def telling(problem: str, remedy: str) -> Iterator[None]:
+    """Turn what the system says of a path in the block into one line. BrokenPipeError passes: nobody reads any more."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{problem} ({reason(error)})", remedy) from None
+
+
 def write(path: str | Path, data: str | bytes, remedy: str = "choose another file") -> None:
     """Write a file that the user named.
 
@@ -43,15 +53,11 @@ def write(path: str | Path, data: str | bytes, remedy: str = "choose another fil
         UserError: it cannot be written. BrokenPipeError: nobody reads the pipe any more.
     """
     content = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
-    try:
+    with telling(f"{path} cannot be written", remedy):
         if is_stream(path):
             Path(path).write_bytes(content)
         else:
             write_atomically(Path(os.path.realpath(path)), content)
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written ({reason(error)})", remedy) from None
 
 
 def check_target(path: str | Path, remedy: str = "choose another file") -> None:
@@ -60,20 +66,14 @@ def check_target(path: str | Path, remedy: str = "choose another file") -> None:
     Raises:
         UserError: with the reason.
     """
-    try:
-        target = place = Path(os.path.realpath(path))
-        if target.is_dir() or target.is_symlink():  # a link that leads to itself
-            raise IsADirectoryError(errno.EISDIR, "it is a folder" if target.is_dir() else "its links lead nowhere")
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        if not is_stream(path) and place != target and not place.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    with telling(f"{path} cannot be written", remedy):
+        target = Path(os.path.realpath(path))
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(target).st_mode):
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        place = next(p for p in (target, *target.parents) if p.exists())
         if not os.access(place, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        with contextlib.suppress(FileNotFoundError):  # a name too long shows only here
-            os.stat(target)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written ({reason(error)})", remedy) from None
 
 
 def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
@@ -88,7 +88,7 @@ def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
     """
     if os.path.isfile(path):
         with open(path, "rb") as stream:
-            head = stream.read(HEAD)
+            head = stream.read(4096)
         if head and not begins.search(head):
             raise UserError(f"{path} is not a {what}, and would be overwritten", "choose another file, or give --force")
 
@@ -104,11 +104,11 @@ def check_name(path: str | Path, what: str) -> None:
     """
     if not str(path):
         raise UserError(f"{what} is empty", "name a file or folder")
-    try:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            os.stat(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} {str(path)[:100]} cannot be a path ({reason(error)})", "give another path") from None
+    with (
+        telling(f"{what} {str(path)[:100]} cannot be a path", "give another path"),
+        contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError),
+    ):
+        os.stat(path)
 
 
 def safe(text: str) -> str:
@@ -129,16 +129,10 @@ def read_text(path: str | Path, what: str, remedy: str) -> str:
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
-    try:
+    with telling(f"{what} {path} cannot be read", remedy):
         if stat.S_ISCHR(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "it is a device")
         return Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        why = f"not UTF-8 text: byte {error.object[error.start]:#04x} in line {line}"
-        raise UserError(f"{what} {path} cannot be read ({why})", remedy) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} {path} cannot be read ({reason(error)})", remedy) from None
 
 
 def read_regular(path: str | Path) -> bytes:

@@ -21,18 +21,15 @@ T = TypeVar("T")
 @contextlib.contextmanager
 def peak_memory(device: str) -> Iterator[Callable[[], int]]:
     """Yield a function that returns the peak in bytes since the block began: of GPU memory, or of the process."""
-    if device == "cuda":
-        import torch
+    import torch
 
-        cards = range(torch.cuda.device_count())
-        for card in cards:
-            torch.cuda.reset_peak_memory_stats(card)
-        yield lambda: sum(torch.cuda.max_memory_allocated(card) for card in cards)
-        return
+    cards = range(torch.cuda.device_count()) if device == "cuda" else ()
+    for card in cards:
+        torch.cuda.reset_peak_memory_stats(card)
     # Linux resets VmHWM on request; elsewhere the peak is that of the whole process.
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
         stream.write("5")
-    yield _peak_rss
+    yield lambda: sum(map(torch.cuda.max_memory_allocated, cards)) if cards else _peak_rss()
 
 
 def hardware(devices: Iterable[torch.device]) -> dict[str, str]:
@@ -71,12 +68,11 @@ def memory(root: Path = Path("/")) -> tuple[int, int] | None:
 
         if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
             return None  # address space, of which we do not know what is taken
-        with open(root / "proc/meminfo", encoding="ascii") as stream:
-            sizes = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in stream)}
+        lines = (line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+        sizes = {name: int(rest.split()[0]) * 1024 for name, rest in lines}
         found = [(sizes["MemAvailable"], sizes["MemTotal"])]
-        with open(root / "proc/self/cgroup", encoding="utf-8") as stream:
-            groups = [line.rstrip("\n").split(":", 2) for line in stream]
-        for _, controllers, path in groups:
+        for line in (root / "proc/self/cgroup").read_text("utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
             if controllers not in ("", "memory"):  # "" is version 2, which has one group for all
                 continue
             top = root / "sys/fs/cgroup" / controllers

@@ -47,7 +47,7 @@ def test_bits_of_a_weight_count_its_part_of_a_scale():
     assert Rounding(4, 64).weight_bits(32) == 4.5  # a row is shorter than a group
     assert [parse(f"q{n}_k").weight_bits(512) for n in (3, 4, 5)] == [3.4375, 4.5, 5.5]  # as llama.cpp has them
     assert parse("q4_k").weight_bits(640) == 4 + (20 * 12 + 3 * 32) / 640  # the last block is half full
-    with pytest.raises(UserError, match="write q3_k, q4_k, q5_k"):
+    with pytest.raises(UserError, match="q3_k, q4_k, q5_k"):
         parse("q2_k")
 
 

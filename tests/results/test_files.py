@@ -150,9 +150,9 @@ def test_no_possible_path_is_told(tmp_path, name):
             call()
 
 
-def test_a_text_that_is_not_utf8_is_told_with_its_line(tmp_path):
+def test_a_text_that_is_not_utf8_is_told_with_its_place(tmp_path):
     (tmp_path / "latin").write_bytes(b"one\ntwo\nna\xefve\n")
-    with pytest.raises(UserError, match=r"config .*latin cannot be read \(not UTF-8 text: byte 0xef in line 3\); why"):
+    with pytest.raises(UserError, match=r"config .*latin cannot be read \('utf-8' .* 0xef in position 10: .*\); why"):
         files.read_text(tmp_path / "latin", "config", "why")
 
 
