@@ -47,8 +47,8 @@ def trace(
     from dart_eval.models.loading import resolve
 
     context, then = tracing.smoke_passage() if prompt is None else (prompt, None)
-    print_note("loading the model, then tracing")
     model, tokenizer = resolve(chosen).load(print_note)
+    print_note("tracing")
     found = tracing.trace(model, tokenizer, pruner, sparsity, context, then, tokens)
     say(tracing.summary(found), err=output is not None)
     if output is not None:
