@@ -93,14 +93,13 @@ RIVALS = (*(Rounding(bits, 128) for bits in (8, 7, 6)), *(Rounding(b, K_QUANTS[b
 NEAR = 0.02  # of a read
 
 
-def rounding_at(read: float, width: int = BLOCK) -> Rounding | None:
+def rounding_at(read: float) -> Rounding | None:
     """Return the rounding under which dense reads about as much: the nearest within `NEAR`, or the largest below.
 
     Args:
-        read: share of the FFN weight bytes.
-        width: weights of a row; of every width that groups divide the reads are the same.
+        read: share of the FFN weight bytes, in rows that groups divide.
     """
-    reads = {rounding.weight_bits(width) / OWN_BITS: rounding for rounding in RIVALS}
+    reads = {rounding.weight_bits(BLOCK) / OWN_BITS: rounding for rounding in RIVALS}
     near = sorted((abs(other - read), other) for other in reads if abs(other - read) <= NEAR)
     below = [other for other in reads if other < read]
     return reads[near[0][1]] if near else reads[max(below)] if below else None

@@ -14,9 +14,6 @@ from dart_eval.util.text import printable
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment")
 
 
-LIKE = 0.65  # below this likeness a suggestion misleads
-
-
 class UserError(Exception):
     """Wrong input, printed as one line (problem; remedy); the command exits with status 2."""
 
@@ -70,10 +67,10 @@ def summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(printable(str(error)).split())[:300]}"
 
 
-def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean a, b?` for the known names closest to `name`, or the whole list where it is short."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=n, cutoff=LIKE)
+    close = difflib.get_close_matches(name, known, cutoff=0.65)  # less likeness misleads
     if close:
         return f"did you mean {', '.join(close)}?"
     return f"known: {', '.join(known)}" if len(known) <= 20 else ""

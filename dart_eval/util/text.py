@@ -59,9 +59,9 @@ def items_of(value: object) -> list[Any]:
     return [item for item in items if not (isinstance(item, str) and item == "")]
 
 
-def json_text(data: object, indent: int | None = 1, sort_keys: bool = False, allow_nan: bool = True) -> str:
+def json_text(data: object, sort_keys: bool = False, allow_nan: bool = True) -> str:
     """Return readable JSON in UTF-8; hidden characters of its texts are escaped, so that nothing is lost."""
-    text = json.dumps(data, ensure_ascii=False, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan)
+    text = json.dumps(data, ensure_ascii=False, indent=1, sort_keys=sort_keys, allow_nan=allow_nan)
     return _HIDDEN.sub(lambda c: c.group() if c.group() == "\n" else json.dumps(c.group())[1:-1], text)
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(dart_eval.__file__).parent
 ROOT = PACKAGE.parent
 LINES = {
     "bench": 1_000, "cli": 1_922, "cluster": 250, "evaluation": 3_810, "export": 150, "kernels": 1_100, "layers": 1_650,
-    "models": 600, "pruning": 4_570, "results": 7_130, "sweep": 2_175, "util": 840, "weights": 800,
+    "models": 600, "pruning": 4_570, "results": 7_130, "sweep": 2_175, "util": 835, "weights": 800,
 }  # fmt: skip
 PACKAGE_LINES, TEST_LINES, SCRIPT_LINES = 26_150, 27_700, 1_900
 LINES_PER_STATEMENT = 1.6  # 1.62 before methods were classes, whose name and summary are statements of one line
