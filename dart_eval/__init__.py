@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dart_eval.pruning.method import Method
     from dart_eval.pruning.registry import methods
     from dart_eval.pruning.session import prune
-    from dart_eval.results.frames import records, samples
+    from dart_eval.results.frame import records, samples
     from dart_eval.weights.rounding import rounded_ffns
 
 __version__ = "0.3.0"
@@ -30,9 +30,9 @@ _LAZY = {
     "evaluate": "dart_eval.api",
     "methods": "dart_eval.pruning.registry",
     "prune": "dart_eval.pruning.session",
-    "records": "dart_eval.results.frames",
+    "records": "dart_eval.results.frame",
     "rounded_ffns": "dart_eval.weights.rounding",
-    "samples": "dart_eval.results.frames",
+    "samples": "dart_eval.results.frame",
 }
 
 

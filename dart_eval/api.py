@@ -77,7 +77,7 @@ def evaluate(
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
     if result.lost:
         raise RuntimeError(f"files of finished cells have been deleted: {result.lost[0][1][0]}")
-    return lines(Store(first.output), result.records)
+    return lines(Store(first.output), result.records).to_dict("records")
 
 
 _OWN = [p for p in signature(evaluate).parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -11,7 +11,7 @@ from dart_eval.cli.describe import meaning
 from dart_eval.pruning.method import Method, text_of
 from dart_eval.pruning.registry import BUILT_IN, methods
 from dart_eval.pruning.tables import shipped_tables
-from dart_eval.results.writers import escaped
+from dart_eval.results.show import escaped
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 TABLES = """`dart:allocation=table:llama-3.1-8b-70` takes a shipped table, at `--sparsity 0.7`. These are the tables of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dart_eval.cli import options
-from dart_eval.results.writers import escaped
+from dart_eval.results.show import escaped
 from dart_eval.sweep.options import DEFAULTS, OPTIONS, choices_of, default_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"

@@ -40,7 +40,7 @@ from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.layers.find import decoder
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.session import Session
-from dart_eval.results.writers import Table, markdown
+from dart_eval.results.show import Table, markdown
 from dart_eval.sweep.values import AUTO
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import timed
@@ -272,7 +272,7 @@ def dense_table(results: Sequence[TaskSpeed], model: str) -> Table:
         "seconds / the scorer's. same: every document has HFLM's accuracies. apart: largest difference of a "
         f"log-likelihood. {counts}."
     )
-    return Table(f"Scoring: {model}", columns, body, note)
+    return Table(f"Scoring: {model}", columns, body, [note])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -242,10 +242,10 @@ class Fuzz:
 
     def thresholds(self, draw: random.Random) -> str:
         """`check --thresholds`: a limit that is none would let everything pass."""
-        from dart_eval.results.thresholds import thresholds_from
+        from dart_eval.results.check import thresholds_from
 
         found = thresholds_from(self._yaml(draw, THRESHOLDS))
-        limits = [found.limits, *found.tasks.values()]
+        limits = [found, *found.tasks.values()]
         given = [found.alpha, *(x.recovery for x in limits), *(x.of_dense for x in limits if x.of_dense is not None)]
         if not all(type(x) in (int, float) and 0 < x <= 1 for x in given):
             raise Wrong(f"{found}")

@@ -24,7 +24,7 @@ from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dart import Dart
 from dart_eval.pruning.rows import Rows, nbytes
 from dart_eval.results.format import sparsity as percent
-from dart_eval.results.writers import Table
+from dart_eval.results.show import Table
 from dart_eval.util.errors import UserError
 
 CHUNK = 64  # prompt tokens fed at a time
@@ -136,7 +136,7 @@ def table(results: list[Overhead]) -> Table:
         "Re-mask: FLOPs of one re-mask over all layers, in dense tokens. Re-mask reads: FFN weights that it reads / "
         "those that a dense token reads. They come as often as the text drifts."
     )
-    return Table("Overhead", ["method", *(f"{n} tokens" for n in lengths), *parts, "shared", *work], body, note)
+    return Table("Overhead", ["method", *(f"{n} tokens" for n in lengths), *parts, "shared", *work], body, [note])
 
 
 class Shapes(Calibration):

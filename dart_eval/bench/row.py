@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dart_eval.results.format import sparsity as percent
 from dart_eval.results.ratio import Ratio
-from dart_eval.results.writers import Table
+
+if TYPE_CHECKING:
+    from dart_eval.results.show import Table
 
 BYTES_ONLY = "bytes only"  # stands in place of times
 
@@ -134,6 +136,8 @@ def table(rows: Sequence[Row], where: str) -> Table:
     Args:
         where: the model and the hardware.
     """
+    from dart_eval.results.show import Table  # needs rich and pandas, which a plain image for a GPU may lack
+
     texts = {head: [text(row) for row in rows] for head, text in COLUMNS.items()}
     filled = {head: column for head, column in texts.items() if set(column) != {"-"}}
     timed = [row for row in rows if row.speedup is not None]
@@ -149,4 +153,4 @@ def table(rows: Sequence[Row], where: str) -> Table:
         notes.append("float32 weights count as 16 bits: ceilings of rows that read codes are too low.")
     if why := list(dict.fromkeys(row.why for row in rows if row.why)):
         notes.append(f"{BYTES_ONLY.capitalize()}: no kernel turns the saved bytes into time ({'; '.join(why)}).")
-    return Table("Decoding", [*filled], [list(cells) for cells in zip(*filled.values(), strict=True)], " ".join(notes))
+    return Table("Decoding", [*filled], [list(cells) for cells in zip(*filled.values(), strict=True)], notes)

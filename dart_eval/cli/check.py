@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dart_eval.cli.options import FORMATS, one_of, own
-from dart_eval.cli.view import put, say, show
+from dart_eval.cli.view import put, say
 from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import check_name, check_own, check_target, write
-
-if TYPE_CHECKING:
-    from dart_eval.results.check import Report
 
 OWN = re.compile(rb'^\s*\{\s*"schema":\s*\d+,\s*"cells":')  # the beginning of a baseline
 RESULTS_HELP = "Folder that `dart-eval run --output` wrote."
@@ -64,39 +62,31 @@ def check(
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if github and not summary:
         raise UserError("--github needs the variable GITHUB_STEP_SUMMARY", "leave --github out outside GitHub Actions")
-    from dart_eval.results import baseline as file
     from dart_eval.results import check as checking
-    from dart_eval.results.outcomes import cells
-    from dart_eval.results.thresholds import thresholds_from
+    from dart_eval.results.baseline import load_baseline
+    from dart_eval.results.cells import cells
+    from dart_eval.results.show import render, show
 
-    limits = thresholds_from(thresholds)
-    then = file.load_baseline(baseline)
+    limits, then = checking.thresholds_from(thresholds), load_baseline(baseline)
     report = checking.check(cells(results), then, limits, str(baseline))
+    table = checking.table(report, every)
     if junit is not None:
         write(junit, checking.junit(report))
     if github and summary:
-        _add_to(summary, checking.markdown(report, every))
+        try:
+            with open(summary, "a", encoding="utf-8") as stream:
+                stream.write(render([table], "md"))
+        except OSError as error:
+            raise UserError(f"GITHUB_STEP_SUMMARY {summary} cannot be written ({error.strerror})") from None
         for line in checking.workflow_commands(report):
             say(line, err=format in ("json", "csv", "tex"))  # GitHub reads both streams; data stay data
-    _print(report, every, format)
-    if report.bad:
-        raise typer.Exit(1)
-
-
-def _print(report: Report, every: bool, format: str | None) -> None:
-    """Print a report; without a format a terminal gets a table, and a pipe md."""
-    from dart_eval.results import check as checking
-    from dart_eval.results.writers import csv_text, latex
-
-    table = checking.table(report, every)
-    if format == "json":
-        put(checking.to_json(report))
-    elif format == "table" or (format is None and sys.stdout.isatty()):
-        show(table)
-    elif format in ("csv", "tex"):
-        put(latex(table) if format == "tex" else csv_text([table.columns, *table.body]))
+    if format == "table" or (format is None and sys.stdout.isatty()):
+        why = [checking.sentence(row) for row in checking.bad(report)]  # too long for a column
+        show(dataclasses.replace(table.without("why") if table.body else table, notes=[*why, *table.notes]))
     else:
-        put(checking.markdown(report, every))
+        put(report.to_json() if format == "json" else render([table], format or "md"))
+    if checking.bad(report):
+        raise typer.Exit(1)
 
 
 def _update(baseline: Path, results: Path, force: bool) -> None:
@@ -104,24 +94,15 @@ def _update(baseline: Path, results: Path, force: bool) -> None:
     check_target(baseline)
     if not force:
         check_own(baseline, OWN, "baseline")
-    from dart_eval.results import baseline as file
-    from dart_eval.results.outcomes import cells
-    from dart_eval.results.pairing import current
+    from dart_eval.results.baseline import load_baseline
+    from dart_eval.results.baseline import write as write_baseline
+    from dart_eval.results.cells import cells, current
 
-    found = cells(results, strict=True)
+    now = cells(results, strict=True)
     if baseline.is_file():
         with contextlib.suppress(UserError):  # what cannot be read is replaced
-            found, notes = current(found, file.load_baseline(baseline))  # as a check chooses
+            now, notes = current(now, load_baseline(baseline))  # as a check chooses
             for note in notes:
                 remark(note)
-    documents = file.write(baseline, found)
-    say(f"wrote {baseline}: {len(found)} cells, {documents} documents")
-
-
-def _add_to(summary: str, text: str) -> None:
-    """Append a text to the file of a job's summary."""
-    try:
-        with open(summary, "a", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError as error:
-        raise UserError(f"GITHUB_STEP_SUMMARY {summary} cannot be written ({error.strerror})") from None
+    documents = write_baseline(baseline, now)
+    say(f"wrote {baseline}: {len(now)} cells, {documents} documents")

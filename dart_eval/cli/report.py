@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.view import say
+from dart_eval.cli.view import console, say
 from dart_eval.results.store import Store
 from dart_eval.util.files import check_own, check_target, is_stream, write
 
@@ -27,7 +27,7 @@ def report(
     force: Annotated[bool, typer.Option("--force", metavar="", help="Replace a file that is not a report.")] = False,
     browse: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Write one HTML page: the board, its picture, the answers of all methods side by side, and all numbers.
+    """Write one HTML page: the verdict, the board, its charts, and the answers of dense and all methods side by side.
 
     The page is one file that opens in any browser without a network.
 
@@ -40,12 +40,13 @@ def report(
     check_target(path, "choose another --output")
     if not force:
         check_own(path, OWN, "report")
-    from dart_eval.results.report import build
+    from dart_eval.results.report.build import build
 
-    page = build(Store(folder), title, samples)
-    write(path, page.html, "choose another --output")
+    with console(stderr=True).status("comparing answers with dense's"):
+        page = build(Store(folder), title, samples)
+    write(path, page, "choose another --output")
     if is_stream(path):
         return
-    say(f"wrote {path} ({page.cells} cells, {page.samples} samples, {len(page.html.encode()) / 1e6:.1f} MB)")
+    say(f"wrote {path} ({len(page.encode()) / 1e6:.1f} MB)")
     if browse:
         webbrowser.open(path.absolute().as_uri())

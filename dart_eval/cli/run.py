@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from dart_eval.cli import options
-from dart_eval.cli.view import TerminalView, put, say, show
-from dart_eval.results.writers import Table
+from dart_eval.cli.view import TerminalView, put, say
+from dart_eval.results.show import Table, data_text, show
 from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.options import DEFAULTS
 from dart_eval.util.errors import UserError
@@ -113,19 +113,20 @@ def show_plan(
 def show_results(result: RunResult, output: str, format: str = "table") -> None:
     """Show the board of a run, the folder of its results and the commands that may follow; or JSON alone."""
     if result.records:
-        from dart_eval.cli.options import BOARD
-        from dart_eval.cli.views import Shown, as_data, print_view
+        from dart_eval.cli import views
         from dart_eval.results.board import newest
-        from dart_eval.results.pairing import with_dense
+        from dart_eval.results.cells import with_dense
+        from dart_eval.results.frame import lines
         from dart_eval.results.store import Store
 
         store = Store(output)
         everything, _ = newest(store.scan().records)
-        shown = Shown(BOARD, store, with_dense(result.records, everything))
+        records = with_dense(result.records, everything)
         if format == "json":
-            put(as_data(shown, "json"))
+            put(data_text(lines(store, records), "json"))
             return
-        print_view(shown)
+        show(*views.board(store, records))
+        say("")
         say(_next(result.records, everything, output))
 
 

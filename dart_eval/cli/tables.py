@@ -28,8 +28,6 @@ SAVE_HELP = (
     "Write to this file instead of the terminal. FILE.svg, .png or .pdf draws quality against bytes read, as the board "
     "has it."
 )
-SORTS = ("accuracy", "above", "perplexity", "flips", "kl", "memory", "work", "speed")
-SORT_HELP = f"Order the rows of a level by this column: {', '.join(SORTS)}. By default the best row comes first."
 METRIC_HELP = "Show this metric for the tasks that have it, such as acc_norm."
 LEVEL_HELP = "Show dense and the levels that read about this share of the FFN bytes, such as 0.3."
 SUBTASKS_HELP = "Also show the members of groups, such as mmlu's subjects."
@@ -44,7 +42,6 @@ def tables(
     tasks: Annotated[list[str] | None, own(TASKS_HELP, None, "NAMES")] = None,
     metric: Annotated[str | None, own(METRIC_HELP, None, "NAME")] = None,
     level: Annotated[float | None, own(LEVEL_HELP, None, "READ")] = None,
-    sort: Annotated[str | None, one_of(SORTS, "sort", SORT_HELP, metavar="COLUMN")] = None,
     explain: Annotated[bool, own("Explain each column of the board.", None, "", "--explain")] = False,
     save: Annotated[Path | None, own(SAVE_HELP, None, "FILE")] = None,
 ) -> None:
@@ -60,26 +57,32 @@ def tables(
     dart-eval tables out --format json
     dart-eval tables out --format tex --save tables.tex
     """
-    from dart_eval.cli.views import Shown, as_data, draw, print_view, render  # statistics: not for `--help`
-    from dart_eval.results.rows import of_tasks
+    from dart_eval.cli import views  # statistics: not for `--help`
+    from dart_eval.results.frame import lines, of_tasks
+    from dart_eval.results.show import data_text, render, show
     from dart_eval.results.store import Store
 
-    _check_looks(view, metric=metric, level=level, sort=sort, explain=explain or None)
+    _check_looks(view, metric=metric, level=level, explain=explain or None)
     store = Store(folder)
     picture = view == BOARD and save is not None and save.suffix in PICTURES
     if save is not None:
         check_target(save)
         format = None if picture else format_of(save, format, FORMATS[1:])
     records = of_tasks(store.load(), tasks, ALIASES)
-    shown = Shown(view, store, records, subtasks, metric, level, sort, explain)
     if picture and save is not None:
-        draw(shown, save)
+        views.draw(store, records, metric, save)
         return
+    if format in ("csv", "json"):
+        put(data_text(lines(store, records, subtasks), format), save)
+        return
+    if view == BOARD:
+        shown = views.board(store, records, metric, explain, level)
+    else:
+        shown = views.long(view, store, records, subtasks)
     if save is None and (format == "table" or (format is None and (sys.stdout.isatty() or view == BOARD))):
-        print_view(shown)
-        return
-    form = format if format not in (None, "table") else "md"
-    put(as_data(shown, form) if form in ("csv", "json") else render(shown, form), save)
+        show(*shown)
+    else:
+        put(render(shown, "md" if format in (None, "table") else format), save)
 
 
 def _check_looks(view: str, **looks: object) -> None:

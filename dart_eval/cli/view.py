@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import rich.table
-from rich import box
-from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,18 +26,17 @@ from rich.text import Text
 
 from dart_eval.results import metrics
 from dart_eval.results.format import with_error
-from dart_eval.results.writers import Table, data_text, finite, latex, markdown, pieces
 from dart_eval.util import files
-from dart_eval.util.text import Json, counted, folded, json_text, printable
+from dart_eval.util.text import Json, counted, printable
 
 if TYPE_CHECKING:
     from rich.progress import Task, TaskID
 
     from dart_eval.results.record import Metric, Record
+    from dart_eval.results.show import Table
     from dart_eval.sweep.events import Event
     from dart_eval.sweep.plan import Cell
 
-NAMES = ("method", "claim", "cell", "cells")  # columns that may go over several lines
 SHORTEST = 24  # characters of such a line
 BESIDE = 46  # characters of a line of progress beside its title
 EVERY = 30.0  # seconds between lines of a log on how far a cell is
@@ -246,60 +242,16 @@ def put(text: str, path: Path | None = None) -> None:
 
 def output(data: list[Json], tables: Sequence[Table], format: str) -> None:
     """Print data as `json` or `csv`, or their tables as `md`, `tex` or for the terminal."""
-    if format == "json":
-        say(json_text(finite(data)))
-    elif format == "csv":
-        put(data_text(data, "csv"))
-    elif format in ("md", "tex"):
-        say("\n".join(map(markdown if format == "md" else latex, tables)))
+    import pandas as pd  # slow to import: not for `--help`
+
+    from dart_eval.results.show import data_text, render, show
+
+    if format == "table":
+        show(*tables)
+    elif format in ("csv", "json"):
+        put(data_text(pd.DataFrame(data, dtype=object), format))
     else:
-        for i, table in enumerate(tables):
-            if i:
-                print()
-            show(table)
-
-
-def show(table: Table) -> None:
-    """Print a table on the terminal.
-
-    Where it is wider than the terminal, it comes in pieces of fewer columns, and names of methods go over several
-    lines. No number is broken.
-    """
-    screen = console()
-    if not table.body:
-        screen.print(Text(printable(table.title)))
-    for piece in pieces(table, screen.width, SHORTEST) if table.body else ():
-        cells = [[printable(cell) for cell in row] for row in piece.body]
-        over = _width(piece.columns, cells) - screen.width
-        for j, name in enumerate(piece.columns):
-            if over > 0 and name in NAMES:
-                most = max(SHORTEST, max(cell_len(row[j]) for row in cells) - over)
-                for row in cells:
-                    row[j] = "\n".join(folded(row[j], most))
-        width = max(screen.width, _width(piece.columns, cells))
-        console(width=width, soft_wrap=True).print(_drawn(piece, cells))
-    screen.print(Text(printable(table.note), "dim"))
-
-
-def _drawn(table: Table, cells: Sequence[Sequence[str]]) -> rich.table.Table:
-    """Return the table with these texts in its cells."""
-    title = Text(printable(table.title))
-    drawn = rich.table.Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    for name, number in zip(table.columns, table.numbers, strict=True):
-        drawn.add_column(Text(printable(name)), justify="right" if number else "left", no_wrap=True)
-    for i, row in enumerate(cells):
-        if i in table.rules:
-            drawn.add_section()
-        drawn.add_row(*(Text(cell, "bold" if (i, j) in table.bold else "") for j, cell in enumerate(row)))
-    return drawn
-
-
-def _width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
-    """Return the characters of a table's lines: the widest text of each column, and a gap or the edges."""
-    texts = zip(columns, *cells, strict=True)
-    return sum(2 + max(cell_len(line) for text in column for line in text.split("\n")) for column in texts)
+        put(render(tables, format))
 
 
 def print_note(text: str) -> None:

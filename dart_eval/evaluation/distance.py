@@ -95,13 +95,13 @@ def rows(documents: Sequence[Distance], like: Metric, error: Mapping[str, float 
         like: a metric of the task.
         error: standard errors of the means, by name.
     """
-    total, (_, _, filter_) = sum(documents, Distance()), like.metric.partition(",")
+    total = sum(documents, Distance())
     values = {"kl": total.kl / total.positions, "top1": total.agreed / total.positions}
     values |= {name: percentile(total.bins, share) for name, share in TAILS.items()}
     return [
         Metric(
-            like.task, f"{name},{filter_}" if filter_ else name, value, error.get(name), len(documents),
-            name == "top1", like.part_of,
+            like.task, name, value, error.get(name), len(documents), name == "top1", like.part_of, like.filter,
+            weights=like.weights,
         )
         for name, value in values.items()
     ]  # fmt: skip

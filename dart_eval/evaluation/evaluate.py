@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import lm_eval
@@ -17,7 +17,6 @@ import lm_eval.evaluator
 import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
-from sacrebleu.metrics import BLEU
 
 from dart_eval.evaluation import distance
 from dart_eval.evaluation.costs import Cost
@@ -26,6 +25,7 @@ from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
 from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.pruning.session import Session
+from dart_eval.results import sums
 from dart_eval.results.journal import Journal
 from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import Metric
@@ -76,7 +76,7 @@ def evaluate_task(
         for task in by_task
     }  # fmt: skip
     cost = sum(lm.costs.values(), Cost())
-    metrics = _metrics(results)
+    metrics = _metrics(results, items)
     metrics += _distances(metrics, results.get("group_subtasks") or {}, lm.costs)
     return TaskResult(metrics, samples, texts, cost, by_task, prompts, journal.state_bytes)
 
@@ -109,7 +109,8 @@ def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], 
         )
 
 
-def _metrics(results: Json) -> list[Metric]:
+def _metrics(results: Json, items: Sequence[Task | Group]) -> list[Metric]:
+    weights = _weights(items)
     groups: dict[str, list[str]] = results.get("group_subtasks") or {}
     # A group without a metric of its own (a list of tasks) hides none of its members.
     scored = {task for task, values in results["results"].items() if any("," in name for name in values)}
@@ -125,16 +126,25 @@ def _metrics(results: Json) -> list[Metric]:
                 continue
             stderr = values.get(f"{metric}_stderr,{filter_}")
             if not isinstance(stderr, (int, float)) or math.isnan(stderr):
-                own = _bleu_stderr if metric == "bleu" else _perplexity_stderr
-                stderr = own(
-                    metric,
-                    [s[metric] for s in results["samples"].get(task, []) if metric in s and s["filter"] == filter_],
-                )
-            label = metric if filter_ == "none" else f"{metric},{filter_}"
+                of = results["samples"].get(task, [])
+                stderr = _stderr(metric, [s[metric] for s in of if metric in s and s["filter"] == filter_])
             direction = better.get(metric, True)  # null in a task's file, and so None: neither is better
             direction = direction if direction is None else bool(direction)
-            found.append(Metric(task, label, float(value), stderr, n, direction, parents.get(task)))
+            found.append(Metric(
+                task, metric, float(value), stderr, n, direction, parents.get(task), filter_,
+                weights=weights.get((task, metric), "documents"),
+            ))  # fmt: skip
     return found
+
+
+def _weights(items: Iterable[Task | Group]) -> dict[tuple[str, str], Literal["documents", "tasks"]]:
+    """Return what weighs the same in the metrics of groups, by group and metric."""
+    groups = [group for item in items if isinstance(item, Group) for group in (item, *item.get_all_groups())]
+    return {
+        (group.name, metric.metric): "documents" if metric.weight_by_size else "tasks"
+        for group in groups
+        for metric in group.aggregate_metric_list or ()
+    }
 
 
 def _directions(task: str, groups: dict[str, list[str]], of_tasks: Json) -> Json:
@@ -159,7 +169,8 @@ def _distances(
         members = _members(task, groups)
         own = [c.distance for (name, _), c in costs.items() if name in members and c.distance.positions]
         pairs = [d.pairs() for d in own]
-        error = {name: _ratio_stderr([p[name] for p in pairs])[1] for name in (pairs[0] if pairs else ())}
+        names = pairs[0] if pairs else ()
+        error = {name: sums.as_recorded("ratio", [p[name] for p in pairs])[1] for name in names}
         rows += distance.rows(own, like, error) if own else []
     return rows
 
@@ -170,57 +181,16 @@ def _members(task: str, groups: Mapping[str, list[str]]) -> set[str]:
     return set().union(*(_members(t, groups) for t in below)) if below else {task}
 
 
-def _ratio_stderr(pairs: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """Return sum x / sum w of a pair (x, w) per document, and its standard error.
-
-    The documents are the independent units; the ratio's residuals x - r w give its variance (Cochran, Sampling
-    Techniques, ch. 6).
-    """
-    n, weight = len(pairs), sum(w for _, w in pairs)
-    ratio = sum(x for x, _ in pairs) / weight
-    if n < 2:
-        return ratio, None
-    return ratio, math.sqrt(n / (n - 1) * sum((x - ratio * w) ** 2 for x, w in pairs)) / weight
-
-
-def _perplexity_stderr(metric: str, pairs: list[Any]) -> float | None:
-    """Return the standard error of a ratio metric exp(-sum ll / sum w), or -sum ll / sum w / ln 2, by the delta method.
-
-    pairs: (log-likelihood, weight) per document.
-    """
-    if kind_of(metric).kind not in ("log-perplexity", "bits") or len(pairs) < 2:  # pairs may be anything else
+def _stderr(metric: str, values: list[Any]) -> float | None:
+    """Return the standard error of a metric that lm-eval gives without one; None if its values have another shape."""
+    kind = kind_of(metric).kind
+    if metric == "bleu" and all(isinstance(v, (tuple, list)) and len(v) == 10 for v in values):
+        return sums.bleu_error(values)
+    if metric == "perplexity" and all(isinstance(v, (int, float)) for v in values):  # lm-eval's own: equal weights
+        values = [(v, 1) for v in values]
+    if kind not in ("log-perplexity", "bits") or not all(isinstance(v, (tuple, list)) and len(v) == 2 for v in values):
         return None
-    if metric == "perplexity" and all(isinstance(p, (int, float)) for p in pairs):  # of lm-eval: equal weights
-        pairs = [(p, 1) for p in pairs]
-    if not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs) or sum(w for _, w in pairs) <= 0:
-        return None
-    ratio, error = _ratio_stderr(pairs)
-    if error is None:
-        return None
-    if metric == "bits_per_byte":
-        return error / math.log(2)
-    try:
-        return math.exp(-ratio) * error
-    except OverflowError:  # a perplexity beyond all numbers has no error bar
-        return None
-
-
-def _bleu_stderr(_metric: str, counts: list[Any]) -> float | None:
-    """Return the standard error of corpus BLEU by the jackknife over documents.
-
-    (Efron and Tibshirani, An Introduction to the Bootstrap, ch. 11.)
-    counts: [hyp_len, ref_len, correct 1..4, total 1..4] n-grams per document, from the summarisation tasks.
-    """
-    n = len(counts)
-    if n < 2 or not all(isinstance(c, (tuple, list)) and len(c) == 10 for c in counts):
-        return None
-    total = [sum(column) for column in zip(*counts, strict=True)]
-    without = []
-    for document in counts:
-        hyp, ref, *ngrams = (t - c for t, c in zip(total, document, strict=True))
-        without.append(BLEU.compute_bleu(ngrams[:4], ngrams[4:], hyp, ref, smooth_method="exp").score)
-    mean = sum(without) / n
-    return math.sqrt((n - 1) / n * sum((w - mean) ** 2 for w in without))
+    return sums.as_recorded(kind, values)[1] if sum(w for _, w in values) > 0 else None
 
 
 def _samples(by_task: dict[str, list[Json]], lm: PrunedLM, tasks: dict[str, Task]) -> list[Json]:

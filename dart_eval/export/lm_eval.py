@@ -121,11 +121,10 @@ def _results(cells: Sequence[Record], pruners: Mapping[str, str], moment: dateti
     directions: dict[str, Json] = {}
     members: dict[str, list[str]] = {m.task: [] for m in metrics if m.part_of is None}
     for m in metrics:
-        name, _, filter_ = m.metric.partition(",")
         error = "N/A" if m.stderr is None else m.stderr
         own = results.setdefault(m.task, {"name": m.task, "alias": m.task, "sample_len": m.n})
-        own |= {f"{name},{filter_ or 'none'}": m.value, f"{name}_stderr,{filter_ or 'none'}": error}
-        directions.setdefault(m.task, {})[name] = m.higher_is_better
+        own |= {f"{m.metric},{m.filter}": m.value, f"{m.metric}_stderr,{m.filter}": error}
+        directions.setdefault(m.task, {})[m.metric] = m.higher_is_better
         if m.part_of is not None and m.task not in members.setdefault(m.part_of, []):
             members[m.part_of].append(m.task)
     sizes = {leaf: results[leaf]["sample_len"] for cell in cells for leaf in _leaves(cell) if leaf in results}

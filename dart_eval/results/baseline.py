@@ -6,27 +6,28 @@ One JSON file, a line per document, in an order that depends only on the results
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
-from dart_eval.results import layout, metrics
-from dart_eval.results.documents import BASIC, INDEX, documents
+from dart_eval.results import layout
+from dart_eval.results.cells import Cell, cells
+from dart_eval.results.documents import HASHES, INDEX, Answers, documents, measured
 from dart_eval.results.inputs import HASH_DIGITS, CellInputs, identity
-from dart_eval.results.outcomes import Cell, Measure, Outcome, cells, describe, rows_of
+from dart_eval.results.metrics import main_and_gold
+from dart_eval.results.record import Metric
+from dart_eval.util import files
 from dart_eval.util.errors import UserError, remark
-from dart_eval.util.files import read_text
-from dart_eval.util.files import write as write_file
-from dart_eval.util.text import Json
 
 SCHEMA = 1
 DIGITS = 6  # decimals of a document's value, so that another machine's arithmetic changes none
+COLUMNS = (*INDEX, *HASHES.values(), "cluster")  # of a document's line, before its values
 
 
 class _Part(TypedDict):
@@ -48,7 +49,7 @@ class _Baseline(TypedDict):
 _BASELINE = TypeAdapter(_Baseline)
 
 
-def checked(outcome: Outcome, named: Collection[tuple[str, str]] = ()) -> Outcome:
+def rounded(answers: Answers, named: Collection[tuple[str, str]] = ()) -> Answers:
     """Return what a check compares: each task's main metric, and the right answers' log-likelihoods if it has any.
 
     Values are rounded as in the baseline file, so that equal results stay equal.
@@ -56,35 +57,27 @@ def checked(outcome: Outcome, named: Collection[tuple[str, str]] = ()) -> Outcom
     Args:
         named: (task, metric) of a baseline, which stand in for the main metrics of their tasks.
     """
-    held = [m for m in outcome.measures if m.name != metrics.GOLD and (m.task, m.metric) in named]
-    main = [*held, *(m for m in metrics.main(outcome.measures) if m.task not in {h.task for h in held})]
-    tasks = {m.task for m in main}
-    measures = [*main, *(m for m in outcome.measures if m.name == metrics.GOLD and m.task in tasks)]
-    values: dict[str, dict[object, object]] = {}
-    for m in measures:
-        own = rows_of(m, outcome.documents)
-        if own.index:
-            values.setdefault(m.name, {}).update(zip(own.index, map(_rounded, own.columns[m.name]), strict=True))
-    lines = []
-    for i, key in enumerate(outcome.documents.index):
-        row = {name: v[i] for name, v in outcome.documents.columns.items() if name in (*BASIC, "choices")}
-        found = {name: values[name][key] for name in sorted(values) if key in values[name]}
-        lines.append({**dict(zip(INDEX, key, strict=True)), **row, "metrics": found})
-    return Outcome(tuple(measures), documents(line for line in lines if line["metrics"]))
+    chosen = main_and_gold((measure.metric for measure in answers.measures.values()), named)
+    measures = [answers.measures[m.task, m.label] for m in chosen]
+    frame = answers.documents.reindex(columns=[*COLUMNS, "choices"])
+    for name in {m.metric for m in chosen}:
+        places = {key for measure in measures if measure.metric.metric == name for key in measure.index}
+        column = zip(answers.index, answers.documents[name].tolist(), strict=True)
+        values = [_rounded(value) if key in places else None for key, value in column]
+        frame[name] = pd.Series(values, frame.index, dtype=object)
+    covered = {key for measure in measures for key in measure.index}
+    frame = frame[[key in covered for key in answers.index]]
+    again = (measured(measure.metric, measure.members, frame) for measure in measures)
+    return Answers(frame, {measure.name: measure for measure in again if measure is not None})
 
 
-def rounded(cell: Cell, named: Collection[tuple[str, str]] = ()) -> Cell:
-    """Return a cell whose outcome is `checked`."""
-    return dataclasses.replace(cell, read=functools.cache(lambda: checked(cell.read(), named)))
-
-
-def _rounded(item: object) -> object:
-    if isinstance(item, list):
-        return [_rounded(i) for i in item]
-    if isinstance(item, float) and math.isfinite(item):
-        item = round(item, DIGITS)
-        return int(item) if item == int(item) else item
-    return item
+def _rounded(value: object) -> object:
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float) and math.isfinite(value):
+        value = round(value, DIGITS)
+        return int(value) if value == int(value) else value
+    return value
 
 
 def write(path: Path, results: Sequence[Cell]) -> int:
@@ -95,41 +88,32 @@ def write(path: Path, results: Sequence[Cell]) -> int:
     """
     parts, count = [], 0
     for cell in sorted(results, key=lambda c: identity(c.inputs)):
-        outcome = checked(cell.read())
-        count += len(outcome.documents)
+        answers = rounded(cell.answers)
         measures = [
-            [m.task, m.metric, m.higher_is_better, list(m.members), m.equal]
-            for m in sorted(outcome.measures, key=lambda m: (m.task, m.metric))
+            [*name, m.metric.higher_is_better, list(m.members), m.metric.weights == "tasks"]
+            for name, m in sorted(answers.measures.items())
         ]
-        columns = outcome.documents.columns
-        rows = [
-            _line(key, dict(zip(columns, row, strict=True)))
-            for key, row in zip(outcome.documents.index, zip(*columns.values(), strict=True), strict=True)
-        ]
+        lines = []
+        for row in answers.documents.to_dict("records"):
+            *index, document, prompt, cluster, _ = (row.pop(name) for name in (*COLUMNS, "choices"))
+            values = {name: value for name, value in row.items() if value is not None}
+            hashes = [document[:HASH_DIGITS], prompt[:HASH_DIGITS], (cluster or "")[:16] or None]
+            lines.append([*index, *hashes, values])
         typed = cell.settings.get("method", cell.inputs["method"])
         method = f'"method": {json.dumps(typed, ensure_ascii=False)},\n' if typed != cell.inputs["method"] else ""
         try:
-            parts.append(
-                f'{{\n{method}"inputs": '
-                + json.dumps(cell.inputs, sort_keys=True, indent=1, allow_nan=False)
-                + f',\n"measures": {_lines(measures)},\n"documents": {_lines(rows)}\n}}'
-            )
+            inputs = json.dumps(cell.inputs, sort_keys=True, indent=1, allow_nan=False)
+            rows = f'"measures": {_lines(measures)},\n"documents": {_lines(lines)}'
         except ValueError:
             raise UserError(
-                f"{describe(cell)} has values that are not finite",
+                f"{cell.describe()} has values that are not finite",
                 "a baseline of them could never be met: find out why first",
             ) from None
+        count += len(lines)
+        parts.append(f'{{\n{method}"inputs": {inputs},\n{rows}\n}}')
     text = f'{{\n"schema": {SCHEMA},\n"cells": [\n' + ",\n".join(parts) + "\n]\n}\n"
-    write_file(path, text, "choose another --baseline")
+    files.write(path, text, "choose another --baseline")
     return count
-
-
-def _line(key: Sequence[object], row: Json) -> list[object]:
-    """Return a document as a line of the file: index, digests, cluster and values."""
-    doc, prompt, cluster = (row.pop(name) for name in BASIC)
-    row.pop("choices", None)
-    values = {name: v for name, v in row.items() if v is not None}
-    return [*key, doc[:HASH_DIGITS], prompt[:HASH_DIGITS], (cluster or "")[:16] or None, values]
 
 
 def _lines(rows: Sequence[object]) -> str:
@@ -146,24 +130,37 @@ def load_baseline(path: Path) -> list[Cell]:
         return cells(path, strict=True)
     remedy = f"make it from good results: dart-eval check RESULTS --baseline {path} --update"
     try:
-        data = layout.read(read_text(path, "baseline", remedy), _BASELINE, "baseline")
+        data = layout.read(files.read_text(path, "baseline", remedy), _BASELINE, "baseline")
+        parts = [_cell(part, str(path)) for part in data["cells"]]
     except ValueError as error:
         raise UserError(f"baseline {path} cannot be read ({error})", remedy) from None
-    found: dict[str, Cell] = {}
-    for part in data["cells"]:
-        cell = _cell(part, str(path))
-        if cell.key in found:
-            remark(f"{path} has {describe(cell)} twice: the first counts")
-        found.setdefault(cell.key, cell)
-    if not found:
+    if not parts:
         raise UserError(f"baseline {path} holds no cells", remedy)
-    return list(found.values())
+    first: dict[str, Cell] = {}
+    for cell in parts:
+        if first.setdefault(cell.key, cell) is not cell:
+            remark(f"{path} has {cell.describe()} twice: the first counts")
+    return list(first.values())
 
 
 def _cell(part: _Part, source: str) -> Cell:
-    inputs: dict[str, object] = {**part["inputs"]}
-    measures = tuple(Measure(*measure) for measure in part["measures"])
-    columns = (*INDEX, *BASIC, "metrics")
-    outcome = Outcome(measures, documents(dict(zip(columns, line, strict=True)) for line in part["documents"]))
+    """Return a part of the file as a cell.
+
+    Raises:
+        ValueError: a metric does not follow from the values of its documents.
+    """
+    lines = (dict(zip((*COLUMNS, "metrics"), line, strict=True)) for line in part["documents"])
+    frame = documents({**line, "choices": 0} for line in lines)
+    measures = {}
+    for task, label, up, members, by_task in part["measures"]:
+        name, _, filter_ = label.partition(",")
+        metric = Metric(task, name, math.nan, None, 0, up, filter=filter_ or "none")
+        metric = dataclasses.replace(metric, weights="tasks") if by_task else metric
+        measure = measured(metric, members, frame)
+        if measure is not None:
+            measures[measure.name] = measure
+        elif metric.aggregation:  # all but BLEU, which earlier versions compared
+            raise ValueError(f"its documents do not give {task} {label}")
+    inputs = {**part["inputs"]}
     settings = {"method": part["method"]} if "method" in part else {}
-    return Cell(identity(inputs), inputs, source, "", lambda: outcome, settings=settings)
+    return Cell(identity(inputs), inputs, source, "", lambda: Answers(frame, measures), settings)

@@ -1,44 +1,165 @@
 """The board: one row a method and sparsity, in levels of the FFN bytes that a decoded token reads.
 
 Rows of one block have run on the same tasks; rows that lack some of them are in a block of their own. No mean combines
-two metrics. The first row of a level is tested against every other one on the same documents. It was chosen by the
-tested values, so each p counts for all pairs that could have been chosen (`verdict.stand_of`).
+two metrics. Cells that differ in their seed alone are one row, their mean; errors are over documents.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from statistics import mean
 
-from dart_eval.results import distance, frame, inputs, metrics, outcomes, seeds, stats, verdict
-from dart_eval.results.blocks import (
-    CONTROL,
-    DEFAULT_SCOPE,
-    GUESSING,
-    PRUNED,
-    ROUNDING,
-    UPPER_BOUND,
-    WIDTH_OF_LEVEL,
-    Block,
-    Board,
-    BoardRow,
-    Quality,
-    Tasks,
-    qualities,
-    split,
-)
-from dart_eval.results.estimates import Estimate, Share, above_zero, mean
+import numpy as np
+
+from dart_eval.results import inputs, metrics, stats
+from dart_eval.results.cells import cell_of
+from dart_eval.results.documents import Compared
 from dart_eval.results.format import sparsity
-from dart_eval.results.frame import Compared
-from dart_eval.results.inputs import DENSE
+from dart_eval.results.frame import beside_dense, with_distances
+from dart_eval.results.inputs import CALIBRATED, DENSE, identity, matters, model_of, question
 from dart_eval.results.labels import grouped, labels
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.speeds import Speed, of_cell, unlike
+from dart_eval.results.stats import Estimate, Share, above_zero, share
 from dart_eval.results.store import Store
 from dart_eval.util.bits import LAST_BITS
 
+Tasks = Mapping[str, tuple[str, ...]]  # metric -> its tasks in a block
+WIDTH_OF_LEVEL = 0.02  # reads that differ by less are one level
+PRUNED, UPPER_BOUND, CONTROL, ROUNDING, GUESSING = "pruned", "upper bound", "control", "rounding", "guessing"
+DEFAULT_SCOPE = "scored"  # not named on the board
 NOTHING = Share(0.0, (0.0, 0.0))  # share of guessing in dense's quality above guessing
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One metric of a row, as the mean over the tasks of its block.
+
+    Attributes:
+        value: mean of the records' values.
+        stderr: of the mean.
+        better: quality minus dense's, higher is better; for perplexities -log(quality / dense), mean over tasks.
+        share: quality above chance, summed over tasks / that of dense; None if dense's is not above noise.
+    """
+
+    value: float
+    stderr: float | None
+    better: Estimate | None = None
+    share: Share | None = None
+
+    @cached_property
+    def times(self) -> Share | None:
+        """A perplexity as a multiple of dense's, geometric mean over tasks, with its interval."""
+        return None if self.better is None else self.better.exp_minus()
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A method at a sparsity.
+
+    Attributes:
+        label: the method, with the settings that distinguish the row.
+        name: the label, with the sparsity if the level does not show it.
+        sparsity: requested sparsity.
+        read: bytes of FFN weights that a decoded token reads / those of dense.
+        kind: `pruned`, `upper bound`, `control` (dense), `rounding` (dense on rounded weights, or on their first bits)
+            or `guessing`.
+        scope: which positions ran pruned; None for dense, rounded or not, which is the same in all scopes.
+        values: task -> its main metric.
+        asked: task -> what was asked: equal text, equal documents and prompts.
+        records: its cells, of all seeds.
+        compared: its metrics beside dense's.
+        quality: metric -> the mean over the block's tasks.
+        nats: log-likelihood of the right answers minus that under dense, mean over tasks.
+        flips: share of items whose chosen answer is not dense's, mean over tasks.
+        kl: divergence of dense's next-token distribution to the row's, in nats, mean over tasks.
+        overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
+        speed: decoding speed from `bench`, if the folder has one, or the lack of a kernel.
+    """
+
+    label: str
+    name: str
+    sparsity: float
+    read: float
+    kind: str
+    scope: str | None = None
+    values: Mapping[str, Metric] = field(default_factory=dict)
+    asked: Mapping[str, str] = field(default_factory=dict)
+    records: Sequence[Record] = ()
+    compared: Sequence[Compared] = ()
+    quality: Mapping[str, Quality] = field(default_factory=dict)
+    nats: Estimate | None = None
+    flips: Estimate | None = None
+    kl: Estimate | None = None
+    overhead: float = 0.0
+    speed: Speed | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of its records; none of guessing."""
+        return tuple(record.key for record in self.records)
+
+    @property
+    def about(self) -> bool:
+        """Whether the read is about right alone, so that no test is made at equal reads."""
+        return any(record.settings.get("about") for record in self.records)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method has read a text before any prompt."""
+        return any(record.inputs.get("calibration") is not None for record in self.records)
+
+    def bytes_of(self, name: str) -> int | None:
+        """Return the most bytes over the cells: `beside` dense, or the `state` of a sequence; None if they lack it."""
+        sizes = [record.memory[name] for record in self.records if name in record.memory]
+        return max(sizes) if len(sizes) == len(self.records) and sizes else None
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows that ran on the same tasks, under one scope.
+
+    Attributes:
+        tasks: metric -> the tasks of its means; the first metric orders the rows.
+        levels: rows of one read, best first; the highest read first.
+        at_chance: choice tasks on which dense is not above guessing by more than noise.
+    """
+
+    tasks: Tasks
+    scope: str
+    levels: tuple[tuple[Row, ...], ...]
+    at_chance: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of all levels, from the top to the end."""
+        return [row for level in self.levels for row in level]
+
+    @property
+    def first(self) -> str:
+        """The metric that orders the rows."""
+        return next(iter(self.tasks), "")
+
+
+@dataclass(frozen=True, eq=False)
+class Board:
+    """The board of one model.
+
+    Attributes:
+        about: dtype and hardware.
+        notes: remarks on the numbers.
+        rows: with the main metrics of all their tasks.
+    """
+
+    model: str
+    about: str
+    blocks: tuple[Block, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
 
 def boards(
@@ -53,12 +174,12 @@ def boards(
         metric: replaces the main metric of tasks that have it.
     """
     current, older = newest(records)
-    by_model = grouped(current, lambda r: inputs.model_of(r.inputs["model"]))
+    by_model = grouped(current, lambda r: model_of(r.inputs["model"]))
     same_name = len({r.inputs["model"]["name"] for r in current}) < len(by_model)
     notes = [f"Left out: {older} older run{'s' * (older > 1)} of cells. The last run of each counts."] if older else []
     return [
-        _board(store, model if same_name else found[0].inputs["model"]["name"], found, speeds, notes, metric)
-        for model, found in sorted(by_model.items())
+        _board(store, model if same_name else own[0].inputs["model"]["name"], own, speeds, notes, metric)
+        for model, own in sorted(by_model.items())
     ]
 
 
@@ -66,48 +187,34 @@ def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
     """Return the last of equal cells on one dtype, device and calibration, and the number of older ones."""
     last: dict[tuple[object, ...], Record] = {}
     for r in sorted(records, key=lambda r: (r.created, r.key)):
-        asked = inputs.question(r.inputs, [] if inputs.matters("scope", r.inputs) else ["scope"])
-        last[(asked, *map(r.inputs.get, inputs.CALIBRATED))] = r
+        asked = question(r.inputs, [] if matters("scope", r.inputs) else ["scope"])
+        last[(asked, *map(r.inputs.get, CALIBRATED))] = r
     keys = {r.key for r in last.values()}
     return [r for r in records if r.key in keys], len(records) - len(keys)
-
-
-def by_row(records: Sequence[Record]) -> dict[tuple[str, float, str | None, str], list[Record]]:
-    """Return the cells of each row, by their label, sparsity, scope and model: one for each task."""
-    names = labels(records)
-    groups: dict[tuple[str, float, str | None, str], list[Record]] = {}
-    for r in sorted(records, key=lambda r: str(r.inputs["task"])):
-        scope = str(r.inputs["scope"]) if inputs.matters("scope", r.inputs) else None
-        row = names[r.key], float(r.inputs["sparsity"]), scope, inputs.model_of(r.inputs["model"])
-        groups.setdefault(row, []).append(r)
-    return groups
 
 
 def _board(
     store: Store, model: str, records: Sequence[Record], speeds: Sequence[Speed], notes: Sequence[str],
     metric: str | None,
 ) -> Board:  # fmt: skip
-    together = seeds.together(records)
-    merged = seeds.mean_records(together)
-    beside, problems = frame.beside_dense(distance.beside_dense([outcomes.cell_of(store, r) for r in records]))
-    beside = {some[0].key: seeds.mean_compared([beside.get(r.key, ()) for r in some]) for some in together}
-    drafts = [_row(label, group, speeds, metric) for (label, *_), group in by_row(merged).items()]
-    rows_of = {row.keys: [one for key in row.keys for one in beside.get(key, ())] for row in drafts}
-    scopes = {row.scope for row in drafts if row.scope}
+    compared, problems = beside_dense(with_distances([cell_of(store, r) for r in records], texts=False))
+    rows = _rows(records, compared, speeds, metric)
+    scopes = {row.scope for row in rows if row.scope}
     usual = next(iter(scopes)) if len(scopes) == 1 else DEFAULT_SCOPE
     blocks = [
-        _block(drafts, rows_of, scope, some)
+        _block(rows, scope, *part)
         for scope in sorted(scopes or {DEFAULT_SCOPE}, key=lambda s: (s != usual, s))
-        for some in split([r for r in drafts if (r.scope or usual) == scope and r.kind != CONTROL] or drafts, metric)
+        for part in _split([r for r in rows if (r.scope or usual) == scope and r.kind != CONTROL] or rows, metric)
     ]
-    columns = {task: m.metric for row in drafts for task, m in row.values.items()}
-    return Board(
-        model, about(records), columns, tuple(blocks),
-        (*notes, *seeds.remark(together), *_versions(records), *problems, *unlike(row.speed for row in drafts)),
-    )  # fmt: skip
+    codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
+    each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
+    versions = [f"The cells come from {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
+    speeds_of = unlike(row.speed for row in rows)
+    remarks = (*notes, *_seeds(rows), *versions, *problems, *speeds_of)
+    return Board(model, _about(records), tuple(blocks), tuple(rows), remarks)
 
 
-def about(records: Sequence[Record]) -> str:
+def _about(records: Sequence[Record]) -> str:
     """Return the cells' dtype and hardware, if they share one: `bfloat16, 2 CPU threads`."""
     last = max(records, key=lambda r: r.created)
     dtypes = {str(r.inputs["dtype"]) for r in records if r.inputs.get("dtype")}
@@ -116,11 +223,65 @@ def about(records: Sequence[Record]) -> str:
     return ", ".join(filter(None, [*(dtypes if len(dtypes) == 1 else ()), last.environment.get("gpu") or cpu]))
 
 
-def _versions(records: Sequence[Record]) -> list[str]:
-    """Return a remark if the cells come from several versions of the code."""
-    codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
-    each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
-    return [f"The cells come from {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    records: Sequence[Record], compared: Mapping[str, Sequence[Compared]], speeds: Sequence[Speed], metric: str | None
+) -> list[Row]:
+    """Return the rows without their quality."""
+    cells = [*grouped(sorted(records, key=lambda r: int(r.inputs.get("seed") or 0)), _but_for_the_seed).values()]
+    firsts = [seeds[0] for seeds in cells]
+    if any(len(seeds) > 1 for seeds in cells):  # then none is labelled by the seed of one cell
+        firsts = [replace(r, inputs={name: v for name, v in r.inputs.items() if name != "seed"}) for r in firsts]
+    names = labels(firsts)
+    groups = grouped(
+        sorted(zip(firsts, cells, strict=True), key=lambda pair: str(pair[0].inputs["task"])),
+        lambda pair: (names[pair[0].key], pair[0].inputs["sparsity"], _scope(pair[0])),
+    )
+    return [_row(label, of_row, compared, speeds, metric) for (label, *_), of_row in groups.items()]
+
+
+def _but_for_the_seed(record: Record) -> str:
+    """Return what cells of one mean share: all but the seed, of the run and of options that took it."""
+    seed = record.inputs.get("seed")
+    params = {
+        name: None if name.endswith(".seed") and value == seed else value
+        for name, value in record.inputs["params"].items()
+    }
+    how = [record.inputs.get(name) for name in ("dtype", "device", *CALIBRATED)]
+    return f"{identity({**record.inputs, 'seed': None, 'params': params})} {json.dumps(how)}"
+
+
+def _scope(record: Record) -> str | None:
+    return str(record.inputs["scope"]) if matters("scope", record.inputs) else None
+
+
+def _row(
+    label: str, cells: Sequence[tuple[Record, Sequence[Record]]], compared: Mapping[str, Sequence[Compared]],
+    speeds: Sequence[Speed], metric: str | None,
+) -> Row:  # fmt: skip
+    """Return a row of cells, each of several seeds."""
+    first = cells[0][0]
+    last_bits = first.settings.get("granularity") == LAST_BITS
+    kind = UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
+    if first.inputs["method"] == DENSE or last_bits:
+        kind = ROUNDING if first.inputs.get("ffn_bits") or last_bits else CONTROL
+    values, asked = {}, {}
+    for cell, seeds in cells:
+        for m in main_metrics(cell, metric):
+            same = [o for r in seeds for o in r.metrics if (o.task, o.label) == (m.task, m.label)]
+            errors = [o.stderr for o in same if o.stderr is not None]
+            values[m.task] = replace(m, value=mean(o.value for o in same), stderr=mean(errors) if errors else None)
+            asked[m.task] = question(cell.inputs, [*inputs.UNLIKE_DENSE, "seed"])
+    return Row(
+        label=label, name=label, sparsity=float(first.inputs["sparsity"]), kind=kind,
+        read=mean(mean(r.weights_read for r in seeds) for _, seeds in cells), scope=_scope(first),
+        values=values, asked=asked, records=[r for _, seeds in cells for r in seeds],
+        compared=[one for _, seeds in cells for one in _mean_compared([compared.get(r.key, ()) for r in seeds])],
+        overhead=mean(mean(r.flops.get("overhead_share", 0.0) for r in seeds) for _, seeds in cells),
+        speed=of_cell(speeds, first.inputs),
+    )  # fmt: skip
 
 
 def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
@@ -130,91 +291,157 @@ def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
         record: of a cell.
         metric: replaces the main metric of tasks that have it.
     """
-    found = [m for m in record.metrics if m.part_of is None]
-    asked = {m.task: m for m in reversed(found) if m.metric.partition(",")[0] == metric}  # its first filter, as `main`
-    return [asked.get(m.task, m) for m in metrics.main(found)]
+    own = [m for m in record.metrics if m.part_of is None]
+    asked = {m.task: m for m in reversed(own) if m.metric == metric}  # its first filter, as `main`
+    return [asked.get(m.task, m) for m in metrics.main(own)]
 
 
-def _row(label: str, records: Sequence[Record], speeds: Sequence[Speed], metric: str | None) -> BoardRow:
-    """Return a row without its quality."""
-    first = records[0]
-    last_bits = first.settings.get("granularity") == LAST_BITS
-    kind = UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
-    if first.inputs["method"] == DENSE or last_bits:
-        kind = ROUNDING if first.inputs.get("ffn_bits") or last_bits else CONTROL
-    return BoardRow(
-        label=label, name=label, sparsity=float(first.inputs["sparsity"]), kind=kind,
-        read=sum(r.weights_read for r in records) / len(records),
-        scope=str(first.inputs["scope"]) if inputs.matters("scope", first.inputs) else None,
-        values={m.task: m for r in records for m in main_metrics(r, metric)},
-        asked={m.task: inputs.question(r.inputs, [*inputs.UNLIKE_DENSE, "seed"])
-               for r in records for m in main_metrics(r, metric)},
-        memory=max((r.memory["beside"] for r in records if "beside" in r.memory), default=None),
-        overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
-        calibrated=first.inputs.get("calibration") is not None, speed=of_cell(speeds, first.inputs),
-        keys=tuple(r.key for r in records), about=any(r.settings.get("about") for r in records),
-    )  # fmt: skip
+def _mean_compared(cells: Sequence[Sequence[Compared]]) -> list[Compared]:
+    """Return the metrics of cells beside dense, with each document's mean over the cells.
+
+    Args:
+        cells: rows of each seed; a metric that one of them lacks, or has of other documents, is left out.
+    """
+    if len(cells) == 1:
+        return [*cells[0]]
+    means = []
+    for first in cells[0]:
+        same = [one for rows in cells for one in rows if one.a.name == first.a.name and one.a.units == first.a.units]
+        if len(same) == len(cells):
+            a, b = (
+                replace(sides[0], x=np.mean([side.x for side in sides], axis=0))
+                for sides in zip(*((one.a, one.b) for one in same), strict=True)
+            )
+            means.append(Compared(a, b))
+    return means
 
 
-def _block(
-    drafts: Sequence[BoardRow], beside: Mapping[tuple[str, ...], Sequence[Compared]], scope: str,
-    block: tuple[Tasks, Sequence[BoardRow]],
-) -> Block:  # fmt: skip
+def _seeds(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence that names the seeds of means, and how many cells lack some of them, if there are any."""
+    cells = [seeds for row in rows for seeds in grouped(row.records, _but_for_the_seed).values()]
+    seeds = sorted({int(r.inputs.get("seed") or 0) for some in cells if len(some) > 1 for r in some})
+    fewer = sum(len(some) < len(seeds) for some in cells)
+    but = f"; {fewer} of {len(cells)} cells ran under fewer of them" if fewer else ""
+    return [f"Rows are means over the seeds {', '.join(map(str, seeds))}{but}."] if seeds else []
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+def _split(rows: Sequence[Row], wanted: str | None) -> list[tuple[Tasks, list[Row]]]:
+    """Split rows into blocks with common tasks: metric -> tasks, and the rows of each block.
+
+    A task that was asked otherwise (other documents, examples or lengths) is another one. A block has the tasks of
+    one metric that most rows have, counted in rows x tasks; a row that lacks one of them goes to a later block. For
+    every further metric it has the tasks that all of its rows with that metric share.
+    """
+    rest = list(rows)
+    blocks: list[tuple[Tasks, list[Row]]] = []
+    while rest:
+        sets = [_tasks_of(row) for row in rest]
+        first = min((m for own in sets for m in own), key=lambda m: (m != wanted, metrics.order(m)), default="")
+        candidates = {own[first] for own in sets if first in own}
+        covering = {c: sum(c <= own.get(first, frozenset()) for own in sets) for c in candidates}
+        chosen = max(candidates, key=lambda c: (covering[c] * len(c), sorted(c)), default=frozenset())
+        inside = [i for i, own in enumerate(sets) if chosen <= own.get(first, frozenset())]
+        tasks = {first: tuple(sorted(task for task, _ in chosen))} if first else {}
+        for metric in sorted({m for i in inside for m in sets[i]} - {first}, key=metrics.order):
+            owned = [sets[i][metric] for i in inside if metric in sets[i]]
+            common = frozenset.intersection(*owned) or Counter(owned).most_common(1)[0][0]
+            tasks[metric] = tuple(sorted(task for task, _ in common))
+        blocks.append((tasks, [rest[i] for i in inside]))
+        rest = [row for i, row in enumerate(rest) if i not in inside]
+    return blocks
+
+
+def _tasks_of(row: Row) -> dict[str, frozenset[tuple[str, str]]]:
+    """Return metric -> the tasks whose main metric it is in the row, and how they were asked."""
+    tasks: dict[str, set[tuple[str, str]]] = {}
+    for task, m in row.values.items():
+        tasks.setdefault(m.metric, set()).add((task, row.asked[task]))
+    return {metric: frozenset(of_metric) for metric, of_metric in tasks.items()}
+
+
+def _block(rows: Sequence[Row], scope: str, tasks: Tasks, own: Sequence[Row]) -> Block:
     """Return a block: its rows with their quality, and all other rows that ran its tasks at their reads.
 
     Args:
-        drafts: all rows of the board.
-        beside: keys of a row -> its metrics beside dense's.
+        rows: all of the board.
         scope: of the block.
-        block: its tasks, and the rows that have no other block.
+        tasks: of the block.
+        own: the rows that have no other block.
     """
-    tasks, own = block
     first = next(iter(tasks), "")
-    needed = {question for question in own[0].questions if question[0] in tasks.get(first, ())}
-    reads = [row.read for row in own]
+    needed = {(task, own[0].asked[task]) for task in tasks.get(first, ()) if task in own[0].asked}
     others = [
-        row for row in drafts
-        if row not in own and needed and needed <= {*row.questions}
-        and row.scope in (None, scope)
-        and (row.kind in (CONTROL, ROUNDING) or any(abs(row.read - read) <= WIDTH_OF_LEVEL for read in reads))
+        row for row in rows
+        if row not in own and needed and needed <= {*row.asked.items()} and row.scope in (None, scope)
+        and (row.kind in (CONTROL, ROUNDING) or any(abs(row.read - other.read) <= WIDTH_OF_LEVEL for other in own))
     ]  # fmt: skip
-    found = {row.keys: beside.get(row.keys, ()) for row in [*own, *others]}
-    rows = [replace(row, quality=qualities(row.values, found[row.keys], tasks)) for row in [*own, *others]]
-    means = [_means(found, name, tasks if name == "kl" else {first: tasks.get(first, ())})
-             for name in (metrics.GOLD, "flips", "kl")]  # fmt: skip
-    rows = [replace(row, nats=means[0][row.keys], flips=means[1][row.keys], kl=means[2][row.keys]) for row in rows]
-    ours = {(one.measure.task, one.measure.name): one for some in found.values() for one in some}
-    choice = {m: [ours[t, m] for t in tasks[m] if (t, m) in ours] for m in tasks if metrics.kind_of(m).chance}
-    at_chance = [one.measure.task for some in choice.values() for one in some
-                 if one.chance and len(one.sides[1].units) >= stats.MIN_CLUSTERS
-                 and not above_zero(one.sides[1])]  # fmt: skip
-    levels = _levels(rows, first)
+    inside = [replace(row, quality=_qualities(row, tasks)) for row in [*own, *others]]
+    of_first = {first: tasks.get(first, ())}
+    nats, flips = _means(inside, metrics.GOLD, of_first), _means(inside, "flips", of_first)
+    kl = _means(inside, "kl", tasks)
+    inside = [replace(row, nats=nats[i], flips=flips[i], kl=kl[i]) for i, row in enumerate(inside)]
+    known = {(one.metric.task, one.metric.metric): one for row in inside for one in row.compared}
+    choice = {m: [known[t, m] for t in tasks[m] if (t, m) in known] for m in tasks if metrics.kind_of(m).chance}
+    at_chance = [
+        one.metric.task for compared in choice.values() for one in compared
+        if one.chance and len(one.sides[1].units) >= stats.MIN_CLUSTERS and not above_zero(one.sides[1])
+    ]  # fmt: skip
+    levels = _levels(inside, first)
     if levels and levels[0][0].kind == CONTROL:
         levels[0] += _guessing(choice)
-    rounded = [row for row in rows if row.kind == ROUNDING]
-    judged = tuple(verdict.judged(level, rounded, first) for level in levels)
-    return Block(tasks, scope, judged, tuple(sorted(at_chance)))
+    return Block(tasks, scope, tuple(map(tuple, levels)), tuple(sorted(at_chance)))
 
 
-def _means(
-    by_row: Mapping[tuple[str, ...], Sequence[Compared]], name: str, tasks: Tasks
-) -> dict[tuple[str, ...], Estimate | None]:
-    """Return the mean of a metric over tasks, by a row's keys; None for rows that lack a task of another row.
+def _qualities(row: Row, tasks: Tasks) -> dict[str, Quality]:
+    """Return the quality of a row on the tasks of its block, without metrics of which it lacks a task."""
+    beside = {one.a.name: one for one in row.compared}
+    qualities = {}
+    for metric, names in tasks.items():
+        own = [row.values[t] for t in names if t in row.values and row.values[t].metric == metric]
+        if not own or len(own) < len(names):
+            continue
+        errors = [m.stderr for m in own if m.stderr is not None]
+        stderr = sum(e * e for e in errors) ** 0.5 / len(own) if len(errors) == len(own) else None
+        compared = [beside[m.task, m.label] for m in own if (m.task, m.label) in beside]
+        better = stats.mean(one.lost.times(-1) for one in compared) if len(compared) == len(own) else None
+        part = None if better is None else _share(compared)
+        qualities[metric] = Quality(mean(m.value for m in own), stderr, better, part)
+    return qualities
+
+
+def _share(rows: Iterable[Compared]) -> Share | None:
+    """Return quality above chance / dense's, as one ratio of sums over tasks (a mean of noisy ratios is biased up)."""
+    known = [one for one in rows if one.kind not in ("log-perplexity", "bits")]
+    if not known or any(one.chance is None or not one.metric.higher_is_better for one in known):
+        return None
+    parts, wholes = (stats.mean(sides) for sides in zip(*(one.sides for one in known), strict=True))
+    step = max(one.step for one in known) / len(known)
+    return None if parts is None or wholes is None else share(parts, wholes, step)
+
+
+def _means(rows: Sequence[Row], name: str, tasks: Tasks) -> list[Estimate | None]:
+    """Return the mean of a metric over tasks, by row; None for rows that lack a task of another row.
 
     Log-likelihoods are relative to dense's. KL of pruners on rounded weights is left out, as it is relative to these.
     """
-    within = {task for some in tasks.values() for task in some}
-    own = {
-        keys: {one.measure.task: one.lost.times(-1) if name == metrics.GOLD else one.sides[0] for one in some
-               if one.measure.name == name and one.measure.task in within
-               and not (name == "kl" and one.a.inputs.get("ffn_bits"))}
-        for keys, some in by_row.items()
-    }  # fmt: skip
-    known = {task for some in own.values() for task in some}
-    return {keys: mean(some.values()) if some.keys() == known else None for keys, some in own.items()}
+    within = {task for names in tasks.values() for task in names}
+    own = [
+        {
+            one.metric.task: one.lost.times(-1) if name == metrics.GOLD else one.sides[0]
+            for one in row.compared
+            if one.metric.metric == name and one.metric.task in within
+            and not (name == "kl" and row.records[0].inputs.get("ffn_bits"))
+        }
+        for row in rows
+    ]  # fmt: skip
+    known = {task for by_task in own for task in by_task}
+    return [stats.mean(by_task.values()) if by_task.keys() == known else None for by_task in own]
 
 
-def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[BoardRow]:
+def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[Row]:
     """Return the row of an answerer that guesses; none without choice tasks.
 
     Args:
@@ -224,36 +451,45 @@ def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[BoardRow]:
     for metric, rows in choice.items():
         chances = [one.chance for one in rows if one.chance is not None]
         if len(chances) == len(rows) and any(chances):
-            quality[metric] = Quality(sum(chances) / len(chances), None, None, NOTHING)
-    return [BoardRow(GUESSING, GUESSING, 0.0, 1.0, GUESSING, quality=quality)] if quality else []
+            quality[metric] = Quality(mean(chances), None, None, NOTHING)
+    return [Row(GUESSING, GUESSING, 0.0, 1.0, GUESSING, quality=quality)] if quality else []
 
 
-def _levels(rows: Sequence[BoardRow], first: str | None) -> list[list[BoardRow]]:
+def place(row: Row, first: str) -> tuple[bool, float]:
+    """Return the sort key of a level's rows: the best first, those without the first metric last."""
+    quality = row.quality.get(first)
+    if quality is None:
+        return True, 0.0
+    logs = quality.better if metrics.kind_of(first).group == metrics.PERPLEXITY else None
+    down = any(m.metric == first and m.higher_is_better is False for m in row.values.values())
+    value = logs.value if logs else -quality.value if down else quality.value  # of perplexities the geometric mean
+    return (True, 0.0) if value != value else (False, -value)
+
+
+def _levels(rows: Sequence[Row], first: str) -> list[list[Row]]:
     """Return rows in levels of equal read, the highest first; inside a level by quality, upper bounds first.
 
     The most frequent read absorbs the rows around it, then the most frequent read of the others, and so on.
     """
     rest = [row for row in rows if row.kind != CONTROL]
-    found = [level for level in [[row for row in rows if row.kind == CONTROL]] if level]
+    levels = [level for level in [[row for row in rows if row.kind == CONTROL]] if level]
     while rest:
         counts = Counter(round(row.read, 2) for row in rest)
         anchor = max(counts, key=lambda read: (counts[read], read))
-        found.append([row for row in rest if round(abs(row.read - anchor), 4) <= WIDTH_OF_LEVEL])
-        rest = [row for row in rest if row not in found[-1]]
+        levels.append([row for row in rest if round(abs(row.read - anchor), 4) <= WIDTH_OF_LEVEL])
+        rest = [row for row in rest if row not in levels[-1]]
     order = {CONTROL: 0, UPPER_BOUND: 1}
-    sorted_ones = [
-        sorted(_named(level), key=lambda r: (order.get(r.kind, 2), *verdict.place(r, first), r.label))
-        for level in found
-    ]  # fmt: skip
-    return sorted(sorted_ones, key=lambda level: (level[0].kind != CONTROL, -max(r.read for r in level)))
+    ordered = [
+        sorted(_named(level), key=lambda r: (order.get(r.kind, 2), *place(r, first), r.label)) for level in levels
+    ]
+    return sorted(ordered, key=lambda level: (level[0].kind != CONTROL, -max(r.read for r in level)))
 
 
-def _named(level: Iterable[BoardRow]) -> list[BoardRow]:
+def _named(rows: Sequence[Row]) -> list[Row]:
     """Name the rows of a level, with their sparsity if it does not follow from the level."""
-    rows = list(level)
     several = len({row.sparsity for row in rows if row.kind in (PRUNED, UPPER_BOUND)}) > 1
 
-    def name(row: BoardRow) -> str:
+    def name(row: Row) -> str:
         named = row.sparsity > 0 and (several or abs(1 - row.read - row.sparsity) >= WIDTH_OF_LEVEL)
         return f"{row.label} {sparsity(row.sparsity)}" if named else row.label
 

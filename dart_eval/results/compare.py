@@ -1,72 +1,59 @@
-"""Comparison of two sets of cells, paired by document: one row per task and metric."""
+"""A against B, paired document by document: a frame with a row for each contrast, task and metric."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dart_eval.results import metrics as known_metrics
-from dart_eval.results import stats, writers
-from dart_eval.results.distance import beside_dense
-from dart_eval.results.format import FOUR, chance, interval, number, signed, sparsity
-from dart_eval.results.frame import compared
-from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, UNSAID, identity, model_of
+import pandas as pd
+
+from dart_eval.results import show, stats
+from dart_eval.results.cells import Cell, cells, counterparts, differing, nearest_to, newest, older_note
+from dart_eval.results.format import chance, interval, number, signed, sparsity
+from dart_eval.results.frame import paired, typed, with_distances
+from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, identity, model_of
 from dart_eval.results.labels import exact, grouped, labels
-from dart_eval.results.outcomes import Cell, Measure, cells, describe, newest, older_note
-from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to, pair
+from dart_eval.results.metrics import main_and_gold
+from dart_eval.results.show import Columns, Table, finite
 from dart_eval.results.store import UnreadSamples
-from dart_eval.results.writers import Column, Table, finite
 from dart_eval.util.errors import UserError, nearest, remark
-from dart_eval.util.text import Json, json_text, settings_in
+from dart_eval.util.text import Json, json_text
 
-
-@dataclass(frozen=True)
-class CompareRow:
-    """One metric of one task, A against B.
-
-    Attributes:
-        contrast: the two cells, in words.
-        task, metric, higher_is_better: as in records.
-        result: the test.
-        key_a, key_b: of the two records.
-        p_holm: p of the test, adjusted over the tasks of this contrast and metric.
-        better: `A` or `B` if `p_holm` is below .05, else `-`.
-    """
-
-    contrast: str
-    task: str
-    metric: str
-    higher_is_better: bool | None
-    result: stats.Paired
-    key_a: str
-    key_b: str
-    p_holm: float | None = None
-    better: str = "-"
-
-    def to_json(self) -> dict[str, object]:
-        """Return flat data for json and csv."""
-        data = {k: v for k, v in vars(self).items() if k != "result"}
-        return {**data, **{k: v for k, v in dataclasses.asdict(self.result).items() if k != "p_worse"}}
+FREE = {"method": ("method", "params"), "sparsity": ("sparsity",), "model": ("model",), "row": PRUNING}
+Contrast = tuple[str, Cell, Cell]  # in words, A, B
+COLUMNS: Columns = {
+    "cells": ("contrast", str), "task": ("task", str), "metric": ("metric", str), "A": ("value_a", number),
+    "B": ("value_b", number), "A - B": ("difference", signed), "better": ("better", str),
+    "p (Holm)": ("p_holm", chance), "95 % interval": ("ends", str), "p": ("p", chance), "n": ("n", str),
+    "units": ("clusters", str),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows, the names of A and B, and remarks."""
+    """Tests of metrics, also those of `check`.
 
-    a: str
-    b: str
-    rows: list[CompareRow]
+    Attributes:
+        title: what is compared, or the verdict.
+        rows: `contrast` in words, `task`, `metric`, `higher_is_better`, `key_a`, `key_b`, `p_holm` (over the tasks of a
+            contrast and metric), `better` (A or B if `p_holm` is below .05, else -), and `stats.Paired` but `p_worse`.
+        notes: remarks.
+        about: further fields of its JSON.
+    """
+
+    title: str
+    rows: list[Json]
     notes: list[str]
+    about: Json
 
-
-# Inputs in which A and B may differ.
-FREE = {"method": ("method", "params"), "sparsity": ("sparsity",), "model": ("model",), "row": PRUNING}
-ColumnOf = tuple[str, str, Callable[[Any], str]]
-NamedPair = tuple[str, Cell, Cell]  # name in words, A, B
+    def to_json(self) -> str:
+        """Return everything in full precision."""
+        data = {**self.about, "rows": self.rows, "notes": self.notes, "resamples": stats.RESAMPLES, "seed": stats.SEED}
+        return json_text(finite(data)) + "\n"
 
 
 def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison:
@@ -75,275 +62,202 @@ def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison
     Raises:
         UserError: nothing in common, or other documents.
     """
-    left, right = (beside_dense(cells(folder), _texts(metrics)) for folder in (a, b))
-    labelled = names(left)
-    partners = counterparts(left, right)
-    pairs = [(labelled[c.key], c, partners[c.key]) for c in left if c.key in partners]
-    if not pairs:
-        found = min((nearest_to(c, right) for c in left), key=lambda text: (text.count(","), text))
-        raise UserError(f"{a} and {b} have no cell in common: {found}", "run both with the same options")
-    common = {c.key for _, *sides in pairs for c in sides}
-    several = len({model_of(c.inputs["model"]) for c in [*left, *right]}) > 1
-    models = [some for side in (left, right) for some in grouped(side, lambda c: model_of(c.inputs["model"])).values()]
-    called = {key: label for some in models for key, label in labels(some).items()}
-    notes = [
-        f"Only in {folder}: {', '.join(describe(c, several, called[c.key]) for c in alone)}."
-        for folder, side in ((a, left), (b, right))
-        if (alone := [c for c in side if c.key not in common])
-    ]
-    return _compare(str(a), str(b), pairs, metrics, notes)
+    left, right = (_read([folder], metrics) for folder in (a, b))
+    named, partners = names(left), counterparts(left, right)
+    contrasts = [(named[cell.key], cell, partners[cell.key]) for cell in left if cell.key in partners]
+    if not contrasts:
+        near = _nearest(left, right)
+        raise UserError(f"{a} and {b} have no cell in common: {near}", "run both with the same options")
+    common = {cell.key for _, *pair in contrasts for cell in pair}
+    notes = []
+    for folder, side, known in ((a, left, named), (b, right, names(right))):
+        alone = [f"{c.inputs['task']} under {known[c.key]}" for c in side if c.key not in common]
+        notes += [f"Only in {folder}: {', '.join(alone)}."] if alone else []
+    return _compared(str(a), str(b), contrasts, metrics, notes)
 
 
 def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Sequence[str] = ()) -> Comparison:
-    """Compare cells that differ only in their method, sparsity or model.
+    """Compare cells that differ only in their method, sparsity or model, or in what rows of the board differ in.
 
     Args:
-        by: `method`, `sparsity`, `model` or `row`: a row of the board, which may differ in its bits, too.
-        a, b: methods (`dart`, `dart:allocation=uniform`), sparsities (0 is dense) or models (`NAME`, or `NAME@` and
-            first digits of the weights' hash or the commit, where several have one name), or rows as the board calls
-            them, with their sparsity (`griffin on 4 bits 44.2 %`).
+        by: `method`, `sparsity`, `model` or `row`.
+        a, b: methods (`dart`, `dart:allocation=uniform`), sparsities (0 is dense), models (`NAME`, or `NAME@` and first
+            digits of the weights' hash or the commit), or rows as the board calls them (`griffin on 4 bits 44.2 %`, or
+            `griffin on 4 bits` where it has one sparsity).
 
     Raises:
         UserError: no or several such cells, nothing in common, or not the same documents.
     """
-    everything = beside_dense(newest([c for folder in folders for c in cells(folder)]), _texts(metrics))
-    labelled = names(everything, model=by == "model")
-    sides = [_side(by, spec, everything, labelled) for spec in (a, b)]
-    pairs: list[NamedPair] = []
-    for left, right in itertools.product(*sides):
+    everything = _read(folders, metrics)
+    named = names(everything)
+    side_a, side_b = (_side(by, text, everything, named) for text in (a, b))
+    contrasts = []
+    for left, right in itertools.product(side_a, side_b):
         if left.key == right.key:
-            raise UserError(f"{a} and {b} are the same cell: {labelled[left.key]}", "name two that differ")
-        free = FREE[by]
-        if by != "model" and DENSE in (left.inputs["method"], right.inputs["method"]):
-            free = UNLIKE_DENSE  # dense goes with every method, sparsity and scope
+            raise UserError(f"{a} and {b} are the same cell: {named[left.key]}", "name two that differ")
+        dense = by != "model" and DENSE in (left.inputs["method"], right.inputs["method"])
+        free = UNLIKE_DENSE if dense else FREE[by]  # dense goes with every method, sparsity and scope
         if identity(left.inputs, free) == identity(right.inputs, free):
-            pairs.append((f"{labelled[left.key]} vs {labelled[right.key]}", left, right))
-    if not pairs:
-        extents = (f"{spec} has {_extent(side)}" for spec, side in zip((a, b), sides, strict=True))
-        raise UserError(f"{a} and {b} have nothing in common: {', '.join(extents)}", "run both on the same tasks")
-    return _compare(a, b, pairs, metrics, [])
+            contrasts.append((f"{named[left.key]} vs {named[right.key]}", left, right))
+    if not contrasts:
+        near = _nearest(side_a, side_b, FREE[by])
+        raise UserError(f"{a} and {b} have nothing in common: {near}", "run both on the same tasks")
+    return _compared(a, b, contrasts, metrics, [])
 
 
-def _texts(metrics: Sequence[str]) -> bool:
-    """Whether generated texts are compared with dense's."""
-    return any(name == "all" or name.startswith("dense_") for name in metrics)
+def _read(folders: Sequence[Path], metrics: Sequence[str]) -> list[Cell]:
+    """Return the cells of folders with their distances from dense; of texts only where these are asked for."""
+    texts = any(name == "all" or name.startswith("dense_") for name in metrics)
+    return with_distances(newest([cell for folder in folders for cell in cells(folder)]), texts)
 
 
-def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, str]) -> list[Cell]:
+def _nearest(left: Sequence[Cell], right: Sequence[Cell], free: Collection[str] = ()) -> str:
+    """Describe the least difference between questions of two sides. free: inputs in which they may differ."""
+    return min((nearest_to(cell, right, free) for cell in left), key=lambda text: (text.count(","), text))
+
+
+# -- the cells that a name stands for ----------------------------------------------------------------------------------
+
+
+def names(cells: Sequence[Cell]) -> dict[str, str]:
+    """Name cells as the board's rows: the model if there are several, the label, the sparsity."""
+    known = labels(cells)
+    several = len({cell.inputs["model"]["name"] for cell in cells}) > 1
+    named = {}
+    for cell in cells:
+        share = cell.inputs["sparsity"]
+        parts = (cell.inputs["model"]["name"] if several else "", known[cell.key], sparsity(share) if share else "")
+        named[cell.key] = " ".join(filter(None, parts))
+    return named
+
+
+def _side(by: str, text: str, everything: Sequence[Cell], named: Mapping[str, str]) -> list[Cell]:
     """Return the cells that a user named.
 
     Raises:
-        UserError: there are none, or the name means several methods or models.
+        UserError: there are none, or the name leaves a choice among cells of one question.
     """
-    side = [c for c in everything if (labelled[c.key] == spec if by == "row" else _is(by, spec, c))]
+    known, spelled, digits = labels(everything), exact(everything), len(text.rpartition("@")[2])
+    with contextlib.suppress(ValueError):  # what is no number names no cell
+        text = f"{float(text):g}" if by == "sparsity" else text
+
+    def called(cell: Cell) -> list[str]:
+        """What a user may call a cell; the full name is the first."""
+        inputs, model = cell.inputs, cell.inputs["model"]
+        codes = filter(None, (model.get("weights"), model.get("revision")))
+        return {
+            "method": [cell.settings.get("method") or inputs["method"], spelled[cell.key], inputs["method"]],
+            "sparsity": [f"{inputs['sparsity']:g}"],
+            "model": [model_of(model), model["name"], *(f"{model['name']}@{code[:digits]}" for code in codes)],
+            "row": [named[cell.key], known[cell.key]],
+        }[by]
+
+    side = [cell for cell in everything if text in called(cell)]
     if not side:
-        known = sorted({labelled[c.key] if by == "row" else _trait(by, c) for c in everything})
-        where = ", ".join(sorted({c.source for c in everything}))
-        raise UserError(f"no cell of {by} {spec} in {where}", nearest(spec, known) or f"there: {', '.join(known)}")
-    models = sorted({model_of(c.inputs["model"]) for c in side})
-    if by == "model" and len(models) > 1:
-        raise UserError(f"{spec} stands for several models: {', '.join(models)}", "give one of these names")
-    if by == "method" and (several := _alike(side)):
-        side = [c for c in side if _trait(by, c) == spec]  # `dart` beside `dart:allocation=uniform`
-        if not side or _alike(side):
-            typed = exact(everything)
-            raise UserError(
-                f"{spec} stands for several cells: {', '.join(labelled[c.key] for c in several)}",
-                f"say which: {' or '.join(sorted({typed[c.key] for c in several}))}",
-            )
+        where, there = ", ".join(sorted({c.source for c in everything})), sorted({called(c)[0] for c in everything})
+        raise UserError(f"no cell of {by} {text} in {where}", nearest(text, there) or f"there: {', '.join(there)}")
+    if choice := _alike(by, side):
+        side = [cell for cell in side if called(cell)[0] == text]  # `dart` beside `dart:allocation=uniform`
+        if not side or _alike(by, side):
+            several = sorted({called(cell)[by == "method"] for cell in choice})
+            raise UserError(f"{text} stands for several {by}s: {', '.join(several)}", "give one of these names")
     return side
 
 
-def _alike(side: Sequence[Cell]) -> tuple[Cell, Cell] | None:
-    """Return two cells that differ in their method alone, if there are any."""
-    places: dict[str, Cell] = {}
-    for cell in side:
-        first = places.setdefault(identity(cell.inputs, FREE["method"]), cell)
-        if first is not cell:
-            return first, cell
-    return None
+def _alike(by: str, side: Sequence[Cell]) -> list[Cell]:
+    """Return cells that differ in nothing but what they are chosen by."""
+    groups = grouped(side, lambda cell: identity(cell.inputs, FREE[by])).values()
+    return [cell for group in groups if len(group) > 1 for cell in group]
 
 
-def names(cells: Sequence[Cell], model: bool = False) -> dict[str, str]:
-    """Name cells: model if there are several, method with distinguishing settings, sparsity."""
-    known = labels(cells)
-    many = model or len({c.inputs["model"]["name"] for c in cells}) > 1
-    return {
-        c.key: " ".join([
-            *([c.inputs["model"]["name"]] if many else []), known[c.key],
-            *([sparsity(c.inputs["sparsity"])] if c.inputs["sparsity"] else []),
-        ])
-        for c in cells
-    }  # fmt: skip
+# -- the rows ----------------------------------------------------------------------------------------------------------
 
 
-def _trait(by: str, cell: Cell) -> str:
-    """Return a user's name of a cell's method, sparsity or model."""
-    inputs = cell.inputs
-    if by == "sparsity":
-        return f"{inputs['sparsity']:g}"
-    return model_of(inputs["model"]) if by == "model" else str(cell.settings.get("method") or inputs["method"])
-
-
-def _is(by: str, spec: str, cell: Cell) -> bool:
-    """Whether a cell is what the user named."""
-    if by == "model":
-        model = cell.inputs["model"]
-        name, _, digits = spec.rpartition("@")
-        exact = name == model["name"] and any((model.get(k) or "").startswith(digits) for k in ("weights", "revision"))
-        return spec == model["name"] or bool(digits and exact)
-    if by == "sparsity":
+def _compared(a: str, b: str, contrasts: Sequence[Contrast], metrics: Sequence[str], notes: list[str]) -> Comparison:
+    """Test the metrics that a user named, all of them, or main ones and log-likelihoods of right answers."""
+    rows: list[Json] = []
+    pairs = []
+    known, left_out = set[str](), set[str]()
+    unread: list[UnreadSamples] = []
+    for contrast, left, right in contrasts:
         try:
-            return float(spec) == cell.inputs["sparsity"]
-        except ValueError:
-            raise UserError(f"sparsity {spec!r} is not a number", "for example 0.5; 0 is dense") from None
-    name, _, rest = spec.partition(":")
-    params = settings_in(rest) if rest else []
-    given, known = dict(p.partition("=")[::2] for p in params), {**UNSAID, **cell.inputs["params"]}
-    if given.get("allocation", "").startswith("table:"):
-        given["allocation"], _, given["allocation.file"] = given["allocation"].partition(":")
-    return cell.inputs["method"] == name and all(k in known and _equals(known[k], v) for k, v in given.items())
-
-
-def _equals(item: object, text: str) -> bool:
-    """Whether a parameter equals a typed value."""
-    if isinstance(item, bool):
-        return text.lower() in (("true", "on", "yes", "1") if item else ("false", "off", "no", "0"))
-    if isinstance(item, (int, float)):
-        try:
-            return float(text) == item
-        except ValueError:
-            return False
-    return str(item) == text
-
-
-def _extent(side: Sequence[Cell]) -> str:
-    tasks = sorted({str(c.inputs["task"]) for c in side})
-    sparsities = sorted({c.inputs["sparsity"] for c in side})
-    limits = sorted({str(c.inputs.get("limit") or "none") for c in side})
-    return f"{', '.join(tasks)} at {', '.join(map(sparsity, sparsities))} (limit {', '.join(limits)})"
-
-
-def wanted(measures: Sequence[Measure], metrics: Sequence[str]) -> list[Measure]:
-    """Return the measures that a user named, all of them, or each task's main one."""
-    if "all" in metrics:
-        return list(measures)
-    return [m for m in measures if m.name in metrics] if metrics else known_metrics.main(measures)
-
-
-def _compare(a: str, b: str, named: Sequence[NamedPair], metrics: Sequence[str], notes: list[str]) -> Comparison:
-    rows: list[CompareRow] = []
-    made: list[Pair] = []
-    families: dict[tuple[str, ...], list[int]] = {}
-    left_out: set[str] = set()
-    unread: UnreadSamples | None = None
-    for name, left, right in named:
-        try:
-            found = pair(left, right)
+            both = {one.a.name: one for one in paired(left, right)}
         except UnreadSamples as error:
-            unread = error
             remark(f"left out: {error}")
+            unread.append(error)
             continue
-        made.append(found)
-        left_out.update((*found.x.left_out, *found.y.left_out))
-        measures = dict.fromkeys((*found.x.measures, *(found.y.measures if metrics else ())))
-        asked = wanted(list(measures), metrics)
-        ours = compared(found, asked)
-        left_out |= {f"{m.task} {m.metric}" for m in set(asked) - {one.measure for one in ours}}
-        for one in ours:
-            m = one.measure
-            family = (name, m.metric)  # tasks may have limits of their own
-            families.setdefault(family, []).append(len(rows))
-            rows.append(CompareRow(name, m.task, m.metric, m.higher_is_better, one.test, left.key, right.key))
-    known = {m.name for one in made for m in (*one.x.measures, *one.y.measures)}
-    if unread is not None and not known:
-        raise unread
-    unknown = sorted(set(metrics) - known - {"all"})
-    if unknown:
+        pairs.append((left, right))
+        measures = {**right.answers.measures, **left.answers.measures}
+        known |= {measure.metric.metric for measure in measures.values()}
+        left_out.update((*left.answers.left_out, *right.answers.left_out))
+        chosen = [measure.metric for measure in measures.values() if {measure.metric.metric, "all"} & {*metrics}]
+        for m in chosen if metrics else main_and_gold(measure.metric for measure in left.answers.measures.values()):
+            if (m.task, m.label) not in both:
+                left_out.add(f"{m.task} {m.label}")
+                continue
+            row: Json = {"contrast": contrast, "task": m.task, "metric": m.label}
+            row |= {"higher_is_better": m.higher_is_better, "key_a": left.key, "key_b": right.key}
+            row |= {"p_holm": None, "better": "-", **vars(both[m.task, m.label].test)}
+            del row["p_worse"]
+            rows.append(row)
+    if unread and not pairs:
+        raise unread[-1]
+    if unknown := sorted({*metrics} - known - {"all"}):
         raise UserError(f"no metric {unknown[0]!r} in these results", nearest(unknown[0], known))
     if not rows:
-        raise UserError(
-            "none of the metrics can be compared document by document"
-            + (f" ({', '.join(sorted(left_out))})" if left_out else ": their direction is unknown"),
-            "name others with --metric, or --metric all",
-        )
-    for members in families.values():
-        for i, p in zip(members, stats.holm([rows[i].result.p for i in members]), strict=True):
-            rows[i] = dataclasses.replace(rows[i], p_holm=p, better=_better(rows[i], p))
-    notes += older_note(cell for _, *sides in named for cell in sides)
-    notes += differing(made, "A and B differ in {} ({}).", "{} in A, {} in B")
+        why = f" ({', '.join(sorted(left_out))})" if left_out else ": their direction is unknown"
+        problem = f"none of the metrics can be compared document by document{why}"
+        raise UserError(problem, "name others with --metric, or --metric all")
+    for family in grouped(rows, lambda row: (row["contrast"], row["metric"])).values():  # tasks may have other limits
+        for row, p in zip(family, stats.holm([row["p"] for row in family]), strict=True):
+            row["p_holm"] = p
+            if p is not None and p < stats.ALPHA and row["difference"] and row["higher_is_better"] is not None:
+                row["better"] = "A" if (row["difference"] > 0) == row["higher_is_better"] else "B"
+    notes += older_note(cell for pair in pairs for cell in pair)
+    notes += differing(pairs, "A and B differ in {} ({}).", "{} in A, {} in B")
     if left_out:
         why = "one side lacks them, or they have no value per document"
         notes.append(f"Not compared, since {why}: {', '.join(sorted(left_out))}.")
-    rows.sort(key=lambda r: (r.contrast, r.metric, r.task))
-    return Comparison(a, b, rows, notes)
+    rows.sort(key=lambda row: (row["contrast"], row["metric"], row["task"]))
+    about = {"a": a, "b": b, "alpha": stats.ALPHA, "correction": "Holm"}
+    return Comparison(f"A: {a}   B: {b}", rows, notes, about)
 
 
-def _better(row: CompareRow, p: float | None) -> str:
-    if p is None or p >= stats.ALPHA or row.higher_is_better is None or row.result.difference == 0:
-        return "-"
-    return "A" if (row.result.difference > 0) == row.higher_is_better else "B"
+# -- for people and machines -------------------------------------------------------------------------------------------
 
 
 def table(comparison: Comparison) -> Table:
-    """Return the comparison as a table."""
-    ratios = any(r.result.ratio is not None for r in comparison.rows)
-    columns: list[ColumnOf] = [
-        ("cells", "contrast", str), ("task", "task", str), ("metric", "metric", str), ("A", "value_a", number),
-        ("B", "value_b", number), ("A - B", "difference", signed), ("95 % interval", "ends", str),
-        *([("A / B", "ratio", FOUR)] if ratios else []), ("p", "p", chance), ("p (Holm)", "p_holm", chance),
-        ("better", "better", str), ("n", "size", str),
-    ]  # fmt: skip
-    results = [r.result for r in comparison.rows]
-    sizes = [str(r.n) if r.clusters == r.n else f"{r.n} in {r.clusters}" for r in results]
-    lines = [{**row.to_json(), "size": size} for row, size in zip(comparison.rows, sizes, strict=True)]
-    return table_of(f"A: {comparison.a}   B: {comparison.b}", lines, columns, note(comparison))
+    """Return the comparison as a table, in which a contrast stands once above its rows."""
+    rows = pd.DataFrame(comparison.rows, dtype=object)  # objects: a text that is no Unicode stays one
+    cells = rows["contrast"]
+    if cells.nunique() > 1:
+        cells = cells.mask(cells.duplicated(), "")
+    frame = rows.assign(contrast=cells, ends=[*map(interval, rows["low"], rows["high"])])
+    notes = [*_notes(typed(rows)), *comparison.notes]
+    shown = show.table(comparison.title, frame, COLUMNS, notes, ("cells", "n", "units"))
+    return dataclasses.replace(shown, data=rows)
 
 
-def table_of(title: str, lines: Sequence[Json], columns: Sequence[ColumnOf], note: str) -> Table:
-    """Return a table of paired tests, also for `check`.
-
-    Args:
-        lines: flat rows; `ends` of the interval are added here.
-        columns: head, name in a flat row, and formatter of a value.
-    """
-    import pandas as pd
-
-    flat = [{**line, "ends": interval(line.get("low"), line.get("high"))} for line in lines]
-    frame = pd.DataFrame(flat, dtype=object)  # a text that is no Unicode stays one
-    return writers.from_frame(title, frame, [Column(*c) for c in columns], note)
-
-
-def note(comparison: Comparison) -> str:
-    """Return the tests in words, and remarks."""
-    results = [r.result for r in comparison.rows]
-    used = sorted({r.test for r in results if r.test} | {r.interval for r in results if r.interval})
-    parts = [f"Paired by document. Tests and intervals: {', '.join(used) or 'none'}."]
+def _notes(rows: pd.DataFrame) -> list[str]:
+    """Return what a reader must know of the tests: which, over what, why some are missing, and where two disagree."""
+    used = ", ".join(sorted({*rows["test"], *rows["interval"]} - {""})) or "none"
+    notes = [
+        f"Paired by document. Tests and intervals: {used}.",
+        f"p (Holm) is over the tasks of one contrast and metric; better: p (Holm) < {stats.ALPHA:g}.",
+    ]
     if stats.BOOTSTRAP in used:
-        parts.append(f"{stats.RESAMPLES} resamples, seed {stats.SEED}.")
-    parts.append(f"p (Holm) is over the tasks of one contrast and metric; better: p (Holm) < {stats.ALPHA:g}.")
-    if any(r.kind == "log-perplexity" for r in results):
-        parts.append("Perplexities: A - B of their logarithms (nats per word or byte), A / B of themselves.")
-    if any(r.clusters < r.n for r in results):
-        parts.append("n in m: documents in m independent clusters.")
-    reasons: dict[str, list[str]] = {}
-    for row in comparison.rows:
-        if row.result.reason:
-            missing = "No interval" if row.result.p is not None else "No test and no interval"
-            reasons.setdefault(f"{missing}: {row.result.reason}", []).append(f"{row.task} {row.metric}")
-    parts += [f"{reason} ({', '.join(dict.fromkeys(where))})." for reason, where in reasons.items()]
-    return " ".join([*parts, *comparison.notes])
-
-
-def render(comparison: Comparison, form: str) -> str:
-    """Return the comparison as text (md, tex, csv or json); json and csv in full precision."""
-    if form not in ("csv", "json"):
-        return (writers.latex if form == "tex" else writers.markdown)(table(comparison))
-    rows = [r.to_json() for r in comparison.rows]
-    if form == "json":
-        data = {
-            "a": comparison.a, "b": comparison.b, "rows": rows, "notes": comparison.notes, "alpha": stats.ALPHA,
-            "resamples": stats.RESAMPLES, "seed": stats.SEED, "correction": "Holm",
-        }  # fmt: skip
-        return json_text(finite(data)) + "\n"
-    return writers.csv_text([list(rows[0]), *(list(r.values()) for r in rows)])
+        notes.append(f"{stats.RESAMPLES} resamples, seed {stats.SEED}.")
+    if "log-perplexity" in {*rows["kind"]}:
+        notes.append("Of perplexities A - B and its interval are of logarithms (nats per word or byte).")
+    cases = {f"No interval, and without p no test: {why}": rows["reason"] == why for why in {*rows["reason"]} - {""}}
+    apart, alone = (rows["low"] > 0) | (rows["high"] < 0), rows["p"] < stats.ALPHA
+    bounded = rows["low"].notna() & rows["p"].notna()
+    cases |= {
+        "Interval without 0 beside a larger p (Holm), since Holm corrects p alone":
+            bounded & apart & alone & ~(rows["p_holm"] < stats.ALPHA),
+        "Interval and p disagree on 0, since p is exact and the interval is not": bounded & (apart != alone),
+    }  # fmt: skip
+    for case, rule in sorted(cases.items()):
+        where = [f"{task} {metric}" for task, metric in rows.loc[rule, ["task", "metric"]].drop_duplicates().to_numpy()]
+        notes += [f"{case} ({', '.join(where)})."] if where else []
+    return notes

@@ -1,138 +1,121 @@
-"""The frame of comparisons: every metric of a cell beside the same metric of another, on the same documents.
+"""The frame of results: every metric of every cell, what it cost, and the same of dense on the same documents.
 
-Board, `compare`, `check`, the tables of a paper and `tables --format csv` are views of these rows.
+Every table, every file of numbers and `dart_eval.records` are queries of it.
+
+Example:
+    frame = dart_eval.records("out")
+    frame[frame.metric == "acc"].pivot_table("value", ["label", "sparsity"], "task")
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
-from dart_eval.results import distance, metrics, outcomes, pairing, stats
-from dart_eval.results.estimates import Estimate, Share, share
-from dart_eval.results.outcomes import Cell, Measure, Pairs
-from dart_eval.results.record import Record
-from dart_eval.results.rows import rows as rows_of
+from dart_eval.results import stats
+from dart_eval.results.cells import Cell, cell_of, dense_cells, dense_of
+from dart_eval.results.documents import Answers, Compared, add_distances, against, check_paired, documents
+from dart_eval.results.inputs import COLUMNS, DENSE
+from dart_eval.results.labels import labels
+from dart_eval.results.metrics import DISTANCE, kind_of
+from dart_eval.results.record import Metric, Record
 from dart_eval.results.store import Store
-from dart_eval.util.errors import UserError
-from dart_eval.util.text import Json
+from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import Json, items_of
+
+ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
+TESTED = ("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low", "high", "p", "p_holm")
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One metric of a task under A, beside B."""
+def of_tasks(
+    records: Sequence[Record], names: Sequence[str] | None, aliases: Mapping[str, Sequence[str]]
+) -> list[Record]:
+    """Return the records of some tasks.
 
-    a: Cell
-    b: Cell
-    pairs: Pairs
+    Args:
+        records: of a folder.
+        names: as typed; None: all.
+        aliases: names of several tasks.
 
-    @property
-    def measure(self) -> Measure:
-        return self.pairs.measure
-
-    @cached_property
-    def test(self) -> stats.Paired:
-        """The paired test of A against B."""
-        return stats.paired(self.measure.kind, *self.pairs[1:5], self.measure.higher_is_better)
-
-    @cached_property
-    def chance(self) -> float | None:
-        """The quality of guessing; None if unknown."""
-        weights = self.pairs.weights
-        found = float(np.average(self.pairs.chance, weights=weights))
-        return None if np.isnan(found) else found
-
-    @cached_property
-    def _units(self) -> tuple[list[str], np.ndarray]:
-        """Names of the independent units, and each document's place among them."""
-        names, place = np.unique([f"{self.measure.task} {unit}" for unit in self.pairs.units], return_inverse=True)
-        return names.tolist(), place
-
-    def estimate(self, values: np.ndarray, above_chance: bool = True) -> Estimate:
-        """Estimate the metric from values, above chance if it has one; for a perplexity its logarithm, in nats.
-
-        Args:
-            values: of A or of B, from `pairs`.
-            above_chance: whether 0 means guessing.
-        """
-        weights = np.ones(len(values)) if self.pairs.weights is None else self.pairs.weights
-        if above_chance and values.ndim == 1:
-            values = values - self.pairs.chance
-        value, slopes = stats.KINDS[self.measure.kind](values, weights)
-        names, place = self._units
-        return Estimate(value, dict(zip(names, np.bincount(place, slopes).tolist(), strict=True)))
-
-    @cached_property
-    def sides(self) -> tuple[Estimate, Estimate]:
-        """A and B, each above chance."""
-        return self.estimate(self.pairs.a), self.estimate(self.pairs.b)
-
-    @cached_property
-    def lost(self) -> Estimate:
-        """By how much A is worse than B; negative if it is better. For perplexities in nats per word."""
-        a, b = (self.estimate(values, above_chance=False) for values in (self.pairs.a, self.pairs.b))
-        lost = b - a if self.measure.higher_is_better else a - b
-        return lost.times(math.log(2)) if self.measure.kind == "bits" else lost  # bits into nats
-
-    @property
-    def step(self) -> float:
-        """Change of the value by one answer; 0 if answers are not right or wrong."""
-        values, weights = (self.pairs.a, self.pairs.b), self.pairs.weights
-        if self.a is self.b or self.measure.kind != "mean" or not all(np.isin(v, (0, 1)).all() for v in values):
-            return 0.0
-        return 1 / len(values[0]) if weights is None else float(weights.max() / weights.sum())
-
-    @cached_property
-    def recovery(self) -> Share | None:
-        """A's share of B's quality above chance; None if B's is not above noise.
-
-        For perplexities it is B's / A's, for log-likelihoods exp of the difference. Distances from dense have none.
-        """
-        of = self.measure
-        if of.higher_is_better is None or self.chance is None or metrics.kind_of(of.name).group == metrics.DISTANCE:
-            return None
-        if of.kind in ("log-perplexity", "bits") or of.name == metrics.GOLD:
-            return self.lost.exp_minus()
-        return share(*(self.sides if of.higher_is_better else self.sides[::-1]), self.step)
+    Raises:
+        UserError: the folder has no cell of one of them.
+    """
+    if names is None:
+        return list(records)
+    known = {str(r.inputs["task"]) for r in records}
+    wanted: set[str] = set()
+    for name in items_of(names):
+        tasks = known & {name, *aliases.get(name, ())}
+        if not tasks:
+            raise UserError(
+                f"the folder has no cell of task {name!r}", nearest(name, known) or ", ".join(sorted(known))
+            )
+        wanted |= tasks
+    return [r for r in records if r.inputs["task"] in wanted]
 
 
-def compared(pair: pairing.Pair, wanted: Iterable[Measure]) -> list[Compared]:
-    """Return the rows of a pair of cells, without measures that do not follow from the documents of both."""
-    measured = (pair.measured(measure) for measure in wanted)
-    return [Compared(pair.a, pair.b, pairs) for pairs in measured if pairs is not None]
+def paired(a: Cell, b: Cell) -> list[Compared]:
+    """Return every metric of a cell beside the same of another.
+
+    Raises:
+        UnreadSamples: the samples of one cannot be read.
+        Unpaired: they have other documents or prompts.
+    """
+    names = [f"{cell.inputs['task']} ({cell.source})" for cell in (a, b)]
+    check_paired(names, [cell.inputs.get("limit") for cell in (a, b)], a.answers, b.answers)
+    return against(a.answers, b.answers, (a.inputs["method"] == DENSE, b.inputs["method"] == DENSE))
+
+
+def with_distances(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
+    """Add distances from dense to the answers of cells with a dense cell of the same documents.
+
+    Args:
+        cells: of a folder.
+        texts: whether to compare generated texts, too, which takes time.
+    """
+    dense = dense_cells(cells)
+
+    def read(cell: Cell, reference: Cell) -> Answers:
+        try:
+            check_paired(["", ""], [None, None], cell.answers, reference.answers)
+        except UserError:  # said where the two are compared
+            return cell.answers
+        return add_distances(cell.answers, reference.answers, texts)
+
+    pairs = [(cell, dense_of(cell, dense)) for cell in cells]
+    return [cell if of is None else replace(cell, read=functools.partial(read, cell, of)) for cell, of in pairs]
 
 
 def beside_dense(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list[str]]:
     """Compare every metric of cells with their dense one, by key; return also why some are missing.
 
     Args:
-        cells: of a folder, dense ones among them, with their distances from dense (`distance.beside_dense`).
+        cells: of a folder, dense ones among them, with their distances from dense.
     """
-    dense = pairing.dense_cells(cells)
+    dense = dense_cells(cells)
     rows: dict[str, list[Compared]] = {}
     problems: dict[str, None] = {}
     alone: dict[str, None] = {}
     for cell in cells:
-        reference = pairing.dense_of(cell, dense)
+        reference = dense_of(cell, dense)
         if reference is None:
             alone[str(cell.inputs["task"])] = None
             continue
         try:
-            found = pairing.pair(cell, reference)
+            rows[cell.key] = paired(cell, reference)
         except UserError as error:
             problems[f"Not compared with dense: {error.problem}."] = None
-            continue
-        rows[cell.key] = compared(found, found.x.measures)
     if alone:
         problems[f"There is no dense cell for {', '.join(alone)}: run --method dense too, for recoveries."] = None
     return rows, list(problems)
 
 
-def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> list[dict[str, object]]:
+def lines(store: Store, records: Sequence[Record], subtasks: bool = False, texts: bool = True) -> pd.DataFrame:
     """Return one row per cell and metric: its value, dense's on the same documents, and their comparison.
 
     Beside the columns of `rows` there are `dense`, `chance` (the quality of guessing), `recovery` (the share of dense's
@@ -143,56 +126,158 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> li
         store: the folder, for samples.
         records: its cells.
         subtasks: whether to include the members of groups.
+        texts: whether to compare generated texts with dense's, which takes time.
     """
-    cells = [outcomes.cell_of(store, record) for record in records]
-    return lines_of(distance.beside_dense(cells), records, subtasks)
+    cells = with_distances([cell_of(store, record) for record in records], texts)
+    return lines_of(beside_dense(cells)[0], records, subtasks)
 
 
-def lines_of(cells: Sequence[Cell], records: Sequence[Record], subtasks: bool = False) -> list[dict[str, object]]:
-    """Return `lines` of cells that have their distances from dense. records: of the same cells."""
-    found, _ = beside_dense(cells)
-    made = rows_of(records, subtasks)
-    tests = {(key, row.measure.task, row.measure.metric): row for key, some in found.items() for row in some}
-    made += _distances(made, tests)
+def lines_of(
+    compared: Mapping[str, Sequence[Compared]], records: Sequence[Record], subtasks: bool = False
+) -> pd.DataFrame:
+    """Return `lines` of cells that stand beside dense (`beside_dense`). records: of the same cells."""
+    rows = {(row["key"], row["task"], row["metric"]): row for row in _rows(records, subtasks)}
+    first = {(row["key"], row["task"]): row for row in reversed(rows.values())}
     families: dict[tuple[object, ...], dict[object, list[Json]]] = {}
-    for line in made:
-        line.update(dict.fromkeys(("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low",
-                                   "high", "p", "p_holm")))  # fmt: skip
-        row = tests.get((line["key"], line["task"], line["metric"]))
-        if row is None:
-            continue
-        ends = (row.recovery and row.recovery.interval) or (None, None)
-        line.update(
-            dense=row.test.value_b, chance=row.chance, recovery=row.recovery.value if row.recovery else None,
-            recovery_low=ends[0], recovery_high=ends[1], difference=row.test.difference, low=row.test.low,
-            high=row.test.high, p=row.test.p,
-        )  # fmt: skip
-        family = (line["model"], line["label"], line["sparsity"], line["scope"], line["metric"])
-        families.setdefault(family, {}).setdefault(line["task"], []).append(line)
+    for key, beside in compared.items():
+        for one in beside:
+            name = (key, *one.a.name)
+            if name not in rows and kind_of(one.metric.metric).group == DISTANCE:  # which records lack
+                number = {"value": one.test.value_a, "stderr": one.sides[0].stderr, "n": one.test.n}
+                up = one.metric.higher_is_better
+                rows[name] = {**first[name[:2]], "metric": name[2], **number, "higher_is_better": up}
+            if row := rows.get(name):
+                row |= _tested(one)
+                family = (row["model"], row["label"], row["sparsity"], row["scope"], row["metric"])
+                families.setdefault(family, {}).setdefault(row["task"], []).append(row)
     for tasks in families.values():
         for i in range(max(map(len, tasks.values()))):
             # Each task counts once; one that was repeated less often counts with its last run.
             some = [runs[min(i, len(runs) - 1)] for runs in tasks.values()]
-            for line, p in zip(some, stats.holm([line["p"] for line in some]), strict=True):
-                line["p_holm"] = p if line["p_holm"] is None else line["p_holm"]
-    return made
+            for row, p in zip(some, stats.holm([row["p"] for row in some]), strict=True):
+                row["p_holm"] = p if row["p_holm"] is None else row["p_holm"]
+    dense = dense_cells(records)
+    for record in (r for r in records if r.key in compared):
+        reference = dense_of(record, dense)
+        values = {(m.task, m.label): m.value for m in (reference.metrics if reference else ()) if m.aggregation is None}
+        for (task, label), value in values.items():  # which no test compares, BLEU for example
+            if row := rows.get((record.key, task, label)):
+                row |= {"dense": value, "difference": row["value"] - value}
+    return pd.DataFrame([*rows.values()], dtype=object)
 
 
-def _distances(
-    lines: Sequence[dict[str, object]], tests: Mapping[tuple[str, str, str], Compared]
-) -> list[dict[str, object]]:
-    """Return the lines of distances from dense that records lack.
+def _tested(one: Compared) -> Json:
+    """Return what is said of a metric beside dense's."""
+    ends = (one.recovery and one.recovery.interval) or (None, None)
+    return {
+        "dense": one.test.value_b, "chance": one.chance, "recovery": one.recovery.value if one.recovery else None,
+        "recovery_low": ends[0], "recovery_high": ends[1], "difference": one.test.difference, "low": one.test.low,
+        "high": one.test.high, "p": one.test.p,
+    }  # fmt: skip
+
+
+def _rows(records: Sequence[Record], subtasks: bool = False) -> list[Json]:
+    """Return one row per metric of each record, sorted by model, task, metric, sparsity and method."""
+    names = labels(records)
+    rows = [_row(r, names[r.key], m) for r in records for m in r.metrics if subtasks or m.part_of is None]
+    order = ("model", "task", "metric", "sparsity", "method")
+    return sorted(rows, key=lambda row: (*(row[name] for name in order), json.dumps(row["params"])))
+
+
+def _row(record: Record, label: str, metric: Metric | None = None) -> Json:
+    """Return a metric of a record with all columns of tables; without a metric, those of the whole cell."""
+    cell, used, number = record.inputs, {}, {}
+    if metric is not None:
+        used = record.by_task.get(metric.task, {})  # a member of a tag or group; the whole cell otherwise
+        names = ("value", "stderr", "n", "higher_is_better")
+        number = {"metric": metric.label, **{name: getattr(metric, name) for name in names}}
+    return {
+        "model": cell["model"]["name"], "label": label,
+        **{name: cell[name] for name in ("method", "params", "sparsity", "scope")},
+        "task": cell["task"] if metric is None else metric.task, **number,
+        **{name: used.get(name, getattr(record, name)) for name in ("mask_sparsity", "effective_sparsity")},
+        "weights_read": record.weights_read,
+        **{name: used.get(name, getattr(record, name)) for name in ("remasks", "tokens", "cut")},
+        **{name: cell.get(name) for name in COLUMNS},
+        **{f"flops_{name}": value for name, value in record.flops.items()},
+        **{f"memory_{name}": value for name, value in record.memory.items()},
+        "memory_peak": record.measured.get("peak"), "seconds": record.seconds,
+        "command": record.settings.get("command"), "key": record.key,
+        **(dict.fromkeys(TESTED) if metric else {}),
+    }  # fmt: skip
+
+
+def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """Return one row per record, in the order of a table's lines, with the columns of `lines` but the metric's."""
+    names = labels(records)
+    return in_order(typed(pd.DataFrame([_row(r, names[r.key]) for r in records], dtype=object)))
+
+
+def in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sort a frame in the order of a table's lines."""
+    keys = list(frame[ORDER].itertuples(index=False, name=None))
+    return frame.iloc[sorted(range(len(keys)), key=keys.__getitem__)]
+
+
+def typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Convert the numbers in a frame of objects.
+
+    Texts stay objects: some names are not valid Unicode, which pandas' own type for text refuses.
+    """
+    plain = [name for name, column in frame.items() if not any(isinstance(v, str) for v in column)]
+    return frame.assign(**{str(name): pd.Series(frame[name].tolist(), frame.index) for name in plain})
+
+
+# -- for Python --------------------------------------------------------------------------------------------------------
+
+
+def records(folder: str | Path, subtasks: bool = False) -> pd.DataFrame:
+    """Every metric of every finished cell, with what the cell was asked, what it read and what it cost.
+
+    The columns are those of `dart-eval tables --format csv`, which is made of the same rows.
 
     Args:
-        lines: of the records.
-        tests: key, task and metric -> the row.
+        folder: that `dart-eval run --output` wrote.
+        subtasks: also the members of groups, mmlu's subjects for example.
+
+    Returns:
+        One row a metric: `model`, `label`, `method`, `params`, `sparsity`, `task`, `metric`, `value`, `stderr`, `n` ...
+        and beside dense on the same documents `dense`, `chance`, `recovery`, `difference`, `p`, `p_holm` ...
+
+    Raises:
+        UserError: there are no results in the folder.
     """
-    known = {(line["key"], line["task"], line["metric"]) for line in lines}
-    like = {(line["key"], line["task"]): line for line in reversed(lines)}
-    made = []
-    for (key, task, metric), row in tests.items():
-        if metrics.kind_of(metric).group == metrics.DISTANCE and (key, task, metric) not in known:
-            stderr = row.sides[0].stderr
-            number = {"metric": metric, "value": row.test.value_a, "stderr": stderr, "n": row.test.n}
-            made.append({**like[key, task], **number, "higher_is_better": row.measure.higher_is_better})
-    return made
+    store = Store(Path(folder).expanduser())
+    return typed(lines(store, store.load(), subtasks))
+
+
+def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:
+    """Every document of every finished cell, with the values of its metrics.
+
+    Two cells that were asked the same share `doc_hash` and `prompt_hash`: merge on `task`, `doc_id` and `filter`, and
+    compare pairs.
+
+    Args:
+        folder: that `dart-eval run --output` wrote.
+        task: of this task's cells alone.
+
+    Returns:
+        One row a document and filter: `model`, `label`, `method`, `sparsity`, `task`, `doc_id`, `filter`, a column for
+        each metric (a perplexity's holds log-likelihood and words), `tokens`, `remasks`, `effective_sparsity`,
+        `responses`, `doc_hash`, `prompt_hash`, `cluster` and the cell's `key`.
+
+    Raises:
+        UserError: there are no results in the folder, or a cell's samples are missing or damaged.
+    """
+    store = Store(Path(folder).expanduser())
+    known = store.load()
+    names = labels(known)
+    parts = []
+    for record in of_tasks(known, None if task is None else [task], {}):
+        part = documents(store.samples(record))
+        cell = {"model": record.inputs["model"]["name"], "label": names[record.key]}
+        cell |= {name: record.inputs[name] for name in ("method", "sparsity")}
+        for i, (name, value) in enumerate(cell.items()):
+            part.insert(i, name, pd.Series([value] * len(part), dtype=object))
+        parts.append(part.assign(key=record.key))
+    return typed(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame()

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, with_config
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.results.layout import OPEN, Number
@@ -52,10 +52,9 @@ def _asked(help: str, setting: bool = True) -> Role:
     return Role(ASKED, help, column=setting, named=setting)
 
 
+@with_config(OPEN)
 class Model(TypedDict):
     """Which model a cell was run on."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     name: str
     revision: NotRequired[str | None]
@@ -67,10 +66,9 @@ class Model(TypedDict):
 Share = Annotated[Number, Field(ge=0, le=1)]
 
 
+@with_config(OPEN)
 class CellInputs(TypedDict):
     """All that can change a number. Fields that older versions did not write may be missing."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     model: Annotated[
         Model, _asked("name, revision, hash of the weights, whether code of its own ran or it came `loaded`", False)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError, WrapValidator
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError, WrapValidator, with_config
 from pydantic_core import CoreSchema
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
@@ -45,10 +45,9 @@ Count = Annotated[int, Field(ge=0)]
 FileName = Annotated[str, Field(pattern=r"^(\.?[^./\\\x00]|\.\.[^/\\\x00])[^/\\\x00]*$")]
 
 
+@with_config(OPEN)
 class Drift(TypedDict):
     """What the drift detector saw of one document."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     signal: Annotated[list[Number | None], "cosine per window"]
     window: Annotated[int, "tokens of a window"]
@@ -59,10 +58,9 @@ class Drift(TypedDict):
     remasks: NotRequired[Annotated[list[Number], "decoded tokens before each"]]
 
 
+@with_config(OPEN)
 class Sample(TypedDict):
     """One document of a cell, under one filter."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     task: Annotated[str, "the lm-eval task"]
     doc_id: Annotated[int, "the document's number in it"]
@@ -92,10 +90,9 @@ class Sample(TypedDict):
     drift: NotRequired[Annotated[Drift | None, "what the detector saw, where it closed a window: below"]]
 
 
+@with_config(OPEN)
 class Document(TypedDict):
     """A prompt and its answers, once for all cells that were asked the same."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     task: Annotated[str, "the lm-eval task"]
     doc_id: Annotated[int, "the document's number in it"]

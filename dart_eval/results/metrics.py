@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dart_eval.results.record import Metric
 
 ACCURACY, SUMMARIES, PERPLEXITY, OTHER = "Accuracy", "Summaries", "Perplexity (lower is better)", "Other metrics"
 DISTANCE = "Distance to dense"
@@ -20,7 +23,7 @@ class Kind:
     Attributes:
         group: its table.
         rank: the metric of the lowest rank is a task's main one; None: only if it is alone.
-        kind: how the value follows from those of documents (a key of `stats.KINDS`); empty if it does not.
+        kind: how the value follows from sums over documents (a key of `sums.SCALES`); None if it does not.
         percent: whether it is a share, shown in per cent by boards and papers.
         chance: whether its value under guessing follows from the number of choices.
         digits: after the point, if the size of the value does not decide.
@@ -28,7 +31,7 @@ class Kind:
 
     group: str = OTHER
     rank: int | None = None
-    kind: str = "mean"
+    kind: str | None = "mean"
     percent: bool = False
     chance: bool = False
     digits: int | None = None
@@ -46,7 +49,7 @@ METRICS = {
     **dict.fromkeys(("f1", "mcc"), Kind(ACCURACY)),
     "rougeL": Kind(SUMMARIES, 2, percent=True),
     **dict.fromkeys(("rouge1", "rouge2"), Kind(SUMMARIES, percent=True)),
-    "bleu": Kind(SUMMARIES, kind="bleu"),
+    "bleu": Kind(SUMMARIES, kind=None),
     "summary_words": Kind(SUMMARIES, digits=1),
     "empty": Kind(SUMMARIES),
     "word_perplexity": Kind(PERPLEXITY, 3, "log-perplexity"),
@@ -57,14 +60,14 @@ METRICS = {
     "dense_rougeL": Kind(DISTANCE, percent=True),
     "dense_tokens": Kind(DISTANCE, digits=1),
     "kl": Kind(DISTANCE, kind="ratio"),
-    **dict.fromkeys(("kl_p95", "kl_p99"), Kind(DISTANCE, kind="")),
+    **dict.fromkeys(("kl_p95", "kl_p99"), Kind(DISTANCE, kind=None)),
     "top1": Kind(DISTANCE, kind="ratio", percent=True),
 }
 UNKNOWN = Kind()
 
 
 def kind_of(metric: str) -> Kind:
-    """Return the properties of a metric; its filter (`exact_match,strict`) does not count."""
+    """Return the properties of a metric, named with or without its filter."""
     return METRICS.get(metric.partition(",")[0], UNKNOWN)
 
 
@@ -83,33 +86,31 @@ def order(metric: str) -> tuple[int, str]:
     return (names.index(metric) if metric in METRICS else len(names)), metric
 
 
-class HasMetric(Protocol):
-    """A metric of a task: of a record, or made of documents."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def higher_is_better(self) -> bool | None: ...
-
-
-N = TypeVar("N", bound=HasMetric)
-
-
-def main(measures: Iterable[N]) -> list[N]:
+def main(metrics: Iterable[Metric], named: Collection[tuple[str, str]] = ()) -> list[Metric]:
     """Return each task's main metric, in the order of the tasks.
 
     It is the metric of the lowest rank among those with a direction, else the first; never a distance to dense.
+
+    Args:
+        metrics: of all tasks.
+        named: (task, metric) that come before all others.
     """
-    chosen: dict[str, N] = {}
-    everything = list(measures)
-    last = len(METRICS)
-    for m in sorted(everything, key=lambda m: last if (rank := kind_of(m.metric).rank) is None else rank):
-        if (
-            m.higher_is_better is not None
-            and m.metric.partition(",")[0] != GOLD
-            and kind_of(m.metric).group != DISTANCE
-        ):
+    chosen: dict[str, Metric] = {}
+    everything = list(metrics)
+
+    def rank(m: Metric) -> tuple[bool, int]:
+        known = kind_of(m.metric).rank
+        return (m.task, m.label) not in named, len(METRICS) if known is None else known
+
+    for m in sorted(everything, key=rank):
+        if m.higher_is_better is not None and m.metric != GOLD and kind_of(m.metric).group != DISTANCE:
             chosen.setdefault(m.task, m)
     return [m for m in everything if chosen.get(m.task) is m]
+
+
+def main_and_gold(metrics: Iterable[Metric], named: Collection[tuple[str, str]] = ()) -> list[Metric]:
+    """Return each task's `main` metric, then the log-likelihood of right answers of those tasks that have it."""
+    everything = list(metrics)
+    chosen = main(everything, named)
+    tasks = {m.task for m in chosen}
+    return [*chosen, *(m for m in everything if m.metric == GOLD and m.task in tasks)]

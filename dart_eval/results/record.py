@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator, with_config
+from pydantic.dataclasses import dataclass
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.results import layout
 from dart_eval.results.inputs import CellInputs
 from dart_eval.results.layout import OPEN, FileName, Holds, Number
+from dart_eval.results.metrics import kind_of
 from dart_eval.util.text import Json
 
 SCHEMA = 2
@@ -23,10 +24,9 @@ class NewerSchema(ValueError):
     """A record of a layout that only a newer version of this program knows."""
 
 
+@with_config(OPEN)
 class Settings(TypedDict):
     """How a cell was run, where that cannot change a number."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     method: NotRequired[Annotated[str, "as typed: its name, and the settings that differ from that method's own"]]
     command: NotRequired[Annotated[str, "the line that makes this one cell; of a loaded model a line of Python"]]
@@ -38,50 +38,70 @@ class Settings(TypedDict):
     notes: NotRequired[Annotated[list[str], "on the model's checkpoint, where there are any"]]
 
 
+@with_config(OPEN)
 class Measured(TypedDict):
     """What differs between two equal runs."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     seconds: Annotated[Number, "wall time of the cell, interrupted attempts included"]
     created: Annotated[str, "when it was finished: UTC, ISO 8601"]
     peak: NotRequired[Annotated[Number, "bytes: of the GPU, or of the process, while the cell ran"]]
 
 
+@with_config(OPEN)
 class TaskCost(TypedDict):
     """What one lm-eval task of a cell took: numbers, of which these are counts."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     documents: NotRequired[int]
     cut: NotRequired[int]
     length: NotRequired[int]
 
 
+@with_config(OPEN)
 class File(TypedDict):
     """Another file of the cell."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     name: FileName
     n: int
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=OPEN)
 class Metric:
-    """One number of a cell, with its uncertainty."""
+    """One number of a cell, with its uncertainty, and how it follows from documents."""
 
     task: Annotated[str, "lm-eval task or group that the number belongs to"]
-    metric: Annotated[str, "its name, with its filter after a comma where there are several"]
+    metric: Annotated[str, "its name"]
     value: Annotated[Number, "mean over documents, or exp of a mean for perplexities"]
     stderr: Annotated[Number | None, "standard error of `value`; null where the metric has none"]
     n: Annotated[int, "documents"]
     higher_is_better: Annotated[bool | None, "direction; null where neither is better"]
     part_of: Annotated[str | None, "the group that this task is a member of; null for what was asked for"] = None
+    filter: Annotated[str, "lm-eval's filter of the answers; `none` where there is none"] = "none"
+    aggregation: Annotated[
+        str | None,
+        "how the value follows from documents: `mean`, or as a quotient of sums `ratio`, `log-perplexity` or `bits`; "
+        "null: neither. Where older records lack it, it follows from the name",
+    ] = Field(default_factory=lambda fields: kind_of(fields["metric"]).kind)
+    weights: Annotated[
+        Literal["documents", "tasks"], "of a group: whether each document or each member task weighs the same"
+    ] = "documents"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, data: Any) -> Any:
+        """Split the `name,filter` of older records."""
+        if isinstance(data, dict) and "filter" not in data and isinstance(data.get("metric"), str):
+            name, _, filter_ = data["metric"].partition(",")
+            data = {**data, "metric": name, "filter": filter_ or "none"}
+        return data
+
+    @property
+    def label(self) -> str:
+        """Its name, with its filter where there are several."""
+        return self.metric if self.filter == "none" else f"{self.metric},{self.filter}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=OPEN)
 class Record:
     """One cell. Its samples are in a file of their own (`store`)."""
 
@@ -116,13 +136,13 @@ class Record:
         "of each lm-eval task of the cell: `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity`, "
         "`documents`, how many of their prompts were `cut`, and the limit on prompt and answer together, in "
         "tokens (`length`)",
-    ] = field(default_factory=dict)  # fmt: skip
+    ] = Field(default_factory=dict)  # fmt: skip
     files: Annotated[
         dict[str, Json], Holds(dict[str, File]),
         "`samples` and `texts`, each with its `name`, its number of lines `n` and its `sha256`",
-    ] = field(default_factory=dict)  # fmt: skip
+    ] = Field(default_factory=dict)  # fmt: skip
     cut: Annotated[int | None, "documents whose prompt was cut to the context, over all tasks"] = None
-    samples: list[dict[str, object]] = field(default_factory=list, repr=False)
+    samples: list[dict[str, Any]] = Field(default_factory=list, repr=False)
 
     @property
     def created(self) -> str:

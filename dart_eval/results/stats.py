@@ -1,27 +1,28 @@
-"""Paired tests of one metric on the same documents under A and under B. docs/numbers.md has formulas and sources.
+"""Metrics with their uncertainty, and paired tests of one under A and under B. docs/numbers.md has the sources.
 
-Every metric here is a function of sums over documents. Each is linearised at the full sample into one influence value
-per document; their differences, summed within clusters, are what the tests see.
+Every metric is sum x / sum w over documents, times a constant. It is linearised at the full sample into one influence
+value per document (Cochran 1977, ch. 6). Means, differences and ratios of such estimates are estimates, so a mean over
+tasks, its interval and the test of two rows all follow from the same documents.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Values = NDArray[np.float64]
+from dart_eval.results.sums import Values, exp, linearised
 
 ALPHA = 0.05  # intervals cover 1 - ALPHA
 RESAMPLES = 10_000
 SEED = 20_240_229  # any; fixed, so that two people get the same p
 MIN_CLUSTERS = 6  # 2 / 2^5 > .05: with five, no exact test could tell anything from chance
 CHUNK = 2**18  # numbers of resamples worked on at a time: they fit a processor's cache
-REMEMBERED = 2**24  # drawn numbers that are remembered for the next test of as many units: 32 MB
 
 SIGN_FLIP = {False: "exact McNemar", True: "exact sign flip of clusters"}
 BOOTSTRAP = "bootstrap-t"
@@ -32,7 +33,7 @@ class Paired:
     """A against B on one metric.
 
     Attributes:
-        kind: `proportion` (every value 0 or 1), `mean`, `ratio`, `log-perplexity`, `bits` or `bleu`.
+        kind: `proportion` (every value 0 or 1), `mean`, `ratio`, `log-perplexity` or `bits`.
         n, clusters: documents, and independent units among them.
         value_a, value_b: the metric as records give it.
         difference: A - B on the metric's own scale; of perplexities, of their logarithms (nats per word or byte).
@@ -61,116 +62,51 @@ class Paired:
     reason: str = ""
 
 
-def mean(values: Values, weights: Values) -> tuple[float, Values]:
-    """Weighted mean of [n] values, and its influence values."""
-    total = weights.sum()
-    value = float(weights @ values / total)
-    return value, weights * (values - value) / total
-
-
-def ratio_of_sums(pairs: Values, _weights: Values) -> tuple[float, Values]:
-    """sum x / sum w of [n, 2] pairs (x, w), and its influence values (Cochran 1977, ch. 6)."""
-    x, w = pairs.T
-    value = float(x.sum() / w.sum())
-    return value, (x - value * w) / w.sum()
-
-
-def log_perplexity(pairs: Values, weights: Values) -> tuple[float, Values]:
-    """-sum ll / sum w of [n, 2] pairs (ll, w), and its influence values."""
-    value, influence = ratio_of_sums(pairs, weights)
-    return -value, -influence
-
-
-def bits(pairs: Values, weights: Values) -> tuple[float, Values]:
-    """`log_perplexity` in bits."""
-    value, influence = log_perplexity(pairs, weights)
-    return value / math.log(2), influence / math.log(2)
-
-
-def bleu(counts: Values, _weights: Values) -> tuple[float, Values]:
-    """Corpus BLEU of [n, 10] counts (hyp_len, ref_len, correct 1-4, total 1-4), and its influence values.
-
-    BLEU = 100 exp(min(0, 1 - ref / hyp) + mean over n of log(correct_n / total_n)) of the sums, differentiated by them.
-    A sum of no correct n-grams has no derivative: smoothing makes BLEU jump there.
-    """
-    from sacrebleu.metrics import BLEU  # comes with lm-eval; slow to import
-
-    sums = counts.sum(0)
-    hyp, ref, *grams = (int(s) for s in sums)
-    score = float(BLEU.compute_bleu(grams[:4], grams[4:], hyp, ref, smooth_method="exp").score)
-    slope = np.divide(1, sums, out=np.zeros(10), where=sums > 0) * ([0] * 2 + [1 / 4] * 4 + [-1 / 4] * 4)
-    if 0 < hyp < ref:
-        slope[:2] = ref / hyp**2, -1 / hyp
-    return score, (counts - sums / len(counts)) @ (score * slope)
-
-
-KINDS: dict[str, Callable[[Values, Values], tuple[float, Values]]] = {
-    "mean": mean,
-    "ratio": ratio_of_sums,
-    "log-perplexity": log_perplexity,
-    "bits": bits,
-    "bleu": bleu,
-}
-
-
-def value(kind: str, values: ArrayLike, weights: ArrayLike | None = None) -> float:
-    """The metric as records give it: perplexities are no logarithms."""
-    made = np.asarray(values, float)
-    found = KINDS[kind](made, np.ones(len(made)) if weights is None else np.asarray(weights, float))[0]
-    return exp(found) if kind == "log-perplexity" else found
-
-
 def paired(
-    kind: str,
-    a: ArrayLike,
-    b: ArrayLike,
-    clusters: Sequence[object] | None = None,
-    weights: ArrayLike | None = None,
-    higher_is_better: bool | None = True,
+    kind: str, a: ArrayLike, b: ArrayLike, units: Sequence[object] | None = None, higher_is_better: bool | None = True
 ) -> Paired:
     """Compare A with B; row i of both is the same document.
 
     Args:
-        kind: a key of `KINDS`; means of nothing but 0 and 1 become `proportion`.
-        a: [n], [n, 2] or [n, 10] values under A, as `kind` takes them.
+        kind: a key of `sums.SCALES`; unweighted means of nothing but 0 and 1 become `proportion`.
+        a: [n, 2] x and w under A (`linearised`), or [n] values of an unweighted mean.
         b: the same under B.
-        clusters: [n] labels; documents of one label are one independent unit. None: every document is one.
-        weights: [n] of a weighted mean (groups that weigh their members equally).
+        units: [n] labels; documents of one label are one independent unit. None: every document is one.
         higher_is_better: whether A is worse where its values are smaller; None where neither direction is better.
     """
-    x, y = np.asarray(a, float), np.asarray(b, float)
+    x, y = (np.asarray(side, float) for side in (a, b))
     if x.shape != y.shape or not len(x):
         raise ValueError(f"not paired: {x.shape} and {y.shape}")
+    x, y = (side if side.ndim > 1 else np.stack([side, np.ones(len(side))], 1) for side in (x, y))
     n = len(x)
-    labels = np.arange(n) if clusters is None else np.unique(np.array(list(map(str, clusters))), return_inverse=True)[1]
+    labels = np.arange(n) if units is None else np.unique(np.array(list(map(str, units))), return_inverse=True)[1]
     count = int(labels.max()) + 1
-    w = np.ones(n) if weights is None else np.asarray(weights, float)
-    (value_a, influence_a), (value_b, influence_b) = KINDS[kind](x, w), KINDS[kind](y, w)
+    (value_a, influence_a), (value_b, influence_b) = linearised(kind, x), linearised(kind, y)
     difference = 0.0 if np.array_equal(x, y) else value_a - value_b
     influence = influence_a - influence_b
-    binary = kind == "mean" and weights is None and bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
-    effect, found = None, Tested(reason="values that are not finite")
+    binary = kind == "mean" and bool((x[:, 1] == 1).all() and np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
+    effect, tested = None, Tested(reason="values that are not finite")
     if np.isfinite(x).all() and np.isfinite(y).all():
         spread = float(np.std(influence, ddof=1)) if n > 1 else 0.0
         if spread > 1e-12 * abs(difference):
             effect = difference / (n * spread)
-        units: Values = np.bincount(labels, influence, count).astype(float)
+        sums: Values = np.bincount(labels, influence, count).astype(float)
         if count < MIN_CLUSTERS:
-            found = Tested(reason=f"{count} independent units, fewer than {MIN_CLUSTERS}")
+            tested = Tested(reason=f"{count} independent units, fewer than {MIN_CLUSTERS}")
         elif binary:
-            found = _test_proportions(x - y, labels, units, difference)
+            tested = _test_proportions(x[:, 0] - y[:, 0], labels, sums, difference)
         elif np.array_equal(x, y):
-            found = Tested(1.0, 1.0, 1.0, 0.0, 0.0, "all values equal", "all values equal")
+            tested = Tested(1.0, 1.0, 1.0, 0.0, 0.0, "all values equal", "all values equal")
         else:
-            found = replace(bootstrap_t(units, difference), test=BOOTSTRAP, interval=BOOTSTRAP)
+            tested = replace(bootstrap_t(sums, difference), test=BOOTSTRAP, interval=BOOTSTRAP)
     ratio = None
     if kind == "log-perplexity":
         value_a, value_b, ratio = exp(value_a), exp(value_b), exp(difference)
     return Paired(
         kind="proportion" if binary else kind, n=n, clusters=count, value_a=value_a, value_b=value_b,
-        difference=difference, ratio=ratio, low=found.low, high=found.high, p=found.p,
-        p_worse=None if higher_is_better is None else found.p_less if higher_is_better else found.p_greater,
-        effect=effect, test=found.test, interval=found.interval, reason=found.reason,
+        difference=difference, ratio=ratio, low=tested.low, high=tested.high, p=tested.p,
+        p_worse=None if higher_is_better is None else tested.p_less if higher_is_better else tested.p_greater,
+        effect=effect, test=tested.test, interval=tested.interval, reason=tested.reason,
     )  # fmt: skip
 
 
@@ -206,14 +142,6 @@ def _test_proportions(differences: Values, labels: NDArray[np.int_], units: Valu
         return Tested(*chances, *tango(0, 0, count), test, "Tango on clusters")
     made = bootstrap_t(units, estimate)
     return Tested(*chances, made.low, made.high, test, BOOTSTRAP, made.reason)
-
-
-def exp(value: float) -> float:
-    """e to the power of `value`; infinite where that is beyond all floats."""
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
 
 
 def sign_flip(sums: NDArray[np.int_]) -> tuple[float, float, float]:
@@ -297,7 +225,7 @@ def bootstrap_t(units: Values, estimate: float, resamples: int = RESAMPLES, seed
 def _statistics(units: Values, resamples: int, seed: int) -> Values:
     """Studentised sums of resamples of the units [resamples]; NaN where a resample has no spread."""
     k, found = len(units), []
-    for numbers in (_remembered if k * resamples <= REMEMBERED else _draws)(k, resamples, seed):
+    for numbers in _draws(k, resamples, seed):
         drawn = units.take(numbers)
         total, squares = drawn.sum(1), np.einsum("ij,ij->i", drawn, drawn)
         variance = squares - total**2 / k
@@ -313,12 +241,6 @@ def _draws(k: int, resamples: int, seed: int) -> Iterator[NDArray[np.integer]]:
         yield generator.integers(0, k, (min(rows, resamples - start), k), dtype=np.int32)
 
 
-@functools.lru_cache(maxsize=4)
-def _remembered(k: int, resamples: int, seed: int) -> list[NDArray[np.integer]]:
-    """Return all draws: drawing takes longer than the test, and rows of a board share their documents."""
-    return [numbers.astype(np.uint16) for numbers in _draws(k, resamples, seed)]
-
-
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's (1979) adjusted p of tests taken together; None, where nothing could be tested, stays None."""
     adjusted: list[float | None] = [None] * len(p_values)
@@ -328,3 +250,140 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         highest = max(highest, min(1.0, (len(tested) - rank) * p))
         adjusted[i] = highest
     return adjusted
+
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and the influence of each independent unit of documents on it.
+
+    Attributes:
+        value: the estimate.
+        units: unit of documents -> its influence value; they sum to 0.
+        fewest: units of the smallest part, such as a task of a mean; None: there is one part.
+    """
+
+    value: float
+    units: Mapping[str, float]
+    fewest: int | None = None
+
+    def __add__(self, other: Estimate) -> Estimate:
+        units = {u: self.units.get(u, 0.0) + other.units.get(u, 0.0) for u in {**self.units, **other.units}}
+        return Estimate(self.value + other.value, units, min(self.smallest, other.smallest))
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        return self + other.times(-1.0)
+
+    def times(self, factor: float) -> Estimate:
+        """Return the estimate multiplied by an exact number."""
+        units = {unit: factor * slope for unit, slope in self.units.items()}
+        return Estimate(factor * self.value, units, self.fewest)
+
+    def exp_minus(self) -> Share:
+        """Return e to the power of minus the estimate: the ratio that a difference of logarithms stands for."""
+        ends = self.interval
+        return Share(exp(-self.value), ends and (exp(-ends[1]), exp(-ends[0])))
+
+    @property
+    def smallest(self) -> int:
+        """Independent units of the smallest part."""
+        return len(self.units) if self.fewest is None else self.fewest
+
+    @property
+    def stderr(self) -> float | None:
+        """The standard error; None for one unit."""
+        count = len(self.units)
+        return math.sqrt(count / (count - 1) * sum(u * u for u in self.units.values())) if count > 1 else None
+
+    @property
+    def is_exactly_zero(self) -> bool:
+        """Whether a difference is 0 in every unit, and the units are enough for a test."""
+        return not self.value and not any(self.units.values()) and self.smallest >= MIN_CLUSTERS
+
+    @cached_property
+    def tested(self) -> Tested | None:
+        """The studentised bootstrap over units; None if they are too few, all the same, or not finite."""
+        slopes = np.array([self.units[unit] for unit in sorted(self.units)])
+        if not np.isfinite([self.value, *slopes]).all():
+            return None
+        return bootstrap_t(slopes, self.value) if self.smallest >= MIN_CLUSTERS and slopes.any() else None
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95 % interval, or None."""
+        test = self.tested
+        return None if test is None or test.low is None or test.high is None else (test.low, test.high)
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided p of the value 0; None if it cannot be tested.
+
+        Resamples cannot give less than 1 / (1 + their number), which many rows together would never pass. At that limit
+        p is Student's t's.
+        """
+        test, student = self.tested, self.student
+        if test is None or test.p is None or test.p > 1 / (1 + RESAMPLES) or student is None:
+            return None if test is None else test.p
+        return min(test.p, student)
+
+    @property
+    def student(self) -> float | None:
+        """Two-sided p of the value 0 by Student's t over the units; None if it cannot be tested."""
+        from scipy.special import stdtr  # slow to import
+
+        if self.smallest < MIN_CLUSTERS or not self.stderr or not math.isfinite(self.value):
+            return None
+        return 2 * float(stdtr(len(self.units) - 1, -abs(self.value) / self.stderr))
+
+
+class Share(NamedTuple):
+    """A ratio of two estimates, and its 95 % interval, or None."""
+
+    value: float
+    interval: Interval | None
+
+
+def mean(estimates: Iterable[Estimate]) -> Estimate | None:
+    """Return the unweighted mean; None without estimates."""
+    found = list(estimates)
+    return sum(found[1:], found[0]).times(1 / len(found)) if found else None
+
+
+def share(part: Estimate, denominator: Estimate, step: float = 0.0) -> Share | None:
+    """Return part / whole with Fieller's interval (1954); None if the whole is not above 0 by more than noise.
+
+    The interval holds the ratios r for which part - r whole does not differ from 0 by Student's t over the units. Its
+    variance includes step^2, so that a few equal answers do not make an interval without width.
+
+    Args:
+        part: the numerator.
+        denominator: the whole.
+        step: change of the part by one answer.
+    """
+    names = sorted(part.units.keys() | denominator.units.keys())
+    slopes = np.array([[side.units.get(unit, 0.0) for unit in names] for side in (part, denominator)])
+    if not above_zero(denominator) or not np.isfinite(slopes).all() or not math.isfinite(part.value):
+        return None
+    ((parts, both), (_, wholes)) = _squares(len(names)) * (slopes @ slopes.T)
+    # The roots of a r^2 - 2 b r + c.
+    a, b = denominator.value**2 - wholes, part.value * denominator.value - both
+    c = part.value**2 - parts - _squares(len(names)) * (len(names) - 1) / len(names) * step**2
+    if a <= 0:
+        return None
+    half = math.sqrt(max(0.0, b * b - a * c)) / a
+    return Share(part.value / denominator.value, (b / a - half, b / a + half))
+
+
+def above_zero(estimate: Estimate) -> bool:
+    """Whether an estimate lies above 0 by more than noise, by Student's t."""
+    certain = estimate.smallest >= MIN_CLUSTERS and not any(estimate.units.values())
+    return estimate.value > 0 and (certain or ((p := estimate.student) is not None and p < ALPHA))
+
+
+def _squares(count: int) -> float:
+    """Return the squared half width of an interval / the sum of squared influence values."""
+    from scipy.special import stdtrit  # slow to import
+
+    return float(stdtrit(count - 1, 1 - ALPHA / 2)) ** 2 * count / (count - 1)

@@ -56,20 +56,16 @@ class Scan:
         records: oldest first, each once.
         files: key -> the file of its record.
         unread: files without a record, and their errors.
-        twice: files whose record is in another file too, and that file.
     """
 
     records: list[Record]
     files: dict[str, Path]
     unread: dict[Path, UserError]
-    twice: dict[Path, Path]
 
     def report(self) -> None:
         """Report on stderr what was left out."""
         for error in self.unread.values():
             remark(f"left out: {error}")
-        for file, first in self.twice.items():
-            remark(f"{file} holds the same cell as {first}: it counts once")
 
 
 class Store:
@@ -77,7 +73,6 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.outcomes: dict[str, Any] = {}  # by key: what `outcomes.cell_of` made of samples, for several views
 
     def file(self, kind: Kind, name: str, key: str) -> Path:
         """Return the path of a cell's file of a kind; `name` is for readers, the key decides."""
@@ -140,22 +135,21 @@ class Store:
     def set_aside(self, name: str, key: str) -> list[Path]:
         """Move away a record that `get` did not accept, and its samples; `save` replaces damaged texts.
 
-        The cell's claim must be held.
+        The cell's claim must be held. Samples without a record stay: the process was stopped between the two, and
+        they will be written again.
 
         Returns:
-            The new names of existing files. Half-written temporary files are removed, and samples without a record
-            stay: the process was stopped between the two, and they will be written again.
+            The new names of existing files.
         """
         record, samples = self.file("cells", name, key), self.file("samples", name, key)
         for kind in ("cells", "samples", "texts"):
-            for temporary in (self.folder / kind).glob(f".{record.stem}.*"):
+            for temporary in (self.folder / kind).glob(f".{record.stem}.*"):  # half-written
                 temporary.unlink(missing_ok=True)
-        if not os.path.lexists(record):
-            return []
         moved = []
-        for path in filter(os.path.lexists, (record, samples)):
-            names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
-            moved.append(path.rename(next(aside for aside in names if not aside.exists())))
+        for path in (record, samples) if os.path.lexists(record) else ():
+            if os.path.lexists(path):
+                names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
+                moved.append(path.rename(next(name for name in names if not os.path.lexists(name))))
         return moved
 
     def save(self, name: str, record: Record, texts: Sequence[Json] = ()) -> Record:
@@ -204,7 +198,6 @@ class Store:
             )
         by_key: dict[str, tuple[Path, Record]] = {}
         unread: dict[Path, UserError] = {}
-        twice: dict[Path, Path] = {}
         for file in files:
             try:
                 record = _read(file)
@@ -212,19 +205,14 @@ class Store:
                 remedy = "use that version" if isinstance(error, NewerSchema) else REDO
                 unread[file] = UserError(f"{file} cannot be read ({reason(error)})", remedy)
                 continue
-            first = by_key.get(record.key)
-            if first is not None and first[1].created >= record.created:
-                twice[file] = first[0]
-                continue
-            if first is not None:
-                twice[first[0]] = file
-            by_key[record.key] = file, record
+            if record.key not in by_key or by_key[record.key][1].created < record.created:  # a copy counts once
+                by_key[record.key] = file, record
         if not by_key:
-            first_error = next(iter(unread.values()))
+            first = next(iter(unread.values()))
             more = f", and none of the {len(unread) - 1} others there can" if len(unread) > 1 else ""
-            raise UserError(f"{first_error.problem}{more}", first_error.remedy)
+            raise UserError(f"{first.problem}{more}", first.remedy)
         records = sorted((r for _, r in by_key.values()), key=lambda r: (r.created, r.key))
-        return Scan(records, {key: file for key, (file, _) in by_key.items()}, unread, twice)
+        return Scan(records, {key: file for key, (file, _) in by_key.items()}, unread)
 
     def load(self) -> list[Record]:
         """Return all records, oldest first, each once; other files are named on stderr and left out.
@@ -232,9 +220,9 @@ class Store:
         Raises:
             UserError: see `scan`.
         """
-        found = self.scan()
-        found.report()
-        return found.records
+        scan = self.scan()
+        scan.report()
+        return scan.records
 
     def missing(self, name: str, record: Record) -> list[Path]:
         """Return the missing files of a finished cell."""
@@ -248,15 +236,13 @@ class Store:
         Raises:
             UnreadSamples: their file is missing or damaged, or has answers that are not finite (from older versions).
         """
-        found = self._read_file(record, "samples", SAMPLE)
-        if wrong := sum(not _numbers(line.get("responses") or []) for line in found):
-            inputs = record.inputs
+        lines = self._read_file(record, "samples", SAMPLE)
+        if wrong := sum(not _numbers(line.get("responses") or []) for line in lines):
             raise UnreadSamples(
-                f"{wrong} of {len(found)} answers of {inputs['task']} under {inputs['method']} at "
-                f"{sparsity(inputs['sparsity'])} in {self.folder} are NaN or infinite",
+                f"{wrong} of {len(lines)} answers of {self._place(record)} are NaN or infinite",
                 "run the cell again, in another --dtype or with other weights",
             )
-        return found
+        return lines
 
     def texts(self, record: Record) -> dict[tuple[str, int], Json]:
         """Return (task, doc_id) -> prompt, choices and target of a record's documents; empty if not stored.
@@ -270,13 +256,15 @@ class Store:
         try:
             return self._lines(record, kind, type_)
         except (OSError, ValueError) as error:
-            inputs = record.inputs
-            method = record.settings.get("method") or inputs["method"]
             raise UnreadSamples(
-                f"the {kind} of {inputs['task']} under {method} at {sparsity(inputs['sparsity'])} in "
-                f"{self.folder} cannot be read ({reason(error)})",
+                f"the {kind} of {self._place(record)} cannot be read ({reason(error)})",
                 "repeat the `dart-eval run` that made them: it redoes the cell",
             ) from None
+
+    def _place(self, record: Record) -> str:
+        inputs = record.inputs
+        method = record.settings.get("method") or inputs["method"]
+        return f"{inputs['task']} under {method} at {sparsity(inputs['sparsity'])} in {self.folder}"
 
     def _lines(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[Json]:
         """Return the lines of a record's file of that kind. Raises as `_data`."""

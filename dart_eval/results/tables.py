@@ -1,116 +1,96 @@
-"""Tables of records: rows as data (json, csv), and for people (md, tex, a terminal)."""
+"""The long tables: every metric of every cell, and what each cell cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
-from dart_eval.results import metrics, writers
+import pandas as pd
+
+from dart_eval.results import metrics, show
 from dart_eval.results.format import NO_NUMBER, THREE, count, number, size, sparsity, with_error
+from dart_eval.results.frame import cells_frame, in_order
 from dart_eval.results.record import Record
-from dart_eval.results.rows import cells_frame, in_order, metrics_frame, rows
-from dart_eval.results.writers import Column, Table
+from dart_eval.results.show import Columns, Table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-QUALITY = (
-    Column("n"), Column("effective", "effective_sparsity", THREE),
-    Column("masked out", "mask_sparsity", THREE), Column("read", "weights_read", THREE),
-    Column("scope"),
-)  # fmt: skip
+QUALITY: Columns = {
+    "n": ("n", str), "effective": ("effective_sparsity", THREE), "masked out": ("mask_sparsity", THREE),
+    "read": ("weights_read", THREE), "scope": ("scope", str),
+}  # fmt: skip
 QUALITY_NOTE = (
     "Value ± standard error. sparsity: target share of FFN weight bytes that a token does not read. effective: share "
     "that all scored or generated tokens did not read, dense ones included. masked out: share of neurons outside the "
     "mask. read: share of FFN weight bytes that a pruned token reads."
 )
-COUNTED = ("prefill", "overhead_prefill", "decode_step_dense", "decode_step_pruned", "overhead_decode_step")
-COSTS = (
-    Column("read", "weights_read", THREE), Column("context", "flops_context_tokens", partial(number, digits=0)),
-    Column("prefill", "prefill", count), Column("decode", "decode", count), Column("/ dense", "ratio", THREE),
-    Column("re-masks", "remasks"), Column("weights", "memory_weights", size), Column("memory", "memory_beside", size),
-    Column("state", "memory_state", size), Column("peak", "memory_peak", size),
-    Column("seconds", text=partial(number, digits=1)), Column("tokens/s", "speed", partial(number, digits=1)),
-)  # fmt: skip
+COSTS: Columns = {
+    "read": ("weights_read", THREE), "context": ("flops_context_tokens", partial(number, digits=0)),
+    "prefill": ("prefill", count), "decode": ("decode", count), "/ dense": ("ratio", THREE),
+    "re-masks": ("remasks", str), "weights": ("memory_weights", size), "memory": ("memory_beside", size),
+    "state": ("memory_state", size), "peak": ("memory_peak", size), "seconds": ("seconds", partial(number, digits=1)),
+    "tokens/s": ("speed", partial(number, digits=1)),
+}  # fmt: skip
 COSTS_NOTE = (
     "read: share of FFN weight bytes that a pruned token reads. FLOPs are counted from shapes (a multiply-add is two) "
     "at the mean context length of the cell, with all that the method adds, re-masks included. decode: FLOPs of a "
     "decoded token; / dense: over those of a dense one. Runs multiply by masks, so these FLOPs count a model that "
-    "skips the pruned neurons; they are not time saved. weights: bytes of the model. memory: bytes that lie beside the "
-    "dense model while one sequence decodes, copies and codes of weights included. state: bytes that each further "
-    "sequence adds. peak: largest memory of the process (CPU) or of the GPU during the cell. seconds: of the "
-    "whole cell. tokens/s: its scored or generated tokens / seconds."
+    "skips the pruned neurons; they are not time saved. weights: bytes of the model. memory: bytes beside it while one "
+    "sequence decodes. state: what each further sequence adds. peak: largest memory of the process (CPU) or of the GPU "
+    "during the cell. seconds: of the whole cell. tokens/s: its scored or generated tokens / seconds."
 )
 
 
-def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
-    """Return all long tables: every metric, and the costs."""
-    return [*quality(records, rows(records, subtasks)), costs(records)]
-
-
-def quality(records: Sequence[Record], lines: Sequence[dict[str, object]]) -> list[Table]:
+def quality(lines: pd.DataFrame, records: Sequence[Record]) -> list[Table]:
     """Return the tables of every metric of every cell: accuracy, summaries, perplexity, distances and others.
 
     Args:
-        records: of a folder.
-        lines: a row per metric (`rows`, or `frame.lines`, which have distances to dense).
+        lines: a row per cell and metric (`frame.lines`).
+        records: of the same cells.
     """
-    data = metrics_frame(lines)
-    if data.empty:
+    if lines.empty:
         return []
-    data["text"] = [with_error(*m) for m in zip(data["metric"], data["value"], data["stderr"], strict=True)]
-    groups = data["metric"].map(lambda name: metrics.kind_of(name).group)
+    texts = [with_error(*m) for m in zip(lines["metric"], lines["value"], lines["stderr"], strict=True)]
+    data = lines.assign(text=pd.Series(texts, lines.index, dtype=object))
+    groups = data["metric"].map(lambda label: metrics.kind_of(label).group)
     return [_quality(group, data[groups == group], records) for group in metrics.GROUPS if (groups == group).any()]
 
 
 def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table:
-    order, line = [name for name, known in metrics.METRICS.items() if known.group == group], ["task", "key"]
-    shown = sorted(data["metric"].unique(), key=lambda m: (order.index(m) if m in order else 0, m))
+    line = ["task", "key"]
     texts = data.pivot_table("text", line, "metric", aggfunc="last").add_prefix("text ")
-    lines = in_order(data.drop_duplicates(line).join(texts, on=line))
-    columns = [*_where(lines), *(Column(m, f"text {m}") for m in shown)]
-    notes = [QUALITY_NOTE]
+    rows = in_order(data.drop_duplicates(line).join(texts, on=line))
+    shown = sorted(data["metric"].unique(), key=metrics.order)
+    taken = {*_place(rows), *QUALITY}
+    values: Columns = {f"{name} (metric)" if name in taken else name: (f"text {name}", str) for name in shown}
+    columns = {**_place(rows), **values, **QUALITY}
+    notes = [f"Model {rows['model'].iloc[0]}."] if rows["model"].nunique() == 1 else []
     if (data["text"] == NO_NUMBER).any():
-        said = f"{NO_NUMBER}: answers were NaN or infinite; run the cell again in another dtype or with other weights."
-        notes.append(said)
-    if lines["model"].nunique() == 1:
-        notes.insert(0, f"Model {lines['model'].iloc[0]}.")
-    of = [r for r in records if r.key in set(lines["key"])]
-    notes += [*upper_bounds(of), *about(of), *cut_prompts(of)]
-    return writers.from_frame(group, lines, columns, " ".join(notes), QUALITY)
-
-
-def flops_ratio(cells: pd.DataFrame) -> pd.Series | None:
-    """Return the FLOPs of a pruned decoded token / those of a dense one."""
-    dense = cells.get("flops_decode_step_dense")
-    return None if dense is None else cells["flops_decode_step_pruned"] / dense
+        notes.append(f"{NO_NUMBER}: answers were NaN or infinite; run the cell again in another dtype.")
+    own = [r for r in records if r.key in set(rows["key"])]
+    notes += [QUALITY_NOTE, *upper_bounds(own), *about(own), *cut_prompts(own)]
+    return show.table(group, rows, columns, notes, QUALITY)
 
 
 def costs(records: Sequence[Record]) -> Table:
     """Return what every cell cost: FLOPs with the method's own work, bytes read, memory and time."""
     data = cells_frame(records)
     data["speed"] = data["tokens"] / data["seconds"]
-    if {f"flops_{name}" for name in COUNTED} <= {*data}:  # of the cells of other programs nothing may be counted
+    if "flops_overhead_prefill" in data:  # of the cells of other programs nothing may be counted
         data["prefill"] = data["flops_prefill"] + data["flops_overhead_prefill"]
         data["decode"] = data["flops_decode_step_pruned"] + data["flops_overhead_decode_step"]
         data["ratio"] = data["decode"] / data["flops_decode_step_dense"]
-    return writers.from_frame("Costs", data, _where(data), " ".join([COSTS_NOTE, *about(records)]), COSTS)
+    return show.table("Costs", data, {**_place(data), **COSTS}, [COSTS_NOTE, *about(records)], COSTS)
 
 
-def _where(data: pd.DataFrame) -> list[Column]:
+def _place(data: pd.DataFrame) -> Columns:
     """Return the columns that identify a cell; the model only if there are several."""
-    columns = [Column("model"), Column("task"), Column("method", "label"), Column("sparsity", text=sparsity)]
-    return columns[data["model"].nunique() == 1 :]
+    columns: Columns = {"task": ("task", str), "method": ("label", str), "sparsity": ("sparsity", sparsity)}
+    return columns if data["model"].nunique() == 1 else {"model": ("model", str), **columns}
 
 
 def upper_bounds(records: Sequence[Record]) -> list[str]:
     """Return a sentence that names upper bounds, if there are any."""
     names = list(dict.fromkeys(str(r.settings["method"]) for r in records if r.settings.get("upper_bound")))
-    if not names:
-        return []
-    are = "is an upper bound: it looks" if len(names) == 1 else "are upper bounds: they look"
-    return [f"{' and '.join(names)} {are} ahead."]
+    return [f"Upper bounds, which look ahead: {', '.join(names)}."] if names else []
 
 
 def about(records: Sequence[Record]) -> list[str]:
@@ -121,12 +101,12 @@ def about(records: Sequence[Record]) -> list[str]:
 
 def cut_prompts(records: Sequence[Record]) -> list[str]:
     """Return a sentence for each task with prompts that were cut to the context."""
-    found: dict[str, None] = {}
+    sentences: dict[str, None] = {}
     for r in records:
         parts = [p for p in r.by_task.values() if "cut" in p]
         cut, asked = (sum(int(p.get(name, 0)) for p in parts) for name in ("cut", "documents"))
         if cut:
             length = int(max(p.get("length", 0) for p in parts))
             said = f"{cut} of {asked} prompts of {r.inputs['task']} {'was' if cut == 1 else 'were'} cut"
-            found[f"{said} to fit with the answer into {length} tokens."] = None
-    return list(found)
+            sentences[f"{said} to fit with the answer into {length} tokens."] = None
+    return list(sentences)

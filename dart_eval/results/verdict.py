@@ -1,129 +1,154 @@
-"""The best row of a level and its cost: a sentence each, as far as the paired tests allow.
+"""Which row of a level is best, in a sentence, as far as the paired tests allow.
 
 Rows are compared in the block's first metric, in perplexities, and in the log-likelihood of right answers, which
-separates rows with fewer documents than an accuracy. A row is behind another one if a test favours that one and none
-favours the row. The leader is the first row by the first metric that no test puts behind another. If tests favour each
-of two rows, no row is best.
+separates rows with fewer documents than an accuracy. One row is ahead of another in a metric if it leads by more than
+`MATTERS`, and by so much that noise does not explain it. A row is behind another one if that is ahead in some metric,
+and the row in none. The leader is the first row by the first metric that is not behind another. Rows that are neither
+behind nor ahead are tied with it; of them the cheapest is named.
+
+The leader was chosen by the tested values, so each p counts for all pairs that could have been chosen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dart_eval.results import metrics, stats
-from dart_eval.results.blocks import PRUNED, WIDTH_OF_LEVEL, BoardRow, Level
-from dart_eval.results.estimates import Estimate
+from dart_eval.results.board import PRUNED, ROUNDING, WIDTH_OF_LEVEL, Block, Row, place
 from dart_eval.results.format import multiple, percent, short
+from dart_eval.results.stats import Estimate
 
-BEST, LEVEL_WITH_BEST = "best", "not told apart"
+MATTERS = 0.005  # half a point of an accuracy, .005 nats a word or an answer: a smaller lead is no reason to pay more
 LIKELIHOOD = "log-likelihood"  # of right answers
 MOST_NAMED = 3  # rows that a sentence names
-PERPLEXITY = "perplexity"
-BEHIND, LEVEL, AHEAD, SPLIT, UNTESTED = "behind", "level", "ahead", "split", "untested"
+AHEAD, BEHIND, TIED, SPLIT, UNTESTED = "ahead", "behind", "tied", "split", "untested"
 
 
-def place(row: BoardRow, first: str | None) -> tuple[bool, float]:
-    """Return the sort key of a level's rows: the best first, those without the first metric last."""
-    quality = row.quality.get(first or "")
-    value = math.nan
-    if quality is not None:
-        logs = quality.better if metrics.kind_of(first or "").group == metrics.PERPLEXITY else None
-        down = any(m.metric.partition(",")[0] == first and m.higher_is_better is False for m in row.values.values())
-        value = logs.value if logs else -quality.value if down else quality.value  # of perplexities the geometric mean
-    return (True, 0.0) if math.isnan(value) else (False, -value)
-
-
-def judged(rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str) -> Level:
-    """Return the level of rows, with their marks.
-
-    Args:
-        rows: best first.
-        rounded: the block's rows of rounding; the best of those that read no more counts.
-        first: the metric that orders rows.
-    """
-    rivals = [r for r in rows if r.kind == PRUNED and first in r.quality]
-    most = max(r.read for r in rows) + WIDTH_OF_LEVEL
-    fitting = sorted((r for r in rounded if r.read <= most and first in r.quality), key=lambda r: place(r, first))
-    if not rivals or all(r.read >= 1 for r in rivals) or any(r.about for r in rows):
-        return Level(tuple(rows))
-    if len(rivals) + len(fitting) < 2:
-        return Level(tuple(rows), take=rivals[0])
-    leader, stands = leader_of(rivals)
-    quality = [_quality(leader, stands, rivals[0])]
-    wins, take, alone = False, leader, False
-    if fitting:
-        control, _ = leader_of(fitting)
-        (stand,) = stand_of(leader, [control], float(len(fitting) * len(rivals)))
-        wins = stand.word == AHEAD and all(s.word not in (AHEAD, SPLIT) for s in stands)
-        take = control if wins else leader
-        alone = len(rivals) == 1 and stand.word == BEHIND
-        more = place(control, first) < place(leader, first) and stand.word == BEHIND
-        quality.append(
-            f"The best rounding here ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}"
-            + (f"; its lead in {metrics.title_of(first)} may be noise." if more else ".")
-        )
-    words = {stand.word for stand in stands}
-    named = BEHIND in words and not words & {AHEAD, SPLIT}
-    marks = {stand.row.keys: LEVEL_WITH_BEST for stand in stands if named and stand.word == LEVEL}
-    marks |= {leader.keys: BEST} if named else {}
-    sentences = (" ".join(quality), *_cost(leader, [*(stand.row for stand in stands), *fitting]))
-    return Level(tuple(replace(r, mark=marks.get(r.keys, "")) for r in rows), sentences, wins,
-                 replace(take, mark=marks.get(take.keys, "")), alone)  # fmt: skip
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stand:
-    """A row beside the leader: the adjusted p of each metric in which the leader is better, and worse."""
+    """A row beside the leader: the metrics in which the leader is ahead, and those in which the row is."""
 
-    row: BoardRow
-    better: dict[str, float]
-    worse: dict[str, float]
+    row: Row
+    better: Sequence[str] = ()
+    worse: Sequence[str] = ()
     tested: bool = False
 
     @property
     def word(self) -> str:
+        """Where the row stands."""
         if self.worse:
             return SPLIT if self.better else AHEAD
-        return BEHIND if self.better else LEVEL if self.tested else UNTESTED
+        return BEHIND if self.better else TIED if self.tested else UNTESTED
 
 
-def leader_of(rows: Sequence[BoardRow]) -> tuple[BoardRow, list[Stand]]:
-    """Return the first row that no test puts behind another, and the stands of the others; else the first row.
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What the tests say of a level.
+
+    Attributes:
+        leader: the first row that is not behind another.
+        stands: of the other pruned rows.
+        control: the best rounding that reads no more, beside the leader; None without any.
+        take: the row to take: the leader, the cheapest that is tied with it, or the rounding that is ahead.
+    """
+
+    leader: Row
+    stands: Sequence[Stand]
+    control: Stand | None
+    take: Row
+
+    @property
+    def tied(self) -> list[Row]:
+        """The leader, and the rows that are tied with it."""
+        return [self.leader, *(stand.row for stand in self.stands if stand.word == TIED)]
+
+    @property
+    def best(self) -> Row | None:
+        """The row that is ahead of every other pruned row; None without one."""
+        return self.leader if self.stands and all(stand.word == BEHIND for stand in self.stands) else None
+
+    def mark(self, row: Row) -> str:
+        """Return `*` for the best row, `~` for the rows that are tied at the head of those behind them."""
+        if row is self.best:
+            return "*"
+        words = {stand.word for stand in self.stands}
+        return "~" if BEHIND in words and not words & {AHEAD, SPLIT} and row in self.tied else ""
+
+
+def verdicts(block: Block) -> list[Verdict | None]:
+    """Return the verdict on each level of a block; None where nothing can be compared at equal reads."""
+    rounded = [row for row in block.rows if row.kind == ROUNDING and block.first in row.quality]
+    return [_verdict(level, rounded, block.first) for level in block.levels]
+
+
+def _verdict(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> Verdict | None:
+    """Return the verdict on rows, best first. rounded: the block's rows of rounding."""
+    rivals = [row for row in rows if row.kind == PRUNED and first in row.quality]
+    most = max(row.read for row in rows) + WIDTH_OF_LEVEL
+    fitting = sorted((row for row in rounded if row.read <= most), key=lambda row: place(row, first))
+    if not rivals or all(row.read >= 1 for row in rivals) or any(row.about for row in rows):
+        return None
+    leader, stands = _leader(rivals)
+    control = None
+    if fitting:
+        (control,) = _stands(leader, [_leader(fitting)[0]], float(len(fitting) * len(rivals)))
+    verdict = Verdict(leader, stands, control, leader)
+    if control is not None and control.word == AHEAD and all(s.word not in (AHEAD, SPLIT) for s in stands):
+        return replace(verdict, take=control.row)
+    return replace(verdict, take=min(verdict.tied, key=_cost))
+
+
+def _cost(row: Row) -> tuple[float, int]:
+    """Return the sort key of rows by what they cost beside the bytes that they read: FLOPs, then memory."""
+    return round(row.overhead, 4), row.bytes_of("beside") or 0
+
+
+def _leader(rows: Sequence[Row]) -> tuple[Row, list[Stand]]:
+    """Return the first row that is not behind another, and the stands of the others; else the first row.
 
     Args:
         rows: by the first metric, the best first.
     """
-    found = None
+    first = None
     for row in rows:
-        stands = stand_of(row, [r for r in rows if r is not row], len(rows) / 2)
-        found = found or (row, stands)
+        stands = _stands(row, [other for other in rows if other is not row], len(rows) / 2)
+        first = first or (row, stands)
         if all(stand.word not in (AHEAD, SPLIT) for stand in stands):
             return row, stands
-    assert found is not None
-    return found
+    assert first is not None
+    return first
 
 
-def stand_of(leader: BoardRow, others: Sequence[BoardRow], chosen: float) -> list[Stand]:
+def _stands(leader: Row, others: Sequence[Row], chosen: float) -> list[Stand]:
     """Compare each row with the leader.
 
     Args:
         chosen: factor on each p, since the leader was chosen by the tested values. Holm's correction then covers all
             rows and metrics.
     """
-    tests = [(row, metric, d) for row in others for metric, d in _differences(leader, row)]
-    counted = [None if d.p is None else min(1.0, chosen * d.p) for _, _, d in tests]
-    able = {row.keys for row, _, d in tests if d.p is not None or d.none}
-    stands = {row.keys: Stand(row, {}, {}, row.keys in able) for row in others}
-    for (row, metric, difference), p in zip(tests, stats.holm(counted), strict=True):
-        if p is not None and p < stats.ALPHA:
-            stand = stands[row.keys]
-            (stand.better if difference.value > 0 else stand.worse)[metric] = p
-    return list(stands.values())
+    tests = [(row, metric, lead) for row in others for metric, lead in _leads(leader, row)]
+    p_values = [_p(lead) for _, _, lead in tests]
+    adjusted = stats.holm([None if p is None else min(1.0, chosen * p) for p in p_values])
+    stands = []
+    for row in others:
+        own = [(metric, lead.value, p) for (of, metric, lead), p in zip(tests, adjusted, strict=True) if of is row]
+        ahead = [(metric, value) for metric, value, p in own if p is not None and p < stats.ALPHA]
+        better, worse = ([metric for metric, value in ahead if sign * value > 0] for sign in (1, -1))
+        stands.append(Stand(row, better, worse, any(p is not None for *_, p in own)))
+    return stands
 
 
-def _differences(a: BoardRow, b: BoardRow) -> Iterator[tuple[str, Estimate]]:
+def _p(lead: Estimate) -> float | None:
+    """Return two-sided p of a lead of at most `MATTERS`; None if it cannot be tested."""
+    beyond = abs(lead.value) - MATTERS
+    if beyond > 0:
+        return replace(lead, value=math.copysign(beyond, lead.value)).p
+    return 1.0 if lead.smallest >= stats.MIN_CLUSTERS and math.isfinite(lead.value) else None
+
+
+def _leads(a: Row, b: Row) -> Iterator[tuple[str, Estimate]]:
     """Yield A - B in the block's first metric, in perplexities and log-likelihoods; positive if A is better."""
     for i, (metric, quality) in enumerate(a.quality.items()):
         if i and metrics.kind_of(metric).group != metrics.PERPLEXITY:
@@ -135,92 +160,62 @@ def _differences(a: BoardRow, b: BoardRow) -> Iterator[tuple[str, Estimate]]:
         yield LIKELIHOOD, a.nats - b.nats
 
 
-def _quality(leader: BoardRow, stands: Sequence[Stand], first: BoardRow) -> str:
-    """`At 30 % grinqh is the best pruned row: 100 % of what dense has above guessing [83, 117]; better than ...`"""
-    behind, level, untested = ([s for s in stands if s.word == word] for word in (BEHIND, LEVEL, UNTESTED))
-    against = [s for s in stands if s.word in (AHEAD, SPLIT)]
-    at, amount = f"At {percent(leader.read)}", _amounts(leader, ends=True)
-    if against:
-        alike = ([s for s in against if s.word == word] for word in (AHEAD, SPLIT))
-        said = ", and ".join(f"{_names(some)} {_beside(*some)}" for some in alike if some)
-        return f"{at} no row is best: {leader.name} is first, and {said}."
-    if not behind:
-        if first is not leader:
-            return f"{at} {leader.name} is the first row that no test finds worse than another; it has {amount}."
-        said = f"no row is told apart from {leader.name}, which" if level else leader.name
-        return f"{at} {said} has {amount}{f'; not tested against {_names(untested)}' if untested else ''}."
-    than = "every other pruned row" if len(behind) == len(stands) > 1 else _names(behind)
-    shared = _shared([s.better for s in behind])
-    largest = max(p for s in behind for p in ([s.better[name] for name in shared] or [min(s.better.values())]))
-    bound = next(limit for limit in (1e-3, 0.01, stats.ALPHA) if largest < limit)
-    text = f"{at} {leader.name} is the best pruned row: {amount}; better than {than}{_by(s.better for s in behind)}"
-    text += f" (paired, Holm p < {bound:g})"
-    text += f", not told apart from {_names(level)}" if level else ""
-    text += f", not tested against {_names(untested)}" if untested else ""
-    lead = f" The lead of {first.name} in {metrics.title_of(next(iter(leader.quality)))} may be noise."
-    return f"{text}.{lead if first is not leader else ''}"
+# -- in words ----------------------------------------------------------------------------------------------------------
 
 
-def _beside(*stands: Stand) -> str:
-    """Return the tests' result for rows beside the leader: `is worse by perplexity`."""
-    worse, better = _by(s.better for s in stands), _by(s.worse for s in stands)
-    found = [f"better{better}" * any(s.worse for s in stands), f"worse{worse}" * any(s.better for s in stands)]
-    verb = "is" if len(stands) == 1 else "are"
-    return f"{verb} {' and '.join(filter(None, found)) or 'not told apart from it'}"
+def sentence(verdict: Verdict) -> str:
+    """Return a verdict in a sentence.
+
+    `At 30 % grinqh is best (perplexity 1.010x [1.007, 1.013]). Rounding (dense on q4_k: perplexity 1.14x) is behind.`
+    """
+    leader, tied, at = verdict.leader, verdict.tied, f"At {percent(verdict.leader.read)}"
+    ahead = [stand.row for stand in verdict.stands if stand.word in (AHEAD, SPLIT)]
+    untested = [stand.row for stand in verdict.stands if stand.word == UNTESTED]
+    amount = _amounts(leader)
+    if ahead:
+        said = f"{at} no row is best: {leader.name} has {amount}, and {_listed(ahead)} {_is(ahead)} ahead in a metric"
+    elif verdict.best is not None:
+        said = f"{at} {leader.name} is best: {amount}"
+    elif len(tied) > 1 and verdict.take in tied:
+        others = [row for row in tied if row is not verdict.take]
+        cost = ", which costs less" if verdict.take.overhead < min(row.overhead for row in others) else ""
+        said = f"{at} {_listed(others)} {_is(others)} tied with {verdict.take.name}{cost}: {_amounts(verdict.take)}"
+    else:
+        said = f"{at} {leader.name} has {amount}"
+    said += f"; not tested against {_listed(untested)}" if untested else ""
+    if verdict.control is None:
+        return f"{said}."
+    words = {AHEAD: "ahead", BEHIND: "behind", TIED: "tied", SPLIT: "ahead in one metric and behind in another"}
+    stands = words.get(verdict.control.word, "not tested")
+    return f"{said}. Rounding ({verdict.control.row.name}: {_amounts(verdict.control.row)}) is {stands}."
 
 
-def _by(tests: Iterable[dict[str, float]]) -> str:
-    """Return the metrics that all tests share: ` by perplexity and log-likelihood`; empty without any."""
-    common = _shared(list(tests))
-    return f" by {_listed(common)}" if common else ""
+def _amounts(row: Row) -> str:
+    """Return the quality relative to dense's: `73 % above guessing [60, 86], perplexity 1.34x`."""
+    texts = [_amount(row, metric, i == 0) for i, metric in enumerate(row.quality)]
+    return ", ".join([*texts[:1], *(text for text in texts[1:] if text.startswith("perplexity"))])
 
 
-def _shared(tests: Sequence[dict[str, float]]) -> list[str]:
-    """Return the metrics that all tests share."""
-    return [name for name in tests[0] if all(name in other for other in tests)] if tests else []
-
-
-def _names(stands: Sequence[Stand]) -> str:
-    return _listed([stand.row.name for stand in stands])
-
-
-def _amounts(row: BoardRow, ends: bool = False) -> str:
-    """Return the quality relative to dense's: `73 % above guessing, perplexity 1.34x`."""
-    found = [_amount(row, metric, ends and i == 0) for i, metric in enumerate(row.quality)]
-    return ", ".join([*found[:1], *(said for said in found[1:] if said.startswith(PERPLEXITY))])
-
-
-def _amount(row: BoardRow, metric: str, ends: bool = False) -> str:
-    """`100 % of what dense has above guessing [83, 117]`, or `perplexity 1.08x [1.06, 1.10]`, times dense's."""
+def _amount(row: Row, metric: str, ends: bool) -> str:
     quality = row.quality[metric]
     if metrics.kind_of(metric).group == metrics.PERPLEXITY and quality.times:
         value, interval = quality.times
-        return f"{PERPLEXITY} {multiple(value, *((interval or ()) if ends else ()))}"
+        return f"perplexity {multiple(value, *((interval or ()) if ends else ()))}"
     if quality.share is None:
         return f"{metrics.title_of(metric)} {short(metric, quality.value, quality.stderr)}"
-    said = percent(quality.share.value)
-    if ends:
-        said += f" of what dense has{' above guessing' * metrics.kind_of(metric).chance}"
-        said += f" [{', '.join(percent(end)[:-2] for end in quality.share.interval)}]" if quality.share.interval else ""
-    return said
+    of = "above guessing" if metrics.kind_of(metric).chance else f"of dense's {metrics.title_of(metric)}"
+    interval = quality.share.interval if ends else None
+    return f"{percent(quality.share.value)} {of}" + (
+        f" [{', '.join(percent(e)[:-2] for e in interval)}]" if interval else ""
+    )
 
 
-def _cost(leader: BoardRow, others: Sequence[BoardRow]) -> list[str]:
-    """Return the leader's speed, and the rows that are faster than dense; empty without speeds."""
-    faster = [
-        f"{row.name} ({row.speed.speedup.median:.2f}x; {_amounts(row)})"
-        for row in others if row.speed and row.speed.speedup and row.speed.speedup.low > 1
-    ]  # fmt: skip
-    ratio = leader.speed and leader.speed.speedup
-    own = [] if leader.speed is None else [f"No kernel here makes {leader.name} faster than dense yet."]
-    if ratio:
-        own = [f"{leader.name} decodes {ratio.median:.2f}x as fast as dense."]
-    also = "Faster today" if not ratio else "Also faster than dense" if ratio.low > 1 else "Faster than dense"
-    said = [*own, *([f"{also}: {_listed(faster)}."] if faster else [])]
-    return [" ".join(said)] if said else []
-
-
-def _listed(names: Sequence[str]) -> str:
+def _listed(rows: Sequence[Row]) -> str:
+    names = [row.name for row in rows]
     if len(names) > MOST_NAMED:
         return f"{', '.join(names[: MOST_NAMED - 1])} and {len(names) - MOST_NAMED + 1} others"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _is(rows: Sequence[Row]) -> str:
+    return "is" if len(rows) == 1 else "are"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parents[1]
 NUMERIC = (
     "layers", "weights", "pruning", "evaluation", "kernels/top.py", "util/bits.py", "models/adapters.py",
-    "models/loading.py", "sweep/worker.py",
+    "models/loading.py", "results/sums.py", "sweep/worker.py",
 )  # fmt: skip
 METHODS = ("pruning/methods",)
 # What refuses, names and hashes, and ways to decode faster: `run` multiplies by masks.

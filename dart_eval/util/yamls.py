@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.errors import UserError
 from dart_eval.util.files import read_text
-from dart_eval.util.text import Json, short_repr
+from dart_eval.util.text import Json
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,21 +61,3 @@ def read_mapping(
     if not isinstance(loaded, dict):
         raise UserError(f"{what} {path} must contain keys and values", remedy)
     return loaded
-
-
-def known(data: Any, keys: Sequence[str], where: str, remedy: str) -> Json:
-    """Return the data of a file, which must be a mapping with these keys alone.
-
-    Args:
-        where: the place in the file, for messages.
-        remedy: of data of another kind.
-
-    Raises:
-        UserError: it is not.
-    """
-    if not isinstance(data, dict):
-        raise UserError(f"{where} must contain keys and values, not {short_repr(data)}", remedy)
-    for key in data:
-        if key not in keys:
-            raise UserError(f"{where}: unknown key {key!r}", nearest(str(key), keys))
-    return data

@@ -16,7 +16,7 @@ SHOWN = (
     "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "docs/*", "results/**/*", "notebooks/*.ipynb",
     "tests/derivations/test_*.py", "action.yml", "Dockerfile",
 )  # fmt: skip
-ASSETS = "scripts/site/tables.js", "scripts/site/extra.css", "dart_eval/results/report/sort.js"
+ASSETS = "scripts/site/tables.js", "scripts/site/extra.css"
 BOARD = """---
 hide: [toc]
 ---

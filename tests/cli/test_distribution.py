@@ -76,7 +76,7 @@ def test_the_action_passes_and_fails_with_the_check(step, config, tmp_path):
 
     checked = step("Check", config=config, baseline="base line.json")
     assert checked.returncode == 0, checked.stderr
-    assert "all 4 rows of base line.json hold" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "of 4 rows of base line.json 0 fell, 0 missing" in (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert len(list(ElementTree.parse(results / "junit.xml").iter("testcase"))) >= 2
     assert (results / "report.html").is_file()
 
@@ -130,7 +130,7 @@ def test_the_notebook_runs(demo_installed, tmp_path, monkeypatch):
     NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in book.cells for output in cell.get("outputs", ())]
     boards = "".join(output.text for output in shown if output.output_type == "stream")
-    assert len(re.findall(r"^ 30 % .*grinqh", boards, flags=re.M)) == 2
+    assert len(re.findall(r"^ +30 % .*grinqh", boards, flags=re.M)) == 2
     assert any("image/svg+xml" in output.get("data", ()) for output in shown)
     assert (tmp_path / "mine" / "report.html").is_file()
 

@@ -169,7 +169,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(out, monkeypatch, wrong):
 
 def test_rounded_weights_stand_in_every_name():
     """dense on 4 bits cannot pass for dense, nor griffin on 4 bits for griffin."""
-    records = [answered("arc", [{"acc": 1.0}], m, s, ffn_bits=b)
-               for m, s, b in (("dense", 0.0, None), ("dense", 0.0, "4"), ("griffin", 0.5, "4"))]  # fmt: skip
+    on_4 = {"ffn_bits": "4"}
+    asked = ("dense", 0.0, {}), ("dense", 0.0, on_4), ("griffin", 0.5, on_4)
+    records = [answered("arc", [{"acc": 1.0}], method, sparsity, **bits) for method, sparsity, bits in asked]
     dense, rounded, both = (_title(record, specs(records)) for record in records)
     assert "@" not in dense and rounded == f"{dense}@dense-on-4-bits" and both == f"{dense}@griffin-on-4-bits@0.5"

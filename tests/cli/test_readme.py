@@ -204,7 +204,7 @@ def test_the_paper_of_the_docs_is_understood(tmp_path):
     )
     (tmp_path / "mine.yaml").write_text(block)
     spec = load(str(tmp_path / "mine.yaml"), config_from(None, {"method": "dense", "sparsity": "0"}))
-    assert [layout.name for layout in spec.layouts] == ["accuracy", "texts"]
+    assert [sheet.name for sheet in spec.sheets] == ["accuracy", "texts"]
 
 
 def test_the_regression_sweep_fits_its_baseline():

@@ -121,37 +121,16 @@ def test_any_configuration_is_understood_or_refused(tmp_path_factory, data):
     assert config.output
 
 
-COLUMNS = "columns: {a: {task: x, metric: acc}}"
-TABLES = {
-    f"{COLUMNS}, sparsity: [x]": "no number",
-    f"{COLUMNS}, sparsity: true": "no number",
-    f"{COLUMNS}, methods: [dart]": "methods must map labels to methods",
-    f"{COLUMNS}, methods: {{a: [dart]}}": "must be text",
-    f"{COLUMNS}, reported: 5": "a value is of the wrong kind",
-    f"{COLUMNS}, reported: [{{label: x}}]": "a value is of the wrong kind (KeyError: 'values')",
-    f"{COLUMNS}, reported: [{{label: x, sparsity: y, values: {{}}, source: z}}]": "a value is of the wrong kind",
-    "columns: {a: 5}": "column 'a' must contain keys and values, not 5",
-    "columns: {a: {task: [[x]], metric: acc}}": "must be text",
-    "columns: {a: {task: x, metric: acc, limit: y}}": "share",
-    "columns: [a]": "columns must map heads to tasks",
-    f"{COLUMNS}, name: ../x": "the name is not a file name",
-}
-
-
-@pytest.mark.parametrize("table", list(TABLES))
-def test_a_paper_with_a_wrong_value_is_refused_with_its_table(refused, tmp_path, table):
-    named = "" if "name: " in table else "name: n, "
-    both = "" if "methods: " in table else "methods: {a: dart}, "
-    both += "" if "sparsity: [" in table or "sparsity: t" in table else "sparsity: 0.5, "
-    (tmp_path / "paper.yaml").write_text(f"tables: [{{{named}title: t, {both}{table}}}]")
-    message = refused("paper", tmp_path / "paper.yaml")
-    assert "paper.yaml, table '" in message and TABLES[table] in message
-
-
-@pytest.mark.parametrize("text", ["tables: 5", "tables: [5]", "tables: [{}]", "tables: [[a]]", "tables: {a: 1}"])
-def test_a_paper_without_tables_is_refused(refused, tmp_path, text):
+@pytest.mark.parametrize(("text", "place"), [
+    ("tables: [{name: n, title: t, methods: {a: 5}, sparsity: 0.5, columns: {a: {task: x}}}]", "methods.a"),
+    ("tables: [{name: n, title: t, methods: {a: dart}, sparsity: [x], columns: [a]}]", "tables.0.sparsity"),
+    ("tables: [{name: n, title: t, methods: {a: dart}, sparsity: 0.5, columns: {a: 5}}]", "tables.0.columns.a"),
+    ("tables: 5", "tables"), ("tables: [{}]", "tables.0"), ("tables: [[a]]", "tables.0"), ("claims: [5]", "tables"),
+])  # fmt: skip
+def test_a_paper_with_a_wrong_value_is_refused_with_its_place(refused, tmp_path, text, place):
     (tmp_path / "paper.yaml").write_text(text)
-    assert "paper.yaml" in refused("paper", tmp_path / "paper.yaml")
+    message = refused("paper", tmp_path / "paper.yaml")
+    assert "paper.yaml, " in message and place in message
 
 
 # -- paths in every option -----------------------------------------------------------------------------------------

@@ -171,6 +171,6 @@ def test_records_of_such_answers_from_before_are_named_and_not_compared(forgetfu
     assert "| smoke_drift | dense   | 0 %      | no number " in table
     assert "no number: answers were NaN or infinite; run the cell again" in table
     assert "nan" not in render(Store(out).load(), "json").lower()
-    page = build(Store(out)).html
+    page = build(Store(out))
     assert re.search(r"answers of smoke_\w+ under griffin at 50 % in .* are NaN or infinite", page)
     assert "no number" in page and ">nan<" not in page

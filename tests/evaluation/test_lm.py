@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from dart_eval.evaluation.costs import Cost
-from dart_eval.evaluation.evaluate import _perplexity_stderr
+from dart_eval.evaluation.evaluate import _stderr
 from dart_eval.evaluation.generation import GenerationLog, Generator, fit
 from dart_eval.evaluation.lm import PrunedLM, truncated
 from dart_eval.evaluation.requests import Request, Score
@@ -421,5 +421,5 @@ def test_samples_are_drawn_where_no_temperature_is_given(lm):
     ("brier_score", [(1, [0.2, 0.8])] * 3),
 ])  # fmt: skip
 def test_pairs_of_other_metrics_have_no_error_of_a_perplexity(metric, pairs):
-    assert _perplexity_stderr(metric, pairs) is None
-    assert _perplexity_stderr("word_perplexity", [(-1.0, 2), (-3.0, 2)]) > 0
+    assert _stderr(metric, pairs) is None
+    assert _stderr("word_perplexity", [(-1.0, 2), (-3.0, 2)]) > 0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 
-from dart_eval.evaluation.evaluate import _perplexity_stderr, _simple_evaluate
+from dart_eval.evaluation.evaluate import _simple_evaluate, _stderr
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
@@ -86,8 +86,8 @@ def test_a_perplexity_of_long_answers_is_infinite_and_has_its_error_where_it_is_
     assert combine["perplexity"]([-750.0, -720.0]) == math.inf
     assert combine["perplexity"]([-1.0, -2.0]) == pytest.approx(math.exp(1.5))
     assert combine["acc"] is lm_eval.api.metrics.mean  # its error is lm-eval's
-    assert _perplexity_stderr("perplexity", [-1.0, -2.0]) == pytest.approx(math.exp(1.5) * 0.5)
-    assert _perplexity_stderr("perplexity", [-750.0, -720.0]) is None
+    assert _stderr("perplexity", [-1.0, -2.0]) == pytest.approx(math.exp(1.5) * 0.5)
+    assert _stderr("perplexity", [-750.0, -720.0]) is None
 
 
 @pytest.mark.parametrize(("field", "words"), [

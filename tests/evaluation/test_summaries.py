@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 # The step from lm-eval's result to our metrics, by itself: no model writes the texts that these tests need.
-from dart_eval.evaluation.evaluate import _bleu_stderr, _metrics
+from dart_eval.evaluation.evaluate import _metrics, _stderr
 from dart_eval.evaluation.tasks import Tasks, leaves, tasks_dir
 
 # Words that the 13a tokeniser splits, and some that it does not
@@ -67,10 +67,10 @@ def test_the_standard_error_leaves_out_one_document_at_a_time(summary):
     ])  # fmt: skip
     wanted = math.sqrt(4 / 5 * ((without - without.mean()) ** 2).sum())
     assert wanted > 1
-    assert _bleu_stderr("bleu", counts) == pytest.approx(wanted)
-    assert _bleu_stderr("bleu", [counts[0]] * 3) == pytest.approx(0, abs=1e-9)
-    assert _bleu_stderr("bleu", counts[:1]) is None  # one document tells nothing of the others
-    assert _bleu_stderr("bleu", [("a text", "another"), ("a", "b")]) is None  # lm-eval's own bleu keeps texts
+    assert _stderr("bleu", counts) == pytest.approx(wanted)
+    assert _stderr("bleu", [counts[0]] * 3) == pytest.approx(0, abs=1e-9)
+    assert _stderr("bleu", counts[:1]) is None  # one document tells nothing of the others
+    assert _stderr("bleu", [("a text", "another"), ("a", "b")]) is None  # lm-eval's own bleu keeps texts
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_the_jackknife_agrees_with_the_spread_of_new_corpora(summary):
 
     corpora = [draw() for _ in range(60)]
     spread = np.std([summary.bleu(c) for c in corpora], ddof=1)
-    mean_error = np.mean([_bleu_stderr("bleu", c) for c in corpora])
+    mean_error = np.mean([_stderr("bleu", c) for c in corpora])
     assert mean_error == pytest.approx(spread, rel=0.3)  # a spread of 60 is itself known to 9 %
 
 
@@ -118,11 +118,11 @@ def test_lm_eval_reports_it_for_a_summarisation_task(monkeypatch):
     results = lm_eval.simple_evaluate(
         model=Canned(), tasks=items, task_manager=tasks.manager, limit=3, bootstrap_iters=1000, log_samples=True
     )
-    found = {m.metric: m for m in _metrics(results)}
+    found = {m.metric: m for m in _metrics(results, [])}
     references = [leaves(items)[0].eval_docs[i]["reference"] for i in range(3)]
     samples = sorted(results["samples"]["smoke_summary"], key=lambda s: s["doc_id"])
     assert found["bleu"].value == sacrebleu.corpus_bleu(answers, [references]).score > 0
-    assert found["bleu"].stderr == pytest.approx(_bleu_stderr("bleu", [s["bleu"] for s in samples]))
+    assert found["bleu"].stderr == pytest.approx(_stderr("bleu", [s["bleu"] for s in samples]))
     assert found["bleu"].stderr > 0
     assert {name: m.higher_is_better for name, m in found.items()} == {
         "rouge1": True, "rouge2": True, "rougeL": True, "bleu": True, "empty": False,

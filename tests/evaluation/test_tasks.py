@@ -324,31 +324,53 @@ def test_members_of_a_mere_list_are_shown_and_those_of_a_group_hidden():
             "n-samples": {"a": {"effective": 4}}, "higher_is_better": {"a": {"acc": True}}, "samples": {},
         }  # fmt: skip
 
-    assert [(m.task, m.part_of) for m in _metrics(result({"alias": "g"}))] == [("a", None)]
-    found = _metrics(result({"acc,none": 0.5, "acc_stderr,none": 0.1}))
+    assert [(m.task, m.part_of) for m in _metrics(result({"alias": "g"}), [])] == [("a", None)]
+    found = _metrics(result({"acc,none": 0.5, "acc_stderr,none": 0.1}), [])
     outer = result({"acc,none": 0.5}) | {"higher_is_better": {"a": {"acc": False}, "b": {"acc": False}}}
     outer |= {"group_subtasks": {"g": ["inner"], "inner": ["a", "b"]}, "n-samples": {n: {"effective": 4} for n in "ab"}}
-    assert next(m for m in _metrics(outer) if m.task == "g").higher_is_better is False
+    assert next(m for m in _metrics(outer, []) if m.task == "g").higher_is_better is False
     outer["higher_is_better"]["b"] = {"acc": True}
-    assert next(m for m in _metrics(outer) if m.task == "g").higher_is_better is None
+    assert next(m for m in _metrics(outer, []) if m.task == "g").higher_is_better is None
     assert [(m.task, m.part_of, m.n) for m in found] == [("g", None, 4), ("a", "g", 4)]
 
 
-def test_a_groups_rule_is_part_of_its_hash(tmp_path):
+def test_what_weighs_the_same_in_a_group_is_recorded(tmp_path):
+    # The rule alone: `weight_by_size: false` gives each member the same weight, whatever its number of documents.
+    from dart_eval.evaluation.evaluate import _metrics
+
+    found = {}
+    for weighted in ("true", "false"):
+        tasks = _group(tmp_path, weighted)
+        result = {
+            "results": {"mine_group": {"acc,none": 0.5}, "mine_a": {"acc,none": 0.5}, "mine_b": {"acc,none": 0.5}},
+            "group_subtasks": {"mine_group": ["mine_a", "mine_b"]}, "samples": {}, "higher_is_better": {},
+            "n-samples": {name: {"effective": 1} for name in ("mine_a", "mine_b")},
+        }  # fmt: skip
+        found[weighted] = {m.task: m.weights for m in _metrics(result, tasks.load("mine_group"))}
+    assert found["true"] == dict.fromkeys(("mine_group", "mine_a", "mine_b"), "documents")
+    assert found["false"] == {**found["true"], "mine_group": "tasks"}
+
+
+def _group(tmp_path, weighted):
+    """The tasks with a group of two, whose members weigh by their size, or the same."""
     for name in ("a", "b"):
         data = tmp_path / "data" / f"mine__{name}" / "default"
-        data.mkdir(parents=True)
+        data.mkdir(parents=True, exist_ok=True)
         (data / "test.jsonl").write_text('{"q": "one", "c": ["two", "three"], "g": 1}\n')
         (tmp_path / f"{name}.yaml").write_text(
             f"task: mine_{name}\ndataset_path: mine/{name}\ntest_split: test\noutput_type: multiple_choice\n"
             'doc_to_text: "{{q}}"\ndoc_to_choice: "{{c}}"\ndoc_to_target: g\nmetric_list: [{metric: acc}]\n'
         )
-    found = []
-    for weighted in ("true", "false", "false"):
-        (tmp_path / "g.yaml").write_text(
-            "group: mine_group\ntask: [mine_a, mine_b]\n"
-            f"aggregate_metric_list: [{{metric: acc, aggregation: mean, weight_by_size: {weighted}}}]\n"
-        )
-        tasks = Tasks(tmp_path / "data", include_path=[tmp_path])
-        found.append(task_hash(tasks.load("mine_group"), EvalSettings()))
+    (tmp_path / "g.yaml").write_text(
+        "group: mine_group\ntask: [mine_a, mine_b]\n"
+        f"aggregate_metric_list: [{{metric: acc, aggregation: mean, weight_by_size: {weighted}}}]\n"
+    )
+    return Tasks(tmp_path / "data", include_path=[tmp_path])
+
+
+def test_a_groups_rule_is_part_of_its_hash(tmp_path):
+    found = [
+        task_hash(_group(tmp_path, weighted).load("mine_group"), EvalSettings())
+        for weighted in ("true", "false", "false")
+    ]
     assert found[0] != found[1] == found[2]

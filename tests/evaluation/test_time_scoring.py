@@ -5,7 +5,7 @@ import torch
 
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.results.writers import markdown
+from dart_eval.results.show import markdown
 from dart_eval.util.errors import UserError
 from scripts import time_scoring
 from scripts.time_scoring import Computed, counted, main, measure, needed_for

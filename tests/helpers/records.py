@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from dart_eval.results import writers
+from dart_eval.results import show
+from dart_eval.results.frame import lines_of
 from dart_eval.results.record import Metric, Record
-from dart_eval.results.rows import rows
 from dart_eval.results.store import Store
-from dart_eval.results.tables import tables
+from dart_eval.results.tables import costs, quality
 
 ARC = (Metric("arc_easy", "acc", 0.6251, 0.0123, 400, True), Metric("arc_easy", "acc_norm", 0.5, None, 400, True))
 
@@ -110,11 +110,21 @@ def answered(
     )  # fmt: skip
 
 
+def rows(records, subtasks=False):
+    """The rows of records, of which none stands beside dense."""
+    return lines_of({}, records, subtasks).to_dict("records")
+
+
+def tables(records, subtasks=False):
+    """The long tables of records."""
+    return [*quality(lines_of({}, records, subtasks), records), costs(records)]
+
+
 def render(records, form, subtasks=False):
     """The rows of records as csv or json, or their long tables as md or tex."""
     if form in ("csv", "json"):
-        return writers.data_text(rows(records, subtasks), form)
-    return "\n".join({"md": writers.markdown, "tex": writers.latex}[form](t) for t in tables(records, subtasks))
+        return show.data_text(lines_of({}, records, subtasks), form)
+    return show.render(tables(records, subtasks), form)
 
 
 def choosing(record, options=4):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dart_eval.pruning.methods.dart import Dart
 from dart_eval.pruning.registry import BUILT_IN, make, methods, parse
-from dart_eval.results.board_text import ABSTRACTS
+from dart_eval.results.board_table import ABSTRACTS
 from dart_eval.util.errors import UserError
 
 OPTIONS = [(name, path) for name in BUILT_IN for path in methods()[name].options() if path != "allocation.file"]

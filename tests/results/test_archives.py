@@ -1,7 +1,7 @@
 """The boards and the numbers of the folders in results/board are those of tests/golden/boards, to the last digit.
 
-A file there changes only in a commit that says why. A board is compared as text; numbers of JSON may differ by 1e-9, as
-sums of another processor do.
+A file there changes only in a commit that says why. Of a board the titles and rows are compared as text, its sentences
+are free; numbers of JSON may differ by 1e-9, as sums of another processor do.
 """
 
 import json
@@ -37,10 +37,16 @@ def same(here, there):
     return here == there
 
 
+def rows_of(folder):
+    """The titles and the rows of a folder's board, with all columns."""
+    lines = command("tables", folder, "--format", "md").out.splitlines()
+    return [line for line in lines if line.startswith(("#", "|"))]
+
+
 @pytest.mark.slow
 def test_board_is_the_golden_one(archive):
     name, folder = archive
-    assert command("tables", folder).out.splitlines() == (GOLDEN / f"{name}.txt").read_text("utf-8").splitlines()
+    assert rows_of(folder) == (GOLDEN / f"{name}.txt").read_text("utf-8").splitlines()
 
 
 @pytest.mark.slow

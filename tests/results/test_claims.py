@@ -1,6 +1,5 @@
 """Claims of a paper: which side of a claim the measured interval lies on, worked out here by other means."""
 
-import dataclasses
 import math
 import re
 
@@ -8,59 +7,80 @@ import numpy as np
 import pytest
 from scipy import stats as theirs
 
-from dart_eval.results.claims import ANY, FAILS, HOLDS, OPEN, Claim, Sides, judged, table
-from dart_eval.results.estimates import Estimate, mean
-from dart_eval.results.paper_layout import PaperColumn
-from dart_eval.results.paper_tables import Paper
+from dart_eval.results.paper import ANY, FAILS, HOLDS, MEAN, OPEN, Claim, Sides, judged
 from dart_eval.results.record import Metric
-from dart_eval.results.store import Store
+from dart_eval.results.stats import Estimate, mean
 from dart_eval.sweep.options import config_from
 from dart_eval.sweep.paper import load
 from dart_eval.util.errors import UserError
-from tests.helpers.records import answered, choosing
-from tests.results.test_paper import ACC, A, B, _file, _layout, _paper
+from tests.results.test_paper import ACC, BASE, HARD, PPL, file, paper, table
 
 N = 200
+GOOD = {
+    "claim": "it is better",
+    "source": "abstract",
+    "table": "t",
+    "rows": ["A", "B"],
+    "column": "Easy",
+    "sparsity": 0.5,
+}
+SHAPE = {
+    "claim": "at 8B",
+    "shape": "llama-3.1-8b",
+    "method": "dart",
+    "column": "state MB",
+    "sparsity": 0.7,
+    "at_most": 9,
+}
 
 
-def _estimate(values, task="easy"):
+def estimate(values, task="easy"):
     values = np.asarray(values, float)
     slopes = (values - values.mean()) / len(values)
     return Estimate(float(values.mean()), {f"{task} {i}": v for i, v in enumerate(slopes)})
 
 
-def _sides(a, b, head="Easy", metric="acc"):
-    return Sides(head, _estimate(a), _estimate(b), len(a), metric)
+def sides(a, b, head="Easy", metric="acc"):
+    return Sides(head, metric, len(a), estimate(a), estimate(b))
 
 
-def _claim(column="Easy", **more):
-    return Claim("it is better", "abstract", "t", column, 0.5, ("A", "B"), **more)
+def claim(column="Easy", **more):
+    return Claim(**{**GOOD, "column": column, **more})
 
 
-@pytest.mark.parametrize(("by", "times"), [(0.0, None), (0.1, None), (0.3, None), (0.0, 0.9), (0.0, 1.5), (0.0, 3.0)])
+def verdicts(tmp_path, answers, *claims, counted=None, **keys):
+    filled, _, spec = paper(tmp_path, answers, claims=[{**GOOD, **one} for one in claims], **keys)
+    return filled.verdicts(spec.claims, counted or {}).body
+
+
+def easy(**answers):
+    return {(row, "easy"): given for row, given in answers.items()}
+
+
+@pytest.mark.parametrize(
+    ("by", "times"), [(None, None), (0.1, None), (0.3, None), (None, 0.9), (None, 1.5), (None, 3.0)]
+)
 def test_a_verdict_is_that_of_students_t_on_the_documents(by, times):
     """a - times b - by, document by document, tested against 0: another road to the same verdict."""
     draw = np.random.default_rng(3)
     a, b = 0.6 + 0.3 * draw.standard_normal(N), 0.4 + 0.3 * draw.standard_normal(N)
-    gap = a - (b if times is None else times * b) - (by if times is None else 0)
+    gap = a - b * (times or 1) - (by or 0)
     p = theirs.ttest_1samp(gap, 0).pvalue
-    expected = OPEN if p > 0.05 else HOLDS if gap.mean() > 0 else FAILS
     assert abs(p - 0.05) > 0.02  # the bootstrap and Student's t need not agree at the edge
-    assert judged(_claim(by=by, times=times), [_sides(a, b)]).verdict == expected
+    expected = OPEN if p > 0.05 else HOLDS if gap.mean() > 0 else FAILS
+    assert judged(claim(by=by, times=times), [sides(a, b)])[0] == expected
 
 
 def test_what_was_measured_is_said_with_its_interval_and_documents():
     draw = np.random.default_rng(4)
     a, b = (draw.random(N) < 0.7).astype(float), (draw.random(N) < 0.5).astype(float)
-    found = judged(_claim(), [_sides(a, b)])
+    _, text, n = judged(claim(), [sides(a, b)])
     half = theirs.t.ppf(0.975, N - 1) * (a - b).std(ddof=1) / N**0.5
-    value, low, high = map(float, re.findall(r"[+-][\d.]+", found.text))
-    assert found.n == N and "points" in found.text
-    assert value == pytest.approx(100 * (a - b).mean(), abs=0.05)
+    value, low, high = map(float, re.findall(r"[+-][\d.]+", text))
+    assert n == str(N) and "points" in text and value == pytest.approx(100 * (a - b).mean(), abs=0.05)
     assert (low, high) == pytest.approx((value - 100 * half, value + 100 * half), abs=1)
-    ratio = judged(_claim(times=1.1), [_sides(a, b)]).text
-    assert ratio.startswith(f"{a.mean() / b.mean():.2f} times [")
-    nats = judged(_claim(), [_sides(-3 * a, -3 * b, metric="word_perplexity")]).text
+    assert judged(claim(times=1.1), [sides(a, b)])[1].startswith(f"{a.mean() / b.mean():.2f} times [")
+    nats = judged(claim(), [sides(-3 * a, -3 * b, metric="word_perplexity")])[1]
     assert nats.startswith(f"{-3 * (a - b).mean():+.3f} [") and "points" not in nats
 
 
@@ -70,209 +90,168 @@ def test_a_claim_on_at_least_one_column_pays_for_each_look():
     noise = np.random.default_rng(0).standard_normal(N)
     noise = (noise - noise.mean()) / noise.std(ddof=1)
     lucky = base + noise + theirs.t.ppf(1 - 0.02 / 2, N - 1) / N**0.5  # t at p = .02
-    alone = [_sides(lucky, base, "one")]
-    assert judged(_claim(), alone).verdict == HOLDS
-    others = [_sides(base + np.roll(noise, i + 1), base, f"column {i}") for i in range(9)]
-    found = judged(_claim(ANY), alone + others)
-    assert found.verdict == OPEN and found.text.endswith("(one)")
-    worse = [_sides(base - 1 + 0.1 * noise, base, f"column {i}") for i in range(3)]
-    assert judged(_claim(ANY), worse).verdict == FAILS
-    assert judged(_claim(ANY), [*worse, others[0]]).verdict == OPEN  # one of them may yet
-    found = judged(_claim(ANY), worse, "3 of 4 columns")  # and so may one that was not measured
-    assert found.verdict == OPEN and found.text.endswith("; 3 of 4 columns)")
+    alone = [sides(lucky, base, "one")]
+    assert judged(claim(), alone)[0] == HOLDS
+    others = [sides(base + np.roll(noise, i + 1), base, f"column {i}") for i in range(9)]
+    verdict, text, _ = judged(claim(ANY), alone + others)
+    assert verdict == OPEN and text.endswith("(one)")
+    worse = [sides(base - 1 + 0.1 * noise, base, f"column {i}") for i in range(3)]
+    assert judged(claim(ANY), worse)[0] == FAILS
+    assert judged(claim(ANY), [*worse, others[0]])[0] == OPEN  # one of them may yet
+    verdict, text, _ = judged(claim(ANY), worse, "3 of 4 columns")  # and so may one that was not measured
+    assert verdict == OPEN and text.endswith("; 3 of 4 columns)")
 
 
 def test_of_several_columns_the_one_that_proves_the_claim_is_shown():
     """A noisy column is 8 points better, a clear one 3."""
     draw = np.random.default_rng(6)
     noisy, clear = draw.normal(0.08, 1, N), draw.normal(0.03, 0.05, N)
-    found = judged(
-        _claim(ANY), [_sides(noisy - noisy.mean() + 0.08, 0 * noisy, "noisy"), _sides(clear, 0 * clear, "clear")]
-    )
-    assert found.verdict == HOLDS and found.text.endswith("(clear)")
+    columns = [sides(noisy - noisy.mean() + 0.08, 0 * noisy, "noisy"), sides(clear, 0 * clear, "clear")]
+    verdict, text, _ = judged(claim(ANY), columns)
+    assert verdict == HOLDS and text.endswith("(clear)")
 
 
 def test_no_ratio_decides_nothing():
     """A rival near 0, and numbers of which the smaller one is better."""
     draw = np.random.default_rng(7)
     high, none = 0.3 + 0.1 * draw.standard_normal(N), 1e-4 + 0.1 * draw.standard_normal(N)
-    found = judged(_claim(times=3), [_sides(high, none)])
-    assert found.verdict == OPEN and found.text.startswith("no ratio")
+    verdict, text, _ = judged(claim(times=3), [sides(high, none)])
+    assert verdict == OPEN and text.startswith("no ratio")
     worse, better = -0.29 + 0.1 * draw.standard_normal(N), -0.21 + 0.1 * draw.standard_normal(N)  # of flips
-    assert judged(_claim(times=2), [_sides(worse, better, metric="flips")]).verdict == OPEN
-    for metric, said in (("acc", "not above guessing by"), ("flips", "smaller value"), ("rougeL", "not above 0 by")):
-        below = none - none.mean() + (0.001 if metric == "rougeL" else -0.05)
-        assert said in judged(_claim(times=0.9), [_sides(high, below, metric=metric)]).text
+    assert judged(claim(times=2), [sides(worse, better, metric="flips")])[0] == OPEN
 
 
 @pytest.mark.parametrize("gap", [0.92, 0.955, 0.99])
-def test_the_verdict_on_a_ratio_is_that_of_its_interval(gap):
+def test_the_verdict_on_a_ratio_is_that_of_fiellers_interval(gap):
     draw = np.random.default_rng(8)
     base = 0.5 + 0.2 * draw.standard_normal(N)
-    found = judged(_claim(times=0.95), [_sides(gap * base + 0.2 * draw.standard_normal(N), base)])
-    low, high = map(float, re.search(r"\[([\d.]+), ([\d.]+)\]", found.text).groups())
-    assert found.verdict == (HOLDS if low > 0.95 else FAILS if high < 0.95 else OPEN)
+    verdict, text, _ = judged(claim(times=0.95), [sides(gap * base + 0.2 * draw.standard_normal(N), base)])
+    low, high = map(float, re.search(r"\[([\d.]+), ([\d.]+)\]", text).groups())
+    assert verdict == (HOLDS if low > 0.95 else FAILS if high < 0.95 else OPEN)
+
+
+def test_few_or_equal_documents_decide_nothing():
+    """Ten tasks of two documents are twenty units, and their spread within tasks is hardly known."""
+    draw = np.random.default_rng(10)
+    tasks = [estimate(draw.random(2), f"task {i}") for i in range(10)]
+    assert len(mean(tasks).units) == 20 and mean(tasks).interval is None and mean(tasks).p is None
+    assert judged(claim(), [sides([1, 1, 1, 0], [0, 0, 0, 0])])[0] == OPEN
+    assert judged(claim(), [sides([1] * N, [1] * N)])[0] == OPEN
+    assert judged(claim(), []) == (OPEN, "not measured", "")
 
 
 def test_numbers_are_told_from_the_limit(tmp_path):
     draw = np.random.default_rng(9)
     base = 0.5 + 0.2 * draw.standard_normal(N)
-    found = judged(_claim(times=0.9), [_sides((0.9012 + 1e-4 * draw.standard_normal(N)) * base, base)])
-    assert found.verdict == HOLDS and found.text.startswith("0.901 times [0.901, 0.901")
-    found = judged(_claim(), [_sides(base + 4e-4 + 1e-4 * draw.standard_normal(N), base)])
-    assert found.verdict == HOLDS and found.text.startswith("+0.04 points [+0.04, +0.04]")
-    paper = _paper(tmp_path, ("a", 30, {}))
-    for cost, text in ((10.4, "10.4 MB"), (9.96, "9.96 MB"), (250.3, "250 MB"), (3.14, "3.1 MB"), (10.0, "10 MB")):
-        at_8b = Claim("at 8B", "s", column="state MB", shape="x", at_most=10.0)
-        (row,) = table([at_8b], paper, {}, lambda claim, cost=cost: cost).body
-        assert row[1:3] == [HOLDS if cost <= 10 else FAILS, f"{text}, counted"]
-
-
-def test_a_mean_over_tasks_with_a_handful_of_documents_each_is_not_tested():
-    """Ten tasks of two documents are twenty units, and their spread within tasks is hardly known."""
-    draw = np.random.default_rng(10)
-    tasks = [_estimate(draw.random(2), f"task {i}") for i in range(10)]
-    assert len(mean(tasks).units) == 20 and mean(tasks).interval is None and mean(tasks).p is None
-    assert mean([_estimate(draw.random(8), f"task {i}") for i in range(10)]).interval is not None
-
-
-def test_few_or_equal_documents_decide_nothing():
-    assert judged(_claim(), [_sides([1, 1, 1, 0], [0, 0, 0, 0])]).verdict == OPEN
-    assert judged(_claim(), [_sides([1] * N, [1] * N)]).verdict == OPEN
-    assert judged(_claim(), []) == judged(_claim(by=0.3), [])
-    assert judged(_claim(), []).text == "not measured"
+    verdict, text, _ = judged(claim(times=0.9), [sides((0.9012 + 1e-4 * draw.standard_normal(N)) * base, base)])
+    assert verdict == HOLDS and text.startswith("0.901 times [0.901, 0.901")
+    verdict, text, _ = judged(claim(), [sides(base + 4e-4 + 1e-4 * draw.standard_normal(N), base)])
+    assert verdict == HOLDS and text.startswith("+0.04 points [+0.04, +0.04]")
+    filled, shape = paper(tmp_path, easy(A=30))[0], Claim(**{**SHAPE, "at_most": 10.0})
+    for cost, said in ((10.4, "10.4 MB"), (9.96, "9.96 MB"), (250.3, "250 MB"), (3.14, "3.1 MB"), (10.0, "10 MB")):
+        (row,) = filled.verdicts([shape], {shape: cost}).body
+        assert row[1:3] == [HOLDS if cost <= 10 else FAILS, f"{said}, counted"]
 
 
 def test_verdicts_come_from_the_documents_of_a_folder(tmp_path):
-    perplexity = PaperColumn("PPL", ("easy",), "word_perplexity")
-    state = PaperColumn("state", ("easy",), field="state_mib")
-    paper = _paper(tmp_path, ("a", 30, {"loss": 3.0}), ("b", 10, {"loss": 2.0, "params": {"x": 1}}))
-    layout = _layout((ACC, perplexity, state), (A, B))
-    at_8b = Claim("at 8B", "s", column="state MB", shape="x", at_most=10.0)
-    claims = [
-        _claim(), _claim(by=0.9), Claim("lower", "", "t", "PPL", 0.5, ("A", "B")),
-        Claim("lower", "", "t", "PPL", 0.5, ("B", "A")), Claim("small", "", "t", "state", 0.5, ("A",), at_most=1.0),
-        Claim("large", "", "t", "state", 0.5, ("A",), at_most=-1.0), Claim("none", "", "t", ANY, 0.7, ("A", "B")),
-        at_8b, dataclasses.replace(at_8b, at_most=9.0),
-    ]  # fmt: skip
-    made = table(claims, paper, {"t": layout}, lambda claim: 9.7)
-    assert [row[1] for row in made.body] == [HOLDS, FAILS, FAILS, HOLDS, HOLDS, FAILS, OPEN, HOLDS, FAILS]
-    assert made.body[0] == ["it is better (abstract)", HOLDS, made.body[0][2], "40"]
-    assert made.body[0][2].startswith("+50.0 points [") and made.body[7][2] == "9.7 MB, counted"
-    assert made.body[4][2].endswith(" MiB")
-    assert made.body[2][2].startswith("-1.000 [")  # a is worse by a nat a word
-    assert "tiny@f00d" in made.note
+    columns = {**ACC, **PPL, "state": {"task": "easy", "field": "state_mib"}}
+    own, lower = {"rows": ["A"], "column": "state"}, {"column": "PPL"}
+    body = verdicts(
+        tmp_path, easy(A={"right": 30, "loss": 3.0}, B={"right": 10, "loss": 2.0}),
+        {}, {"by": 0.9}, lower, {**lower, "rows": ["B", "A"]}, {**own, "at_most": 1.0}, {**own, "at_most": 0.0},
+        {"rows": ["A", "C"]}, one=table(columns, ["A", "B", "C"]),
+    )  # fmt: skip
+    assert [row[1] for row in body] == [HOLDS, FAILS, FAILS, HOLDS, HOLDS, FAILS, OPEN]
+    assert body[0] == ["it is better (abstract)", HOLDS, body[0][2], "40"] and body[0][2].startswith("+50.0 points [")
+    assert body[2][2].startswith("-1.000 [") and body[4][2].endswith(" MiB")  # a nat a word worse
 
 
 def test_bits_are_held_against_nats(tmp_path):
     """One text under two metrics: its claims have one verdict."""
-    store, generator, cells = Store(tmp_path), np.random.default_rng(0), []
+    generator, answers = np.random.default_rng(0), {}
     ends = [(100 * generator.gamma(9, 0.2), 9 + 2 * generator.random()) for _ in range(40)]
-    for method in ("a", "b"):
-        pairs = [[-(n + more * (method == "b")), 100] for n, more in ends]
-        values = [{"byte_perplexity": pair, "bits_per_byte": pair} for pair in pairs]
-        total = sum(v["bits_per_byte"][0] for v in values) / 4000
-        found = [Metric("t", "byte_perplexity", math.exp(-total), 0.1, 40, False),
-                 Metric("t", "bits_per_byte", -total / math.log(2), 0.1, 40, False)]  # fmt: skip
-        cells.append(answered("t", values, method, metrics=found, params={"x": 1} if method == "b" else {}))
-    paper = Paper(store, {None: [store.save(r.inputs["method"], r) for r in cells]}, {}, "x")
-    columns = (PaperColumn("P", ("t",), "byte_perplexity"), PaperColumn("B", ("t",), "bits_per_byte"))
-    layout = _layout(columns, (A, B))
-    for by, verdict in ((0.09, HOLDS), (0.12, FAILS)):
-        claims = [Claim("c", "s", "t", head, 0.5, ("A", "B"), by=by) for head in ("P", "B")]
-        made = table(claims, paper, {"t": layout}, lambda claim: 0.0)
-        assert [row[1] for row in made.body] == [verdict] * 2 and made.body[0][2] == made.body[1][2]
+    for row in "AB":
+        pairs = [[-(n + more * (row == "B")), 100] for n, more in ends]
+        total = sum(x for x, _ in pairs) / 4000
+        answers[row] = {
+            "values": [{"byte_perplexity": pair, "bits_per_byte": pair} for pair in pairs],
+            "metrics": [Metric("easy", "byte_perplexity", math.exp(-total), 0.1, 40, False),
+                        Metric("easy", "bits_per_byte", -total / math.log(2), 0.1, 40, False)],
+        }  # fmt: skip
+    columns = {head: {"task": "easy", "metric": head} for head in ("byte_perplexity", "bits_per_byte")}
+    for i, (by, verdict) in enumerate(((0.09, HOLDS), (0.12, FAILS))):
+        body = verdicts(
+            tmp_path / str(i), easy(**answers), *({"column": c, "by": by} for c in columns), one=table(columns)
+        )
+        assert [row[1] for row in body] == [verdict] * 2 and body[0][2] == body[1][2]
 
 
-def test_a_mean_without_some_columns_is_over_the_others_and_says_so(tmp_path):
-    """30 of 40 against 10 of 40 on the one column that was run."""
-    hard = PaperColumn("Hard", ("hard",), "acc")
-    paper = _paper(tmp_path, ("a", 30, {}), ("b", 10, {"params": {"x": 1}}))
-    layout = _layout((ACC, hard), (A, B), mean=True)
-    claim = dataclasses.replace(_claim(), column="mean")
-    (row,) = table([claim], paper, {"t": layout}, lambda claim: 0).body
+def test_a_mean_or_any_without_some_columns_is_over_the_others_and_says_so(tmp_path):
+    """30 of 40 against 10 of 40 on the one column that was run; `any` means the columns of one metric."""
+    answers = easy(A={"right": 30, "loss": 3.0}, B={"right": 10, "loss": 2.0})
+    (row,) = verdicts(tmp_path / "a", answers, {"column": MEAN}, one=table({**ACC, **HARD}, mean=True))
     assert row[1] == HOLDS and row[2].startswith("+50.0 points [") and row[2].endswith("(1 of 2 columns)")
-    (row,) = table([claim], paper, {"t": _layout((hard,), (A, B), mean=True)}, lambda claim: 0).body
-    assert row[1:] == [OPEN, "not measured", ""]
-
-
-def test_a_claim_on_a_row_of_another_model_is_left_out(tmp_path):
-    methods = {"Ours": "dart", "G": "griffin", "Table": {"method": "dart", "only": "llama"}}
-    claims = [GOOD, {**GOOD, "rows": ["Table", "G"]}]
-    base = config_from(None, {"method": "dense", "sparsity": "0"})
-    assert [c.rows for c in load(_file(tmp_path, claims=claims, methods=methods), base).claims] == [("Ours", "G")]
-
-
-def test_at_least_one_column_means_those_of_one_metric(tmp_path):
-    """Two columns of accuracy and one of perplexity: the mean is none of them, and one was not measured."""
-    columns = (ACC, PaperColumn("Hard", ("hard",), "acc"), PaperColumn("PPL", ("easy",), "word_perplexity"))
-    paper = _paper(tmp_path, ("a", 10, {"loss": 2.0}), ("b", 30, {"loss": 3.0, "params": {"x": 1}}))
-    layout = dataclasses.replace(_layout(columns, (A, B)), mean=True)
-    (row,) = table([_claim(ANY, metric="acc")], paper, {"t": layout}, lambda claim: 0).body
-    assert row[1] == OPEN and row[2].endswith("(Easy; 1 of 2 columns)")
-    (row,) = table([_claim(ANY, metric="word_perplexity")], paper, {"t": layout}, lambda claim: 0).body
-    assert row[1] == HOLDS and row[2].endswith("(PPL)")
+    of_acc, swapped, of_ppl = verdicts(
+        tmp_path / "b", answers, {"column": ANY, "metric": "acc"}, {"column": ANY, "rows": ["B", "A"]},
+        {"column": ANY, "rows": ["B", "A"], "metric": "word_perplexity"}, one=table({**ACC, **HARD, **PPL}),
+    )  # fmt: skip
+    assert of_acc[1] == HOLDS and of_acc[2].endswith("(Easy; 1 of 2 columns)")
+    assert swapped[1] == OPEN and swapped[2].endswith("(Easy; 1 of 2 columns)")
+    assert of_ppl[1] == HOLDS and of_ppl[2].endswith("(PPL)")
 
 
 def test_a_ratio_of_accuracies_counts_from_guessing(tmp_path):
-    """Of two choices: 30 and 24 of 40 are .75 and .6, above guessing .25 and .1."""
-    paper = _paper(tmp_path, ("a", 24, {"choices": 2}), ("b", 30, {"params": {"x": 1}, "choices": 2}))
-    (row,) = table([_claim(times=0.9)], paper, {"t": _layout((ACC,), (A, B))}, lambda claim: 0).body
-    assert row[2].startswith("0.40 times [")
-    (row,) = table([_claim()], paper, {"t": _layout((ACC,), (A, B))}, lambda claim: 0).body
-    assert row[2].startswith("-15.0 points [")
+    """Of two choices: 24 and 30 of 40 are .6 and .75, above guessing .1 and .25."""
+    answers = easy(A={"right": 24, "choices": 2}, B={"right": 30, "choices": 2})
+    ratio, gap = verdicts(tmp_path, answers, {"times": 0.9}, {})
+    assert ratio[2].startswith("0.40 times [") and gap[2].startswith("-15.0 points [")
 
 
-SHAPE = {"claim": "c", "shape": "llama-3.1-8b", "method": "dart", "column": "state MB", "sparsity": 0.7, "at_most": 9}
-GOOD = {"claim": "c", "table": "one", "rows": ["Ours", "G"], "column": "Q", "sparsity": 0.5}
+def test_what_no_test_takes_is_not_called_unmeasured(tmp_path):
+    """Nobody knows what guessing has of mc2, a share of the probability; mcc is of no document, nats have no ratio."""
+    answers = {}
+    for row, level in (("A", 0.42), ("B", 0.45)):
+        own = 0.02 * np.random.default_rng(ord(row)).standard_normal(40)
+        shares = np.clip(level + 0.15 * np.random.default_rng(1).standard_normal(40) + own, 0, 1)
+        values = [{"acc": float(v)} for v in shares]
+        found = [
+            Metric("easy", "acc", float(shares.mean()), 0.05, 40, True),
+            Metric("easy", "mcc", 0.4, 0.05, 40, True),
+        ]
+        answers[row] = {"values": values, "metrics": found, "choices": 4}
+    columns = {**ACC, "MCC": {"task": "easy", "metric": "mcc"}}
+    ratio, gap, mcc = verdicts(
+        tmp_path / "a", easy(**answers), {"times": 0.9}, {}, {"column": "MCC"}, one=table(columns)
+    )
+    assert gap[1] == FAILS and ratio[1] == mcc[1] == OPEN and "not tested" in ratio[2] and "not tested" in mcc[2]
+    losses = easy(A={"loss": 2.0}, B={"loss": 3.0})
+    (nats,) = verdicts(tmp_path / "b", losses, {"column": "PPL", "times": 1.1}, one=table(PPL))
+    assert nats[1] == OPEN and "not tested" in nats[2]
+
+
+def test_a_claim_on_a_row_of_another_model_is_left_out(tmp_path):
+    rows = {"A": "griffin", "B": "wanda-sp", "C": {"method": "dart", "only": "llama"}}
+    claims = [GOOD, {**GOOD, "rows": ["C", "B"]}, SHAPE]
+    spec = load(file(tmp_path, table(rows=rows), claims=claims), config_from(None, BASE))
+    assert [one.rows for one in spec.claims] == [("A", "B"), ()]
 
 
 @pytest.mark.parametrize(
-    ("claim", "message"),
+    ("one", "word"),
     [
-        ({**GOOD, "rows": ["Ours", "H"]}, "claim 'c': table 'one' has no 'H'"),
-        ({**GOOD, "column": "P"}, "has no 'P'"),
-        ({**GOOD, "table": "three"}, "unknown table 'three'; known: one, two"),
-        ({**GOOD, "rows": ["Ours"]}, "needs a sparsity, and two rows"),
-        ({**GOOD, "at_most": 3}, "needs a sparsity, and two rows \\(one with at_most\\)"),
-        ({**GOOD, "by": "much"}, "a value is of the wrong kind"),
-        ({**GOOD, "claims": 1}, "unknown key 'claims'"),
-        ({**GOOD, "shape": "llama-3.1-8b"}, "either a table or a shape"),
-        ({"claim": "c", "shape": "llama-3.1-8b", "method": "dart", "column": "state MB"}, "a sparsity and at_most"),
-        ({**GOOD, "sparsity": 0.6}, "has no sparsity 0.6"),
-        ({**GOOD, "rows": ["Ours"], "at_most": 3}, "at_most is for costs, and 'Q' does not fit"),
-        ({**GOOD, "rows": ["Ours"], "at_most": 3, "column": ANY}, "at_most is for costs"),
-        ({**GOOD, "by": 0.1, "times": 2}, "only one of `by` and `times`"), ({**GOOD, "by": float("nan")}, "finite"),
-        ({**GOOD, "column": ANY, "metric": "bleu"}, "`any` needs columns of one metric; give metric: "),
-        ({**SHAPE, "method": "drat"}, "did you mean"),
-        ({**SHAPE, "column": "state MiB"}, "unknown cost 'state MiB'; did you mean state MB"),
+        ({**GOOD, "rows": ["A", "H"]}, "'H' is not in table 't'"), ({**GOOD, "column": "P"}, "'P' is not in"),
+        ({**GOOD, "table": "three"}, "'three'"), ({**GOOD, "sparsity": 0.6}, "0.6 is not in"),
+        ({**GOOD, "rows": ["A"]}, "two rows"), ({**GOOD, "at_most": 3}, "two rows"),
+        ({**GOOD, "by": "much"}, "claims.0.by"), ({**GOOD, "by": float("nan")}, "claims.0.by"),
+        ({**GOOD, "claims": 1}, "did you mean claim"), ({**GOOD, "shape": "llama-3.1-8b"}, "a table or a shape"),
+        ({**GOOD, "rows": ["A"], "at_most": 3}, "'Easy' is not in"),
+        ({**GOOD, "by": 0.1, "times": 2}, "`by` and `times`"),
+        ({**SHAPE, "at_most": None}, "at_most"), ({**SHAPE, "column": "state MiB"}, "state MB"),
+        ({**SHAPE, "sparsity": 70}, "sparsity"), ({**SHAPE, "prompt": 0}, "prompt"),
+        ({**SHAPE, "prompt": 10**10}, "prompt"),
     ],
 )  # fmt: skip
-def test_a_claim_that_cannot_be_tested_is_refused(tmp_path, claim, message):
-    with pytest.raises(UserError, match=message):
-        load(_file(tmp_path, claims=[claim]), config_from(None, {"method": "dense", "sparsity": "0"}))
-
-
-def test_a_ratio_needs_a_level_of_guessing(tmp_path):
-    """TruthfulQA's mc2 is a share of the probability: nobody knows what guessing has, so there is no ratio above it."""
-    store, cells = Store(tmp_path), []
-    for method, level in (("a", 0.42), ("b", 0.45)):
-        own = 0.02 * np.random.default_rng(ord(method)).standard_normal(N)
-        shares = np.clip(level + 0.15 * np.random.default_rng(1).standard_normal(N) + own, 0, 1)
-        params = {"x": 1} if method == "b" else {}
-        cells.append(choosing(answered("mc2", [{"acc": float(v)} for v in shares], method, params=params)))
-    paper = Paper(store, {None: [store.save(r.inputs["method"], r) for r in cells]}, {}, "x")
-    layout = _layout((PaperColumn("Easy", ("mc2",), "acc"),), (A, B))
-    ratio, gap = table([_claim(times=0.9), _claim()], paper, {"t": layout}, lambda claim: 0).body
-    assert ratio[1] == OPEN and gap[1] == FAILS
-
-
-def test_at_least_one_column_of_accuracy_may_be_a_ratio_beside_a_perplexity(tmp_path):
-    columns = {"Q": {"task": "boolq", "metric": "acc"}, "P": {"task": "wikitext", "metric": "word_perplexity"}}
-    tables = [{"name": "one", "title": "One", "columns": columns}]
-    claim = {**GOOD, "column": ANY, "times": 1.1}
-    base = config_from(None, {"method": "dense", "sparsity": "0"})
-    (found,) = load(_file(tmp_path, tables=tables, claims=[{**claim, "metric": "acc"}]), base).claims
-    assert found.times == 1.1 and found.metric == "acc"
-    with pytest.raises(UserError, match="`times` is not for perplexities"):
-        load(_file(tmp_path, tables=tables, claims=[{**claim, "metric": "word_perplexity"}]), base)
+def test_a_claim_that_cannot_be_tested_is_refused(tmp_path, one, word):
+    with pytest.raises(UserError) as refused:
+        load(file(tmp_path, table(), claims=[one]), config_from(None, BASE))
+    assert str(refused.value).startswith(str(tmp_path / "paper.yaml")) and word in str(refused.value)

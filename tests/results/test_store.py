@@ -90,6 +90,12 @@ def test_a_cell_with_damaged_samples_is_not_finished_and_is_set_aside(tmp_path, 
     store.save("cell", record())  # damaged once more: nothing that was set aside is overwritten
     store.file("cells", "cell", "k1").write_text("{")
     assert store.set_aside("cell", "k1")[0].name == "cell-k1.json.damaged-2"
+    store.file("cells", "cell", "k1").with_name("cell-k1.json.damaged-1").unlink()  # a person's choice
+    for text in ("{", "["):
+        store.file("cells", "cell", "k1").write_text(text)
+        store.set_aside("cell", "k1")
+    aside = sorted(store.file("cells", "cell", "k1").parent.glob("*.damaged-*"))
+    assert [path.read_text() for path in aside] == ["{", "{", "["]
 
 
 def test_setting_aside_sweeps_up_what_a_killed_process_leaves_of_a_cell_with_a_long_name(tmp_path, monkeypatch):

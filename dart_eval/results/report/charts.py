@@ -1,305 +1,157 @@
-"""Charts: laid out once, drawn as SVG by the page's template and as files by matplotlib."""
+"""Charts by matplotlib: quality against the FFN bytes read, for the page and for `tables --save`."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from dart_eval.results import metrics
-from dart_eval.results.blocks import CONTROL, GUESSING, WIDTH_OF_LEVEL, Block, Board, BoardRow
+from dart_eval.results.board import CONTROL, GUESSING, ROUNDING, WIDTH_OF_LEVEL, Board
 from dart_eval.results.format import multiple, percent
+from dart_eval.util.text import printable
 
-WIDTH, LEFT, RIGHT, TOP, HEIGHT = 340, 40, 222, 8, 170  # about the pixels that a chart gets; HEIGHT is of its axes
-LINE = 12.5  # height of a line of text
-AXIS = "FFN bytes read"
-LONGEST = 20  # characters of a name beside a line
-MOST_TICKS = 6
-MOST_TIMES = 50.0  # dense's perplexity: a model further off is broken, and its number means nothing
+Curves = Mapping[str, Sequence[Sequence[float]]]  # label -> read, value, and ends of the interval, of each point
+WIDTH, HEIGHT, LINE = 350, 240, 12.0  # points; LINE is the height of a name
 COLOURS = ("#3a82c8", "#d2691e", "#2a9a72", "#b9559c", "#a07d18", "#3d9db5", "#a5714a", "#7b7fd8")  # on light and dark
-SIGNS = {  # of methods: matplotlib's name, and the outline around a point
-    "o": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "s": "M-2.7-2.7h5.4v5.4h-5.4z", "^": "M0-3.6 3.3 2.6h-6.6z",
-    "D": "M0-3.9 3.3 0 0 3.9-3.3 0z", "v": "M0 3.6 3.3-2.6h-6.6z", "<": "M-3.6 0 2.6-3.3v6.6z",
-    ">": "M3.6 0-2.6-3.3v6.6z", "P": "M-1.2-3.4h2.4v2.2h2.2v2.4h-2.2v2.2h-2.4v-2.2h-2.2v-2.4h2.2z",
-    "X": "M-1.9-3.4 0-1.5 1.9-3.4 3.4-1.9 1.5 0 3.4 1.9 1.9 3.4 0 1.5-1.9 3.4-3.4 1.9-1.5 0-3.4-1.9z",
-}  # fmt: skip
+MARKERS = "os^Dv<>PX"
+INK = "#123456"  # which the page replaces by its own colour of text
+LIMITS = {False: (-50.0, 150.0), True: (0.5, 5.0)}  # a model further off is broken, and its number means nothing
 
 
-class Point(NamedTuple):
-    """A value at a share of bytes read, the ends of its interval, all in words, and its place."""
+def curves(board: Board, perplexity: bool) -> tuple[str, Curves]:
+    """Return the name of a metric, and the curves of the block that has most points of it beside dense's.
 
-    read: float
-    value: float
-    low: float
-    high: float
-    text: str = ""
-    x: float = math.nan
-
-
-class Line(NamedTuple):
-    """The points of a method in a chart; `name` stands at the end of the line."""
-
-    label: str
-    points: Sequence[Point]
-    number: int
-    name: str
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Maps values to places on an axis."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        """Return the place of a value."""
-        low, high, value = ((math.log10(v) if self.log else v) for v in (self.low, self.high, value))
-        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """Return the places and the texts of round values."""
-        found: list[float] = []
-        if self.log:
-            low, high = math.log10(self.low), math.log10(self.high)
-            powers = [10.0**i for i in range(math.floor(low), math.ceil(high) + 1)]
-            found = [k * p for p in powers for k in ((1, 2, 5) if high - low < 2 else (1,))]
-            found = [v for v in found if self.low <= v <= self.high]
-            found = found[:: math.ceil(len(found) / MOST_TICKS) or 1]
-        if len(found) < 2:
-            rough = (self.high - self.low) / MOST_TICKS
-            power = 10.0 ** math.floor(math.log10(rough))
-            step = next(k * power for k in (1, 2, 5, 10) if k * power >= rough)
-            found = [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-        return [(self(v), f"{round(v, 9):,g}") for v in found]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart, in values.
-
-    Attributes:
-        title, note: above it.
-        lines: with `x` of each point.
-        span: values of x at the left and at the right end.
-        ticks: values of x, and their texts.
-        across: horizontal lines: kind, value, ends of the band.
-        log: whether the vertical axis is logarithmic.
-        cap: the lowest and the highest value drawn: a point beyond is drawn there.
-    """
-
-    title: str
-    note: str
-    lines: Sequence[Line]
-    span: tuple[float, float]
-    ticks: Sequence[tuple[float, str]]
-    across: Sequence[tuple[str, float, float, float]] = ()
-    log: bool = False
-    cap: tuple[float, float] = (-math.inf, math.inf)
-
-    def laid(self) -> dict[str, Any]:
-        """Return all places in the drawing, from its upper left corner."""
-
-        def capped(value: float) -> float:
-            return min(max(value, self.cap[0]), self.cap[1])
-
-        points = [p for line in self.lines for p in line.points if math.isfinite(p.value)]
-        ends = [capped(v) for p in points for v in p[1:4]] + [v for _, *values in self.across for v in values]
-        if self.log:
-            ends = [max(v, 0.001 * min(p.value for p in points)) for v in ends]
-        low, high = min(ends), max(ends)
-        room = max(1.05, (high / low) ** 0.05) if self.log else 0.05 * (high - low) or abs(0.1 * high) or 1.0
-        free = self.log or self.cap[0] != -math.inf or min(p.value for p in points) < 0
-        bounds = (low / room, high * room) if self.log else (low - room if free else max(0.0, low - room), high + room)
-        bottom = TOP + max(HEIGHT, LINE * len(self.lines))
-        x, y = Scale(*self.span, LEFT, RIGHT), Scale(*bounds, bottom, TOP, self.log)
-
-        def placed(p: Point) -> Point:
-            value, low, high = (y(capped(max(v, bounds[0]))) for v in (p.value, p.low, p.high))
-            return Point(p.read, value, low, high, p.text, x(p.x))
-
-        names = _apart_names([(y(capped(line.points[-1].value)), line) for line in self.lines], bottom)
-        return {
-            "height": bottom + 36, "bottom": bottom, "left": LEFT, "right": RIGHT, "width": WIDTH, "top": TOP,
-            "axis": AXIS, "xticks": [(x(v), t) for v, t in self.ticks], "yticks": y.ticks(),
-            "across": [(kind, *(y(max(v, bounds[0])) for v in values)) for kind, *values in self.across],
-            "lines": [
-                {
-                    "label": line.label, "name": line.name, "at": names[line.label],
-                    "colour": COLOURS[line.number % len(COLOURS)], "sign": sign(line.number),
-                    "points": [placed(p) for p in line.points if math.isfinite(p.value)],
-                }
-                for line in self.lines
-            ],
-        }  # fmt: skip
-
-
-def sign(number: int) -> str:
-    """Return the outline of a method's points."""
-    return [*SIGNS.values()][number % len(SIGNS)]
-
-
-def _apart_names(ends: Sequence[tuple[float, Line]], bottom: float) -> dict[str, float]:
-    """Return the heights of the names of lines, as near to the lines' ends as they fit without overlap."""
-    found = sorted((height, line.label) for height, line in ends)
-    down = list(itertools.accumulate((h for h, _ in found), lambda above, own: max(own, above + LINE)))
-    up = list(itertools.accumulate((h for h, _ in reversed(found)), lambda below, own: min(own, below - LINE)))[::-1]
-    first, last = TOP, bottom - LINE * (len(found) - 1)  # of the first name
-    return {
-        label: round(min(max((a + b) / 2, first + LINE * i), last + LINE * i), 1)
-        for i, (a, b, (_, label)) in enumerate(zip(down, up, found, strict=True))
-    }
-
-
-def against_read(
-    title: str, note: str, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, int], dense: Sequence[Point],
-    chance: float | None = None, log: bool = False, cap: tuple[float, float] = (-math.inf, math.inf),
-) -> Chart:  # fmt: skip
-    """Return quality against bytes read: a line a method with its name at the end, side by side at every level.
-
-    Args:
-        title: of the chart.
-        note: beside it.
-        lines: label -> points, from the highest read to the lowest.
-        looks: label -> the number of its look.
-        dense: the rows that read everything, drawn as lines with a band.
-        chance: the value under guessing.
-        log: whether the vertical axis is logarithmic.
-        cap: the lowest and the highest value drawn; the name of a line that ends beyond says the value.
-    """
-    levels = _levels(p.read for points in lines.values() for p in points)
-    reach = levels[-1] - levels[0] or 0.2
-    gap = max(min((b - a for a, b in itertools.pairwise(levels)), default=reach), reach / 8)
-    # Of one read, points go aside, so that they and their intervals do not hide each other.
-    step = 0.5 * gap / len(lines)
-    made = []
-    for i, (label, points) in enumerate(lines.items()):
-        name = label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}\u2026"
-        name += "" if cap[0] <= points[-1].value <= cap[1] else f": {points[-1].value:,.3g}"
-        placed = [p._replace(x=p.read + ((len(lines) - 1) / 2 - i) * step) for p in points]
-        made.append(Line(label, placed, looks[label], name))
-    ticks: list[float] = []
-    least = 0.99 * (levels[-1] - levels[0]) / MOST_TICKS  # so that rounding drops none of evenly spaced levels
-    for level in levels:
-        ticks += [level] if not ticks or level - ticks[-1] >= least else []
-    across = [("dense", *p[1:4]) for p in dense] + ([] if chance is None else [("guessing", chance, chance, chance)])
-    return Chart(
-        title, note, made, (levels[-1] + 0.4 * gap, levels[0] - 0.4 * gap), [(v, percent(v)) for v in ticks], across,
-        log, cap,
-    )  # fmt: skip
-
-
-def _levels(reads: Iterable[float]) -> list[float]:
-    """Return the levels of weights read, from the lowest; values closer than a board's level are one."""
-    levels: list[list[float]] = []
-    for read in sorted(reads):
-        if not levels or read - levels[-1][-1] > WIDTH_OF_LEVEL:
-            levels.append([])
-        levels[-1].append(read)
-    return [statistics.mode(level) for level in levels]
-
-
-def curves(block: Block) -> dict[str, list[BoardRow]]:
-    """Return method -> the rows that have a quality beside dense's, from the highest read to the lowest."""
-    first, found = next(iter(block.tasks), ""), dict[str, list[BoardRow]]()
-    for row in block.rows:
-        quality = row.quality.get(first)
-        if quality and row.kind not in (CONTROL, GUESSING) and (quality.share or (_by_times(block) and quality.times)):
-            found.setdefault(row.label, []).append(row)
-    return {label: sorted(rows, key=lambda row: -row.read) for label, rows in sorted(found.items())}
-
-
-def _by_times(block: Block) -> bool:
-    """Whether the block's first metric is a perplexity."""
-    return metrics.kind_of(next(iter(block.tasks), "")).group == metrics.PERPLEXITY
-
-
-def of_block(block: Block, looks: Mapping[str, int], note: str = "") -> Chart | None:
-    """Return the quality of a block relative to dense's, with 95 % intervals; None without a method beside dense.
-
-    Args:
-        block: with the rows to draw.
-        looks: label -> the number of its look.
-        note: beside the title.
-    """
-    first, times = next(iter(block.tasks), ""), _by_times(block)
-    lines: dict[str, list[Point]] = {}
-    for label, rows in curves(block).items():
-        for row in rows:
-            quality = row.quality[first]
-            found = quality.share or quality.times
-            if found is None or not math.isfinite(found.value):
-                continue
-            value, ends = found
-            low, high = ends or (value, value)
-            text = (multiple if times else percent)(value, *(ends or ()))
-            if not times:
-                value, low, high = 100 * value, 100 * low, 100 * high
-            lines.setdefault(label, []).append(
-                Point(row.read, value, low, high, f"{label} at {percent(row.read)}: {text}")
-            )
-    if not lines:
-        return None
-    chance = metrics.kind_of(first).chance
-    what = "x dense, lower is better" if times else "% of dense above guessing" if chance else "% of dense"
-    title, whole = ("Perplexity", 1.0) if times else ("Quality", 100.0)
-    return against_read(
-        title, "; ".join(filter(None, (what, note))), lines, looks, [Point(1, whole, whole, whole)], None, times,
-        (0.5, MOST_TIMES) if times else (-50.0, 150.0),
-    )  # fmt: skip
-
-
-def picture(board: Board, form: str) -> bytes:
-    """Return the quality of a board's first block that has any, as a file of its own.
+    There is nothing to draw where all points are of one read. Rounding to several numbers of bits is one curve.
 
     Args:
         board: of one model.
-        form: `png`, `svg` or `pdf`.
+        perplexity: whether to return perplexities, as multiples of dense's; else what is left of dense's quality
+            above guessing, in per cent.
     """
-    block = next(b for b in board.blocks if curves(b))
-    chart = of_block(block, {label: i for i, label in enumerate(curves(block))})
-    assert chart is not None
-    return drawn(chart, board.model, form)
+    candidates: list[tuple[str, Curves]] = [("", {})]
+    scale = 1.0 if perplexity else 100.0
+    metrics_of = (
+        (block.rows, metric) for block in board.blocks for metric in block.tasks
+        if perplexity == (metrics.kind_of(metric).group == metrics.PERPLEXITY)
+    )  # fmt: skip
+    for rows, metric in metrics_of:
+        points: dict[str, list[tuple[float, ...]]] = {}
+        families = [re.sub(r"\d+", "N", row.label, count=1) for row in rows if row.kind == ROUNDING]
+        for row in rows:
+            quality, family = row.quality.get(metric), re.sub(r"\d+", "N", row.label, count=1)
+            ratio = quality and (quality.times if perplexity else quality.share)
+            if ratio and row.kind not in (CONTROL, GUESSING) and math.isfinite(ratio.value):
+                values = [scale * v for v in (ratio.value, *(ratio.interval or (ratio.value, ratio.value)))]
+                points.setdefault(family if families.count(family) > 1 else row.label, []).append((row.read, *values))
+        reads = [point[0] for of_label in points.values() for point in of_label]
+        if reads and max(reads) - min(reads) > WIDTH_OF_LEVEL:
+            candidates.append((metric, {label: sorted(points[label], reverse=True) for label in sorted(points)}))
+    return max(candidates, key=lambda candidate: sum(map(len, candidate[1].values())))
 
 
-def drawn(chart: Chart, subject: str, form: str) -> bytes:
-    """Return a chart as a file of its own.
+def charts(board: Board, form: str = "svg") -> list[tuple[str, bytes]]:
+    """Return the titles and pictures of at most two charts: quality above guessing, and perplexity."""
+    shown = [(False, *curves(board, False)), (True, *curves(board, True))]
+    labels = [label for _, _, lines in shown for label, points in lines.items() for _ in points]
+    looks = sorted({*labels}, key=lambda label: (-labels.count(label), label))  # the same in both
+    pictures = []
+    for times, metric, lines in shown:
+        unit = "% of dense above guessing" if metrics.kind_of(metric).chance else "% of dense"
+        title = f"{board.model}: {metrics.title_of(metric)}, {'x dense, lower is better' if times else unit}"
+        if lines:
+            pictures.append((title, plot(title, lines, looks, times, form)))
+    return pictures
+
+
+def draw(board: Board, form: str) -> bytes | None:
+    """Return the first chart of a board as a file of its own; None without one. form: `png`, `svg` or `pdf`."""
+    return next((picture for _, picture in charts(board, form)), None)
+
+
+def plot(title: str, lines: Curves, looks: Sequence[str], times: bool, form: str) -> bytes:
+    """Return a chart: a line a label, whose name stands beside its end, from the highest read to the lowest.
 
     Args:
-        subject: before its title. form: `png`, `svg` or `pdf`.
+        title: above it.
+        lines: label -> points, from the highest read to the lowest.
+        looks: labels in the order of colours and markers.
+        times: whether values are multiples of dense's, on a logarithmic axis, and not per cent of it.
+        form: `svg`, `png` or `pdf`.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    dense = 1.0 if times else 100.0
+    least, most = LIMITS[times]  # a point beyond is drawn there, and its name says its value
+    points = [point for of_label in lines.values() for point in of_label]
+    ends = [min(max(v, least), most) for point in points for v in point[1:]] + [dense]
+    room = (max(ends) / min(ends)) ** 0.06 if times else 0.06 * (max(ends) - min(ends)) or 1.0
+    bottom, top = (min(ends) / room, max(ends) * room) if times else (min(ends) - room, max(ends) + room)
+    aside = (max(p[0] for p in points) - min(p[0] for p in points) or 0.1) / 16 / len(lines)
+    height, picture = HEIGHT + max(0.0, LINE * (len(lines) - 13)), io.BytesIO()
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
+    settings = {"text.parse_math": False, "svg.hashsalt": title, "svg.fonttype": "none", "font.size": 9, **colours}
+    with mpl.rc_context(settings), warnings.catch_warnings():  # type: ignore[arg-type]
+        warnings.simplefilter("ignore")  # letters that its own font lacks; a browser has them
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(yscale="log" if times else "linear", ylim=(bottom, top), xlabel="FFN bytes read")
+        axes.set_title(printable(title), fontsize=9, loc="left", pad=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#808080", alpha=0.3, linewidth=0.5)
+        axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5]) if times and top > 2 else MaxNLocator(6))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}{'x' if times else ' %'}"))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v)))
+        names = []
+        for i, (label, of_label) in enumerate(lines.items()):
+            # Points of one read stand side by side, so that they and their intervals do not hide each other.
+            xs = [read + ((len(lines) - 1) / 2 - i) * aside for read, *_ in of_label]
+            ys = [min(max(value, least), most) for _, value, *_ in of_label]
+            look, last = looks.index(label), of_label[-1][1]
+            colour, style = COLOURS[look % len(COLOURS)], "--" if label.startswith("dense") else "-"
+            axes.vlines(xs, [max(low, bottom) for *_, low, _ in of_label], [p[3] for p in of_label], colour, alpha=0.4)
+            axes.plot(xs, ys, style, color=colour, marker=MARKERS[look % len(MARKERS)], markersize=4, linewidth=1.2)
+            name = label.partition(" (")[0]  # without the settings of all rows
+            name = name if len(name) < 25 else f"{name[:8]}…{name[-15:]}"
+            said = "" if last == ys[-1] else f": {multiple(last) if times else percent(last / 100)}"
+            names.append((ys[-1], name + said, colour, xs[-1]))
+        axes.xaxis.set_inverted(True)
+        axes.axhline(dense, color=INK, linewidth=0.8)
+        names.append((dense, "dense", INK, axes.get_xlim()[1]))
+        places = [axes.transAxes.inverted().transform(axes.transData.transform((0, y)))[1] for y, *_ in sorted(names)]
+        for at, (y, name, colour, x) in zip(_apart(places, LINE / (height - 60)), sorted(names), strict=True):
+            arrow = {"arrowstyle": "-", "linestyle": ":", "color": colour, "alpha": 0.6, "relpos": (0, 0.5)}
+            text = axes.annotate(printable(name), (x, y), (1.03, at), textcoords="axes fraction", arrowprops=arrow)
+            text.set(color=colour, va="center")
+        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+        figure.savefig(picture, format=form, dpi=180, metadata=undated.get(form, {}))
+    return picture.getvalue()
 
-    laid, kept = chart.laid(), io.BytesIO()
-    plain: dict[Any, Any] = {"text.parse_math": False, "svg.hashsalt": "dart-eval"}
-    with mpl.rc_context(plain):
-        figure = Figure(figsize=(WIDTH / 50, (laid["height"] + 14) / 50))
-        axes = figure.add_axes((0, 0, 1, laid["height"] / (laid["height"] + 14)), frameon=False)
-        axes.set(xlim=(0, WIDTH), ylim=(laid["height"], 0), xticks=[], yticks=[])
-        axes.text(LEFT, -2, f"{subject}: {chart.title}, {chart.note}", fontsize=11)
-        for y, text in laid["yticks"]:
-            axes.plot([LEFT, RIGHT], [y, y], color="#8888884d", linewidth=0.6)
-            axes.text(LEFT - 4, y, text, ha="right", va="center")
-        for x, text in [*laid["xticks"], ((LEFT + RIGHT) / 2, f"\n{AXIS}")]:
-            axes.text(x, laid["bottom"] + 4, text, ha="center", va="top")
-        for kind, y, *_ in laid["across"]:
-            axes.plot([LEFT, RIGHT], [y, y], color="#000000", linewidth=0.8)
-            axes.text(LEFT + 3, y - 1, kind, va="bottom", fontsize=8)
-        for line, marker in zip(laid["lines"], itertools.cycle(SIGNS), strict=False):
-            xs, ys = [p.x for p in line["points"]], [p.value for p in line["points"]]
-            axes.vlines(xs, [p.high for p in line["points"]], [p.low for p in line["points"]], line["colour"],
-                        alpha=0.4)  # fmt: skip
-            axes.plot(xs, ys, color=line["colour"], marker=marker, markersize=5)
-            axes.plot([xs[-1], RIGHT + 6], [ys[-1], line["at"]], ":", color=line["colour"], linewidth=0.6)
-            axes.text(RIGHT + 8, line["at"], line["name"], color=line["colour"], va="center")
-        metadata = {"Date": None} if form == "svg" else {"CreationDate": None} if form == "pdf" else {}
-        figure.savefig(kept, format=form, dpi=180, metadata=metadata)
-    return kept.getvalue()
+
+def _apart(places: Sequence[float], gap: float) -> list[float]:
+    """Return places that are at least a gap apart, as near to sorted places between 0 and 1 as they fit."""
+    up = itertools.accumulate(places, lambda below, place: max(place, below + gap))
+    down = [*itertools.accumulate(reversed(places), lambda above, place: min(place, above - gap))]
+    spare = 1 - gap * (len(places) - 1)
+    return [
+        min(max((a + b) / 2, gap * i), spare + gap * i) for i, (a, b) in enumerate(zip(up, down[::-1], strict=True))
+    ]
+
+
+def inline(board: Board) -> list[Markup]:
+    """Return the charts as elements of the page, in its font and its colour of text."""
+    elements = []
+    for title, svg in charts(board):
+        box, body = re.findall(r'(?s)viewBox="([\d. ]+)".*?(<g id="figure_1">.*)</svg>', svg.decode())[0]
+        body = re.sub(r' id="[A-Za-z2.]+_\d+"| font-family: [^;]*;', "", body).replace("xlink:href", "href")
+        body = body.replace("fill: #ffffff", "fill: none").replace(INK, "currentColor")
+        elements.append(Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(title)}">{body}</svg>'))
+    return elements

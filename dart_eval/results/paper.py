@@ -1,0 +1,461 @@
+"""Tables of a paper and verdicts on its claims: a pivot of `frame.lines`, merged with the cells that the paper wants.
+
+The best row of a column is bold only where the paired test says so. A claim holds if the paired 95 % interval lies on
+its side, fails if it lies on the other, and is open in between.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from dart_eval.results import metrics, stats
+from dart_eval.results.cells import cell_of
+from dart_eval.results.documents import Compared
+from dart_eval.results.format import THREE, number, short
+from dart_eval.results.format import sparsity as percent
+from dart_eval.results.frame import beside_dense, cells_frame, lines_of, paired, typed, with_distances
+from dart_eval.results.inputs import DENSE, identity, model_of
+from dart_eval.results.record import Record
+from dart_eval.results.show import Table
+from dart_eval.results.stats import Estimate, share
+from dart_eval.results.store import Store
+from dart_eval.results.tables import cut_prompts, upper_bounds
+from dart_eval.util.bits import LAST_BITS
+from dart_eval.util.errors import UserError
+
+MEAN, ANY = "mean", "any"  # a table's last column; as a claim's column: at least one of them
+ALIKE = 0.05  # effective sparsities within this of the highest one are compared: a method may run dense for long
+HOLDS, FAILS, OPEN = "holds", "fails", "open"
+CSV = ["table", "row", "method", "params", "sparsity", "column", "tasks", "metric", "value", "stderr", "n", "p", "bold"]
+OTHERS = ["line", "block", "level", "scope", "bits", "up", "chance", "terms", "effective", "rival"]  # of a number
+FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int, str]] = {  # costs: values, digits, unit
+    "state_mib": (lambda cells: cells["memory_state"] / 2**20, 3, " MiB"),
+    "peak_mib": (lambda cells: cells["memory_peak"] / 2**20, 0, " MiB"),
+    "overhead_percent": (lambda cells: 100 * cells["flops_overhead_share"], 4, " %"),
+    "flops_per_token": (lambda cells: cells["flops_decode_step_pruned"] / cells["flops_decode_step_dense"], 3, ""),
+    "remasks_per_1000": (lambda cells: 1000 * cells["remasks"] / cells["tokens"].clip(1), 2, " per 1,000 tokens"),
+}
+SHAPED = {"state MB": 1e6, "overhead %": 0.01}  # costs of a claim on a shape, and their units
+NOTE = (
+    "Value ± standard error; accuracies and similarities are in per cent. Bold: better than every other pruned row of "
+    f"its sparsity (paired test, Holm p < .05); rows with an effective sparsity more than {ALIKE} below the highest "
+    "take no part. effective: share of the FFN weights that tokens did not read; read: share that a pruned one reads."
+)
+NOTE_ON_CLAIMS = (
+    "measured: difference of the two rows (perplexities in nats), or their ratio (accuracies above guessing), with the "
+    "paired 95 % interval. holds: it lies on the claim's side; fails: on the other side; open: it covers both, or a "
+    "task has too few documents. Of at least one column the best is shown, its p Holm-adjusted over all; the claim "
+    "fails only if all were measured. A verdict is of the models and documents measured here, not of the paper's."
+)
+
+
+class Part(BaseModel):
+    """A part of a paper's file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+class Claim(Part):
+    """A row is better than another, by so much (`by`) or so many times (`times`), or a cost is `at_most` so large.
+
+    The numbers are those of a `table`, or are counted on the `shape` of a model without weights.
+    """
+
+    claim: str
+    source: str = ""
+    table: str = ""
+    rows: tuple[str, ...] = ()
+    column: str
+    metric: str = ""  # of the columns that `any` means; empty: that of the first one
+    sparsity: float = Field(ge=0, lt=1)
+    by: float | None = None
+    times: float | None = None
+    at_most: float | None = None
+    shape: str = ""
+    method: str = ""
+    prompt: int = Field(1024, ge=1, le=2**20)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if bool(self.table) == bool(self.shape) or (self.by is not None and self.times is not None):
+            raise ValueError("a claim has either a table or a shape, and at most one of `by` and `times`")
+        if len(self.rows) != (0 if self.shape else 2 if self.at_most is None else 1):
+            raise ValueError("a claim on a table has two rows, or one and at_most; on a shape none")
+        if self.shape and (self.at_most is None or self.column not in SHAPED):
+            raise ValueError(f"a claim on a shape has at_most, and a column: {' or '.join(SHAPED)}")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """A table that a paper wants.
+
+    Attributes:
+        notes: sentences of its own.
+        picture: whether its first column, or its mean, is drawn over the sparsities.
+        cells: a row for each line, column and task: the inputs that are `asked` of its cell (None: none fits), its
+            model as the user named it, its `share` in the number, and its place; `value` if another publication has it.
+    """
+
+    name: str
+    title: str
+    notes: Sequence[str]
+    picture: bool
+    cells: pd.DataFrame
+
+    @property
+    def heads(self) -> dict[str, str]:
+        """Column -> its metric or cost."""
+        return dict(zip(self.cells["column"], self.cells["metric"], strict=True))
+
+
+class Sides(NamedTuple):
+    """Two rows in a column, the better direction up."""
+
+    head: str
+    metric: str
+    n: int
+    a: Estimate
+    b: Estimate
+
+
+class Paper:
+    """The numbers of tables, from the cells of a results folder.
+
+    Args:
+        store: the folder, for samples.
+        records: its cells, by the model as the user named it.
+        sheets: the tables.
+        missing: task -> the reason why it could not run.
+        command: the command line that writes the tables, for their provenance.
+
+    Raises:
+        UserError: the cells of one name are of several models.
+    """
+
+    def __init__(
+        self, store: Store, records: Mapping[str | None, Sequence[Record]], sheets: Sequence[Sheet],
+        missing: Mapping[str, str], command: str,
+    ) -> None:  # fmt: skip
+        for cells_of_name in records.values():
+            models = {json.dumps(r.inputs["model"], sort_keys=True): model_of(r.inputs["model"]) for r in cells_of_name}
+            if len(models) > 1:
+                problem = f"a paper's tables are of one model, not of {', '.join(sorted(models.values()))}"
+                raise UserError(problem, "give each model an --output of its own")
+        self.records = {r.key: r for cells in records.values() for r in cells}  # a model may have two names
+        self.sheets, self.missing, self.command = {sheet.name: sheet for sheet in sheets}, missing, command
+        wanted = pd.concat([sheet.cells.assign(table=sheet.name) for sheet in sheets], ignore_index=True)
+        texts = any(name.startswith("dense_") for name in wanted["metric"])  # are compared only where that is shown
+        cells = with_distances([cell_of(store, r) for r in self.records.values()], texts)
+        self.cells = {cell.key: cell for cell in cells}
+        self.costs = cells_frame([*self.records.values()]).set_index("key")
+        self.lines = typed(lines_of(beside_dense(cells)[0], [*self.records.values()]))
+        self.numbers = self._with_best(self._numbers(wanted[wanted["value"].isna()], records))
+
+    def of(self, table: str) -> pd.DataFrame:
+        """Return the numbers of a table, with the columns `CSV` and `OTHERS`; no row if nothing was measured."""
+        return self.numbers[self.numbers["table"] == table]
+
+    def _numbers(self, wanted: pd.DataFrame, records: Mapping[str | None, Sequence[Record]]) -> pd.DataFrame:
+        """Return the numbers all of whose cells are there: each a mean over `terms`, of a share, a task and a key."""
+        # Inputs that cells share. What a column without these two settings has is not that of the first cell.
+        common = {name: {**cells[0].inputs, "gen_kwargs": None, "ffn_bits": None} for name, cells in records.items()}
+        keys = {identity(r.inputs): key for key, r in self.records.items()}
+        keys_of_cells = [
+            keys.get(identity({**common[model], **asked})) if asked and model in common else None
+            for model, asked in zip(wanted["model"], wanted["asked"], strict=True)
+        ]
+        costs = [
+            self.costs[["task"]].assign(metric=name, value=values(self.costs), n=0).reset_index()
+            for name, (values, *_) in FIELDS.items() if name in {*wanted["metric"]}
+        ]  # fmt: skip
+        names = ["key", "task", "metric", "value", "stderr", "n", "chance", "higher_is_better"]
+        known = pd.concat([self.lines, *costs])[names]
+        numbers = []
+        terms_of = wanted.drop(columns="value").assign(key=keys_of_cells).merge(known, "left", names[:3])
+        for _, terms in terms_of.groupby(["table", "line", "column"], sort=False):
+            if terms["n"].isna().any():
+                continue
+            value, error, chance = (
+                terms["share"] * terms[name].astype(float) for name in ("value", "stderr", "chance")
+            )
+            cells = [self.records[key] for key in terms["key"]]
+            mean = terms.iloc[0].to_dict() | {
+                "tasks": "+".join(terms["task"]), "n": int(terms["n"].sum()), "p": math.nan, "bold": False,
+                "value": value.sum(skipna=False), "stderr": (error**2).sum(skipna=False) ** 0.5,
+                "chance": chance.sum(skipna=False), "effective": sum(r.effective_sparsity for r in cells) / len(cells),
+                "up": {True: 1, False: -1}.get(terms["higher_is_better"].iloc[0], 0),
+                "terms": [*zip(terms["share"], terms["task"], terms["key"], strict=True)],
+                "rival": terms["block"].iloc[0] > 0 and all(map(_is_pruner, cells)),
+            }  # fmt: skip
+            if not terms["task"].is_unique:  # its cells share documents
+                estimate = _mean(self._beside(mean, mean), lambda metric: metric.estimate(metric.a, False))
+                mean["stderr"] = estimate and estimate.stderr
+            numbers.append(mean)
+        return typed(pd.DataFrame(numbers, columns=[*CSV, *OTHERS], dtype=object))
+
+    def _beside(self, a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[tuple[float, Compared]]:
+        """Return the shares and cells of two numbers of a column beside each other; nothing if one does not pair."""
+        beside = [
+            (part, metric)
+            for (part, task, ours), (_, _, theirs) in zip(a["terms"], b["terms"], strict=True)
+            for metric in paired(self.cells[ours], self.cells[theirs]) if metric.a.name == (task, a["metric"])
+        ]  # fmt: skip
+        return beside if len(beside) == len(a["terms"]) else []
+
+    def _sides(self, a: Mapping[Any, Any], b: Mapping[Any, Any], ratio: bool) -> Sides | None:
+        """Return two numbers as estimates; None if nobody knows which is better, or for their ratio what guessing has.
+
+        Args:
+            a, b: of one column.
+            ratio: whether accuracies count from guessing; logarithms have no ratio.
+        """
+        sides: list[list[Estimate]] = [[], []]
+        for part, metric in (beside := self._beside(a, b)):
+            up, logarithm = metric.metric.higher_is_better, metric.kind in ("log-perplexity", "bits")
+            if up is None or (ratio and (metric.chance is None or logarithm)):
+                return None
+            weight = (part if up else -part) * (math.log(2) if metric.kind == "bits" else 1.0)  # in nats
+            for side, measure in zip(sides, (metric.a, metric.b), strict=True):
+                side.append(metric.estimate(measure, ratio).times(weight))
+        return Sides(a["column"], a["metric"], int(a["n"]), *map(_sum, sides)) if beside else None
+
+    def _with_best(self, numbers: pd.DataFrame) -> pd.DataFrame:
+        """Return the numbers with `p` and `bold` of the best pruned one of each block, column and scope.
+
+        `p` is its largest p against the others, after Holm. Rows that run dense for so long that their effective
+        sparsity is lower by more than `ALIKE` take no part.
+        """
+
+        def p_of(a: pd.Series, b: pd.Series) -> float | None:
+            beside = self._beside(a, b)
+            lost = _mean(beside, lambda metric: metric.lost)
+            return beside[0][1].test.p if len(beside) == 1 else lost.p if lost else None
+
+        rivals = numbers[numbers["rival"].astype(bool) & (numbers["up"] != 0)]
+        for _, side in rivals.groupby(["table", "block", "column", "scope"]):
+            most = side.groupby("bits")["effective"].transform("max")  # what rounding saves is no sparsity
+            side = side[~(side["effective"] < most - ALIKE)]
+            if len(side) < 2 or side["value"].isna().any():
+                continue
+            best = (side["up"] * side["value"]).idxmax()
+            tests = [p_of(side.loc[best], other) for i, other in side.iterrows() if i != best]
+            if None not in tests:
+                p = max(p for p in stats.holm(tests) if p is not None)
+                numbers.loc[best, ["p", "bold"]] = p, p < stats.ALPHA
+        return numbers
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    def table(self, sheet: Sheet) -> Table:
+        """Return a table without the columns that have no number, and without lines if none has. Its data are `CSV`."""
+        numbers, lines = self.of(sheet.name), [*sheet.cells.drop_duplicates("line").itertuples()]
+        heads = [head for head in sheet.heads if head in {*numbers["column"]}]
+        reported = sheet.cells[sheet.cells["value"].notna()]
+        texts = {(v.line, v.column): _text(v.metric, v.value) for v in reported.itertuples()}
+        texts |= {(v.line, v.column): _text(v.metric, v.value, v.stderr) for v in numbers.itertuples()}
+        for line, of_line in numbers.groupby("line"):
+            effective, read = self.costs.loc[_keys(of_line), ["effective_sparsity", "weights_read"]].mean()
+            texts |= {(line, "effective"): THREE(effective), (line, "read"): THREE(read)}
+        gaps = dict.fromkeys(reported["line"], "")
+        body = [
+            [line.row, percent(line.sparsity)]
+            + [texts.get((line.line, head), gaps.get(line.line, "-")) for head in (*heads, "effective", "read")]
+            for line in lines
+        ]
+        chances = numbers[numbers["chance"] > 0].groupby("column")["chance"].first()
+        unpruned, more = sum(line.block == 0 for line in lines), int(len(chances) > 0)
+        guessing = [_text(sheet.heads[head], chances[head]) if head in chances else "" for head in heads]
+        body[unpruned:unpruned] = [["guessing", "", *guessing, "", ""]] * more
+        place = {line.line: i + more * (i >= unpruned) for i, line in enumerate(lines)}
+        sizes = numbers[(numbers["n"] > 0) & (numbers["column"] != MEAN)].groupby("column")["n"].agg(set)
+        counted = [f"{head} (n={min(sizes[head])})" if len(sizes.get(head, ())) == 1 else head for head in heads]
+        bold = {(place[v.line], 2 + heads.index(v.column)) for v in numbers[numbers["bold"].astype(bool)].itertuples()}
+        rules = {place[b.line] for a, b in itertools.pairwise(lines) if a.block != b.block}
+        return Table(
+            sheet.title, ["method", "sparsity", *counted, "effective", "read"], body if heads else [],
+            self._notes(sheet, heads), frozenset(bold), frozenset(rules), numbers[CSV],
+        )  # fmt: skip
+
+    def _notes(self, sheet: Sheet, heads: Sequence[str]) -> list[str]:
+        """Return the sentences below a table with numbers in some columns."""
+        why: dict[str, dict[str, None]] = {}
+        for cell in sheet.cells[~sheet.cells["column"].isin([*heads, MEAN])].itertuples():
+            reason = self.missing.get(cell.task, f"no cell of {cell.task} has {cell.metric} as a number of its own")
+            why.setdefault(reason, {})[cell.column] = None
+        notes = [*sheet.notes, *(f"Not measured: {', '.join(names)} ({reason})." for reason, names in why.items())]
+        cells = sorted((self.records[key] for key in _keys(self.of(sheet.name))), key=lambda r: r.created)
+        if not cells:
+            return notes
+        settings = {
+            "model": [model_of(r.inputs["model"]) for r in cells], "code": [str(r.inputs["code"])[:8] for r in cells],
+            "on": [f"{r.environment.get('gpu', r.inputs['device'])} in {r.inputs['dtype']}" for r in cells],
+        }  # fmt: skip
+        source = "; ".join(f"{name} {' and '.join(dict.fromkeys(values))}" for name, values in settings.items())
+        dates = f"{cells[0].created[:10]} to {cells[-1].created[:10]}"
+        source = f"Made of {len(cells)} cells: {source}; {dates}: {self.command}"
+        return [NOTE, *notes, *upper_bounds(cells), *cut_prompts(cells), source]
+
+    def picture(self, sheet: Sheet) -> bytes | None:
+        """Return the first column of a table, or its mean, over the sparsities as SVG; None without a pruned row."""
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        head = MEAN if MEAN in sheet.heads else next(iter(sheet.heads))
+        kind, numbers = metrics.kind_of(sheet.heads[head]), self.of(sheet.name)
+        numbers = numbers[(numbers["column"] == head) & numbers["value"].map(math.isfinite)]
+        numbers = numbers.assign(
+            **{name: (100 if kind.percent else 1) * numbers[name] for name in ("value", "stderr", "chance")}
+        )
+        pruned = numbers[numbers["sparsity"] > 0].sort_values("sparsity")
+        if pruned.empty:
+            return None
+        with matplotlib.rc_context({"svg.hashsalt": "", "svg.fonttype": "none"}):  # the same bytes every time
+            figure = Figure(figsize=(7, 4.2), layout="constrained")
+            axes = figure.subplots()
+            for label, row in pruned.groupby("row", sort=False):
+                half = 1.96 * row["stderr"].fillna(0)
+                axes.errorbar(100 * row["sparsity"], row["value"], half, marker="o", capsize=3, label=label)
+            dense = numbers["value"][(numbers["method"] == DENSE) & (numbers["bits"] == "None")]
+            for label, levels, style in (("dense", dense, "--"), ("guessing", numbers["chance"], ":")):
+                for level in levels[levels > 0].head(1):
+                    axes.axhline(level, color="black", linestyle=style, label=label)
+            name = f"{head}: {metrics.title_of(sheet.heads[head])}{', %' if kind.percent else ''}, 95 % intervals"
+            axes.set(title=sheet.title, xlabel="FFN sparsity, %", ylabel=name)
+            axes.legend()
+            figure.savefig(image := io.BytesIO(), format="svg", metadata={"Date": None})
+        return image.getvalue()
+
+    # -- claims --------------------------------------------------------------------------------------------------------
+
+    def verdicts(self, claims: Sequence[Claim], counted: Mapping[Claim, float]) -> Table:
+        """Return the verdicts, a line a claim. counted: the costs of claims on a shape, in their units."""
+        body = []
+        for claim in claims:
+            if claim.at_most is None:
+                verdict = self._of_rows(claim)
+            elif claim.shape:
+                cost, unit = counted[claim], claim.column.split()[1]
+                verdict = _of_cost(claim, cost, f"{float(f'{cost:.2g}'):g}", f" {unit}, counted")
+            elif (row := self._number(claim, claim.rows[0], claim.column)) is None or math.isnan(row["value"]):
+                verdict = OPEN, "not measured", ""
+            else:
+                verdict = _of_cost(claim, row["value"], _text(row["metric"], row["value"]), FIELDS[row["metric"]][2])
+            body.append([f"{claim.claim} ({claim.source})" if claim.source else claim.claim, *verdict])
+        models = dict.fromkeys(model_of(r.inputs["model"]) for r in self.records.values())
+        notes = [NOTE_ON_CLAIMS, f"Models: {', '.join(models)}."]
+        return Table("Claims and verdicts", ["claim", "verdict", "measured", "n"], body, notes)
+
+    def _of_rows(self, claim: Claim) -> tuple[str, str, str]:
+        """Return the verdict on two rows, what was measured, and the number of documents."""
+        heads = {head: m for head, m in self.sheets[claim.table].heads.items() if head != MEAN and m not in FIELDS}
+        metric, several = claim.metric or next(iter(heads.values()), ""), claim.column in (ANY, MEAN)
+        names = [head for head, m in heads.items() if m == metric] if several else [claim.column]
+        pairs = [
+            (a, b) for head in names
+            if (a := self._number(claim, claim.rows[0], head)) is not None
+            and (b := self._number(claim, claim.rows[1], head)) is not None
+        ]  # fmt: skip
+        sides = [rows for a, b in pairs if (rows := self._sides(a, b, claim.times is not None))]
+        if pairs and not sides:
+            why = "its metric has no direction, no ratio, no known level of guessing, or is not of single documents"
+            return OPEN, f"not tested: {why}", ""
+        part = f"{len(sides)} of {len(names)} columns" if several and len(sides) < len(names) else ""
+        if sides and claim.column == MEAN:
+            a, b = (_sum(column).times(1 / len(sides)) for column in zip(*(rows[3:] for rows in sides), strict=True))
+            sides = [Sides(MEAN, metric, sum(rows.n for rows in sides), a, b)]
+        return judged(claim, sides, part)
+
+    def _number(self, claim: Claim, label: str, head: str) -> pd.Series | None:
+        """Return a number of a row in the claim's block, or in the first one; None if it was not measured."""
+        numbers = self.of(claim.table)
+        numbers = numbers[(numbers["block"] == 0) | (numbers["level"] == claim.sparsity)]
+        numbers = numbers[(numbers["row"] == label) & (numbers["column"] == head)]
+        return None if numbers.empty else numbers.iloc[0]
+
+
+def judged(claim: Claim, sides: Sequence[Sides], part: str = "") -> tuple[str, str, str]:
+    """Return the verdict on a claim on two rows, what was measured, and the number of documents.
+
+    Args:
+        sides: the rows in the claim's column, or in all columns of which one must bear it out.
+        part: `3 of 4 columns`, if not all of the claim's were measured.
+    """
+    if not sides:
+        return OPEN, "not measured", ""
+    if claim.times is None:
+        gaps = [rows.a - rows.b for rows in sides]
+        gaps = [replace(gap, value=gap.value - (claim.by or 0.0)) for gap in gaps]
+        tests = [gap.p for gap in gaps]
+    else:  # Fieller's interval is Student's
+        gaps = [rows.a - rows.b.times(claim.times) for rows in sides]
+        tests = [gap.student if share(rows.a, rows.b) else None for gap, rows in zip(gaps, sides, strict=True)]
+    adjusted = stats.holm([1.0 if p is None else p for p in tests])
+    proven = [i for i, p in enumerate(adjusted) if gaps[i].value > 0 and p is not None and p < stats.ALPHA]
+    failed = [i for i, p in enumerate(tests) if gaps[i].value < 0 and p is not None and p < stats.ALPHA]
+    fails = len(failed) == len(sides) and not (part and claim.column == ANY)  # another column may bear it out
+    best = sides[max(proven or range(len(sides)), key=lambda i: gaps[i].value)]
+    where = "; ".join([best.head] * (claim.column == ANY) + [part] * bool(part))
+    text = _measured(claim, best) + (f" ({where})" if where else "")
+    return HOLDS if proven else FAILS if fails else OPEN, text, str(best.n)
+
+
+def _measured(claim: Claim, rows: Sides) -> str:
+    """Return by how much, or how many times, a row is better, with the interval."""
+    kind, ratio, gap = metrics.kind_of(rows.metric), share(rows.a, rows.b), rows.a - rows.b
+    scale, limit = (100.0 if kind.percent else 1.0), claim.times
+    sign, digits, unit = ("+", 1, " points") if kind.percent else ("+", 3, "")
+    numbers = [scale * v for v in (gap.value, *(gap.interval or ()))]
+    if limit is None:
+        limit = scale * (claim.by or 0.0)
+    elif ratio is None:
+        return f"no ratio: the second row is not above {'guessing' if kind.chance else '0'} by more than noise"
+    else:
+        numbers, sign, digits, unit = [ratio.value, *(ratio.interval or ())], "", 2, " times"
+    for more in range(digits, digits + 5):  # as many digits as it takes to tell the numbers from the limit
+        value, *ends = texts = [f"{n:{sign}.{more}f}" for n in numbers]
+        if all(n == limit or float(t) != round(limit, more) for t, n in zip(texts, numbers, strict=True)):
+            break
+    return f"{value}{unit}" + (f" [{', '.join(ends)}]" if ends else "")
+
+
+def _of_cost(claim: Claim, cost: float, text: str, unit: str) -> tuple[str, str, str]:
+    """Return the verdict on a cost, and it as text; where that reads as the limit, more digits do."""
+    limit = claim.at_most or 0.0
+    return HOLDS if cost <= limit else FAILS, (f"{cost:g}" if float(text) == limit else text) + unit, ""
+
+
+def _is_pruner(record: Record) -> bool:
+    """Return whether a cell is of a pruner that can be used: neither a control nor an upper bound."""
+    inputs, settings = record.inputs, record.settings
+    return inputs["method"] != DENSE and settings.get("granularity") != LAST_BITS and not settings.get("upper_bound")
+
+
+def _keys(numbers: pd.DataFrame) -> list[str]:
+    """Return the cells of some numbers, each once."""
+    return list(dict.fromkeys(key for terms in numbers["terms"] for *_, key in terms))
+
+
+def _mean(beside: Sequence[tuple[float, Compared]], of: Callable[[Compared], Estimate]) -> Estimate | None:
+    """Return a weighted mean; None where its terms are no means of documents."""
+    means = beside and all(metric.kind == "mean" for _, metric in beside)
+    return _sum(of(metric).times(part) for part, metric in beside) if means else None
+
+
+def _sum(estimates: Iterable[Estimate]) -> Estimate:
+    first, *rest = estimates
+    return sum(rest, first)
+
+
+def _text(metric: str, value: float, stderr: float | None = None) -> str:
+    return number(value, FIELDS[metric][1]) if metric in FIELDS else short(metric, value, stderr)
