@@ -271,10 +271,10 @@ def test_a_group_is_all_positions_of_its_members():
     far = [Distance.of([(kl, True)] * n) for kl, n in ((1.0, 3), (2.0, 5), (4.0, 1))]
     costs = {("a", 0): Cost(distance=far[0]), ("a", 1): Cost(distance=far[1]), ("b", 0): Cost(distance=far[2]),
              ("c", 0): Cost(tokens=3)}  # fmt: skip
-    found = [Metric("all", "acc", 0.5, 0.1, 4, True), Metric("some", "acc,x", 0.5, 0.1, 2, True, "all"),
+    found = [Metric("all", "acc", 0.5, 0.1, 4, True), Metric("some", "acc", 0.5, 0.1, 2, True, "all", "x"),
              Metric("a", "acc", 0.5, 0.1, 2, True, "some"), Metric("c", "acc", 0.5, 0.1, 1, True, "all")]  # fmt: skip
     made = _distances(found, {"all": ["some", "b", "c"], "some": ["a"], "a": [], "b": []}, costs)
     kls = {m.task: m for m in made if m.metric.startswith("kl") and "_" not in m.metric}
-    assert {t: (m.metric, m.value, m.n, m.part_of) for t, m in kls.items()} == {
+    assert {t: (m.label, m.value, m.n, m.part_of) for t, m in kls.items()} == {
         "all": ("kl", 17 / 9, 3, None), "some": ("kl,x", 13 / 8, 2, "all"), "a": ("kl", 13 / 8, 2, "some"),
     }  # fmt: skip

@@ -135,7 +135,7 @@ def test_what_needs_plain_weights_is_left_out_before_the_first_cell(checkpoints,
         return [cell.method.name for cell in cells.values()], [note for note in watch.notes if "left out" in note]
 
     library = kind.partition("-")[0]
-    fixed = rf"--ffn-bits 4{{}} the weights of Linear are quantised \({library}\): others cannot stand in their place; "
+    fixed = rf"dense on 4 bits at sparsity 0{{}} the weights of Linear are quantised \({library}\): others cannot stand in their place; "
     fixed += "leave --ffn-bits out, or load the model unquantised"
     methods, notes = planned()
     assert methods == ["dense", "griffin", "dart"]
@@ -145,7 +145,7 @@ def test_what_needs_plain_weights_is_left_out_before_the_first_cell(checkpoints,
     with pytest.raises(UserError, match=f"^{fixed.format(':')}$"):
         planned(ffn_bits="4")
     methods, notes = planned(ffn_bits="16,4", method="dense,griffin")
-    assert methods == ["dense", "griffin"] and len(notes) == 1 and re.match(fixed.format(" is left out:"), notes[0])
+    assert methods == ["dense", "griffin"] and len(notes) == 2 and re.match(fixed.format(" is left out:"), notes[0])
 
 
 @pytest.mark.slow
