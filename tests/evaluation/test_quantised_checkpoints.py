@@ -135,8 +135,8 @@ def test_what_needs_plain_weights_is_left_out_before_the_first_cell(checkpoints,
         return [cell.method.name for cell in cells.values()], [note for note in watch.notes if "left out" in note]
 
     library = kind.partition("-")[0]
-    fixed = rf"dense on 4 bits at sparsity 0{{}} the weights of Linear are quantised \({library}\): others cannot stand in their place; "
-    fixed += "leave --ffn-bits out, or load the model unquantised"
+    fixed = rf"dense on 4 bits at sparsity 0{{}} the weights of Linear are quantised \({library}\): others cannot "
+    fixed += "stand in their place; leave --ffn-bits out, or load the model unquantised"
     methods, notes = planned()
     assert methods == ["dense", "griffin", "dart"]
     assert [note.startswith("grinqh at sparsity 0.5 is left out: ") for note in notes] == [True]
