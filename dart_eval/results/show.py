@@ -9,9 +9,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import rich.table
 from rich import box
 from rich.cells import cell_len
@@ -19,6 +18,9 @@ from rich.console import Console
 from rich.text import Text
 
 from dart_eval.util.text import folded, json_text, printable
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Format = Callable[[Any], str]
 Columns = Mapping[str, tuple[str, Format]]  # head -> the frame's column, and the format of a value
@@ -168,6 +170,8 @@ def _width(table: Table) -> int:
 def render(tables: Sequence[Table], form: str) -> str:
     """Return tables as `md` or `tex`, or the data of the first one, which all share, as `csv` or `json`."""
     if form in ("csv", "json"):
+        import pandas as pd  # slow to import: not for `--help`
+
         first = tables[0]
         return data_text(pd.DataFrame(first.body, columns=first.columns) if first.data is None else first.data, form)
     return "\n".join(map(markdown if form == "md" else latex, tables))
@@ -175,6 +179,8 @@ def render(tables: Sequence[Table], form: str) -> str:
 
 def data_text(frame: pd.DataFrame, form: str) -> str:
     """Return a frame as csv or json in full precision; what is missing or no number is empty or null."""
+    import pandas as pd  # slow to import: not for `--help`
+
     if form == "json":
         return json_text(finite(frame.astype(object).to_dict("records"))) + "\n"
     rows = [[*map(_csv_value, row)] for row in frame.itertuples(index=False, name=None)]
