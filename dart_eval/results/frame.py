@@ -115,10 +115,10 @@ def beside_dense(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list
     return rows, list(problems)
 
 
-def lines(store: Store, records: Sequence[Record], subtasks: bool = False, texts: bool = True) -> pd.DataFrame:
+def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> pd.DataFrame:
     """Return one row per cell and metric: its value, dense's on the same documents, and their comparison.
 
-    Beside the columns of `rows` there are `dense`, `chance` (the quality of guessing), `recovery` (the share of dense's
+    Beside what a record holds there are `dense`, `chance` (the quality of guessing), `recovery` (the share of dense's
     quality above chance) with its interval `recovery_low` and `recovery_high`, `difference` (of perplexities, of their
     logarithms) with `low` and `high`, `p` (two-sided, paired) and `p_holm`, over the tasks of one method and metric.
 
@@ -126,9 +126,8 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False, texts
         store: the folder, for samples.
         records: its cells.
         subtasks: whether to include the members of groups.
-        texts: whether to compare generated texts with dense's, which takes time.
     """
-    cells = with_distances([cell_of(store, record) for record in records], texts)
+    cells = with_distances([cell_of(store, record) for record in records])
     return lines_of(beside_dense(cells)[0], records, subtasks)
 
 

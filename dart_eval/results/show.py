@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Format = Callable[[Any], str]
 Columns = Mapping[str, tuple[str, Format]]  # head -> the frame's column, and the format of a value
-FORMATS = ("table", "md", "csv", "json", "tex")
 PLAIN_WIDTH = 100  # characters of a line where there is no terminal
 LINE = ("model", "task", "method", "claim", "cell", "cells", "sparsity", "FFN bytes\nread", "")  # they identify a line
 NAMES = ("method", "claim", "cell", "cells")  # columns that may go over several lines

@@ -297,11 +297,6 @@ class Estimate:
         count = len(self.units)
         return math.sqrt(count / (count - 1) * sum(u * u for u in self.units.values())) if count > 1 else None
 
-    @property
-    def is_exactly_zero(self) -> bool:
-        """Whether a difference is 0 in every unit, and the units are enough for a test."""
-        return not self.value and not any(self.units.values()) and self.smallest >= MIN_CLUSTERS
-
     @cached_property
     def tested(self) -> Tested | None:
         """The studentised bootstrap over units; None if they are too few, all the same, or not finite."""
