@@ -5,7 +5,6 @@ One JSON file, a line per document, in an order that depends only on the results
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Collection, Sequence
@@ -154,8 +153,8 @@ def _cell(part: _Part, source: str) -> Cell:
     measures = {}
     for task, label, up, members, by_task in part["measures"]:
         name, _, filter_ = label.partition(",")
-        metric = Metric(task, name, math.nan, None, 0, up, filter=filter_ or "none")
-        metric = dataclasses.replace(metric, weights="tasks") if by_task else metric
+        weights: Literal["documents", "tasks"] = "tasks" if by_task else "documents"
+        metric = Metric(task, name, math.nan, None, 0, up, filter=filter_ or "none", weights=weights)
         measure = measured(metric, members, frame)
         if measure is not None:
             measures[measure.name] = measure
