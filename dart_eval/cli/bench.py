@@ -83,7 +83,7 @@ def decode(
         rows.append(row)
         if output is not None:
             files.append(speeds.keep(output, speed))
-    show([row.to_json() for row in rows], [table(rows, timed.title)], format)
+    show([table(rows, timed.title)], format, data=[row.to_json() for row in rows])
     for file in files:
         say(f"wrote {file}", err=format != "table")
 
@@ -115,4 +115,4 @@ def overhead(
     for one in methods:
         print_note(f"counting {one.spec} on the shape of {shape}")
         results.append(measure(one, shape, sparsity))
-    show([dataclasses.asdict(result) for result in results], [table(results)], format)
+    show([table(results)], format, data=[dataclasses.asdict(result) for result in results])

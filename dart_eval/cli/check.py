@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dart_eval.cli.options import FORMATS, one_of, own
-from dart_eval.cli.view import put, say
+from dart_eval.cli.view import for_terminal, output, put, say
 from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import check_name, check_own, check_target, write
 
@@ -65,7 +64,7 @@ def check(
     from dart_eval.results import check as checking
     from dart_eval.results.baseline import load_baseline
     from dart_eval.results.cells import cells
-    from dart_eval.results.show import render, show
+    from dart_eval.results.show import render
 
     limits, then = checking.thresholds_from(thresholds), load_baseline(baseline)
     report = checking.check(cells(results), then, limits, str(baseline))
@@ -80,11 +79,13 @@ def check(
             raise UserError(f"GITHUB_STEP_SUMMARY {summary} cannot be written ({error.strerror})") from None
         for line in checking.workflow_commands(report):
             say(line, err=format in ("json", "csv", "tex"))  # GitHub reads both streams; data stay data
-    if format == "table" or (format is None and sys.stdout.isatty()):
+    if for_terminal(format):
         why = [checking.sentence(row) for row in checking.bad(report)]  # too long for a column
-        show(dataclasses.replace(table.without("why") if table.body else table, notes=[*why, *table.notes]))
+        table = dataclasses.replace(table.without("why") if table.body else table, notes=[*why, *table.notes])
+    if format == "json":
+        put(report.to_json())
     else:
-        put(report.to_json() if format == "json" else render([table], format or "md"))
+        output([table], format)
     if checking.bad(report):
         raise typer.Exit(1)
 

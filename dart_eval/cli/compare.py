@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dart_eval.cli.options import FORMATS, one_of, own
-from dart_eval.cli.view import put
+from dart_eval.cli.view import output, put
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
 from dart_eval.util.text import items_of
@@ -76,7 +75,6 @@ def compare(
         check_target(save)
         format = format_of(save, format, FORMATS[1:])
     from dart_eval.results import compare as comparing  # slow to import: options are refused first
-    from dart_eval.results.show import render, show
 
     places, metrics = [Path(folder) for folder in folders or [OUT]], items_of(metric or [])
     if given:
@@ -84,8 +82,7 @@ def compare(
         comparison = comparing.compare_within(name, a, b, places, metrics)
     else:
         comparison = comparing.compare_folders(places[0], places[1], metrics)
-    table = comparing.table(comparison)
-    if save is None and (format == "table" or (format is None and sys.stdout.isatty())):
-        show(table)
+    if format == "json":
+        put(comparison.to_json(), save)
     else:
-        put(comparison.to_json() if format == "json" else render([table], format or "md"), save)
+        output([comparing.table(comparison)], format, save)

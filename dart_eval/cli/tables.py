@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dart_eval.cli.options import BOARD, COSTS, FORMATS, one_of, own
-from dart_eval.cli.view import put
+from dart_eval.cli.view import output, put
 from dart_eval.evaluation.task_names import ALIASES
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
@@ -59,7 +58,7 @@ def tables(
     """
     from dart_eval.cli import views  # statistics: not for `--help`
     from dart_eval.results.frame import lines, of_tasks
-    from dart_eval.results.show import data_text, render, show
+    from dart_eval.results.show import data_text
     from dart_eval.results.store import Store
 
     _check_looks(view, metric=metric, level=level, explain=explain or None)
@@ -79,10 +78,7 @@ def tables(
         shown = views.board(store, records, metric, explain, level)
     else:
         shown = views.long(view, store, records, subtasks)
-    if save is None and (format == "table" or (format is None and (sys.stdout.isatty() or view == BOARD))):
-        show(*shown)
-    else:
-        put(render(shown, "md" if format in (None, "table") else format), save)
+    output(shown, format or ("table" if view == BOARD else None), save)
 
 
 def _check_looks(view: str, **looks: object) -> None:

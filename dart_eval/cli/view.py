@@ -240,18 +240,30 @@ def put(text: str, path: Path | None = None) -> None:
         say(f"wrote {path}")
 
 
-def output(data: list[Json], tables: Sequence[Table], format: str) -> None:
-    """Print data as `json` or `csv`, or their tables as `md`, `tex` or for the terminal."""
+def for_terminal(format: str | None) -> bool:
+    """Whether a format (None: not given) means tables drawn for a terminal."""
+    return format == "table" or (format is None and sys.stdout.isatty())
+
+
+def output(
+    tables: Sequence[Table], format: str | None = None, path: Path | None = None, data: Sequence[Json] = ()
+) -> None:
+    """Print tables, or write them to a file that the user named.
+
+    Args:
+        format: one of `options.FORMATS`; None: a table on a terminal, else md. In a file a table is md, too.
+        data: rows of csv and json, where the tables do not have them.
+    """
     import pandas as pd  # slow to import: not for `--help`
 
     from dart_eval.results.show import data_text, render, show
 
-    if format == "table":
+    if path is None and for_terminal(format):
         show(*tables)
-    elif format in ("csv", "json"):
-        put(data_text(pd.DataFrame(data, dtype=object), format))
+    elif data and format in ("csv", "json"):
+        put(data_text(pd.DataFrame(data, dtype=object), format), path)
     else:
-        put(render(tables, format))
+        put(render(tables, "md" if format in (None, "table") else format), path)
 
 
 def print_note(text: str) -> None:
