@@ -75,8 +75,6 @@ def evaluate(
         result = run.run_all(configs, tell, model=ready)
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
-    if result.lost:
-        raise RuntimeError(f"files of finished cells have been deleted: {result.lost[0][1][0]}")
     return lines(Store(first.output), result.records).to_dict("records")
 
 

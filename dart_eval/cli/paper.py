@@ -58,7 +58,7 @@ def paper(
         show_plan(runs(spec), verbose, skip_missing=True)
         return
     result, records, refused, counted = _run(spec, verbose)
-    if result.lost or (result.failed and not result.records):
+    if result.failed and not result.records:
         finish(result, output)
     if not result.records:
         raise UserError(f"no task could be loaded: {'; '.join(result.missing.values())[:300]}", "see --data-dir")
@@ -122,7 +122,6 @@ def _run(
             whole.records.extend(result.records)
             whole.failed.extend(result.failed)
             whole.missing.update(result.missing)
-            whole.lost.extend(result.lost)
     return whole, records, refused, counted
 
 

@@ -177,14 +177,10 @@ def load_libraries(tell: Tell, verbose: bool) -> None:
 
 
 def finish(result: RunResult, output: str) -> None:
-    """Exit with status 1 if cells failed, or if files of finished cells were deleted meanwhile."""
+    """Exit with status 1 if cells failed."""
     if result.failed:
         names = ", ".join(cell.title for cell in result.failed)
         say(f"failed: {names}; tracebacks in {output}/failed", err=True)
-    if result.lost:
-        names = ", ".join(f"{cell.title} ({files[0]})" for cell, files in result.lost)
-        say(f"missing: files of finished cells have been deleted: {names}; the same command runs them again", err=True)
-    if result.failed or result.lost:
         raise typer.Exit(1)
 
 

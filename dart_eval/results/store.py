@@ -224,12 +224,6 @@ class Store:
         scan.report()
         return scan.records
 
-    def missing(self, name: str, record: Record) -> list[Path]:
-        """Return the missing files of a finished cell."""
-        files = [self.file("cells", name, record.key)]
-        files += [self.folder / kind / known["name"] for kind, known in record.files.items()]
-        return [f for f in files if not f.is_file()]
-
     def samples(self, record: Record) -> list[Json]:
         """Return the samples of a record of this folder, one per document, task and filter.
 

@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -59,13 +58,11 @@ class RunResult:
         records: of all finished cells, in the plan's order.
         failed: cells that failed.
         missing: task -> why it could not be loaded (only where that was allowed).
-        lost: finished cells with files that have been deleted since, and these files.
     """
 
     records: list[Record]
     failed: list[Cell]
     missing: dict[str, str]
-    lost: list[tuple[Cell, list[Path]]] = field(default_factory=list)
 
 
 # -- which cells -------------------------------------------------------------------------------------------------
@@ -355,9 +352,7 @@ class Sweep:
                 names = ", ".join(cell.name for cell in todo)
                 self.tell(Event("wait", f"waiting for another process at work on {names}"))
                 time.sleep(POLL)
-        finished = [(cell, self.done[key]) for key, cell in self.cells.items() if key in self.done]
-        lost = [(cell, files) for cell, record in finished if (files := self.store.missing(cell.name, record))]
-        return RunResult([record for _, record in finished], self.failed, self.missing, lost)
+        return RunResult([self.done[key] for key in self.cells if key in self.done], self.failed, self.missing)
 
 
 def begin_sweep(
