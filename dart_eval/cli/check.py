@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -13,7 +12,7 @@ import typer
 
 from dart_eval.cli.options import FORMATS, one_of, own
 from dart_eval.cli.view import for_terminal, output, put, say
-from dart_eval.util.errors import UserError, remark
+from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_name, check_own, check_target, write
 
 OWN = re.compile(rb'^\s*\{\s*"schema":\s*\d+,\s*"cells":')  # the beginning of a baseline
@@ -67,7 +66,7 @@ def check(
     from dart_eval.results.show import render
 
     limits, then = checking.thresholds_from(thresholds), load_baseline(baseline)
-    report = checking.check(cells(results), then, limits, str(baseline))
+    report = checking.check(cells(results, strict=True), then, limits, str(baseline))
     table = checking.table(report, every)
     if junit is not None:
         write(junit, checking.junit(report))
@@ -95,15 +94,9 @@ def _update(baseline: Path, results: Path, force: bool) -> None:
     check_target(baseline)
     if not force:
         check_own(baseline, OWN, "baseline")
-    from dart_eval.results.baseline import load_baseline
     from dart_eval.results.baseline import write as write_baseline
-    from dart_eval.results.cells import cells, current
+    from dart_eval.results.cells import cells
 
     now = cells(results, strict=True)
-    if baseline.is_file():
-        with contextlib.suppress(UserError):  # what cannot be read is replaced
-            now, notes = current(now, load_baseline(baseline))  # as a check chooses
-            for note in notes:
-                remark(note)
     documents = write_baseline(baseline, now)
     say(f"wrote {baseline}: {len(now)} cells, {documents} documents")

@@ -16,20 +16,12 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from dart_eval.results import layout, show, stats, sums
 from dart_eval.results.baseline import rounded
-from dart_eval.results.cells import (
-    Cell,
-    counterparts,
-    current,
-    dense_cells,
-    dense_of,
-    differing,
-    nearest_to,
-    older_note,
-)
+from dart_eval.results.cells import Cell, counterparts, dense_of, differing
 from dart_eval.results.compare import Comparison, names
 from dart_eval.results.documents import Compared, Unpaired
 from dart_eval.results.format import FOUR, chance, interval, number, signed
 from dart_eval.results.frame import paired
+from dart_eval.results.inputs import model_of
 from dart_eval.results.metrics import DISTANCE, GOLD, kind_of
 from dart_eval.results.show import Columns, Table
 from dart_eval.results.store import UnreadSamples
@@ -87,11 +79,17 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
         and the rest of `stats.Paired`.
 
     Raises:
-        UserError: other documents or prompts, or thresholds for missing tasks.
+        UserError: other documents or prompts, thresholds for missing tasks, or results of several models of one name.
     """
-    now, notes = current(now, then)
+    notes: list[str] = []
+    models = [{model_of(c.inputs["model"]): c.inputs["model"]["name"] for c in side} for side in (then, now)]
+    for name in Counter(models[0].values()):
+        here = sorted(model for model, its_name in models[1].items() if its_name == name)
+        if len(here) > 1 == [*models[0].values()].count(name):  # an older one must not stand in for the last
+            several = f"the results have several models named {name}, of which {baseline} has one: {', '.join(here)}"
+            raise UserError(several, "keep each checkpoint's results in a folder of its own")
     then = [_rounded(cell) for cell in then]
-    partners, dense = counterparts(then, now), dense_cells(now)
+    partners, dense = counterparts(then, now), dense_of(now)
     known, as_then = names(then), functools.cache(_rounded)  # one dense cell stands beside many
     rows, pairs = [], []
     for old in then:
@@ -101,9 +99,7 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
         if not asked:
             notes.append(f"Not checked: {known[old.key]} on {old.inputs['task']}, which has no per-document metric.")
         elif cell is None:
-            why = f"not in the results: {nearest_to(old, now)}"
-        elif cell.unread_rival:
-            why = f"{cell.unread_rival} cannot be read, and may be a later run of this cell"
+            why = "not in the results"
         else:
             why = "the results lack this metric"
             try:
@@ -115,7 +111,7 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
                 raise UserError(error.problem, "if the change is meant, write a new baseline with --update") from None
             if both:
                 needed = any(thresholds.limits_of(task).of_dense is not None for task, _ in asked)
-                reference = dense_of(cell, dense)
+                reference = dense.get(cell.key)
                 shares = _of_dense(as_then(cell, asked), reference and as_then(reference, asked), needed)
         for name in old.answers.measures:
             row: Json = {"cell": known[old.key], "task": name[0], "metric": name[1], "recovery": None}
@@ -130,7 +126,6 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
     notes += differing(pairs, "{}: {}.", "{1} then, {0} now")
     if unheld := sum(NOT_HELD in row["why"] for row, _ in rows):
         notes.append(f"Not held against dense: {unheld} of {len(rows)} rows (--all says why).")
-    notes += older_note([*now, *then])
     if new := len({c.key for c in now} - {c.key for c in partners.values()}):
         notes.append(f"Not in the baseline, so not checked: {new} of the results' cells (--update takes them in).")
     verdicts = Counter(row["verdict"] for row, _ in rows)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from dart_eval.results import show, stats
-from dart_eval.results.cells import Cell, cells, counterparts, differing, nearest_to, newest, older_note
+from dart_eval.results.cells import Cell, cells, counterparts, differing, newest
 from dart_eval.results.format import chance, interval, number, signed, sparsity
 from dart_eval.results.frame import paired, typed, with_distances
-from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, identity, model_of
+from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, asked, identity, model_of
 from dart_eval.results.labels import exact, grouped, labels
 from dart_eval.results.metrics import main_and_gold
 from dart_eval.results.show import Columns, Table, finite
@@ -66,8 +66,7 @@ def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison
     named, partners = names(left), counterparts(left, right)
     contrasts = [(named[cell.key], cell, partners[cell.key]) for cell in left if cell.key in partners]
     if not contrasts:
-        near = _nearest(left, right)
-        raise UserError(f"{a} and {b} have no cell in common: {near}", "run both with the same options")
+        raise UserError(f"{a} and {b} have no cell in common: {_apart(left, right)}", "run both with the same options")
     common = {cell.key for _, *pair in contrasts for cell in pair}
     notes = []
     for folder, side, known in ((a, left, named), (b, right, names(right))):
@@ -100,8 +99,7 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
         if identity(left.inputs, free) == identity(right.inputs, free):
             contrasts.append((f"{named[left.key]} vs {named[right.key]}", left, right))
     if not contrasts:
-        near = _nearest(side_a, side_b, FREE[by])
-        raise UserError(f"{a} and {b} have nothing in common: {near}", "run both on the same tasks")
+        raise UserError(f"{a} and {b} have nothing in common: {_apart(side_a, side_b)}", "run both on the same tasks")
     return _compared(a, b, contrasts, metrics, [])
 
 
@@ -111,9 +109,10 @@ def _read(folders: Sequence[Path], metrics: Sequence[str]) -> list[Cell]:
     return with_distances(newest([cell for folder in folders for cell in cells(folder)]), texts)
 
 
-def _nearest(left: Sequence[Cell], right: Sequence[Cell], free: Collection[str] = ()) -> str:
-    """Describe the least difference between questions of two sides. free: inputs in which they may differ."""
-    return min((nearest_to(cell, right, free) for cell in left), key=lambda text: (text.count(","), text))
+def _apart(left: Sequence[Cell], right: Sequence[Cell]) -> str:
+    """Say in what the questions of the first cells of two sides differ."""
+    a, b = asked(left[0].inputs), asked(right[0].inputs)
+    return f"their first cells differ in {', '.join(name for name in a if a[name] != b[name])}"
 
 
 # -- the cells that a name stands for ----------------------------------------------------------------------------------
@@ -213,7 +212,6 @@ def _compared(a: str, b: str, contrasts: Sequence[Contrast], metrics: Sequence[s
             row["p_holm"] = p
             if p is not None and p < stats.ALPHA and row["difference"] and row["higher_is_better"] is not None:
                 row["better"] = "A" if (row["difference"] > 0) == row["higher_is_better"] else "B"
-    notes += older_note(cell for pair in pairs for cell in pair)
     notes += differing(pairs, "A and B differ in {} ({}).", "{} in A, {} in B")
     if left_out:
         why = "one side lacks them, or they have no value per document"

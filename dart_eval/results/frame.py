@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from dart_eval.results import stats
-from dart_eval.results.cells import Cell, cell_of, dense_cells, dense_of
+from dart_eval.results.cells import Cell, cell_of, dense_of
 from dart_eval.results.documents import Answers, Compared, add_distances, against, check_paired, documents
 from dart_eval.results.inputs import COLUMNS, DENSE
 from dart_eval.results.labels import labels
@@ -78,7 +78,7 @@ def with_distances(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
         cells: of a folder.
         texts: whether to compare generated texts, too, which takes time.
     """
-    dense = dense_cells(cells)
+    dense = dense_of(cells)
 
     def read(cell: Cell, reference: Cell) -> Answers:
         try:
@@ -87,8 +87,8 @@ def with_distances(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
             return cell.answers
         return add_distances(cell.answers, reference.answers, texts)
 
-    pairs = [(cell, dense_of(cell, dense)) for cell in cells]
-    return [cell if of is None else replace(cell, read=functools.partial(read, cell, of)) for cell, of in pairs]
+    reads = {cell.key: functools.partial(read, cell, dense[cell.key]) for cell in cells if cell.key in dense}
+    return [replace(cell, read=reads.get(cell.key, cell.read)) for cell in cells]
 
 
 def beside_dense(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list[str]]:
@@ -97,17 +97,16 @@ def beside_dense(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list
     Args:
         cells: of a folder, dense ones among them, with their distances from dense.
     """
-    dense = dense_cells(cells)
+    dense = dense_of(cells)
     rows: dict[str, list[Compared]] = {}
     problems: dict[str, None] = {}
     alone: dict[str, None] = {}
     for cell in cells:
-        reference = dense_of(cell, dense)
-        if reference is None:
+        if cell.key not in dense:
             alone[str(cell.inputs["task"])] = None
             continue
         try:
-            rows[cell.key] = paired(cell, reference)
+            rows[cell.key] = paired(cell, dense[cell.key])
         except UserError as error:
             problems[f"Not compared with dense: {error.problem}."] = None
     if alone:
@@ -155,10 +154,9 @@ def lines_of(
             some = [runs[min(i, len(runs) - 1)] for runs in tasks.values()]
             for row, p in zip(some, stats.holm([row["p"] for row in some]), strict=True):
                 row["p_holm"] = p if row["p_holm"] is None else row["p_holm"]
-    dense = dense_cells(records)
+    dense = dense_of(records)
     for record in (r for r in records if r.key in compared):
-        reference = dense_of(record, dense)
-        values = {(m.task, m.label): m.value for m in (reference.metrics if reference else ()) if m.aggregation is None}
+        values = {(m.task, m.label): m.value for m in dense[record.key].metrics if m.aggregation is None}
         for (task, label), value in values.items():  # which no test compares, BLEU for example
             if row := rows.get((record.key, task, label)):
                 row |= {"dense": value, "difference": row["value"] - value}

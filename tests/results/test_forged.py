@@ -199,23 +199,8 @@ def test_a_check_does_not_pass_over_a_record_that_it_cannot_read(results, shown)
     assert shown("check", "out", "--baseline", "b.json")[0] == 0
     _forge(_file(results, "dart"), ("tokens",), "many")
     status, out, errors = shown("check", "out", "--baseline", "b.json")
-    assert status == 1
-    assert "1 missing" in out
-    assert "left out: out/cells/arc-dart" in errors
-
-
-def test_an_older_run_does_not_stand_in_for_one_that_cannot_be_read(results, shown, tmp_path):
-    shown("check", "out", "--baseline", "b.json", "--update")
-    later = answered("arc", right(0.1), "dart", created="2026-02-01", code="later")
-    Store(results).save("arc-dart-0.5", later)
-    assert shown("check", "out", "--baseline", "b.json")[0] == 1
-    file = Store(results).file("cells", "arc-dart-0.5", later.key)
-    file.write_text(file.read_text()[:-20])
-    status, out, _ = shown("check", "out", "--baseline", "b.json")
-    assert status == 1
-    assert f"{file.name} cannot be read, and may be a later run of this cell" in out
-    file.rename(file.with_name(f"arc-griffin-0.7-{'0' * 16}.json"))  # another cell's
-    assert shown("check", "out", "--baseline", "b.json")[0] == 0
+    assert (status, out) == (2, "")  # it may be a later run of a cell that can be read
+    assert "error: out/cells/arc-dart" in errors and "cannot be read" in errors
 
 
 def test_a_baseline_does_not_shrink_by_a_record_that_cannot_be_read(results, shown, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dart_eval.results.cells import dense_cells, dense_of
+from dart_eval.results.cells import dense_of
 from dart_eval.results.documents import answers
 from dart_eval.results.format import finite
 from dart_eval.results.metrics import GOLD
@@ -51,7 +51,7 @@ def documents(
     unread: dict[str, list[str]] = {}
     files: dict[object, dict[tuple[str, int], Json]] = {None: {}}  # texts, which cells of the same documents share
     said: dict[tuple[Any, ...], str] = {}
-    dense = dense_cells(record for *_, record in cells)
+    dense = dense_of([record for *_, record in cells])
     for row, prefix, record in cells if most else ():
         samples, file, requested = [], record.files.get("texts", {}).get("name"), record.inputs["task"]
         try:
@@ -61,7 +61,7 @@ def documents(
             what = f"{'Prompts' if samples else 'Samples'} that cannot be read"
             method = record.settings.get("method", record.inputs["method"])
             unread.setdefault(what, []).append(f"{method} on {requested}")
-        reference, shown = dense_of(record, dense), dict[str, set[tuple[str, int]]]()
+        reference, shown = dense.get(record.key), dict[str, set[tuple[str, int]]]()
         alone = {m.task for m in record.metrics if m.part_of is None}
         for s in samples:
             task = s["task"] if s["task"] in alone else requested
