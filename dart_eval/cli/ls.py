@@ -54,7 +54,7 @@ def tasks(
     every: Annotated[bool, typer.Option("--all", metavar="", help="Also list the thousands of lm-eval names.")] = False,
     **given: object,
 ) -> None:
-    """List task names: those of dart-eval, common ones, and with --all every task and group of lm-eval.
+    """List task names: those of dart-eval, and with --all every task and group of lm-eval.
 
     \b
     [bold]Examples[/bold]
@@ -62,19 +62,17 @@ def tasks(
     dart-eval ls tasks arc
     dart-eval ls tasks mine --include-path DIR
     """
-    from dart_eval.evaluation.task_names import ALIASES, COMMON
-    from dart_eval.evaluation.task_names import names as known
+    from dart_eval.evaluation import task_names
     from dart_eval.sweep.options import checked
 
-    rows = [(name, ", ".join(members)) for name, members in ALIASES.items()] + [*COMMON.items()]
-    listed([row for row in rows if pattern in row[0]], least=16)
+    listed([(name, ", ".join(t)) for name, t in task_names.ALIASES.items() if pattern in name], least=16)
+    names = {*task_names.own()}
     if every or pattern:
         with TerminalView() as tell:
             tell(Event("wait", "looking up tasks"))
-            names = sorted(known(checked("include_path", given["include_path"] or ())))
-        if pattern and not any(pattern in name for name in (*names, *ALIASES)):
+            names = task_names.names(checked("include_path", given["include_path"] or ()))
+        if not any(pattern in name for name in (*names, *task_names.ALIASES)):
             raise UserError(f"no task name contains {pattern!r}", nearest(pattern, names))
-        shown = set(ALIASES) | set(COMMON)
-        for name in names:
-            if pattern in name and name not in shown:
-                say(name)
+    for name in sorted(names - task_names.ALIASES.keys()):
+        if pattern in name:
+            say(name)

@@ -53,7 +53,7 @@ def paper(
     spec = load(name, config_from(None, {**given, "method": "dense", "sparsity": "0"}), only)
     with TerminalView() as tell:  # a task of the last sweep would be looked up after days
         tell(Event("wait", "looking up tasks"))
-        task_names.check_names({task: None for config in spec.sweeps for task in config.tasks})
+        task_names.expand([task for config in spec.sweeps for task in config.tasks])
     if plan:
         show_plan(runs(spec), verbose, skip_missing=True)
         return

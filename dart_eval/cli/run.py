@@ -163,7 +163,7 @@ def understood(file: Path | None, given: Json) -> list[RunConfig]:
         check_name(parse(spec)[0])
     with TerminalView() as tell:
         tell(Event("wait", "looking up tasks"))  # lm-eval's take a while, once
-        task_names.check_names(found[0].tasks, found[0].include_path)
+        task_names.expand(found[0].tasks, found[0].include_path)
     methods_of(found[0])
     return found
 

@@ -34,39 +34,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "summaries": ("cnn_dailymail", "xsum", "multi_news", "gov_report"),
 }  # fmt: skip
 
-# The tasks people ask for most, for `dart-eval ls tasks`.
-COMMON: dict[str, str] = {
-    "hellaswag": "which ending follows (4 choices)",
-    "boolq": "yes/no questions on a passage",
-    "rte": "does the premise entail the hypothesis",
-    "winogrande": "which of two the pronoun means",
-    "openbookqa": "elementary science (4 choices)",
-    "piqa": "which of two solutions works",
-    "mmlu": "57 subjects (4 choices); 5-shot in the papers: --num-fewshot 5",
-    "medmcqa": "medical entrance questions (4 choices); 5-shot in the papers",
-    "gsm8k": "grade-school mathematics, 5 examples; gsm8k_cot_zeroshot with a chat template",
-    "mmlu_pro": "14 subjects (10 choices), the answer is generated after thinking, 5 examples",
-    "ifeval": "instructions that a program can check; needs the extra [tasks] and a chat template",
-    "humaneval": "Python functions, run against tests: --confirm-run-unsafe-code; humaneval_instruct in a chat",
-    "mbpp": "short Python programs, run against tests: --confirm-run-unsafe-code; mbpp_instruct in a chat",
-    "ruler_4k": "13 tests of finding things in 4096 tokens; also ruler_8k, ruler_16k, ruler_32k; extra [tasks]",
-    "longbench": "20 tasks on long texts; longbench_subset has one of each kind in English; extra [tasks]",
-    "wikitext": "perplexity of WikiText-2 articles, second half of each chunk",
-    "cnn_dailymail": "news highlights, ROUGE-1/2/L",
-    "xsum": "one-sentence news summaries, ROUGE-1/2/L",
-    "multi_news": "one-page summaries of several news passages (LongBench), ROUGE-1/2/L",
-    "gov_report": "one-page summaries of US agencies' reports (LongBench), ROUGE-1/2/L",
-    "smoke_questions": "shipped: 128 science and commonsense questions (4 choices)",
-    "smoke_stories": "shipped: 64 story endings (4 choices)",
-    "smoke_summary": "shipped: 30 articles, one-sentence summaries",
-    "smoke_highlights": "shipped: 30 articles, three-sentence summaries",
-    "smoke_drift": "shipped: 40 two-topic documents, perplexity after the switch",
-    "drift_smoke": "shipped: perplexity of an article after another one",
-    "drift_smoke_same": "shipped: its control, the second half of an article after the first",
-    "drift_xsum": "the same from XSum's articles; control drift_xsum_same",
-    "drift_cnn_dailymail": "the same from CNN/DailyMail's; control drift_cnn_dailymail_same",
-}
-
 NAME = re.compile(r"^(?:task|group): *([\w-]+)$", re.MULTILINE)  # in a file of this project
 Found = tuple[str, "str | None", list[str]]  # lm-eval's kind of a name, its file in lm-eval's folder, its tags or tasks
 
@@ -154,38 +121,27 @@ def _names_in(folders: tuple[str, ...]) -> frozenset[str]:
     return frozenset(TaskManager(include_path=[*folders], include_defaults=False).task_index)
 
 
-def check_names(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
-    """Refuse unknown names of tasks.
+def expand(asked: Iterable[str], folders: Sequence[str] = ()) -> list[str]:
+    """Return tasks by lm-eval's names: aliases replaced and patterns matched, in order, each once.
+
+    lm-eval's own thousands are looked up only for a name that is neither an alias nor a task of this project.
 
     Args:
-        asked: as a user types them.
+        asked: as a user types them, `mmlu_*` for all that match.
         folders: of `--include-path`.
 
     Raises:
-        UserError: names the nearest names.
+        UserError: there is none, or one is unknown: with the nearest names.
     """
-    if not (wanted := {*asked}):
-        raise none_given()
-    short = aliases(folders)
-    if wanted <= {*short, *own()}:
-        return
-    known = {*names(folders), *short}
-    for name in sorted(wanted - known):
-        if not (is_pattern(name) and fnmatch.filter(known, name)):
-            raise unknown(name, known)
-
-
-def is_pattern(name: str) -> bool:
-    """Whether a name stands for all that it matches, as `mmlu_*`."""
-    return any(letter in name for letter in "*?[")
-
-
-def unknown(name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is none of the known ones."""
-    listed = "`dart-eval ls tasks` lists them"
-    return UserError(f"unknown task {name!r}", listed if name == "list" else nearest(name, known) or listed)
-
-
-def none_given() -> UserError:
-    """Return the error for a missing name."""
-    return UserError("no task given", "for example --tasks smoke (no network needed); `dart-eval ls tasks` lists them")
+    expanded: dict[str, None] = {}
+    short, near = aliases(folders), {*own(), *_names_in(tuple(folders))}
+    for name in asked:
+        tasks = short.get(name, (name,) if name in near else ())
+        if not tasks and not (tasks := tuple(fnmatch.filter(sorted(names(folders)), name))):
+            listed = "`dart-eval ls tasks` lists them"
+            raise UserError(f"unknown task {name!r}", nearest(name, {*names(folders), *short}) or listed)
+        expanded |= dict.fromkeys(tasks)
+    if not expanded:
+        remedy = "for example --tasks smoke (no network needed); `dart-eval ls tasks` lists them"
+        raise UserError("no task given", remedy)
+    return list(expanded)
