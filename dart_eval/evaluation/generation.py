@@ -2,10 +2,15 @@
 
 lm-eval's `HFLM` draws tokens and prepares prompts. This module batches prompts, decides which new tokens count, and
 records their cost.
+
+A batch that draws its tokens has a stream of random numbers of its own, so draws do not depend on interruptions or on
+where it runs. They do depend on which prompts share it, so the batch size is part of such a cell's key. (If memory runs
+out and batches are halved, `halved` in the record says so.)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -153,9 +158,10 @@ class Generator:
     @torch.no_grad()
     def run(self, unit: Prompts) -> list[tuple[int, Text]]:
         """Return the texts of a unit's requests, with their indices."""
-        if unit.draws:
-            sampling.begin_stream(self.seed, [p.name for p in unit.prompts])
         lm, prompts = self.lm, unit.prompts
+        if unit.draws:
+            digest = hashlib.sha256(json.dumps([self.seed, *(p.name for p in prompts)]).encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
         ids, attention = lm.tok_batch_encode([p.text for p in prompts], left_truncate_len=unit.longest)
         watch, log = LogitsWatch(len(ids)), GenerationLog(self.session)
         self.angles.reset()

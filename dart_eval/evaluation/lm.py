@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import patch
@@ -21,13 +21,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, budget
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.requests import Request, Score, Scoring, Text, holds, stored_answer
 from dart_eval.evaluation.rotary import Angles
+from dart_eval.evaluation.sampling import draws
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import RollingLogLikelihood
 from dart_eval.layers.finite import REMEDY
@@ -270,9 +270,15 @@ class PrunedLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Generate: dense prefill, mask at its end, every decoded token pruned."""
-        names = sampling.request_names([r.args for r in requests], [sampling.draws(r.args[1]) for r in requests], _name)
+        names: list[str] = []
+        seen: Counter[str] = Counter()
         distinct: dict[str, tuple[str, Instance]] = {}
-        for name, request in zip(names, requests, strict=True):
+        for request in requests:
+            name = _name(*request.args)
+            if draws(request.args[1]):  # equal requests have answers of their own
+                seen[name] += 1
+                name = _name(*request.args, seen[name])
+            names.append(name)
             distinct.setdefault(name, (name, request))
         seed = torch.initial_seed()
         self._ask("generate_until", distinct, lambda size: Generator(

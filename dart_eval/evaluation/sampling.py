@@ -1,17 +1,9 @@
-"""Tasks that draw their answers: one stream of random numbers per batch, whatever ran before it.
-
-So draws do not depend on interruptions or on where batches run. They do depend on which prompts share a batch, so the
-batch size is part of such a cell's key. (If memory runs out and batches are halved, `halved` in the record says so.)
-"""
+"""Settings of generation, and which of them draw tokens."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -48,24 +40,3 @@ def overridden(own: Mapping[str, object], given: Mapping[str, object]) -> dict[s
 def task_draws(members: Sequence[Task]) -> bool:
     """Whether one of these tasks draws its answers."""
     return any(t.OUTPUT_TYPE == "generate_until" and draws(t.get_config("generation_kwargs") or {}) for t in members)
-
-
-def begin_stream(seed: int, names: Sequence[str]) -> None:
-    """Seed the random numbers of a batch. names: of its requests, in order."""
-    digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def request_names(requests: Sequence[tuple[object, ...]], drawn: Sequence[bool], name: Callable[..., str]) -> list[str]:
-    """Return a name for each request. Equal requests share a name, unless they draw.
-
-    name: makes a name from a request's parts.
-    """
-    seen: Counter[str] = Counter()
-    names = []
-    for request, draw in zip(requests, drawn, strict=True):
-        names.append(name(*request))
-        if draw:
-            seen[names[-1]] += 1
-            names[-1] = name(*request, seen[names[-1]])
-    return names
