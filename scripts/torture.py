@@ -252,7 +252,8 @@ class Fuzz:
         return "read"
 
     def data(self, draw: random.Random) -> str:
-        """`--data-dir`: as many documents are asked as stand in the file, or file and line are named."""
+        """`--data-dir`: as many documents are asked as stand in the file, or their folder is named."""
+        from dart_eval.evaluation.local_data import check_documents
         from dart_eval.evaluation.tasks import Tasks, leaves
 
         lines, at = [json.dumps(row) for row in ROWS], draw.randrange(len(ROWS))
@@ -267,9 +268,8 @@ class Fuzz:
         (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
         for split in ("validation", "test"):
             (folder / f"{split}.jsonl").write_bytes(data)
-        tasks = Tasks(self.place / "data")
-        tasks.check_task("arc_easy", None)
-        (task,) = leaves(tasks.load("arc_easy"))
+        (task,) = leaves(Tasks(self.place / "data").load("arc_easy"))
+        check_documents(task, None)
         if len(task.eval_docs) != len([*_objects(data.decode())]):
             raise Wrong(f"{len(task.eval_docs)} documents are asked")
         return "read"

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import datasets
 
-from dart_eval.evaluation.local_data import rows_of
 from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.models.loading import work_offline_if_unreachable
 from dart_eval.pruning.calibration import DEFAULT_TEXT
@@ -51,9 +50,8 @@ def _of_data_set(name: str, data_dir: str | None) -> CalibrationText:
     """Return the first text field of a data set's train split, up to `MOST` characters."""
     data_set, _, configuration = name.partition(":")
     with naming(f"calibration {data_set}: "):
-        rows = _rows(data_set, configuration or None, None if data_dir is None else Path(data_dir))
         field, texts, length = None, [], 0
-        for row in rows:
+        for row in _rows(data_set, configuration or None, data_dir):
             field = field or next((key for key, value in row.items() if isinstance(value, str)), None)
             if field is None:
                 raise UserError("no text field", "give another data set, or a text file")
@@ -66,17 +64,18 @@ def _of_data_set(name: str, data_dir: str | None) -> CalibrationText:
     return CalibrationText(joined, hashlib.sha256(joined.encode()).hexdigest())
 
 
-def _rows(data_set: str, configuration: str | None, data_dir: Path | None) -> Iterable[Json]:
+def _rows(data_set: str, configuration: str | None, data_dir: str | None) -> Iterable[Json]:
     """Return the rows of a data set's train split."""
-    if data_dir is not None:
-        file = data_dir / data_set.replace("/", "__") / (configuration or "default") / "train.jsonl"
-        if not file.is_file():
-            raise UserError(f"neither a file nor a data set of {data_dir} (looked for {file})", REMEDY)
-        return rows_of(file)
-    work_offline_if_unreachable()
+    file = Path(data_dir or "", data_set.replace("/", "__"), configuration or "default", "train.jsonl")
+    if data_dir is None:
+        work_offline_if_unreachable()
+    elif not file.is_file():
+        raise UserError(f"neither a file nor a data set of {data_dir} (looked for {file})", REMEDY)
     try:
         with block_local_code("it", False):
-            return datasets.load_dataset(data_set, configuration, split="train")
+            if data_dir is None:
+                return datasets.load_dataset(data_set, configuration, split="train")
+            return datasets.load_dataset("json", data_files=str(file.resolve()), split="train")
     except UserError as error:
         raise UserError(error.problem, "start dart-eval in another folder, or give the full path") from None
     except Exception as error:  # each library has errors of its own

@@ -39,8 +39,6 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
         config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below
         (config.get("metadata") or {}).pop("config_source", None)
         digest.update(json.dumps(_sourced(config), sort_keys=True, default=str).encode())
-        for script in getattr(task, "own_metrics", ()):
-            digest.update(script.read_bytes())
         docs = task.eval_docs
         for i in range(number_asked(task, settings.limit)):
             digest.update(json.dumps(docs[i], sort_keys=True, default=str).encode())

@@ -6,13 +6,12 @@ data source of each task, group members included.
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import hashlib
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,12 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager, _factory
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from dart_eval.evaluation import sampling, task_names
-from dart_eval.evaluation.local_data import check_documents, check_shots, number_asked, redirect, rows_of
-from dart_eval.evaluation.seeded_data import prepared_once, seeded, without_other_lengths
-from dart_eval.evaluation.task_names import aliases, is_pattern, none_given, tasks_dir, unknown
-from dart_eval.evaluation.unsafe import block_local_code, check_task, check_yaml, own_metrics, sandbox_templates
+from dart_eval.evaluation.local_data import redirect
+from dart_eval.evaluation.seeded_data import needs_tokenizer, prepared_once, seeded, without_other_lengths
+from dart_eval.evaluation.task_names import tasks_dir
+from dart_eval.evaluation.unsafe import block_local_code, check_task, read_safely, sandbox_templates
 from dart_eval.models.loading import work_offline_if_unreachable
 from dart_eval.util.errors import UserError, naming, summary
 from dart_eval.util.text import Json
@@ -85,7 +83,7 @@ class Tasks(TaskFactory):
     ) -> None:
         super().__init__(meta={})
         self.unsafe_code, self.gen_kwargs, self.tokenizer, self.limit = unsafe_code, gen_kwargs, tokenizer, limit
-        self.folders = [Path(folder) for folder in include_path]
+        self.folders = [str(folder) for folder in include_path]
         if self.folders and not unsafe_code:
             sandbox_templates()
         self.data_dir = Path(data_dir) if data_dir is not None else None
@@ -93,19 +91,18 @@ class Tasks(TaskFactory):
         self.manager._factory = self
         self._complete = False
         self._loaded: dict[str, list[Task | Group]] = {}
-        self._files: dict[str, list[str]] = {}  # of local data, by the task that was loaded
-        self._loading = ""
+        self._place: Path | None = None  # of the local data that were last looked for
 
     def _load_full_config(self, entry: Entry, overrides: Json | None = None) -> Json:
         if not self.unsafe_code:  # asked before its functions are resolved: that runs the module they stand in
-            if entry.yaml_path and self.folders:  # wherever a link of such a folder leads
-                check_yaml(entry.name, entry.yaml_path, (Path(lm_eval.tasks.__file__).parent, tasks_dir()))
-            raw = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
-            check_task(entry.name, bool({**raw, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
+            trusted, file = (Path(lm_eval.tasks.__file__).parent, tasks_dir()), entry.yaml_path
+            settings = read_safely(entry.name, file, trusted) if file else entry.cfg or {}
+            check_task(entry.name, bool({**settings, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
         config = super()._load_full_config(entry, overrides)
-        if "class" in config and self.data_dir is not None:
+        make = config.get("custom_dataset")
+        if self.data_dir is not None and ("class" in config or (callable(make) and needs_tokenizer(make))):
             raise UserError(
-                f"task {entry.name} is a Python class of lm-eval that loads data itself, whatever --data-dir says",
+                f"task {entry.name} has code of lm-eval that loads data itself, whatever --data-dir says",
                 "run it without --data-dir",
             )
         return config
@@ -113,17 +110,17 @@ class Tasks(TaskFactory):
     def _task(self, config: Json) -> ConfigurableTask:
         """Return the task of a configuration, with its documents and their source as they are to be here."""
         if callable(make := config.get("custom_dataset")):
-            config["custom_dataset"] = seeded(make, config["task"], self.tokenizer, self.data_dir, self.limit)
+            config["custom_dataset"] = seeded(make, config["task"], self.tokenizer, self.limit)
         elif config.get("dataset_path") and self.data_dir is not None:
-            self._files[self._loading] += redirect(config, self.data_dir)
+            self._place = redirect(config, self.data_dir)
         elif config.get("dataset_path"):
             work_offline_if_unreachable()
         if callable(prepare := config.get("process_docs")):  # lm-eval's constructor prepares examples already
             config["process_docs"] = prepared_once(prepare)
         return ConfigurableTask(config=config)
 
-    def names(self) -> list[str]:
-        """Every known task, group and tag. lm-eval's own thousands are looked up only when somebody asks."""
+    def index_all(self) -> None:
+        """Let the manager know lm-eval's own thousands of tasks, too."""
         if not self._complete:
             folder = task_names.lm_evals_dir()
             stock = {
@@ -132,25 +129,10 @@ class Tasks(TaskFactory):
             }
             self.manager._index = {**stock, **self.manager._index}
             self._complete = True
-        return [*self.manager.task_index]
 
-    def expand(self, names: list[str]) -> list[str]:
-        """Task names with aliases replaced, in order, each once.
-
-        Raises:
-            UserError: a name that neither this project nor lm-eval knows.
-        """
-        expanded: dict[str, None] = {}
-        short = aliases([str(folder) for folder in self.folders])
-        for name in names:
-            matching = fnmatch.filter(sorted(self.names()), name) if is_pattern(name) else ()
-            for task in matching or short.get(name, (name,)):
-                if task not in self.manager.task_index and task not in self.names():
-                    raise unknown(name, {*self.names(), *short})
-                expanded.setdefault(task)
-        if not expanded:
-            raise none_given()
-        return list(expanded)
+    def expand(self, names: Iterable[str]) -> list[str]:
+        """Return lm-eval's names of tasks (see `task_names.expand`)."""
+        return task_names.expand(names, self.folders)
 
     def load(self, name: str) -> list[Task | Group]:
         """The lm-eval task or group of that (expanded) name; tags give several. Built once, then kept.
@@ -159,11 +141,11 @@ class Tasks(TaskFactory):
             UserError: its data cannot be had, or it would run code that nobody has confirmed.
         """
         if name not in self._loaded:
-            self._loading, self._files[name] = name, []
+            self._place = None
             try:
-                self.expand([name])  # indexes lm-eval's own tasks where the name asks for it
-                if self.manager.task_index[name].kind is Kind.GROUP:  # which may have any task as a member
-                    self.names()
+                index = self.manager.task_index
+                if name not in index or index[name].kind is Kind.GROUP:  # which may have any task as a member
+                    self.index_all()
                 _forget_modules()
                 with (
                     block_local_code(f"task {name}", self.unsafe_code), redirect_stdout(sys.stderr),
@@ -176,49 +158,23 @@ class Tasks(TaskFactory):
                 raise self._explain(name, error) from error
             items = loaded if isinstance(loaded, list) else [loaded]
             for task in leaves(items):
-                check_task(task.task_name, bool(getattr(task, "UNSAFE_CODE", False)), self.unsafe_code)
-                _check_sentences(task.task_name)
-                if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
-                    own_settings = task.get_config("generation_kwargs") or {}
-                    with naming(f"task {task.task_name}: "):
-                        task.set_config("generation_kwargs", sampling.overridden(own_settings, self.gen_kwargs))
-                if self.unsafe_code:
-                    setattr(task, "own_metrics", own_metrics())  # noqa: B010 - lm-eval knows no such field
-                if getattr(task.config, "custom_dataset", None) is not None:
-                    without_other_lengths(task)
-                if task.OUTPUT_TYPE == "loglikelihood_rolling":
-                    weigh_scored_text(type(task))
-                if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling"):
-                    without_overflow(task)
+                self._adapt(task)
             self._loaded[name] = items
         return self._loaded[name]
 
-    def check_task(self, name: str, limit: float | None, num_fewshot: int | None = None) -> None:
-        """Refuse documents that cannot be asked (see `check_documents`), and more examples than there are.
-
-        Raises:
-            UserError: with the document, or the file and the line.
-        """
-        try:
-            for task in leaves(self.load(name)):
-                file = self._file(task)
-                if file is not None:
-                    with naming(f"task {name}: "):
-                        rows_of(file, None if getattr(task.config, "process_docs", None) else number_asked(task, limit))
-                check_documents(task, limit, file)
-                check_shots(task, num_fewshot)
-        except UserError:
-            raise
-        except Exception as error:
-            raise self._explain(name, error) from error
-
-    def _file(self, task: Task) -> str | None:
-        """The file of local data that a task's documents are read from, if it is."""
-        config = task.config
-        if self.data_dir is None or not isinstance(task, ConfigurableTask) or config.dataset_path != "json":
-            return None
-        files: dict[str, str] = (config.dataset_kwargs or {}).get("data_files") or {}
-        return files.get(config.test_split or config.validation_split)
+    def _adapt(self, task: Task) -> None:
+        """Give a task the user's settings of generation, and metrics as they are to be here."""
+        check_task(task.task_name, bool(getattr(task, "UNSAFE_CODE", False)), self.unsafe_code)
+        if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
+            own_settings = task.get_config("generation_kwargs") or {}
+            with naming(f"task {task.task_name}: "):
+                task.set_config("generation_kwargs", sampling.overridden(own_settings, self.gen_kwargs))
+        if getattr(task.config, "custom_dataset", None) is not None:
+            without_other_lengths(task)
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            weigh_scored_text(type(task))
+        if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling"):
+            without_overflow(task)
 
     def _explain(self, name: str, error: Exception) -> UserError:
         """Return why a task could not be loaded, in one line."""
@@ -232,41 +188,19 @@ class Tasks(TaskFactory):
                 module = cause.name.partition(".")[0]
                 remedy = "pip install 'dart-eval[tasks]'" if module in EXTRA else f"pip install {module}"
                 return UserError(f"task {name} needs the package {module}", remedy)
-        files = self._files.get(name, [])
-        try:
-            with naming(f"task {name}: "):
-                for file in files:
-                    rows_of(file)
-        except UserError as fault:
-            return fault
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
-        if files:
-            place = Path(files[-1]).parent
-            return UserError(f"task {name} cannot use the documents of {place} ({summary(root)})", "fix or remove them")
+        if self._place is not None:
+            problem = f"task {name} cannot use the documents of {self._place} ({summary(root)})"
+            return UserError(problem, "fix or remove them")
         if self.data_dir is None and any(type(cause).__name__ in OFFLINE for cause in causes):
             return UserError(
                 f"the data of task {name} could not be loaded: the hub cannot be reached ({summary(root)})",
                 "give local data with --data-dir, or set HF_ENDPOINT / a proxy, or fill the Hugging Face cache first",
             )
-        return UserError(
-            f"task {name} could not be loaded ({summary(root)})", "`dart-eval ls tasks` lists names, docs/data.md data"
-        )
-
-
-def _check_sentences(task: str) -> None:
-    """Refuse a task that cuts answers into sentences without NLTK's data: it would fail after all answers."""
-    if task.startswith(("ifeval", "leaderboard_ifeval")):
-        import nltk
-
-        try:
-            nltk.data.find("tokenizers/punkt_tab")
-        except LookupError:
-            raise UserError(
-                f"task {task} needs NLTK's data punkt_tab, which could not be downloaded",
-                "run python -m nltk.downloader punkt_tab with a network; NLTK_DATA names its folder",
-            ) from None
+        remedy = "`dart-eval ls tasks` lists names, docs/data.md data"
+        return UserError(f"task {name} could not be loaded ({summary(root)})", remedy)
 
 
 def leaves(items: list[Task | Group]) -> list[Task]:

@@ -12,13 +12,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import lm_eval.utils
-import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lm_eval.tasks import _yaml_loader
 
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 LOADERS = (  # those of `datasets` differ between its releases 3 and 4
     ("evaluate.loading", "LocalEvaluationModuleFactory"),
@@ -41,51 +43,46 @@ def check_task(name: str, unsafe: bool, confirmed: bool) -> None:
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads a task's file; functions become `_Code`."""
-
-
-class _Code(str):
-    """The name of a function."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: _Code(node.value))
-
-
-def check_yaml(name: str, path: Path, trusted: Sequence[Path]) -> None:
-    """Refuse a task of another folder whose file, or one that it includes, would run code.
+def read_safely(name: str, path: Path, trusted: Sequence[Path]) -> Json:
+    """Return the settings in a task's file and those that it includes, functions by name; none of their code runs.
 
     Args:
         name: of the task, for messages.
-        trusted: folders whose code may run.
+        trusted: folders whose code may run later.
 
     Raises:
-        UserError: it would run a function, a metric or a data set's script that is not lm-eval's.
+        UserError: a file elsewhere names a function, or a metric or a data set's script that is not lm-eval's.
     """
-    files = [path.resolve()]
-    for file in files:  # which grows by what is included
-        if any(file.is_relative_to(folder.resolve()) for folder in trusted):
-            continue
-        with file.open("rb") as stream:
-            settings = yaml.load(stream, Loader=_Loader)
-        if code := next(_code(settings), None):
-            raise UserError(
-                f"task {name} would run {code} ({file})", "add --confirm-run-unsafe-code if you trust the file"
-            )
-        included = settings.get("include", []) if isinstance(settings, dict) else []
-        for other in [included] if isinstance(included, str) else included:
-            path = (file.parent / str(other)).resolve()
-            files += [path] if path not in files else []
+
+    def refuse(what: str) -> None:
+        raise UserError(f"task {name} would run {what} ({path})", "add --confirm-run-unsafe-code if you trust the file")
+
+    def constructor(folder: Path, _resolve: bool) -> Callable[[Any, Any], str]:
+        def construct(_loader: object, node: Any) -> str:
+            if not _is_in(folder, trusted):
+                refuse(f"the function {node.value}")
+            return str(node.value)
+
+        return construct
+
+    with patch.object(_yaml_loader, "_mk_function_ctor", constructor):
+        settings = _yaml_loader.load_yaml(path, resolve_func=False)
+    if not _is_in(path, trusted):
+        for what in _code(settings):
+            refuse(what)
+    return settings
+
+
+def _is_in(path: Path, folders: Sequence[Path]) -> bool:
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in folders)
 
 
 def _code(value: object) -> Iterator[str]:
-    """Yield everything in a task's file that would run code."""
-    if isinstance(value, _Code):
-        yield f"the function {value}"
-    elif isinstance(value, list):
-        for item in value:
+    """Yield what would run code among settings, beside functions."""
+    if isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _code(item)
-    elif isinstance(value, dict):
+    if isinstance(value, dict):
         metric = value.get("metric")
         if isinstance(metric, str) and ("/" in metric or os.sep in metric):
             yield f"the metric {metric}"
@@ -93,7 +90,6 @@ def _code(value: object) -> Iterator[str]:
             yield "what its pickled data say"
         if value.get("trust_remote_code"):
             yield "a data set's script"
-        yield from _code([*value.values()])
 
 
 def sandbox_templates() -> None:
@@ -165,9 +161,3 @@ def away_from_this_folder() -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
-
-
-def own_metrics() -> list[Path]:
-    """Return the scripts of the working directory that `evaluate.load` would run, `NAME/NAME.py`."""
-    scripts = [*Path().glob("*/*.py"), *Path().glob("*/*/*.py")]
-    return sorted(f for f in scripts if f.stem == f.parent.name)

@@ -22,7 +22,7 @@ import torch
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
-from dart_eval.evaluation.local_data import number_asked
+from dart_eval.evaluation.local_data import check_documents, number_asked
 from dart_eval.evaluation.sampling import task_draws
 from dart_eval.evaluation.settings import check_released
 from dart_eval.evaluation.task_hash import task_hash
@@ -114,7 +114,8 @@ def plan_all(
         for name in names:
             tell(Event("wait", f"loading task {name}"))
             try:
-                shelf.check_task(name, config.limit, config.num_fewshot)
+                for task in leaves(shelf.load(name)):
+                    check_documents(task, config.limit)
                 hashes[name] = task_hash(shelf.load(name), config)
             except UserError as error:
                 if not skip_missing:

@@ -246,7 +246,7 @@ def test_a_data_file_that_is_not_json_is_refused(refused, model_folder, tmp_path
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text("not json\n")
     message = refused("run", "--tasks", "hellaswag", "--data-dir", tmp_path / "data", "--model", model_folder)
-    assert message.startswith("task hellaswag: ") and "train.jsonl, line 1: " in message
+    assert message.startswith(f"task hellaswag cannot use the documents of {folder} (")
 
 
 # -- configuration file and tables ---------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_of_a_data_set_the_first_text_field_of_the_train_split_is_read(tmp_path)
 
 
 @pytest.mark.parametrize(("rows", "words"), [
-    ([], "train.jsonl has no documents"), (["{"], "train.jsonl, line 1: "), ([{"id": 1}], "no text field"),
+    ([], "nor a data set that can be loaded"), (["{"], "nor a data set that can be"), ([{"id": 1}], "no text field"),
 ])  # fmt: skip
 def test_a_data_set_that_is_no_text_is_refused(tmp_path, rows, words):
     with pytest.raises(UserError, match=words):

@@ -8,6 +8,7 @@ import lm_eval
 import pytest
 
 from dart_eval.evaluation.evaluate import _simple_evaluate, _stderr
+from dart_eval.evaluation.local_data import check_documents
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
@@ -102,14 +103,13 @@ def test_right_answers_that_lm_eval_cannot_score_are_told(tmp_path, field, words
         f"test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: [a, b]\n"
         f"doc_to_target: {field}\n"
     )
-    tasks = Tasks(include_path=[tmp_path])
+    (task,) = Tasks(include_path=[tmp_path]).load("g")
     if words is None:
-        tasks.check_task("g", None)
-        (task,) = tasks.load("g")
+        check_documents(task, None)
         assert task.process_results(task.eval_docs[0], [(-2.0, False), (-1.0, True)])["acc"] == 1.0
         return
     with pytest.raises(UserError, match=words):
-        tasks.check_task("g", None)
+        check_documents(task, None)
 
 
 def test_what_lm_eval_prints_is_no_output_of_ours(monkeypatch, capsys):
@@ -119,22 +119,3 @@ def test_what_lm_eval_prints_is_no_output_of_ours(monkeypatch, capsys):
     _simple_evaluate(None, tasks, tasks.load("smoke_stories"), EvalSettings())
     said = capsys.readouterr()
     assert not said.out and "bootstrapping" in said.err
-
-
-@pytest.mark.parametrize(("text", "fine"), [
-    ("{% if hint %}{{hint}} {% endif %}{{q}}", True), ("{{hint}} {{q}}", False),
-])  # fmt: skip
-def test_a_null_that_is_not_asked_is_no_fault(tmp_path, text, fine):
-    place = tmp_path / "data" / "me__x" / "default"
-    place.mkdir(parents=True)
-    rows = [{"q": "1?", "hint": "so", "B": "b", "g": 0}, {"q": "2?", "hint": None, "B": None, "g": 1}]
-    (place / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "x.yaml").write_text(
-        "task: x\ndataset_path: me/x\ntest_split: test\noutput_type: multiple_choice\n"
-        f"doc_to_text: {json.dumps(text)}\ndoc_to_choice: [A, B]\ndoc_to_target: g\n"
-    )
-    tasks = Tasks(tmp_path / "data", include_path=[tmp_path])
-    if fine:
-        return tasks.check_task("x", None)
-    with pytest.raises(UserError, match="has null in the field 'hint', which would be asked as None"):
-        tasks.check_task("x", None)

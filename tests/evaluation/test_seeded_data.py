@@ -1,6 +1,5 @@
 """Tasks that make their own documents: the same in every process, with the model's tokenizer, from local data."""
 
-import json
 import random
 import types
 from pathlib import Path
@@ -19,21 +18,15 @@ from tests.helpers.models import word_tokenizer
 
 MODULE = """
 import random
-import datasets
 import numpy as np
 
 def get_tokenizer(*names, **kwargs):
     raise AssertionError("lm-eval would load one, with the code that comes with it")
 
-def download_json(url):
-    raise AssertionError("from the web")
-
 def make(**kwargs):
     print("noise")
-    essay = datasets.load_dataset("who/essays", split="train")["text"][0]
-    squad = download_json("https://somewhere/squad.json")
     drawn = [random.random(), float(np.random.random())]
-    return {"kwargs": kwargs, "tokenizer": get_tokenizer(None), "essay": essay, "squad": squad, "drawn": drawn}
+    return {"kwargs": kwargs, "tokenizer": get_tokenizer(None), "drawn": drawn}
 """
 
 
@@ -44,46 +37,34 @@ def make():
     return module.make
 
 
-@pytest.fixture
-def data(tmp_path):
-    folder = tmp_path / "data" / "who__essays" / "default"
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text(json.dumps({"text": "It rained."}) + "\n")
-    (tmp_path / "data" / "squad.json").write_text('{"data": []}')
-    return tmp_path / "data"
-
-
-def test_documents_are_the_same_whatever_was_drawn_before(make, data, capsys):
+def test_documents_are_the_same_whatever_was_drawn_before(make, capsys):
     found = []
     for seed in (1, 2):
         random.seed(seed)
         np.random.seed(seed)
         before = random.getstate(), np.random.get_state()[1].tolist()
-        found.append(seeded(make, "mine", lambda: "ours", data)(max_seq_lengths=[8]))
+        found.append(seeded(make, "mine", lambda: "ours")(max_seq_lengths=[8]))
         assert (
             random.getstate(),
             np.random.get_state()[1].tolist(),
         ) == before  # and others draw as if nothing had been
     assert found[0] == found[1]
     assert found[0]["tokenizer"] == "ours" and found[0]["kwargs"] == {"max_seq_lengths": [8]}
-    assert found[0]["essay"] == "It rained." and found[0]["squad"] == {"data": []}
     assert capsys.readouterr().out == ""
     with pytest.raises(AssertionError, match="with the code"):  # the module is as it was
         make.__globals__["get_tokenizer"]()
 
 
-def test_what_local_data_lack_is_named(make, data):
-    (data / "squad.json").unlink()
-    with pytest.raises(UserError, match=r"looked for squad\.json"):
-        seeded(make, "mine", lambda: "ours", data)()
-    (data / "who__essays" / "default" / "train.jsonl").unlink()
-    with pytest.raises(UserError, match=r"looked for who__essays/default/train\.jsonl"):
-        seeded(make, "mine", lambda: "ours", data)()
+@pytest.mark.slow  # lm-eval's index
+def test_documents_made_from_the_web_are_refused_beside_local_data(tmp_path):
+    pytest.importorskip("wonderwords")
+    with pytest.raises(UserError, match="has code of lm-eval that loads data itself, whatever --data-dir says"):
+        Tasks(tmp_path, tokenizer=lambda: None).load("ruler_4k")
 
 
-def test_without_a_model_there_is_no_length(make, data):
+def test_without_a_model_there_is_no_length(make):
     with pytest.raises(UserError, match="task mine makes documents for a model's tokenizer"):
-        seeded(make, "mine", None, data)()
+        seeded(make, "mine", None)()
 
 
 def test_lengths_that_were_not_made_are_no_metrics():
@@ -117,15 +98,15 @@ def test_no_more_documents_are_made_than_are_asked():
         "import random\ndef some(num_samples=5):\n    return [random.random() for _ in range(num_samples)]\n"
         "def make(**_):\n    return some()\n", module.__dict__,
     )  # fmt: skip
-    whole = seeded(module.make, "mine", None, None)()
-    assert len(whole) == 5 and seeded(module.make, "mine", None, None, 0.5)() == whole
-    assert seeded(module.make, "mine", None, None, 9)() == whole
-    assert seeded(module.make, "mine", None, None, 2)() == whole[:2]  # the first of all
+    whole = seeded(module.make, "mine", None)()
+    assert len(whole) == 5 and seeded(module.make, "mine", None, 0.5)() == whole
+    assert seeded(module.make, "mine", None, 9)() == whole
+    assert seeded(module.make, "mine", None, 2)() == whole[:2]  # the first of all
     assert len(module.make()) == 5
 
 
 @pytest.mark.slow  # lm-eval's index
-def test_rulers_documents_fit_into_the_length_that_is_asked(tmp_path, data):
+def test_rulers_documents_fit_into_the_length_that_is_asked(tmp_path):
     pytest.importorskip("wonderwords")
     (tmp_path / "mine.yaml").write_text(
         'group: mine\ntask: [niah_single_1, ruler_cwe]\ndataset_kwargs: {max_seq_lengths: [600]}\n'
@@ -134,7 +115,7 @@ def test_rulers_documents_fit_into_the_length_that_is_asked(tmp_path, data):
     )  # fmt: skip
     tokenizer, found = word_tokenizer(), []
     for limit in (4, 2):
-        shelf = Tasks(data, include_path=[tmp_path], tokenizer=lambda: tokenizer, limit=limit)
+        shelf = Tasks(include_path=[tmp_path], tokenizer=lambda: tokenizer, limit=limit)
         tasks = leaves(shelf.load("mine"))
         found.append([[doc["input"] for doc in task.eval_docs] for task in tasks])
         doc = tasks[0].eval_docs[0]

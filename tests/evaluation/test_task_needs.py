@@ -1,6 +1,5 @@
 """What tasks need beside lm-eval: named in one line, before any model is loaded."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ def _unloaded(monkeypatch):
     [("ifeval", "langdetect"), ("ruler_4k", "wonderwords"), ("longbench_lcc", "rouge"), ("minerva_math", "sympy")],
 )
 def test_a_missing_package_is_named_with_its_remedy(task, module, monkeypatch, tmp_path):
-    monkeypatch.setattr(nltk.data, "find", lambda name: name)
+    monkeypatch.setattr(nltk.data, "find", lambda name: name)  # or its data would be fetched
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError) as refused:
         Tasks(tmp_path, tokenizer=lambda: None).load(task)
@@ -44,25 +43,6 @@ def test_other_packages_go_by_their_own_name(tmp_path):
     (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: !function code.text\n")
     with pytest.raises(UserError, match=r"task mine needs the package no_such_package; pip install no_such_package$"):
         Tasks(include_path=[tmp_path], unsafe_code=True).load("mine")
-
-
-@pytest.mark.slow
-def test_missing_data_of_nltk_are_named_before_any_answer(monkeypatch, tmp_path):
-    pytest.importorskip("langdetect")
-    row = {"key": 1, "prompt": "w5", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"keywords": None}]}
-    folder = tmp_path / "google__IFEval" / "default"
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
-    monkeypatch.setattr(nltk, "download", lambda name, **_: False)
-    monkeypatch.setattr(nltk.data, "find", lambda name: name)
-    Tasks(tmp_path).load("ifeval")
-
-    def lacks(name):
-        raise LookupError(f"Resource {name.rpartition('/')[2]} not found.\nPlease use the NLTK Downloader")
-
-    monkeypatch.setattr(nltk.data, "find", lacks)
-    with pytest.raises(UserError, match="task ifeval needs NLTK's data punkt_tab, which could not be downloaded"):
-        Tasks(tmp_path).load("ifeval")
 
 
 def test_the_extra_has_what_they_need():
