@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dart_eval.cli import options
+from dart_eval.cli.options import FORMATS, one_of, own, takes
 from dart_eval.cli.run import hush
 from dart_eval.cli.view import output as show
 from dart_eval.cli.view import print_note, say
-from dart_eval.sweep.options import RunConfig
+from dart_eval.sweep.options import MODEL, OUTPUT, PRUNING, RunConfig, config_of
 from dart_eval.sweep.plan import methods_of
 from dart_eval.util.bits import parse
 from dart_eval.util.errors import UserError
@@ -20,6 +20,24 @@ from dart_eval.util.quiet import silence
 if TYPE_CHECKING:  # it imports torch
     from dart_eval.pruning.method import Method
 
+DEFAULT = ("griffin", "dart", "dart-code", "grinqh")  # methods
+METHODS_HELP = (
+    "Measure these methods, comma-separated, spelled as for `dart-eval run`.  "
+    rf"\[default: {','.join(DEFAULT)}]"
+)
+SPARSITY_HELP = "Share of FFN weight bytes that a decoded token does not read."
+BITS_HELP = "Also measure dense and methods on FFN weights rounded to these bits: 4:128 or 8:row,3."
+SHAPE_HELP = (
+    "Use the shape of this model without its weights: llama-3.1-8b, llama-3.2-3b, llama-3.2-1b or qwen2.5-1.5b."
+)
+LAYERS_HELP = r"Give the shape this many layers.  \[default: its own]"
+PROMPT_HELP = "Start with a prompt of this many random tokens."
+ROUNDS_HELP = "Measure this many rounds; dense, control and method take turns in each."
+OUTPUT_HELP = "Also write the measured speeds to this results folder, one file per method."
+Methods = Annotated[list[str] | None, own(METHODS_HELP, PRUNING, "NAMES")]
+Sparsity = Annotated[float, own(SPARSITY_HELP, PRUNING, "SHARE")]
+Format = Annotated[str, one_of(FORMATS, "format", "Print in this format.", OUTPUT)]
+TIMING = "Timing"  # a panel of the help
 app = typer.Typer(help="Measure the decode speed of methods, or their state and FLOPs.", no_args_is_help=True)
 
 
@@ -35,18 +53,18 @@ def _methods(asked: RunConfig) -> list[Method]:
 
 
 @app.command("decode")
-@options.takes("model", "dtype", "device", "trust_remote_code")
+@takes("model", "dtype", "device", "trust_remote_code")
 def decode(
-    method: options.Measured = None,
-    sparsity: options.OneSparsity = 0.7,
-    ffn_bits: options.Packed = None,
-    shape: Annotated[str | None, options.SHAPE] = None,
-    layers: options.Layers = None,
-    prompt: options.PromptTokens = 128,
-    steps: options.Steps = 30,
-    rounds: options.Rounds = 3,
-    output: options.Kept = None,
-    format: options.Format = "table",
+    method: Methods = None,
+    sparsity: Sparsity = 0.7,
+    ffn_bits: Annotated[list[str] | None, own(BITS_HELP, PRUNING, "BITS")] = None,
+    shape: Annotated[str | None, own(SHAPE_HELP, MODEL, "NAME")] = None,
+    layers: Annotated[int | None, own(LAYERS_HELP, MODEL, "N")] = None,
+    prompt: Annotated[int, own(PROMPT_HELP, TIMING, "N", min=1)] = 128,
+    steps: Annotated[int, own("Decode this many tokens per round.", TIMING, "N", min=1)] = 30,
+    rounds: Annotated[int, own(ROUNDS_HELP, TIMING, "N", min=1)] = 3,
+    output: Annotated[str | None, own(OUTPUT_HELP, OUTPUT, "DIR")] = None,
+    format: Format = "table",
     **given: Any,
 ) -> None:
     """Measure the decode speed of methods on one sequence, relative to dense.
@@ -62,7 +80,7 @@ def decode(
     dart-eval bench decode --shape llama-3.2-1b --layers 4 --ffn-bits 4:128
     """
     hush(False)
-    asked = options.chosen(method=method or options.METHODS_MEASURED, sparsity=sparsity, ffn_bits=ffn_bits, **given)
+    asked = config_of({"method": method or DEFAULT, "sparsity": sparsity, "ffn_bits": ffn_bits, **given})
     methods = _methods(asked)
     from dart_eval.results import speeds
 
@@ -90,10 +108,10 @@ def decode(
 
 @app.command("overhead")
 def overhead(
-    method: options.Measured = None,
-    sparsity: options.OneSparsity = 0.7,
-    shape: Annotated[str, options.SHAPE] = "llama-3.1-8b",
-    format: options.Format = "table",
+    method: Methods = None,
+    sparsity: Sparsity = 0.7,
+    shape: Annotated[str, own(SHAPE_HELP, MODEL, "NAME")] = "llama-3.1-8b",
+    format: Format = "table",
 ) -> None:
     """Count the state and FLOPs of methods on the shape of a large model, without its weights.
 
@@ -107,7 +125,7 @@ def overhead(
     dart-eval bench overhead --sparsity 0.5 --format json
     """
     hush(False)
-    methods = _methods(options.chosen(method=method or options.METHODS_MEASURED, sparsity=sparsity))
+    methods = _methods(config_of({"method": method or DEFAULT, "sparsity": sparsity}))
     silence()  # it imports torch, and all before it does not
     from dart_eval.bench.overhead import measure, table
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli import options
+from dart_eval.cli.options import takes
 from dart_eval.cli.view import TerminalView, listed, say
 from dart_eval.sweep.events import Event
 from dart_eval.util.errors import UserError, nearest
@@ -48,7 +48,7 @@ def methods(
 
 
 @app.command("tasks")
-@options.takes("include_path")
+@takes("include_path")
 def tasks(
     pattern: Annotated[str, typer.Argument(metavar="TEXT", help="List only names that contain this text.")] = "",
     every: Annotated[bool, typer.Option("--all", metavar="", help="Also list the thousands of lm-eval names.")] = False,

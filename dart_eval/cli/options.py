@@ -1,11 +1,10 @@
-"""Options of the verbs: those of a run, made from the list in `sweep.options`, then those that other verbs add."""
+"""Options of the verbs: those of a run, made from the list in `sweep.options`, and what other verbs make theirs of."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_origin
 
 import typer
@@ -18,8 +17,6 @@ from dart_eval.sweep.options import (
     OUTPUT,
     PRUNING,
     TASKS,
-    RunConfig,
-    config_of,
     default_of,
     kinds_of,
     option_of,
@@ -27,12 +24,10 @@ from dart_eval.sweep.options import (
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.retired import retired
 
-PROMPT, TIMING = "Prompt", "Timing"  # panels of other verbs
 PANELS = (TASKS, PRUNING, MODEL, OUTPUT, CLUSTER)
 FORMATS = ("table", "md", "csv", "tex", "json")  # of what a verb prints
 BOARD, COSTS = "board", "costs"  # views of `tables`
 
-Several = list[str] | None  # values with commas between them, or the option again: they add up (`text.items_of`)
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 
@@ -85,40 +80,14 @@ def _of_run(name: str) -> dict[str, object]:
 
 
 def own(help: str, panel: str | None, metavar: str | None, *names: str, **more: Any) -> OptionInfo:
-    """Return an option that no run has.
-
-    Args:
-        help: its meaning.
-        panel: of the help.
-        metavar: placeholder of its value in the help; empty for a flag.
-        names: as typed, if they differ from the parameter's name.
-    """
+    """Return an option; `names` as typed, if they differ from the parameter's name. A flag has an empty `metavar`."""
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, **more)
-
-
-def count(help: str, panel: str) -> OptionInfo:
-    """Return an option that takes a whole number from 1 on."""
-
-    def checked(param: typer.CallbackParam, value: int) -> int:
-        if value < 1:
-            raise UserError(f"{param.opts[0]} {value} must be at least 1")
-        return value
-
-    return own(help, panel, "N", callback=checked)
 
 
 def one_of(
     known: Sequence[str], what: str, help: str, panel: str | None = None, metavar: str | None = None
 ) -> OptionInfo:
-    """Return an option that takes one of a few words.
-
-    Args:
-        known: the words.
-        what: a noun for them, in messages.
-        help: the option's meaning.
-        panel: of the help.
-        metavar: placeholder of the value in the help, if not the words.
-    """
+    """Return an option that takes one of a few words. what: a noun for them, in messages."""
 
     def checked(value: str | None) -> str | None:
         if value is not None and value not in known:
@@ -129,77 +98,6 @@ def one_of(
     return own(help, panel, metavar or "|".join(known), callback=checked)
 
 
-def chosen(**given: object) -> RunConfig:
-    """Return the options that a verb shares with a run; wrong values are refused before torch is imported."""
-    return config_of(given)
-
-
-# -- of several verbs --------------------------------------------------------------------------------------------
-
-ModelArgs = Annotated[
-    Several,
-    own("Give the model as lm-eval does: pretrained=NAME, dtype=TYPE ...", MODEL, "K=V,...", "--model-args", "-a"),
-]
-Config = Annotated[
-    Path | None,
-    own("Read options from a YAML file; the command line overrides it.", OUTPUT, "FILE", "--config", "-C"),
-]
 PLAN = "Print the cells, their documents, and which are finished already. No cell runs."
 Plan = Annotated[bool, own(PLAN, OUTPUT, "", "--plan")]
-RunFormat = Annotated[str, one_of(("table", "json"), "format", "Print the board, or every number as JSON.", OUTPUT)]
 Verbose = Annotated[bool, own("Show the libraries' messages and tracebacks.", OUTPUT, "", "--verbose")]
-
-# -- bench -----------------------------------------------------------------------------------------------------
-
-OneSparsity = Annotated[float, own("Share of FFN weight bytes that a decoded token does not read.", PRUNING, "SHARE")]
-Packed = Annotated[
-    Several,
-    own("Also measure dense and methods on FFN weights rounded to these bits: 4:128 or 8:row,3.", PRUNING, "BITS"),
-]
-METHODS_MEASURED = ("griffin", "dart", "dart-code", "grinqh")
-MEASURED = (
-    "Measure these methods, comma-separated, spelled as for `dart-eval run`.  "
-    rf"\[default: {','.join(METHODS_MEASURED)}]"
-)
-Measured = Annotated[Several, own(MEASURED, PRUNING, "NAMES")]
-SHAPED = "Use the shape of this model without its weights: llama-3.1-8b, llama-3.2-3b, llama-3.2-1b or qwen2.5-1.5b."
-SHAPE = own(SHAPED, MODEL, "NAME")
-Layers = Annotated[int | None, own(r"Give the shape this many layers.  \[default: its own]", MODEL, "N")]
-PromptTokens = Annotated[int, count("Start with a prompt of this many random tokens.", TIMING)]
-Steps = Annotated[int, count("Decode this many tokens per round.", TIMING)]
-Rounds = Annotated[int, count("Measure this many rounds; dense, control and method take turns in each.", TIMING)]
-KEPT = "Also write the measured speeds to this results folder, one file per method."
-Kept = Annotated[str | None, own(KEPT, OUTPUT, "DIR")]
-Format = Annotated[str, one_of(FORMATS, "format", "Print in this format.", OUTPUT)]
-
-# -- paper -----------------------------------------------------------------------------------------------------
-
-PaperName = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME",
-        help="Make these tables: smoke (shipped data), dart (all of the DART paper's claims), or a YAML file's.",
-    ),
-]
-PaperTables = Annotated[
-    list[str] | None, own("Make only these tables, comma-separated, and the claims on them.", OUTPUT, "NAMES")
-]
-PaperLimit = Annotated[
-    int | None, own(r"Run only the first N items of each task.  \[default: the file's limit]", TASKS, "N")
-]
-PaperOutput = Annotated[str, own("Write results to this folder, and tables to its subfolder `tables`.", OUTPUT, "DIR")]
-
-# -- trace -----------------------------------------------------------------------------------------------------
-
-TraceText = Annotated[
-    str | None, typer.Argument(metavar="TEXT", help="Prompt; without it, a shipped two-topic document.")
-]
-TraceFile = Annotated[Path | None, own("Read the prompt from this file.", PROMPT, "FILE")]
-TraceTokens = Annotated[int, count("Stop this many tokens after the prompt.", PROMPT)]
-RUN = "Run this method: a name, or a name with options, such as dart:remask=never."
-TraceMethod = Annotated[str, own(RUN, PRUNING, "NAME")]
-TraceOutput = Annotated[Path | None, own("Write the trace to this JSON file.", OUTPUT, "FILE")]
-TracePlot = Annotated[Path | None, own("Draw the trace into this file: png, svg or pdf.", OUTPUT, "FILE")]
-TraceSaveAllocation = Annotated[
-    Path | None, own("Write the layer densities of this prompt, for allocation=table:FILE.", OUTPUT, "FILE")
-]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from dart_eval.cli import options
+import typer
+
+from dart_eval.cli.options import Plan, Verbose, own, takes
 from dart_eval.cli.run import finish, hush, load_libraries, show_plan
 from dart_eval.cli.view import TerminalView, say
 from dart_eval.sweep.events import Event
+from dart_eval.sweep.options import OUTPUT, TASKS
 from dart_eval.util.errors import StoreError, UserError, naming
 from dart_eval.util.text import items_of
 
@@ -25,12 +28,22 @@ SHARED = (
 NO_MATTER = ("output", "workers", "ray", "gpus_per_cell")  # to the numbers
 
 
-@options.takes(*SHARED)
+NAME_HELP = "Make these tables: smoke (shipped data), dart (all of the DART paper's claims), or a YAML file's."
+LIMIT_HELP = r"Run only the first N items of each task.  \[default: the file's limit]"
+OUTPUT_HELP = "Write results to this folder, and tables to its subfolder `tables`."
+TABLES_HELP = "Make only these tables, comma-separated, and the claims on them."
+
+
+@takes(*SHARED)
 def paper(
-    name: options.PaperName = "smoke", limit: options.PaperLimit = None, output: options.PaperOutput = "paper",
-    tables: options.PaperTables = None, plan: options.Plan = False, verbose: options.Verbose = False,
+    name: Annotated[str, typer.Argument(metavar="NAME", help=NAME_HELP)] = "smoke",
+    limit: Annotated[int | None, own(LIMIT_HELP, TASKS, "N")] = None,
+    output: Annotated[str, own(OUTPUT_HELP, OUTPUT, "DIR")] = "paper",
+    tables: Annotated[list[str] | None, own(TABLES_HELP, OUTPUT, "NAMES")] = None,
+    plan: Plan = False,
+    verbose: Verbose = False,
     **given: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Run the cells that a paper's tables need, write the tables, and give a verdict on its claims.
 
     The same command resumes a stopped run. Tasks without available data are left out and listed.

@@ -5,22 +5,21 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dart_eval.cli import options
+from dart_eval.cli.options import Plan, Verbose, one_of, own, takes
 from dart_eval.cli.view import TerminalView, put, say
 from dart_eval.results.show import Table, data_text, show
 from dart_eval.sweep.events import Event, Tell
-from dart_eval.sweep.options import DEFAULTS
+from dart_eval.sweep.options import DEFAULTS, MODEL, OUTPUT
 from dart_eval.util.errors import UserError
 from dart_eval.util.quiet import hush_warnings, silence
 from dart_eval.util.text import Json, counted, json_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from dart_eval.results.record import Record
     from dart_eval.sweep.options import RunConfig
     from dart_eval.sweep.run import RunResult
@@ -29,12 +28,20 @@ if TYPE_CHECKING:
 NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "asyncio", "lm_eval.tasks")
 
 
-@options.takes(*DEFAULTS)
+MODEL_ARGS_HELP = "Give the model as lm-eval does: pretrained=NAME, dtype=TYPE ..."
+CONFIG_HELP = "Read options from a YAML file; the command line overrides it."
+FORMAT_HELP = "Print the board, or every number as JSON."
+
+
+@takes(*DEFAULTS)
 def run(
-    model_args: options.ModelArgs = None, config: options.Config = None,
-    plan: options.Plan = False, format: options.RunFormat = "table", verbose: options.Verbose = False,
+    model_args: Annotated[list[str] | None, own(MODEL_ARGS_HELP, MODEL, "K=V,...", "--model-args", "-a")] = None,
+    config: Annotated[Path | None, own(CONFIG_HELP, OUTPUT, "FILE", "--config", "-C")] = None,
+    plan: Plan = False,
+    format: Annotated[str, one_of(("table", "json"), "format", FORMAT_HELP, OUTPUT)] = "table",
+    verbose: Verbose = False,
     **given: object,
-) -> None:  # fmt: skip
+) -> None:
     """Run methods at sparsities on tasks, and print the board. Finished cells are skipped.
 
     \b

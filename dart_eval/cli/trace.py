@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from dart_eval.cli import options
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dart_eval.cli.bench import Sparsity
+from dart_eval.cli.options import own, takes
 from dart_eval.cli.run import hush
 from dart_eval.cli.tables import PICTURES
 from dart_eval.cli.view import print_note, say
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.tables import write_table
+from dart_eval.sweep.options import OUTPUT, PRUNING, config_of
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, read_text, write
 from dart_eval.util.quiet import silence
 from dart_eval.util.text import json_text
 
+PROMPT = "Prompt"  # a panel of the help
+TEXT_HELP = "Prompt; without it, a shipped two-topic document."
+METHOD_HELP = "Run this method: a name, or a name with options, such as dart:remask=never."
+ALLOCATION_HELP = "Write the layer densities of this prompt, for allocation=table:FILE."
 
-@options.takes("model", "dtype", "device", "trust_remote_code")
+
+@takes("model", "dtype", "device", "trust_remote_code")
 def trace(
-    text: options.TraceText = None,
-    file: options.TraceFile = None,
-    method: options.TraceMethod = "dart",
-    sparsity: options.OneSparsity = 0.5,
-    tokens: options.TraceTokens = 200,
-    output: options.TraceOutput = None,
-    plot: options.TracePlot = None,
-    save_allocation: options.TraceSaveAllocation = None,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help=TEXT_HELP)] = None,
+    file: Annotated[Path | None, own("Read the prompt from this file.", PROMPT, "FILE")] = None,
+    method: Annotated[str, own(METHOD_HELP, PRUNING, "NAME")] = "dart",
+    sparsity: Sparsity = 0.5,
+    tokens: Annotated[int, own("Stop this many tokens after the prompt.", PROMPT, "N", min=1)] = 200,
+    output: Annotated[Path | None, own("Write the trace to this JSON file.", OUTPUT, "FILE")] = None,
+    plot: Annotated[Path | None, own("Draw the trace into this file: png, svg or pdf.", OUTPUT, "FILE")] = None,
+    save_allocation: Annotated[Path | None, own(ALLOCATION_HELP, OUTPUT, "FILE")] = None,
     **given: object,
 ) -> None:
     """Trace a method on one prompt: the drift signal, alarms, re-masks, and the neurons kept in each layer.
@@ -34,7 +46,7 @@ def trace(
     dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
     """
     hush(False)
-    chosen, pruner = options.chosen(sparsity=sparsity, **given), make(*parse(method))
+    chosen, pruner = config_of({"sparsity": sparsity, **given}), make(*parse(method))
     if text is not None and file is not None:
         raise UserError("both a prompt and --file are given", "leave one of them out")
     if plot is not None and plot.suffix not in PICTURES:

@@ -210,7 +210,7 @@ def test_the_command_shows_what_it_measures(saved_llama):
 
 @pytest.mark.parametrize(("words", "said"), [
     (("--shape", "llama", "--model", "x"), "both given"),
-    (("--steps", "0"), "--steps 0 must be at least 1"),
+    (("--steps", "0"), "invalid value for '--steps'"),
     (("--layers", "2"), "--layers is for a shape"),
     (("--shape", "llama-3.1"), "did you mean"),
     (("--method", "griffin,oracle"), "oracle cannot be timed"),
