@@ -62,7 +62,7 @@ def check(
         raise UserError("--github needs the variable GITHUB_STEP_SUMMARY", "leave --github out outside GitHub Actions")
     from dart_eval.results import check as checking
     from dart_eval.results.baseline import load_baseline
-    from dart_eval.results.cells import cells
+    from dart_eval.results.frame import cells
     from dart_eval.results.show import render
 
     limits, then = checking.thresholds_from(thresholds), load_baseline(baseline)
@@ -95,7 +95,7 @@ def _update(baseline: Path, results: Path, force: bool) -> None:
     if not force:
         check_own(baseline, OWN, "baseline")
     from dart_eval.results.baseline import write as write_baseline
-    from dart_eval.results.cells import cells
+    from dart_eval.results.frame import cells
 
     now = cells(results, strict=True)
     documents = write_baseline(baseline, now)

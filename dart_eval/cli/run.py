@@ -122,8 +122,7 @@ def show_results(result: RunResult, output: str, format: str = "table") -> None:
     if result.records:
         from dart_eval.cli import views
         from dart_eval.results.board import newest
-        from dart_eval.results.cells import with_dense
-        from dart_eval.results.frame import lines
+        from dart_eval.results.frame import lines, with_dense
         from dart_eval.results.store import Store
 
         store = Store(output)

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.results import layout
-from dart_eval.results.cells import Cell, cells
 from dart_eval.results.documents import HASHES, INDEX, Answers, documents, measured
+from dart_eval.results.frame import Cell, cells
 from dart_eval.results.inputs import HASH_DIGITS, CellInputs, identity
 from dart_eval.results.metrics import main_and_gold
 from dart_eval.results.record import Metric
@@ -61,11 +61,10 @@ def rounded(answers: Answers, named: Collection[tuple[str, str]] = ()) -> Answer
     frame = answers.documents.reindex(columns=[*COLUMNS, "choices"])
     for name in {m.metric for m in chosen}:
         places = {key for measure in measures if measure.metric.metric == name for key in measure.index}
-        column = zip(answers.index, answers.documents[name].tolist(), strict=True)
-        values = [_rounded(value) if key in places else None for key, value in column]
+        values = [_rounded(value) if key in places else None for key, value in answers.documents[name].items()]
         frame[name] = pd.Series(values, frame.index, dtype=object)
     covered = {key for measure in measures for key in measure.index}
-    frame = frame[[key in covered for key in answers.index]]
+    frame = frame[[key in covered for key in frame.index]]
     again = (measured(measure.metric, measure.members, frame) for measure in measures)
     return Answers(frame, {measure.name: measure for measure in again if measure is not None})
 

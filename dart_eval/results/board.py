@@ -16,10 +16,9 @@ from statistics import mean
 import numpy as np
 
 from dart_eval.results import inputs, metrics, stats
-from dart_eval.results.cells import cell_of
 from dart_eval.results.documents import Compared
 from dart_eval.results.format import sparsity
-from dart_eval.results.frame import beside_dense, with_distances
+from dart_eval.results.frame import beside_dense, cell_of, with_distances
 from dart_eval.results.inputs import CALIBRATED, DENSE, identity, matters, model_of, question
 from dart_eval.results.labels import grouped, labels
 from dart_eval.results.record import Metric, Record

@@ -16,11 +16,10 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from dart_eval.results import layout, show, stats, sums
 from dart_eval.results.baseline import rounded
-from dart_eval.results.cells import Cell, counterparts, dense_of, differing
 from dart_eval.results.compare import Comparison, names
 from dart_eval.results.documents import Compared, Unpaired
 from dart_eval.results.format import FOUR, chance, interval, number, signed
-from dart_eval.results.frame import paired
+from dart_eval.results.frame import Cell, counterparts, dense_of, differing, paired
 from dart_eval.results.inputs import model_of
 from dart_eval.results.metrics import DISTANCE, GOLD, kind_of
 from dart_eval.results.show import Columns, Table

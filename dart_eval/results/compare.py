@@ -12,9 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from dart_eval.results import show, stats
-from dart_eval.results.cells import Cell, cells, counterparts, differing, newest
 from dart_eval.results.format import chance, interval, number, signed, sparsity
-from dart_eval.results.frame import paired, typed, with_distances
+from dart_eval.results.frame import Cell, cells, counterparts, differing, newest, paired, typed, with_distances
 from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, asked, identity, model_of
 from dart_eval.results.labels import exact, grouped, labels
 from dart_eval.results.metrics import main_and_gold

@@ -42,11 +42,12 @@ class Measure:
 
     Attributes:
         members: the tasks whose documents it covers: itself, or those of a group.
-        index: [n] task, number and filter of each document.
+        index: [n] task, number and filter of each document (`INDEX`).
         x, w: [n] its parts of the two sums.
         weight: [n] 1, or 1 / the size of its task where tasks weigh the same.
-        chance: [n] the quality of guessing, if answers are right or wrong; 0 without choices.
-        units: [n] its independent unit: a group's member, or the document's cluster, or the document.
+        chance: [n] the quality of guessing; 0 without choices, and NaN where answers are not right or wrong: a share of
+            the probability, as of TruthfulQA's mc2, has a chance that no number of choices gives.
+        units: [n] its independent unit: the task, and a group's member, the document's cluster, or the document.
         binary: whether every answer is either right or wrong.
     """
 
@@ -76,7 +77,7 @@ class Answers:
     """The answers of a cell.
 
     Attributes:
-        documents: one row a document and filter.
+        documents: one row a document and filter, by which the rows are named (`INDEX`).
         measures: by task and metric.
         left_out: names of metrics that do not follow from their documents' values.
     """
@@ -84,11 +85,6 @@ class Answers:
     documents: pd.DataFrame
     measures: Mapping[tuple[str, str], Measure]
     left_out: tuple[str, ...] = ()
-
-    @cached_property
-    def index(self) -> list[tuple[Any, ...]]:
-        """Task, number and filter of each row."""
-        return list(zip(*(self.documents[name].tolist() for name in INDEX), strict=True))
 
 
 def answers(sample: Mapping[str, Any]) -> list[Any]:
@@ -98,7 +94,7 @@ def answers(sample: Mapping[str, Any]) -> list[Any]:
 
 
 def documents(samples: Iterable[Json]) -> pd.DataFrame:
-    """Return samples (`layout.Sample`) as a frame in the order of `INDEX`, with a column for each metric.
+    """Return samples (`layout.Sample`) as a frame with sorted rows, named by `INDEX`, and a column for each metric.
 
     Values stay as in the file: NaN is NaN. Of two lines on one document the last counts.
     """
@@ -109,23 +105,27 @@ def documents(samples: Iterable[Json]) -> pd.DataFrame:
     index = sorted(rows)
     columns = dict.fromkeys([*INDEX, *HASHES.values(), "cluster", *(name for row in rows.values() for name in row)])
     # Objects: some names are not valid Unicode, which pandas' own type for text refuses.
-    data = {name: pd.Series([rows[key].get(name) for key in index], dtype=object) for name in columns}
-    return pd.DataFrame(data)
+    data = {name: [rows[key].get(name) for key in index] for name in columns}
+    return pd.DataFrame(data, pd.Index(index, dtype=object, tupleize_cols=False), dtype=object)
 
 
 def answers_of(metrics: Sequence[Metric], samples: Sequence[Json]) -> Answers:
     """Return the answers of a record, with the metrics that follow from its documents."""
-    frame = documents(_chosen(sample) for sample in samples)
-    tasks = set(frame["task"])
-    children: dict[str, set[str]] = {}
-    for m in metrics:
-        if m.part_of is not None:
-            children.setdefault(m.part_of, set()).add(m.task)
+    frame = documents(map(_chosen, samples))
+    group_of = {m.task: m.part_of for m in metrics if m.part_of is not None}
+    members: dict[str, list[str]] = {}
+    for task in sorted({*frame["task"]}):
+        names = [task]  # the task, and the groups that hold it at any depth
+        while (group := group_of.get(names[-1])) and group not in names:
+            names.append(group)
+        for name in names:
+            members.setdefault(name, []).append(task)
     measures: dict[tuple[str, str], Measure] = {}
     left_out = []
     for m in (m for m in metrics if m.part_of is None and m.aggregation):
-        measure = measured(m, tuple(sorted(_ends(m.task, children) & tasks)), frame)
-        if measure is not None and _matches(sums.as_recorded(m.aggregation or "", measure.sums)[0], m.value):
+        measure = measured(m, tuple(members.get(m.task, ())), frame)
+        computed = math.inf if measure is None else sums.as_recorded(m.aggregation or "", measure.sums)[0]
+        if measure is not None and np.isclose(computed, m.value, 1e-6, 1e-9, equal_nan=True):
             measures[measure.name] = measure
         else:
             left_out.append(f"{m.task} {m.label}")
@@ -135,85 +135,60 @@ def answers_of(metrics: Sequence[Metric], samples: Sequence[Json]) -> Answers:
 def _chosen(sample: Json) -> Json:
     """Replace a sample's responses by the number of choices and the chosen one, or by the text."""
     responses = answers(sample)
-    several = len(responses) > 1 and all(isinstance(r, list) and r for r in responses)
-    scores = [r[0] for r in responses] if several else []
-    scores = scores if all(isinstance(score, (int, float)) for score in scores) else []
+    scores = [r[0] for r in responses if isinstance(r, list) and r and isinstance(r[0], (int, float))]
+    scores = scores if 1 < len(scores) == len(responses) else []
     is_text = len(responses) == 1 and isinstance(responses[0], str) and sample["filter"] == "none"  # nothing extracted
     return {
         **sample, "responses": None, "choices": len(scores), "text": responses[0] if is_text else None,
-        "chosen": max(range(len(scores)), key=scores.__getitem__) if scores else None,
+        "chosen": scores.index(max(scores)) if scores else None,
     }  # fmt: skip
-
-
-def _ends(task: str, children: Mapping[str, set[str]]) -> set[str]:
-    """Return the tasks of a group at any depth that are not groups, or the task itself."""
-    below, ends, seen = [task], set[str](), set[str]()
-    while below:
-        last = below.pop()
-        if last not in seen:  # a group that is its own member would go round for ever
-            seen.add(last)
-            below += children.get(last, ())
-            ends |= set() if last in children else {last}
-    return ends
-
-
-def _matches(computed: float, recorded: float) -> bool:
-    both_nan = math.isnan(computed) and math.isnan(recorded)
-    return both_nan or math.isclose(computed, recorded, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def measured(metric: Metric, members: tuple[str, ...], frame: pd.DataFrame) -> Measure | None:
     """Return a metric with the documents that have a value for it; None if their values are not of its shape."""
     if metric.metric not in frame:
         return None
-    columns = (frame[name].tolist() for name in (*INDEX, metric.metric, "cluster", "choices"))
-    rows = [
-        ((task, number, filter_), value, cluster, choices)
-        for task, number, filter_, value, cluster, choices in zip(*columns, strict=True)
-        if value is not None and task in members and filter_ == metric.filter  # NaN is a value
-    ]
+    columns = zip(frame["task"], frame["filter"], frame[metric.metric], strict=True)
+    rows = frame[[task in members and f == metric.filter and v is not None for task, f, v in columns]]
     try:
-        values = np.array([value for _, value, *_ in rows])
+        values = np.array(rows[metric.metric].tolist())  # NaN is a value
     except ValueError:  # lists of several lengths
         return None
-    if values.dtype.kind not in "biuf" or not rows:
+    plain = metric.aggregation == "mean" or metric.metric == "perplexity"  # lm-eval's own perplexity
+    n = len(rows)
+    if not n or values.dtype.kind not in "biuf" or values.shape != ((n,) if plain else (n, 2)):
         return None
-    if values.ndim == 1 and (metric.aggregation == "mean" or metric.metric == "perplexity"):  # lm-eval's own perplexity
-        values = np.stack([values, np.ones(len(values))], 1)
-    elif metric.aggregation == "mean":
-        return None
-    if values.shape != (len(rows), 2):
-        return None
-    sizes = Counter(task for (task, *_), *_ in rows)
-    weight = np.array([1 / sizes[i[0]] if metric.weights == "tasks" else 1.0 for i, *_ in rows])
-    choices = np.array([count for *_, count in rows], float) * kind_of(metric.metric).chance
-    chance = np.where(choices > 1, 1 / np.maximum(choices, 1), 0.0)
-    group = members != (metric.task,)
-    units = [i[0] if group else cluster or f"{i[0]} {i[1]}" for i, _, cluster, _ in rows]
-    x, w = values.astype(float).T
+    x, w = (values.astype(float), np.ones(n)) if plain else values.astype(float).T
+    sizes = Counter(rows["task"])
+    weight = np.array([1 / sizes[task] if metric.weights == "tasks" else 1.0 for task in rows["task"]])
     binary = metric.aggregation == "mean" and bool(np.isin(x, (0, 1)).all())
-    return Measure(metric, members, [i for i, *_ in rows], x, w, weight, chance, units, binary)
+    choices = rows["choices"].to_numpy(float) * kind_of(metric.metric).chance
+    chance = np.where(choices > 1, 1 / np.maximum(choices, 1) if binary else math.nan, 0.0)
+    units = rows["task"]
+    if members == (metric.task,):
+        units = [cluster or number for cluster, number in zip(rows["cluster"], rows["doc_id"], strict=True)]
+    units = [f"{metric.task} {unit}" for unit in units]
+    return Measure(metric, members, rows.index.tolist(), x, w, weight, chance, units, binary)
 
 
 def _further(
     measures: Mapping[tuple[str, str], Measure], frame: pd.DataFrame, names: Mapping[str, bool]
 ) -> dict[tuple[str, str], Measure]:
-    """Return measures that no record names, of the documents of each task's first one. names: -> higher is better."""
+    """Return measures that no record names, of the documents of each task's first one. names: -> higher is better.
+
+    Of a distance every document must have a value: no share stands for all.
+    """
+    firsts: dict[str, Measure] = {}
+    for own in measures.values():
+        firsts.setdefault(own.metric.task, own)
     further = {}
-    for first in reversed([*{m.metric.task: m for m in reversed([*measures.values()])}.values()]):
-        for name, up in names.items():
-            filter_ = "none" if name == GOLD else first.metric.filter
-            own = first.metric
-            metric = Metric(own.task, name, math.nan, None, 0, up, filter=filter_, weights=own.weights)
-            measure = measured(metric, first.members, frame)
-            if measure is not None and (name == GOLD or _all_have(frame, name, first.members)):
-                further[measure.name] = measure
+    for own, (name, up) in itertools.product(firsts.values(), names.items()):
+        metric = replace(own.metric, metric=name, value=math.nan, stderr=None, higher_is_better=up, aggregation="mean")
+        measure = measured(metric, own.members, frame)
+        inside = [task in own.members for task in frame["task"]]
+        if measure is not None and (name == GOLD or frame.loc[inside, name].notna().all()):
+            further[measure.name] = measure
     return further
-
-
-def _all_have(frame: pd.DataFrame, name: str, members: Sequence[str]) -> bool:
-    """Whether every document of some tasks has a value: no share over the others stands for all."""
-    return all(v is not None for task, v in zip(frame["task"], frame[name], strict=True) if task in members)
 
 
 # -- distances from dense ----------------------------------------------------------------------------------------------
@@ -228,14 +203,13 @@ def add_distances(own: Answers, dense: Answers, texts: bool = True) -> Answers:
     of = {"flips": ("chosen", lambda a, b: float(a != b))}
     if texts:
         of |= {"dense_rougeL": ("text", _similarity), "dense_tokens": ("token_ids", _common)}
-    columns = {}
+    frame = own.documents.copy()
     for name, (column, distance) in of.items():
         sides = [side.documents[column] for side in (own, dense) if column in side.documents]
         if len(sides) == 2:
-            values = [None if a is None or b is None else distance(a, b) for a, b in zip(*sides, strict=True)]
-            columns[name] = pd.Series(values, own.documents.index, dtype=object)
-    frame = own.documents.assign(**{name: column for name, column in columns.items() if column.notna().any()})
-    further = _further(own.measures, frame, {name: name != "flips" for name in columns if name in frame})
+            values = [None if None in pair else distance(*pair) for pair in zip(*sides, strict=True)]
+            frame[name] = pd.Series(values, frame.index, dtype=object)
+    further = _further(own.measures, frame, {name: name != "flips" for name in of})
     return replace(own, documents=frame, measures={**own.measures, **further})
 
 
@@ -259,30 +233,26 @@ def _common(ours: Sequence[int], theirs: Sequence[int]) -> float:
 # -- one metric beside another cell's ----------------------------------------------------------------------------------
 
 
-def check_paired(names: Sequence[str], limits: Sequence[object], a: Answers, b: Answers) -> None:
-    """Refuse cells with other documents or prompts.
-
-    Args:
-        names: of the two cells, in words.
-        limits: their `--limit`.
+def check_paired(a: Answers, b: Answers, names: str = "") -> None:
+    """Refuse cells with other documents or prompts. names: of the two, in words.
 
     Raises:
         Unpaired: names the difference.
     """
-    what = f"{names[0]} and {names[1]} cannot be paired"
-    sizes = [len({key[:2] for key in side.index}) for side in (a, b)]
-    if sizes[0] != sizes[1]:
-        of = [f"--limit {limit}" if limit else "no --limit" for limit in limits]
-        said = " and ".join(f"{size} documents ({limit})" for size, limit in zip(sizes, of, strict=True))
-        raise Unpaired(f"{what}: {said}", "run both with the same data and --limit")
-    if a.index != b.index:
-        raise Unpaired(f"{what}: they have other documents or filters", "run both with the same data")
+    places = [side.documents.index.tolist() for side in (a, b)]
+    if places[0] != places[1]:
+        sizes = [len({key[:2] for key in side}) for side in places]
+        raise Unpaired(
+            f"{names} cannot be paired: they have other documents or filters, of {sizes[0]} and {sizes[1]} documents",
+            "run both with the same data and --limit",
+        )
     for name, column in HASHES.items():
-        sides = ([digest[:HASH_DIGITS] for digest in side.documents[column].tolist()] for side in (a, b))
-        other = [key for key, ours, theirs in zip(a.index, *sides, strict=True) if ours != theirs]
+        sides = ([digest[:HASH_DIGITS] for digest in side.documents[column]] for side in (a, b))
+        other = [key for key, ours, theirs in zip(places[0], *sides, strict=True) if ours != theirs]
         if other:
             raise Unpaired(
-                f"{what}: {len(other)} of {len(a.index)} {name} differ (the first: {other[0][0]} {other[0][1]})",
+                f"{names} cannot be paired: {len(other)} of {len(places[0])} {name} differ (the first: {other[0][0]} "
+                f"{other[0][1]})",
                 "run both with the same data, few-shot examples, chat template and version of lm-eval",
             )
 
@@ -308,26 +278,10 @@ class Compared:
         return stats.paired(self.kind, self.a.sums, self.b.sums, self.a.units, self.metric.higher_is_better)
 
     @cached_property
-    def chances(self) -> np.ndarray:
-        """The quality of guessing each document: 1 / choices if every answer is right or wrong, else unknown (NaN).
-
-        A share of the probability, as of TruthfulQA's mc2, has a chance that no number of choices gives.
-        """
-        known = self.a.binary and self.b.binary
-        return self.a.chance if known else np.where(self.a.chance > 0, np.nan, self.a.chance)
-
-    @cached_property
     def chance(self) -> float | None:
         """The quality of guessing; None if unknown."""
-        chance = float(np.average(self.chances, weights=self.a.weight))
+        chance = float(np.average(self.a.chance, weights=self.a.weight))
         return None if np.isnan(chance) else chance
-
-    @cached_property
-    def _units(self) -> tuple[list[str], np.ndarray]:
-        """Names of the independent units, and each document's place among them."""
-        names = [f"{self.metric.task} {unit}" for unit in self.a.units]
-        units, place = np.unique(names, return_inverse=True)
-        return units.tolist(), place
 
     def estimate(self, side: Measure, above_chance: bool = True) -> Estimate:
         """Estimate the metric of A or B, above chance if it has one; for a perplexity its logarithm, in nats.
@@ -335,12 +289,12 @@ class Compared:
         Args:
             above_chance: whether 0 means guessing.
         """
-        parts = side.sums
-        if above_chance and self.kind == "mean":
-            parts = parts - np.stack([self.chances * parts[:, 1], np.zeros(len(parts))], 1)
+        parts = side.sums.copy()
+        if above_chance:
+            parts[:, 0] -= self.a.chance * parts[:, 1]
         value, slopes = sums.linearised(self.kind, parts)
-        units, place = self._units
-        return Estimate(value, dict(zip(units, np.bincount(place, slopes).tolist(), strict=True)))
+        units, place = np.unique(self.a.units, return_inverse=True)
+        return Estimate(value, dict(zip(units.tolist(), np.bincount(place, slopes).tolist(), strict=True)))
 
     @cached_property
     def sides(self) -> tuple[Estimate, Estimate]:
@@ -384,16 +338,11 @@ def against(a: Answers, b: Answers, dense: tuple[bool, bool] = (False, False)) -
     """
     rows = []
     for name in dict.fromkeys([*a.measures, *b.measures]):
-        ours, theirs = a.measures.get(name), b.measures.get(name)
-        ours, theirs = _of_itself(ours, theirs, dense[0]), _of_itself(theirs, ours, dense[1])
-        sides = [(m.members, m.index, m.metric.higher_is_better) for m in (ours, theirs) if m is not None]
-        if ours is not None and theirs is not None and sides[0] == sides[1]:
+        sides = [side.measures.get(name) for side in (a, b)]
+        for i, (own, other) in enumerate(zip(sides, sides[::-1], strict=True)):
+            if own is None and other is not None and dense[i] and other.metric.metric in OF_DENSE_ITSELF:
+                sides[i] = replace(other, x=OF_DENSE_ITSELF[other.metric.metric] * other.w)
+        ours, theirs = sides
+        if ours is not None and theirs is not None and ours.index == theirs.index:
             rows.append(Compared(ours, theirs))
     return rows
-
-
-def _of_itself(own: Measure | None, other: Measure | None, dense: bool) -> Measure | None:
-    """Return a measure, or if a dense cell lacks it its distance from itself, at the positions of the other cell."""
-    if own is None and other is not None and dense and other.metric.metric in OF_DENSE_ITSELF:
-        return replace(other, x=OF_DENSE_ITSELF[other.metric.metric] * other.w)
-    return own

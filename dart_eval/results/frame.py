@@ -11,25 +11,243 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
 from dart_eval.results import stats
-from dart_eval.results.cells import Cell, cell_of, dense_of
-from dart_eval.results.documents import Answers, Compared, add_distances, against, check_paired, documents
-from dart_eval.results.inputs import COLUMNS, DENSE
-from dart_eval.results.labels import labels
+from dart_eval.results.documents import Answers, Compared, add_distances, against, answers_of, check_paired, documents
+from dart_eval.results.format import sparsity
+from dart_eval.results.inputs import ASKED, COLUMNS, DENSE, FIELDS, HOW, identity, model_of, question
+from dart_eval.results.inputs import names as fields_of
+from dart_eval.results.labels import Labelled, grouped, labels, values_of
 from dart_eval.results.metrics import DISTANCE, kind_of
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.store import Store
-from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.errors import UserError, nearest, remark
 from dart_eval.util.text import Json, items_of
 
+N = TypeVar("N", bound=Labelled)
 ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
 TESTED = ("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low", "high", "p", "p_holm")
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A finished cell, whose answers are read when they are needed.
+
+    Attributes:
+        source: its folder or file.
+        read: opens its answers.
+        settings: of the record, if there is one.
+    """
+
+    key: str
+    inputs: Json
+    source: str
+    created: str
+    read: Callable[[], Answers] = field(repr=False)
+    settings: Json = field(default_factory=dict)
+
+    @cached_property
+    def answers(self) -> Answers:
+        """Its documents and metrics.
+
+        Raises:
+            UnreadSamples: they are missing or damaged.
+        """
+        return self.read()
+
+    def describe(self) -> str:
+        """Name the cell in a message."""
+        method = self.settings.get("method") or self.inputs["method"]
+        return f"{self.inputs['task']} under {method} at {sparsity(self.inputs['sparsity'])}"
+
+
+def cell_of(store: Store, record: Record) -> Cell:
+    """Return a record as a cell."""
+    return Cell(
+        record.key, record.inputs, str(store.folder), record.created,
+        lambda: answers_of(record.metrics, store.samples(record)), record.settings,
+    )  # fmt: skip
+
+
+def cells(folder: Path, strict: bool = False) -> list[Cell]:
+    """Return the cells of a results folder, the newest of equal ones.
+
+    Args:
+        strict: whether to refuse a folder with an unreadable record; else it is named on stderr and left out.
+
+    Raises:
+        UserError: the folder cannot be read, or holds cells that differ only in how they were computed.
+    """
+    store = Store(folder)
+    scan = store.scan()
+    if strict and scan.unread:
+        raise next(iter(scan.unread.values()))
+    scan.report()
+    return newest([cell_of(store, record) for record in scan.records])
+
+
+def newest(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the last finished cell for each question, as code and versions move on.
+
+    Raises:
+        UserError: they differ in more than code and versions.
+    """
+    chosen, replaced = [], set[str]()
+    for group in grouped(cells, lambda cell: identity(cell.inputs)).values():
+        places = {cell.source for cell in group}
+        for name in fields_of(HOW):
+            if len(values := values_of(name, group)) > 1:
+                raise UserError(
+                    f"{group[0].describe()} is in {' and '.join(sorted(places))} with {name} {' and '.join(values)}",
+                    "keep such cells in folders of their own, and name one of these",
+                )
+        chosen.append(max(group, key=lambda cell: (cell.created, cell.key)))
+        replaced |= places if len({(cell.key, cell.created) for cell in group}) > 1 else set()
+    if replaced:  # after a return to older code the newest run is not the current one
+        remark(f"several runs of one cell in {' and '.join(sorted(replaced))}: the one finished last counts")
+    return chosen
+
+
+# -- cells beside cells ------------------------------------------------------------------------------------------------
+
+
+def dense_of(cells: Sequence[N]) -> dict[str, N]:
+    """Return the key of each cell with a dense one among them -> that, preferably of the same code and versions.
+
+    Dense on rounded weights is no such cell.
+    """
+    dense = [cell for cell in cells if cell.inputs["method"] == DENSE and not cell.inputs.get("ffn_bits")]
+    rivals, chosen = grouped(dense, lambda cell: question(cell.inputs)), {}
+    for cell in cells:
+        same = rivals.get(question(cell.inputs), [])
+        build = [c for c in same if all(c.inputs.get(name) == cell.inputs.get(name) for name in ("code", "versions"))]
+        if same:
+            chosen[cell.key] = (build or same)[0]
+    return chosen
+
+
+def with_dense(cells: Sequence[N], everything: Sequence[N]) -> list[N]:
+    """Return some cells of a folder, and their dense cells if these are missing among them."""
+    own, there = dense_of(cells), dense_of([*cells, *everything])
+    missing = [there[cell.key] for cell in cells if cell.key in there and cell.key not in own]
+    return [*cells, *{dense.key: dense for dense in missing}.values()]
+
+
+def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell]:
+    """Return the key of each of our cells with a counterpart -> theirs.
+
+    Raises:
+        UserError: several models of one name could be meant.
+    """
+    mine, other = ({_model(cell): cell.inputs["model"] for cell in side} for side in (ours, theirs))
+    partner = dict(mine)
+    for name in {model["name"] for model in mine.values()}:
+        alone = [key for key, model in mine.items() if key not in other and model["name"] == name]
+        beside = [model for key, model in other.items() if key not in mine and model["name"] == name]
+        if alone and beside:
+            if len(alone) > 1 or len(beside) > 1:
+                sides = [", ".join(sorted(map(model_of, s))) for s in ([mine[key] for key in alone], beside)]
+                raise UserError(
+                    f"it is unclear which models to compare: {sides[0]} in {ours[0].source}, {sides[1]} in "
+                    f"{theirs[0].source}",
+                    "keep each checkpoint's results in a folder of its own, or compare two models with --model A,B",
+                )
+            partner[alone[0]] = beside[0]
+    known = {identity(cell.inputs): cell for cell in theirs}
+    matches = {cell.key: known.get(identity({**cell.inputs, "model": partner[_model(cell)]})) for cell in ours}
+    return {key: match for key, match in matches.items() if match is not None}
+
+
+def _model(cell: Cell) -> str:
+    return json.dumps(cell.inputs["model"], sort_keys=True)
+
+
+def differing(pairs: Iterable[tuple[Cell, Cell]], say: str, values: str) -> list[str]:
+    """Return sentences on the differences beside the question between the two sides of pairs.
+
+    Args:
+        say: format of a sentence, of a name and values.
+        values: format of a value of A and one of B.
+    """
+    changed: dict[str, set[str]] = {}
+    for a, b in pairs:
+        alike = all(a.inputs[name] == b.inputs[name] for name in ("method", "params"))
+        left_out = {*fields_of(ASKED), "" if alike else "method_code"} - {"model"}
+        ours, theirs = (_flat({name: v for name, v in c.inputs.items() if name not in left_out}) for c in (a, b))
+        for name in {*ours, *theirs} - {"model.name"}:
+            x, y = ours.get(name), theirs.get(name)
+            if x != y and not (name in FIELDS and FIELDS[name].any and None in (x, y)):
+                digits = 12 if str(x)[:12] != str(y)[:12] else None  # a few, or all where these agree
+                changed.setdefault(name, set()).add(values.format(str(x)[:digits], str(y)[:digits]))
+    return [say.format(name, "; ".join(sorted(texts)[:3])) for name, texts in sorted(changed.items())]
+
+
+def _flat(inputs: Json) -> Json:
+    """Return inputs with the fields of mappings one by one."""
+    parts = {name: value for name, value in inputs.items() if isinstance(value, dict)}
+    flat = {f"{name}.{part}": value for name, mapping in parts.items() for part, value in mapping.items()}
+    return {**inputs, **flat, **dict.fromkeys(parts)}
+
+
+def paired(a: Cell, b: Cell) -> list[Compared]:
+    """Return every metric of a cell beside the same of another.
+
+    Raises:
+        UnreadSamples: the samples of one cannot be read.
+        Unpaired: they have other documents or prompts.
+    """
+    names = [f"{cell.inputs['task']} ({cell.source})" for cell in (a, b)]
+    check_paired(a.answers, b.answers, " and ".join(names))
+    return against(a.answers, b.answers, (a.inputs["method"] == DENSE, b.inputs["method"] == DENSE))
+
+
+def with_distances(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
+    """Add distances from dense to the answers of cells with a dense cell of the same documents.
+
+    Args:
+        cells: of a folder.
+        texts: whether to compare generated texts, too, which takes time.
+    """
+    dense = dense_of(cells)
+
+    def read(cell: Cell) -> Answers:
+        reference = dense[cell.key]
+        try:
+            check_paired(cell.answers, reference.answers)
+        except UserError:  # said where the two are compared
+            return cell.answers
+        return add_distances(cell.answers, reference.answers, texts)
+
+    return [replace(cell, read=functools.partial(read, cell)) if cell.key in dense else cell for cell in cells]
+
+
+def beside_dense(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list[str]]:
+    """Compare every metric of cells with their dense one, by key; return also why some are missing.
+
+    Args:
+        cells: of a folder, dense ones among them, with their distances from dense.
+    """
+    dense, rows = dense_of(cells), dict[str, list[Compared]]()
+    problems: dict[str, None] = {}
+    for cell in cells:
+        if cell.key in dense:
+            try:
+                rows[cell.key] = paired(cell, dense[cell.key])
+            except UserError as error:
+                problems[f"Not compared with dense: {error.problem}."] = None
+    if alone := dict.fromkeys(str(cell.inputs["task"]) for cell in cells if cell.key not in dense):
+        problems[f"There is no dense cell for {', '.join(alone)}: run --method dense too, for recoveries."] = None
+    return rows, list(problems)
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
 
 
 def of_tasks(
@@ -45,73 +263,15 @@ def of_tasks(
     Raises:
         UserError: the folder has no cell of one of them.
     """
-    if names is None:
-        return list(records)
     known = {str(r.inputs["task"]) for r in records}
-    wanted: set[str] = set()
-    for name in items_of(names):
+    wanted = known if names is None else set[str]()
+    for name in items_of(names or ()):
         tasks = known & {name, *aliases.get(name, ())}
         if not tasks:
-            raise UserError(
-                f"the folder has no cell of task {name!r}", nearest(name, known) or ", ".join(sorted(known))
-            )
+            there = nearest(name, known) or ", ".join(sorted(known))
+            raise UserError(f"the folder has no cell of task {name!r}", there)
         wanted |= tasks
     return [r for r in records if r.inputs["task"] in wanted]
-
-
-def paired(a: Cell, b: Cell) -> list[Compared]:
-    """Return every metric of a cell beside the same of another.
-
-    Raises:
-        UnreadSamples: the samples of one cannot be read.
-        Unpaired: they have other documents or prompts.
-    """
-    names = [f"{cell.inputs['task']} ({cell.source})" for cell in (a, b)]
-    check_paired(names, [cell.inputs.get("limit") for cell in (a, b)], a.answers, b.answers)
-    return against(a.answers, b.answers, (a.inputs["method"] == DENSE, b.inputs["method"] == DENSE))
-
-
-def with_distances(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
-    """Add distances from dense to the answers of cells with a dense cell of the same documents.
-
-    Args:
-        cells: of a folder.
-        texts: whether to compare generated texts, too, which takes time.
-    """
-    dense = dense_of(cells)
-
-    def read(cell: Cell, reference: Cell) -> Answers:
-        try:
-            check_paired(["", ""], [None, None], cell.answers, reference.answers)
-        except UserError:  # said where the two are compared
-            return cell.answers
-        return add_distances(cell.answers, reference.answers, texts)
-
-    reads = {cell.key: functools.partial(read, cell, dense[cell.key]) for cell in cells if cell.key in dense}
-    return [replace(cell, read=reads.get(cell.key, cell.read)) for cell in cells]
-
-
-def beside_dense(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list[str]]:
-    """Compare every metric of cells with their dense one, by key; return also why some are missing.
-
-    Args:
-        cells: of a folder, dense ones among them, with their distances from dense.
-    """
-    dense = dense_of(cells)
-    rows: dict[str, list[Compared]] = {}
-    problems: dict[str, None] = {}
-    alone: dict[str, None] = {}
-    for cell in cells:
-        if cell.key not in dense:
-            alone[str(cell.inputs["task"])] = None
-            continue
-        try:
-            rows[cell.key] = paired(cell, dense[cell.key])
-        except UserError as error:
-            problems[f"Not compared with dense: {error.problem}."] = None
-    if alone:
-        problems[f"There is no dense cell for {', '.join(alone)}: run --method dense too, for recoveries."] = None
-    return rows, list(problems)
 
 
 def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> pd.DataFrame:
@@ -134,51 +294,37 @@ def lines_of(
     compared: Mapping[str, Sequence[Compared]], records: Sequence[Record], subtasks: bool = False
 ) -> pd.DataFrame:
     """Return `lines` of cells that stand beside dense (`beside_dense`). records: of the same cells."""
-    rows = {(row["key"], row["task"], row["metric"]): row for row in _rows(records, subtasks)}
-    first = {(row["key"], row["task"]): row for row in reversed(rows.values())}
+    dense, names, by_key = dense_of(records), labels(records), {r.key: r for r in records}
+    shown = [_row(r, names[r.key], m) for r in records for m in r.metrics if subtasks or m.part_of is None]
+    order = ("model", "task", "metric", "sparsity", "method")
+    shown.sort(key=lambda row: (*(row[name] for name in order), json.dumps(row["params"])))
+    rows = {(row["key"], row["task"], row["metric"]): row for row in shown}
     families: dict[tuple[object, ...], dict[object, list[Json]]] = {}
     for key, beside in compared.items():
         for one in beside:
-            name = (key, *one.a.name)
+            name, test, part = (key, *one.a.name), one.test, one.recovery
             if name not in rows and kind_of(one.metric.metric).group == DISTANCE:  # which records lack
-                number = {"value": one.test.value_a, "stderr": one.sides[0].stderr, "n": one.test.n}
-                up = one.metric.higher_is_better
-                rows[name] = {**first[name[:2]], "metric": name[2], **number, "higher_is_better": up}
+                metric = replace(one.metric, value=test.value_a, stderr=one.sides[0].stderr, n=test.n)
+                rows[name] = _row(by_key[key], names[key], metric)
             if row := rows.get(name):
-                row |= _tested(one)
-                family = (row["model"], row["label"], row["sparsity"], row["scope"], row["metric"])
+                low, high = (part and part.interval) or (None, None)
+                row |= {
+                    "dense": test.value_b, "chance": one.chance, "recovery": part and part.value, "recovery_low": low,
+                    "recovery_high": high, "difference": test.difference, "low": test.low, "high": test.high,
+                    "p": test.p,
+                }  # fmt: skip
+                family = tuple(row[name] for name in ("model", "label", "sparsity", "scope", "metric"))
                 families.setdefault(family, {}).setdefault(row["task"], []).append(row)
+        for m in dense[key].metrics:
+            if m.aggregation is None and (row := rows.get((key, m.task, m.label))):  # no test compares BLEU
+                row |= {"dense": m.value, "difference": row["value"] - m.value}
     for tasks in families.values():
         for i in range(max(map(len, tasks.values()))):
             # Each task counts once; one that was repeated less often counts with its last run.
             some = [runs[min(i, len(runs) - 1)] for runs in tasks.values()]
             for row, p in zip(some, stats.holm([row["p"] for row in some]), strict=True):
                 row["p_holm"] = p if row["p_holm"] is None else row["p_holm"]
-    dense = dense_of(records)
-    for record in (r for r in records if r.key in compared):
-        values = {(m.task, m.label): m.value for m in dense[record.key].metrics if m.aggregation is None}
-        for (task, label), value in values.items():  # which no test compares, BLEU for example
-            if row := rows.get((record.key, task, label)):
-                row |= {"dense": value, "difference": row["value"] - value}
     return pd.DataFrame([*rows.values()], dtype=object)
-
-
-def _tested(one: Compared) -> Json:
-    """Return what is said of a metric beside dense's."""
-    ends = (one.recovery and one.recovery.interval) or (None, None)
-    return {
-        "dense": one.test.value_b, "chance": one.chance, "recovery": one.recovery.value if one.recovery else None,
-        "recovery_low": ends[0], "recovery_high": ends[1], "difference": one.test.difference, "low": one.test.low,
-        "high": one.test.high, "p": one.test.p,
-    }  # fmt: skip
-
-
-def _rows(records: Sequence[Record], subtasks: bool = False) -> list[Json]:
-    """Return one row per metric of each record, sorted by model, task, metric, sparsity and method."""
-    names = labels(records)
-    rows = [_row(r, names[r.key], m) for r in records for m in r.metrics if subtasks or m.part_of is None]
-    order = ("model", "task", "metric", "sparsity", "method")
-    return sorted(rows, key=lambda row: (*(row[name] for name in order), json.dumps(row["params"])))
 
 
 def _row(record: Record, label: str, metric: Metric | None = None) -> Json:

@@ -19,11 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from dart_eval.results import metrics, stats
-from dart_eval.results.cells import cell_of
 from dart_eval.results.documents import Compared
 from dart_eval.results.format import THREE, number, short
 from dart_eval.results.format import sparsity as percent
-from dart_eval.results.frame import beside_dense, cells_frame, lines_of, paired, typed, with_distances
+from dart_eval.results.frame import beside_dense, cell_of, cells_frame, lines_of, paired, typed, with_distances
 from dart_eval.results.inputs import DENSE, identity, model_of
 from dart_eval.results.record import Record
 from dart_eval.results.show import Table

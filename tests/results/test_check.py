@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from dart_eval.results.cells import Cell, cells, differing
 from dart_eval.results.check import FELL, Limits, Thresholds, bad, check, recovery, thresholds_from, workflow_commands
 from dart_eval.results.documents import answers_of
+from dart_eval.results.frame import Cell, cells, differing
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import UserError
 from tests.helpers.records import N, answered, choosing, perplexities, right, samples, save

@@ -17,8 +17,8 @@ import dart_eval
 from dart_eval.cli import check as command
 from dart_eval.pruning.methods.griffin import Griffin
 from dart_eval.results import baseline
-from dart_eval.results.cells import cells
 from dart_eval.results.check import Limits, Thresholds, check, thresholds_from
+from dart_eval.results.frame import cells
 from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError

@@ -41,7 +41,7 @@ def test_a_groups_value_follows_from_the_documents_of_its_members_as_they_weigh(
     group = answers_of(metrics, samples("a", GROUP[:3]) + samples("b", GROUP[3:]))
     assert set(group.measures) == {("g", "acc")} and group.left_out == ()
     measure = group.measures["g", "acc"]
-    assert measure.members == ("a", "b") and measure.units == ["a", "a", "a", "b"]
+    assert measure.members == ("a", "b") and measure.units == ["g a", "g a", "g a", "g b"]
     assert measure.sums[:, 0].sum() / measure.sums[:, 1].sum() == pytest.approx(value)
 
 

@@ -11,10 +11,9 @@ from dart_eval.cli import view
 from dart_eval.models.loading import Identity
 from dart_eval.results import baseline
 from dart_eval.results.board import boards
-from dart_eval.results.cells import cells
 from dart_eval.results.check import Thresholds, bad, check, junit, table, workflow_commands
 from dart_eval.results.compare import compare_folders, compare_within
-from dart_eval.results.frame import lines_of, typed
+from dart_eval.results.frame import cells, lines_of, typed
 from dart_eval.results.labels import labels, specs
 from dart_eval.results.report.build import build
 from dart_eval.results.show import Table, show

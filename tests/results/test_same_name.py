@@ -6,9 +6,9 @@ import re
 import pytest
 
 from dart_eval.results import inputs
-from dart_eval.results.cells import cells, counterparts
 from dart_eval.results.check import FELL, Thresholds, check, junit
 from dart_eval.results.compare import compare_folders, compare_within
+from dart_eval.results.frame import cells, counterparts
 from dart_eval.results.report.build import build
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError

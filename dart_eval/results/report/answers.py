@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dart_eval.results.cells import dense_of
 from dart_eval.results.documents import answers
 from dart_eval.results.format import finite
+from dart_eval.results.frame import dense_of
 from dart_eval.results.metrics import GOLD
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store, UnreadSamples
