@@ -17,9 +17,9 @@ from pydantic import BaseModel, Field, TypeAdapter
 from dart_eval.results import layout, show, stats, sums
 from dart_eval.results.baseline import rounded
 from dart_eval.results.compare import Comparison, names
-from dart_eval.results.documents import Compared, Unpaired
+from dart_eval.results.documents import Compared
 from dart_eval.results.format import FOUR, chance, interval, number, signed
-from dart_eval.results.frame import Cell, counterparts, dense_of, differing, paired
+from dart_eval.results.frame import Cell, Unpaired, counterparts, dense_of, differing, paired
 from dart_eval.results.inputs import model_of
 from dart_eval.results.metrics import DISTANCE, GOLD, kind_of
 from dart_eval.results.show import Columns, Table

@@ -19,21 +19,14 @@ import numpy as np
 import pandas as pd
 
 from dart_eval.results import stats, sums
-from dart_eval.results.inputs import HASH_DIGITS
 from dart_eval.results.metrics import DISTANCE, GOLD, kind_of
 from dart_eval.results.record import Metric
 from dart_eval.results.stats import Estimate, Share
-from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
 INDEX = ["task", "doc_id", "filter"]
 HASHES = {"documents": "doc_hash", "prompts": "prompt_hash"}
 APART = ("metrics", "drift", "kl_bins")  # fields of a sample that are not columns
-OF_DENSE_ITSELF = {"kl": 0.0, "top1": 1.0}  # distances that a dense cell does not store of itself, per position
-
-
-class Unpaired(UserError):
-    """Two cells have other documents or prompts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +188,7 @@ def _further(
 
 
 def add_distances(own: Answers, dense: Answers, texts: bool = True) -> Answers:
-    """Add the distances of answers from dense's, as metrics of their tasks; both passed `check_paired`.
+    """Add the distances of answers from dense's, as metrics of their tasks; both are of the same documents.
 
     `flips`: the chosen answer of an item differs. For texts `dense_rougeL`: ROUGE-L against dense's text, and
     `dense_tokens`: tokens before the first difference.
@@ -226,35 +219,10 @@ def _similarity(ours: str, theirs: str) -> float:
 
 
 def _common(ours: Sequence[int], theirs: Sequence[int]) -> float:
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
-    return float(sum(1 for _ in same))
+    return float(len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))]))
 
 
 # -- one metric beside another cell's ----------------------------------------------------------------------------------
-
-
-def check_paired(a: Answers, b: Answers, names: str = "") -> None:
-    """Refuse cells with other documents or prompts. names: of the two, in words.
-
-    Raises:
-        Unpaired: names the difference.
-    """
-    places = [side.documents.index.tolist() for side in (a, b)]
-    if places[0] != places[1]:
-        sizes = [len({key[:2] for key in side}) for side in places]
-        raise Unpaired(
-            f"{names} cannot be paired: they have other documents or filters, of {sizes[0]} and {sizes[1]} documents",
-            "run both with the same data and --limit",
-        )
-    for name, column in HASHES.items():
-        sides = ([digest[:HASH_DIGITS] for digest in side.documents[column]] for side in (a, b))
-        other = [key for key, ours, theirs in zip(places[0], *sides, strict=True) if ours != theirs]
-        if other:
-            raise Unpaired(
-                f"{names} cannot be paired: {len(other)} of {len(places[0])} {name} differ (the first: {other[0][0]} "
-                f"{other[0][1]})",
-                "run both with the same data, few-shot examples, chat template and version of lm-eval",
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,21 +296,3 @@ class Compared:
         if self.kind in ("log-perplexity", "bits") or name == GOLD:
             return self.lost.exp_minus()
         return stats.share(*(self.sides if up else self.sides[::-1]), self.step)
-
-
-def against(a: Answers, b: Answers, dense: tuple[bool, bool] = (False, False)) -> list[Compared]:
-    """Return every metric of A beside the same of B; both passed `check_paired`.
-
-    Args:
-        dense: whether A, and whether B, is a dense cell, whose distance from itself is known without being stored.
-    """
-    rows = []
-    for name in dict.fromkeys([*a.measures, *b.measures]):
-        sides = [side.measures.get(name) for side in (a, b)]
-        for i, (own, other) in enumerate(zip(sides, sides[::-1], strict=True)):
-            if own is None and other is not None and dense[i] and other.metric.metric in OF_DENSE_ITSELF:
-                sides[i] = replace(other, x=OF_DENSE_ITSELF[other.metric.metric] * other.w)
-        ours, theirs = sides
-        if ours is not None and theirs is not None and ours.index == theirs.index:
-            rows.append(Compared(ours, theirs))
-    return rows

@@ -20,9 +20,9 @@ from typing import TypeVar
 import pandas as pd
 
 from dart_eval.results import stats
-from dart_eval.results.documents import Answers, Compared, add_distances, against, answers_of, check_paired, documents
+from dart_eval.results.documents import HASHES, Answers, Compared, add_distances, answers_of, documents
 from dart_eval.results.format import sparsity
-from dart_eval.results.inputs import ASKED, COLUMNS, DENSE, FIELDS, HOW, identity, model_of, question
+from dart_eval.results.inputs import ASKED, COLUMNS, DENSE, FIELDS, HASH_DIGITS, HOW, identity, model_of, question
 from dart_eval.results.inputs import names as fields_of
 from dart_eval.results.labels import Labelled, grouped, labels, values_of
 from dart_eval.results.metrics import DISTANCE, kind_of
@@ -33,7 +33,12 @@ from dart_eval.util.text import Json, items_of
 
 N = TypeVar("N", bound=Labelled)
 ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
+OF_DENSE_ITSELF = {"kl": 0.0, "top1": 1.0}  # distances that a dense cell does not store of itself, per position
 TESTED = ("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low", "high", "p", "p_holm")
+
+
+class Unpaired(UserError):
+    """Two cells have other documents or prompts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +201,29 @@ def _flat(inputs: Json) -> Json:
     return {**inputs, **flat, **dict.fromkeys(parts)}
 
 
+def check_paired(a: Cell, b: Cell) -> None:
+    """Refuse cells with other documents or prompts.
+
+    Raises:
+        UnreadSamples: the samples of one cannot be read.
+        Unpaired: names the difference.
+    """
+    left, right = a.answers.documents, b.answers.documents
+    what = " and ".join(f"{cell.inputs['task']} ({cell.source})" for cell in (a, b)) + " cannot be paired"
+    if left.index.tolist() != right.index.tolist():
+        sizes = " and ".join(str(len({place[:2] for place in side.index})) for side in (left, right))
+        problem = f"{what}: they have other documents or filters, of {sizes} documents"
+        raise Unpaired(problem, "run both with the same data and --limit")
+    for name, column in HASHES.items():
+        ours, theirs = ([digest[:HASH_DIGITS] for digest in side[column]] for side in (left, right))
+        if other := [place for place, x, y in zip(left.index, ours, theirs, strict=True) if x != y]:
+            task, number, _ = other[0]
+            raise Unpaired(
+                f"{what}: {len(other)} of {len(left)} {name} differ (the first: {task} {number})",
+                "run both with the same data, few-shot examples, chat template and version of lm-eval",
+            )
+
+
 def paired(a: Cell, b: Cell) -> list[Compared]:
     """Return every metric of a cell beside the same of another.
 
@@ -203,9 +231,18 @@ def paired(a: Cell, b: Cell) -> list[Compared]:
         UnreadSamples: the samples of one cannot be read.
         Unpaired: they have other documents or prompts.
     """
-    names = [f"{cell.inputs['task']} ({cell.source})" for cell in (a, b)]
-    check_paired(a.answers, b.answers, " and ".join(names))
-    return against(a.answers, b.answers, (a.inputs["method"] == DENSE, b.inputs["method"] == DENSE))
+    check_paired(a, b)
+    rows = []
+    for name in dict.fromkeys([*a.answers.measures, *b.answers.measures]):
+        sides = [cell.answers.measures.get(name) for cell in (a, b)]
+        for i, cell in enumerate((a, b)):
+            other, dense = sides[1 - i], cell.inputs["method"] == DENSE
+            if dense and sides[i] is None and other is not None and other.metric.metric in OF_DENSE_ITSELF:
+                sides[i] = replace(other, x=OF_DENSE_ITSELF[other.metric.metric] * other.w)
+        ours, theirs = sides
+        if ours is not None and theirs is not None and ours.index == theirs.index:
+            rows.append(Compared(ours, theirs))
+    return rows
 
 
 def with_distances(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
@@ -218,12 +255,11 @@ def with_distances(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
     dense = dense_of(cells)
 
     def read(cell: Cell) -> Answers:
-        reference = dense[cell.key]
         try:
-            check_paired(cell.answers, reference.answers)
+            check_paired(cell, dense[cell.key])
         except UserError:  # said where the two are compared
             return cell.answers
-        return add_distances(cell.answers, reference.answers, texts)
+        return add_distances(cell.answers, dense[cell.key].answers, texts)
 
     return [replace(cell, read=functools.partial(read, cell)) if cell.key in dense else cell for cell in cells]
 
@@ -253,12 +289,7 @@ def beside_dense(cells: Sequence[Cell]) -> tuple[dict[str, list[Compared]], list
 def of_tasks(
     records: Sequence[Record], names: Sequence[str] | None, aliases: Mapping[str, Sequence[str]]
 ) -> list[Record]:
-    """Return the records of some tasks.
-
-    Args:
-        records: of a folder.
-        names: as typed; None: all.
-        aliases: names of several tasks.
+    """Return the records of some tasks; without names of all. aliases: names of several tasks.
 
     Raises:
         UserError: the folder has no cell of one of them.
@@ -417,10 +448,8 @@ def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:
     names = labels(known)
     parts = []
     for record in of_tasks(known, None if task is None else [task], {}):
-        part = documents(store.samples(record))
         cell = {"model": record.inputs["model"]["name"], "label": names[record.key]}
         cell |= {name: record.inputs[name] for name in ("method", "sparsity")}
-        for i, (name, value) in enumerate(cell.items()):
-            part.insert(i, name, pd.Series([value] * len(part), dtype=object))
-        parts.append(part.assign(key=record.key))
+        part = documents({**sample, **cell} for sample in store.samples(record))
+        parts.append(part[list(dict.fromkeys([*cell, *part]))].assign(key=record.key))
     return typed(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame()

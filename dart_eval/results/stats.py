@@ -8,8 +8,8 @@ tasks, its interval and the test of two rows all follow from the same documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,7 +24,6 @@ SEED = 20_240_229  # any; fixed, so that two people get the same p
 MIN_CLUSTERS = 6  # 2 / 2^5 > .05: with five, no exact test could tell anything from chance
 CHUNK = 2**18  # numbers of resamples worked on at a time: they fit a processor's cache
 
-SIGN_FLIP = {False: "exact McNemar", True: "exact sign flip of clusters"}
 BOOTSTRAP = "bootstrap-t"
 
 
@@ -62,10 +61,23 @@ class Paired:
     reason: str = ""
 
 
+class Tested(NamedTuple):
+    """What a test found; see `Paired`. p_less, p_greater: one-sided p of a difference that is too small, too large."""
+
+    p: float | None = None
+    p_less: float | None = None
+    p_greater: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str = ""
+
+
 def paired(
     kind: str, a: ArrayLike, b: ArrayLike, units: Sequence[object] | None = None, higher_is_better: bool | None = True
 ) -> Paired:
     """Compare A with B; row i of both is the same document.
+
+    Answers that are right or wrong have an exact test, and an exact interval where there is one.
 
     Args:
         kind: a key of `sums.SCALES`; unweighted means of nothing but 0 and 1 become `proportion`.
@@ -75,73 +87,42 @@ def paired(
         higher_is_better: whether A is worse where its values are smaller; None where neither direction is better.
     """
     x, y = (np.asarray(side, float) for side in (a, b))
-    if x.shape != y.shape or not len(x):
-        raise ValueError(f"not paired: {x.shape} and {y.shape}")
     x, y = (side if side.ndim > 1 else np.stack([side, np.ones(len(side))], 1) for side in (x, y))
     n = len(x)
     labels = np.arange(n) if units is None else np.unique(np.array(list(map(str, units))), return_inverse=True)[1]
     count = int(labels.max()) + 1
     (value_a, influence_a), (value_b, influence_b) = linearised(kind, x), linearised(kind, y)
-    difference = 0.0 if np.array_equal(x, y) else value_a - value_b
-    influence = influence_a - influence_b
-    binary = kind == "mean" and bool((x[:, 1] == 1).all() and np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
-    effect, tested = None, Tested(reason="values that are not finite")
-    if np.isfinite(x).all() and np.isfinite(y).all():
-        spread = float(np.std(influence, ddof=1)) if n > 1 else 0.0
-        if spread > 1e-12 * abs(difference):
-            effect = difference / (n * spread)
-        sums: Values = np.bincount(labels, influence, count).astype(float)
-        if count < MIN_CLUSTERS:
-            tested = Tested(reason=f"{count} independent units, fewer than {MIN_CLUSTERS}")
-        elif binary:
-            tested = _test_proportions(x[:, 0] - y[:, 0], labels, sums, difference)
-        elif np.array_equal(x, y):
-            tested = Tested(1.0, 1.0, 1.0, 0.0, 0.0, "all values equal", "all values equal")
+    same, influence = np.array_equal(x, y), influence_a - influence_b
+    difference, spread = 0.0 if same else value_a - value_b, float(np.std(influence, ddof=1)) if n > 1 else 0.0
+    sums: Values = np.bincount(labels, influence, count).astype(float)
+    binary = kind == "mean" and bool((x[:, 1] == 1).all() and np.isin([x[:, 0], y[:, 0]], (0, 1)).all())
+    test = interval = ""
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        tested = Tested(reason="values that are not finite")
+    elif count < MIN_CLUSTERS:
+        tested = Tested(reason=f"{count} independent units, fewer than {MIN_CLUSTERS}")
+    elif binary:
+        flips = np.rint(np.bincount(labels, x[:, 0] - y[:, 0], count)).astype(int)
+        test, p_values = "exact McNemar" if count == n else "exact sign flip of clusters", sign_flip(flips)
+        if count == n or not flips.any():
+            interval = "Tango" if count == n else "Tango on clusters"
+            tested = Tested(*p_values, *tango(int((flips > 0).sum()), int((flips < 0).sum()), count))
         else:
-            tested = replace(bootstrap_t(sums, difference), test=BOOTSTRAP, interval=BOOTSTRAP)
-    ratio = None
-    if kind == "log-perplexity":
-        value_a, value_b, ratio = exp(value_a), exp(value_b), exp(difference)
+            interval, (*_, low, high, reason) = BOOTSTRAP, bootstrap_t(sums, difference)
+            tested = Tested(*p_values, low, high, reason)
+    elif same:
+        tested, test, interval = Tested(1.0, 1.0, 1.0, 0.0, 0.0), "all values equal", "all values equal"
+    else:
+        tested, test, interval = bootstrap_t(sums, difference), BOOTSTRAP, BOOTSTRAP
+    is_log = kind == "log-perplexity"
     return Paired(
-        kind="proportion" if binary else kind, n=n, clusters=count, value_a=value_a, value_b=value_b,
-        difference=difference, ratio=ratio, low=tested.low, high=tested.high, p=tested.p,
+        kind="proportion" if binary else kind, n=n, clusters=count, value_a=exp(value_a) if is_log else value_a,
+        value_b=exp(value_b) if is_log else value_b, difference=difference, ratio=exp(difference) if is_log else None,
+        low=tested.low, high=tested.high, p=tested.p,
         p_worse=None if higher_is_better is None else tested.p_less if higher_is_better else tested.p_greater,
-        effect=effect, test=tested.test, interval=tested.interval, reason=tested.reason,
+        effect=difference / (n * spread) if spread > 1e-12 * abs(difference) else None, test=test, interval=interval,
+        reason=tested.reason,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Tested:
-    """What a test found; see `Paired`. p_less, p_greater: one-sided p of a difference that is too small, too large."""
-
-    p: float | None = None
-    p_less: float | None = None
-    p_greater: float | None = None
-    low: float | None = None
-    high: float | None = None
-    test: str = ""
-    interval: str = ""
-    reason: str = ""
-
-
-def _test_proportions(differences: Values, labels: NDArray[np.int_], units: Values, estimate: float) -> Tested:
-    """An exact test of values that are 0 or 1, with an exact interval where there is one.
-
-    Args:
-        differences: [n] A - B of each document.
-        labels: [n] the number of its cluster.
-        units: [K] influence values of the clusters.
-        estimate: the difference that `units` belong to.
-    """
-    n, count = len(differences), len(units)
-    sums = np.rint(np.bincount(labels, differences, count)).astype(int)
-    test, chances = SIGN_FLIP[count < n], sign_flip(sums)
-    if count == n:
-        return Tested(*chances, *tango(int((sums > 0).sum()), int((sums < 0).sum()), n), test, "Tango")
-    if not sums.any():
-        return Tested(*chances, *tango(0, 0, count), test, "Tango on clusters")
-    made = bootstrap_t(units, estimate)
-    return Tested(*chances, made.low, made.high, test, BOOTSTRAP, made.reason)
 
 
 def sign_flip(sums: NDArray[np.int_]) -> tuple[float, float, float]:
@@ -205,14 +186,22 @@ def bootstrap_t(units: Values, estimate: float, resamples: int = RESAMPLES, seed
     t = estimate / error
     # Neither the order of the units nor which side is called A may matter, so both are settled before drawing.
     sign = -1.0 if t < 0 else 1.0
-    drawn = np.sort(_statistics(np.sort(sign * units), resamples, seed))  # with t >= 0
+    units = np.sort(sign * units)
+    generator, rows, parts = np.random.default_rng(seed), max(1, CHUNK // k), []
+    for start in range(0, resamples, rows):
+        sample = units.take(generator.integers(0, k, (min(rows, resamples - start), k), dtype=np.int32))
+        total, squares = sample.sum(1), np.einsum("ij,ij->i", sample, sample)
+        variance = squares - total**2 / k
+        variance[variance <= 1e-12 * squares] = np.nan  # no spread
+        parts.append(total / np.sqrt(k / (k - 1) * variance))
+    drawn = np.sort(np.concatenate(parts))  # with t >= 0
     degenerate = int(np.isnan(drawn).sum())  # sorted last
     drawn = drawn[: resamples - degenerate]
     sizes = np.sort(np.abs(drawn))
     above = len(drawn) - int(np.searchsorted(drawn, abs(t), "left"))
     below = int(np.searchsorted(drawn, abs(t), "right"))
     beyond = len(drawn) - int(np.searchsorted(sizes, abs(t), "left"))
-    p, p_above, p_below = ((1 + degenerate + found) / (1 + resamples) for found in (beyond, above, below))
+    p, p_above, p_below = ((1 + degenerate + count) / (1 + resamples) for count in (beyond, above, below))
     p_above = max(p_above, p / 2)  # one tail alone is too bold on few, skewed or mostly equal documents
     p_less, p_greater = (p_below, p_above) if sign > 0 else (p_above, p_below)
     last = math.ceil((1 - ALPHA) * (1 + resamples)) - 1
@@ -220,25 +209,6 @@ def bootstrap_t(units: Values, estimate: float, resamples: int = RESAMPLES, seed
         return Tested(p, p_less, p_greater, reason="too few units differ")
     margin = float(sizes[last]) * error
     return Tested(p, p_less, p_greater, estimate - margin, estimate + margin)
-
-
-def _statistics(units: Values, resamples: int, seed: int) -> Values:
-    """Studentised sums of resamples of the units [resamples]; NaN where a resample has no spread."""
-    k, found = len(units), []
-    for numbers in _draws(k, resamples, seed):
-        drawn = units.take(numbers)
-        total, squares = drawn.sum(1), np.einsum("ij,ij->i", drawn, drawn)
-        variance = squares - total**2 / k
-        variance[variance <= 1e-12 * squares] = np.nan
-        found.append(total / np.sqrt(k / (k - 1) * variance))
-    return np.concatenate(found)
-
-
-def _draws(k: int, resamples: int, seed: int) -> Iterator[NDArray[np.integer]]:
-    """Yield the numbers of the units in each resample [some of the resamples, k]."""
-    generator, rows = np.random.default_rng(seed), max(1, CHUNK // k)
-    for start in range(0, resamples, rows):
-        yield generator.integers(0, k, (min(rows, resamples - start), k), dtype=np.int32)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -298,18 +268,17 @@ class Estimate:
         return math.sqrt(count / (count - 1) * sum(u * u for u in self.units.values())) if count > 1 else None
 
     @cached_property
-    def tested(self) -> Tested | None:
-        """The studentised bootstrap over units; None if they are too few, all the same, or not finite."""
+    def tested(self) -> Tested:
+        """The studentised bootstrap over units; without p if they are too few, all the same, or not finite."""
         slopes = np.array([self.units[unit] for unit in sorted(self.units)])
-        if not np.isfinite([self.value, *slopes]).all():
-            return None
-        return bootstrap_t(slopes, self.value) if self.smallest >= MIN_CLUSTERS and slopes.any() else None
+        able = self.smallest >= MIN_CLUSTERS and slopes.any() and np.isfinite([self.value, *slopes]).all()
+        return bootstrap_t(slopes, self.value) if able else Tested()
 
     @property
     def interval(self) -> Interval | None:
         """The 95 % interval, or None."""
-        test = self.tested
-        return None if test is None or test.low is None or test.high is None else (test.low, test.high)
+        low, high = self.tested.low, self.tested.high
+        return None if low is None or high is None else (low, high)
 
     @property
     def p(self) -> float | None:
@@ -318,10 +287,8 @@ class Estimate:
         Resamples cannot give less than 1 / (1 + their number), which many rows together would never pass. At that limit
         p is Student's t's.
         """
-        test, student = self.tested, self.student
-        if test is None or test.p is None or test.p > 1 / (1 + RESAMPLES) or student is None:
-            return None if test is None else test.p
-        return min(test.p, student)
+        p, student = self.tested.p, self.student
+        return p if p is None or student is None or p > 1 / (1 + RESAMPLES) else min(p, student)
 
     @property
     def student(self) -> float | None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dart_eval.cli import compare as command
 from dart_eval.results import show
 from dart_eval.results.compare import compare_folders, compare_within, table
-from dart_eval.results.documents import Unpaired
+from dart_eval.results.frame import Unpaired
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import UserError
 from tests.helpers.records import N, answered, digest, metric_of, perplexities, right, samples, save, table_body

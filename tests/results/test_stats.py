@@ -206,11 +206,6 @@ def test_the_size_of_a_chunk_does_not_move_p(monkeypatch):
     assert first == bootstrap_t(u, 0.1)
 
 
-def test_unpaired_values_are_refused():
-    with pytest.raises(ValueError, match="not paired"):
-        paired("mean", [1, 2], [1])
-
-
 # -- perplexity and BLEU -------------------------------------------------------------------------------------------
 
 
