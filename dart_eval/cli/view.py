@@ -12,16 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from dart_eval.results import metrics
@@ -30,24 +22,20 @@ from dart_eval.util import files
 from dart_eval.util.text import Json, counted, printable
 
 if TYPE_CHECKING:
-    from rich.progress import Task, TaskID
-
-    from dart_eval.results.record import Metric, Record
+    from dart_eval.results.record import Record
     from dart_eval.results.show import Table
     from dart_eval.sweep.events import Event
     from dart_eval.sweep.plan import Cell
 
-SHORTEST = 24  # characters of such a line
 BESIDE = 46  # characters of a line of progress beside its title
 EVERY = 30.0  # seconds between lines of a log on how far a cell is
 LASTS = 5.0  # seconds between lines of a log on what a run waits for
+SPEED_OF = 3600.0  # seconds over which the time left is estimated: a batch may take minutes
 
 
-class _TimeLeft(TimeRemainingColumn):
-    """The time left, with its name beside the time that has passed; nothing where the end is unknown."""
-
-    def render(self, task: Task) -> Text:
-        return Text.assemble(super().render(task), " left") if task.total else Text()
+class _TimeLeft(progress.TimeRemainingColumn):
+    def render(self, task: progress.Task) -> Text:
+        return Text.assemble(super().render(task), " left" if task.total else "")
 
 
 class TerminalView:
@@ -62,16 +50,16 @@ class TerminalView:
     def __init__(self) -> None:
         self.console = console(stderr=True, soft_wrap=True)
         self.live = self.console.is_terminal
-        self.progress = Progress(
-            SpinnerColumn("line" if self.console.options.ascii_only else "dots"),
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), _TimeLeft(),
-            console=self.console, transient=True, disable=not self.live,
+        self.progress = progress.Progress(
+            progress.SpinnerColumn("line" if self.console.options.ascii_only else "dots"),
+            progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
+            progress.MofNCompleteColumn(), progress.TimeElapsedColumn(), _TimeLeft(), console=self.console,
+            transient=True, disable=not self.live, speed_estimate_period=SPEED_OF,
         )  # fmt: skip
         self._step = self._said = ""  # what is waited for, and what a log last said of it
-        self._bar: TaskID | None = None  # of that
-        self._all: TaskID  # of all cells
-        self._cells: dict[str, TaskID] = {}  # the bars of cells under way, by key
+        self._bar: progress.TaskID | None = None  # of that
+        self._all: progress.TaskID  # of all cells
+        self._cells: dict[str, progress.TaskID] = {}  # the bars of cells under way, by key
         self._over = 0  # cells that have ended
         self._open, self._spoke = False, 0.0  # whether the block runs; when the last line was written
 
@@ -96,7 +84,7 @@ class TerminalView:
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
-        cell, text = event.cell, printable(event.text)
+        text = printable(event.text)
         if event.kind == "wait":
             if not self._step:
                 self._spoke = time.monotonic()
@@ -118,8 +106,8 @@ class TerminalView:
                 self._say(f"{event.n} of {event.of} cells are finished already")
             self._over = event.n
             self._all = self.progress.add_task("all cells", total=event.of, completed=event.n)
-        elif cell is not None:
-            self._show_cell(event, cell, text)
+        elif event.cell is not None:
+            self._show_cell(event, event.cell, text)
 
     def _show_cell(self, event: Event, cell: Cell, text: str) -> None:
         title, bar = printable(cell.title), self._cells.get(cell.key)
@@ -127,12 +115,11 @@ class TerminalView:
             room = max(20, self.console.width - BESIDE)
             short = title if len(title) <= room else f"{title[: room - 1]}…"
             place = self._over + len(self._cells) + 1
-            self._cells[cell.key] = self.progress.add_task(short, total=event.n, title=title, place=place, kept=0)
+            self._cells[cell.key] = self.progress.add_task(short, total=event.n, title=title, place=place)
         elif event.kind == "answered" and bar is not None:
-            task = self.progress.tasks[self.progress.task_ids.index(bar)]
-            self.progress.update(bar, advance=event.n, kept=task.fields["kept"] + event.kept)
+            self.progress.update(bar, advance=event.n)
             if not self.live and time.monotonic() - self._spoke > EVERY:
-                self._say(self._how_far(task))
+                self._say(self._how_far(bar))
         elif event.kind in ("finished", "failed"):
             if event.record is not None:
                 self._say(("done", "green"), f" {title:<34} {printable(_numbers(event.record))}")
@@ -143,16 +130,16 @@ class TerminalView:
             if (bar := self._cells.pop(cell.key, None)) is not None:
                 self.progress.remove_task(bar)
 
-    def _how_far(self, task: Task) -> str:
+    def _how_far(self, bar: progress.TaskID) -> str:
         """`cell 5 of 8, arc dense: 120 of 480 requests, about 6 min left in it`."""
-        cells, total = self.progress.tasks[self.progress.task_ids.index(self._all)].total, task.total or 0
-        where = f"cell {task.fields['place']} of {cells:.0f}, {task.fields['title']}: {task.completed:.0f}"
-        if task.completed > total:
+        cell, every = (self.progress.tasks[self.progress.task_ids.index(i)] for i in (bar, self._all))
+        where = f"cell {cell.fields['place']} of {every.total:.0f}, {cell.fields['title']}: {cell.completed:.0f}"
+        if cell.total is None or cell.completed > cell.total:
             return f"{where} requests, as a long text counts as several"
-        computed = max(task.completed - task.fields["kept"], 1)  # answers of an earlier run are no speed
-        left = (task.elapsed or 0) * (total - task.completed) / computed
-        about = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
-        return f"{where} of {total:.0f} requests, about {about} left in it"
+        where, left = f"{where} of {cell.total:.0f} requests", cell.time_remaining
+        if left is None:
+            return where
+        return f"{where}, about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left in it"
 
     def _end_step(self) -> None:
         """Nothing is waited for any more."""
@@ -167,20 +154,15 @@ class TerminalView:
 
 
 def _numbers(record: Record) -> str:
-    """Return what the line of a finished cell shows."""
+    """Return what the line of a finished cell shows: the main metric of each task, and what is unusual."""
+    own = [m for m in record.metrics if m.part_of is None]
     shown = ", ".join(
         f"{'' if m.task == record.inputs['task'] else f'{m.task} '}{m.metric} {with_error(m.metric, m.value, m.stderr)}"
-        for m in headline(record.metrics)
+        for m in metrics.main(own) or own[:1]
     )
     counts = [counted(n, what) for n, what in ((record.remasks, "re-mask"), (record.cut, "cut prompt")) if n]
     sparsity = f"effective sparsity {record.effective_sparsity:.3f}"
     return f"{shown}  {', '.join([sparsity, *counts])}  {record.seconds:.0f} s"
-
-
-def headline(found: Sequence[Metric]) -> list[Metric]:
-    """Return the one number per task that a line shows."""
-    own = [m for m in found if m.part_of is None]
-    return metrics.main(own) or own[:1]
 
 
 def settle_streams() -> None:
@@ -206,36 +188,25 @@ def say(text: str, err: bool = False) -> None:
 
 
 def listed(rows: Sequence[tuple[str, str]], least: int = 0) -> None:
-    """Print two columns, the left one at least `least` characters wide; lines on a terminal fit into it."""
+    """Print two columns, the left one at least `least` characters wide; on a terminal the right one is wrapped."""
     width = max([least, *(len(left) for left, _ in rows)])
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    room = max(shutil.get_terminal_size().columns, width + 24) if sys.stdout.isatty() else 0
     for left, text in rows:
-        say(hanging(f"{left:<{width}}", text, room))
+        line = f"{left:<{width}}  {text}".rstrip()
+        say(textwrap.fill(line, room, subsequent_indent=" " * (width + 2), break_on_hyphens=False) if room else line)
 
 
-def hanging(left: str, text: str, room: int | None) -> str:
-    """Return `left`, then `text`, wrapped below itself at `room` characters; None: not wrapped."""
-    indent = len(left) + 2
-    if room is None or not text:
-        return f"{left}  {text}".rstrip()
-    if room - indent < SHORTEST:  # too narrow for two columns
-        indent = len(left) - len(left.lstrip()) + 4
-        return f"{left.rstrip()}\n" + textwrap.indent(textwrap.fill(text, max(room - indent, SHORTEST)), " " * indent)
-    lines = textwrap.wrap(text, room - indent, break_on_hyphens=False, break_long_words=False)
-    return f"{left}  " + f"\n{' ' * indent}".join(lines)
-
-
-def put(text: str, path: Path | None = None) -> None:
-    """Print a text for a person or a program, as it is, or write it to a file that the user named.
+def put(data: str | bytes, path: Path | None = None) -> None:
+    """Print a text for a person or a program, as it is, or write data to a file that the user named.
 
     Raises:
         UserError: the file cannot be written.
     """
     if path is None:
-        sys.stdout.write(printable(text, lines=True))
+        sys.stdout.write(printable(str(data), lines=True))
         return
     stream = files.is_stream(path)
-    files.write(path, text)
+    files.write(path, data)
     if not stream:
         say(f"wrote {path}")
 

@@ -21,7 +21,6 @@ class Terminal(io.StringIO):
     (120, ["mask=prompt      a mask for each sequence, from the tokens of its context", "  score.norm=l2"]),
     (50, ["mask=prompt      a mask for each sequence, from",
           "                 the tokens of its context", "  score.norm=l2"]),
-    (34, ["mask=prompt", "    a mask for each sequence, from", "    the tokens of its context", "  score.norm=l2"]),
 ])  # fmt: skip
 def test_a_list_goes_on_below_its_own_column_on_a_terminal(monkeypatch, width, shown):
     terminal = Terminal()

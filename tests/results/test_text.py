@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,6 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import rich.progress
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -168,21 +168,23 @@ def test_the_terminal_shows_every_text_and_obeys_none(text):
 EVIL = "evil\x1b[31m\x9b\u202e\n=1+1\0"
 
 
-@pytest.mark.parametrize(("kept", "answered", "said"), [
-    (0, 3, "3 of 6 requests, about 60 s left in it"), (4, 1, "5 of 6 requests, about 60 s left in it"),
-    (0, 9, "9 requests, as a long text counts as several"),
+@pytest.mark.parametrize(("answers", "said"), [
+    ([0, 1, 2], "3 of 6 requests, about 90 s left in it"), ([4, 1], "5 of 6 requests, about 60 s left in it"),
+    ([3], "3 of 6 requests"), ([3, 6], "9 requests, as a long text counts as several"),
 ])  # fmt: skip
-def test_a_line_of_a_log_says_how_far_a_cell_is(capsys, monkeypatch, kept, answered, said):
-    """Answers of an earlier run are no speed; a long text is scored in several requests, which no plan counts."""
-    cell = SimpleNamespace(key="k", title="arc dense")
+def test_a_line_of_a_log_says_how_far_a_cell_is(capsys, monkeypatch, answers, said):
+    """Answers of an earlier run come first, and are no speed; a long text is scored in several requests."""
+    cell, clock = SimpleNamespace(key="k", title="arc dense"), itertools.count(0.0, 60.0)
+    now = [next(clock)]
     with view.TerminalView() as shown:
         shown.live = False
+        shown.progress.get_time = lambda: now[0]
         shown(Event("planned", n=1, of=3))
         shown(Event("started", cell=cell, n=6))
-        shown(Event("answered", cell=cell, n=kept, kept=kept))
-        monkeypatch.setattr(rich.progress.Task, "elapsed", 60.0)
         monkeypatch.setattr(view, "EVERY", -1.0)
-        shown(Event("answered", cell=cell, n=answered))
+        for n in answers:
+            shown(Event("answered", cell=cell, n=n))
+            now[0] = next(clock)
     assert capsys.readouterr().err.splitlines()[-1] == f"cell 2 of 3, arc dense: {said}"
 
 
