@@ -120,10 +120,10 @@ def show_plan(
 def show_results(result: RunResult, output: str, format: str = "table") -> None:
     """Show the board of a run, the folder of its results and the commands that may follow; or JSON alone."""
     if result.records:
-        from dart_eval.cli import views
-        from dart_eval.results.board import newest
+        from dart_eval.results.board import boards, newest
         from dart_eval.results.frame import lines, with_dense
         from dart_eval.results.store import Store
+        from dart_eval.results.tables import board_tables
 
         store = Store(output)
         everything, _ = newest(store.scan().records)
@@ -131,7 +131,7 @@ def show_results(result: RunResult, output: str, format: str = "table") -> None:
         if format == "json":
             put(data_text(lines(store, records), "json"))
             return
-        show(*views.board(store, records))
+        show(*board_tables(boards(store, records)))
         say("")
         say(_next(result.records, everything, output))
 

@@ -20,8 +20,8 @@ FORMAT_HELP = (
     "100 columns wide, and other views as md."
 )
 VIEW_HELP = (
-    "View to show. board; long: every metric with n; costs: FLOPs, bytes read, memory and time of every cell. json and "
-    "csv always have every number, each with dense's on the same documents."
+    "View to show. board: docs/concepts.md explains its columns; long: every metric with n; costs: FLOPs, bytes read, "
+    "memory and time of every cell. json and csv always have every number, each with dense's on the same documents."
 )
 SAVE_HELP = (
     "Write to this file instead of the terminal. FILE.svg, .png or .pdf draws quality against bytes read, as the board "
@@ -41,7 +41,6 @@ def tables(
     tasks: Annotated[list[str] | None, own(TASKS_HELP, None, "NAMES")] = None,
     metric: Annotated[str | None, own(METRIC_HELP, None, "NAME")] = None,
     level: Annotated[float | None, own(LEVEL_HELP, None, "READ")] = None,
-    explain: Annotated[bool, own("Explain each column of the board.", None, "", "--explain")] = False,
     save: Annotated[Path | None, own(SAVE_HELP, None, "FILE")] = None,
 ) -> None:
     """Print the board of a results folder (one row per method and sparsity, best first), or its long tables.
@@ -49,44 +48,33 @@ def tables(
     \b
     [bold]Examples[/bold]
     dart-eval tables out
-    dart-eval tables out --explain
     dart-eval tables out --metric acc_norm --level 0.3
     dart-eval tables out --save board.svg
     dart-eval tables out --tasks arc,hellaswag
     dart-eval tables out --format json
     dart-eval tables out --format tex --save tables.tex
     """
-    from dart_eval.cli import views  # statistics: not for `--help`
+    from dart_eval.results import tables as made  # statistics: not for `--help`
+    from dart_eval.results.board import boards
     from dart_eval.results.frame import lines, of_tasks
     from dart_eval.results.show import data_text
     from dart_eval.results.store import Store
 
-    _check_looks(view, metric=metric, level=level, explain=explain or None)
-    store = Store(folder)
-    picture = view == BOARD and save is not None and save.suffix in PICTURES
+    if view != BOARD and (metric is not None or level is not None):
+        raise UserError(f"--view {view} has no --metric and no --level", "leave them out, or --view")
+    store, picture = Store(folder), view == BOARD and save is not None and save.suffix in PICTURES
     if save is not None:
         check_target(save)
         format = None if picture else format_of(save, format, FORMATS[1:])
     records = of_tasks(store.load(), tasks, ALIASES)
     if picture and save is not None:
-        views.draw(store, records, metric, save)
-        return
-    if format in ("csv", "json"):
+        from dart_eval.results.report.charts import draw  # matplotlib
+
+        put(draw(boards(store, records, metric), save.suffix[1:]), save)
+    elif format in ("csv", "json"):
         put(data_text(lines(store, records, subtasks), format), save)
-        return
-    if view == BOARD:
-        shown = views.board(store, records, metric, explain, level)
+    elif view == BOARD:
+        output(made.board_tables(boards(store, records, metric), level), format or "table", save)
     else:
-        shown = views.long(view, store, records, subtasks)
-    output(shown, format or ("table" if view == BOARD else None), save)
-
-
-def _check_looks(view: str, **looks: object) -> None:
-    """Refuse an option of the board that another view would ignore.
-
-    Raises:
-        UserError: there is one.
-    """
-    for name, given in looks.items():
-        if given is not None and view != BOARD:
-            raise UserError(f"--{name} is an option of the board, and --view {view} has none", "leave one of them out")
+        shown = [made.costs(records)] if view == COSTS else made.quality(lines(store, records, subtasks), records)
+        output(shown, format, save)

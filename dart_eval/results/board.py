@@ -15,20 +15,22 @@ from statistics import mean
 
 import numpy as np
 
-from dart_eval.results import inputs, metrics, stats
+from dart_eval.results import inputs, metrics, speeds, stats
 from dart_eval.results.documents import Compared
 from dart_eval.results.format import sparsity
 from dart_eval.results.frame import beside_dense, cell_of, with_distances
 from dart_eval.results.inputs import CALIBRATED, DENSE, identity, matters, model_of, question
 from dart_eval.results.labels import grouped, labels
 from dart_eval.results.record import Metric, Record
-from dart_eval.results.speeds import Speed, of_cell, unlike
+from dart_eval.results.speeds import Speed
 from dart_eval.results.stats import Estimate, Share, above_zero, share
 from dart_eval.results.store import Store
 from dart_eval.util.bits import LAST_BITS
+from dart_eval.util.errors import UserError, nearest
 
 Tasks = Mapping[str, tuple[str, ...]]  # metric -> its tasks in a block
 WIDTH_OF_LEVEL = 0.02  # reads that differ by less are one level
+# Kinds of rows. A control is dense; rounding is dense on rounded weights, or on their first bits.
 PRUNED, UPPER_BOUND, CONTROL, ROUNDING, GUESSING = "pruned", "upper bound", "control", "rounding", "guessing"
 DEFAULT_SCOPE = "scored"  # not named on the board
 NOTHING = Share(0.0, (0.0, 0.0))  # share of guessing in dense's quality above guessing
@@ -36,19 +38,12 @@ NOTHING = Share(0.0, (0.0, 0.0))  # share of guessing in dense's quality above g
 
 @dataclass(frozen=True)
 class Quality:
-    """One metric of a row, as the mean over the tasks of its block.
+    """One metric of a row, as the mean over the tasks of its block."""
 
-    Attributes:
-        value: mean of the records' values.
-        stderr: of the mean.
-        better: quality minus dense's, higher is better; for perplexities -log(quality / dense), mean over tasks.
-        share: quality above chance, summed over tasks / that of dense; None if dense's is not above noise.
-    """
-
-    value: float
+    value: float  # mean of the records' values
     stderr: float | None
-    better: Estimate | None = None
-    share: Share | None = None
+    better: Estimate | None = None  # quality minus dense's, higher is better; of perplexities -log(quality / dense)
+    share: Share | None = None  # quality above chance / that of dense, summed over tasks; None where dense's is noise
 
     @cached_property
     def times(self) -> Share | None:
@@ -58,44 +53,24 @@ class Quality:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A method at a sparsity.
+    """A method at a sparsity; distances and costs are means over its tasks or cells."""
 
-    Attributes:
-        label: the method, with the settings that distinguish the row.
-        name: the label, with the sparsity if the level does not show it.
-        sparsity: requested sparsity.
-        read: bytes of FFN weights that a decoded token reads / those of dense.
-        kind: `pruned`, `upper bound`, `control` (dense), `rounding` (dense on rounded weights, or on their first bits)
-            or `guessing`.
-        scope: which positions ran pruned; None for dense, rounded or not, which is the same in all scopes.
-        values: task -> its main metric.
-        asked: task -> what was asked: equal text, equal documents and prompts.
-        records: its cells, of all seeds.
-        compared: its metrics beside dense's.
-        quality: metric -> the mean over the block's tasks.
-        nats: log-likelihood of the right answers minus that under dense, mean over tasks.
-        flips: share of items whose chosen answer is not dense's, mean over tasks.
-        kl: divergence of dense's next-token distribution to the row's, in nats, mean over tasks.
-        overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
-        speed: decoding speed from `bench`, if the folder has one, or the lack of a kernel.
-    """
-
-    label: str
-    name: str
-    sparsity: float
-    read: float
+    label: str  # the method, with the settings that distinguish the row
+    name: str  # the label, with the sparsity if the level does not show it
+    sparsity: float  # as asked for
+    read: float  # bytes of FFN weights that a decoded token reads / those of dense
     kind: str
-    scope: str | None = None
-    values: Mapping[str, Metric] = field(default_factory=dict)
-    asked: Mapping[str, str] = field(default_factory=dict)
-    records: Sequence[Record] = ()
-    compared: Sequence[Compared] = ()
-    quality: Mapping[str, Quality] = field(default_factory=dict)
-    nats: Estimate | None = None
-    flips: Estimate | None = None
-    kl: Estimate | None = None
-    overhead: float = 0.0
-    speed: Speed | None = None
+    scope: str | None = None  # which positions ran pruned; None for dense, which is the same in all scopes
+    values: Mapping[str, Metric] = field(default_factory=dict)  # task -> its main metric
+    asked: Mapping[str, str] = field(default_factory=dict)  # task -> equal text for equal documents and prompts
+    records: Sequence[Record] = ()  # its cells, of all seeds
+    compared: Sequence[Compared] = ()  # its metrics beside dense's
+    quality: Mapping[str, Quality] = field(default_factory=dict)  # by metric
+    nats: Estimate | None = None  # log-likelihood of the right answers minus that under dense
+    flips: Estimate | None = None  # share of items whose chosen answer is not dense's
+    kl: Estimate | None = None  # divergence of dense's next-token distribution to the row's, in nats
+    overhead: float = 0.0  # FLOPs that the method adds to a decoded token / FLOPs of a dense one
+    speed: Speed | None = None  # of `bench decode`, if the folder has one; it may be the lack of a kernel
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -107,11 +82,6 @@ class Row:
         """Whether the read is about right alone, so that no test is made at equal reads."""
         return any(record.settings.get("about") for record in self.records)
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether the method has read a text before any prompt."""
-        return any(record.inputs.get("calibration") is not None for record in self.records)
-
     def bytes_of(self, name: str) -> int | None:
         """Return the most bytes over the cells: `beside` dense, or the `state` of a sequence; None if they lack it."""
         sizes = [record.memory[name] for record in self.records if name in record.memory]
@@ -120,18 +90,12 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Rows that ran on the same tasks, under one scope.
+    """Rows that ran on the same tasks, under one scope."""
 
-    Attributes:
-        tasks: metric -> the tasks of its means; the first metric orders the rows.
-        levels: rows of one read, best first; the highest read first.
-        at_chance: choice tasks on which dense is not above guessing by more than noise.
-    """
-
-    tasks: Tasks
+    tasks: Tasks  # of the means; the first metric orders the rows
     scope: str
-    levels: tuple[tuple[Row, ...], ...]
-    at_chance: tuple[str, ...] = ()
+    levels: tuple[tuple[Row, ...], ...]  # rows of one read, best first; the highest read first
+    at_chance: tuple[str, ...] = ()  # choice tasks on which dense is not above guessing by more than noise
 
     @property
     def rows(self) -> list[Row]:
@@ -146,38 +110,36 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Board:
-    """The board of one model.
-
-    Attributes:
-        about: dtype and hardware.
-        notes: remarks on the numbers.
-        rows: with the main metrics of all their tasks.
-    """
+    """The board of one model."""
 
     model: str
-    about: str
+    about: str  # dtype and hardware
     blocks: tuple[Block, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]  # with the main metrics of all their tasks
     notes: tuple[str, ...] = ()
 
 
-def boards(
-    store: Store, records: Sequence[Record], speeds: Sequence[Speed] = (), metric: str | None = None
-) -> list[Board]:
-    """Return a board for each model of a folder.
+def boards(store: Store, records: Sequence[Record], metric: str | None = None) -> list[Board]:
+    """Return a board for each model of a folder, with its measured speeds.
 
     Args:
-        store: the folder, for samples.
-        records: its cells.
-        speeds: measured by `bench decode`.
+        store: the folder.
+        records: its cells that are shown.
         metric: replaces the main metric of tasks that have it.
+
+    Raises:
+        UserError: no cell has the metric.
     """
+    known = {m.metric for r in records for m in r.metrics}
+    if metric is not None and metric not in known:
+        raise UserError(f"no cell has metric {metric!r}", nearest(metric, known))
     current, older = newest(records)
     by_model = grouped(current, lambda r: model_of(r.inputs["model"]))
     same_name = len({r.inputs["model"]["name"] for r in current}) < len(by_model)
     notes = [f"Left out: {older} older run{'s' * (older > 1)} of cells. The last run of each counts."] if older else []
+    measured = speeds.load_speeds(store.folder)
     return [
-        _board(store, model if same_name else own[0].inputs["model"]["name"], own, speeds, notes, metric)
+        _board(store, model if same_name else own[0].inputs["model"]["name"], own, measured, notes, metric)
         for model, own in sorted(by_model.items())
     ]
 
@@ -193,11 +155,11 @@ def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
 
 
 def _board(
-    store: Store, model: str, records: Sequence[Record], speeds: Sequence[Speed], notes: Sequence[str],
+    store: Store, model: str, records: Sequence[Record], measured: Sequence[Speed], notes: Sequence[str],
     metric: str | None,
 ) -> Board:  # fmt: skip
     compared, problems = beside_dense(with_distances([cell_of(store, r) for r in records], texts=False))
-    rows = _rows(records, compared, speeds, metric)
+    rows = _rows(records, compared, measured, metric)
     scopes = {row.scope for row in rows if row.scope}
     usual = next(iter(scopes)) if len(scopes) == 1 else DEFAULT_SCOPE
     blocks = [
@@ -208,8 +170,10 @@ def _board(
     codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
     each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
     versions = [f"The cells come from {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
-    speeds_of = unlike(row.speed for row in rows)
-    remarks = (*notes, *_seeds(rows), *versions, *problems, *speeds_of)
+    several = [seeds for row in rows for seeds in _by_seed(row.records) if len(seeds) > 1]
+    drawn = sorted({int(r.inputs.get("seed") or 0) for seeds in several for r in seeds})
+    means = [f"Rows are means over the seeds {', '.join(map(str, drawn))}, as far as they ran."] if drawn else []
+    remarks = (*notes, *means, *versions, *problems, *speeds.unlike(row.speed for row in rows))
     return Board(model, _about(records), tuple(blocks), tuple(rows), remarks)
 
 
@@ -226,10 +190,10 @@ def _about(records: Sequence[Record]) -> str:
 
 
 def _rows(
-    records: Sequence[Record], compared: Mapping[str, Sequence[Compared]], speeds: Sequence[Speed], metric: str | None
+    records: Sequence[Record], compared: Mapping[str, Sequence[Compared]], measured: Sequence[Speed], metric: str | None
 ) -> list[Row]:
     """Return the rows without their quality."""
-    cells = [*grouped(sorted(records, key=lambda r: int(r.inputs.get("seed") or 0)), _but_for_the_seed).values()]
+    cells = _by_seed(sorted(records, key=lambda r: int(r.inputs.get("seed") or 0)))
     firsts = [seeds[0] for seeds in cells]
     if any(len(seeds) > 1 for seeds in cells):  # then none is labelled by the seed of one cell
         firsts = [replace(r, inputs={name: v for name, v in r.inputs.items() if name != "seed"}) for r in firsts]
@@ -238,18 +202,19 @@ def _rows(
         sorted(zip(firsts, cells, strict=True), key=lambda pair: str(pair[0].inputs["task"])),
         lambda pair: (names[pair[0].key], pair[0].inputs["sparsity"], _scope(pair[0])),
     )
-    return [_row(label, of_row, compared, speeds, metric) for (label, *_), of_row in groups.items()]
+    return [_row(label, of_row, compared, measured, metric) for (label, *_), of_row in groups.items()]
 
 
-def _but_for_the_seed(record: Record) -> str:
-    """Return what cells of one mean share: all but the seed, of the run and of options that took it."""
-    seed = record.inputs.get("seed")
-    params = {
-        name: None if name.endswith(".seed") and value == seed else value
-        for name, value in record.inputs["params"].items()
-    }
-    how = [record.inputs.get(name) for name in ("dtype", "device", *CALIBRATED)]
-    return f"{identity({**record.inputs, 'seed': None, 'params': params})} {json.dumps(how)}"
+def _by_seed(records: Sequence[Record]) -> list[list[Record]]:
+    """Return groups of cells that differ in nothing but the seed, of the run and of options that took it."""
+
+    def rest(record: Record) -> str:
+        own, seed = record.inputs, record.inputs.get("seed")
+        params = {n: None if n.endswith(".seed") and value == seed else value for n, value in own["params"].items()}
+        how = [own.get(name) for name in ("dtype", "device", *CALIBRATED)]
+        return f"{identity({**own, 'seed': None, 'params': params})} {json.dumps(how)}"
+
+    return [*grouped(records, rest).values()]
 
 
 def _scope(record: Record) -> str | None:
@@ -258,7 +223,7 @@ def _scope(record: Record) -> str | None:
 
 def _row(
     label: str, cells: Sequence[tuple[Record, Sequence[Record]]], compared: Mapping[str, Sequence[Compared]],
-    speeds: Sequence[Speed], metric: str | None,
+    measured: Sequence[Speed], metric: str | None,
 ) -> Row:  # fmt: skip
     """Return a row of cells, each of several seeds."""
     first = cells[0][0]
@@ -279,7 +244,7 @@ def _row(
         values=values, asked=asked, records=[r for _, seeds in cells for r in seeds],
         compared=[one for _, seeds in cells for one in _mean_compared([compared.get(r.key, ()) for r in seeds])],
         overhead=mean(mean(r.flops.get("overhead_share", 0.0) for r in seeds) for _, seeds in cells),
-        speed=of_cell(speeds, first.inputs),
+        speed=speeds.of_cell(measured, first.inputs),
     )  # fmt: skip
 
 
@@ -315,15 +280,6 @@ def _mean_compared(cells: Sequence[Sequence[Compared]]) -> list[Compared]:
     return means
 
 
-def _seeds(rows: Sequence[Row]) -> list[str]:
-    """Return a sentence that names the seeds of means, and how many cells lack some of them, if there are any."""
-    cells = [seeds for row in rows for seeds in grouped(row.records, _but_for_the_seed).values()]
-    seeds = sorted({int(r.inputs.get("seed") or 0) for some in cells if len(some) > 1 for r in some})
-    fewer = sum(len(some) < len(seeds) for some in cells)
-    but = f"; {fewer} of {len(cells)} cells ran under fewer of them" if fewer else ""
-    return [f"Rows are means over the seeds {', '.join(map(str, seeds))}{but}."] if seeds else []
-
-
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
@@ -334,31 +290,28 @@ def _split(rows: Sequence[Row], wanted: str | None) -> list[tuple[Tasks, list[Ro
     one metric that most rows have, counted in rows x tasks; a row that lacks one of them goes to a later block. For
     every further metric it has the tasks that all of its rows with that metric share.
     """
-    rest = list(rows)
+    rest = [(row, _tasks_of(row)) for row in rows]
     blocks: list[tuple[Tasks, list[Row]]] = []
     while rest:
-        sets = [_tasks_of(row) for row in rest]
-        first = min((m for own in sets for m in own), key=lambda m: (m != wanted, metrics.order(m)), default="")
-        candidates = {own[first] for own in sets if first in own}
-        covering = {c: sum(c <= own.get(first, frozenset()) for own in sets) for c in candidates}
+        first = min((m for _, own in rest for m in own), key=lambda m: (m != wanted, metrics.order(m)), default="")
+        candidates = {own[first] for _, own in rest if first in own}
+        covering = {c: sum(c <= own.get(first, frozenset()) for _, own in rest) for c in candidates}
         chosen = max(candidates, key=lambda c: (covering[c] * len(c), sorted(c)), default=frozenset())
-        inside = [i for i, own in enumerate(sets) if chosen <= own.get(first, frozenset())]
+        inside = [(row, own) for row, own in rest if chosen <= own.get(first, frozenset())]
         tasks = {first: tuple(sorted(task for task, _ in chosen))} if first else {}
-        for metric in sorted({m for i in inside for m in sets[i]} - {first}, key=metrics.order):
-            owned = [sets[i][metric] for i in inside if metric in sets[i]]
+        for metric in sorted({m for _, own in inside for m in own} - {first}, key=metrics.order):
+            owned = [own[metric] for _, own in inside if metric in own]
             common = frozenset.intersection(*owned) or Counter(owned).most_common(1)[0][0]
             tasks[metric] = tuple(sorted(task for task, _ in common))
-        blocks.append((tasks, [rest[i] for i in inside]))
-        rest = [row for i, row in enumerate(rest) if i not in inside]
+        blocks.append((tasks, [row for row, _ in inside]))
+        rest = [pair for pair in rest if pair not in inside]
     return blocks
 
 
 def _tasks_of(row: Row) -> dict[str, frozenset[tuple[str, str]]]:
     """Return metric -> the tasks whose main metric it is in the row, and how they were asked."""
-    tasks: dict[str, set[tuple[str, str]]] = {}
-    for task, m in row.values.items():
-        tasks.setdefault(m.metric, set()).add((task, row.asked[task]))
-    return {metric: frozenset(of_metric) for metric, of_metric in tasks.items()}
+    by_metric = grouped(row.values.items(), lambda item: item[1].metric)
+    return {metric: frozenset((task, row.asked[task]) for task, _ in items) for metric, items in by_metric.items()}
 
 
 def _block(rows: Sequence[Row], scope: str, tasks: Tasks, own: Sequence[Row]) -> Block:
@@ -378,10 +331,16 @@ def _block(rows: Sequence[Row], scope: str, tasks: Tasks, own: Sequence[Row]) ->
         and (row.kind in (CONTROL, ROUNDING) or any(abs(row.read - other.read) <= WIDTH_OF_LEVEL for other in own))
     ]  # fmt: skip
     inside = [replace(row, quality=_qualities(row, tasks)) for row in [*own, *others]]
-    of_first = {first: tasks.get(first, ())}
-    nats, flips = _means(inside, metrics.GOLD, of_first), _means(inside, "flips", of_first)
-    kl = _means(inside, "kl", tasks)
-    inside = [replace(row, nats=nats[i], flips=flips[i], kl=kl[i]) for i, row in enumerate(inside)]
+    of_first = tasks.get(first, ())
+    everywhere = [task for of_metric in tasks.values() for task in of_metric]
+    distances = (
+        _means(inside, metrics.GOLD, of_first),
+        _means(inside, "flips", of_first),
+        _means(inside, "kl", everywhere),
+    )
+    inside = [
+        replace(row, nats=nats, flips=flips, kl=kl) for row, nats, flips, kl in zip(inside, *distances, strict=True)
+    ]
     known = {(one.metric.task, one.metric.metric): one for row in inside for one in row.compared}
     choice = {m: [known[t, m] for t in tasks[m] if (t, m) in known] for m in tasks if metrics.kind_of(m).chance}
     at_chance = [
@@ -421,17 +380,16 @@ def _share(rows: Iterable[Compared]) -> Share | None:
     return None if parts is None or wholes is None else share(parts, wholes, step)
 
 
-def _means(rows: Sequence[Row], name: str, tasks: Tasks) -> list[Estimate | None]:
+def _means(rows: Sequence[Row], name: str, tasks: Sequence[str]) -> list[Estimate | None]:
     """Return the mean of a metric over tasks, by row; None for rows that lack a task of another row.
 
     Log-likelihoods are relative to dense's. KL of pruners on rounded weights is left out, as it is relative to these.
     """
-    within = {task for names in tasks.values() for task in names}
     own = [
         {
             one.metric.task: one.lost.times(-1) if name == metrics.GOLD else one.sides[0]
             for one in row.compared
-            if one.metric.metric == name and one.metric.task in within
+            if one.metric.metric == name and one.metric.task in tasks
             and not (name == "kl" and row.records[0].inputs.get("ffn_bits"))
         }
         for row in rows

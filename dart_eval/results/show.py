@@ -27,34 +27,21 @@ Columns = Mapping[str, tuple[str, Format]]  # head -> the frame's column, and th
 PLAIN_WIDTH = 100  # characters of a line where there is no terminal
 LINE = ("model", "task", "method", "claim", "cell", "cells", "sparsity", "FFN bytes\nread", "")  # they identify a line
 NAMES = ("method", "claim", "cell", "cells")  # columns that may go over several lines
-NUMBER = re.compile(r"-|[+-][\d.]+(e[+-]?\d+)?", re.IGNORECASE)  # with a sign, or a gap
 SHORTEST = 16  # characters of such a line
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table for readers.
-
-    Attributes:
-        columns: heads, each in one or two lines.
-        body: cells as text.
-        notes: sentences under it.
-        bold: (row, column) of bold cells.
-        rules: rows below a horizontal line in LaTeX.
-        data: the numbers behind it in full precision, a row a line or finer; None: the texts.
-        first_out: heads of columns that leave first where the terminal is too narrow; then the last one goes.
-        narrow: head -> shorter texts of a column, for a narrow terminal.
-    """
+    """A table for readers."""
 
     title: str
-    columns: list[str]
+    columns: list[str]  # heads, each in one or two lines
     body: list[list[str]]
-    notes: Sequence[str] = ()
-    bold: frozenset[tuple[int, int]] = frozenset()
-    rules: frozenset[int] = frozenset()
-    data: pd.DataFrame | None = field(default=None, repr=False, compare=False)
-    first_out: Sequence[str] = ()
-    narrow: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: Sequence[str] = ()  # sentences under it
+    bold: frozenset[tuple[int, int]] = frozenset()  # (row, column) of bold cells
+    rules: frozenset[int] = frozenset()  # rows below a horizontal line in LaTeX
+    data: pd.DataFrame | None = field(default=None, repr=False, compare=False)  # numbers behind it; None: the texts
+    spare: int = 0  # the last columns, which leave a terminal that is too narrow before the ends of intervals do
 
     @property
     def numbers(self) -> list[bool]:
@@ -68,11 +55,42 @@ class Table:
         body = [[*row[:j], *row[j + 1 :]] for row in self.body]
         return replace(self, columns=[*self.columns[:j], *self.columns[j + 1 :]], body=body, bold=bold)
 
-    def with_column(self, head: str, texts: Sequence[str]) -> Table:
-        """Return the table with other texts in a column."""
-        j = self.columns.index(head)
-        body = [[*row[:j], text, *row[j + 1 :]] for row, text in zip(self.body, texts, strict=True)]
-        return replace(self, body=body)
+    def fitted(self, width: int) -> tuple[Table, list[str]]:
+        """Return a table that fits into a width, if possible, and the heads of the columns that left it.
+
+        Columns leave from the right: first the spare ones, then the ends of intervals, then others. Those that
+        identify a line stay, and names go over several lines.
+        """
+        table, out, over = self, list[str](), self._over(width)
+        leaving = [head for head in reversed(self.columns) if head not in LINE]
+
+        def drop(heads: Sequence[str]) -> None:
+            nonlocal table
+            for head in heads:
+                if table._over(width) > 0:
+                    table = table.without(head)
+                    out.append(" ".join(head.split()))
+
+        drop(leaving[: self.spare])
+        if table._over(width) > 0:
+            numbers = table.numbers
+            body = [[re.sub(r" \[.*\]", "", text) if numbers[j] else text for j, text in enumerate(row)]
+                    for row in table.body]  # fmt: skip
+            table = replace(table, body=body)
+        for j, head in enumerate(table.columns):
+            if head in NAMES and (over := table._over(width)) > 0:
+                most = max(SHORTEST, max(cell_len(row[j]) for row in table.body) - over)
+                body = [[*row[:j], "\n".join(folded(row[j], most)), *row[j + 1 :]] for row in table.body]
+                table = replace(table, body=body)
+        drop(leaving[self.spare : -1])
+        return table, out
+
+    def _over(self, width: int) -> int:
+        """Return the characters by which its lines, of the widest text of each column and a gap, are too long."""
+        columns = zip(self.columns, *self.body, strict=True)
+        return (
+            sum(2 + max(cell_len(line) for text in column for line in text.split("\n")) for column in columns) - width
+        )
 
 
 def table(
@@ -94,73 +112,30 @@ def table(
     return Table(title, list(texts), [list(row) for row in zip(*texts.values(), strict=True)], notes, data=frame)
 
 
-# -- for a terminal ----------------------------------------------------------------------------------------------------
-
-
 def show(*tables: Table) -> None:
-    """Print tables on the terminal, or `PLAIN_WIDTH` characters wide where there is none."""
+    """Print tables on the terminal, or `PLAIN_WIDTH` characters wide where there is none, without what has no room."""
     console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+    def write(text: str, style: str = "") -> None:
+        tied = printable(text).replace(" %", "\u00a0%").replace("p < ", "p\u00a0<\u00a0")  # no break before a per cent
+        for line in textwrap.wrap(tied, console.width, break_on_hyphens=False):
+            console.print(Text(line.replace("\u00a0", " "), style))
+
     for i, one in enumerate(tables):
         if i:
             console.print()
-        _print(one, console)
-
-
-def _print(table: Table, console: Console) -> None:
-    """Print a table, without the columns for which there is no room; it says which."""
-    for line in _wrapped(table.title, console.width):
-        console.print(Text(line))
-    table, out = _fitted(table, console.width) if table.body else (table, [])
-    drawn = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for head, number in zip(table.columns, table.numbers, strict=True):
-        drawn.add_column(Text(printable(head, lines=True)), justify="right" if number else "left", no_wrap=True)
-    for i, row in enumerate(table.body):
-        cells = (printable(cell, lines=True) for cell in row)
-        drawn.add_row(*(Text(cell, "bold" if (i, j) in table.bold else "") for j, cell in enumerate(cells)))
-    if table.body:
-        wide = max(console.width, _width(table))
-        Console(highlight=False, emoji=False, width=wide, soft_wrap=True).print(drawn)
-    for note in [*([f"No room for {', '.join(out)}: --format md has all columns."] if out else []), *table.notes]:
-        for line in _wrapped(note, console.width):
-            console.print(Text(line, "dim"))
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """Wrap a text without separating a number from its per cent."""
-    tied = printable(text).replace(" %", "\u00a0%").replace("p < ", "p\u00a0<\u00a0")
-    return [line.replace("\u00a0", " ") for line in textwrap.wrap(tied, width, break_on_hyphens=False)]
-
-
-def _fitted(table: Table, width: int) -> tuple[Table, list[str]]:
-    """Return a table that fits into a width, if possible, and the heads of the columns that had to leave it."""
-    out: list[str] = []
-
-    def drop(head: str) -> None:
-        nonlocal table
-        if _width(table) > width and head in table.columns:
-            table = table.without(head)
-            out.append(" ".join(head.split()))
-
-    for head in table.first_out:
-        drop(head)
-    for head, texts in table.narrow.items():
-        if _width(table) > width and head in table.columns:
-            table = table.with_column(head, texts)
-    for head in (head for head in table.columns if head in NAMES):
-        over, texts = _width(table) - width, [row[table.columns.index(head)] for row in table.body]
-        if over > 0:
-            most = max(SHORTEST, max(map(cell_len, texts)) - over)
-            table = table.with_column(head, ["\n".join(folded(text, most)) for text in texts])
-    for head in reversed([head for head in table.columns if head not in LINE]):
-        if len(table.columns) > 1 + sum(head in LINE for head in table.columns):
-            drop(head)
-    return table, out
-
-
-def _width(table: Table) -> int:
-    """Return the characters of a table's lines: the widest text of each column, and a gap."""
-    columns = zip(table.columns, *table.body, strict=True)
-    return sum(2 + max(cell_len(line) for text in column for line in text.split("\n")) for column in columns)
+        write(one.title)
+        fitted, out = one.fitted(console.width) if one.body else (one, [])
+        drawn = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for head, number in zip(fitted.columns, fitted.numbers, strict=True):
+            drawn.add_column(Text(printable(head, lines=True)), justify="right" if number else "left", no_wrap=True)
+        for row, texts in enumerate(fitted.body):
+            cells = (printable(text, lines=True) for text in texts)
+            drawn.add_row(*(Text(cell, "bold" if (row, j) in fitted.bold else "") for j, cell in enumerate(cells)))
+        if fitted.body:
+            console.print(drawn, soft_wrap=True)
+        for note in [*([f"No room for {', '.join(out)}: --format md has all columns."] if out else []), *one.notes]:
+            write(note, "dim")
 
 
 # -- as text -----------------------------------------------------------------------------------------------------------
@@ -182,20 +157,15 @@ def data_text(frame: pd.DataFrame, form: str) -> str:
 
     if form == "json":
         return json_text(finite(frame.astype(object).to_dict("records"))) + "\n"
-    rows = [[*map(_csv_value, row)] for row in frame.itertuples(index=False, name=None)]
-    plain = pd.DataFrame(rows, columns=[*map(_csv_value, frame.columns)], dtype=object)
-    return plain.to_csv(index=False, lineterminator="\n")
 
+    def plain(value: object) -> object:
+        if isinstance(value, (dict, list)):
+            return json.dumps(value, sort_keys=True)
+        return printable(value) if isinstance(value, str) else value
 
-def _csv_value(value: object) -> object:
-    """Return a value for CSV; an apostrophe precedes text that a spreadsheet would take for a formula."""
-    if isinstance(value, (dict, list)):
-        return json.dumps(value, sort_keys=True)
-    if not isinstance(value, str):
-        return value
-    text = printable(value)
-    is_formula = text.lstrip()[:1] in tuple("=+-@＝＋－＠") and not NUMBER.fullmatch(text)
-    return f"'{text}" if is_formula else text
+    rows = [[*map(plain, row)] for row in frame.itertuples(index=False, name=None)]
+    columns = [*map(plain, frame.columns)]
+    return pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def finite(value: object) -> object:

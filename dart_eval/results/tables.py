@@ -1,21 +1,236 @@
-"""The long tables: every metric of every cell, and what each cell cost."""
+"""The tables of a folder of results: the board with its sentences, every metric of every cell, and what cells cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
+from typing import NamedTuple
 
 import pandas as pd
 
+from dart_eval.results import format as form
 from dart_eval.results import metrics, show
-from dart_eval.results.format import NO_NUMBER, THREE, count, number, size, sparsity, with_error
+from dart_eval.results.board import CONTROL, DEFAULT_SCOPE, GUESSING, PRUNED, Block, Board, Row
 from dart_eval.results.frame import cells_frame, in_order
 from dart_eval.results.record import Record
 from dart_eval.results.show import Columns, Table
+from dart_eval.results.verdict import AHEAD, SPLIT, TIED, UNTESTED, Verdict, verdicts
+from dart_eval.util.errors import UserError
+
+LEVEL_SHOWN = 0.025  # reads that differ by as much from the wanted one are shown
+MOST_NAMED = 3  # tasks in a title, or rows in a sentence; of more their number is given
+
+
+class Column(NamedTuple):
+    """A column of the board."""
+
+    head: str
+    text: Callable[[Row], str]
+    tasks: Sequence[str] = ()  # of whose documents its numbers are means; none of a cost
+
+    @property
+    def name(self) -> str:
+        """The head in one line."""
+        return " ".join(self.head.split())
+
+
+def quality_of(block: Block) -> list[Column]:
+    """Return the first metric's column, that of its share of dense's if there is one, and perplexities over dense's."""
+    columns = []
+    for metric, tasks in block.tasks.items():
+        first, kind = metric == block.first, metrics.kind_of(metric)
+        head = "above\nguessing" if kind.chance else "of\ndense"
+        if kind.group == metrics.PERPLEXITY:
+            head, shares = f"{_title(metric, block)}\nx dense", True
+        else:
+            shares = first and any(q.share for row in block.rows if (q := row.quality.get(metric)) and row.keys)
+        columns += [_value(metric, block)] if first else []
+        columns += [Column(head, partial(_beside_dense, metric=metric, ends=first), tasks)] if shares else []
+    return columns
+
+
+def columns_of(block: Block) -> tuple[list[Column], int]:
+    """Return the columns after the method, the most important first, and the number of those that may be missed."""
+    columns, rows, first = quality_of(block), block.rows, block.tasks.get(block.first, ())
+    if any(row.speed for row in rows):
+        columns.append(Column("speed\ntoday", _speed))
+    flips = Column("flips", lambda row: form.percent(row.flips.value) if row.flips else "-", first)
+    kl = Column("KL\nnats", _kl, [*chain(*block.tasks.values())])
+    known = [(sum(row.flips is not None for row in rows), flips),
+             (sum(row.kl is not None and row.kind != CONTROL for row in rows), kl)]  # fmt: skip
+    distances = [column for n, column in sorted(known, key=lambda pair: -pair[0]) if n]
+    others = [metric for metric in [*block.tasks][1:] if metrics.kind_of(metric).group != metrics.PERPLEXITY]
+    spare = [
+        *distances[1:], Column("work", _work), Column("memory", partial(_bytes, name="beside")),
+        Column("state", partial(_bytes, name="state")), *(_value(metric, block) for metric in others),
+    ]  # fmt: skip
+    return [*columns, *distances[:1], *spare], len(spare)
+
+
+def _value(metric: str, block: Block) -> Column:
+    tasks = block.tasks[metric]
+
+    def text(row: Row) -> str:
+        return form.short(metric, q.value, q.stderr) if (q := row.quality.get(metric)) else "-"
+
+    return Column(_title(metric, block) + "\n(mean)" * (len(tasks) > 1), text, tasks)
+
+
+def _title(metric: str, block: Block) -> str:
+    """Return a metric's title, or its name if another metric of the block has that title, too."""
+    title = metrics.title_of(metric)
+    return title if [*map(metrics.title_of, block.tasks)].count(title) == 1 else metric
+
+
+def _beside_dense(row: Row, metric: str, ends: bool) -> str:
+    """Return the share of dense's quality, of a perplexity its multiple. ends: with those of the interval."""
+    times, quality = metrics.kind_of(metric).group == metrics.PERPLEXITY, row.quality.get(metric)
+    ratio = None if quality is None else quality.times if times else quality.share
+    if ratio is None:
+        return "-"
+    shown = (ratio.interval or ()) if ends and row.kind not in (CONTROL, GUESSING) else ()
+    return (form.multiple if times else form.percent)(ratio.value, *shown)
+
+
+def _kl(row: Row) -> str:
+    return "0" if row.kind == CONTROL else f"{row.kl.value:.3g}" if row.kl else "-"
+
+
+def _bytes(row: Row, name: str) -> str:
+    value = row.bytes_of(name)
+    return "-" if value is None or row.kind == CONTROL else form.size(value)
+
+
+def _work(row: Row) -> str:
+    return "-" if row.kind in (CONTROL, GUESSING) else "+" * (row.overhead >= 1e-4) + form.small_share(row.overhead)
+
+
+def _speed(row: Row) -> str:
+    if row.kind == CONTROL:
+        return "1.00x"
+    return "-" if row.speed is None else f"{row.speed.speedup.median:.2f}x" if row.speed.speedup else "none"
+
+
+def read_of(row: Row) -> str:
+    """Return the share of the FFN bytes that a row reads, `≈` if it is about right alone; empty for guessing."""
+    return "" if row.kind == GUESSING else "≈" * row.about + form.percent(row.read)
+
+
+def title_of(board: Board, block: Block) -> str:
+    """Return what stands above a block: the model, or what sets it apart from the first one; its tasks."""
+    parts = []
+    for metric, tasks in block.tasks.items():
+        counts = sorted({row.values[t].n for row in block.rows for t in tasks if t in row.values})
+        kind = metrics.kind_of(metric)
+        noun = "choice tasks" if kind.chance else "texts" if kind.group == metrics.PERPLEXITY else "tasks"
+        names = ", ".join(tasks) if len(tasks) <= MOST_NAMED else f"{len(tasks)} {noun}"
+        parts.append(f"{names} x {' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))}")
+    first = board.blocks[0]
+    head = f"{board.model}, {board.about}:" if block is first else "On these tasks alone:"
+    if block.scope != (DEFAULT_SCOPE if block is first else first.scope):
+        head = f"{head} scope {block.scope}," if block is first else f"Scope {block.scope}:"
+    return f"{head} {'; '.join(parts)}"
+
+
+def sentence(block: Block, verdict: Verdict) -> str:
+    """Return a verdict in words.
+
+    `At 16 % grinqh (perplexity 1.38x [1.35, 1.42]) is the best of the pruned rows. Rounding (dense on 2 bits:
+    perplexity 378x [318, 448]) is behind.`
+    """
+    quality = quality_of(block)
+
+    def amounts(row: Row) -> str:
+        return ", ".join(
+            f"{column.name.removesuffix(' x dense')} {column.text(row)}" for column in quality[1:] or quality
+        )
+
+    def names(rows: Sequence[Row]) -> str:
+        more = f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
+        return ", ".join(row.name for row in rows[:MOST_NAMED]) + more
+
+    leader, ahead, untested = verdict.leader, verdict.of(AHEAD, SPLIT), verdict.of(UNTESTED)
+    tied = [leader, *verdict.of(TIED)]
+    row = verdict.take if verdict.take in tied and not ahead else leader
+    others = [other for other in tied if other is not row]
+    said = ["is the best of the pruned rows"] if verdict.best else [] if verdict.stands else ["is the only pruned row"]
+    if ahead:
+        said = [f"is behind {names(ahead)} in a metric, so that no row is best"]
+    elif others:
+        cheaper = " and costs less" if row.overhead < min(other.overhead for other in others) else ""
+        said = [f"is tied with {names(others)}{cheaper}"]
+    said += [f"is not tested against {names(untested)}"] if untested else []
+    text = f"At {form.percent(leader.read)} {row.name} ({amounts(row)}) {', and '.join(said)}."
+    if (control := verdict.control) is None:
+        return text
+    words = {SPLIT: "ahead in one metric and behind in another", UNTESTED: "not tested"}
+    return f"{text} Rounding ({control.row.name}: {amounts(control.row)}) is {words.get(control.word, control.word)}."
+
+
+def notes(board: Board) -> list[str]:
+    """Return remarks on the numbers."""
+    rows = [row for block in board.blocks for row in block.rows]
+    records = [record for row in rows for record in row.records]
+    read_text = dict.fromkeys(row.label for row in rows if any(r.inputs.get("calibration") for r in row.records))
+    shown = {task for block in board.blocks for tasks in block.tasks.values() for task in tasks}
+    missing = sorted({task for row in board.rows for task in row.values} - shown)
+    return [
+        *board.notes, *about(records), *upper_bounds(records),
+        *([f"Calibrated on a text in advance: {', '.join(read_text)}."] if read_text else []),
+        *([f"Left out of means, since some rows lack them: {', '.join(missing)} (--view long)."] if missing else []),
+    ]  # fmt: skip
+
+
+def board_tables(boards: Sequence[Board], level: float | None = None) -> list[Table]:
+    """Return boards as tables, one a block.
+
+    Args:
+        level: read of the rows to show, beside dense.
+
+    Raises:
+        UserError: no pruned row has the read.
+    """
+
+    def near(row: Row) -> bool:
+        return level is None or abs(row.read - level) <= LEVEL_SHOWN
+
+    pruned = [row for board in boards for block in board.blocks for row in block.rows if row.kind == PRUNED]
+    if level is not None and not any(map(near, pruned)):
+        there = ", ".join(f"{read:g}" for read in sorted({round(row.read, 2) for row in pruned}))
+        problem = f"no pruned row reads about {form.percent(level)} of the FFN bytes"
+        raise UserError(problem, f"--level is a share: {there}")
+    tables = []
+    for board in boards:
+        for block in board.blocks:
+            judged = zip(block.levels, verdicts(block), strict=True)
+            levels = [pair for pair in judged if any(near(row) or row.kind == CONTROL for row in pair[0])]
+            tables += [_table(title_of(board, block), block, levels)] if levels else []
+        tables[-1] = replace(tables[-1], notes=[*tables[-1].notes, *notes(board)])
+    return tables
+
+
+def _table(title: str, block: Block, levels: Sequence[tuple[Sequence[Row], Verdict | None]]) -> Table:
+    columns, spare = columns_of(block)
+    weak = f"! dense is not significantly better than guessing on {', '.join(block.at_chance)}."
+    said, body, rules = [weak] if block.at_chance else [], list[list[str]](), set[int]()
+    for rows, verdict in levels:
+        rules |= {len(body)} - {0}
+        for row in rows:
+            mark = verdict.mark(row) if verdict else ""
+            body.append([read_of(row), mark, row.name, *(column.text(row) for column in columns)])
+        said += [sentence(block, verdict)] if verdict else []
+    heads = ["FFN bytes\nread", "", "method", *(column.head for column in columns)]
+    return Table(title, heads, body, said, rules=frozenset(rules), spare=spare)
+
+
+# -- every cell --------------------------------------------------------------------------------------------------------
+
 
 QUALITY: Columns = {
-    "n": ("n", str), "effective": ("effective_sparsity", THREE), "masked out": ("mask_sparsity", THREE),
-    "read": ("weights_read", THREE), "scope": ("scope", str),
+    "n": ("n", str), "effective": ("effective_sparsity", form.THREE), "masked out": ("mask_sparsity", form.THREE),
+    "read": ("weights_read", form.THREE), "scope": ("scope", str),
 }  # fmt: skip
 QUALITY_NOTE = (
     "Value ± standard error. sparsity: target share of FFN weight bytes that a token does not read. effective: share "
@@ -23,11 +238,11 @@ QUALITY_NOTE = (
     "mask. read: share of FFN weight bytes that a pruned token reads."
 )
 COSTS: Columns = {
-    "read": ("weights_read", THREE), "context": ("flops_context_tokens", partial(number, digits=0)),
-    "prefill": ("prefill", count), "decode": ("decode", count), "/ dense": ("ratio", THREE),
-    "re-masks": ("remasks", str), "weights": ("memory_weights", size), "memory": ("memory_beside", size),
-    "state": ("memory_state", size), "peak": ("memory_peak", size), "seconds": ("seconds", partial(number, digits=1)),
-    "tokens/s": ("speed", partial(number, digits=1)),
+    "read": ("weights_read", form.THREE), "context": ("flops_context_tokens", partial(form.number, digits=0)),
+    "prefill": ("prefill", form.count), "decode": ("decode", form.count), "/ dense": ("ratio", form.THREE),
+    "re-masks": ("remasks", str), "weights": ("memory_weights", form.size), "memory": ("memory_beside", form.size),
+    "state": ("memory_state", form.size), "peak": ("memory_peak", form.size),
+    "seconds": ("seconds", partial(form.number, digits=1)), "tokens/s": ("speed", partial(form.number, digits=1)),
 }  # fmt: skip
 COSTS_NOTE = (
     "read: share of FFN weight bytes that a pruned token reads. FLOPs are counted from shapes (a multiply-add is two) "
@@ -48,10 +263,10 @@ def quality(lines: pd.DataFrame, records: Sequence[Record]) -> list[Table]:
     """
     if lines.empty:
         return []
-    texts = [with_error(*m) for m in zip(lines["metric"], lines["value"], lines["stderr"], strict=True)]
-    data = lines.assign(text=pd.Series(texts, lines.index, dtype=object))
-    groups = data["metric"].map(lambda label: metrics.kind_of(label).group)
-    return [_quality(group, data[groups == group], records) for group in metrics.GROUPS if (groups == group).any()]
+    texts = [form.with_error(*m) for m in zip(lines["metric"], lines["value"], lines["stderr"], strict=True)]
+    groups = [metrics.kind_of(label).group for label in lines["metric"]]
+    data = lines.assign(text=pd.Series(texts, lines.index, dtype=object), group=groups)
+    return [_quality(group, data[data["group"] == group], records) for group in metrics.GROUPS if group in groups]
 
 
 def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table:
@@ -63,8 +278,8 @@ def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table
     values: Columns = {f"{name} (metric)" if name in taken else name: (f"text {name}", str) for name in shown}
     columns = {**_place(rows), **values, **QUALITY}
     notes = [f"Model {rows['model'].iloc[0]}."] if rows["model"].nunique() == 1 else []
-    if (data["text"] == NO_NUMBER).any():
-        notes.append(f"{NO_NUMBER}: answers were NaN or infinite; run the cell again in another dtype.")
+    if (data["text"] == form.NO_NUMBER).any():
+        notes.append(f"{form.NO_NUMBER}: answers were NaN or infinite; run the cell again in another dtype.")
     own = [r for r in records if r.key in set(rows["key"])]
     notes += [QUALITY_NOTE, *upper_bounds(own), *about(own), *cut_prompts(own)]
     return show.table(group, rows, columns, notes, QUALITY)
@@ -83,20 +298,24 @@ def costs(records: Sequence[Record]) -> Table:
 
 def _place(data: pd.DataFrame) -> Columns:
     """Return the columns that identify a cell; the model only if there are several."""
-    columns: Columns = {"task": ("task", str), "method": ("label", str), "sparsity": ("sparsity", sparsity)}
+    columns: Columns = {"task": ("task", str), "method": ("label", str), "sparsity": ("sparsity", form.sparsity)}
     return columns if data["model"].nunique() == 1 else {"model": ("model", str), **columns}
 
 
 def upper_bounds(records: Sequence[Record]) -> list[str]:
     """Return a sentence that names upper bounds, if there are any."""
-    names = list(dict.fromkeys(str(r.settings["method"]) for r in records if r.settings.get("upper_bound")))
+    names = list(
+        dict.fromkeys(
+            str(r.settings.get("method", r.inputs["method"])) for r in records if r.settings.get("upper_bound")
+        )
+    )
     return [f"Upper bounds, which look ahead: {', '.join(names)}."] if names else []
 
 
 def about(records: Sequence[Record]) -> list[str]:
     """Return a sentence if some reads are about right alone."""
     names = dict.fromkeys(str(r.inputs["model"]["name"]) for r in records if r.settings.get("about"))
-    return [f"Reads of {', '.join(names)} are about: by the bits of its configuration."] if names else []
+    return [f"Reads of {', '.join(names)} are about (≈): by the bits of its configuration."] if names else []
 
 
 def cut_prompts(records: Sequence[Record]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which row of a level is best, in a sentence, as far as the paired tests allow.
+"""Which row of a level is best, as far as the paired tests allow.
 
 Rows are compared in the block's first metric, in perplexities, and in the log-likelihood of right answers, which
 separates rows with fewer documents than an accuracy. One row is ahead of another in a metric if it leads by more than
@@ -17,22 +17,20 @@ from dataclasses import dataclass, replace
 
 from dart_eval.results import metrics, stats
 from dart_eval.results.board import PRUNED, ROUNDING, WIDTH_OF_LEVEL, Block, Row, place
-from dart_eval.results.format import multiple, percent, short
 from dart_eval.results.stats import Estimate
 
 MATTERS = 0.005  # half a point of an accuracy, .005 nats a word or an answer: a smaller lead is no reason to pay more
 LIKELIHOOD = "log-likelihood"  # of right answers
-MOST_NAMED = 3  # rows that a sentence names
 AHEAD, BEHIND, TIED, SPLIT, UNTESTED = "ahead", "behind", "tied", "split", "untested"
 
 
 @dataclass(frozen=True, eq=False)
 class Stand:
-    """A row beside the leader: the metrics in which the leader is ahead, and those in which the row is."""
+    """A row beside the leader."""
 
     row: Row
-    better: Sequence[str] = ()
-    worse: Sequence[str] = ()
+    better: Sequence[str] = ()  # metrics in which the leader is ahead
+    worse: Sequence[str] = ()  # metrics in which the row is ahead
     tested: bool = False
 
     @property
@@ -45,36 +43,28 @@ class Stand:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What the tests say of a level.
+    """What the tests say of a level."""
 
-    Attributes:
-        leader: the first row that is not behind another.
-        stands: of the other pruned rows.
-        control: the best rounding that reads no more, beside the leader; None without any.
-        take: the row to take: the leader, the cheapest that is tied with it, or the rounding that is ahead.
-    """
+    leader: Row  # the first row that is not behind another
+    stands: Sequence[Stand]  # of the other pruned rows
+    control: Stand | None  # the best rounding that reads no more; None without any
+    take: Row  # the leader, the cheapest row that is tied with it, or the rounding that is ahead
 
-    leader: Row
-    stands: Sequence[Stand]
-    control: Stand | None
-    take: Row
-
-    @property
-    def tied(self) -> list[Row]:
-        """The leader, and the rows that are tied with it."""
-        return [self.leader, *(stand.row for stand in self.stands if stand.word == TIED)]
+    def of(self, *words: str) -> list[Row]:
+        """Return the other pruned rows that stand so beside the leader."""
+        return [stand.row for stand in self.stands if stand.word in words]
 
     @property
     def best(self) -> Row | None:
         """The row that is ahead of every other pruned row; None without one."""
-        return self.leader if self.stands and all(stand.word == BEHIND for stand in self.stands) else None
+        return self.leader if self.stands and len(self.of(BEHIND)) == len(self.stands) else None
 
     def mark(self, row: Row) -> str:
         """Return `*` for the best row, `~` for the rows that are tied at the head of those behind them."""
         if row is self.best:
             return "*"
-        words = {stand.word for stand in self.stands}
-        return "~" if BEHIND in words and not words & {AHEAD, SPLIT} and row in self.tied else ""
+        head = self.of(BEHIND) and not self.of(AHEAD, SPLIT)
+        return "~" if head and row in (self.leader, *self.of(TIED)) else ""
 
 
 def verdicts(block: Block) -> list[Verdict | None]:
@@ -86,23 +76,19 @@ def verdicts(block: Block) -> list[Verdict | None]:
 def _verdict(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> Verdict | None:
     """Return the verdict on rows, best first. rounded: the block's rows of rounding."""
     rivals = [row for row in rows if row.kind == PRUNED and first in row.quality]
-    most = max(row.read for row in rows) + WIDTH_OF_LEVEL
-    fitting = sorted((row for row in rounded if row.read <= most), key=lambda row: place(row, first))
     if not rivals or all(row.read >= 1 for row in rivals) or any(row.about for row in rows):
         return None
+    most = max(row.read for row in rows) + WIDTH_OF_LEVEL
+    fitting = sorted((row for row in rounded if row.read <= most), key=lambda row: place(row, first))
     leader, stands = _leader(rivals)
     control = None
     if fitting:
         (control,) = _stands(leader, [_leader(fitting)[0]], float(len(fitting) * len(rivals)))
     verdict = Verdict(leader, stands, control, leader)
-    if control is not None and control.word == AHEAD and all(s.word not in (AHEAD, SPLIT) for s in stands):
+    if control is not None and control.word == AHEAD and not verdict.of(AHEAD, SPLIT):
         return replace(verdict, take=control.row)
-    return replace(verdict, take=min(verdict.tied, key=_cost))
-
-
-def _cost(row: Row) -> tuple[float, int]:
-    """Return the sort key of rows by what they cost beside the bytes that they read: FLOPs, then memory."""
-    return round(row.overhead, 4), row.bytes_of("beside") or 0
+    costs = {row: (round(row.overhead, 4), row.bytes_of("beside") or 0) for row in (leader, *verdict.of(TIED))}
+    return replace(verdict, take=min(costs, key=costs.__getitem__))
 
 
 def _leader(rows: Sequence[Row]) -> tuple[Row, list[Stand]]:
@@ -111,14 +97,12 @@ def _leader(rows: Sequence[Row]) -> tuple[Row, list[Stand]]:
     Args:
         rows: by the first metric, the best first.
     """
-    first = None
+    candidates = []
     for row in rows:
-        stands = _stands(row, [other for other in rows if other is not row], len(rows) / 2)
-        first = first or (row, stands)
-        if all(stand.word not in (AHEAD, SPLIT) for stand in stands):
-            return row, stands
-    assert first is not None
-    return first
+        candidates.append((row, _stands(row, [other for other in rows if other is not row], len(rows) / 2)))
+        if all(stand.word not in (AHEAD, SPLIT) for stand in candidates[-1][1]):
+            return candidates[-1]
+    return candidates[0]
 
 
 def _stands(leader: Row, others: Sequence[Row], chosen: float) -> list[Stand]:
@@ -158,64 +142,3 @@ def _leads(a: Row, b: Row) -> Iterator[tuple[str, Estimate]]:
             yield metrics.title_of(metric), quality.better - other.better
     if a.nats is not None and b.nats is not None:
         yield LIKELIHOOD, a.nats - b.nats
-
-
-# -- in words ----------------------------------------------------------------------------------------------------------
-
-
-def sentence(verdict: Verdict) -> str:
-    """Return a verdict in a sentence.
-
-    `At 30 % grinqh is best (perplexity 1.010x [1.007, 1.013]). Rounding (dense on q4_k: perplexity 1.14x) is behind.`
-    """
-    leader, tied, at = verdict.leader, verdict.tied, f"At {percent(verdict.leader.read)}"
-    ahead = [stand.row for stand in verdict.stands if stand.word in (AHEAD, SPLIT)]
-    untested = [stand.row for stand in verdict.stands if stand.word == UNTESTED]
-    amount = _amounts(leader)
-    if ahead:
-        said = f"{at} no row is best: {leader.name} has {amount}, and {_listed(ahead)} {_is(ahead)} ahead in a metric"
-    elif verdict.best is not None:
-        said = f"{at} {leader.name} is best: {amount}"
-    elif len(tied) > 1 and verdict.take in tied:
-        others = [row for row in tied if row is not verdict.take]
-        cost = ", which costs less" if verdict.take.overhead < min(row.overhead for row in others) else ""
-        said = f"{at} {_listed(others)} {_is(others)} tied with {verdict.take.name}{cost}: {_amounts(verdict.take)}"
-    else:
-        said = f"{at} {leader.name} has {amount}"
-    said += f"; not tested against {_listed(untested)}" if untested else ""
-    if verdict.control is None:
-        return f"{said}."
-    words = {AHEAD: "ahead", BEHIND: "behind", TIED: "tied", SPLIT: "ahead in one metric and behind in another"}
-    stands = words.get(verdict.control.word, "not tested")
-    return f"{said}. Rounding ({verdict.control.row.name}: {_amounts(verdict.control.row)}) is {stands}."
-
-
-def _amounts(row: Row) -> str:
-    """Return the quality relative to dense's: `73 % above guessing [60, 86], perplexity 1.34x`."""
-    texts = [_amount(row, metric, i == 0) for i, metric in enumerate(row.quality)]
-    return ", ".join([*texts[:1], *(text for text in texts[1:] if text.startswith("perplexity"))])
-
-
-def _amount(row: Row, metric: str, ends: bool) -> str:
-    quality = row.quality[metric]
-    if metrics.kind_of(metric).group == metrics.PERPLEXITY and quality.times:
-        value, interval = quality.times
-        return f"perplexity {multiple(value, *((interval or ()) if ends else ()))}"
-    if quality.share is None:
-        return f"{metrics.title_of(metric)} {short(metric, quality.value, quality.stderr)}"
-    of = "above guessing" if metrics.kind_of(metric).chance else f"of dense's {metrics.title_of(metric)}"
-    interval = quality.share.interval if ends else None
-    return f"{percent(quality.share.value)} {of}" + (
-        f" [{', '.join(percent(e)[:-2] for e in interval)}]" if interval else ""
-    )
-
-
-def _listed(rows: Sequence[Row]) -> str:
-    names = [row.name for row in rows]
-    if len(names) > MOST_NAMED:
-        return f"{', '.join(names[: MOST_NAMED - 1])} and {len(names) - MOST_NAMED + 1} others"
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _is(rows: Sequence[Row]) -> str:
-    return "is" if len(rows) == 1 else "are"

@@ -30,6 +30,7 @@ OPTIONS = {
     "allocation": "write dart:allocation=NAME", "cue": "write a task of your own for --include-path",
     **dict.fromkeys(("executor", "ray-address"), "--ray ADDRESS runs cells on Ray"),
     "cpus-per-cell": "--gpus-per-cell stays", "shards": "give more cells", "compile": "prune() refuses compiled models",
+    "explain": "docs/concepts.md explains the columns",
 }  # fmt: skip
 VIEWS = {
     "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view costs has re-masks",

@@ -14,10 +14,10 @@ from dart_eval.layers.find import describe, find_ffns
 from dart_eval.layers.projection import weight_matrix
 from dart_eval.layers.quantised import stated_bits
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.results import board_table
 from dart_eval.results.board import boards
 from dart_eval.results.format import percent
 from dart_eval.results.store import Store
+from dart_eval.results.tables import board_tables
 from dart_eval.results.verdict import verdicts
 from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
@@ -192,6 +192,6 @@ def test_a_quantised_model_and_its_pruned_self_stand_on_a_board(checkpoint, kind
     across = KINDS[kind][3] % 1 / 3 / 16  # the scales of down stand for several neurons each, and are read whole
     assert reads["griffin"] == pytest.approx((share + across) / 2, abs=0.001)
     assert all(record.settings["about"] for record in result.records)
-    shown = [row[0] for table in board_table.tables(board) for row in table.body]
+    shown = [row[0] for table in board_tables([board]) for row in table.body]
     assert f"≈{percent(reads['griffin'])}" in shown
     assert not any(verdict for block in board.blocks for verdict in verdicts(block))

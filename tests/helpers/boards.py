@@ -1,12 +1,13 @@
 """Boards of records by hand."""
 
 import dataclasses
+from unittest import mock
 
 import numpy as np
 
 from dart_eval.results.board import GUESSING, boards
-from dart_eval.results.board_table import tables
 from dart_eval.results.store import Store
+from dart_eval.results.tables import board_tables
 from dart_eval.results.verdict import verdicts
 from tests.helpers.records import answered, choosing, save
 
@@ -24,7 +25,8 @@ def choices(share, task="arc", method="griffin", sparsity=0.7, read=None, **more
 def board_of(tmp_path, *records, speeds=()):
     store = Store(save(tmp_path, *records))
     saved = {r.key: r for r in store.load()}
-    (made,) = boards(store, [saved[r.key] for r in records], speeds)
+    with mock.patch("dart_eval.results.speeds.load_speeds", return_value=speeds):
+        (made,) = boards(store, [saved[r.key] for r in records])
     return made
 
 
@@ -39,10 +41,10 @@ def places(board, block=0):
 
 def rows_of(board, block=0):
     """Heads and texts of the rows of a block."""
-    table = tables(board)[block]
+    table = board_tables([board])[block]
     return [dict(zip((" ".join(head.split()) for head in table.columns), row, strict=True)) for row in table.body]
 
 
-def said_of(board, **more):
+def said_of(board):
     """All sentences of a board."""
-    return " ".join(note for table in tables(board, **more) for note in table.notes)
+    return " ".join(note for table in board_tables([board]) for note in table.notes)

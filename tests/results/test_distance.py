@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dart_eval.results import board_table, frame
+from dart_eval.results import frame
 from dart_eval.results.board import boards
 from dart_eval.results.compare import compare_within
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
+from dart_eval.results.tables import board_tables
 from tests.helpers.records import answered, choosing, save
 
 
@@ -105,7 +106,7 @@ def test_the_board_shows_the_divergence_and_compare_tests_it(tmp_path):
     (board,) = boards(Store(folder), Store(folder).load())
     far = {row.label: row.kl.value for row in board.blocks[0].rows if row.kl}
     assert 0.27 < far["griffin"] < 0.33 < 0.45 < far["dart"] < 0.55
-    (table,) = board_table.tables(board)
+    (table,) = board_tables([board])
     shown = {row[2]: row[table.columns.index("KL\nnats")] for row in table.body}
     assert shown == {"dense": "0", **{name: f"{far[name]:.3g}" for name in ("griffin", "dart")}}
     (row,) = compare_within("method", "griffin", "dart", [folder], ["kl"]).rows

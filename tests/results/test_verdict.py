@@ -8,13 +8,18 @@ import pytest
 from dart_eval.results import stats, verdict
 from dart_eval.results.board import Row
 from dart_eval.results.stats import Estimate
-from dart_eval.results.verdict import AHEAD, BEHIND, MATTERS, SPLIT, TIED, UNTESTED, sentence, verdicts
+from dart_eval.results.tables import sentence
+from dart_eval.results.verdict import AHEAD, BEHIND, MATTERS, SPLIT, TIED, UNTESTED, verdicts
 from tests.helpers.boards import board_of, choices, places
 from tests.helpers.records import answered, choosing, right
 
 
 def verdict_of(board, level=1):
     return verdicts(board.blocks[0])[level]
+
+
+def sentence_of(board, level=1):
+    return sentence(board.blocks[0], verdict_of(board, level))
 
 
 def words_of(board, level=1):
@@ -59,8 +64,8 @@ def test_a_lead_counts_beyond_noise_and_beyond_what_matters(tmp_path, lead, word
     (stand,) = judged.stands
     assert stand.word == word and judged.take.label == take
     assert (judged.best is None) == (word == TIED)
-    said = sentence(judged)
-    assert ("is best" in said) == (word == BEHIND) and ("costs less" in said) == (word == TIED)
+    said = sentence_of(made)
+    assert ("is the best" in said) == (word == BEHIND) and ("costs less" in said) == (word == TIED)
     assert [mark for _, mark in places(made)[1]] == (["*", ""] if word == BEHIND else ["", ""])
 
 
@@ -94,7 +99,7 @@ def test_the_best_pays_for_having_been_chosen_among_many(tmp_path):
     drawn = [answered("arc", right(0.5, n=80, seed=s), "griffin", params={"score.seed": s}) for s in range(6)]
     made = board_of(tmp_path, answered("arc", right(0.5, n=80, seed=99), "dense", 0.0), *drawn)
     (level,) = [level for level in places(made) if len(level) > 2]
-    assert {mark for _, mark in level} == {""} and len(verdict_of(made).tied) == 6
+    assert {mark for _, mark in level} == {""} and len(verdict_of(made).of(TIED)) == 5
 
 
 @pytest.mark.parametrize(("p", "best"), [(0.02, False), (0.01, True)])
@@ -135,7 +140,7 @@ def test_no_row_is_best_where_each_of_two_is_ahead_in_a_metric(tmp_path):
     judged = verdict_of(made)
     (stand,) = judged.stands
     assert (stand.word, stand.better, stand.worse) == (SPLIT, ["accuracy"], ["log-likelihood"])
-    assert judged.best is None and "no row is best" in sentence(judged)
+    assert judged.best is None and "no row is best" in sentence_of(made)
 
 
 @pytest.mark.parametrize(("share", "word", "take"), [
@@ -150,7 +155,7 @@ def test_the_best_rounding_that_reads_no_more_stands_beside_the_leader(tmp_path,
     assert kinds == {"griffin": "pruned", "dense on 4 bits": "rounding", "rounding": "rounding"}
     judged = verdict_of(made)
     assert (judged.control.row.label, judged.control.word, judged.take.label) == ("dense on 4 bits", word, take)
-    assert "Rounding (dense on 4 bits" in sentence(judged)
+    assert "Rounding (dense on 4 bits" in sentence_of(made)
 
 
 def test_rounding_that_reads_more_takes_no_part_and_that_of_a_lower_level_does(tmp_path):
@@ -180,7 +185,7 @@ def test_rows_that_were_not_tested_are_not_called_tied(tmp_path):
              for m, s, keep in (("dense", 0.0, 1), ("dart", 0.7, 1), ("griffin", 0.7, 0))]  # fmt: skip
     made = board_of(tmp_path, *cells)
     assert words_of(made) == {"dart": "leader", "griffin": UNTESTED}
-    assert "not tested against griffin" in sentence(verdict_of(made))
+    assert "not tested against griffin" in sentence_of(made)
 
 
 def test_nothing_is_judged_where_nothing_is_pruned():

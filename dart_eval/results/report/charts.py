@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
 import warnings
@@ -17,10 +16,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from dart_eval.results import metrics
 from dart_eval.results.board import CONTROL, GUESSING, ROUNDING, WIDTH_OF_LEVEL, Board
 from dart_eval.results.format import multiple, percent
+from dart_eval.util.errors import UserError
 from dart_eval.util.text import printable
 
 Curves = Mapping[str, Sequence[Sequence[float]]]  # label -> read, value, and ends of the interval, of each point
-WIDTH, HEIGHT, LINE = 350, 240, 12.0  # points; LINE is the height of a name
+WIDTH, HEIGHT, LINE = 350, 240, 13.0  # points; LINE is the height of a name
 COLOURS = ("#3a82c8", "#d2691e", "#2a9a72", "#b9559c", "#a07d18", "#3d9db5", "#a5714a", "#7b7fd8")  # on light and dark
 MARKERS = "os^Dv<>PX"
 INK = "#123456"  # which the page replaces by its own colour of text
@@ -72,13 +72,23 @@ def charts(board: Board, form: str = "svg") -> list[tuple[str, bytes]]:
     return pictures
 
 
-def draw(board: Board, form: str) -> bytes | None:
-    """Return the first chart of a board as a file of its own; None without one. form: `png`, `svg` or `pdf`."""
-    return next((picture for _, picture in charts(board, form)), None)
+def draw(boards: Sequence[Board], form: str) -> bytes:
+    """Return the first chart of a board as a file of its own. form: `png`, `svg` or `pdf`.
+
+    Raises:
+        UserError: there are several models, or nothing that could be drawn.
+    """
+    if len(boards) > 1:
+        raise UserError("there are the results of several models", "give each one an --output of its own to draw it")
+    for _, picture in charts(boards[0], form):
+        return picture
+    weak = sorted({task for block in boards[0].blocks for task in block.at_chance})
+    why = f": dense is not above guessing on {', '.join(weak)}" if weak else ""
+    raise UserError(f"there is nothing to draw{why}", "run dense and a pruned method at several reads")
 
 
 def plot(title: str, lines: Curves, looks: Sequence[str], times: bool, form: str) -> bytes:
-    """Return a chart: a line a label, whose name stands beside its end, from the highest read to the lowest.
+    """Return a chart: a line a label, from the highest read to the lowest; names stand in the order of their ends.
 
     Args:
         title: above it.
@@ -110,40 +120,27 @@ def plot(title: str, lines: Curves, looks: Sequence[str], times: bool, form: str
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}{'x' if times else ' %'}"))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v)))
-        names = []
+        axes.xaxis.set_inverted(True)
+        handles = [axes.axhline(dense, color=INK, linewidth=0.8, label="dense")]
+        places = [dense]
         for i, (label, of_label) in enumerate(lines.items()):
             # Points of one read stand side by side, so that they and their intervals do not hide each other.
             xs = [read + ((len(lines) - 1) / 2 - i) * aside for read, *_ in of_label]
             ys = [min(max(value, least), most) for _, value, *_ in of_label]
             look, last = looks.index(label), of_label[-1][1]
             colour, style = COLOURS[look % len(COLOURS)], "--" if label.startswith("dense") else "-"
-            axes.vlines(xs, [max(low, bottom) for *_, low, _ in of_label], [p[3] for p in of_label], colour, alpha=0.4)
-            axes.plot(xs, ys, style, color=colour, marker=MARKERS[look % len(MARKERS)], markersize=4, linewidth=1.2)
             name = label.partition(" (")[0]  # without the settings of all rows
             name = name if len(name) < 25 else f"{name[:8]}…{name[-15:]}"
-            said = "" if last == ys[-1] else f": {multiple(last) if times else percent(last / 100)}"
-            names.append((ys[-1], name + said, colour, xs[-1]))
-        axes.xaxis.set_inverted(True)
-        axes.axhline(dense, color=INK, linewidth=0.8)
-        names.append((dense, "dense", INK, axes.get_xlim()[1]))
-        places = [axes.transAxes.inverted().transform(axes.transData.transform((0, y)))[1] for y, *_ in sorted(names)]
-        for at, (y, name, colour, x) in zip(_apart(places, LINE / (height - 60)), sorted(names), strict=True):
-            arrow = {"arrowstyle": "-", "linestyle": ":", "color": colour, "alpha": 0.6, "relpos": (0, 0.5)}
-            text = axes.annotate(printable(name), (x, y), (1.03, at), textcoords="axes fraction", arrowprops=arrow)
-            text.set(color=colour, va="center")
+            name += "" if last == ys[-1] else f": {multiple(last) if times else percent(last / 100)}"
+            axes.vlines(xs, [max(low, bottom) for *_, low, _ in of_label], [p[3] for p in of_label], colour, alpha=0.4)
+            handles += axes.plot(xs, ys, style, color=colour, marker=MARKERS[look % len(MARKERS)], markersize=4,
+                                 linewidth=1.2, label=printable(name))  # fmt: skip
+            places.append(last)
+        handles = [handle for _, handle in sorted(zip(places, handles, strict=True), key=lambda pair: -pair[0])]
+        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1.03), frameon=False, labelspacing=0.2)
         undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
         figure.savefig(picture, format=form, dpi=180, metadata=undated.get(form, {}))
     return picture.getvalue()
-
-
-def _apart(places: Sequence[float], gap: float) -> list[float]:
-    """Return places that are at least a gap apart, as near to sorted places between 0 and 1 as they fit."""
-    up = itertools.accumulate(places, lambda below, place: max(place, below + gap))
-    down = [*itertools.accumulate(reversed(places), lambda above, place: min(place, above - gap))]
-    spare = 1 - gap * (len(places) - 1)
-    return [
-        min(max((a + b) / 2, gap * i), spare + gap * i) for i, (a, b) in enumerate(zip(up, down[::-1], strict=True))
-    ]
 
 
 def inline(board: Board) -> list[Markup]:
