@@ -26,7 +26,7 @@ from dart_eval.util.errors import UserError, remark
 
 SCHEMA = 1
 DIGITS = 6  # decimals of a document's value, so that another machine's arithmetic changes none
-COLUMNS = (*INDEX, *HASHES.values(), "cluster")  # of a document's line, before its values
+COLUMNS = (*INDEX, *HASHES, "cluster")  # of a document's line, before its values
 
 
 class _Part(TypedDict):

@@ -25,7 +25,7 @@ from dart_eval.results.stats import Estimate, Share
 from dart_eval.util.text import Json
 
 INDEX = ["task", "doc_id", "filter"]
-HASHES = {"documents": "doc_hash", "prompts": "prompt_hash"}
+HASHES = ["doc_hash", "prompt_hash"]
 APART = ("metrics", "drift", "kl_bins")  # fields of a sample that are not columns
 
 
@@ -96,7 +96,7 @@ def documents(samples: Iterable[Json]) -> pd.DataFrame:
         own = {name: value for name, value in sample.items() if name not in APART}
         rows[tuple(sample[name] for name in INDEX)] = {**own, **sample["metrics"], **own}  # no metric hides a hash
     index = sorted(rows)
-    columns = dict.fromkeys([*INDEX, *HASHES.values(), "cluster", *(name for row in rows.values() for name in row)])
+    columns = dict.fromkeys([*INDEX, *HASHES, "cluster", *(name for row in rows.values() for name in row)])
     # Objects: some names are not valid Unicode, which pandas' own type for text refuses.
     data = {name: [rows[key].get(name) for key in index] for name in columns}
     return pd.DataFrame(data, pd.Index(index, dtype=object, tupleize_cols=False), dtype=object)

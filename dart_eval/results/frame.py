@@ -151,27 +151,20 @@ def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell
     Raises:
         UserError: several models of one name could be meant.
     """
-    mine, other = ({_model(cell): cell.inputs["model"] for cell in side} for side in (ours, theirs))
-    partner = dict(mine)
+    mine, other = ({model_of(c.inputs["model"]): c.inputs["model"] for c in side} for side in (ours, theirs))
+    apart = mine.keys() ^ other.keys()
     for name in {model["name"] for model in mine.values()}:
-        alone = [key for key, model in mine.items() if key not in other and model["name"] == name]
-        beside = [model for key, model in other.items() if key not in mine and model["name"] == name]
-        if alone and beside:
-            if len(alone) > 1 or len(beside) > 1:
-                sides = [", ".join(sorted(map(model_of, s))) for s in ([mine[key] for key in alone], beside)]
-                raise UserError(
-                    f"it is unclear which models to compare: {sides[0]} in {ours[0].source}, {sides[1]} in "
-                    f"{theirs[0].source}",
-                    "keep each checkpoint's results in a folder of its own, or compare two models with --model A,B",
-                )
-            partner[alone[0]] = beside[0]
+        alone, beside = (sorted(m for m in side if m in apart and side[m]["name"] == name) for side in (mine, other))
+        if min(len(alone), len(beside)) and max(len(alone), len(beside)) > 1:
+            sides = f"{', '.join(alone)} in {ours[0].source}, {', '.join(beside)} in {theirs[0].source}"
+            raise UserError(
+                f"it is unclear which models to compare: {sides}",
+                "keep each checkpoint's results in a folder of its own, or compare two models with --model A,B",
+            )
+        mine |= {model: other[beside[0]] for model in alone if beside}
     known = {identity(cell.inputs): cell for cell in theirs}
-    matches = {cell.key: known.get(identity({**cell.inputs, "model": partner[_model(cell)]})) for cell in ours}
-    return {key: match for key, match in matches.items() if match is not None}
-
-
-def _model(cell: Cell) -> str:
-    return json.dumps(cell.inputs["model"], sort_keys=True)
+    asked = {cell.key: {**cell.inputs, "model": mine[model_of(cell.inputs["model"])]} for cell in ours}
+    return {key: known[identity(inputs)] for key, inputs in asked.items() if identity(inputs) in known}
 
 
 def differing(pairs: Iterable[tuple[Cell, Cell]], say: str, values: str) -> list[str]:
@@ -208,20 +201,19 @@ def check_paired(a: Cell, b: Cell) -> None:
         UnreadSamples: the samples of one cannot be read.
         Unpaired: names the difference.
     """
-    left, right = a.answers.documents, b.answers.documents
-    what = " and ".join(f"{cell.inputs['task']} ({cell.source})" for cell in (a, b)) + " cannot be paired"
-    if left.index.tolist() != right.index.tolist():
-        sizes = " and ".join(str(len({place[:2] for place in side.index})) for side in (left, right))
-        problem = f"{what}: they have other documents or filters, of {sizes} documents"
-        raise Unpaired(problem, "run both with the same data and --limit")
-    for name, column in HASHES.items():
-        ours, theirs = ([digest[:HASH_DIGITS] for digest in side[column]] for side in (left, right))
-        if other := [place for place, x, y in zip(left.index, ours, theirs, strict=True) if x != y]:
-            task, number, _ = other[0]
-            raise Unpaired(
-                f"{what}: {len(other)} of {len(left)} {name} differ (the first: {task} {number})",
-                "run both with the same data, few-shot examples, chat template and version of lm-eval",
-            )
+    frames = [cell.answers.documents for cell in (a, b)]
+    left, right = (
+        {place: [digest[:HASH_DIGITS] for digest in hashes] for place, *hashes in frame[HASHES].itertuples(name=None)}
+        for frame in frames
+    )
+    if other := [place for place in {**left, **right} if left.get(place) != right.get(place)]:
+        what = " and ".join(f"{cell.inputs['task']} ({cell.source})" for cell in (a, b))
+        task, number, _ = other[0]
+        raise Unpaired(
+            f"{what} cannot be paired: {len(other)} of {max(map(len, frames))} documents differ, or their prompts (the "
+            f"first: {task} {number})",
+            "run both with the same data, --limit, few-shot examples, chat template and version of lm-eval",
+        )
 
 
 def paired(a: Cell, b: Cell) -> list[Compared]:
@@ -246,10 +238,9 @@ def paired(a: Cell, b: Cell) -> list[Compared]:
 
 
 def with_distances(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
-    """Add distances from dense to the answers of cells with a dense cell of the same documents.
+    """Add distances from dense to the answers of cells of a folder that have a dense one of the same documents.
 
     Args:
-        cells: of a folder.
         texts: whether to compare generated texts, too, which takes time.
     """
     dense = dense_of(cells)
@@ -295,26 +286,17 @@ def of_tasks(
         UserError: the folder has no cell of one of them.
     """
     known = {str(r.inputs["task"]) for r in records}
-    wanted = known if names is None else set[str]()
-    for name in items_of(names or ()):
-        tasks = known & {name, *aliases.get(name, ())}
-        if not tasks:
-            there = nearest(name, known) or ", ".join(sorted(known))
-            raise UserError(f"the folder has no cell of task {name!r}", there)
-        wanted |= tasks
-    return [r for r in records if r.inputs["task"] in wanted]
+    wanted = {name: known & {name, *aliases.get(name, ())} for name in items_of(names or ())}
+    for name in (name for name, tasks in wanted.items() if not tasks):
+        raise UserError(f"the folder has no cell of task {name!r}", nearest(name, known) or ", ".join(sorted(known)))
+    return [r for r in records if names is None or r.inputs["task"] in set().union(*wanted.values())]
 
 
 def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> pd.DataFrame:
-    """Return one row per cell and metric: its value, dense's on the same documents, and their comparison.
-
-    Beside what a record holds there are `dense`, `chance` (the quality of guessing), `recovery` (the share of dense's
-    quality above chance) with its interval `recovery_low` and `recovery_high`, `difference` (of perplexities, of their
-    logarithms) with `low` and `high`, `p` (two-sided, paired) and `p_holm`, over the tasks of one method and metric.
+    """Return one row per cell and metric, with the columns of `dart_eval.records`.
 
     Args:
-        store: the folder, for samples.
-        records: its cells.
+        store: the folder of the records, for samples.
         subtasks: whether to include the members of groups.
     """
     cells = with_distances([cell_of(store, record) for record in records])
@@ -416,7 +398,10 @@ def records(folder: str | Path, subtasks: bool = False) -> pd.DataFrame:
 
     Returns:
         One row a metric: `model`, `label`, `method`, `params`, `sparsity`, `task`, `metric`, `value`, `stderr`, `n` ...
-        and beside dense on the same documents `dense`, `chance`, `recovery`, `difference`, `p`, `p_holm` ...
+        and beside dense on the same documents `dense`, `chance` (the quality of guessing), `recovery` (the share of
+        dense's quality above chance) with its interval `recovery_low` and `recovery_high`, `difference` (of
+        perplexities, of their logarithms) with `low` and `high`, `p` (two-sided, paired) and `p_holm`, over the tasks
+        of one method and metric.
 
     Raises:
         UserError: there are no results in the folder.

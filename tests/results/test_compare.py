@@ -102,8 +102,8 @@ def test_nothing_in_common_is_answered_with_what_differs(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"n": 50}, "of 60 and 50 documents"), ({"data": "v2"}, "60 of 60 documents .*arc 0"),
-    ({"prompt": True}, "1 of 60 prompts .*arc 7.*few-shot"), ({"ids": True}, "documents"),
+    ({"n": 50}, "10 of 60 documents .*arc 50"), ({"data": "v2"}, "60 of 60 documents .*arc 0"),
+    ({"prompt": True}, "1 of 60 documents .*prompts .*arc 7.*few-shot"), ({"ids": True}, "documents"),
 ])  # fmt: skip
 def test_what_cannot_be_paired_is_refused_with_the_reason(tmp_path, change, words):
     a = save(tmp_path / "a", answered("arc", right(0.5)))
