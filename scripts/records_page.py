@@ -1,4 +1,4 @@
-"""Writes the tables of docs/records.md from the types of `dart_eval.results`: `record`, `inputs` and `layout`.
+"""Writes the tables of docs/records.md from the types of `dart_eval.results`: `record` and `inputs`.
 
 python scripts/records_page.py
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dart_eval.results import inputs, layout
+from dart_eval.results import inputs, record
 from dart_eval.results.record import SCHEMA, Metric, Record, Settings
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "records.md"
@@ -38,9 +38,9 @@ def text() -> str:
         "### One of its metrics", "", *table(inputs.notes(Metric, str)),
         "### Its settings", "", "They cannot change a number. `batch_size` stands here too.", "",
         *table(inputs.notes(Settings, str)),
-        "## A sample", "", *table(inputs.notes(layout.Sample, str)),
-        "### What a drift detector saw", "", *table(inputs.notes(layout.Drift, str)),
-        "## A line of `texts`", "", *table(inputs.notes(layout.Document, str)), END,
+        "## A sample", "", *table(inputs.notes(record.Sample, str)),
+        "### What a drift detector saw", "", *table(inputs.notes(record.Drift, str)),
+        "## A line of `texts`", "", *table(inputs.notes(record.Document, str)), END,
     ]  # fmt: skip
     return "\n".join(lines)
 

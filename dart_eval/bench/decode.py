@@ -37,7 +37,7 @@ from dart_eval.pruning import cost
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dart import Dart
 from dart_eval.pruning.session import Session, prune
-from dart_eval.results.ratio import paired
+from dart_eval.results.speeds import paired
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import timed

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dart_eval.results.format import sparsity as percent
-from dart_eval.results.ratio import Ratio
+from dart_eval.results.speeds import Ratio
 
 if TYPE_CHECKING:
     from dart_eval.results.show import Table

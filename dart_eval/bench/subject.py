@@ -18,10 +18,10 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dense import Dense
-from dart_eval.results.speeds import Speed
 from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 from dart_eval.weights.rounding import Rounded, refuse_fixed
 
 # Fields that a stored speed has by itself.
@@ -69,7 +69,7 @@ class Subject:
 
     def rows(
         self, methods: Sequence[Method], sparsity: float, setting: Setting, roundings: Sequence[Rounding], note: Note
-    ) -> Iterator[tuple[Row, Speed]]:
+    ) -> Iterator[tuple[Row, Json]]:
         """Measure methods on the model's own weights, then dense and methods on rounded ones, one after the other.
 
         Args:
@@ -98,19 +98,20 @@ class Subject:
 
     def _measured(
         self, method: Method, sparsity: float, setting: Setting, rounding: Rounding | None, note: Note
-    ) -> tuple[Row, Speed]:
+    ) -> tuple[Row, Json]:
         note(f"measuring {method.spec}{f' on {rounding.text} bits' if rounding else ''}")
         row = decode.measure(self.model, method, sparsity, setting, tokenizer=self.tokenizer, rounding=rounding)
-        more = {name: value for name, value in dataclasses.asdict(row).items() if name not in FIELDS}
-        return row, Speed(
-            method=method.spec, params=method.params(), sparsity=row.sparsity if method.sized else 0.0,
-            model=self.identity, dtype=self.dtype, device=self.model.device.type, hardware=self.hardware,
-            compiled=None, prompt_tokens=setting.prompt_tokens, read=row.weights_read, speedup=row.speedup,
-            control=row.control, ceiling=row.ceiling, times=BYTES_ONLY if row.why else "measured",
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(),
-            ffn_bits=row.bits,
-        )  # fmt: skip
+        measured = dataclasses.asdict(row)
+        more = {name: value for name, value in measured.items() if name not in FIELDS}
+        return row, {
+            "method": method.spec, "params": method.params(), "sparsity": row.sparsity if method.sized else 0.0,
+            "model": self.identity, "dtype": self.dtype, "device": self.model.device.type, "hardware": self.hardware,
+            "compiled": None, "prompt_tokens": setting.prompt_tokens, "read": row.weights_read, "ffn_bits": row.bits,
+            **{name: measured[name] for name in ("speedup", "control", "ceiling")},
+            "times": BYTES_ONLY if row.why else "measured", "environment": environment(),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "more": {"steps": setting.steps, "rounds": setting.rounds, **more},
+        }  # fmt: skip
 
 
 def subject(spec: ModelSpec, shape: str | None, layers: int | None, note: Callable[[str], None]) -> Subject:

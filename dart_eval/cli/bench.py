@@ -15,6 +15,7 @@ from dart_eval.sweep.options import MODEL, OUTPUT, PRUNING, RunConfig, config_of
 from dart_eval.sweep.plan import methods_of
 from dart_eval.util.bits import parse
 from dart_eval.util.errors import UserError
+from dart_eval.util.files import check_target
 from dart_eval.util.quiet import silence
 
 if TYPE_CHECKING:  # it imports torch
@@ -85,7 +86,7 @@ def decode(
     from dart_eval.results import speeds
 
     if output is not None:
-        speeds.check_folder(output)
+        check_target(f"{output}/{speeds.FOLDER}/decode.json", speeds.REMEDY)
     silence()  # it imports torch, and all before it does not
     from dart_eval.bench.decode import Setting, check_length, check_timeable
     from dart_eval.bench.row import table

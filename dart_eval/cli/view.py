@@ -162,7 +162,7 @@ def _numbers(record: Record) -> str:
     )
     counts = [counted(n, what) for n, what in ((record.remasks, "re-mask"), (record.cut, "cut prompt")) if n]
     sparsity = f"effective sparsity {record.effective_sparsity:.3f}"
-    return f"{shown}  {', '.join([sparsity, *counts])}  {record.seconds:.0f} s"
+    return f"{shown}  {', '.join([sparsity, *counts])}  {record.measured['seconds']:.0f} s"
 
 
 def settle_streams() -> None:

@@ -10,8 +10,8 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
+from dart_eval.results.store import Journal
 from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import RunConfig
 from dart_eval.util.errors import UserError, summary

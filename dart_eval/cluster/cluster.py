@@ -18,7 +18,7 @@ from typing import Any
 
 from dart_eval.cluster.cell import Made, run_cell
 from dart_eval.evaluation.unsafe import away_from_this_folder
-from dart_eval.results.journal import Journal
+from dart_eval.results.store import Journal
 from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import Cell

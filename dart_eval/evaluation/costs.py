@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from dart_eval.evaluation.distance import Distance
-from dart_eval.results.layout import CLOSED, Count, Drift, Finite, Holds
+from dart_eval.results.record import CLOSED, Count, Drift, Finite, holds
 from dart_eval.util.text import Json
 
 
@@ -42,7 +42,7 @@ class Cost:
     contexts: Count = 0
     context_tokens: Count = 0
     distance: Distance = field(default_factory=Distance)
-    trace: Annotated[Json | None, Holds(_Trace | None)] = None
+    trace: Annotated[Json | None, holds(_Trace | None)] = None
 
     def __add__(self, other: Cost) -> Cost:
         counts = [f.name for f in fields(Cost) if f.name != "trace"]

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dart_eval.results.layout import CLOSED, Count, Finite
-from dart_eval.results.record import Metric
+from dart_eval.results.record import CLOSED, Count, Finite, Metric
 
 PER_DOUBLING, LOWEST = 8, -160  # bins; bin i ends at 2 ** (i / 8) nats, and the lowest one has all up to 2 ** -20
 TAILS = {"kl_p95": 0.95, "kl_p99": 0.99}

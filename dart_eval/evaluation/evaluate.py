@@ -26,9 +26,9 @@ from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_
 from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.pruning.session import Session
 from dart_eval.results import sums
-from dart_eval.results.journal import Journal
 from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import Metric
+from dart_eval.results.store import Journal
 from dart_eval.util.text import Json
 
 BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps

@@ -32,7 +32,7 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import RollingLogLikelihood
 from dart_eval.layers.finite import REMEDY
 from dart_eval.pruning.session import Session
-from dart_eval.results.journal import Journal
+from dart_eval.results.store import Journal
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.logits import Answers
 from dart_eval.pruning.session import Session
-from dart_eval.results import layout
-from dart_eval.results.layout import CLOSED
+from dart_eval.results.record import CLOSED, read
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ _OF: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Score,
 def holds(stored: object, kind: type[Score] | type[Text]) -> bool:
     """Whether a stored answer has the type `kind` and finite numbers."""
     try:
-        return bool(layout.read(json.dumps(stored), _OF[kind]).usable)
+        return bool(read(json.dumps(stored), _OF[kind]).usable)
     except ValueError:
         return False
 

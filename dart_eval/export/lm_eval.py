@@ -145,5 +145,5 @@ def _results(cells: Sequence[Record], pruners: Mapping[str, str], moment: dateti
         "model_name": title, "model_name_sanitized": safe(title), "system_instruction": said,
         "system_instruction_sha": hashlib.sha256(said.encode()).hexdigest() if said else None,
         "fewshot_as_multiturn": inputs.get("fewshot_as_multiturn"), "chat_template": None, "chat_template_sha": None,
-        "total_evaluation_time_seconds": str(sum(cell.seconds for cell in cells)),
+        "total_evaluation_time_seconds": str(sum(cell.measured["seconds"] for cell in cells)),
     }  # fmt: skip

@@ -9,20 +9,20 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pandas as pd
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
-from dart_eval.results import layout
 from dart_eval.results.documents import HASHES, INDEX, Answers, documents, measured
 from dart_eval.results.frame import Cell, cells
 from dart_eval.results.inputs import HASH_DIGITS, CellInputs, identity
-from dart_eval.results.metrics import main_and_gold
-from dart_eval.results.record import Metric
+from dart_eval.results.metrics import main
+from dart_eval.results.record import Metric, holds, read
 from dart_eval.util import files
 from dart_eval.util.errors import UserError, remark
+from dart_eval.util.text import Json
 
 SCHEMA = 1
 DIGITS = 6  # decimals of a document's value, so that another machine's arithmetic changes none
@@ -32,7 +32,7 @@ COLUMNS = (*INDEX, *HASHES, "cluster")  # of a document's line, before its value
 class _Part(TypedDict):
     """A cell of a baseline file; measures and documents are rows, as `write` orders them."""
 
-    inputs: CellInputs
+    inputs: Annotated[Json, holds(CellInputs)]
     method: NotRequired[str]
     measures: list[tuple[str, str, bool | None, tuple[str, ...], bool]]
     documents: list[tuple[str, int, str, str, str, str | None, dict[str, object]]]
@@ -56,7 +56,7 @@ def rounded(answers: Answers, named: Collection[tuple[str, str]] = ()) -> Answer
     Args:
         named: (task, metric) of a baseline, which stand in for the main metrics of their tasks.
     """
-    chosen = main_and_gold((measure.metric for measure in answers.measures.values()), named)
+    chosen = main((measure.metric for measure in answers.measures.values()), named, gold=True)
     measures = [answers.measures[m.task, m.label] for m in chosen]
     frame = answers.documents.reindex(columns=[*COLUMNS, "choices"])
     for name in {m.metric for m in chosen}:
@@ -128,7 +128,7 @@ def load_baseline(path: Path) -> list[Cell]:
         return cells(path, strict=True)
     remedy = f"make it from good results: dart-eval check RESULTS --baseline {path} --update"
     try:
-        data = layout.read(files.read_text(path, "baseline", remedy), _BASELINE, "baseline")
+        data = read(files.read_text(path, "baseline", remedy), _BASELINE, "baseline")
         parts = [_cell(part, str(path)) for part in data["cells"]]
     except ValueError as error:
         raise UserError(f"baseline {path} cannot be read ({error})", remedy) from None

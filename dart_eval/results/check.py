@@ -14,7 +14,7 @@ from typing import Annotated
 import pandas as pd
 from pydantic import BaseModel, Field, TypeAdapter
 
-from dart_eval.results import layout, show, stats, sums
+from dart_eval.results import show, stats, sums
 from dart_eval.results.baseline import rounded
 from dart_eval.results.compare import Comparison, names
 from dart_eval.results.documents import Compared
@@ -22,6 +22,7 @@ from dart_eval.results.format import FOUR, chance, interval, number, signed
 from dart_eval.results.frame import Cell, Unpaired, counterparts, dense_of, differing, paired
 from dart_eval.results.inputs import model_of
 from dart_eval.results.metrics import DISTANCE, GOLD, kind_of
+from dart_eval.results.record import read
 from dart_eval.results.show import Columns, Table
 from dart_eval.results.store import UnreadSamples
 from dart_eval.util.errors import UserError
@@ -63,7 +64,7 @@ def thresholds_from(file: Path | None) -> Thresholds:
         return Thresholds()
     data = read_mapping(file, "thresholds", "recovery: 0.98", empty=True)
     try:
-        return layout.read(json.dumps(data, default=repr), TypeAdapter(Thresholds), str(file))
+        return read(json.dumps(data, default=repr), TypeAdapter(Thresholds), str(file))
     except ValueError as error:
         raise UserError(f"thresholds: {error}", "keys are recovery, of_dense, alpha and tasks") from None
 

@@ -16,7 +16,7 @@ from dart_eval.results.format import chance, interval, number, signed, sparsity
 from dart_eval.results.frame import Cell, cells, counterparts, differing, newest, paired, typed, with_distances
 from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, asked, identity, model_of
 from dart_eval.results.labels import exact, grouped, labels
-from dart_eval.results.metrics import main_and_gold
+from dart_eval.results.metrics import main
 from dart_eval.results.show import Columns, Table, finite
 from dart_eval.results.store import UnreadSamples
 from dart_eval.util.errors import UserError, nearest, remark
@@ -189,7 +189,7 @@ def _compared(a: str, b: str, contrasts: Sequence[Contrast], metrics: Sequence[s
         known |= {measure.metric.metric for measure in measures.values()}
         left_out.update((*left.answers.left_out, *right.answers.left_out))
         chosen = [measure.metric for measure in measures.values() if {measure.metric.metric, "all"} & {*metrics}]
-        for m in chosen if metrics else main_and_gold(measure.metric for measure in left.answers.measures.values()):
+        for m in chosen if metrics else main((measure.metric for measure in left.answers.measures.values()), gold=True):
             if (m.task, m.label) not in both:
                 left_out.add(f"{m.task} {m.label}")
                 continue

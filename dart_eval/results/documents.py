@@ -87,7 +87,7 @@ def answers(sample: Mapping[str, Any]) -> list[Any]:
 
 
 def documents(samples: Iterable[Json]) -> pd.DataFrame:
-    """Return samples (`layout.Sample`) as a frame with sorted rows, named by `INDEX`, and a column for each metric.
+    """Return samples (`record.Sample`) as a frame with sorted rows, named by `INDEX`, and a column for each metric.
 
     Values stay as in the file: NaN is NaN. Of two lines on one document the last counts.
     """

@@ -357,7 +357,7 @@ def _row(record: Record, label: str, metric: Metric | None = None) -> Json:
         **{name: cell.get(name) for name in COLUMNS},
         **{f"flops_{name}": value for name, value in record.flops.items()},
         **{f"memory_{name}": value for name, value in record.memory.items()},
-        "memory_peak": record.measured.get("peak"), "seconds": record.seconds,
+        "memory_peak": record.measured.get("peak"), "seconds": record.measured["seconds"],
         "command": record.settings.get("command"), "key": record.key,
         **(dict.fromkeys(TESTED) if metric else {}),
     }  # fmt: skip

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, with_config
-from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
+from pydantic import Field
+from typing_extensions import Required, TypedDict  # pydantic needs this one below Python 3.12
 
-from dart_eval.results.layout import OPEN, Number
 from dart_eval.util.text import Json
 
 ASKED, HOW, PROVENANCE = "asked", "how", "provenance"
@@ -24,141 +23,98 @@ PRUNING = ("method", "params", "sparsity", "ffn_bits")  # inputs in which a prun
 UNLIKE_DENSE = (*PRUNING, "scope")  # the same with the scope, which does not matter to a dense cell
 CALIBRATED = ("calibration", "calibration_tokens", "calibration_seed")  # by these a method has other masks
 HASH_DIGITS = 8
+Share = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Role:
-    """The role of a field of a cell's inputs.
-
-    Attributes:
-        role: `asked`, `how` or `provenance`.
-        help: one sentence for the docs.
-        column: whether it is a column of `tables --format json` and csv.
-        named: whether labels show it if cells differ in it.
-        any: whether None matches any value, since it cannot move this cell's numbers.
-        hashed: whether it is a hash, of which labels show the first digits.
-    """
+    """The role of a field of a cell's inputs, and a sentence for the docs."""
 
     role: str
     help: str
-    column: bool = False
-    named: bool = False
-    any: bool = False
-    hashed: bool = False
+    column: bool = False  # of `tables --format json` and csv
+    named: bool = False  # labels show it, if cells differ in it
+    any: bool = False  # None matches any value, since it cannot move this cell's numbers
+    hashed: bool = False  # labels show its first digits
 
 
-def _asked(help: str, setting: bool = True) -> Role:
-    return Role(ASKED, help, column=setting, named=setting)
+def _setting(help: str) -> Role:
+    return Role(ASKED, help, column=True, named=True)
 
 
-@with_config(OPEN)
-class Model(TypedDict):
+def _how(help: str, column: bool = False, any: bool = False, hashed: bool = False) -> Role:
+    return Role(HOW, help, column, True, any, hashed)
+
+
+class Model(TypedDict, total=False):
     """Which model a cell was run on."""
 
-    name: str
-    revision: NotRequired[str | None]
-    weights: NotRequired[str | None]
-    remote_code: NotRequired[bool]
-    loaded: NotRequired[bool]
+    name: Required[str]
+    revision: str | None
+    weights: str | None
+    remote_code: bool
+    loaded: bool
 
 
-Share = Annotated[Number, Field(ge=0, le=1)]
-
-
-@with_config(OPEN)
-class CellInputs(TypedDict):
+class CellInputs(TypedDict, total=False):
     """All that can change a number. Fields that older versions did not write may be missing."""
 
-    model: Annotated[
-        Model, _asked("name, revision, hash of the weights, whether code of its own ran or it came `loaded`", False)
-    ]
-    method: Annotated[str, _asked("the method's name", False)]
-    params: Annotated[Json, _asked("its options by the paths that a user types, and what it is made of", False)]
-    sparsity: Annotated[Share, _asked("share of FFN weight bytes that a decoded token is not to read", False)]
-    ffn_bits: NotRequired[
-        Annotated[str, Role(ASKED, "bits that FFN weights were rounded to first, where they were", column=True)]
-    ]
-    task: Annotated[str, _asked("the lm-eval task or group", False)]
-    scope: Annotated[
-        str, Role(ASKED, "which positions ran pruned when answers were scored; of dense always `scored`", named=True)
-    ]
-    execution: NotRequired[Annotated[str, Role(HOW, "how pruning was computed; `run` says `masked`", named=True)]]
-    dtype: NotRequired[Annotated[str, Role(HOW, "what the weights were loaded as", True, True)]]
-    device: NotRequired[Annotated[str, Role(HOW, "type of device", True, True)]]
-    num_fewshot: NotRequired[Annotated[int | None, _asked("examples before each item; null: the task's own number")]]
-    limit: NotRequired[Annotated[Number | None, _asked("first items of each task, or a share below 1; null: all")]]
-    seed: NotRequired[Annotated[int, _asked("of few-shot sampling and of methods that draw")]]
-    max_length: NotRequired[Annotated[int | None, _asked("tokens of context and answer; null: the model's")]]
-    chunk: NotRequired[Annotated[int, _asked("tokens per perplexity chunk")]]
-    chat_template: NotRequired[Annotated[bool, _asked("prompts were wrapped in the model's chat template")]]
-    cue: NotRequired[Annotated[str | None, _asked("what replaced the summarisation tasks' own cue")]]
-    system_instruction: NotRequired[Annotated[str, _asked("what stood before every prompt, where it was given")]]
-    fewshot_as_multiturn: NotRequired[
-        Annotated[bool, _asked("examples were turns of the chat template, where that was said")]
-    ]
-    enable_thinking: NotRequired[Annotated[bool, _asked("whether the chat template let the model think, where given")]]
-    think_end_token: NotRequired[Annotated[str, _asked("only the answer after this token was scored, where given")]]
-    tokenizer: NotRequired[Annotated[str, _asked("the tokenizer, where it was not the model's own")]]
-    attn_implementation: NotRequired[
-        Annotated[str, Role(HOW, "the code of attention, where it was given", named=True, any=True)]
-    ]
-    add_bos_token: NotRequired[Annotated[bool, _asked("whether prompts began with the BOS token, where given")]]
-    gen_kwargs: NotRequired[Annotated[str, _asked("generation settings that override the task's own, where given")]]
-    batch_size: NotRequired[
-        Annotated[int | str | None, Role(HOW, "contexts per forward, where it can move a number", True, True, any=True)]
-    ]
-    share_prefix: NotRequired[
-        Annotated[bool | None, Role(HOW, "common prefixes ran once, where it can move a number", True, True, any=True)]
-    ]
-    calibration: NotRequired[
-        Annotated[
-            str | None,
-            Role(HOW, "hash of the calibration text, where the method reads it", named=True, any=True, hashed=True),
-        ]
-    ]
-    calibration_tokens: NotRequired[
-        Annotated[int, Role(HOW, "tokens of it that were read at most, where not all", named=True, any=True)]
-    ]
-    calibration_seed: NotRequired[
-        Annotated[int, Role(HOW, "seed by which their passages were drawn", named=True, any=True)]
-    ]
-    task_hash: NotRequired[Annotated[str, Role(PROVENANCE, "hash of the task's configuration and documents")]]
-    code: NotRequired[
-        Annotated[str, Role(PROVENANCE, "digest of the code that all cells share", named=True, hashed=True)]
-    ]
-    method_code: NotRequired[
-        Annotated[Any, Role(PROVENANCE, "digest of the method's own code", named=True, hashed=True)]
-    ]
-    method_files: NotRequired[Annotated[list[Any], Role(PROVENANCE, "hashes of files that the method reads")]]
-    versions: NotRequired[Annotated[dict[str, str | None] | None, Role(PROVENANCE, "of the libraries underneath")]]
+    model: Required[Annotated[Model, Role(ASKED, "name, revision, hash; whether its own code ran, or it was `loaded`")]]
+    method: Required[Annotated[str, Role(ASKED, "the method's name")]]
+    params: Required[Annotated[Json, Role(ASKED, "its options by the paths that a user types, what it is made of")]]
+    sparsity: Required[Annotated[Share, Role(ASKED, "share of FFN weight bytes that a decoded token is not to read")]]
+    ffn_bits: Annotated[str, Role(ASKED, "bits that FFN weights were rounded to first, where they were", column=True)]
+    task: Required[Annotated[str, Role(ASKED, "the lm-eval task or group")]]
+    scope: Required[Annotated[str, Role(ASKED, "positions that ran pruned; of dense always `scored`", named=True)]]
+    execution: Annotated[str, _how("how pruning was computed; `run` says `masked`")]
+    dtype: Annotated[str, _how("what the weights were loaded as", column=True)]
+    device: Annotated[str, _how("type of device", column=True)]
+    num_fewshot: Annotated[int | None, _setting("examples before each item; null: the task's own number")]
+    limit: Annotated[float | None, _setting("first items of each task, or a share below 1; null: all")]
+    seed: Annotated[int, _setting("of few-shot sampling and of methods that draw")]
+    max_length: Annotated[int | None, _setting("tokens of context and answer; null: the model's")]
+    chunk: Annotated[int, _setting("tokens per perplexity chunk")]
+    chat_template: Annotated[bool, _setting("prompts were wrapped in the model's chat template")]
+    cue: Annotated[str | None, _setting("what replaced the summarisation tasks' own cue")]
+    system_instruction: Annotated[str, _setting("what stood before every prompt, where it was given")]
+    fewshot_as_multiturn: Annotated[bool, _setting("examples were turns of the chat template, where that was said")]
+    enable_thinking: Annotated[bool, _setting("whether the chat template let the model think, where given")]
+    think_end_token: Annotated[str, _setting("only the answer after this token was scored, where given")]
+    tokenizer: Annotated[str, _setting("the tokenizer, where it was not the model's own")]
+    attn_implementation: Annotated[str, _how("the code of attention, where it was given", any=True)]
+    add_bos_token: Annotated[bool, _setting("whether prompts began with the BOS token, where given")]
+    gen_kwargs: Annotated[str, _setting("generation settings that override the task's own, where given")]
+    batch_size: Annotated[int | str | None, _how("contexts per forward, if it can move numbers", column=True, any=True)]
+    share_prefix: Annotated[bool | None, _how("common prefixes ran once, if it can move any", column=True, any=True)]
+    calibration: Annotated[str | None, _how("hash of the calibration text, where it is read", any=True, hashed=True)]
+    calibration_tokens: Annotated[int, _how("tokens of it that were read, where not all", any=True)]
+    calibration_seed: Annotated[int, _how("seed by which their passages were drawn", any=True)]
+    task_hash: Annotated[str, Role(PROVENANCE, "hash of the task's configuration and documents")]
+    code: Annotated[str, Role(PROVENANCE, "digest of the code that all cells share", named=True, hashed=True)]
+    method_code: Annotated[Any, Role(PROVENANCE, "digest of the method's own code", named=True, hashed=True)]
+    method_files: Annotated[list[Any], Role(PROVENANCE, "hashes of files that the method reads")]
+    versions: Annotated[dict[str, str | None] | None, Role(PROVENANCE, "of the libraries underneath")]
 
 
 def notes(type_: type, kind: type[T]) -> dict[str, T]:
     """Return the fields of a type that are annotated with something of a kind, and that."""
     found: dict[str, T] = {}
     for name, hint in typing.get_type_hints(type_, include_extras=True).items():
-        while typing.get_origin(hint) is NotRequired:
+        if typing.get_origin(hint) is Required:
             (hint,) = typing.get_args(hint)
         found.update((name, note) for note in getattr(hint, "__metadata__", ()) if isinstance(note, kind))
     return found
 
 
 FIELDS = notes(CellInputs, Role)
-
-
-def names(role: str) -> list[str]:
-    """Return the fields of a role, in their order."""
-    return [name for name, field in FIELDS.items() if field.role == role]
-
-
 COLUMNS = [name for name, field in FIELDS.items() if field.column]
 NAMED = [name for name, field in FIELDS.items() if field.named]
 
 
 # Fields of parts that only some versions have, at the values that do what the others do: a cell of theirs answers the
 # same question.
-UNSAID = {
+LEGACY_DEFAULTS = {
     "entries": "all", "draw": "best", "choice": "none", "choice.mask_ratio": 1.6, "choice.threshold": "none",
     "compensation": "none", "compensation.over": "calibration", "entries.second": "columns", "score.of": "gate-up",
     "routing": "own", "remask.release": 0, "remask.old": "prompt", "remask.reference": "moved", "remask.every": 0,
@@ -167,14 +123,17 @@ UNSAID = {
 }  # fmt: skip
 
 
-def asked(inputs: Json, without: Iterable[str] = ()) -> Json:
+def names(role: str) -> list[str]:
+    """Return the fields of a role, in their order."""
+    return [name for name, field in FIELDS.items() if field.role == role]
+
+
+def asked(inputs: Json, without: Collection[str] = ()) -> Json:
     """Return the `asked` inputs of a cell, without some. A field that older cells lack counts as null."""
-    left_out = set(without)
-    found = {name: inputs.get(name) for name in names(ASKED) if name not in left_out}
-    if "model" in found:
-        model = inputs["model"]
+    found = {name: inputs.get(name) for name in names(ASKED) if name not in without}
+    if model := found.get("model"):
         fields = ["name", "revision", "weights", *(["remote_code"] if model.get("remote_code") else [])]
-        found["model"] = {k: model.get(k) for k in fields}
+        found["model"] = {field: model.get(field) for field in fields}
     if found.get("params"):
         found["params"] = without_legacy_defaults(inputs["params"])
     return found
@@ -182,7 +141,7 @@ def asked(inputs: Json, without: Iterable[str] = ()) -> Json:
 
 def without_legacy_defaults(params: Json) -> Json:
     """Drop fields that older records lack and whose value equals their implied default."""
-    return {k: v for k, v in params.items() if UNSAID.get(k) != v}
+    return {k: v for k, v in params.items() if LEGACY_DEFAULTS.get(k) != v}
 
 
 def matters(name: str, inputs: Json) -> bool:
@@ -190,12 +149,12 @@ def matters(name: str, inputs: Json) -> bool:
     return name != "scope" or inputs["method"] != DENSE
 
 
-def identity(inputs: Json, without: Iterable[str] = ()) -> str:
+def identity(inputs: Json, without: Collection[str] = ()) -> str:
     """Return `asked` as sortable text: cells with equal text answer the same question."""
     return json.dumps(asked(inputs, without), sort_keys=True)
 
 
-def question(inputs: Json, without: Iterable[str] = UNLIKE_DENSE) -> str:
+def question(inputs: Json, without: Collection[str] = UNLIKE_DENSE) -> str:
     """Return the `asked` inputs without the pruning, with dtype and device.
 
     Cells that agree in it, a dense one and pruned ones, can be compared.

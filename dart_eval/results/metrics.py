@@ -18,23 +18,14 @@ GOLD = "gold_ll"  # the log-likelihood of the right answer, which samples of cho
 
 @dataclass(frozen=True)
 class Kind:
-    """Properties of a metric by its name.
+    """Properties of a metric by its name."""
 
-    Attributes:
-        group: its table.
-        rank: the metric of the lowest rank is a task's main one; None: only if it is alone.
-        kind: how the value follows from sums over documents (a key of `sums.SCALES`); None if it does not.
-        percent: whether it is a share, shown in per cent by boards and papers.
-        chance: whether its value under guessing follows from the number of choices.
-        digits: after the point, if the size of the value does not decide.
-    """
-
-    group: str = OTHER
-    rank: int | None = None
-    kind: str | None = "mean"
-    percent: bool = False
-    chance: bool = False
-    digits: int | None = None
+    group: str = OTHER  # its table
+    rank: int = 9  # the metric of the lowest rank is a task's main one
+    kind: str | None = "mean"  # how the value follows from sums over documents (of `sums.SCALES`); None: it does not
+    percent: bool = False  # whether it is a share, shown in per cent by boards and papers
+    chance: bool = False  # whether its value under guessing follows from the number of choices
+    digits: int | None = None  # after the point, if the size of the value does not decide
 
 
 RIGHT = Kind(ACCURACY, 1, percent=True)  # the share of generated answers that are right
@@ -63,15 +54,12 @@ METRICS = {
     **dict.fromkeys(("kl_p95", "kl_p99"), Kind(DISTANCE, kind=None)),
     "top1": Kind(DISTANCE, kind="ratio", percent=True),
 }
-UNKNOWN = Kind()
+WORDS = {"acc": "accuracy", "rougeL": "ROUGE-L", "word_perplexity": "perplexity"}
 
 
 def kind_of(metric: str) -> Kind:
     """Return the properties of a metric, named with or without its filter."""
-    return METRICS.get(metric.partition(",")[0], UNKNOWN)
-
-
-WORDS = {"acc": "accuracy", "rougeL": "ROUGE-L", "word_perplexity": "perplexity"}
+    return METRICS.get(metric.partition(",")[0], Kind())
 
 
 def title_of(metric: str) -> str:
@@ -82,11 +70,10 @@ def title_of(metric: str) -> str:
 
 def order(metric: str) -> tuple[int, str]:
     """Return the sort key of columns: the order of `METRICS`, then others by name."""
-    names = list(METRICS)
-    return (names.index(metric) if metric in METRICS else len(names)), metric
+    return [*METRICS, metric].index(metric), metric
 
 
-def main(metrics: Iterable[Metric], named: Collection[tuple[str, str]] = ()) -> list[Metric]:
+def main(metrics: Iterable[Metric], named: Collection[tuple[str, str]] = (), gold: bool = False) -> list[Metric]:
     """Return each task's main metric, in the order of the tasks.
 
     It is the metric of the lowest rank among those with a direction, else the first; never a distance to dense.
@@ -94,23 +81,12 @@ def main(metrics: Iterable[Metric], named: Collection[tuple[str, str]] = ()) -> 
     Args:
         metrics: of all tasks.
         named: (task, metric) that come before all others.
+        gold: whether the log-likelihoods of right answers follow, of those tasks that have them.
     """
-    chosen: dict[str, Metric] = {}
     everything = list(metrics)
-
-    def rank(m: Metric) -> tuple[bool, int]:
-        known = kind_of(m.metric).rank
-        return (m.task, m.label) not in named, len(METRICS) if known is None else known
-
-    for m in sorted(everything, key=rank):
+    chosen: dict[str, Metric] = {}
+    for m in sorted(everything, key=lambda m: ((m.task, m.label) not in named, kind_of(m.metric).rank)):
         if m.higher_is_better is not None and m.metric != GOLD and kind_of(m.metric).group != DISTANCE:
             chosen.setdefault(m.task, m)
-    return [m for m in everything if chosen.get(m.task) is m]
-
-
-def main_and_gold(metrics: Iterable[Metric], named: Collection[tuple[str, str]] = ()) -> list[Metric]:
-    """Return each task's `main` metric, then the log-likelihood of right answers of those tasks that have it."""
-    everything = list(metrics)
-    chosen = main(everything, named)
-    tasks = {m.task for m in chosen}
-    return [*chosen, *(m for m in everything if m.metric == GOLD and m.task in tasks)]
+    right = [m for m in everything if gold and m.metric == GOLD and m.task in chosen]
+    return [m for m in everything if chosen.get(m.task) is m] + right

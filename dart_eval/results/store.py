@@ -3,9 +3,9 @@
     cells/<name>-<key>.json     the record of a finished cell
     samples/<name>-<key>.jsonl  its samples
     texts/<task>-<hash>.jsonl   prompts and answers of a task, once for all cells that were asked the same
-    partial/<name>-<key>.jsonl  what an unfinished cell has answered so far (see `journal`)
+    partial/<name>-<key>.jsonl  what an unfinished cell has answered so far
     failed/<name>-<key>.txt     the traceback of a cell that failed; gone when it succeeds
-    .locks/                     who is at work on which cell, and the cells of each run (see `progress`)
+    .locks/                     who is at work on which cell
 
 Files appear complete or not at all: written beside, flushed, then renamed. The record comes last and has the digests of
 the others, so a readable record is a finished cell.
@@ -16,31 +16,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
-from dart_eval.results import layout
 from dart_eval.results.format import sparsity
-from dart_eval.results.journal import Journal
-from dart_eval.results.record import NewerSchema, Record
+from dart_eval.results.record import Count, Document, Finite, NewerSchema, Record, Sample, holds, read
 from dart_eval.util.errors import UserError, remark, writing
 from dart_eval.util.files import check_name, read_regular, reason, safe, write_atomically
 from dart_eval.util.text import Json
 
-SAMPLE, DOCUMENT = TypeAdapter(layout.Sample), TypeAdapter(layout.Document)
-Kind = Literal["cells", "samples", "partial", "failed", ".locks"]  # folders with a file for each cell
-ENDINGS: dict[Kind, str] = {
-    "cells": "json", "samples": "jsonl", "partial": "jsonl", "failed": "txt", ".locks": "lock",
+ENDINGS = {
+    "cells": "json", "samples": "jsonl", "texts": "jsonl", "partial": "jsonl", "failed": "txt", ".locks": "lock",
 }  # fmt: skip
+LINES = {"samples": TypeAdapter(Annotated[Json, holds(Sample)]), "texts": TypeAdapter(Annotated[Json, holds(Document)])}
+BATCH = TypeAdapter(tuple[Json, Count, Annotated[Finite, Field(ge=0)]])  # answers, state_bytes, seconds
 REDO = "repeat the `dart-eval run` that made it (it sets the file aside and redoes the cell), or remove it"
 
 
@@ -68,22 +66,84 @@ class Scan:
             remark(f"left out: {error}")
 
 
+class Journal(Json):
+    """The answers of a running cell by request, in memory and on disk, so that a stopped cell loses at most one batch.
+
+    The file has one line per batch: a checksum, then JSON. A line that was cut short (power, full disk, kill) ends it:
+    the lines before it count, and the rest is cut off and computed again.
+
+    Args:
+        path: file to continue or to create at the first batch; None keeps nothing on disk.
+
+    Attributes:
+        state_bytes: largest method state per sequence that any batch had.
+        seconds: wall time of the batches that an earlier process had finished.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__()
+        self.path, self.state_bytes, self.seconds = path, 0, 0.0
+        if path is None or not os.path.lexists(path):
+            return
+        whole, data = 0, read_regular(path)
+        for line in data.splitlines(keepends=True):
+            checksum, _, text = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
+                break
+            try:
+                answers, state_bytes, seconds = read(text, BATCH)
+            except ValueError:
+                break
+            self.update(answers)
+            self.state_bytes = max(self.state_bytes, state_bytes)
+            self.seconds += seconds
+            whole += len(line)
+        if whole < len(data):
+            os.truncate(path, whole)
+
+    def add(self, answers: Json, state_bytes: int, seconds: float) -> None:
+        """Write a batch. On return it is on disk, safe from a crash.
+
+        Args:
+            answers: request -> answer, plain JSON data.
+            state_bytes: of the method, per sequence.
+            seconds: wall time of the batch.
+
+        Raises:
+            StoreError: the disk is full, for example.
+        """
+        self.update(answers)
+        self.state_bytes = max(self.state_bytes, state_bytes)
+        if self.path is None:
+            return
+        text = json.dumps([answers, state_bytes, seconds], ensure_ascii=False).encode()
+        with writing(self.path.parent.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Delete everything, once the cell is finished or is to be run anew."""
+        self.clear()
+        self.state_bytes, self.seconds = 0, 0.0
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
 class Store:
     """The records in `folder`; nothing is created before a cell begins."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def file(self, kind: Kind, name: str, key: str) -> Path:
-        """Return the path of a cell's file of a kind; `name` is for readers, the key decides."""
-        ending = f"-{key[:16]}.{ENDINGS[kind]}"
-        path = self.folder / kind / f"{safe(name)}{ending}"
-        if path.exists():
-            return path
-        return next(path.parent.glob(f"*{ending}"), path)  # made under another spelling of the method
+    def file(self, kind: str, name: str, key: str) -> Path:
+        """Return the path of a cell's file of a kind of `ENDINGS`; `name` is for readers, the key decides."""
+        return self.folder / kind / f"{safe(name)}-{key[:16]}.{ENDINGS[kind]}"
 
-    def written_since(self, kind: Kind, name: str, key: str, time: float) -> bool:
-        """Whether a cell has got a record or answers, or has failed, since a time (seconds since the epoch)."""
+    def written_since(self, kind: str, name: str, key: str, time: float) -> bool:
+        """Whether a cell has got a file of a kind since a time (seconds since the epoch)."""
         try:
             return self.file(kind, name, key).stat().st_mtime >= time
         except OSError:
@@ -100,7 +160,7 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        path = self.file(".locks", "cell", key)  # one for all spellings of a method
+        path = self.file(".locks", name, key)
         lock = FileLock(path)
         with writing(self.folder), contextlib.suppress(Timeout):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +183,8 @@ class Store:
         """
         path = self.file("cells", name, key)
         try:
-            record = _read(path)
-            self._lines(record, "samples", SAMPLE)
+            record = Record.from_json(read_regular(path))
+            self._data(record, "samples")
             self._data(record, "texts")
         except NewerSchema as error:
             raise UserError(f"{path} cannot be read ({error})", "use that version, or another --output") from None
@@ -145,12 +205,8 @@ class Store:
         for kind in ("cells", "samples", "texts"):
             for temporary in (self.folder / kind).glob(f".{record.stem}.*"):  # half-written
                 temporary.unlink(missing_ok=True)
-        moved = []
-        for path in (record, samples) if os.path.lexists(record) else ():
-            if os.path.lexists(path):
-                names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
-                moved.append(path.rename(next(name for name in names if not os.path.lexists(name))))
-        return moved
+        damaged = [path for path in (record, samples) if os.path.lexists(record) and os.path.lexists(path)]
+        return [path.replace(path.with_name(f"{path.name}.damaged")) for path in damaged]
 
     def save(self, name: str, record: Record, texts: Sequence[Json] = ()) -> Record:
         """Write texts and samples, then the record that names them.
@@ -161,16 +217,19 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        path = self.file("samples", name, record.key)  # whose stem half-written files of this cell begin with
+        path, files = self.file("cells", name, record.key), dict[str, Json]()
         with writing(self.folder):
-            files = {"samples": _write_lines(path, record.samples, path.stem)}
-            if texts:
-                digest = hashlib.sha256(_lines(texts).encode()).hexdigest()
-                shared = self.folder / "texts" / f"{safe(record.inputs['task'])}-{digest[:16]}.jsonl"
-                files["texts"] = _write_lines(shared, texts, path.stem)
+            for kind, rows in (("samples", record.samples), ("texts", texts)):
+                text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+                digest = hashlib.sha256(text.encode()).hexdigest()
+                of = (name, record.key) if kind == "samples" else (str(record.inputs["task"]), digest)
+                if rows or kind == "samples":
+                    file = self.file(kind, *of)
+                    write_atomically(file, text, path.stem)
+                    files[kind] = {"name": file.name, "n": len(rows), "sha256": digest}
             record = dataclasses.replace(record, files=files)
             text = json.dumps(record.to_json(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-            write_atomically(self.file("cells", name, record.key), text, path.stem)
+            write_atomically(path, text, path.stem)
             self.file("failed", name, record.key).unlink(missing_ok=True)
         return record
 
@@ -190,29 +249,25 @@ class Store:
             UserError: no such folder, or no readable record in it.
         """
         check_name(self.folder, "folder")
-        files = sorted((self.folder / "cells").glob("*.json"))
-        if not files:
-            raise UserError(
+        records: dict[str, Record] = {}
+        scan = Scan([], {}, {})
+        for file in sorted((self.folder / "cells").glob("*.json")):
+            try:
+                record = Record.from_json(read_regular(file))
+            except (OSError, ValueError) as error:
+                remedy = "use that version" if isinstance(error, NewerSchema) else REDO
+                scan.unread[file] = UserError(f"{file} cannot be read ({reason(error)})", remedy)
+                continue
+            if record.key not in records or records[record.key].created < record.created:  # a copy counts once
+                records[record.key], scan.files[record.key] = record, file
+        if not records:
+            nothing = UserError(
                 f"no results in {self.folder}",
                 f"give the folder of an earlier run, or: dart-eval run --tasks smoke --output {self.folder}",
             )
-        by_key: dict[str, tuple[Path, Record]] = {}
-        unread: dict[Path, UserError] = {}
-        for file in files:
-            try:
-                record = _read(file)
-            except (OSError, ValueError) as error:
-                remedy = "use that version" if isinstance(error, NewerSchema) else REDO
-                unread[file] = UserError(f"{file} cannot be read ({reason(error)})", remedy)
-                continue
-            if record.key not in by_key or by_key[record.key][1].created < record.created:  # a copy counts once
-                by_key[record.key] = file, record
-        if not by_key:
-            first = next(iter(unread.values()))
-            more = f", and none of the {len(unread) - 1} others there can" if len(unread) > 1 else ""
-            raise UserError(f"{first.problem}{more}", first.remedy)
-        records = sorted((r for _, r in by_key.values()), key=lambda r: (r.created, r.key))
-        return Scan(records, {key: file for key, (file, _) in by_key.items()}, unread)
+            raise next(iter(scan.unread.values()), nothing)
+        scan.records.extend(sorted(records.values(), key=lambda r: (r.created, r.key)))
+        return scan
 
     def load(self) -> list[Record]:
         """Return all records, oldest first, each once; other files are named on stderr and left out.
@@ -230,8 +285,9 @@ class Store:
         Raises:
             UnreadSamples: their file is missing or damaged, or has answers that are not finite (from older versions).
         """
-        lines = self._read_file(record, "samples", SAMPLE)
-        if wrong := sum(not _numbers(line.get("responses") or []) for line in lines):
+        lines = self._lines(record, "samples")
+        answers = ([x for r in line["responses"] for x in (r if isinstance(r, list) else [r])] for line in lines)
+        if wrong := sum(any(isinstance(x, float) and not math.isfinite(x) for x in flat) for flat in answers):
             raise UnreadSamples(
                 f"{wrong} of {len(lines)} answers of {self._place(record)} are NaN or infinite",
                 "run the cell again, in another --dtype or with other weights",
@@ -244,11 +300,13 @@ class Store:
         Raises:
             UnreadSamples: their file is missing or damaged.
         """
-        return {(line["task"], line["doc_id"]): line for line in self._read_file(record, "texts", DOCUMENT)}
+        return {(line["task"], line["doc_id"]): line for line in self._lines(record, "texts")}
 
-    def _read_file(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[Json]:
+    def _lines(self, record: Record, kind: str) -> list[Json]:
+        """Return the lines of a record's file of a kind."""
         try:
-            return self._lines(record, kind, type_)
+            lines = self._data(record, kind).splitlines()
+            return [read(line, LINES[kind], f"line {i}") for i, line in enumerate(lines, 1)]
         except (OSError, ValueError) as error:
             raise UnreadSamples(
                 f"the {kind} of {self._place(record)} cannot be read ({reason(error)})",
@@ -256,17 +314,11 @@ class Store:
             ) from None
 
     def _place(self, record: Record) -> str:
-        inputs = record.inputs
-        method = record.settings.get("method") or inputs["method"]
-        return f"{inputs['task']} under {method} at {sparsity(inputs['sparsity'])} in {self.folder}"
-
-    def _lines(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[Json]:
-        """Return the lines of a record's file of that kind. Raises as `_data`."""
-        lines = self._data(record, kind).splitlines()
-        return [layout.read(line, type_, f"line {i}") for i, line in enumerate(lines, 1)]
+        method = record.settings.get("method") or record.inputs["method"]
+        return f"{record.inputs['task']} under {method} at {sparsity(record.inputs['sparsity'])} in {self.folder}"
 
     def _data(self, record: Record, kind: str) -> bytes:
-        """Return a record's file of that kind.
+        """Return a record's file of a kind.
 
         Raises:
             OSError: it is missing.
@@ -276,33 +328,8 @@ class Store:
         if known is None and kind == "texts":
             return b""
         if known is None:
-            raise ValueError(f"it has no {kind}")
+            raise ValueError("it has none")
         data = read_regular(self.folder / kind / known["name"])
         if hashlib.sha256(data).hexdigest() != known["sha256"]:
             raise ValueError("its digest does not fit")
         return data
-
-
-def _read(path: Path) -> Record:
-    """A record's file.
-
-    Raises:
-        OSError: it cannot be read. ValueError: it holds no record.
-    """
-    return Record.from_json(layout.read(read_regular(path)))
-
-
-def _lines(rows: Sequence[Json]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
-
-
-def _write_lines(path: Path, rows: Sequence[Json], owner: str) -> Json:
-    text = _lines(rows)
-    write_atomically(path, text, owner)
-    return {"name": path.name, "n": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _numbers(responses: Sequence[object]) -> bool:
-    """Whether the log-likelihoods among a document's answers are finite."""
-    flat = [x for r in responses for x in (r if isinstance(r, list) else [r])]
-    return all(math.isfinite(x) for x in flat if isinstance(x, float))

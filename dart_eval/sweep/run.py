@@ -30,9 +30,8 @@ from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.layers.find import describe
 from dart_eval.models import demo_model
 from dart_eval.models.loading import Resolved, choose_device, resolve
-from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
-from dart_eval.results.store import Kind, Store
+from dart_eval.results.store import Journal, Store
 from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import Cell, methods_of, plan
@@ -276,13 +275,13 @@ class Sweep:
             anew = cell.config.force
             for path in () if anew else self.store.set_aside(cell.name, cell.key):
                 self.tell(Event("note", f"{cell.name} was damaged: set aside as {path}, and run again"))
-            with contextlib.closing(self.store.journal(cell.name, cell.key)) as journal:
-                if anew:
-                    journal.remove()
-                if journal:
-                    text = f"{cell.name} goes on after {len(journal)} answers of an earlier run"
-                    self.tell(Event("note", text))
-                yield journal
+            journal = self.store.journal(cell.name, cell.key)
+            if anew:
+                journal.remove()
+            if journal:
+                text = f"{cell.name} goes on after {len(journal)} answers of an earlier run"
+                self.tell(Event("note", text))
+            yield journal
 
     def is_over(self, cell: Cell) -> bool:
         """Whether another process has finished a cell, or has failed at it in this run; its claim must be held."""
@@ -306,7 +305,7 @@ class Sweep:
                     if free:
                         self.is_over(cell)
 
-    def _changed(self, kind: Kind, cell: Cell) -> bool:
+    def _changed(self, kind: str, cell: Cell) -> bool:
         return self.since is not None and self.store.written_since(kind, cell.name, cell.key, self.since)
 
     def save(self, cell: Cell, record: Record, texts: Sequence[Json], journal: Journal) -> None:

@@ -23,8 +23,8 @@ from dart_eval.pruning import cost
 from dart_eval.pruning.caches import StatsCache
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.session import Session, prune
-from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
+from dart_eval.results.store import Journal
 from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.hashes import digest, numeric_files
 from dart_eval.sweep.plan import Cell, command, environment, versions

@@ -11,7 +11,6 @@ from dart_eval.kernels.cpu import build
 from dart_eval.kernels.fast import why_no_kernel
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make, parse
-from dart_eval.results import speeds
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.models import tiny
@@ -33,10 +32,11 @@ def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
         assert 0.2 < row["weights_read"] < 0.75 and row["ceiling"] > 1 and row["why"] and row["memory"] >= row["state"]
     assert others[2]["weights_read"] == pytest.approx(0.5, abs=0.01)
     assert others[0]["ceiling"] == pytest.approx(griffin["ceiling"], rel=0.02)  # bytes that are nearly as many
-    found = {s.method: s for s in speeds.load_speeds(tmp_path)}
-    assert (found["cats"].speedup, found["cats"].times) == (None, "bytes only")
-    assert (found["griffin"].speedup.median, found["griffin"].times) == (griffin["speedup"], "measured")
-    assert found["teal"].more["why"] == "teal has no kernel"
+    files = [json.loads(file.read_text()) for file in (tmp_path / "bench").iterdir()]
+    found = {speed["method"]: speed for speed in files}
+    assert (found["cats"]["speedup"], found["cats"]["times"]) == (None, "bytes only")
+    assert (found["griffin"]["speedup"]["median"], found["griffin"]["times"]) == (griffin["speedup"], "measured")
+    assert found["teal"]["more"]["why"] == "teal has no kernel"
     table = command(*words, "--format", "md").out
     assert table.count("| bytes only ") == 4 and "cats chooses" in table
     assert "| memory MB | state MB |" in table

@@ -13,7 +13,7 @@ from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks, documents
 from dart_eval.models import demo_model
 from dart_eval.pruning.session import Session, prune
-from dart_eval.results.journal import Journal
+from dart_eval.results.store import Journal
 from tests.helpers.requests import TextRequest
 
 LIMIT = 2  # documents: what is compared is each of them

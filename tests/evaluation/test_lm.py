@@ -25,7 +25,7 @@ from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.tasks import Tasks, whole_tokens
 from dart_eval.pruning.session import Session
-from dart_eval.results.journal import Journal
+from dart_eval.results.store import Journal
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens, tiny
@@ -271,7 +271,6 @@ def _answers(lm, kind, path=None):
     journal = Journal(path)
     lm.begin(Session(), {}, journal)
     found = ASKED[kind](lm)
-    journal.close()
     return found, [c for _, c in sorted(lm.costs.items())], journal
 
 

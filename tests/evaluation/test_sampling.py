@@ -9,7 +9,7 @@ from dart_eval.evaluation import sampling
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.pruning.session import Session
-from dart_eval.results.journal import Journal
+from dart_eval.results.store import Journal
 from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import plan
 from tests.helpers.models import random_tokens, tiny

@@ -216,11 +216,9 @@ WITHOUT_NUMBERS = {
     "pruning/registry.py": "makes methods, whose options are part of a key",
     "results/format.py": "messages",
     "results/inputs.py": "describes what it was given",
-    "results/journal.py": "hands back what it was given",
-    "results/layout.py": "refuses",
     "results/metrics.py": "describes metrics",
-    "results/record.py": "holds what it was given",
-    "results/store.py": "keeps records",
+    "results/record.py": "holds what it was given, or refuses",
+    "results/store.py": "keeps records and hands back answers",
     "sweep/events.py": "shows how far a run is",
     "sweep/hashes.py": "hashes",
     "sweep/options.py": "options, which are part of a key",
@@ -283,5 +281,5 @@ def test_what_cells_execute_is_known(saved_llama, tmp_path):
     assert len(result.records) == 9
     ours = {Path(f).relative_to(PACKAGE).as_posix() for f in executed if Path(f).is_relative_to(PACKAGE)}
     numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files()}
-    assert {"pruning/session.py", "evaluation/lm.py", "sweep/worker.py", "results/journal.py"} <= ours
+    assert {"pruning/session.py", "evaluation/lm.py", "sweep/worker.py", "results/store.py"} <= ours
     assert ours - numeric <= {*WITHOUT_NUMBERS, "sweep/run.py"}  # which hands cells to the worker

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval.results.journal import Journal
+from dart_eval.results.store import Journal
 from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import StoreError
 from tests.helpers.commands import (

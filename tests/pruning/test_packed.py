@@ -58,13 +58,13 @@ def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
         and dense["weights_read"] == pytest.approx(bits / 16)
     )
     assert dense["speedup"] > 0 and dense["ceiling"] > 1 and dense["speedup_n"] == 2
-    found = {(s.method, s.ffn_bits): s for s in speeds.load_speeds(tmp_path / "out")}
-    alone, own, on_four = (found[key] for key in (("dense", "4:128"), ("griffin", None), ("griffin", "4:128")))
-    inputs = {"model": dict(alone.model), "dtype": "bfloat16", "params": alone.params, "sparsity": 0.0}
-    assert alone.is_of({**inputs, "ffn_bits": "4:128"}) and not alone.is_of(inputs)
+    kept = speeds.load_speeds(tmp_path / "out")
+    found = {(s.sparsity, s.ffn_bits): s for s in kept}
+    alone, own, on_four = (found[key] for key in ((0.0, "4:128"), (0.7, None), (0.7, "4:128")))
+    inputs = {"model": alone.model, "dtype": "bfloat16", "params": alone.params, "sparsity": 0.0}
     pruned = {**inputs, "params": own.params, "sparsity": 0.7}
-    assert own.is_of(pruned) and not own.is_of({**pruned, "ffn_bits": "4:128"})
-    assert on_four.is_of({**pruned, "ffn_bits": "4:128"}) and not on_four.is_of(pruned)
+    assert speeds.of_cell(kept, {**inputs, "ffn_bits": "4:128"}) is alone and speeds.of_cell(kept, inputs) is None
+    assert speeds.of_cell(kept, pruned) is own and speeds.of_cell(kept, {**pruned, "ffn_bits": "4:128"}) is on_four
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from dart_eval.results import frame, show, speeds, tables
 from dart_eval.results.board import GUESSING
 from dart_eval.results.format import multiple, small_share
 from dart_eval.results.labels import exact
-from dart_eval.results.ratio import Ratio
 from dart_eval.results.record import Metric
+from dart_eval.results.speeds import Ratio
 from dart_eval.results.store import Store
 from dart_eval.sweep.run import RunResult
 from dart_eval.util.errors import UserError
@@ -264,9 +264,9 @@ def test_cells_of_several_versions_keep_their_names_and_are_counted(tmp_path):
 def test_measured_speed_stands_beside_its_row(tmp_path):
     pruned = choices(0.5)
     ratio = Ratio(1.523, 1.5, 1.6, 30)
+    of = pruned.inputs
     speed = speeds.Speed(
-        "griffin", pruned.inputs["params"], 0.7, pruned.inputs["model"], "float32", "cpu", "2 threads", None, 128, 0.3,
-        ratio, ratio, 1.8, "2026-01-01",
+        of["params"], 0.7, of["model"], "float32", "cpu", "2 threads", None, ratio, "2026-01-01"
     )  # fmt: skip
     made = board_of(
         tmp_path,
@@ -278,7 +278,7 @@ def test_measured_speed_stands_beside_its_row(tmp_path):
     assert {row.label: row.speed for row in made.rows if row.speed} == {"griffin": speed}
     shown = {row["method"]: row["speed today"] for row in rows_of(made)}
     assert shown == {"dense": "1.00x", GUESSING: "-", "griffin": "1.52x", "random": "-"}
-    untimed = dataclasses.replace(speed, speedup=None, control=None, times="bytes only")
+    untimed = dataclasses.replace(speed, speedup=None)
     other = board_of(tmp_path / "other", choices(0.8, method="dense"), pruned, speeds=[untimed])
     assert rows_of(other)[-1]["speed today"] == "none"
 

@@ -8,10 +8,8 @@ import zlib
 
 import pytest
 
-from dart_eval.results import layout
 from dart_eval.results.check import thresholds_from
-from dart_eval.results.journal import Journal
-from dart_eval.results.store import Store
+from dart_eval.results.store import Journal, Store
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.records import FLOPS, answered, right, save, sealed
@@ -52,6 +50,7 @@ FORGED = {
     "tokens in words": (("tokens",), "many"),
     "a number beyond all numbers": (("tokens",), 10**400),
     "a file outside": (("files", "samples", "name"), "../../etc/passwd"),
+    "a file above": (("files", "samples", "name"), ".."),
     "a lone surrogate": (("inputs", "task"), "\ud800"),
     "nesting": (("settings", "more"), _nested(400)),
 }
@@ -159,7 +158,7 @@ def test_where_every_record_is_bad_nothing_is_shown(results, shown, verb):
     assert (status, out) == (2, "")
     first = sorted((results / "cells").iterdir())[0].relative_to(results.parent)
     assert errors.startswith(f"error: {first} cannot be read (")
-    assert "and none of the 2 others there can; repeat the `dart-eval run` that made it" in errors
+    assert "; repeat the `dart-eval run` that made it" in errors
     assert errors.count("\n") == 1
 
 
@@ -186,7 +185,6 @@ def test_a_forged_journal_counts_up_to_what_is_forged(tmp_path, text):
     path = tmp_path / "cell.jsonl"
     journal = Journal(path)
     journal.add({"a": [1]}, 10, 0.5)
-    journal.close()
     whole = path.read_bytes()
     path.write_bytes(whole + b"%08x %s\n" % (zlib.crc32(text.encode()), text.encode()))
     again = Journal(path)
@@ -291,7 +289,7 @@ def test_a_baseline_nested_too_deeply_is_refused_in_one_line(results, shown, tmp
     (tmp_path / "b.json").write_text(DEEP)
     status, _, errors = shown("check", "out", "--baseline", "b.json")
     assert status == 2
-    assert "baseline b.json cannot be read (Invalid JSON: recursion limit exceeded at " in errors
+    assert "baseline b.json cannot be read (baseline: Invalid JSON: recursion limit exceeded at " in errors
 
 
 def _another_shape(cell):
@@ -367,9 +365,3 @@ def test_thresholds_that_say_nothing_are_the_usual_ones(tmp_path, text):
     file = tmp_path / "t.yaml"
     file.write_text(text)
     assert thresholds_from(file) == thresholds_from(None)
-
-
-def test_plain_data_is_read_as_it_is():
-    data = {"a": [1, 2.5, None, True, "ü\u2028", {"b": []}], "c": math.inf}
-    assert layout.read(json.dumps(data)) == data
-    assert layout.read(json.dumps(_nested(100)).encode()) == _nested(100)
