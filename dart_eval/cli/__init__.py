@@ -24,7 +24,7 @@ import typer
 
 from dart_eval.cli import view
 from dart_eval.sweep.options import DEFAULTS, SECOND_NAMES
-from dart_eval.util.errors import UserError, nearest, out_of_memory
+from dart_eval.util.errors import UserError, out_of_memory
 from dart_eval.util.retired import retired
 
 VERBS = ("run", "tables", "compare", "check", "report", "export", "paper", "trace", "bench", "ls", "lm-eval")
@@ -79,14 +79,10 @@ def _options(
 
 # Ctrl-C; what schedulers send before they kill; what a closed terminal or a lost connection sends.
 STOPS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal is gone"}
-RESUMES = "; the same command resumes the run"
 
 
 class _Stopped(BaseException):
     """One of `STOPS`. Not KeyboardInterrupt: typer would swallow it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
 
 
 _STOPPED: list[int] = []  # the signal that came; compiled code (Ray's, pydantic's) may turn its exception into another
@@ -94,7 +90,7 @@ _STOPPED: list[int] = []  # the signal that came; compiled code (Ray's, pydantic
 
 def _stop(number: int, _frame: object) -> None:
     _STOPPED[:] = [number]
-    raise _Stopped(number)
+    raise _Stopped
 
 
 def main() -> None:
@@ -105,83 +101,58 @@ def main() -> None:
     heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
     for number in heeded:
         signal.signal(number, _stop)
+    words = sys.argv[1:]
     try:
-        _run()
+        app = application(words[0] if words and words[0] in VERBS else None)
+        status = app(words, prog_name="dart-eval", standalone_mode=False)
+    except BaseException as error:
+        status = _told(error)
+        for stream in (sys.stdout, sys.stderr):  # output that nobody reads any more is dropped
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     finally:
         for number in heeded:  # while Python shuts down, nothing would catch an exception
             signal.signal(number, signal.SIG_DFL)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
-def _run() -> None:
-    try:
-        words = sys.argv[1:]
-        app = application(words[0] if words and words[0] in VERBS else None)
-        status = app(words, prog_name="dart-eval", standalone_mode=False)
-    except UserError as error:
-        view.problem(str(error))
-        sys.exit(2)
-    except (_Stopped, SystemError, OSError) as error:
-        _end_stopped()
-        if isinstance(error, BrokenPipeError):
-            _leave(0)  # `dart-eval tables out | head`
-        _end_without_memory(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            with contextlib.suppress(OSError):
-                view.problem(f"{error.filename or 'the output'} cannot be written ({error.strerror}); make room")
-            _leave(2)
-        raise
-    except Exception as error:
-        _end_stopped()
-        _end_without_memory(error)
-        if not hasattr(error, "format_message"):  # what typer's errors have, whichever version
-            raise
-        if type(error).__name__ != "NoArgsIsHelpError":  # the help has been shown
-            view.problem(str(_misused(error)))
-        sys.exit(2)
-    else:
-        sys.exit(status if isinstance(status, int) else 0)
-
-
-def _end_stopped() -> None:
-    """Exit with one line if a signal came, whatever its exception became."""
-    for number in _STOPPED:
+def _told(error: BaseException) -> int:
+    """Tell in one line what ended the command, and return its status; what nobody has foreseen is raised."""
+    for number in _STOPPED:  # whatever its exception became
         with contextlib.suppress(OSError):
-            resumes = sys.argv[1:2] in (["run"], ["paper"])
-            anew = "; with --force the same command begins anew" if "--force" in sys.argv else RESUMES
-            view.print_note(STOPS[signal.Signals(number).name] + (anew if resumes else ""))
-        _leave(128 + number)
-
-
-def _end_without_memory(error: BaseException) -> None:
-    """Exit with one line if memory has run out."""
-    if out_of_memory(error):
-        view.problem("memory ran out; free memory, or use a smaller model or --batch-size")
-        _leave(2)
+            goes_on = sys.argv[1:2] in (["run"], ["paper"]) and "--force" not in sys.argv
+            view.print_note(STOPS[signal.Signals(number).name] + "; the same command resumes the run" * goes_on)
+        return 128 + number
+    if isinstance(error, BrokenPipeError):  # `dart-eval tables out | head`
+        return 0
+    if isinstance(error, UserError):
+        problem = error
+    elif out_of_memory(error):
+        problem = UserError("memory ran out", "free memory, or use a smaller model or --batch-size")
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        problem = UserError(f"{error.filename or 'the output'} cannot be written ({error.strerror})", "make room")
+    elif type(error).__name__ == "NoArgsIsHelpError":  # the help has been shown
+        return 2
+    elif hasattr(error, "format_message"):  # what typer's errors have, whichever version
+        problem = _misused(error)
+    else:
+        raise error
+    with contextlib.suppress(OSError):
+        view.problem(str(problem))
+    return 2
 
 
 def _misused(error: Any) -> UserError:
     """Return an error of typer's parser as one line."""
-    context = getattr(error, "ctx", None)
-    command, known = (context.command_path, context.command.params) if context else ("dart-eval", [])
-    remedy = f"see {command} -h"
-    if name := getattr(error, "option_name", None) if type(error).__name__ == "NoSuchOption" else None:
-        if left := retired("option", name.lstrip("-").removeprefix("no-")):
-            return left
-        if command == "dart-eval" and _spelled(name.lstrip("-")).replace("-", "_") in DEFAULTS:
-            return UserError(f"{command} needs a command before {name}", f"did you mean dart-eval run {name}?")
-        there = [o for p in known if not p.hidden for o in p.opts if o.startswith("-")]
-        return UserError(f"{command} has no option {name}", (there and nearest(name, there)) or remedy)
-    said = error.format_message().rstrip(".")
-    if "unexpected extra argument" in said and command.endswith("run"):
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "dart-eval"
+    name = getattr(error, "option_name", "").lstrip("-") if type(error).__name__ == "NoSuchOption" else ""
+    if name and (left := retired("option", name.removeprefix("no-"))):
+        return left
+    if name and command == "dart-eval" and _spelled(name).replace("-", "_") in DEFAULTS:
+        return UserError(f"{command} needs a command before --{name}", f"did you mean dart-eval run --{name}?")
+    problem, remedy = error.format_message().rstrip("."), f"see {command} -h"
+    if "unexpected extra argument" in problem and command.endswith("run"):
         remedy = "give the model with --model, and tasks with commas: --tasks arc,hellaswag"
-    return UserError(said[:1].lower() + said[1:], "" if said.endswith("?") else remedy)
-
-
-def _leave(status: int) -> None:
-    """Exit. Output that nobody reads any more is dropped."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(status)
+    return UserError(problem[:1].lower() + problem[1:], "" if problem.endswith("?") else remedy)

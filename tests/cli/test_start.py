@@ -54,7 +54,7 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
     assert "dtype 'flaot32' must be 'auto', 'float32'" in done.stderr
     assert len(re.findall("device 'gpu' .*cuda:1 or mps", done.stderr)) == 3
-    assert "error: dart-eval run has no option --sparsty; did you mean --sparsity?" in done.stderr
+    assert "error: no such option: --sparsty (Possible options: --sparsity); see dart-eval run -h" in done.stderr
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
 
 
@@ -64,10 +64,9 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     (["run", "-t", "a", "b"],
      "got unexpected extra argument(s) (b); give the model with --model, and tasks with commas: --tasks arc,hellaswag"),
     (["check", "out"], "missing option '--baseline'; see dart-eval check -h"),
-    (["ls", "methods", "--foo"], "dart-eval ls methods has no option --foo; see dart-eval ls methods -h"),
-    (["ls", "tasks", "--tasks", "x"], "dart-eval ls tasks has no option --tasks; known: --all, --include-path"),
+    (["ls", "methods", "--foo"], "no such option: --foo; see dart-eval ls methods -h"),
     (["--model", "x"], "dart-eval needs a command before --model; did you mean dart-eval run --model?"),
-    (["run", "--zzz", "5"], "dart-eval run has no option --zzz; see dart-eval run -h"),
+    (["run", "--zzz", "5"], "no such option: --zzz; see dart-eval run -h"),
 ])  # fmt: skip
 def test_words_that_no_command_takes_are_answered_in_one_line(words, said):
     done = command(*words)
