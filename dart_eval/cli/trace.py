@@ -13,7 +13,6 @@ from dart_eval.cli.run import hush
 from dart_eval.cli.tables import PICTURES
 from dart_eval.cli.view import print_note, say
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.tables import write_table
 from dart_eval.sweep.options import OUTPUT, PRUNING, config_of
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, read_text, write
@@ -23,7 +22,6 @@ from dart_eval.util.text import json_text
 PROMPT = "Prompt"  # a panel of the help
 TEXT_HELP = "Prompt; without it, a shipped two-topic document."
 METHOD_HELP = "Run this method: a name, or a name with options, such as dart:remask=never."
-ALLOCATION_HELP = "Write the layer densities of this prompt, for allocation=table:FILE."
 
 
 @takes("model", "dtype", "device", "trust_remote_code")
@@ -35,7 +33,6 @@ def trace(
     tokens: Annotated[int, own("Stop this many tokens after the prompt.", PROMPT, "N", min=1)] = 200,
     output: Annotated[Path | None, own("Write the trace to this JSON file.", OUTPUT, "FILE")] = None,
     plot: Annotated[Path | None, own("Draw the trace into this file: png, svg or pdf.", OUTPUT, "FILE")] = None,
-    save_allocation: Annotated[Path | None, own(ALLOCATION_HELP, OUTPUT, "FILE")] = None,
     **given: object,
 ) -> None:
     """Trace a method on one prompt: the drift signal, alarms, re-masks, and the neurons kept in each layer.
@@ -43,7 +40,7 @@ def trace(
     \b
     [bold]Examples[/bold]
     dart-eval trace "The history of the bicycle is" --tokens 50 --plot trace.png
-    dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
+    dart-eval trace --file prompt.txt --sparsity 0.7 --output trace.json
     """
     hush(False)
     chosen, pruner = config_of({"sparsity": sparsity, **given}), make(*parse(method))
@@ -51,7 +48,7 @@ def trace(
         raise UserError("both a prompt and --file are given", "leave one of them out")
     if plot is not None and plot.suffix not in PICTURES:
         raise UserError(f"picture {plot} has an unknown ending", f"use one of {', '.join(PICTURES)}")
-    for path in filter(None, (output, plot, save_allocation)):
+    for path in filter(None, (output, plot)):
         check_target(path)
     prompt = text if file is None else read_text(file, "text", "give a text file")
     silence()  # it imports torch, and all before it does not
@@ -69,7 +66,3 @@ def trace(
         from dart_eval.results.trace_plot import draw
 
         draw(found, plot)
-    if save_allocation is not None:
-        kept, sizes = found["layers"]["kept"], found["layers"]["sizes"]
-        ratios, name = [k / n for k, n in zip(kept, sizes, strict=True)], chosen.model or "gemma-3-270m"
-        write_table(save_allocation, ratios, sizes=sizes, method=method, sparsity=sparsity, model=name)

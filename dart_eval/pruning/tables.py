@@ -1,4 +1,4 @@
-"""Tables of densities by layer: those that DART's public code ships, and files of `trace --save-allocation`."""
+"""Tables of densities by layer: those that DART's public code ships, and a user's files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Annotated
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from dart_eval.util.errors import UserError, nearest
-from dart_eval.util.files import read_text, write
+from dart_eval.util.files import read_text
 
 SHIPPED = Path(__file__).parents[1] / "data" / "keep-tables.json"
 TOLERANCE = 0.005  # of the mean density: published tables are rounded to four digits
-REMEDY = "write one with `dart-eval trace --save-allocation FILE`"
+REMEDY = 'give a JSON file such as {"keep": [0.6, 0.4]}, with the share of neurons that each layer keeps'
 
 
 class Table(BaseModel):
@@ -79,7 +79,7 @@ def shipped_tables() -> dict[str, list[float]]:
 
 
 def read_table(path: str | Path) -> tuple[list[float], list[int] | None]:
-    """Read the densities of a saved allocation (`write_table`), [L], and the neurons of its layers if it has them.
+    """Read the densities of a user's table, [L], and the neurons of its layers if it has them.
 
     Raises:
         UserError: the file cannot be read or holds no ratios.
@@ -92,12 +92,3 @@ def read_table(path: str | Path) -> tuple[list[float], list[int] | None]:
     if table.sizes is not None and len(table.sizes) != len(table.keep):
         raise UserError(f"{path} is no allocation table: `sizes` are not the neurons of its layers", REMEDY)
     return table.keep, table.sizes
-
-
-def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> None:
-    """Save densities and their origin, for `allocation=table:FILE`.
-
-    Layers of different sizes need `sizes=`, their neurons: the densities' mean is over neurons.
-    """
-    text = json.dumps({**about, "keep": [round(float(r), 6) for r in ratios]}, indent=1) + "\n"
-    write(path, text)

@@ -31,6 +31,7 @@ OPTIONS = {
     **dict.fromkeys(("executor", "ray-address"), "--ray ADDRESS runs cells on Ray"),
     "cpus-per-cell": "--gpus-per-cell stays", "shards": "give more cells", "compile": "prune() refuses compiled models",
     "explain": "docs/concepts.md explains the columns",
+    "save-allocation": "trace --output has the neurons kept in each layer",
 }  # fmt: skip
 VIEWS = {
     "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view costs has re-masks",

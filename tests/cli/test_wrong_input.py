@@ -158,7 +158,6 @@ PLACES = {
     "trace --file": ("trace", "--file", "{}"),
     "trace --output": ("trace", "--output", "{}"),
     "trace --plot": ("trace", "--plot", "{}/a.png"),
-    "trace --save-allocation": ("trace", "--save-allocation", "{}"),
     "trace --model": ("trace", "--model", "{}"),
     "bench decode --model": ("bench", "decode", "--model", "{}"),
     "bench decode --output": ("bench", "decode", "--shape", "llama-3.2-1b", "--layers", "1", "--output", "{}"),

@@ -13,7 +13,6 @@ from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.session import Session, prune
-from dart_eval.pruning.tables import write_table
 from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import SCOPES, config_from
 from dart_eval.util.errors import UserError
@@ -74,7 +73,7 @@ def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, saved
         with pytest.raises(UserError, match=words):
             run_local(config_from(None, {"model": folder, **given}), silent)
     table = tmp_path / "table.json"
-    write_table(table, [0.5, 0.5, 0.5])
+    table.write_text('{"keep": [0.5, 0.5, 0.5]}')
     given = {"tasks": "smoke_questions", "method": f"dart:allocation=table:{table}", "sparsity": "0.5,0.7"}
     config = config_from(None, {"model": folder, **given, "output": str(tmp_path / "out")})
     with pytest.raises(UserError, match="the allocation table keeps"):

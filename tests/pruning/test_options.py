@@ -111,7 +111,7 @@ def test_a_class_is_made_as_its_name_is():
     ("dart:remask=never:remask.window=8", "remask.window goes with remask=drift"),
     ("griffin:choice=gate", "griffin: the option 'choice' left in .*; a token's choice is a method"),
     ("dart:allocation=table", "allocation=table needs a file"),
-    ("dart:allocation=table:allocation.file=nowhere.json", "nowhere.json is not a file; .*save-allocation"),
+    ("dart:allocation=table:allocation.file=nowhere.json", "nowhere.json is not a file; give a JSON file"),
     ("dart:remask.window=8:remask.window=16", r"^remask.window is given twice; leave one of them out"),
     ("griffin:draw", "is not a method; write NAME"), ("griffin:=drift", "is not a method; write NAME"),
     ("grifin", "unknown method 'grifin'; did you mean griffin"), ("pop", "pop left in 0.3"),
