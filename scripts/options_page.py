@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
+from typing import Literal, get_args, get_origin
 
 from dart_eval.cli import options
 from dart_eval.results.show import escaped
-from dart_eval.sweep.options import DEFAULTS, OPTIONS, choices_of, default_of
+from dart_eval.sweep.options import DEFAULTS, HINTS, OPTIONS, default_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 
@@ -18,9 +20,13 @@ def page() -> str:
         lines += [f"## {panel}\n", "| option | what it means | default |", "| --- | --- | --- |"]
         for name in DEFAULTS:
             if OPTIONS[name].panel == panel:
-                words = f" One of {', '.join(choices_of(name))}." if choices_of(name) else ""
+                kinds = [kind for kind in get_args(HINTS[name]) if kind is not NoneType] or [HINTS[name]]
+                choices = [HINTS[name]] if get_origin(HINTS[name]) is Literal else kinds
+                meaning = OPTIONS[name].help
+                if get_origin(choices[0]) is Literal:
+                    meaning += f" One of {', '.join(get_args(choices[0]))}."
                 default = default_of(name) or ("off" if DEFAULTS[name] is False else "")
-                lines.append(f"| `{name}` | {escaped(OPTIONS[name].help + words)} | {escaped(default)} |")
+                lines.append(f"| `{name}` | {escaped(meaning)} | {escaped(default)} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 

@@ -41,7 +41,7 @@ from dart_eval.layers.find import decoder
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.session import Session
 from dart_eval.results.show import Table, markdown
-from dart_eval.sweep.values import AUTO
+from dart_eval.sweep.options import AUTO
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import timed
 

@@ -5,22 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar, cast, get_origin
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 from typer.models import OptionInfo
 
-from dart_eval.sweep.options import (
-    CLUSTER,
-    MODEL,
-    OPTIONS,
-    OUTPUT,
-    PRUNING,
-    TASKS,
-    default_of,
-    kinds_of,
-    option_of,
-)
+from dart_eval.sweep.options import CLUSTER, DEFAULTS, MODEL, OPTIONS, OUTPUT, PRUNING, TASKS, default_of, option_of
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.retired import retired
 
@@ -63,20 +53,17 @@ def takes(*names: str) -> Callable[[Verb], Verb]:
 
 def _of_run(name: str) -> dict[str, object]:
     """Return the annotation of an option of a run. A flag has one more, `--no-`; the less useful one is hidden."""
-    kinds, known, default = kinds_of(name), OPTIONS[name], default_of(name)
+    known, default = OPTIONS[name], default_of(name)
     text = f"{known.help}  \\[default: {default}]" if default else known.help
-    short = [word for word in known.second if word.startswith("-")]  # the long ones are for `token_normalize_func`
-    if kinds == [bool]:
+    if not known.metavar:
         on, off = option_of(name), f"--no-{option_of(name)[2:]}"
         return {
             name: Annotated[bool | None, own(text, known.panel, "", on, hidden=default == "on")],
             f"no_{name}": Annotated[bool | None, own(known.off, known.panel, "", off, hidden=not known.off)],
         }
-    kind: Any = int if kinds == [int] else str
-    if get_origin(kinds[0]) is tuple or name in ("gen_kwargs", "seed"):
-        kind = list[str]
-    field = own(text, known.panel, known.metavar, option_of(name), *short, show_default=False)
-    return {name: Annotated[kind | None, field]}
+    kind: Any = list[str] if isinstance(DEFAULTS[name], tuple) or name in ("gen_kwargs", "seed") else str
+    short = [word for word in known.second if word.startswith("-")]  # the long ones are for `token_normalize_func`
+    return {name: Annotated[kind | None, own(text, known.panel, known.metavar, option_of(name), *short)]}
 
 
 def own(help: str, panel: str | None, metavar: str | None, *names: str, **more: Any) -> OptionInfo:

@@ -1,31 +1,33 @@
 """The options of a run: one model for the command line, run.yaml, `dart_eval.evaluate`, keys of cells and the docs.
 
-pydantic checks the values; `checked` says in one line what it refuses. Nothing here imports torch, so that wrong input
-is refused at once.
+pydantic checks the values; `config_of` says in one line what it refuses. Nothing here imports torch, so that wrong
+input is refused at once.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
+import json
 import os
 import re
-import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.models.spec import ModelSpec
-from dart_eval.sweep import values
-from dart_eval.util.bits import rounding_at
+from dart_eval.util.bits import OWN_BITS, rounding_at
+from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError, naming, nearest
 from dart_eval.util.files import check_name
 from dart_eval.util.machine import has_cuda
 from dart_eval.util.retired import retired
-from dart_eval.util.text import Json, short_repr
+from dart_eval.util.text import LENGTHS, Json, items_of, short_repr
 
 # Panels of the help.
 TASKS, PRUNING, MODEL, OUTPUT, CLUSTER = "Tasks", "Pruning", "Model", "Output", "Cluster"
@@ -35,11 +37,12 @@ TASKS, PRUNING, MODEL, OUTPUT, CLUSTER = "Tasks", "Pruning", "Model", "Output", 
 CELL, KEY, GIVEN, DECIDES, RUN = "cell", "key", "given", "decides", "run"
 
 MOST = 2**32  # no count of anything is as large
+AUTO = "auto"  # as a batch size: as many as fit
 DEVICE = r"^(auto|(cpu|cuda|mps|xpu)(:\d+)?)$"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}  # short names
 DATA_SET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # as --calibration takes it
 DATA_SET_TOKENS = 16384  # that a calibration reads of one
 TEXT_FILES = (".txt", ".md", ".json", ".jsonl")  # no data set is called so
-PATTERN = re.compile(r"[*?\[]|::")  # `datasets` looks for all files that match such a name
 BACKENDS = ("hf", "huggingface")  # of `--model` in lm-eval, where `model_args` names the model
 PATHS = ("model", "peft", "data_dir", "calibration", "output")
 
@@ -66,22 +69,111 @@ class Option(NamedTuple):
     second: tuple[str, ...] = ()
 
 
+# -- values ------------------------------------------------------------------------------------------------------
+
+
+def plain(value: object) -> Any:
+    """Return a value of Python: numbers and arrays of numpy become plain, a path its text."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return str(value) if isinstance(value, Path) else value
+
+
+def number(value: Any) -> Any:
+    """Return a text as the number that it is; what is none is refused under its option's name."""
+    for read in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            return read(value)
+    return value
+
+
+def _items(value: object) -> tuple[Any, ...]:
+    return tuple(map(plain, items_of(value)))
+
+
+def _sparsities(value: object) -> tuple[float, ...]:
+    from dart_eval.pruning.registry import check_sparsity  # not for `--help`: it takes a tenth of a second
+
+    return tuple(float(check_sparsity(number(item))) for item in _items(value))
+
+
+def _ffn_bits(value: object) -> tuple[str, ...]:
+    """Return bits of an FFN weight, each written in full: `16`, `4`, `4:64`."""
+    roundings = [parse_bits(str(item)) for item in items_of(value)]
+    return tuple(dict.fromkeys(rounding.text if rounding else str(OWN_BITS) for rounding in roundings))
+
+
+def read_settings(value: object) -> Json:
+    """Return the settings in `a=1,b=[2, 3]` or JSON, in one text or several, or of a mapping.
+
+    A comma separates settings only where a name and "=" follow. Values have the type that their text looks like.
+
+    Raises:
+        ValueError: the text has none.
+    """
+    if isinstance(value, dict):
+        return {str(name): item for name, item in value.items()}
+    text = ",".join(str(item) for item in (value if isinstance(value, (list, tuple)) else [value]) if item != "")
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):
+            return dict(json.loads(text))
+    pairs = [piece.partition("=") for piece in re.split(r",(?=\s*\w+\s*=)", text) if piece.strip()]
+    if not all(equals and name.strip() for name, equals, _ in pairs):
+        raise ValueError("is not KEY=VALUE; write KEY=VALUE,KEY=VALUE")
+    return {name.strip(): _literal(item.strip()) for name, _, item in pairs}
+
+
+def _literal(text: str) -> Any:
+    """Return a value of the type that its text looks like."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(text)
+    return text
+
+
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # of settings of generation
+    "do_sample": ((bool,), "true or false"), "temperature": ((int, float), "a number"),
+    "until": ((str, list), "a text or a list of texts"), **dict.fromkeys(LENGTHS, ((int,), "a whole number")),
+}  # fmt: skip
+
+
+def _generation(value: object) -> str | None:
+    """Return settings of generation in one spelling, `do_sample=true,temperature=0.5`: it stands in keys of cells."""
+    settings = read_settings(value or "")
+    for name, item in settings.items():
+        kinds, words = KINDS.get(name, ((object,), ""))
+        if item is not None and not isinstance(item, kinds):
+            raise ValueError(f"has {name}={short_repr(item)}; it must be {words}")
+    spelled = ",".join(f"{name}={_spelled(settings[name])}" for name in sorted(settings))
+    if read_settings(spelled) != settings:
+        raise ValueError("has a text that looks like further settings; leave the '=' in it out")
+    return spelled or None
+
+
+def _spelled(value: object) -> str:
+    """Return the text of a value that `read_settings` reads as the same value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    bare = isinstance(value, str) and value and "," not in value and value[0] not in "\"'"
+    return str(value) if bare and _literal(str(value).strip()) == value else repr(value)
+
+
+# -- the options -------------------------------------------------------------------------------------------------
+
 # Which tokens run pruned when answers are scored: `evaluation.scoring` and `evaluation.scopes` say how.
 Scope = Literal["scored", "continuation", "all", "last", "decode"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 
-Text = Annotated[str, BeforeValidator(values.text)]
-Place = Annotated[str, BeforeValidator(values.place)]
-Whole = Annotated[int, Strict(), Field(ge=0, lt=MOST)]
-Count = Annotated[int, Strict(), Field(ge=1, lt=MOST)]
-Share = Annotated[float, Strict(), Field(gt=0, lt=1)]
-Limit = Annotated[Count | Share, BeforeValidator(values.amount)]
+Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]
+Whole = Annotated[int, BeforeValidator(number), Strict(), Field(ge=0, lt=MOST)]
+Count = Annotated[int, BeforeValidator(number), Strict(), Field(ge=1, lt=MOST)]
+Share = Annotated[float, BeforeValidator(number), Strict(), Field(gt=0, lt=1)]
 Flag = Annotated[bool, Strict()]
-Settings = Annotated[str | None, BeforeValidator(values.generation)]
 
 
-@dataclass(frozen=True, config=ConfigDict(defer_build=True, extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(defer_build=True, extra="forbid", coerce_numbers_to_str=True))
 class RunConfig(ModelSpec, EvalSettings):
     """All options of `dart-eval run`, which are the keys of run.yaml, and what follows from them."""
 
@@ -90,7 +182,7 @@ class RunConfig(ModelSpec, EvalSettings):
         "Prune this model: a hub id, a local folder, or gemma-3-270m.", "the demo model", second=("-m", "-M"))] = None
     revision: Annotated[Text | None, Option(MODEL, "NAME", DECIDES,
         "Use this branch, tag or commit of the model on the hub.")] = None
-    dtype: Annotated[Dtype, BeforeValidator(values.dtype), Option(MODEL, "TYPE", DECIDES,
+    dtype: Annotated[Dtype, BeforeValidator(lambda name: DTYPES.get(str(name), name)), Option(MODEL, "TYPE", DECIDES,
         "Load the weights in this dtype; auto is the checkpoint's own.")] = "auto"
     device: Annotated[Text, Field(pattern=DEVICE), Option(MODEL, "DEVICE", DECIDES,
         "Run the model here: auto, cpu, cuda, cuda:1 or mps.")] = "auto"
@@ -109,31 +201,31 @@ class RunConfig(ModelSpec, EvalSettings):
         off="Do not start prompts with the tokenizer's BOS token.")] = None
     trust_remote_code: Annotated[Flag, Option(MODEL, "", DECIDES,
         "Allow the model's own Python code to run. Without this option it is refused.")] = False
-    method: Annotated[tuple[str, ...], BeforeValidator(values.methods), Option(PRUNING, "NAMES", CELL,
+    method: Annotated[tuple[Text, ...], BeforeValidator(_items), Option(PRUNING, "NAMES", CELL,
         "Run these methods, comma-separated: a name, or a name with options, such as dart:remask.window=8. "
         "`dart-eval ls methods` lists them. Without it and --ffn-bits, dense runs in a rounding of each read, too.")
     ] = ("dense", "griffin", "dart", "grinqh")
-    sparsity: Annotated[tuple[float, ...], BeforeValidator(values.sparsities), Option(PRUNING, "SHARES", CELL,
+    sparsity: Annotated[tuple[float, ...], BeforeValidator(_sparsities), Option(PRUNING, "SHARES", CELL,
         "Run at these sparsities, comma-separated, from 0 to below 1: the share of FFN weight bytes that a decoded "
-        "token does not read. 0.5:0.9:0.1 means 0.5 to 0.9 in steps of 0.1, both ends included.")] = (0.5,)
-    ffn_bits: Annotated[tuple[str, ...], BeforeValidator(values.ffn_bits), Option(PRUNING, "BITS", CELL,
+        "token does not read.")] = (0.5,)
+    ffn_bits: Annotated[tuple[str, ...], BeforeValidator(_ffn_bits), Field(min_length=1), Option(PRUNING, "BITS", CELL,
         "Round the FFN weights to this many bits first, comma-separated: 4, or 4:64 for groups of 64 weights "
         "(default 32). q3_k, q4_k and q5_k are formats of llama.cpp; 16 does not round.")] = ("16",)
     scope: Annotated[Scope, Option(PRUNING, "SCOPE", DECIDES,
         "Choose which tokens run pruned when an answer is scored. scored: the last prompt token and the answer. "
         "continuation, all, last, decode: scopes of papers, see docs/concepts.md.")] = "scored"
-    tasks: Annotated[tuple[str, ...], BeforeValidator(values.texts), Option(TASKS, "NAMES", CELL,
+    tasks: Annotated[tuple[Text, ...], BeforeValidator(_items), Option(TASKS, "NAMES", CELL,
         "Run these tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke, or any name of lm-eval.",
         second=("-t",))] = ()
     num_fewshot: Annotated[Whole | None, Option(TASKS, "N", KEY,
         "Put this many few-shot examples before each item.", "the task's own", second=("-f",))] = None
-    limit: Annotated[Limit | None, Option(TASKS, "N", KEY,
+    limit: Annotated[Count | Share | None, Option(TASKS, "N", KEY,
         "Run only the first N items of each task (of each member of a group), or below 1 this share of them.",
         "all", second=("-L",))] = None
-    include_path: Annotated[tuple[str, ...], BeforeValidator(values.places), Option(TASKS, "DIRS", DECIDES,
+    include_path: Annotated[tuple[Place, ...], BeforeValidator(_items), Option(TASKS, "DIRS", DECIDES,
         "Add the tasks of these folders, comma-separated: YAML files in lm-eval's format. Python code that they "
         "name runs only with --confirm-run-unsafe-code.")] = ()
-    batch_size: Annotated[Count | Literal["auto"], BeforeValidator(values.amount), Option(TASKS, "N|auto", DECIDES,
+    batch_size: Annotated[Count | Literal["auto"], Option(TASKS, "N|auto", DECIDES,
         "Run this many contexts per forward; auto runs as many as fit. In float32 it changes only last digits, "
         "except where tokens choose what they read (grinqh, cats, teal, routed experts) or answers are sampled.",
         second=("-b",))] = 8
@@ -144,7 +236,7 @@ class RunConfig(ModelSpec, EvalSettings):
         "Seed few-shot sampling, and methods that draw at random. Several seeds make one cell each.")] = 0
     max_length: Annotated[Count | None, Option(TASKS, "N", KEY,
         "Limit context and answer together to this many tokens.", "the model's")] = None
-    chunk: Annotated[int, Strict(), Field(ge=4, lt=MOST), Option(TASKS, "N", KEY,
+    chunk: Annotated[int, BeforeValidator(number), Strict(), Field(ge=4, lt=MOST), Option(TASKS, "N", KEY,
         "Cut perplexity texts into chunks of this many tokens; the second half of each chunk is scored.")] = 2048
     chat_template: Annotated[Flag, Option(TASKS, "", KEY, "Wrap prompts in the model's chat template.",
         second=("apply_chat_template",))] = False
@@ -158,7 +250,7 @@ class RunConfig(ModelSpec, EvalSettings):
         off="Turn thinking off in the chat template.")] = None
     think_end_token: Annotated[Text | None, Option(TASKS, "TEXT|ID", GIVEN,
         "Score only the part of an answer after this token, given as its text (</think>) or its id.")] = None
-    gen_kwargs: Annotated[Settings | None, Option(TASKS, "K=V,...", GIVEN,
+    gen_kwargs: Annotated[str | None, BeforeValidator(_generation), Option(TASKS, "K=V,...", GIVEN,
         "Generate with these settings, which override each task's own: temperature=0.7,do_sample=true.")] = None
     confirm_run_unsafe_code: Annotated[Flag, Option(TASKS, "", DECIDES,
         "Allow tasks to run code: programs that the model writes (humaneval, mbpp), Python files that tasks of "
@@ -234,19 +326,14 @@ class RunConfig(ModelSpec, EvalSettings):
         """
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
-        if self.data_dir is not None and PATTERN.search(place := str(Path(self.data_dir).resolve())):
-            raise UserError(f"data dir {place} would be read as a pattern", "rename it: no * ? [ and no ::")
         if self.device.startswith("cuda") and self.ray is None and not has_cuda():
             raise UserError(
                 f"device {self.device} is not there: this machine has no CUDA driver", "give --device cpu or auto"
             )
-        folder = Path(self.output)
-        for path in (folder, folder / "cells", folder / "samples"):
-            if path.exists() and not path.is_dir():
-                raise UserError(f"output {path} exists and is not a folder", "choose another --output")
-        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        folder = Path(self.output).absolute()
+        there = next(place for place in (folder, *folder.parents) if place.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"output {folder} cannot be written", "choose another --output")
+            raise UserError(f"output {self.output} cannot be written", "choose another --output")
 
 
 DEFAULTS: Json = {name: getattr(RunConfig, name) for name in RunConfig.__annotations__}
@@ -266,24 +353,9 @@ def of_role(*roles: str) -> Iterator[str]:
 def default_of(name: str) -> str:
     """Return the effect of leaving an option out, in words; empty where it goes without saying."""
     default, none = DEFAULTS[name], OPTIONS[name].none
-    if none or default in (None, ()):
+    if none or default is None or default is False or default == ():
         return none
-    if isinstance(default, bool):
-        return "on" if default else ""
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-
-
-def kinds_of(name: str) -> list[Any]:
-    """Return the types that an option's value may have, but None."""
-    hint = HINTS[name]
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return [kind for kind in kinds if kind is not types.NoneType]
-
-
-def choices_of(name: str) -> tuple[str, ...]:
-    """Return the words that an option may be; empty if it may be anything else."""
-    kinds = kinds_of(name)
-    return get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else ()
+    return "on" if default is True else ",".join(map(str, default if isinstance(default, tuple) else [default]))
 
 
 def option_of(name: str) -> str:
@@ -305,53 +377,41 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
     Raises:
         UserError: the file cannot be read, or a key or value in it is wrong.
     """
-    configs, asked = _read(file, given)
-    if {"method", "ffn_bits"} & asked:
-        return configs
-    rivals = [rounding_at(1 - sparsity) for sparsity in configs[0].sparsity if sparsity]
-    bits = tuple(dict.fromkeys(rounding.text for rounding in rivals if rounding))
-    return [*configs, *(dataclasses.replace(c, method=("dense",), ffn_bits=bits) for c in configs if bits)]
-
-
-def config_from(file: str | Path | None, given: Json) -> RunConfig:
-    """Return the one configuration that is asked for, see `configs_from`.
-
-    Raises:
-        UserError: as there, or there are several seeds.
-    """
-    config, *more = _read(file, given)[0]
-    if more:
-        raise UserError("several seeds are given, and one is allowed", "give one")
-    return config
-
-
-def _read(file: str | Path | None, given: Json) -> tuple[list[RunConfig], set[str]]:
-    """Return a configuration for each seed, and the names of the options that are given."""
-    in_file: Json = {}
+    settings: Json = {}
     if file is not None:
         from dart_eval.util.yamls import read_mapping
 
         keys = read_mapping(file, "config", "tasks: [arc, hellaswag]")
         with naming(f"{file}: "):
-            in_file = named(keys)
-    typed = named(given)
-    settings, seeds = dict[str, Any](), [DEFAULTS["seed"]]
-    for name, value in {**in_file, **typed}.items():
-        with naming("" if name in typed else f"{file}: "):
-            if name == "seed":
-                seeds = [checked(name, seed) for seed in values.seeds(value)]
-            else:
-                settings[name] = checked(name, value)
-    configs = [RunConfig(**settings, seed=seed) for seed in seeds]
+            settings = named(keys)
+            _configs(settings)  # to name the file
+    settings |= named(given)
+    configs = _configs(settings)
+    first = configs[0]
     for name in PATHS:
-        if (path := getattr(configs[0], name)) is not None:
+        if (path := getattr(first, name)) is not None:
             check_name(path, option_of(name))
-    try:
-        configs[0].check()
-        configs[0].check_output()
-    except PermissionError as error:
-        raise UserError(f"{error.filename} cannot be reached ({error.strerror})", "choose another path") from None
-    return configs, {*in_file, *typed}
+    first.check()
+    first.check_output()
+    if {"method", "ffn_bits"} & settings.keys():
+        return configs
+    rivals = [rounding_at(1 - sparsity) for sparsity in first.sparsity if sparsity]
+    bits = tuple(dict.fromkeys(rounding.text for rounding in rivals if rounding))
+    return [*configs, *(dataclasses.replace(c, method=("dense",), ffn_bits=bits) for c in configs if bits)]
+
+
+def config_from(file: str | Path | None, given: Json) -> RunConfig:
+    """Return the configuration of one seed, without the roundings of dense; see `configs_from`."""
+    first, *more = configs_from(file, given)
+    if any(config.seed != first.seed for config in more):
+        raise UserError("several seeds are given, and one is allowed", "give one")
+    return first
+
+
+def _configs(settings: Json) -> list[RunConfig]:
+    """Return a configuration for each seed."""
+    seeds = _items(settings.get("seed", DEFAULTS["seed"])) or [()]
+    return [config_of({**settings, "seed": seed}) for seed in seeds]
 
 
 def named(given: Mapping[Any, object]) -> Json:
@@ -360,21 +420,16 @@ def named(given: Mapping[Any, object]) -> Json:
     Raises:
         UserError: a name is unknown, or one option is given twice.
     """
-    pairs = [(str(name).replace("-", "_"), values.plain(value)) for name, value in given.items() if value is not None]
+    values = {str(name).replace("-", "_"): value for name, value in given.items() if value is not None}
     try:
-        arguments = values.pairs("model_args", dict(pairs).get("model_args", {}))
+        arguments = read_settings(values.pop("model_args", ""))
     except ValueError as error:
         raise UserError(f"model_args {error}") from None
-    if arguments:
-        pairs = [(name, value) for name, value in pairs if (name, value) not in [("model", b) for b in BACKENDS]]
-    for name, value in arguments.items():
-        name = "model" if name == "pretrained" else name
-        pairs.append((name, str(value) if name in DEFAULTS and kinds_of(name) == [str] else value))
+    if arguments and values.get("model") in BACKENDS:
+        del values["model"]
     found: Json = {}
-    for name, value in pairs:
-        name = SECOND_NAMES.get(name, name)
-        if name == "model_args":
-            continue
+    for name, value in [*values.items(), *arguments.items()]:
+        name = SECOND_NAMES.get(name, "model" if name == "pretrained" else name)
         if name not in DEFAULTS:
             raise retired("option", name.replace("_", "-")) or UserError(
                 f"unknown key {name!r}", nearest(name, DEFAULTS)
@@ -392,7 +447,16 @@ def config_of(given: Json) -> RunConfig:
     Raises:
         UserError: a name or a value is wrong.
     """
-    return RunConfig(**{name: checked(name, value) for name, value in named(given).items()})
+    try:
+        return RunConfig(**{name: plain(value) for name, value in named(given).items()})
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        name = str(errors[0]["loc"][0])
+        reasons = [e["msg"] for e in errors if e["loc"][0] == name]
+        reasons = [re.sub(r"^\w+ should", "must", reason.removeprefix("Value error, ")) for reason in reasons]
+        problem, _, remedy = " or ".join(reasons).partition("; ")
+        meaning = OPTIONS[name].help.partition(". ")[0]
+        raise UserError(f"{name} {short_repr(errors[0]['input'])} {problem}", remedy or meaning) from None
 
 
 def checked(name: str, value: object) -> Any:
@@ -401,11 +465,4 @@ def checked(name: str, value: object) -> Any:
     Raises:
         UserError: it is wrong.
     """
-    try:
-        return getattr(RunConfig(**{name: values.plain(value)}), name)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        reasons = [re.sub(r"^\w+ should", "must", e["msg"].removeprefix("Value error, ")) for e in errors]
-        problem, _, remedy = " or ".join(reasons).partition("; ")
-        meaning = OPTIONS[name].help.partition(". ")[0]
-        raise UserError(f"{name} {short_repr(errors[0]['input'])} {problem}", remedy or meaning) from None
+    return getattr(config_of({name: value}), name)

@@ -22,8 +22,7 @@ from dart_eval.results.inputs import DENSE
 from dart_eval.results.labels import grouped
 from dart_eval.results.metrics import BY_SECOND_FORWARD, kind_of
 from dart_eval.results.paper import ANY, FIELDS, MEAN, Claim, Part, Sheet
-from dart_eval.sweep import values
-from dart_eval.sweep.options import RunConfig, checked
+from dart_eval.sweep.options import RunConfig, checked, read_settings
 from dart_eval.sweep.plan import methods_of, settings_of
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError, naming, nearest
@@ -69,7 +68,7 @@ class Settings(Part):
     def over(self, far: Json) -> Json:
         """Return the settings that are given on top of others, without a length of theirs if `gen_kwargs` has one."""
         near = self.model_dump(include={*Settings.model_fields}, exclude_unset=True)
-        lengths = set(LENGTHS) & values.pairs("gen_kwargs", near.get("gen_kwargs") or {}).keys()
+        lengths = set(LENGTHS) & read_settings(near.get("gen_kwargs") or {}).keys()
         return {**{name: value for name, value in far.items() if not (lengths and name == "max_new_tokens")}, **near}
 
 
@@ -212,7 +211,7 @@ def _config(asked: Json, base: RunConfig) -> RunConfig:
     given = {name: value for name, value in asked.items() if value is not None}
     share, tokens = given.pop("limit_share", 1.0), given.pop("max_new_tokens", None)
     if tokens is not None:
-        told = values.pairs("gen_kwargs", given.get("gen_kwargs") or {})
+        told = read_settings(given.get("gen_kwargs") or {})
         given["gen_kwargs"] = checked("gen_kwargs", {**told, "max_gen_toks": tokens})
     if base.limit is not None:
         given["limit"] = base.limit * share if base.limit < 1 else max(1, round(base.limit * share))

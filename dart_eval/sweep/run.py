@@ -33,9 +33,8 @@ from dart_eval.models.loading import Resolved, choose_device, resolve
 from dart_eval.results.record import Record
 from dart_eval.results.store import Journal, Store
 from dart_eval.sweep.events import Event, Tell
-from dart_eval.sweep.options import RunConfig
+from dart_eval.sweep.options import RunConfig, read_settings
 from dart_eval.sweep.plan import Cell, methods_of, plan
-from dart_eval.sweep.values import pairs
 from dart_eval.util.bits import bits_text
 from dart_eval.util.errors import StoreError, UserError, summary
 from dart_eval.util.text import Json, counted
@@ -98,7 +97,7 @@ def plan_all(
         if place not in shelves:
             shelves[place] = Tasks(
                 config.data_dir, config.confirm_run_unsafe_code, config.include_path,
-                pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit,
+                read_settings(config.gen_kwargs or ""), tokenizer, config.limit,
             )  # fmt: skip
         shelf = shelves[place]
         names = shelf.expand(list(config.tasks))

@@ -111,7 +111,7 @@ def test_a_sparsity_outside_its_range_is_refused(refused, sparsity, words):
 @pytest.mark.parametrize(("option", "value", "words"), [
     ("--dtype", "bfloat61", "'bfloat16' or"),
     ("--device", "gpu", "auto, cpu, cuda"),
-    ("--limit", "0", "limit 0 must be"),
+    ("--limit", "0", "limit '0' must be"),
     ("--batch-size", "0", "batch_size 0 must be"),
     ("--batch-size", "lots", "or must be 'auto'"),
     ("--calibration", "no/such/text", "calibration text no/such/text is not a file"),

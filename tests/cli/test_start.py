@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import typer
@@ -19,7 +20,7 @@ from dart_eval.cli import options, view
 from dart_eval.evaluation import task_names
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.sweep.events import Event
-from dart_eval.sweep.options import DEFAULTS, OPTIONS, choices_of
+from dart_eval.sweep.options import DEFAULTS, HINTS, OPTIONS
 from dart_eval.util.errors import nearest
 from tests.helpers.commands import command
 
@@ -128,12 +129,12 @@ def test_words_that_an_option_may_be_are_those_of_the_code():
     from dart_eval.models.loading import DTYPES
     from dart_eval.sweep.options import SCOPES
 
-    assert (choices_of("scope"), choices_of("dtype")) == (SCOPES, tuple(DTYPES))
+    assert (get_args(HINTS["scope"]), get_args(HINTS["dtype"])) == (SCOPES, tuple(DTYPES))
     assert DEFAULTS["chunk"] == PERPLEXITY_CHUNK
 
 
 def test_options_may_be_spelled_as_lm_eval_has_them():
-    assert "limit 0 must be" in command("run", "--tasks", "smoke", "--num_fewshot", "5", "--limit", "0").err
+    assert "limit '0' must be" in command("run", "--tasks", "smoke", "--num_fewshot", "5", "--limit", "0").err
 
 
 @pytest.mark.process

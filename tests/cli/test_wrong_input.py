@@ -45,26 +45,27 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 WORDS = {  # what a message names beside the option -> values that it refuses
     "number": [
-        "sparsity: true", "sparsity: false", "sparsity: [0.5, [0.7]]", "sparsity: 2024-01-01",
+        "sparsity: true", "sparsity: false", "sparsity: [0.5, [0.7]]", "sparsity: 2024-01-01", "sparsity: {a: 0.5}",
+        "sparsity: 0.5:0.9:0.1",
     ],
-    "list": ["sparsity: {a: 0.5}"],
     "outside [0, 1)": ["sparsity: .nan"],
-    "text": [
-        "tasks: [[arc, hellaswag]]", "tasks: [5]", "tasks: {arc: 1}", "tasks: &a [*a]", "method: no",
-        "method: [dense, ~]", "method: 2024-01-01", "model: 5", "output: [out]", "ray: [auto]",
+    "string": [
+        "tasks: [[arc, hellaswag]]", "tasks: {arc: 1}", "tasks: &a [*a]", "method: no",
+        "method: [dense, ~]", "method: 2024-01-01", "output: [out]", "ray: [auto]", "method: {dart: {remask: never}}",
     ],
-    "empty": ["model: ''", "output: ''"],
-    "NUL": ['model: "a\\0b"', 'output: "a\\0b"'],
-    "path": [f"output: {LONG}", f"output: {DEEP}", f"data-dir: {LONG}", f"calibration: {LONG}", f"model: {LONG}"],
+    "at least 1 character": ["model: ''", "output: ''"],
+    "path": [
+        f"output: {LONG}", f"output: {DEEP}", f"data-dir: {LONG}", f"calibration: {LONG}", f"model: {LONG}",
+        'model: "a\\0b"', 'output: "a\\0b"',
+    ],
     "share": ["limit: true", "limit: 2.5", "limit: [3]"],
     "4294967296": ["limit: " + "9" * 30, "limit: 0x" + "f" * 5000, "batch_size: 0x" + "f" * 5000],
     "greater than": ["limit: -" + "9" * 30],
     "integer": ["seed: 1.0", "batch_size: true", "batch_size: [8]", "gpus_per_cell: .inf"],
     "boolean": ["chat_template: 'yes'"],
-    "given twice": ["batch_size: 8\nbatch-size: 4"],
+    "given twice": ["chat_template: true\napply_chat_template: false"],
 }  # fmt: skip
 CONFIGS = {
-    "sparsity: 0x" + "f" * 5000: "number",
     f"tasks: smoke\nmethod: 'dart:allocation=table:{LONG}'": "allocation table xxx",
     **{text: word for word, texts in WORDS.items() for text in texts},
     "tasks: arc\ntasks: hellaswag": "'tasks' is given twice in \"the file\", line 2",
@@ -122,7 +123,7 @@ def test_any_configuration_is_understood_or_refused(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize(("text", "place"), [
-    ("tables: [{name: n, title: t, methods: {a: 5}, sparsity: 0.5, columns: {a: {task: x}}}]", "methods.a"),
+    ("tables: [{name: n, title: t, methods: {a: [x, y]}, sparsity: 0.5, columns: {a: {task: x}}}]", "methods.a"),
     ("tables: [{name: n, title: t, methods: {a: dart}, sparsity: [x], columns: [a]}]", "tables.0.sparsity"),
     ("tables: [{name: n, title: t, methods: {a: dart}, sparsity: 0.5, columns: {a: 5}}]", "tables.0.columns.a"),
     ("tables: 5", "tables"), ("tables: [{}]", "tables.0"), ("tables: [[a]]", "tables.0"), ("claims: [5]", "tables"),

@@ -45,13 +45,13 @@ def test_the_tokens_of_a_cut_prompt_are_those_that_are_read():
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ("do_sample=no", "do_sample 'no' in gen_kwargs must be true or false"),
-    ({"do_sample": "off"}, "do_sample 'off' in gen_kwargs must be true or false"),
-    ("max_gen_toks=abc", "max_gen_toks 'abc' in gen_kwargs must be a whole number"),
-    ("max_new_tokens=10.5", "max_new_tokens 10.5 in gen_kwargs must be a whole number"),
-    ("temperature=high,do_sample=true", "temperature 'high' in gen_kwargs must be a number"),
-    ("until=5", "until 5 in gen_kwargs must be a text or a list of texts"),
-    ("until={'a', 'b'}", "in gen_kwargs must be a text or a list of texts"),
+    ("do_sample=no", "do_sample='no'; it must be true or false"),
+    ({"do_sample": "off"}, "do_sample='off'; it must be true or false"),
+    ("max_gen_toks=abc", "max_gen_toks='abc'; it must be a whole number"),
+    ("max_new_tokens=10.5", "max_new_tokens=10.5; it must be a whole number"),
+    ("temperature=high,do_sample=true", "temperature='high'; it must be a number"),
+    ("until=5", "until=5; it must be a text or a list of texts"),
+    ("until={'a', 'b'}", "it must be a text or a list of texts"),
 ])  # fmt: skip
 def test_settings_of_other_types_are_refused_before_anything_is_loaded(given, message):
     """`do_sample=no` is a text, and so true: it drew tokens. Others ended in tracebacks of their libraries."""
@@ -60,16 +60,13 @@ def test_settings_of_other_types_are_refused_before_anything_is_loaded(given, me
 
 
 @pytest.mark.parametrize(("given", "expected"), [
-    ("do_sample=0", "do_sample=false"), ("do_sample=1", "do_sample=true"), ("do_sample=False", "do_sample=false"),
-    ("max_gen_toks=1e3", "max_gen_toks=1000"), ("max_gen_toks=8.0", "max_gen_toks=8"),
+    ("do_sample=False", "do_sample=false"),
     ("until=None", "until=None"), ("until=a", "until=a"),
-    ({"do_sample": "false"}, "do_sample=false"), ({"max_gen_toks": "64"}, "max_gen_toks=64"),
-    ({"temperature": "1e-1"}, "temperature=0.1"),
     ('{"temperature": 0.5, "until": ["a=b"]}', "temperature=0.5,until=['a=b']"),
     ({"until": ["\n", "b"], "temperature": 1}, "temperature=1,until=['\\n', 'b']"), ("temperature=None", None),
 ])  # fmt: skip
 def test_settings_of_their_types_pass(given, expected):
-    """A number for a truth value is the truth value, so that it has the same key. lm-eval takes JSON, too."""
+    """lm-eval takes JSON, too."""
     assert config_of({"gen_kwargs": given}).gen_kwargs == (expected or given)
 
 
@@ -91,11 +88,6 @@ def test_settings_that_the_harness_gives_itself_are_refused(name, remedy):
     lm = PrunedLM(tiny("llama"), word_tokenizer(), max_length=64)
     with pytest.raises(UserError, match=f"{name} is no setting of a task's generation; {remedy}"):
         _asked(lm, **{name: 0})
-
-
-def test_a_key_of_json_counts_once():
-    with pytest.raises(UserError, match="max_gen_toks is given twice in gen_kwargs"):
-        config_of({"gen_kwargs": '{"max_gen_toks": 4, "max_gen_toks": 8}'})
 
 
 def test_groups_of_rounded_weights_are_no_times_of_day(tmp_path):

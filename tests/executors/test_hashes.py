@@ -223,7 +223,6 @@ WITHOUT_NUMBERS = {
     "sweep/hashes.py": "hashes",
     "sweep/options.py": "options, which are part of a key",
     "sweep/plan.py": "makes keys: all that it decides is in them",
-    "sweep/values.py": "reads options, which are part of a key",
     "util/errors.py": "messages",
     "util/files.py": "reads and writes files as they are",
     "util/machine.py": "describes the machine",
