@@ -6,9 +6,7 @@ its side, fails if it lies on the other, and is open in between.
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +28,6 @@ from dart_eval.results.stats import Estimate, share
 from dart_eval.results.store import Store
 from dart_eval.results.tables import cut_prompts, upper_bounds
 from dart_eval.util.bits import LAST_BITS
-from dart_eval.util.errors import UserError
 
 MEAN, ANY = "mean", "any"  # a table's last column; as a claim's column: at least one of them
 ALIKE = 0.05  # effective sparsities within this of the highest one are compared: a method may run dense for long
@@ -101,15 +98,13 @@ class Sheet:
 
     Attributes:
         notes: sentences of its own.
-        picture: whether its first column, or its mean, is drawn over the sparsities.
         cells: a row for each line, column and task: the inputs that are `asked` of its cell (None: none fits), its
-            model as the user named it, its `share` in the number, and its place; `value` if another publication has it.
+            `share` in the number, and its place; `value` if another publication has it.
     """
 
     name: str
     title: str
     notes: Sequence[str]
-    picture: bool
     cells: pd.DataFrame
 
     @property
@@ -133,47 +128,34 @@ class Paper:
 
     Args:
         store: the folder, for samples.
-        records: its cells, by the model as the user named it.
+        records: its cells, of one model.
         sheets: the tables.
         missing: task -> the reason why it could not run.
-        command: the command line that writes the tables, for their provenance.
-
-    Raises:
-        UserError: the cells of one name are of several models.
     """
 
     def __init__(
-        self, store: Store, records: Mapping[str | None, Sequence[Record]], sheets: Sequence[Sheet],
-        missing: Mapping[str, str], command: str,
-    ) -> None:  # fmt: skip
-        for cells_of_name in records.values():
-            models = {json.dumps(r.inputs["model"], sort_keys=True): model_of(r.inputs["model"]) for r in cells_of_name}
-            if len(models) > 1:
-                problem = f"a paper's tables are of one model, not of {', '.join(sorted(models.values()))}"
-                raise UserError(problem, "give each model an --output of its own")
-        self.records = {r.key: r for cells in records.values() for r in cells}  # a model may have two names
-        self.sheets, self.missing, self.command = {sheet.name: sheet for sheet in sheets}, missing, command
+        self, store: Store, records: Sequence[Record], sheets: Sequence[Sheet], missing: Mapping[str, str]
+    ) -> None:
+        self.records = {r.key: r for r in records}
+        self.sheets, self.missing = {sheet.name: sheet for sheet in sheets}, missing
         wanted = pd.concat([sheet.cells.assign(table=sheet.name) for sheet in sheets], ignore_index=True)
         texts = any(name.startswith("dense_") for name in wanted["metric"])  # are compared only where that is shown
-        cells = with_distances([cell_of(store, r) for r in self.records.values()], texts)
+        cells = with_distances([cell_of(store, r) for r in records], texts)
         self.cells = {cell.key: cell for cell in cells}
-        self.costs = cells_frame([*self.records.values()]).set_index("key")
-        self.lines = typed(lines_of(beside_dense(cells)[0], [*self.records.values()]))
-        self.numbers = self._with_best(self._numbers(wanted[wanted["value"].isna()], records))
+        self.costs = cells_frame(records).set_index("key")
+        self.lines = typed(lines_of(beside_dense(cells)[0], records))
+        self.numbers = self._with_best(self._numbers(wanted[wanted["value"].isna()]))
 
     def of(self, table: str) -> pd.DataFrame:
         """Return the numbers of a table, with the columns `CSV` and `OTHERS`; no row if nothing was measured."""
         return self.numbers[self.numbers["table"] == table]
 
-    def _numbers(self, wanted: pd.DataFrame, records: Mapping[str | None, Sequence[Record]]) -> pd.DataFrame:
+    def _numbers(self, wanted: pd.DataFrame) -> pd.DataFrame:
         """Return the numbers all of whose cells are there: each a mean over `terms`, of a share, a task and a key."""
         # Inputs that cells share. What a column without these two settings has is not that of the first cell.
-        common = {name: {**cells[0].inputs, "gen_kwargs": None, "ffn_bits": None} for name, cells in records.items()}
+        common = {**next(iter(self.records.values())).inputs, "gen_kwargs": None, "ffn_bits": None}
         keys = {identity(r.inputs): key for key, r in self.records.items()}
-        keys_of_cells = [
-            keys.get(identity({**common[model], **asked})) if asked and model in common else None
-            for model, asked in zip(wanted["model"], wanted["asked"], strict=True)
-        ]
+        keys_of_cells = [asked and keys.get(identity(common | asked)) for asked in wanted["asked"]]
         costs = [
             self.costs[["task"]].assign(metric=name, value=values(self.costs), n=0).reset_index()
             for name, (values, *_) in FIELDS.items() if name in {*wanted["metric"]}
@@ -296,44 +278,11 @@ class Paper:
         cells = sorted((self.records[key] for key in _keys(self.of(sheet.name))), key=lambda r: r.created)
         if not cells:
             return notes
-        settings = {
-            "model": [model_of(r.inputs["model"]) for r in cells], "code": [str(r.inputs["code"])[:8] for r in cells],
-            "on": [f"{r.environment.get('gpu', r.inputs['device'])} in {r.inputs['dtype']}" for r in cells],
-        }  # fmt: skip
-        source = "; ".join(f"{name} {' and '.join(dict.fromkeys(values))}" for name, values in settings.items())
+        models = {model_of(r.inputs["model"]): None for r in cells}
+        about = {f"{r.inputs['dtype']} on {r.environment.get('gpu', r.inputs['device'])}": None for r in cells}
         dates = f"{cells[0].created[:10]} to {cells[-1].created[:10]}"
-        source = f"Made of {len(cells)} cells: {source}; {dates}: {self.command}"
-        return [NOTE, *notes, *upper_bounds(cells), *cut_prompts(cells), source]
-
-    def picture(self, sheet: Sheet) -> bytes | None:
-        """Return the first column of a table, or its mean, over the sparsities as SVG; None without a pruned row."""
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        head = MEAN if MEAN in sheet.heads else next(iter(sheet.heads))
-        kind, numbers = metrics.kind_of(sheet.heads[head]), self.of(sheet.name)
-        numbers = numbers[(numbers["column"] == head) & numbers["value"].map(math.isfinite)]
-        numbers = numbers.assign(
-            **{name: (100 if kind.percent else 1) * numbers[name] for name in ("value", "stderr", "chance")}
-        )
-        pruned = numbers[numbers["sparsity"] > 0].sort_values("sparsity")
-        if pruned.empty:
-            return None
-        with matplotlib.rc_context({"svg.hashsalt": "", "svg.fonttype": "none"}):  # the same bytes every time
-            figure = Figure(figsize=(7, 4.2), layout="constrained")
-            axes = figure.subplots()
-            for label, row in pruned.groupby("row", sort=False):
-                half = 1.96 * row["stderr"].fillna(0)
-                axes.errorbar(100 * row["sparsity"], row["value"], half, marker="o", capsize=3, label=label)
-            dense = numbers["value"][(numbers["method"] == DENSE) & (numbers["bits"] == "None")]
-            for label, levels, style in (("dense", dense, "--"), ("guessing", numbers["chance"], ":")):
-                for level in levels[levels > 0].head(1):
-                    axes.axhline(level, color="black", linestyle=style, label=label)
-            name = f"{head}: {metrics.title_of(sheet.heads[head])}{', %' if kind.percent else ''}, 95 % intervals"
-            axes.set(title=sheet.title, xlabel="FFN sparsity, %", ylabel=name)
-            axes.legend()
-            figure.savefig(image := io.BytesIO(), format="svg", metadata={"Date": None})
-        return image.getvalue()
+        made = f"Made of {len(cells)} cells of {', '.join(models)}, {', '.join(about)}, {dates}."
+        return [NOTE, *notes, *upper_bounds(cells), *cut_prompts(cells), made]
 
     # -- claims --------------------------------------------------------------------------------------------------------
 

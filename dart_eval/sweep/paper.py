@@ -6,11 +6,10 @@ the file, in a table or in a column, and the nearest one counts.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
@@ -19,44 +18,42 @@ from typing_extensions import Self
 from dart_eval.evaluation.task_names import aliases
 from dart_eval.models.demo_model import ALIAS
 from dart_eval.results.inputs import DENSE
-from dart_eval.results.labels import grouped
 from dart_eval.results.metrics import BY_SECOND_FORWARD, kind_of
 from dart_eval.results.paper import ANY, FIELDS, MEAN, Claim, Part, Sheet
 from dart_eval.sweep.options import RunConfig, checked, read_settings
 from dart_eval.sweep.plan import methods_of, settings_of
 from dart_eval.util.bits import parse as parse_bits
-from dart_eval.util.errors import UserError, naming, nearest
-from dart_eval.util.text import LENGTHS, Json
+from dart_eval.util.errors import UserError, naming
+from dart_eval.util.text import Json
 from dart_eval.util.yamls import read_mapping
-
-if TYPE_CHECKING:
-    from dart_eval.pruning.method import Method
 
 SHIPPED = Path(__file__).parents[1] / "data"
 TAKEN = {MEAN, ANY, "method", "sparsity", "effective", "read"}  # columns of these names have another meaning
 
 
 def _of_run(value: object, info: ValidationInfo) -> Any:
-    """Return an option of `dart-eval run` as it has it; of methods and bits one."""
-    name = str(info.field_name).replace("task", "tasks")
+    """Return an option of `dart-eval run` as it has it."""
     try:
-        option = None if value is None else checked(name, value)
+        return None if value is None else checked(str(info.field_name).replace("task", "tasks"), value)
     except UserError as error:
         raise ValueError(str(error)) from None
-    if name in ("method", "ffn_bits") and option is not None and len(option) != 1:
+
+
+def _single(value: Any) -> Any:
+    if value is not None and len(value) != 1:
         raise ValueError("one is allowed")
-    return option
+    return value
 
 
 Option = Annotated[Any, BeforeValidator(_of_run)]
+One = Annotated[Any, BeforeValidator(_single), BeforeValidator(_of_run)]  # the last one is called first
 
 
 class Settings(Part):
     """Options of a run, and two of papers: the length of generated texts, and the share of --limit."""
 
-    model: Option = None
     scope: Option = None
-    ffn_bits: Option = None
+    ffn_bits: One = None
     num_fewshot: Option = None
     limit: Option = None
     max_length: Option = None
@@ -66,19 +63,17 @@ class Settings(Part):
     limit_share: float | None = None
 
     def over(self, far: Json) -> Json:
-        """Return the settings that are given on top of others, without a length of theirs if `gen_kwargs` has one."""
-        near = self.model_dump(include={*Settings.model_fields}, exclude_unset=True)
-        lengths = set(LENGTHS) & read_settings(near.get("gen_kwargs") or {}).keys()
-        return {**{name: value for name, value in far.items() if not (lengths and name == "max_new_tokens")}, **near}
+        """Return the settings that are given on top of others."""
+        return far | self.model_dump(include={*Settings.model_fields}, exclude_unset=True)
 
 
 class Row(Part):
     """A method, with a scope, bits and sparsities of its own, or for `only` one model."""
 
-    method: Option
+    method: One
     sparsity: Option = ()
     scope: Option = None
-    ffn_bits: Option = None
+    ffn_bits: One = None
     only: str = ""
 
     @model_validator(mode="before")
@@ -113,9 +108,8 @@ class Table(Settings):
     sparsity: Option = ()
     columns: dict[str, Column] = Field(min_length=1)
     mean: bool = False
-    picture: bool = False
-    note: str | None = None
-    reported: tuple[Reported, ...] | None = None
+    note: str = ""
+    reported: tuple[Reported, ...] = ()
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -124,7 +118,7 @@ class Table(Settings):
             raise ValueError("a mean needs columns of one metric, no cost or perplexity")
         if any(bool(column.metric) == bool(column.field) for column in self.columns.values()):
             raise ValueError("a column has either a metric or a field")
-        unknown = {head for reported in self.reported or () for head in reported.values} - self.columns.keys()
+        unknown = {head for reported in self.reported for head in reported.values} - self.columns.keys()
         if wrong := unknown | (TAKEN & self.columns.keys()):
             raise ValueError(f"these cannot be columns, or are reported without one: {', '.join(sorted(wrong))}")
         return self
@@ -133,27 +127,27 @@ class Table(Settings):
 class File(Settings):
     """A paper's file."""
 
-    about: str | None = None
+    about: str = ""
     methods: dict[str, Row] = Field({})
     sparsity: Option = ()
     tables: tuple[Table, ...] = Field(min_length=1)
-    claims: tuple[Claim, ...] | None = None
+    claims: tuple[Claim, ...] = ()
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        """Give tables the file's methods and sparsities; refuse claims on what no table has."""
         tables = {table.name: table for table in self.tables}
         if len(tables) < len(self.tables):
             raise ValueError("two tables have one name, which is that of their files")
-        for claim in (claim for claim in self.claims or () if not claim.shape):
-            known: dict[object, Collection[object]] = {claim.table: tables}
-            if table := tables.get(claim.table):
-                costs = [head for head, column in table.columns.items() if column.field]
-                known[claim.column] = [MEAN, ANY, *table.columns] if claim.at_most is None else costs
-                known[claim.sparsity] = table.sparsity or self.sparsity
-                known |= dict.fromkeys(claim.rows, table.methods or self.methods)
-            for name in (name for name, names in known.items() if name not in names):
-                near = nearest(str(name), map(str, known[name]))
-                raise ValueError(f"claim {claim.claim!r}: {name!r} is not in table {claim.table!r}; {near}")
+        for claim in (claim for claim in self.claims if not claim.shape):
+            table = tables.get(claim.table)
+            costs = [head for head, column in table.columns.items() if column.field] if table else []
+            if table is None or not (
+                {*claim.rows} <= (table.methods or self.methods).keys()
+                and claim.sparsity in (table.sparsity or self.sparsity)
+                and claim.column in ([MEAN, ANY, *table.columns] if claim.at_most is None else costs)
+            ):
+                raise ValueError(f"claim {claim.claim!r}: no table {claim.table!r} has its rows, sparsity and column")
         return self
 
 
@@ -167,17 +161,11 @@ class PaperSpec:
     claims: Sequence[Claim]
 
 
-def runs(spec: PaperSpec) -> list[list[RunConfig]]:
-    """Return the sweeps of a paper, each once, those together that one loaded model can serve."""
-    return [*grouped(dict.fromkeys(spec.sweeps), lambda c: (c.model, c.max_length, c.chat_template)).values()]
-
-
-def load(name: str, base: RunConfig, only: Sequence[str] | None = None) -> PaperSpec:
+def load(name: str, base: RunConfig) -> PaperSpec:
     """Return the paper of a file, or a shipped one (`smoke`, `dart`), to be run with the settings of `base`.
 
     Args:
         base: model, data, output and the rest; its limit overrides those in the file.
-        only: the names of these tables; None: of all.
 
     Raises:
         UserError: the file cannot be read, or something in it is not understood, with its place.
@@ -189,21 +177,19 @@ def load(name: str, base: RunConfig, only: Sequence[str] | None = None) -> Paper
         file = File.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        words = {word for part in (File, Table, Column, Row, Reported, Claim) for word in part.model_fields}
-        *_, last = place = ["claims", *map(str, first["loc"])][-len(first["loc"]) :]
-        near = nearest(last, words) if first["type"] == "extra_forbidden" else "see docs/paper.md"
-        raise UserError(f"{path}, {'.'.join(place)}: {first['msg'].removeprefix('Value error, ')}", near) from None
-    names = [table.name for table in file.tables]
-    for unknown in {*(only or ())} - {*names}:
-        raise UserError(f"{path} has no table {unknown!r}", nearest(unknown, names))
+        place = ".".join(map(str, first["loc"])) or "claims"
+        raise UserError(f"{path}, {place}: {first['msg'].removeprefix('Value error, ')}", "see docs/paper.md") from None
     metrics = {column.metric.partition(",")[0] for table in file.tables for column in table.columns.values()}
-    base = replace(base, kl=base.kl and not BY_SECOND_FORWARD.isdisjoint(metrics))  # it takes time
+    base = replace(base, kl=not BY_SECOND_FORWARD.isdisjoint(metrics))  # it takes time
+    sheets, sweeps = list[Sheet](), dict[RunConfig, None]()
     with naming(f"{path}: "):
-        tables = [_sheet(table, file, base) for table in file.tables if only is None or table.name in only]
-    sheets, sweeps = [sheet for sheet, _ in tables], [config for _, configs in tables for config in configs]
+        for table in file.tables:
+            sheet, configs = _sheet(table, file, base)
+            sheets.append(sheet)
+            sweeps |= dict.fromkeys(configs)
     there = {(sheet.name, row) for sheet in sheets for row in sheet.cells["row"]}  # some rows are of another model
-    claims = [c for c in file.claims or () if {(c.table, row) for row in c.rows} <= there and (c.rows or only is None)]
-    return PaperSpec(file.about or "", sheets, sweeps, claims)
+    claims = [claim for claim in file.claims if {(claim.table, row) for row in claim.rows} <= there]
+    return PaperSpec(file.about, sheets, [*sweeps], claims)
 
 
 def _config(asked: Json, base: RunConfig) -> RunConfig:
@@ -215,65 +201,67 @@ def _config(asked: Json, base: RunConfig) -> RunConfig:
         given["gen_kwargs"] = checked("gen_kwargs", {**told, "max_gen_toks": tokens})
     if base.limit is not None:
         given["limit"] = base.limit * share if base.limit < 1 else max(1, round(base.limit * share))
-    if base.model is not None and given.get("model", base.model) != base.model:
-        given["revision"] = None  # which is of the command's model
     return replace(base, **given)
 
 
 def _sheet(table: Table, file: File, base: RunConfig) -> tuple[Sheet, list[RunConfig]]:
     """Return a table with the cells that it wants, and the sweeps that fill it."""
-    typed = [name for name in ("model", "chat_template") if getattr(base, name)]  # these go before the file's
-    settings = table.over({name: value for name, value in file.over({}).items() if name not in typed})
-    model = Path(settings.get("model") or base.model or ALIAS).name.lower()
+    model, short = Path(base.model or ALIAS).name.lower(), aliases(base.include_path)
     rows = {label: row for label, row in (table.methods or file.methods).items() if row.only.lower() in ("", model)}
-    # Settings of rows that go before those of columns.
-    above = {label: row.model_dump(include={"scope", "ffn_bits"}, exclude_none=True) for label, row in rows.items()}
-    sparsity, short = table.sparsity or file.sparsity, aliases(base.include_path)
-    configs = {head: _config(column.over(settings), base) for head, column in table.columns.items()}
-    metrics = {head: column.metric or column.field for head, column in table.columns.items()}
+    sparsity = table.sparsity or file.sparsity
     tasks = {head: [t for name in c.task for t in short.get(name, (name,))] for head, c in table.columns.items()}
-    sweeps = []
-    for config, heads in grouped(configs, configs.__getitem__).items():
-        names = tuple(dict.fromkeys(task for head in heads for task in tasks[head]))
-        for alike in grouped(rows, lambda label: (tuple(above[label].items()), rows[label].sparsity)).values():
-            methods, blocks = tuple(rows[label].method[0] for label in alike), rows[alike[0]].sparsity
-            levels = tuple(level for level in sparsity if not blocks or level in blocks)
+    metrics = {head: column.metric or column.field for head, column in table.columns.items()}
+    parts = {**{head: [head] for head in tasks}, **({MEAN: [*tasks]} if table.mean else {})}  # of each column shown
+    configs: dict[tuple[str, str], RunConfig] = {}  # (row, column) -> what its cells run with, but for their tasks
+    sweeps: dict[RunConfig, tuple[Json, Json]] = {}  # without methods and tasks -> these
+    columns = {head: _config(c.over(table.over(file.over({}))), base) for head, c in table.columns.items()}
+    for head, column in columns.items():
+        for label, row in rows.items():
+            own = row.model_dump(include={"scope", "ffn_bits"}, exclude_none=True)
+            levels = tuple(level for level in sparsity if level in (row.sparsity or sparsity))
+            config = replace(column, sparsity=levels, **own)
+            configs[label, head] = replace(config, method=row.method)
             if levels:
-                sweeps.append(replace(config, method=methods, sparsity=levels, tasks=names, **above[alike[0]]))
+                methods, names = sweeps.setdefault(config, ({}, {}))
+                methods[row.method[0]] = None
+                names |= dict.fromkeys(tasks[head])
 
-    def cells_of(label: str, method: Method, level: float) -> Iterator[Json]:
+    def cells_of(label: str, level: float) -> Iterator[Json]:
         """Yield the cells of a line, for each column and task, those of the mean among them."""
-        parts = {**{head: [head] for head in tasks}, **({MEAN: [*tasks]} if table.mean else {})}
         for head, part, task in ((h, p, t) for h, of_head in parts.items() for p in of_head for t in tasks[p]):
-            config = replace(configs[part], **above[label])
-            bits, others = (parse_bits(c.ffn_bits[0]) for c in (config, configs[part]))
-            cell = {"method": method.name, "params": method.params(), "task": task, "sparsity": level * method.sized}
-            asked = settings_of(config) | cell | {"ffn_bits": bits and bits.text}
-            asked |= {"scope": "scored"} if method.name == DENSE else {}  # no other matters to it
-            apart = bits != others and metrics[part].partition(",")[0] in BY_SECOND_FORWARD  # from a dense of its own
+            config = configs[label, part]
+            (method,), bits = methods_of(config), parse_bits(config.ffn_bits[0])
+            asked = settings_of(config) | {
+                "method": method.name, "params": method.params(), "task": task, "sparsity": level * method.sized,
+                "ffn_bits": bits and bits.text, **({"scope": "scored"} if method.name == DENSE else {}),
+            }  # fmt: skip
+            # Other bits have a dense of their own, and distances from it do not compare.
+            apart = config.ffn_bits != columns[part].ffn_bits and metrics[part].partition(",")[0] in BY_SECOND_FORWARD
             yield {
-                **cell, "row": label, "column": head, "metric": metrics[part], "model": config.model, "value": None,
-                "share": 1 / len(parts[head]) / len(tasks[part]), "scope": asked["scope"],
-                "bits": str(asked["ffn_bits"]), "asked": None if apart else asked,
+                **{name: asked[name] for name in ("method", "params", "task", "sparsity", "scope")},
+                "asked": None if apart else asked,
+                "row": label, "column": head, "metric": metrics[part], "bits": str(asked["ffn_bits"]),
+                "share": 1 / len(parts[head]) / len(tasks[part]), "value": None,
             }  # fmt: skip
 
-    cells, lines = list[Json](), itertools.count()
-    sources = list(dict.fromkeys(reported.source for reported in table.reported or ()))
+    lines: list[tuple[int, float, list[Json]]] = []
+    sources = list(dict.fromkeys(reported.source for reported in table.reported))
     for block, level in enumerate((0.0, *sparsity)):
-        in_block: list[Iterable[Json]] = []
+        measured = len(lines)
         for label, row in rows.items():
-            method = methods_of(replace(base, method=row.method, sparsity=row.sparsity or sparsity))[0]
-            if (block > 0 and level in row.sparsity) if row.sparsity else method.sized == (block > 0):
-                in_block.append(cells_of(label, method, level))
-        for reported in (r for r in table.reported or () if in_block and r.sparsity == level):
-            label = f"{reported.label} [{sources.index(reported.source) + 1}]"
-            in_block.append([
-                {"row": label, "sparsity": level, "column": head, "metric": metrics[head], "value": value}
-                for head, value in reported.values.items()
-            ])  # fmt: skip
-        for of_line, line in zip(in_block, lines, strict=False):
-            cells += [{"line": line, "block": block, "level": level, **cell} for cell in of_line]
-    if not cells or not sparsity:
+            sized = methods_of(configs[label, next(iter(tasks))])[0].sized
+            if (block > 0 and level in row.sparsity) if row.sparsity else sized == (block > 0):
+                lines.append((block, level, [*cells_of(label, level)]))
+        for known in (r for r in table.reported if len(lines) > measured and r.sparsity == level):
+            cell = {"row": f"{known.label} [{sources.index(known.source) + 1}]", "sparsity": level}
+            values = known.values.items()
+            lines.append((block, level, [cell | {"column": h, "metric": metrics[h], "value": v} for h, v in values]))
+    if not lines or not sparsity:
         raise UserError(f"table {table.name!r} has no row for this model, or no sparsity", "see docs/paper.md")
+    cells = [
+        {"line": i, "block": block, "level": level, **cell}
+        for i, (block, level, of_line) in enumerate(lines) for cell in of_line
+    ]  # fmt: skip
     notes = [*filter(None, [table.note]), *(f"[{i}] reported: {source}." for i, source in enumerate(sources, 1))]
-    return Sheet(table.name, table.title, notes, table.picture, pd.DataFrame(cells, dtype=object)), sweeps
+    sheet = Sheet(table.name, table.title, notes, pd.DataFrame(cells, dtype=object))
+    return sheet, [replace(c, method=tuple(m), tasks=tuple(t)) for c, (m, t) in sweeps.items()]

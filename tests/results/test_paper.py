@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import yaml
 
-from dart_eval.cli import paper as command
 from dart_eval.results import sums
 from dart_eval.results.inputs import identity
 from dart_eval.results.paper import CSV, MEAN, Paper
@@ -22,8 +21,7 @@ from dart_eval.results.record import Metric
 from dart_eval.results.show import render
 from dart_eval.results.store import Store
 from dart_eval.sweep.options import config_from
-from dart_eval.sweep.paper import SHIPPED, load, runs
-from dart_eval.sweep.run import RunResult
+from dart_eval.sweep.paper import SHIPPED, load
 from dart_eval.util.bits import LAST_BITS
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command as typed
@@ -90,7 +88,7 @@ def paper(tmp_path, answers, one=None, missing=None, **keys):
         if given is not None:
             saved = answered(store, cell, **(given if isinstance(given, dict) else {"right": given}))
             cells[saved.key] = saved
-    filled = Paper(store, {None: [*cells.values()]}, spec.sheets, missing or {}, "dart-eval paper x")
+    filled = Paper(store, [*cells.values()], spec.sheets, missing or {})
     return filled, sheet, spec
 
 
@@ -242,17 +240,11 @@ def test_costs_are_columns_too(tmp_path):
     assert made.data["value"].tolist()[:3] == [512 / 2**20, 0.75, 3000 / 1234]
 
 
-def test_guessing_has_a_line_below_the_unpruned_rows_and_a_picture(tmp_path):
+def test_guessing_has_a_line_below_the_unpruned_rows(tmp_path):
     answers = {(row, "easy"): {"right": right, "choices": 4} for row, right in (("Dense", 30), ("A", 35), ("B", 10))}
-    filled, sheet, _ = paper(tmp_path, answers, table(sparsity=[0.5, 0.7], picture=True))
-    made = filled.table(sheet)
+    made = shown(tmp_path, answers, table(sparsity=[0.5, 0.7]))
     assert [row[0] for row in made.body[:4]] == ["Dense", "guessing", "A", "B"]
     assert made.body[1][1:3] == ["", "25.0"] and made.rules == {2, 4} and made.bold == {(2, 2), (4, 2)}
-    drawn = filled.picture(sheet).decode()
-    assert drawn.count(">A<") == drawn.count(">B<") == drawn.count(">dense<") == drawn.count(">guessing<") == 1
-    assert filled.picture(sheet).decode() == drawn
-    none, sheet, _ = paper(tmp_path / "none", easy(Dense=30), table(picture=True))
-    assert none.picture(sheet) is None
 
 
 # -- which cells -------------------------------------------------------------------------------------------------------
@@ -286,21 +278,6 @@ def test_a_row_of_unrounded_weights_stands_beside_rounded_ones(tmp_path):
     assert [row[2] for row in filled.table(sheet).body] == ["20.0 ±5.0", "90.0 ±5.0"]
 
 
-def test_columns_of_two_models_stand_side_by_side_and_are_never_mixed(tmp_path):
-    columns = {**ACC, "Other": {"task": "easy", "metric": "acc", "model": "org/other"}}
-    spec = load(file(tmp_path, table(columns, ["A"])), config_from(None, BASE))
-    store, cells = Store(tmp_path / "out"), spec.sheets[0].cells.to_dict("records")
-    ours = answered(store, cells[0], 20)
-    model = {**ours.inputs["model"], "name": "other", "weights": "0ther"}
-    theirs = answered(store, {**cells[1], "asked": {**cells[1]["asked"], "model": model}}, 36)
-    both = Paper(store, {None: [ours], "org/other": [theirs]}, spec.sheets, {}, "x").table(spec.sheets[0])
-    assert both.body == [["A", "50 %", "50.0 ±5.0", "90.0 ±5.0", "0.432", "0.500"]]
-    twice = Paper(store, {None: [ours], "org/other": [ours]}, spec.sheets, {}, "x").table(spec.sheets[0])
-    assert twice.body[0][2:4] == ["50.0 ±5.0"] * 2 and twice.columns[2] == "Easy (n=40)"  # one model of two names
-    with pytest.raises(UserError, match="of one model, not of other@0ther, tiny@f00d"):
-        Paper(store, {None: [ours, theirs]}, spec.sheets, {}, "x")
-
-
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 Q = {"task": "smoke_questions", "metric": "acc", "limit": 3}
@@ -318,18 +295,15 @@ def test_the_file_gives_sweeps(tmp_path):
     assert [(c.tasks, c.limit, c.method) for c in sweeps] == [
         (("smoke_questions",), 3, three), (("smoke_summary",), 2, three), (("smoke_questions",), 3, ("wanda-sp",)),
     ]  # fmt: skip
+    assert len(configs(tmp_path, SMALL, {**SMALL, "name": "u"})) == 2  # of two tables
     assert {(c.sparsity, c.seed, c.kl) for c in sweeps} == {((0.5,), 3, False)}
     assert [c.limit for c in configs(tmp_path, SMALL, base={"limit": 5})] == [5, 2]  # half of it, rounded
     kl = table({"Q": {**Q, "metric": "top1,none"}})
     assert {c.kl for c in configs(tmp_path, kl)} == {True}  # dense runs beside only where that is shown
-    two = load(file(tmp_path, SMALL, {**SMALL, "name": "u", "max_length": 64}), config_from(None, BASE))
-    assert [len(configs) for configs in runs(two)] == [2, 2]  # each group with a model of its own
-    only = load(file(tmp_path, SMALL, state), config_from(None, BASE), ["u"])
-    assert [sheet.name for sheet in only.sheets] == ["u"] and len(only.sweeps) == 1
 
 
 def test_the_nearest_setting_counts(tmp_path):
-    """A column's before its table's before the file's; a row's before all; the command line's before the file's."""
+    """A column's before its table's before the file's; a row's before all."""
     rows = {
         "Dense": "dense", "8 bits": {"method": "dense", "ffn_bits": "8:128", "sparsity": 0.5}, "G": "griffin",
         "G, all": {"method": "griffin", "scope": "all"}, "other": {"method": "dart", "only": "Llama-3.1-8B"},
@@ -349,18 +323,14 @@ def test_the_nearest_setting_counts(tmp_path):
         (0.0, "Dense"), (0.5, "8 bits"), (0.5, "G"), (0.5, "G, all"), (0.7, "G"), (0.7, "G, all"),
     ]  # fmt: skip
     for model in ({"model": "/models/Llama-3.1-8B"}, {}):
-        with_it = load(file(tmp_path, one, **model), config_from(None, BASE)).sheets[0]
+        with_it = load(file(tmp_path, one), config_from(None, {**BASE, **model})).sheets[0]
         assert ("other" in {*with_it.cells["row"]}) is bool(model)
-    said = {"model": "org/typed", "chat_template": True, "revision": "step1000"}
-    for keys, near, expected in (
-        ({"model": "org/file", "chat_template": False}, {}, ("org/typed", True, "step1000")),
-        ({}, {"model": "org/near", "chat_template": False}, ("org/near", False, None)),
-    ):
-        (first, *_) = configs(tmp_path, {**SMALL, **near}, base=said, **keys)
-        assert (first.model, first.chat_template, first.revision) == expected
-    for name in ("max_gen_toks", "max_new_tokens"):
-        short = table({"X": {"task": "xsum", "metric": "rougeL", "gen_kwargs": {name: 50}}})
-        assert configs(tmp_path, short, max_new_tokens=1000)[0].gen_kwargs == f"{name}=50"
+    said = {"chat_template": True, "model": "org/typed", "revision": "step1000"}
+    (first, *_) = configs(tmp_path, SMALL, base=said)
+    assert (first.model, first.chat_template, first.revision) == ("org/typed", True, "step1000")
+    assert configs(tmp_path, SMALL, base=said, chat_template=False)[0].chat_template is False
+    short = {"Y": {"task": "xsum", "metric": "rougeL", "max_new_tokens": 16}}
+    assert configs(tmp_path, table(short), max_new_tokens=1000)[0].gen_kwargs == "max_gen_toks=16"
     assert configs(tmp_path, table({"Q": {**Q, "limit": None}}, limit=7))[0].limit is None  # null is the run's own
 
 
@@ -372,9 +342,9 @@ def test_a_column_may_be_a_short_name_for_tasks(tmp_path):
 @pytest.mark.parametrize(
     ("change", "place", "word"),
     [
-        ({"tabels": []}, "tabels", "did you mean tables"), ({"tables": []}, "tables", "at least 1"),
-        ({"tables": [table(colums={})]}, "tables.0.colums", "did you mean columns"),
-        ({"tables": [table({"Q": {**Q, "metrc": "x"}})]}, "tables.0.columns.Q.metrc", "did you mean metric"),
+        ({"tabels": []}, "tabels", "not permitted"), ({"tables": []}, "tables", "at least 1"),
+        ({"tables": [table(colums={})]}, "tables.0.colums", "not permitted"),
+        ({"tables": [table({"Q": {**Q, "metrc": "x"}})]}, "tables.0.columns.Q.metrc", "not permitted"),
         ({"tables": [table()] * 2}, "", "two tables"), ({"tables": [table(name="../x")]}, "tables.0.name", "pattern"),
         ({"tables": [table(rows={"A": "drat"})]}, "", "unknown method 'drat'"),
         ({"tables": [{**table(), "methods": ["dart"]}]}, "tables.0.methods", "dictionary"),
@@ -418,28 +388,12 @@ def test_shipped_files_are_understood(name):
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_a_group_of_sweeps_that_cannot_run_costs_no_other_its_tables(tmp_path, monkeypatch):
-    """The second group has a chat template, which the model has not."""
-
-    def run_all(configs, view, skip_missing):
-        if configs[0].chat_template:
-            raise UserError("model tiny has no chat template")
-        return RunResult(["a record"], [], {})
-
-    monkeypatch.setattr("dart_eval.cluster.run.run_all", run_all)
-    chat = {**SMALL, "name": "chat", "chat_template": True}
-    result, _, refused, _ = command._run(load(file(tmp_path, SMALL, chat), config_from(None, BASE)), False)
-    assert result.records == ["a record"] and [str(e) for e in refused] == ["model tiny has no chat template"]
-    with pytest.raises(UserError, match="no chat template"):  # nothing is lost yet
-        command._run(load(file(tmp_path, chat), config_from(None, BASE)), False)
-
-
 @pytest.mark.parametrize(("task", "word"), [("smoke_sumary", "did you mean smoke_summary"), ("arc", "it begins")])
 def test_tasks_are_known_before_the_first_sweep(tmp_path, monkeypatch, task, word):
-    def run(spec, verbose):
+    def run(*_, **__):
         raise UserError("it begins")
 
-    monkeypatch.setattr(command, "_run", run)
+    monkeypatch.setattr("dart_eval.cluster.run.run_all", run)
     late = table({"S": {"task": task, "metric": "acc"}}, name="late", max_length=64)
     done = typed("paper", file(tmp_path, SMALL, late), "--output", tmp_path / "out")
     assert done.code == 2 and word in done.err
@@ -455,8 +409,8 @@ def test_a_shape_that_cannot_be_counted_is_refused_before_the_first_cell(tmp_pat
         "sparsity": 0.7,
         "at_most": 9,
     }
-    with pytest.raises(UserError, match="claim 'c': cats reads 1 of the FFN's 3 matrices whole"):
-        command._run(load(file(tmp_path, SMALL, claims=[cats]), config_from(None, BASE)), False)
+    done = typed("paper", file(tmp_path, SMALL, claims=[cats]), "--output", tmp_path / "out")
+    assert done.code == 2 and "claim 'c': cats reads 1 of the FFN's 3 matrices whole" in done.err
 
 
 @pytest.mark.slow
