@@ -66,7 +66,7 @@ def paper(
         tell(Event("wait", "counting the costs of shapes"))
         counted = {claim: _cost(claim) for claim in spec.claims if claim.shape}  # or refused, before the first cell
         result = run_all(spec.sweeps, tell, skip_missing=True)
-    if result.lost or (result.failed and not result.records):
+    if result.failed and not result.records:
         finish(result, output)
     if not result.records:
         raise UserError(f"no task could be loaded: {'; '.join(result.missing.values())[:300]}", "see --data-dir")
