@@ -126,7 +126,7 @@ def show_results(result: RunResult, output: str, format: str = "table") -> None:
         from dart_eval.results.tables import board_tables
 
         store = Store(output)
-        everything, _ = newest(store.scan().records)
+        everything, _ = newest(store.load())
         records = with_dense(result.records, everything)
         if format == "json":
             put(data_text(lines(store, records), "json"))
@@ -142,7 +142,7 @@ def _next(records: Sequence[Record], everything: Sequence[Record], output: str) 
     Args:
         records: of the run. everything: all records of the folder, which `compare` reads.
     """
-    from dart_eval.results.labels import exact
+    from dart_eval.results.inputs import exact
 
     folder = shlex.quote(output)
     typed = exact(everything)

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from dart_eval.results.inputs import DENSE
-from dart_eval.results.labels import grouped, specs
+from dart_eval.results.inputs import DENSE, grouped, specs
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.util.bits import bits_text

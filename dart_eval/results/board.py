@@ -19,8 +19,7 @@ from dart_eval.results import inputs, metrics, speeds, stats
 from dart_eval.results.documents import Compared
 from dart_eval.results.format import sparsity
 from dart_eval.results.frame import beside_dense, cell_of, with_distances
-from dart_eval.results.inputs import CALIBRATED, DENSE, identity, matters, model_of, question
-from dart_eval.results.labels import grouped, labels
+from dart_eval.results.inputs import CALIBRATED, DENSE, grouped, identity, labels, matters, model_of, question
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.speeds import Speed
 from dart_eval.results.stats import Estimate, Share, above_zero, share

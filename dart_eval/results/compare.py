@@ -14,8 +14,7 @@ import pandas as pd
 from dart_eval.results import show, stats
 from dart_eval.results.format import chance, interval, number, signed, sparsity
 from dart_eval.results.frame import Cell, cells, counterparts, differing, newest, paired, typed, with_distances
-from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, asked, identity, model_of
-from dart_eval.results.labels import exact, grouped, labels
+from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, asked, exact, grouped, identity, labels, model_of
 from dart_eval.results.metrics import main
 from dart_eval.results.show import Columns, Table, finite
 from dart_eval.results.store import UnreadSamples

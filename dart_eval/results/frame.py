@@ -22,16 +22,15 @@ import pandas as pd
 from dart_eval.results import stats
 from dart_eval.results.documents import HASHES, Answers, Compared, add_distances, answers_of, documents
 from dart_eval.results.format import sparsity
-from dart_eval.results.inputs import ASKED, COLUMNS, DENSE, FIELDS, HASH_DIGITS, HOW, identity, model_of, question
-from dart_eval.results.inputs import names as fields_of
-from dart_eval.results.labels import Labelled, grouped, labels, values_of
+from dart_eval.results.inputs import COLUMNS, DENSE, WILDCARDS, grouped, identity, labels, model_of, question, values_of
+from dart_eval.results.inputs import names as inputs_that_are
 from dart_eval.results.metrics import DISTANCE, kind_of
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError, nearest, remark
 from dart_eval.util.text import Json, items_of
 
-N = TypeVar("N", bound=Labelled)
+N = TypeVar("N", bound="Record | Cell")
 ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
 OF_DENSE_ITSELF = {"kl": 0.0, "top1": 1.0}  # distances that a dense cell does not store of itself, per position
 TESTED = ("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low", "high", "p", "p_holm")
@@ -91,11 +90,7 @@ def cells(folder: Path, strict: bool = False) -> list[Cell]:
         UserError: the folder cannot be read, or holds cells that differ only in how they were computed.
     """
     store = Store(folder)
-    scan = store.scan()
-    if strict and scan.unread:
-        raise next(iter(scan.unread.values()))
-    scan.report()
-    return newest([cell_of(store, record) for record in scan.records])
+    return newest([cell_of(store, record) for record in store.load(strict)])
 
 
 def newest(cells: Sequence[Cell]) -> list[Cell]:
@@ -107,7 +102,7 @@ def newest(cells: Sequence[Cell]) -> list[Cell]:
     chosen, replaced = [], set[str]()
     for group in grouped(cells, lambda cell: identity(cell.inputs)).values():
         places = {cell.source for cell in group}
-        for name in fields_of(HOW):
+        for name in inputs_that_are("how"):
             if len(values := values_of(name, group)) > 1:
                 raise UserError(
                     f"{group[0].describe()} is in {' and '.join(sorted(places))} with {name} {' and '.join(values)}",
@@ -177,11 +172,11 @@ def differing(pairs: Iterable[tuple[Cell, Cell]], say: str, values: str) -> list
     changed: dict[str, set[str]] = {}
     for a, b in pairs:
         alike = all(a.inputs[name] == b.inputs[name] for name in ("method", "params"))
-        left_out = {*fields_of(ASKED), "" if alike else "method_code"} - {"model"}
+        left_out = {*inputs_that_are("asked"), "" if alike else "method_code"} - {"model"}
         ours, theirs = (_flat({name: v for name, v in c.inputs.items() if name not in left_out}) for c in (a, b))
         for name in {*ours, *theirs} - {"model.name"}:
             x, y = ours.get(name), theirs.get(name)
-            if x != y and not (name in FIELDS and FIELDS[name].any and None in (x, y)):
+            if x != y and not (name in WILDCARDS and None in (x, y)):
                 digits = 12 if str(x)[:12] != str(y)[:12] else None  # a few, or all where these agree
                 changed.setdefault(name, set()).add(values.format(str(x)[:digits], str(y)[:digits]))
     return [say.format(name, "; ".join(sorted(texts)[:3])) for name, texts in sorted(changed.items())]
@@ -202,8 +197,8 @@ def check_paired(a: Cell, b: Cell) -> None:
         Unpaired: names the difference.
     """
     frames = [cell.answers.documents for cell in (a, b)]
-    left, right = (
-        {place: [digest[:HASH_DIGITS] for digest in hashes] for place, *hashes in frame[HASHES].itertuples(name=None)}
+    left, right = (  # by eight digits of hashes, as baselines hold them
+        {place: [digest[:8] for digest in hashes] for place, *hashes in frame[HASHES].itertuples(name=None)}
         for frame in frames
     )
     if other := [place for place in {**left, **right} if left.get(place) != right.get(place)]:

@@ -21,7 +21,6 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -44,26 +43,6 @@ REDO = "repeat the `dart-eval run` that made it (it sets the file aside and redo
 
 class UnreadSamples(UserError):
     """A cell's samples or texts are missing or damaged."""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """The contents of a folder.
-
-    Attributes:
-        records: oldest first, each once.
-        files: key -> the file of its record.
-        unread: files without a record, and their errors.
-    """
-
-    records: list[Record]
-    files: dict[str, Path]
-    unread: dict[Path, UserError]
-
-    def report(self) -> None:
-        """Report on stderr what was left out."""
-        for error in self.unread.values():
-            remark(f"left out: {error}")
 
 
 class Journal(Json):
@@ -242,42 +221,41 @@ class Store:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def scan(self) -> Scan:
-        """Read the folder.
+    def scan(self, strict: bool = False) -> tuple[list[Record], list[Path]]:
+        """Return all records, oldest first, each once, and the files that hold none, which are named on stderr.
+
+        Args:
+            strict: whether to refuse such files.
 
         Raises:
             UserError: no such folder, or no readable record in it.
         """
         check_name(self.folder, "folder")
         records: dict[str, Record] = {}
-        scan = Scan([], {}, {})
+        unread: dict[Path, UserError] = {}
         for file in sorted((self.folder / "cells").glob("*.json")):
             try:
                 record = Record.from_json(read_regular(file))
             except (OSError, ValueError) as error:
                 remedy = "use that version" if isinstance(error, NewerSchema) else REDO
-                scan.unread[file] = UserError(f"{file} cannot be read ({reason(error)})", remedy)
+                unread[file] = UserError(f"{file} cannot be read ({reason(error)})", remedy)
                 continue
             if record.key not in records or records[record.key].created < record.created:  # a copy counts once
-                records[record.key], scan.files[record.key] = record, file
+                records[record.key] = record
+        if unread and (strict or not records):
+            raise next(iter(unread.values()))
         if not records:
-            nothing = UserError(
+            raise UserError(
                 f"no results in {self.folder}",
                 f"give the folder of an earlier run, or: dart-eval run --tasks smoke --output {self.folder}",
             )
-            raise next(iter(scan.unread.values()), nothing)
-        scan.records.extend(sorted(records.values(), key=lambda r: (r.created, r.key)))
-        return scan
+        for left_out in unread.values():
+            remark(f"left out: {left_out}")
+        return sorted(records.values(), key=lambda r: (r.created, r.key)), [*unread]
 
-    def load(self) -> list[Record]:
-        """Return all records, oldest first, each once; other files are named on stderr and left out.
-
-        Raises:
-            UserError: see `scan`.
-        """
-        scan = self.scan()
-        scan.report()
-        return scan.records
+    def load(self, strict: bool = False) -> list[Record]:
+        """Return the records alone. Arguments and errors: see `scan`."""
+        return self.scan(strict)[0]
 
     def samples(self, record: Record) -> list[Json]:
         """Return the samples of a record of this folder, one per document, task and filter.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dart_eval.export.lm_eval import _title
-from dart_eval.results.labels import specs
+from dart_eval.results.inputs import specs
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from tests.helpers.commands import command

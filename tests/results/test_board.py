@@ -10,7 +10,7 @@ from dart_eval.cli.run import show_results
 from dart_eval.results import frame, show, speeds, tables
 from dart_eval.results.board import GUESSING
 from dart_eval.results.format import multiple, small_share
-from dart_eval.results.labels import exact
+from dart_eval.results.inputs import exact
 from dart_eval.results.record import Metric
 from dart_eval.results.speeds import Ratio
 from dart_eval.results.store import Store

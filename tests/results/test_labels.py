@@ -14,7 +14,7 @@ from dart_eval.results.board import boards
 from dart_eval.results.check import Thresholds, bad, check, junit, table, workflow_commands
 from dart_eval.results.compare import compare_folders, compare_within
 from dart_eval.results.frame import cells, lines_of, typed
-from dart_eval.results.labels import labels, specs
+from dart_eval.results.inputs import labels, specs
 from dart_eval.results.report.build import build
 from dart_eval.results.show import Table, show
 from dart_eval.results.store import Store

@@ -11,7 +11,7 @@ import pytest
 
 # The formula alone, held against its derivation: a model's perplexities are no round numbers.
 from dart_eval.evaluation.evaluate import _stderr
-from dart_eval.results.labels import labels
+from dart_eval.results.inputs import labels
 from dart_eval.results.record import SCHEMA, Metric, Record
 from tests.helpers.commands import command
 from tests.helpers.records import record, render, rows, sealed, table_body, tables

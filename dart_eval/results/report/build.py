@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -22,7 +23,7 @@ from dart_eval.results.inputs import matters
 from dart_eval.results.metrics import GOLD
 from dart_eval.results.record import Record
 from dart_eval.results.report import charts
-from dart_eval.results.store import Scan, Store, UnreadSamples
+from dart_eval.results.store import Store, UnreadSamples
 from dart_eval.results.verdict import verdicts
 from dart_eval.util.text import Json, printable
 
@@ -53,9 +54,8 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> str:
     Raises:
         UserError: no record that can be read.
     """
-    scan = store.scan()
-    scan.report()
-    every = boards(store, scan.records)
+    records, damaged = store.scan()
+    every = boards(store, records)
     prefix = {board: f"{board.model}: " if len(every) > 1 else "" for board in every}
     rows = [(board, row) for board in every for row in board.rows]
     rows.sort(key=lambda pair: (pair[1].kind != CONTROL, -pair[1].read, pair[1].label))
@@ -88,30 +88,32 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> str:
         first={board: next((block for block in board.blocks if any(judged(block))), None) for board in every},
         made=tables, verdicts=judged, costs=costs, columns=columns, link=link, tasks=shown, short=_short,
         names=[f"{prefix[board]}{row.label}{f' {sparsity(row.sparsity)}' * bool(row.sparsity)}" for board, row in rows],
-        dense=sum(row.kind == CONTROL for _, row in rows), charts=charts.inline, records=scan.records,
-        warnings=_warnings(scan, store, unread), style=Markup(files["style.css"]), script=Markup(files["page.js"]),
-        policy=POLICY.format(digest),
+        dense=sum(row.kind == CONTROL for _, row in rows), charts=charts.inline, records=records,
+        warnings=_warnings(store, records, damaged, unread), script=Markup(files["page.js"]),
+        style=Markup(files["style.css"]), policy=POLICY.format(digest),
     )  # fmt: skip
     return printable(html, lines=True)
 
 
-def _warnings(scan: Scan, store: Store, unread: dict[str, list[str]]) -> list[str]:
+def _warnings(
+    store: Store, records: Sequence[Record], damaged: Sequence[Path], unread: dict[str, list[str]]
+) -> list[str]:
     """Return sentences about weak or incomparable numbers, and about what is missing."""
     values: dict[str, set[str]] = {}
-    for record in scan.records:
+    for record in records:
         own = {name: record.inputs.get(name) for name in ALIKE if matters(name, record.inputs)}
         for name, value in {**own, **(record.inputs.get("versions") or {})}.items():
             values.setdefault(f"Cells differ in {name}", set()).add("default" if value is None else str(value))
     named = {
         f"Fewer than {FEW} documents, so that with more the order may change":
-            [m.task for record in scan.records for m in main_metrics(record) if m.n < FEW],
+            [m.task for record in records for m in main_metrics(record) if m.n < FEW],
         **{name: sorted(texts) for name, texts in values.items() if len(texts) > 1},
         "Failed, see the folder failed": sorted(file.stem for file in (store.folder / "failed").glob("*.txt")),
-        "Records that cannot be read": [file.name for file in scan.unread],
+        "Records that cannot be read": [file.name for file in damaged],
         **unread,
     }  # fmt: skip
     lists = [f"{what}: {', '.join(dict.fromkeys(names))}." for what, names in named.items() if names]
-    return [*tables.cut_prompts(scan.records), *lists]
+    return [*tables.cut_prompts(records), *lists]
 
 
 def _documents(
