@@ -63,7 +63,6 @@ gen_kwargs: {temperature: 0.5, do_sample: true}
 output: out
 """
 THRESHOLDS = """recovery: 0.98
-of_dense: 0.9
 alpha: 0.05
 tasks:
   smoke_questions: {recovery: 0.9}
@@ -245,8 +244,7 @@ class Fuzz:
         from dart_eval.results.check import thresholds_from
 
         found = thresholds_from(self._yaml(draw, THRESHOLDS))
-        limits = [found, *found.tasks.values()]
-        given = [found.alpha, *(x.recovery for x in limits), *(x.of_dense for x in limits if x.of_dense is not None)]
+        given = [found.alpha, found.recovery, *(limit.recovery for limit in found.tasks.values())]
         if not all(type(x) in (int, float) and 0 < x <= 1 for x in given):
             raise Wrong(f"{found}")
         return "read"
@@ -297,7 +295,7 @@ class Fuzz:
         if others and not forged:
             raise Wrong(f"tables shows other numbers: {others}")
         self.asked("tables", out, *draw.choice([(), ("--view", "long"), ("--format", "csv")]))
-        self.asked("compare", out, "--method", "griffin,grinqh", "--format", "json")
+        self.asked("compare", out, "--row", "griffin,grinqh", "--format", "json")
         self.asked("check", out, "--baseline", self.whole.out.parent / "own.json")
         self.asked("report", out, "--output", self.place / "report.html")
         if before != {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}:

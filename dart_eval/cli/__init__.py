@@ -148,7 +148,8 @@ def _misused(error: Any) -> UserError:
     """Return an error of typer's parser as one line."""
     command = error.ctx.command_path if getattr(error, "ctx", None) else "dart-eval"
     name = getattr(error, "option_name", "").lstrip("-") if type(error).__name__ == "NoSuchOption" else ""
-    if name and (left := retired("option", name.removeprefix("no-"))):
+    of_verb = f"{command.rpartition(' ')[2]} --{name}"
+    if name and (left := retired("option", name.removeprefix("no-")) or retired("option", of_verb)):
         return left
     if name and command == "dart-eval" and _spelled(name).replace("-", "_") in DEFAULTS:
         return UserError(f"{command} needs a command before --{name}", f"did you mean dart-eval run --{name}?")

@@ -13,20 +13,8 @@ from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
 from dart_eval.util.text import items_of
 
-OUT = Path("out")
-FOLDERS_HELP = (
-    "Two folders of results. With --method, --sparsity, --model or --row: one folder, or several that "
-    r"count as one.  \[default: out]"
-)
-METHODS_HELP = "Compare the cells of method A with the cells of method B."
-SPARSITIES_HELP = "Compare the cells at sparsity A with the cells at sparsity B; 0 is dense."
-MODELS_HELP = (
-    "Compare the cells of model A with the cells of model B. If several models share a name, give NAME@ and "
-    "the first digits of the weights' hash or of the commit."
-)
-ROWS_HELP = (
-    "Compare row A of the board with row B. Name rows as the board does; the sparsity only where it has several."
-)
+FOLDERS_HELP = r"Two folders of results. With --row one folder, or several that count as one.  \[default: out]"
+ROW_HELP = "Compare two rows of the board. A name without its sparsity stands for all its sparsities."
 METRIC_HELP = (
     "Compare these metrics, comma-separated, or all.  "
     r"\[default: the main metric of each task, and the log-likelihood of right answers]"
@@ -36,53 +24,37 @@ FORMAT_HELP = r"Output format.  \[default: the ending of --save, else a table, o
 
 def compare(
     folders: Annotated[list[Path] | None, typer.Argument(metavar="FOLDER", help=FOLDERS_HELP)] = None,
-    method: Annotated[list[str] | None, own(METHODS_HELP, None, "A,B")] = None,
-    sparsity: Annotated[list[str] | None, own(SPARSITIES_HELP, None, "A,B")] = None,
-    model: Annotated[list[str] | None, own(MODELS_HELP, None, "A,B")] = None,
-    row: Annotated[list[str] | None, own(ROWS_HELP, None, "A,B")] = None,
+    row: Annotated[list[str] | None, own(ROW_HELP, None, "A,B")] = None,
     metric: Annotated[list[str] | None, own(METRIC_HELP, None, "NAMES")] = None,
     format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP)] = None,
     save: Annotated[Path | None, own("Write to this file instead of the terminal.", None, "FILE")] = None,
 ) -> None:
     """Compare two sets of cells, paired document by document, with tests and intervals.
 
-    Two folders: cells match if they answer the same request; other
-    differences (code, versions, weights) are listed. One folder: cells match
-    if they differ only in method, sparsity or model, or in the two board rows.
+    Two folders: cells match if they answer the same request; other differences (code, versions, weights) are listed.
+    Two rows: cells match at equal sparsity, unless both names say theirs. Dense goes with every sparsity.
 
     \b
     [bold]Examples[/bold]
     dart-eval compare out-old out-new
-    dart-eval compare out --method dart,griffin
-    dart-eval compare out --method dart,dart:allocation=uniform --metric acc
-    dart-eval compare out --sparsity 0,0.5 --format json
-    dart-eval compare out --model model@1a2b3c4d,model@5e6f7a8b
-    dart-eval compare out --row 'grinqh 70 %,dense on 4 bits'
+    dart-eval compare out --row dart,griffin
+    dart-eval compare out --row 'dart 50 %,dart 70 %' --metric acc
+    dart-eval compare out --row 'grinqh 70 %,dense on 4 bits' --format json
     """
-    traits = {"method": method, "sparsity": sparsity, "model": model, "row": row}
-    given = {name: items_of(text) for name, text in traits.items() if text is not None}
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(f'--{name}' for name in given)} do not go together", "leave one of them out")
-    for name, sides in given.items():
-        if len(sides) != 2:
-            raise UserError(
-                f"--{name} {','.join(sides)!r} must name two, A,B", f"see dart-eval compare --help for --{name}"
-            )
-    if not given and len(folders or []) != 2:
-        count = f"{len(folders or [])} folders are given, and no option says what to compare"
-        raise UserError(count, "give two folders, or for example --method dart,griffin")
+    places, rows, metrics = folders or [Path("out")], items_of(row or []), items_of(metric or [])
+    if len(places if row is None else rows) != 2:
+        what = "two folders to compare" if row is None else f"two rows in --row {','.join(rows)!r}"
+        raise UserError(f"there are not {what}", "give two, for example dart-eval compare out --row dart,griffin")
     if save is not None:
         check_target(save)
         format = format_of(save, format, FORMATS[1:])
-    from dart_eval.results import compare as comparing  # slow to import: options are refused first
+    from dart_eval.results.compare import compare_folders, compare_rows, table  # slow: options are refused first
 
-    places, metrics = [Path(folder) for folder in folders or [OUT]], items_of(metric or [])
-    if given:
-        ((name, (a, b)),) = given.items()
-        comparison = comparing.compare_within(name, a, b, places, metrics)
+    if row is None:
+        comparison = compare_folders(places[0], places[1], metrics)
     else:
-        comparison = comparing.compare_folders(places[0], places[1], metrics)
+        comparison = compare_rows(rows[0], rows[1], places, metrics)
     if format == "json":
         put(comparison.to_json(), save)
     else:
-        output([comparing.table(comparison)], format, save)
+        output([table(comparison)], format, save)

@@ -142,15 +142,15 @@ def _next(records: Sequence[Record], everything: Sequence[Record], output: str) 
     Args:
         records: of the run. everything: all records of the folder, which `compare` reads.
     """
-    from dart_eval.results.inputs import exact
+    from dart_eval.results.inputs import labels
 
-    folder = shlex.quote(output)
-    typed = exact(everything)
-    pruned = list(dict.fromkeys(typed[r.key] for r in records if r.inputs["method"] != "dense" and r.key in typed))[:2]
+    folder, known = shlex.quote(output), labels(everything)
+    pruned = [r.key for r in records if r.inputs["method"] != "dense" and r.key in known]
+    rows = [*dict.fromkeys(known[key].partition(" (")[0] for key in pruned)][:2]  # at all settings
     line = f"Results: {output}   next: dart-eval report {folder}   dart-eval tables {folder} --view long"
-    if len(pruned) < 2:
+    if len(rows) < 2:
         return line
-    return f"{line}   dart-eval compare {folder} --method {shlex.quote(','.join(pruned))}"
+    return f"{line}   dart-eval compare {folder} --row {shlex.quote(','.join(rows))}"
 
 
 def understood(file: Path | None, given: Json) -> list[RunConfig]:

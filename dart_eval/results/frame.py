@@ -154,7 +154,7 @@ def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell
             sides = f"{', '.join(alone)} in {ours[0].source}, {', '.join(beside)} in {theirs[0].source}"
             raise UserError(
                 f"it is unclear which models to compare: {sides}",
-                "keep each checkpoint's results in a folder of its own, or compare two models with --model A,B",
+                "keep each checkpoint's results in a folder of its own",
             )
         mine |= {model: other[beside[0]] for model in alone if beside}
     known = {identity(cell.inputs): cell for cell in theirs}

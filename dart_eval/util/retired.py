@@ -32,6 +32,8 @@ OPTIONS = {
     "cpus-per-cell": "--gpus-per-cell stays", "shards": "give more cells", "compile": "prune() refuses compiled models",
     "explain": "docs/concepts.md explains the columns",
     "save-allocation": "trace --output has the neurons kept in each layer",
+    **dict.fromkeys((f"compare --{name}" for name in ("method", "sparsity", "model")), "--row A,B names two rows"),
+    "check --force": "delete the file first",
 }  # fmt: skip
 VIEWS = {
     "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view costs has re-masks",
@@ -46,7 +48,7 @@ def retired(kind: str, word: str) -> UserError | None:
 
     Args:
         kind: "method", "setting" or "value" (of a method), "option" or "view".
-        word: as typed, without dashes before an option.
+        word: as typed, without dashes before an option; of one verb as `compare --model`.
     """
     nearest = KINDS[kind].get(word)
     if nearest is None:

@@ -208,11 +208,11 @@ def test_the_paper_of_the_docs_is_understood(tmp_path):
 
 
 def test_the_regression_sweep_fits_its_baseline():
-    from dart_eval.results import baseline
+    from dart_eval.results.check import load_baseline
 
     root = README.parent
     config = config_from(root / "scripts" / "regression.yaml", {})
-    cells = baseline.load_baseline(root / "results" / "regression-baseline.json")
+    cells = load_baseline(root / "results" / "regression-baseline.json")
     asked = {(c.inputs["task"], c.inputs["method"], c.inputs["sparsity"], c.inputs["limit"]) for c in cells}
     assert asked == {
         (task, method, 0.0 if method == "dense" else s, config.limit)

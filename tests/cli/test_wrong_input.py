@@ -148,7 +148,7 @@ PLACES = {
     "tables": ("tables", "{}"),
     "tables --save": ("tables", "out", "--save", "{}"),
     "compare": ("compare", "{}", "out"),
-    "compare --method": ("compare", "{}", "--method", "a,b"),
+    "compare --row": ("compare", "{}", "--row", "a,b"),
     "compare --save": ("compare", "a", "b", "--save", "{}"),
     "check": ("check", "{}", "--baseline", "none"),
     "check --baseline": ("check", "out", "--baseline", "{}"),

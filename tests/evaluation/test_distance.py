@@ -250,7 +250,7 @@ def test_tables_show_it_and_compare_tests_it(swept):
     heads = next(line for line in shown.splitlines() if line.startswith("|") and "kl_p95" in line)
     shown_heads = {c.strip() for c in heads.strip("|").split("|")}
     assert {"flips", "dense_rougeL", "kl", "kl_p95", "kl_p99", "top1"} <= shown_heads
-    done = command("compare", swept, "--method", "griffin,random", "--metric", "kl,top1", "--format", "json")
+    done = command("compare", swept, "--row", "griffin,random", "--metric", "kl,top1", "--format", "json")
     assert done.code == 0, done.err
     rows = {(r["task"], r["metric"]): r for r in json.loads(done.out)["rows"]}
     assert len(rows) == 4
@@ -263,7 +263,7 @@ def test_tables_show_it_and_compare_tests_it(swept):
         assert row["reason"] or row["low"] < row["difference"] < row["high"]
     assert rows["smoke_questions", "kl"]["reason"] == ""
     assert "kl_p95" not in done.out  # which no documents' values give: that is no news
-    beside = command("compare", swept, "--method", "griffin,dense", "--metric", "kl", "--format", "json")
+    beside = command("compare", swept, "--row", "griffin,dense", "--metric", "kl", "--format", "json")
     assert all(row["value_b"] == 0.0 for row in json.loads(beside.out)["rows"])  # dense is not far from itself
 
 

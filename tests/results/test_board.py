@@ -232,9 +232,9 @@ def test_the_board_of_a_run_has_the_folders_dense_cells_and_what_it_suggests_nex
     shown = capsys.readouterr().out
     assert "  dense  " in shown and "no dense cell for piqa" in " ".join(shown.split())
     suggested = shlex.split(shown.splitlines()[-1].rpartition("dart-eval ")[2])
-    assert suggested == ["compare", "out", "--method", "griffin:draw=seed,flap"]
+    assert suggested == ["compare", "out", "--row", "griffin:draw=seed,flap"]
     assert command(*suggested).code == 0
-    refused = command("compare", "out", "--method", "griffin,flap").err
+    refused = command("compare", "out", "--row", "griffin,flap").err
     assert "griffin:draw=best" in refused and "griffin:draw=seed" in refused
 
 

@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 import dart_eval
 from dart_eval.cli import check as command
 from dart_eval.pruning.methods.griffin import Griffin
-from dart_eval.results import baseline
-from dart_eval.results.check import Limits, Thresholds, check, thresholds_from
+from dart_eval.results.check import Limits, Thresholds, check, load_baseline, thresholds_from
 from dart_eval.results.frame import cells
 from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import config_from
@@ -119,7 +118,7 @@ def test_a_baseline_file_says_what_the_folder_says(results, tmp_path, cli):
     file = tmp_path / "b.json"
     cli(results, "--baseline", file, "--update")
     for reference in (file, results):
-        report = check(cells(results), baseline.load_baseline(reference), Thresholds(), "b")
+        report = check(cells(results), load_baseline(reference), Thresholds(), "b")
         assert {(r["metric"], r["verdict"], r["changed"], r["recovery"]) for r in report.rows} == {
             ("acc", "ok", 0, 1.0), ("gold_ll", "ok", 0, 1.0), ("word_perplexity", "ok", 0, 1.0),
         }  # fmt: skip
@@ -222,7 +221,7 @@ def test_junit_reports_every_row(fallen, cli, tmp_path):
 
 
 @pytest.mark.parametrize(("args", "words"), [
-    (("--format", "xml"), "xml"), (("--update", "--all"), "--update"), (("--force",), "--update"),
+    (("--format", "xml"), "xml"), (("--update", "--all"), "--update"), 
     (("--thresholds", "none.yaml"), "none.yaml"), (("--thresholds", "/dev/zero"), "device"),
     (("--baseline", "/dev/zero"), "device"),
 ])  # fmt: skip
@@ -255,4 +254,4 @@ def test_the_yaml_of_the_documentation_is_what_it_says(tmp_path):
     assert {name for name, field in inputs.items() if field.get("required")} <= step["with"].keys() <= inputs.keys()
     assert all(f"`{name}`" in text for name in inputs)
     named = {option.replace("-", "_") for option in re.findall(r"`(?:dart-eval check )?--([a-z]+)", text)}
-    assert {"github", "junit", "force"} <= named <= inspect.signature(command.check).parameters.keys()
+    assert {"github", "junit"} <= named <= inspect.signature(command.check).parameters.keys()

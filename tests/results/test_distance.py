@@ -7,7 +7,7 @@ import pytest
 
 from dart_eval.results import frame
 from dart_eval.results.board import boards
-from dart_eval.results.compare import compare_within
+from dart_eval.results.compare import compare_rows
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.results.tables import board_tables
@@ -109,9 +109,9 @@ def test_the_board_shows_the_divergence_and_compare_tests_it(tmp_path):
     (table,) = board_tables([board])
     shown = {row[2]: row[table.columns.index("KL\nnats")] for row in table.body}
     assert shown == {"dense": "0", **{name: f"{far[name]:.3g}" for name in ("griffin", "dart")}}
-    (row,) = compare_within("method", "griffin", "dart", [folder], ["kl"]).rows
+    (row,) = compare_rows("griffin", "dart", [folder], ["kl"]).rows
     assert row["difference"] == pytest.approx(far["griffin"] - far["dart"]) and row["better"] == "A"
-    (row,) = compare_within("method", "dart", "dense", [folder], ["top1"]).rows
+    (row,) = compare_rows("dart", "dense", [folder], ["top1"]).rows
     assert row["value_b"] == 1.0 and row["better"] == "B"
-    (row,) = compare_within("method", "dense", "dart", [folder], ["top1"]).rows
+    (row,) = compare_rows("dense", "dart", [folder], ["top1"]).rows
     assert row["value_a"] == 1.0 and row["better"] == "A"

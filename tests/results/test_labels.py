@@ -9,10 +9,18 @@ import pytest
 
 from dart_eval.cli import view
 from dart_eval.models.loading import Identity
-from dart_eval.results import baseline
 from dart_eval.results.board import boards
-from dart_eval.results.check import Thresholds, bad, check, junit, table, workflow_commands
-from dart_eval.results.compare import compare_folders, compare_within
+from dart_eval.results.check import (
+    Thresholds,
+    bad,
+    check,
+    junit,
+    load_baseline,
+    table,
+    workflow_commands,
+    write_baseline,
+)
+from dart_eval.results.compare import compare_folders, compare_rows
 from dart_eval.results.frame import cells, lines_of, typed
 from dart_eval.results.inputs import labels, specs
 from dart_eval.results.report.build import build
@@ -66,7 +74,7 @@ def test_the_report_says_it_on_its_board_and_in_its_filter(out):
 
 
 def test_comparisons_say_it(out, tmp_path):
-    (row,) = compare_within("method", "griffin", "dart", [out]).rows
+    (row,) = compare_rows("griffin", UNIFORM, [out]).rows
     assert row["contrast"] == f"griffin 50 % vs {UNIFORM} 50 %"
     other = save(tmp_path / "other", of("dense"), of(UNIFORM))
     found = compare_folders(other, out)
@@ -77,18 +85,16 @@ def test_comparisons_say_it(out, tmp_path):
 
 def test_a_check_says_it_and_its_baseline_keeps_it(out, tmp_path):
     file = tmp_path / "b.json"
-    baseline.write(file, cells(out))
+    write_baseline(file, cells(out))
     assert [c.get("method") for c in json.loads(file.read_text())["cells"]].count(UNIFORM) == 1
     fallen = cells(save(tmp_path / "now", of("dense"), of("griffin"), of(UNIFORM, 0.1)))
-    report = check(fallen, baseline.load_baseline(file), Thresholds(), "b.json")
+    report = check(fallen, load_baseline(file), Thresholds(), "b.json")
     (row,) = bad(report)
     assert row["cell"] == f"{UNIFORM} 50 %"
     assert table(report).body[0][0] == f"{UNIFORM} 50 %"
     assert f'classname="{UNIFORM} 50 %"' in junit(report)
     assert f"{UNIFORM} 50 %25, arc acc" in workflow_commands(report)[0]
-    (missing,) = check(
-        fallen[:2], [c for c in baseline.load_baseline(file) if "uniform" in c.key], Thresholds(), "b"
-    ).rows
+    (missing,) = check(fallen[:2], [c for c in load_baseline(file) if "uniform" in c.key], Thresholds(), "b").rows
     assert missing["cell"] == f"{UNIFORM} 50 %"
 
 

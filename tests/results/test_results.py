@@ -317,7 +317,7 @@ def test_every_verb_that_prints_has_the_same_forms(form, tmp_path):
     out = save(tmp_path / "out", answered("arc", values, "dense", 0.0), answered("arc", values, "griffin", 0.5))
     assert command("check", out, "--baseline", tmp_path / "b.json", "--update").code == 0
     for words in (
-        ["tables", out], ["compare", out, "--method", "dense,griffin"],
+        ["tables", out], ["compare", out, "--row", "dense,griffin"],
         ["check", out, "--baseline", tmp_path / "b.json", "--all"],
     ):  # fmt: skip
         done = command(*words, "--format", form)

@@ -7,7 +7,7 @@ import pytest
 
 from dart_eval.results import inputs
 from dart_eval.results.check import FELL, Thresholds, check, junit
-from dart_eval.results.compare import compare_folders, compare_within
+from dart_eval.results.compare import compare_folders, compare_rows
 from dart_eval.results.frame import cells, counterparts
 from dart_eval.results.report.build import build
 from dart_eval.results.store import Store
@@ -35,12 +35,12 @@ def both(folder):
 
 def test_a_method_is_not_held_against_another_models_dense(tmp_path):
     out = save(tmp_path, of(OLD, "griffin", 0.9), of(NEW, "dense", 0.2, 1))
-    with pytest.raises(UserError, match="nothing in common"):
-        compare_within("method", "dense", "griffin", [out])
+    with pytest.raises(UserError, match="no cell in common"):
+        compare_rows("dense", "griffin", [out])
 
 
 def test_each_model_is_compared_with_itself_and_named(tmp_path):
-    found = compare_within("method", "dense", "griffin", [both(tmp_path)])
+    found = compare_rows("dense", "griffin", [both(tmp_path)])
     assert [r["contrast"] for r in found.rows] == [
         "dense (model=aaaa1111) vs griffin (model=aaaa1111) 50 %",
         "dense (model=cccc3333) vs griffin (model=cccc3333) 50 %",
@@ -52,25 +52,17 @@ def test_two_revisions_of_the_hub_are_two_models(tmp_path):
     out = save(
         tmp_path, *(of(None, m, 0.9, revision=r) for m in ("dense", "griffin") for r in ("f00d0000", "beef0000"))
     )
-    found = compare_within("method", "dense", "griffin", [out])
+    found = compare_rows("dense", "griffin", [out])
     assert [r["contrast"] for r in found.rows] == [
         "dense (model=beef0000) vs griffin (model=beef0000) 50 %",
         "dense (model=f00d0000) vs griffin (model=f00d0000) 50 %",
     ]
 
 
-def test_models_of_one_name_are_compared_by_the_first_digits_of_their_hash(tmp_path):
+def test_models_of_one_name_are_compared_where_both_rows_name_theirs(tmp_path):
     out = both(tmp_path)
-    found = compare_within("model", "model@aaaa", "model@cccc3333", [out])
-    assert [r["contrast"] for r in found.rows] == [
-        "dense (model=aaaa1111) vs dense (model=cccc3333)",
-        "griffin (model=aaaa1111) 50 % vs griffin (model=cccc3333) 50 %",
-    ]
-    assert [r["better"] for r in found.rows] == ["A", "A"]
-    with pytest.raises(UserError, match="model@aaaa1111, model@cccc3333"):
-        compare_within("model", "model", "model", [out])
-    with pytest.raises(UserError, match="model@bbbb"):
-        compare_within("model", "model@bbbb", "model@aaaa", [out])
+    (row,) = compare_rows("griffin (model=aaaa1111)", "griffin (model=cccc3333)", [out]).rows
+    assert row["contrast"] == "griffin (model=aaaa1111) 50 % vs griffin (model=cccc3333) 50 %" and row["better"] == "A"
 
 
 # -- two folders -----------------------------------------------------------------------------------------------------
@@ -135,13 +127,6 @@ def test_a_baseline_of_two_models_checks_each_against_itself(tmp_path):
     }  # fmt: skip
     assert all(r["verdict"] == "ok" and r["recovery"] == 1 for r in report.rows)
     assert 'classname="griffin (model=cccc3333) 50 %"' in junit(report)
-
-
-def test_quality_of_dense_is_of_the_models_own_dense(tmp_path):
-    then = cells(save(tmp_path / "then", of(OLD, "griffin", 0.9)))
-    now = cells(save(tmp_path / "now", of(OLD, "griffin", 0.9)))
-    with pytest.raises(UserError, match="--method dense"):
-        check(now, then, Thresholds(of_dense=0.5), "b.json")
 
 
 # -- tables, the report, drift --------------------------------------------------------------------------------
