@@ -91,7 +91,7 @@ def compare_rows(a: str, b: str, folders: Sequence[Path], metrics: Sequence[str]
     for text, side in zip((a, b), sides, strict=True):
         if not side:
             where = ", ".join(sorted({cell.source for cell in everything}))
-            raise UserError(f"no row {text} in {where}", nearest(text, {*names(everything).values()}))
+            raise UserError(f"no row {text} in {where}", nearest(text, {*itertools.chain(*spellings.values())}))
         said = said.intersection(*(spellings[cell.key][text] for cell in side))
     contrasts = []
     for left, right in itertools.product(*sides):
