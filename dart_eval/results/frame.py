@@ -36,10 +36,6 @@ OF_DENSE_ITSELF = {"kl": 0.0, "top1": 1.0}  # distances that a dense cell does n
 TESTED = ("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low", "high", "p", "p_holm")
 
 
-class Unpaired(UserError):
-    """Two cells have other documents or prompts."""
-
-
 @dataclass(frozen=True, eq=False)
 class Cell:
     """A finished cell, whose answers are read when they are needed.
@@ -193,8 +189,7 @@ def check_paired(a: Cell, b: Cell) -> None:
     """Refuse cells with other documents or prompts.
 
     Raises:
-        UnreadSamples: the samples of one cannot be read.
-        Unpaired: names the difference.
+        UserError: names the difference, or samples that cannot be read.
     """
     frames = [cell.answers.documents for cell in (a, b)]
     left, right = (  # by eight digits of hashes, as baselines hold them
@@ -204,7 +199,7 @@ def check_paired(a: Cell, b: Cell) -> None:
     if other := [place for place in {**left, **right} if left.get(place) != right.get(place)]:
         what = " and ".join(f"{cell.inputs['task']} ({cell.source})" for cell in (a, b))
         task, number, _ = other[0]
-        raise Unpaired(
+        raise UserError(
             f"{what} cannot be paired: {len(other)} of {max(map(len, frames))} documents differ, or their prompts (the "
             f"first: {task} {number})",
             "run both with the same data, --limit, few-shot examples, chat template and version of lm-eval",
@@ -215,8 +210,7 @@ def paired(a: Cell, b: Cell) -> list[Compared]:
     """Return every metric of a cell beside the same of another.
 
     Raises:
-        UnreadSamples: the samples of one cannot be read.
-        Unpaired: they have other documents or prompts.
+        UserError: they have other documents or prompts, or the samples of one cannot be read (UnreadSamples).
     """
     check_paired(a, b)
     rows = []
@@ -282,8 +276,9 @@ def of_tasks(
     """
     known = {str(r.inputs["task"]) for r in records}
     wanted = {name: known & {name, *aliases.get(name, ())} for name in items_of(names or ())}
-    for name in (name for name, tasks in wanted.items() if not tasks):
-        raise UserError(f"the folder has no cell of task {name!r}", nearest(name, known) or ", ".join(sorted(known)))
+    if unknown := [name for name, tasks in wanted.items() if not tasks]:
+        there = nearest(unknown[0], known) or ", ".join(sorted(known))
+        raise UserError(f"the folder has no cell of task {unknown[0]!r}", there)
     return [r for r in records if names is None or r.inputs["task"] in set().union(*wanted.values())]
 
 

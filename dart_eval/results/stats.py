@@ -183,9 +183,8 @@ def bootstrap_t(units: Values, estimate: float, resamples: int = RESAMPLES, seed
     error = math.sqrt(k / (k - 1) * float(units @ units))
     if error <= 1e-9 * abs(estimate):
         return Tested(reason="the same difference everywhere: no spread to test against")
-    t = estimate / error
     # Neither the order of the units nor which side is called A may matter, so both are settled before drawing.
-    sign = -1.0 if t < 0 else 1.0
+    t, sign = abs(estimate) / error, -1.0 if estimate < 0 else 1.0
     units = np.sort(sign * units)
     generator, rows, parts = np.random.default_rng(seed), max(1, CHUNK // k), []
     for start in range(0, resamples, rows):
@@ -194,17 +193,13 @@ def bootstrap_t(units: Values, estimate: float, resamples: int = RESAMPLES, seed
         variance = squares - total**2 / k
         variance[variance <= 1e-12 * squares] = np.nan  # no spread
         parts.append(total / np.sqrt(k / (k - 1) * variance))
-    drawn = np.sort(np.concatenate(parts))  # with t >= 0
-    degenerate = int(np.isnan(drawn).sum())  # sorted last
-    drawn = drawn[: resamples - degenerate]
-    sizes = np.sort(np.abs(drawn))
-    above = len(drawn) - int(np.searchsorted(drawn, abs(t), "left"))
-    below = int(np.searchsorted(drawn, abs(t), "right"))
-    beyond = len(drawn) - int(np.searchsorted(sizes, abs(t), "left"))
-    p, p_above, p_below = ((1 + degenerate + count) / (1 + resamples) for count in (beyond, above, below))
+    drawn = np.concatenate(parts)
+    flat = np.isnan(drawn)
+    beyond, above, below = abs(drawn) >= t, drawn >= t, drawn <= t
+    p, p_above, p_below = ((1 + int((flat | far).sum())) / (1 + resamples) for far in (beyond, above, below))
     p_above = max(p_above, p / 2)  # one tail alone is too bold on few, skewed or mostly equal documents
     p_less, p_greater = (p_below, p_above) if sign > 0 else (p_above, p_below)
-    last = math.ceil((1 - ALPHA) * (1 + resamples)) - 1
+    sizes, last = np.sort(abs(drawn[~flat])), math.ceil((1 - ALPHA) * (1 + resamples)) - 1
     if last >= len(sizes):
         return Tested(p, p_less, p_greater, reason="too few units differ")
     margin = float(sizes[last]) * error
@@ -313,29 +308,27 @@ def mean(estimates: Iterable[Estimate]) -> Estimate | None:
     return sum(found[1:], found[0]).times(1 / len(found)) if found else None
 
 
-def share(part: Estimate, denominator: Estimate, step: float = 0.0) -> Share | None:
+def share(part: Estimate, whole: Estimate, step: float = 0.0) -> Share | None:
     """Return part / whole with Fieller's interval (1954); None if the whole is not above 0 by more than noise.
 
     The interval holds the ratios r for which part - r whole does not differ from 0 by Student's t over the units. Its
     variance includes step^2, so that a few equal answers do not make an interval without width.
 
     Args:
-        part: the numerator.
-        denominator: the whole.
         step: change of the part by one answer.
     """
-    names = sorted(part.units.keys() | denominator.units.keys())
-    slopes = np.array([[side.units.get(unit, 0.0) for unit in names] for side in (part, denominator)])
-    if not above_zero(denominator) or not np.isfinite(slopes).all() or not math.isfinite(part.value):
+    names = sorted(part.units.keys() | whole.units.keys())
+    slopes = np.array([[side.units.get(unit, 0.0) for unit in names] for side in (part, whole)])
+    if not above_zero(whole) or not np.isfinite(slopes).all() or not math.isfinite(part.value):
         return None
     ((parts, both), (_, wholes)) = _squares(len(names)) * (slopes @ slopes.T)
     # The roots of a r^2 - 2 b r + c.
-    a, b = denominator.value**2 - wholes, part.value * denominator.value - both
+    a, b = whole.value**2 - wholes, part.value * whole.value - both
     c = part.value**2 - parts - _squares(len(names)) * (len(names) - 1) / len(names) * step**2
     if a <= 0:
         return None
     half = math.sqrt(max(0.0, b * b - a * c)) / a
-    return Share(part.value / denominator.value, (b / a - half, b / a + half))
+    return Share(part.value / whole.value, (b / a - half, b / a + half))
 
 
 def above_zero(estimate: Estimate) -> bool:

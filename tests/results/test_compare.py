@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from dart_eval.cli import compare as command
 from dart_eval.results import show
 from dart_eval.results.compare import compare_folders, compare_rows, table
-from dart_eval.results.frame import Unpaired
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import UserError
 from tests.helpers.records import N, answered, digest, metric_of, perplexities, right, samples, save, table_body
@@ -114,7 +113,7 @@ def test_what_cannot_be_paired_is_refused_with_the_reason(tmp_path, change, word
     if "ids" in change:
         lines[7]["doc_id"] = 1000
     b = save(tmp_path / "b", answered("arc", values, lines=lines))
-    with pytest.raises(Unpaired, match=words):
+    with pytest.raises(UserError, match=words):
         compare_folders(a, b)
 
 
