@@ -252,11 +252,7 @@ class Compared:
         return None if np.isnan(chance) else chance
 
     def estimate(self, side: Measure, above_chance: bool = True) -> Estimate:
-        """Estimate the metric of A or B, above chance if it has one; for a perplexity its logarithm, in nats.
-
-        Args:
-            above_chance: whether 0 means guessing.
-        """
+        """Estimate the metric of A or B, where 0 is guessing if `above_chance`; a perplexity by its logarithm."""
         parts = side.sums.copy()
         if above_chance:
             parts[:, 0] -= self.a.chance * parts[:, 1]

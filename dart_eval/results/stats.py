@@ -7,6 +7,7 @@ tasks, its interval and the test of two rows all follow from the same documents.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ RESAMPLES = 10_000
 SEED = 20_240_229  # any; fixed, so that two people get the same p
 MIN_CLUSTERS = 6  # 2 / 2^5 > .05: with five, no exact test could tell anything from chance
 CHUNK = 2**18  # numbers of resamples worked on at a time: they fit a processor's cache
-
 BOOTSTRAP = "bootstrap-t"
 
 
@@ -208,13 +208,10 @@ def bootstrap_t(units: Values, estimate: float, resamples: int = RESAMPLES, seed
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's (1979) adjusted p of tests taken together; None, where nothing could be tested, stays None."""
-    adjusted: list[float | None] = [None] * len(p_values)
     tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
-    highest = 0.0
-    for rank, (p, i) in enumerate(tested):
-        highest = max(highest, min(1.0, (len(tested) - rank) * p))
-        adjusted[i] = highest
-    return adjusted
+    scaled = [min(1.0, (len(tested) - rank) * p) for rank, (p, _) in enumerate(tested)]
+    adjusted = {i: p for (_, i), p in zip(tested, itertools.accumulate(scaled, max), strict=True)}
+    return [adjusted.get(i) for i in range(len(p_values))]
 
 
 Interval = tuple[float, float]
@@ -304,8 +301,8 @@ class Share(NamedTuple):
 
 def mean(estimates: Iterable[Estimate]) -> Estimate | None:
     """Return the unweighted mean; None without estimates."""
-    found = list(estimates)
-    return sum(found[1:], found[0]).times(1 / len(found)) if found else None
+    terms = list(estimates)
+    return sum(terms[1:], terms[0]).times(1 / len(terms)) if terms else None
 
 
 def share(part: Estimate, whole: Estimate, step: float = 0.0) -> Share | None:
