@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.view import console, say
+from dart_eval.cli.view import console, put
 from dart_eval.results.store import Store
-from dart_eval.util.files import check_own, check_target, is_stream, write
+from dart_eval.util.files import check_own, check_target
 
 # In the head of every page, older ones too.
 OWN = re.compile(rb'<meta name="generator" content="dart-eval">|<link rel="icon" href="data:,">')
@@ -44,9 +44,6 @@ def report(
 
     with console(stderr=True).status("comparing answers with dense's"):
         page = build(Store(folder), title, samples)
-    write(path, page, "choose another --output")
-    if is_stream(path):
-        return
-    say(f"wrote {path} ({len(page.encode()) / 1e6:.1f} MB)")
+    put(page, path)
     if browse:
         webbrowser.open(path.absolute().as_uri())

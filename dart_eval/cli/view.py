@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import shutil
 import sys
@@ -84,7 +85,7 @@ class TerminalView:
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
-        text = printable(event.text)
+        text, cell = printable(event.text), event.cell
         if event.kind == "wait":
             if not self._step:
                 self._spoke = time.monotonic()
@@ -94,23 +95,20 @@ class TerminalView:
             elif self.live:
                 self._bar = self.progress.add_task(text, total=None)
             return
-        if event.kind == "note":
-            self._say((text, "yellow"))
-            return
-        if event.kind != "answered" or self.live:
+        if event.kind not in ("note", "answered") or (event.kind == "answered" and self.live):
             self._end_step()
-        if event.kind == "about":
-            self._say(text)
+        if event.kind in ("note", "about"):
+            self._say((text, "yellow" if event.kind == "note" else ""))
         elif event.kind == "planned":
             if event.n:
                 self._say(f"{event.n} of {event.of} cells are finished already")
             self._over = event.n
             self._all = self.progress.add_task("all cells", total=event.of, completed=event.n)
-        elif event.cell is not None:
-            self._show_cell(event, event.cell, text)
+        elif cell is not None:
+            self._show_cell(event, cell, self._cells.get(cell.key))
 
-    def _show_cell(self, event: Event, cell: Cell, text: str) -> None:
-        title, bar = printable(cell.title), self._cells.get(cell.key)
+    def _show_cell(self, event: Event, cell: Cell, bar: progress.TaskID | None) -> None:
+        title = printable(cell.title)
         if event.kind == "started" and bar is None:
             room = max(20, self.console.width - BESIDE)
             short = title if len(title) <= room else f"{title[: room - 1]}…"
@@ -124,10 +122,10 @@ class TerminalView:
             if event.record is not None:
                 self._say(("done", "green"), f" {title:<34} {printable(_numbers(event.record))}")
             else:
-                self._say(("failed", "red"), f" {title:<32} {text} (traceback: {event.where})")
+                self._say(("failed", "red"), f" {title:<32} {printable(event.text)} (traceback: {event.where})")
             self.progress.advance(self._all)
             self._over += 1
-            if (bar := self._cells.pop(cell.key, None)) is not None:
+            if self._cells.pop(cell.key, None) is not None and bar is not None:
                 self.progress.remove_task(bar)
 
     def _how_far(self, bar: progress.TaskID) -> str:
@@ -205,9 +203,8 @@ def put(data: str | bytes, path: Path | None = None) -> None:
     if path is None:
         sys.stdout.write(printable(str(data), lines=True))
         return
-    stream = files.is_stream(path)
     files.write(path, data)
-    if not stream:
+    if not files.is_stream(path):
         say(f"wrote {path}")
 
 
@@ -237,6 +234,4 @@ def output(
         put(render(tables, "md" if format in (None, "table") else format), path)
 
 
-def print_note(text: str) -> None:
-    """Print something that a person should know, apart from the results."""
-    say(text, err=True)
+print_note = functools.partial(say, err=True)  # what a person should know, apart from the results

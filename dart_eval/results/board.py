@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import mean
@@ -137,10 +137,21 @@ def boards(store: Store, records: Sequence[Record], metric: str | None = None) -
     same_name = len({r.inputs["model"]["name"] for r in current}) < len(by_model)
     notes = [f"Left out: {older} older run{'s' * (older > 1)} of cells. The last run of each counts."] if older else []
     measured = speeds.load_speeds(store.folder)
-    return [
-        _board(store, model if same_name else own[0].inputs["model"]["name"], own, measured, notes, metric)
-        for model, own in sorted(by_model.items())
-    ]
+    made = []
+    for model, of_model in sorted(by_model.items()):
+        name = model if same_name else of_model[0].inputs["model"]["name"]
+        compared, problems = beside_dense(with_distances([cell_of(store, r) for r in of_model], texts=False))
+        rows = _rows(of_model, compared, measured, metric)
+        scopes = {row.scope for row in rows if row.scope}
+        usual = next(iter(scopes)) if len(scopes) == 1 else DEFAULT_SCOPE
+        blocks = [
+            _block(rows, scope, *part)
+            for scope in sorted(scopes or {DEFAULT_SCOPE}, key=lambda s: (s != usual, s))
+            for part in _split([r for r in rows if (r.scope or usual) == scope and r.kind != CONTROL] or rows, metric)
+        ]
+        remarks = [*notes, *_remarks(of_model), *problems, *speeds.unlike(row.speed for row in rows)]
+        made.append(Board(name, _about(of_model), tuple(blocks), tuple(rows), tuple(remarks)))
+    return made
 
 
 def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
@@ -153,27 +164,16 @@ def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
     return [r for r in records if r.key in keys], len(records) - len(keys)
 
 
-def _board(
-    store: Store, model: str, records: Sequence[Record], measured: Sequence[Speed], notes: Sequence[str],
-    metric: str | None,
-) -> Board:  # fmt: skip
-    compared, problems = beside_dense(with_distances([cell_of(store, r) for r in records], texts=False))
-    rows = _rows(records, compared, measured, metric)
-    scopes = {row.scope for row in rows if row.scope}
-    usual = next(iter(scopes)) if len(scopes) == 1 else DEFAULT_SCOPE
-    blocks = [
-        _block(rows, scope, *part)
-        for scope in sorted(scopes or {DEFAULT_SCOPE}, key=lambda s: (s != usual, s))
-        for part in _split([r for r in rows if (r.scope or usual) == scope and r.kind != CONTROL] or rows, metric)
+def _remarks(records: Sequence[Record]) -> list[str]:
+    """Return sentences on the seeds of means, and on versions of the code."""
+    codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code")).most_common()
+    means = [seeds for seeds in _by_seed(records) if len(seeds) > 1]
+    seeds = sorted({int(r.inputs.get("seed") or 0) for of_mean in means for r in of_mean})
+    each = ", ".join(f"{count} of {code}" for code, count in codes)
+    return [
+        *([f"Rows are means over the seeds {', '.join(map(str, seeds))}, as far as they ran."] if seeds else []),
+        *([f"The cells come from {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []),
     ]
-    codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
-    each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
-    versions = [f"The cells come from {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
-    several = [seeds for row in rows for seeds in _by_seed(row.records) if len(seeds) > 1]
-    drawn = sorted({int(r.inputs.get("seed") or 0) for seeds in several for r in seeds})
-    means = [f"Rows are means over the seeds {', '.join(map(str, drawn))}, as far as they ran."] if drawn else []
-    remarks = (*notes, *means, *versions, *problems, *speeds.unlike(row.speed for row in rows))
-    return Board(model, _about(records), tuple(blocks), tuple(rows), remarks)
 
 
 def _about(records: Sequence[Record]) -> str:
@@ -192,6 +192,10 @@ def _rows(
     records: Sequence[Record], compared: Mapping[str, Sequence[Compared]], measured: Sequence[Speed], metric: str | None
 ) -> list[Row]:
     """Return the rows without their quality."""
+
+    def scope(record: Record) -> str | None:
+        return str(record.inputs["scope"]) if matters("scope", record.inputs) else None
+
     cells = _by_seed(sorted(records, key=lambda r: int(r.inputs.get("seed") or 0)))
     firsts = [seeds[0] for seeds in cells]
     if any(len(seeds) > 1 for seeds in cells):  # then none is labelled by the seed of one cell
@@ -199,9 +203,31 @@ def _rows(
     names = labels(firsts)
     groups = grouped(
         sorted(zip(firsts, cells, strict=True), key=lambda pair: str(pair[0].inputs["task"])),
-        lambda pair: (names[pair[0].key], pair[0].inputs["sparsity"], _scope(pair[0])),
+        lambda pair: (names[pair[0].key], pair[0].inputs["sparsity"], scope(pair[0])),
     )
-    return [_row(label, of_row, compared, measured, metric) for (label, *_), of_row in groups.items()]
+    rows = []
+    for (label, *_), of_row in groups.items():
+        first = of_row[0][0]
+        last_bits = first.settings.get("granularity") == LAST_BITS
+        kind = UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
+        if first.inputs["method"] == DENSE or last_bits:
+            kind = ROUNDING if first.inputs.get("ffn_bits") or last_bits else CONTROL
+        values, asked = {}, {}
+        for cell, seeds in of_row:
+            for m in main_metrics(cell, metric):
+                same = [o for r in seeds for o in r.metrics if (o.task, o.label) == (m.task, m.label)]
+                errors = [o.stderr for o in same if o.stderr is not None]
+                values[m.task] = replace(m, value=mean(o.value for o in same), stderr=mean(errors) if errors else None)
+                asked[m.task] = question(cell.inputs, [*inputs.UNLIKE_DENSE, "seed"])
+        rows.append(Row(
+            label=label, name=label, sparsity=float(first.inputs["sparsity"]), kind=kind,
+            read=mean(mean(r.weights_read for r in seeds) for _, seeds in of_row), scope=scope(first),
+            values=values, asked=asked, records=[r for _, seeds in of_row for r in seeds],
+            compared=[one for _, seeds in of_row for one in _mean_compared([compared.get(r.key, ()) for r in seeds])],
+            overhead=mean(mean(r.flops.get("overhead_share", 0.0) for r in seeds) for _, seeds in of_row),
+            speed=speeds.of_cell(measured, first.inputs),
+        ))  # fmt: skip
+    return rows
 
 
 def _by_seed(records: Sequence[Record]) -> list[list[Record]]:
@@ -214,37 +240,6 @@ def _by_seed(records: Sequence[Record]) -> list[list[Record]]:
         return f"{identity({**own, 'seed': None, 'params': params})} {json.dumps(how)}"
 
     return [*grouped(records, rest).values()]
-
-
-def _scope(record: Record) -> str | None:
-    return str(record.inputs["scope"]) if matters("scope", record.inputs) else None
-
-
-def _row(
-    label: str, cells: Sequence[tuple[Record, Sequence[Record]]], compared: Mapping[str, Sequence[Compared]],
-    measured: Sequence[Speed], metric: str | None,
-) -> Row:  # fmt: skip
-    """Return a row of cells, each of several seeds."""
-    first = cells[0][0]
-    last_bits = first.settings.get("granularity") == LAST_BITS
-    kind = UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
-    if first.inputs["method"] == DENSE or last_bits:
-        kind = ROUNDING if first.inputs.get("ffn_bits") or last_bits else CONTROL
-    values, asked = {}, {}
-    for cell, seeds in cells:
-        for m in main_metrics(cell, metric):
-            same = [o for r in seeds for o in r.metrics if (o.task, o.label) == (m.task, m.label)]
-            errors = [o.stderr for o in same if o.stderr is not None]
-            values[m.task] = replace(m, value=mean(o.value for o in same), stderr=mean(errors) if errors else None)
-            asked[m.task] = question(cell.inputs, [*inputs.UNLIKE_DENSE, "seed"])
-    return Row(
-        label=label, name=label, sparsity=float(first.inputs["sparsity"]), kind=kind,
-        read=mean(mean(r.weights_read for r in seeds) for _, seeds in cells), scope=_scope(first),
-        values=values, asked=asked, records=[r for _, seeds in cells for r in seeds],
-        compared=[one for _, seeds in cells for one in _mean_compared([compared.get(r.key, ()) for r in seeds])],
-        overhead=mean(mean(r.flops.get("overhead_share", 0.0) for r in seeds) for _, seeds in cells),
-        speed=speeds.of_cell(measured, first.inputs),
-    )  # fmt: skip
 
 
 def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
@@ -260,11 +255,7 @@ def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
 
 
 def _mean_compared(cells: Sequence[Sequence[Compared]]) -> list[Compared]:
-    """Return the metrics of cells beside dense, with each document's mean over the cells.
-
-    Args:
-        cells: rows of each seed; a metric that one of them lacks, or has of other documents, is left out.
-    """
+    """Return the metrics of seeds beside dense, averaged by document, without those that one seed has otherwise."""
     if len(cells) == 1:
         return [*cells[0]]
     means = []
@@ -289,7 +280,12 @@ def _split(rows: Sequence[Row], wanted: str | None) -> list[tuple[Tasks, list[Ro
     one metric that most rows have, counted in rows x tasks; a row that lacks one of them goes to a later block. For
     every further metric it has the tasks that all of its rows with that metric share.
     """
-    rest = [(row, _tasks_of(row)) for row in rows]
+    rest: list[
+        tuple[Row, dict[str, frozenset[tuple[str, str]]]]
+    ] = []  # with metric -> its tasks, and how they were asked
+    for row in rows:
+        by_metric = grouped(row.values.items(), lambda item: item[1].metric)
+        rest.append((row, {m: frozenset((task, row.asked[task]) for task, _ in own) for m, own in by_metric.items()}))
     blocks: list[tuple[Tasks, list[Row]]] = []
     while rest:
         first = min((m for _, own in rest for m in own), key=lambda m: (m != wanted, metrics.order(m)), default="")
@@ -305,12 +301,6 @@ def _split(rows: Sequence[Row], wanted: str | None) -> list[tuple[Tasks, list[Ro
         blocks.append((tasks, [row for row, _ in inside]))
         rest = [pair for pair in rest if pair not in inside]
     return blocks
-
-
-def _tasks_of(row: Row) -> dict[str, frozenset[tuple[str, str]]]:
-    """Return metric -> the tasks whose main metric it is in the row, and how they were asked."""
-    by_metric = grouped(row.values.items(), lambda item: item[1].metric)
-    return {metric: frozenset((task, row.asked[task]) for task, _ in items) for metric, items in by_metric.items()}
 
 
 def _block(rows: Sequence[Row], scope: str, tasks: Tasks, own: Sequence[Row]) -> Block:
@@ -347,13 +337,21 @@ def _block(rows: Sequence[Row], scope: str, tasks: Tasks, own: Sequence[Row]) ->
         if one.chance and len(one.sides[1].units) >= stats.MIN_CLUSTERS and not above_zero(one.sides[1])
     ]  # fmt: skip
     levels = _levels(inside, first)
-    if levels and levels[0][0].kind == CONTROL:
-        levels[0] += _guessing(choice)
+    quality = {}  # of an answerer that guesses
+    for metric, of_metric in choice.items():
+        chances = [one.chance for one in of_metric if one.chance is not None]
+        if len(chances) == len(of_metric) and any(chances):
+            quality[metric] = Quality(mean(chances), None, None, NOTHING)
+    if quality and levels and levels[0][0].kind == CONTROL:
+        levels[0].append(Row(GUESSING, GUESSING, 0.0, 1.0, GUESSING, quality=quality))
     return Block(tasks, scope, tuple(map(tuple, levels)), tuple(sorted(at_chance)))
 
 
 def _qualities(row: Row, tasks: Tasks) -> dict[str, Quality]:
-    """Return the quality of a row on the tasks of its block, without metrics of which it lacks a task."""
+    """Return the quality of a row on the tasks of its block, without metrics of which it lacks a task.
+
+    The share is one ratio of sums over tasks: a mean of noisy ratios is biased up.
+    """
     beside = {one.a.name: one for one in row.compared}
     qualities = {}
     for metric, names in tasks.items():
@@ -364,19 +362,18 @@ def _qualities(row: Row, tasks: Tasks) -> dict[str, Quality]:
         stderr = sum(e * e for e in errors) ** 0.5 / len(own) if len(errors) == len(own) else None
         compared = [beside[m.task, m.label] for m in own if (m.task, m.label) in beside]
         better = stats.mean(one.lost.times(-1) for one in compared) if len(compared) == len(own) else None
-        part = None if better is None else _share(compared)
+        known = [one for one in compared if one.kind not in ("log-perplexity", "bits")]
+        part = None
+        if (
+            better is not None
+            and known
+            and all(one.chance is not None and one.metric.higher_is_better for one in known)
+        ):
+            parts, wholes = (stats.mean(sides) for sides in zip(*(one.sides for one in known), strict=True))
+            step = max(one.step for one in known) / len(known)
+            part = None if parts is None or wholes is None else share(parts, wholes, step)
         qualities[metric] = Quality(mean(m.value for m in own), stderr, better, part)
     return qualities
-
-
-def _share(rows: Iterable[Compared]) -> Share | None:
-    """Return quality above chance / dense's, as one ratio of sums over tasks (a mean of noisy ratios is biased up)."""
-    known = [one for one in rows if one.kind not in ("log-perplexity", "bits")]
-    if not known or any(one.chance is None or not one.metric.higher_is_better for one in known):
-        return None
-    parts, wholes = (stats.mean(sides) for sides in zip(*(one.sides for one in known), strict=True))
-    step = max(one.step for one in known) / len(known)
-    return None if parts is None or wholes is None else share(parts, wholes, step)
 
 
 def _means(rows: Sequence[Row], name: str, tasks: Sequence[str]) -> list[Estimate | None]:
@@ -397,20 +394,6 @@ def _means(rows: Sequence[Row], name: str, tasks: Sequence[str]) -> list[Estimat
     return [stats.mean(by_task.values()) if by_task.keys() == known else None for by_task in own]
 
 
-def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[Row]:
-    """Return the row of an answerer that guesses; none without choice tasks.
-
-    Args:
-        choice: accuracy -> a row of each of its tasks.
-    """
-    quality = {}
-    for metric, rows in choice.items():
-        chances = [one.chance for one in rows if one.chance is not None]
-        if len(chances) == len(rows) and any(chances):
-            quality[metric] = Quality(mean(chances), None, None, NOTHING)
-    return [Row(GUESSING, GUESSING, 0.0, 1.0, GUESSING, quality=quality)] if quality else []
-
-
 def place(row: Row, first: str) -> tuple[bool, float]:
     """Return the sort key of a level's rows: the best first, those without the first metric last."""
     quality = row.quality.get(first)
@@ -425,7 +408,8 @@ def place(row: Row, first: str) -> tuple[bool, float]:
 def _levels(rows: Sequence[Row], first: str) -> list[list[Row]]:
     """Return rows in levels of equal read, the highest first; inside a level by quality, upper bounds first.
 
-    The most frequent read absorbs the rows around it, then the most frequent read of the others, and so on.
+    The most frequent read absorbs the rows around it, then the most frequent read of the others, and so on. A name has
+    the sparsity if that does not follow from the level.
     """
     rest = [row for row in rows if row.kind != CONTROL]
     levels = [level for level in [[row for row in rows if row.kind == CONTROL]] if level]
@@ -434,19 +418,13 @@ def _levels(rows: Sequence[Row], first: str) -> list[list[Row]]:
         anchor = max(counts, key=lambda read: (counts[read], read))
         levels.append([row for row in rest if round(abs(row.read - anchor), 4) <= WIDTH_OF_LEVEL])
         rest = [row for row in rest if row not in levels[-1]]
-    order = {CONTROL: 0, UPPER_BOUND: 1}
-    ordered = [
-        sorted(_named(level), key=lambda r: (order.get(r.kind, 2), *place(r, first), r.label)) for level in levels
-    ]
-    return sorted(ordered, key=lambda level: (level[0].kind != CONTROL, -max(r.read for r in level)))
-
-
-def _named(rows: Sequence[Row]) -> list[Row]:
-    """Name the rows of a level, with their sparsity if it does not follow from the level."""
-    several = len({row.sparsity for row in rows if row.kind in (PRUNED, UPPER_BOUND)}) > 1
-
-    def name(row: Row) -> str:
-        named = row.sparsity > 0 and (several or abs(1 - row.read - row.sparsity) >= WIDTH_OF_LEVEL)
-        return f"{row.label} {sparsity(row.sparsity)}" if named else row.label
-
-    return [replace(row, name=name(row)) for row in rows]
+    order, ordered = {CONTROL: 0, UPPER_BOUND: 1}, []
+    for level in levels:
+        several = len({row.sparsity for row in level if row.kind in (PRUNED, UPPER_BOUND)}) > 1
+        named = [
+            replace(row, name=f"{row.label} {sparsity(row.sparsity)}")
+            if row.sparsity > 0 and (several or abs(1 - row.read - row.sparsity) >= WIDTH_OF_LEVEL) else row
+            for row in level
+        ]  # fmt: skip
+        ordered.append(sorted(named, key=lambda row: (order.get(row.kind, 2), *place(row, first), row.label)))
+    return sorted(ordered, key=lambda level: (level[0].kind != CONTROL, -max(row.read for row in level)))

@@ -90,20 +90,12 @@ def multiple(value: float, *ends: float) -> str:
     return f"{texts[0]}x" + (f" [{', '.join(texts[1:])}]" if ends else "")
 
 
-def count(value: float) -> str:
-    """A large count: `4.20 M`."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+def size(value: float, unit: str = "B") -> str:
+    """A count or bytes as `9.7 MB`, `180 kB`: two digits, or all before the point."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
-            return f"{value / limit:.2f} {unit}"
-    return f"{value:.0f}"
-
-
-def size(value: float) -> str:
-    """Bytes as `9.7 MB`, `180 kB`: two digits, or all before the point."""
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= limit:
-            return f"{value / limit:.{1 if value < 10 * limit else 0}f} {unit}"
-    return f"{value:.0f} B"
+            return f"{value / limit:.{1 if value < 10 * limit else 0}f} {prefix}{unit}"
+    return f"{value:.0f} {unit}".rstrip()
 
 
 def small_share(value: float) -> str:

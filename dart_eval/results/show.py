@@ -49,11 +49,10 @@ class Table:
         return [all(not row[j] or row[j][0] in "-+.0123456789<" for row in self.body) for j in range(len(self.columns))]
 
     def without(self, head: str) -> Table:
-        """Return the table without a column."""
+        """Return the table without a column, none of which is bold."""
         j = self.columns.index(head)
-        bold = frozenset((i, k - (k > j)) for i, k in self.bold if k != j)
-        body = [[*row[:j], *row[j + 1 :]] for row in self.body]
-        return replace(self, columns=[*self.columns[:j], *self.columns[j + 1 :]], body=body, bold=bold)
+        columns, *body = ([*row[:j], *row[j + 1 :]] for row in (self.columns, *self.body))
+        return replace(self, columns=columns, body=body)
 
     def fitted(self, width: int) -> tuple[Table, list[str]]:
         """Return a table that fits into a width, if possible, and the heads of the columns that left it.
@@ -61,36 +60,33 @@ class Table:
         Columns leave from the right: first the spare ones, then the ends of intervals, then others. Those that
         identify a line stay, and names go over several lines.
         """
-        table, out, over = self, list[str](), self._over(width)
+        texts = {head: [row[j] for row in self.body] for j, head in enumerate(self.columns)}
         leaving = [head for head in reversed(self.columns) if head not in LINE]
+        out: list[str] = []
+
+        def over() -> int:
+            lines = ([line for text in (head, *texts[head]) for line in text.split("\n")] for head in texts)
+            return sum(2 + max(map(cell_len, column)) for column in lines) - width
 
         def drop(heads: Sequence[str]) -> None:
-            nonlocal table
             for head in heads:
-                if table._over(width) > 0:
-                    table = table.without(head)
+                if over() > 0:
+                    del texts[head]
                     out.append(" ".join(head.split()))
 
         drop(leaving[: self.spare])
-        if table._over(width) > 0:
-            numbers = table.numbers
-            body = [[re.sub(r" \[.*\]", "", text) if numbers[j] else text for j, text in enumerate(row)]
-                    for row in table.body]  # fmt: skip
-            table = replace(table, body=body)
-        for j, head in enumerate(table.columns):
-            if head in NAMES and (over := table._over(width)) > 0:
-                most = max(SHORTEST, max(cell_len(row[j]) for row in table.body) - over)
-                body = [[*row[:j], "\n".join(folded(row[j], most)), *row[j + 1 :]] for row in table.body]
-                table = replace(table, body=body)
+        if over() > 0:
+            for head in [head for head, number in zip(self.columns, self.numbers, strict=True) if number]:
+                if any(" [" in text for text in texts.get(head, ())):
+                    texts[head] = [re.sub(r" \[.*\]", "", text) for text in texts[head]]
+                    out.append("ends of intervals")
+        for head in texts:
+            if head in NAMES and (more := over()) > 0:
+                most = max(SHORTEST, max(map(cell_len, texts[head])) - more)
+                texts[head] = ["\n".join(folded(text, most)) for text in texts[head]]
         drop(leaving[self.spare : -1])
-        return table, out
-
-    def _over(self, width: int) -> int:
-        """Return the characters by which its lines, of the widest text of each column and a gap, are too long."""
-        columns = zip(self.columns, *self.body, strict=True)
-        return (
-            sum(2 + max(cell_len(line) for text in column for line in text.split("\n")) for column in columns) - width
-        )
+        bold = frozenset((i, [*texts].index(head)) for i, j in self.bold if (head := self.columns[j]) in texts)
+        return replace(self, columns=[*texts], body=[*map(list, zip(*texts.values(), strict=True))], bold=bold), out
 
 
 def table(
@@ -184,15 +180,15 @@ def escaped(text: str) -> str:
 
 def markdown(table: Table) -> str:
     """Return a table as GitHub's Markdown; text that would break the table is escaped."""
-    body = [[f"**{escaped(c)}**" if (i, j) in table.bold else escaped(c) for j, c in enumerate(row)]
-            for i, row in enumerate(table.body)]  # fmt: skip
-    rows = [[escaped(head) for head in table.columns], *body]
+    rows = [[*map(escaped, table.columns)]]
+    for i, row in enumerate(table.body):
+        rows.append([f"**{escaped(c)}**" if (i, j) in table.bold else escaped(c) for j, c in enumerate(row)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    head, *rest = ("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    lines = [head, rule, *rest, ""] if table.body else []
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     note = printable(" ".join(table.notes))
-    return "\n".join([f"### {printable(table.title)}", "", *lines, *([note, ""] if note else [])])
+    parts = [f"### {printable(table.title)}", "", *([*lines, ""] if table.body else []), *([note, ""] if note else [])]
+    return "\n".join(parts)
 
 
 _TEX = str.maketrans({
@@ -209,17 +205,14 @@ def latex(table: Table) -> str:
         plain = printable(text).translate(_TEX).replace("--", "-{}-")  # no dash: options are quoted here
         return rf"\textbf{{{plain}}}" if bold else plain
 
-    lines = []
+    lines, note = [], cell(" ".join(table.notes))
     for i, row in enumerate(table.body):
-        lines += [r"\midrule"] if i in table.rules else []
-        lines.append(" & ".join(cell(c, (i, j) in table.bold) for j, c in enumerate(row)) + r" \\")
-    sides, note = "".join("r" if number else "l" for number in table.numbers), cell(" ".join(table.notes))
-    parts = [
+        rule = r"\midrule" + "\n" if i in table.rules else ""
+        lines.append(rule + " & ".join(cell(c, (i, j) in table.bold) for j, c in enumerate(row)) + r" \\")
+    return "\n".join([
         r"\begin{table}", r"\centering", rf"\caption{{{cell(table.title)}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{sides}}}", r"\toprule",
+        rf"\begin{{tabular}}{{{''.join('r' if number else 'l' for number in table.numbers)}}}", r"\toprule",
         " & ".join(map(cell, table.columns)) + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}}",
-        *([rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {note}}}"] if note else []),
-        r"\end{table}", "",
-    ]  # fmt: skip
-    return "\n".join(parts)
+        *([rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {note}}}"] if note else []), r"\end{table}", "",
+    ])  # fmt: skip

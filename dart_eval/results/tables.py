@@ -143,9 +143,8 @@ def sentence(block: Block, verdict: Verdict) -> str:
     quality = quality_of(block)
 
     def amounts(row: Row) -> str:
-        return ", ".join(
-            f"{column.name.removesuffix(' x dense')} {column.text(row)}" for column in quality[1:] or quality
-        )
+        texts = (f"{column.name.removesuffix(' x dense')} {column.text(row)}" for column in quality[1:] or quality)
+        return ", ".join(texts)
 
     def names(rows: Sequence[Row]) -> str:
         more = f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
@@ -232,25 +231,23 @@ QUALITY: Columns = {
     "n": ("n", str), "effective": ("effective_sparsity", form.THREE), "masked out": ("mask_sparsity", form.THREE),
     "read": ("weights_read", form.THREE), "scope": ("scope", str),
 }  # fmt: skip
+NO_NUMBER_NOTE = f"{form.NO_NUMBER}: answers were NaN or infinite; run the cell again in another dtype."
 QUALITY_NOTE = (
-    "Value ± standard error. sparsity: target share of FFN weight bytes that a token does not read. effective: share "
-    "that all scored or generated tokens did not read, dense ones included. masked out: share of neurons outside the "
-    "mask. read: share of FFN weight bytes that a pruned token reads."
+    "Value ± standard error. effective: sparsity over all tokens, dense ones included. masked out: share of neurons "
+    "outside the mask. read: share of FFN weight bytes that a pruned token reads."
 )
+COUNT = partial(form.size, unit="")
 COSTS: Columns = {
     "read": ("weights_read", form.THREE), "context": ("flops_context_tokens", partial(form.number, digits=0)),
-    "prefill": ("prefill", form.count), "decode": ("decode", form.count), "/ dense": ("ratio", form.THREE),
+    "prefill": ("prefill", COUNT), "decode": ("decode", COUNT), "/ dense": ("ratio", form.THREE),
     "re-masks": ("remasks", str), "weights": ("memory_weights", form.size), "memory": ("memory_beside", form.size),
     "state": ("memory_state", form.size), "peak": ("memory_peak", form.size),
     "seconds": ("seconds", partial(form.number, digits=1)), "tokens/s": ("speed", partial(form.number, digits=1)),
 }  # fmt: skip
 COSTS_NOTE = (
-    "read: share of FFN weight bytes that a pruned token reads. FLOPs are counted from shapes (a multiply-add is two) "
-    "at the mean context length of the cell, with all that the method adds, re-masks included. decode: FLOPs of a "
-    "decoded token; / dense: over those of a dense one. Runs multiply by masks, so these FLOPs count a model that "
-    "skips the pruned neurons; they are not time saved. weights: bytes of the model. memory: bytes beside it while one "
-    "sequence decodes. state: what each further sequence adds. peak: largest memory of the process (CPU) or of the GPU "
-    "during the cell. seconds: of the whole cell. tokens/s: its scored or generated tokens / seconds."
+    "FLOPs are counted from shapes, at the cell's mean context and with all that the method adds, as if the pruned "
+    "neurons were skipped: they are not time saved. decode: of a token. memory: beside the model's weights while one "
+    "sequence decodes; state: of each further one. peak: of the process or GPU. seconds: of the whole cell."
 )
 
 
@@ -261,28 +258,24 @@ def quality(lines: pd.DataFrame, records: Sequence[Record]) -> list[Table]:
         lines: a row per cell and metric (`frame.lines`).
         records: of the same cells.
     """
-    if lines.empty:
-        return []
-    texts = [form.with_error(*m) for m in zip(lines["metric"], lines["value"], lines["stderr"], strict=True)]
-    groups = [metrics.kind_of(label).group for label in lines["metric"]]
-    data = lines.assign(text=pd.Series(texts, lines.index, dtype=object), group=groups)
-    return [_quality(group, data[data["group"] == group], records) for group in metrics.GROUPS if group in groups]
-
-
-def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table:
-    line = ["task", "key"]
-    texts = data.pivot_table("text", line, "metric", aggfunc="last").add_prefix("text ")
-    rows = in_order(data.drop_duplicates(line).join(texts, on=line))
-    shown = sorted(data["metric"].unique(), key=metrics.order)
-    taken = {*_place(rows), *QUALITY}
-    values: Columns = {f"{name} (metric)" if name in taken else name: (f"text {name}", str) for name in shown}
-    columns = {**_place(rows), **values, **QUALITY}
-    notes = [f"Model {rows['model'].iloc[0]}."] if rows["model"].nunique() == 1 else []
-    if (data["text"] == form.NO_NUMBER).any():
-        notes.append(f"{form.NO_NUMBER}: answers were NaN or infinite; run the cell again in another dtype.")
-    own = [r for r in records if r.key in set(rows["key"])]
-    notes += [QUALITY_NOTE, *upper_bounds(own), *about(own), *cut_prompts(own)]
-    return show.table(group, rows, columns, notes, QUALITY)
+    tables, line = [], ["task", "key"]
+    for group in metrics.GROUPS:
+        data = lines[[metrics.kind_of(metric).group == group for metric in lines.get("metric", ())]]
+        if data.empty:
+            continue
+        shown = zip(data["metric"], data["value"], data["stderr"], strict=True)
+        data = data.assign(text=[form.with_error(*one) for one in shown])
+        texts = data.pivot_table("text", line, "metric", aggfunc="last").add_prefix("text ")
+        rows = in_order(data.drop_duplicates(line).join(texts, on=line))
+        names = sorted(data["metric"].unique(), key=metrics.order)
+        taken = {*_place(rows), *QUALITY}
+        values: Columns = {f"{name} (metric)" if name in taken else name: (f"text {name}", str) for name in names}
+        model = [f"Model {rows['model'].iloc[0]}."] if rows["model"].nunique() == 1 else []
+        own = [r for r in records if r.key in set(rows["key"])]
+        broken = [NO_NUMBER_NOTE] if (data["text"] == form.NO_NUMBER).any() else []
+        notes = [*model, *broken, QUALITY_NOTE, *upper_bounds(own), *about(own), *cut_prompts(own)]
+        tables.append(show.table(group, rows, {**_place(rows), **values, **QUALITY}, notes, QUALITY))
+    return tables
 
 
 def costs(records: Sequence[Record]) -> Table:

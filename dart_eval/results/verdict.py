@@ -1,12 +1,8 @@
-"""Which row of a level is best, as far as the paired tests allow.
+"""Which row of a level is best, as far as the paired tests allow (docs/numbers.md).
 
-Rows are compared in the block's first metric, in perplexities, and in the log-likelihood of right answers, which
-separates rows with fewer documents than an accuracy. One row is ahead of another in a metric if it leads by more than
-`MATTERS`, and by so much that noise does not explain it. A row is behind another one if that is ahead in some metric,
-and the row in none. The leader is the first row by the first metric that is not behind another. Rows that are neither
-behind nor ahead are tied with it; of them the cheapest is named.
-
-The leader was chosen by the tested values, so each p counts for all pairs that could have been chosen.
+A row is ahead of another in a metric if it leads by more than `MATTERS`, and by so much that noise does not explain it;
+it is behind if the other one is ahead in some metric, and it in none. The leader is the first row by the first metric
+that is not behind another. It was chosen by the tested values, so each p counts for all pairs that could have been.
 """
 
 from __future__ import annotations
@@ -14,31 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from dart_eval.results import metrics, stats
 from dart_eval.results.board import PRUNED, ROUNDING, WIDTH_OF_LEVEL, Block, Row, place
 from dart_eval.results.stats import Estimate
 
 MATTERS = 0.005  # half a point of an accuracy, .005 nats a word or an answer: a smaller lead is no reason to pay more
-LIKELIHOOD = "log-likelihood"  # of right answers
 AHEAD, BEHIND, TIED, SPLIT, UNTESTED = "ahead", "behind", "tied", "split", "untested"
 
 
-@dataclass(frozen=True, eq=False)
-class Stand:
-    """A row beside the leader."""
+class Stand(NamedTuple):
+    """A row, and where it stands beside the leader: one of the words above."""
 
     row: Row
-    better: Sequence[str] = ()  # metrics in which the leader is ahead
-    worse: Sequence[str] = ()  # metrics in which the row is ahead
-    tested: bool = False
-
-    @property
-    def word(self) -> str:
-        """Where the row stands."""
-        if self.worse:
-            return SPLIT if self.better else AHEAD
-        return BEHIND if self.better else TIED if self.tested else UNTESTED
+    word: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,15 +98,15 @@ def _stands(leader: Row, others: Sequence[Row], chosen: float) -> list[Stand]:
         chosen: factor on each p, since the leader was chosen by the tested values. Holm's correction then covers all
             rows and metrics.
     """
-    tests = [(row, metric, lead) for row in others for metric, lead in _leads(leader, row)]
-    p_values = [_p(lead) for _, _, lead in tests]
+    leads = [(row, lead) for row in others for lead in _leads(leader, row)]
+    p_values = [_p(lead) for _, lead in leads]
     adjusted = stats.holm([None if p is None else min(1.0, chosen * p) for p in p_values])
     stands = []
     for row in others:
-        own = [(metric, lead.value, p) for (of, metric, lead), p in zip(tests, adjusted, strict=True) if of is row]
-        ahead = [(metric, value) for metric, value, p in own if p is not None and p < stats.ALPHA]
-        better, worse = ([metric for metric, value in ahead if sign * value > 0] for sign in (1, -1))
-        stands.append(Stand(row, better, worse, any(p is not None for *_, p in own)))
+        own = [(lead.value, p) for (of, lead), p in zip(leads, adjusted, strict=True) if of is row and p is not None]
+        signs = {value > 0 for value, p in own if p < stats.ALPHA}  # True: the leader is ahead in a metric
+        word = SPLIT if len(signs) == 2 else BEHIND if True in signs else AHEAD if signs else TIED if own else UNTESTED
+        stands.append(Stand(row, word))
     return stands
 
 
@@ -132,13 +118,16 @@ def _p(lead: Estimate) -> float | None:
     return 1.0 if lead.smallest >= stats.MIN_CLUSTERS and math.isfinite(lead.value) else None
 
 
-def _leads(a: Row, b: Row) -> Iterator[tuple[str, Estimate]]:
-    """Yield A - B in the block's first metric, in perplexities and log-likelihoods; positive if A is better."""
+def _leads(a: Row, b: Row) -> Iterator[Estimate]:
+    """Yield A - B, positive if A is better, in the block's first metric, in perplexities and in log-likelihoods.
+
+    Log-likelihoods of right answers separate rows with fewer documents than an accuracy.
+    """
     for i, (metric, quality) in enumerate(a.quality.items()):
         if i and metrics.kind_of(metric).group != metrics.PERPLEXITY:
             continue  # the family of tests must not depend on other contents of the folder
         other = b.quality.get(metric)
         if quality.better is not None and other is not None and other.better is not None:
-            yield metrics.title_of(metric), quality.better - other.better
+            yield quality.better - other.better
     if a.nats is not None and b.nats is not None:
-        yield LIKELIHOOD, a.nats - b.nats
+        yield a.nats - b.nats

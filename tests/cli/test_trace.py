@@ -7,10 +7,10 @@ import torch
 
 from dart_eval.bench import shapes, tracing
 from dart_eval.bench.overhead import measure
+from dart_eval.cli.trace import draw
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.registry import make, parse
-from dart_eval.results.trace_plot import draw
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.models import random_tokens, tiny

@@ -19,7 +19,6 @@ from dart_eval.results.board import CONTROL, Block, Board, Row, boards, main_met
 from dart_eval.results.documents import answers
 from dart_eval.results.format import finite, sparsity
 from dart_eval.results.frame import dense_of
-from dart_eval.results.inputs import matters
 from dart_eval.results.metrics import GOLD
 from dart_eval.results.record import Record
 from dart_eval.results.report import charts
@@ -30,7 +29,6 @@ from dart_eval.util.text import Json, printable
 MOST = 6000  # answers on the page: 2 MB
 HEAD, TAIL = 1200, 2400  # characters shown of a long text
 FEW = 100  # documents below which an interval is wide enough to say so
-ALIKE = ("dtype", "device", "scope", "limit", "num_fewshot")  # inputs that a reader expects to be equal
 # Only the page's own script runs, whatever a name or a text contains; nothing is loaded and nothing is sent.
 POLICY = "default-src 'none'; script-src 'sha256-{}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 
@@ -98,16 +96,10 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> str:
 def _warnings(
     store: Store, records: Sequence[Record], damaged: Sequence[Path], unread: dict[str, list[str]]
 ) -> list[str]:
-    """Return sentences about weak or incomparable numbers, and about what is missing."""
-    values: dict[str, set[str]] = {}
-    for record in records:
-        own = {name: record.inputs.get(name) for name in ALIKE if matters(name, record.inputs)}
-        for name, value in {**own, **(record.inputs.get("versions") or {})}.items():
-            values.setdefault(f"Cells differ in {name}", set()).add("default" if value is None else str(value))
+    """Return sentences about weak numbers, and about what is missing."""
     named = {
         f"Fewer than {FEW} documents, so that with more the order may change":
             [m.task for record in records for m in main_metrics(record) if m.n < FEW],
-        **{name: sorted(texts) for name, texts in values.items() if len(texts) > 1},
         "Failed, see the folder failed": sorted(file.stem for file in (store.folder / "failed").glob("*.txt")),
         "Records that cannot be read": [file.name for file in damaged],
         **unread,

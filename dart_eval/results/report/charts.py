@@ -60,15 +60,14 @@ def curves(board: Board, perplexity: bool) -> tuple[str, Curves]:
 
 def charts(board: Board, form: str = "svg") -> list[tuple[str, bytes]]:
     """Return the titles and pictures of at most two charts: quality above guessing, and perplexity."""
-    shown = [(False, *curves(board, False)), (True, *curves(board, True))]
-    labels = [label for _, _, lines in shown for label, points in lines.items() for _ in points]
+    both = [(False, *curves(board, False)), (True, *curves(board, True))]
+    labels = [label for *_, lines in both for label, points in lines.items() for _ in points]
     looks = sorted({*labels}, key=lambda label: (-labels.count(label), label))  # the same in both
     pictures = []
-    for times, metric, lines in shown:
+    for times, metric, lines in both:
         unit = "% of dense above guessing" if metrics.kind_of(metric).chance else "% of dense"
         title = f"{board.model}: {metrics.title_of(metric)}, {'x dense, lower is better' if times else unit}"
-        if lines:
-            pictures.append((title, plot(title, lines, looks, times, form)))
+        pictures += [(title, plot(title, lines, looks, times, form))] if lines else []
     return pictures
 
 
