@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
@@ -48,11 +49,9 @@ def evaluate(
         UserError: the input is wrong.
         RuntimeError: cells failed, or files of finished ones were deleted meanwhile; all others are in `output`.
     """
-    from dart_eval.cluster import run
     from dart_eval.results.frame import lines
     from dart_eval.results.store import Store
     from dart_eval.sweep.options import configs_from
-    from dart_eval.util.quiet import without_remarks
 
     given = {key: value for key, value in {"tasks": tasks, **options}.items() if value is not None}
     if model is None or isinstance(model, (str, Path, bytes)):
@@ -69,13 +68,15 @@ def evaluate(
         configs = configs_from(None, given)
         _check(configs[0])
         ready = Loaded.named(name, model, tokenizer)
-    first = configs[0]
+    from dart_eval.cluster import run
+
     model_in_use = contextlib.nullcontext() if ready is None else evaluating(ready.model)
-    with without_remarks(), _view(progress) as tell, model_in_use:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # no remarks on options of its own
+    with _view(progress) as tell, model_in_use:
         result = run.run_all(configs, tell, model=ready)
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
-    return lines(Store(first.output), result.records).to_dict("records")
+    return lines(Store(configs[0].output), result.records).to_dict("records")
 
 
 _OWN = [p for p in signature(evaluate).parameters.values() if p.kind is not p.VAR_KEYWORD]

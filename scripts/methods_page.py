@@ -7,7 +7,7 @@ from pathlib import Path
 
 from method_cards import card
 
-from dart_eval.cli.describe import meaning
+from dart_eval.cli.ls import meaning
 from dart_eval.pruning.method import Method, text_of
 from dart_eval.pruning.registry import BUILT_IN, methods
 from dart_eval.pruning.tables import shipped_tables

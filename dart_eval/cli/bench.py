@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,15 +11,11 @@ from dart_eval.cli.options import FORMATS, one_of, own, takes
 from dart_eval.cli.run import hush
 from dart_eval.cli.view import output as show
 from dart_eval.cli.view import print_note, say
-from dart_eval.sweep.options import MODEL, OUTPUT, PRUNING, RunConfig, config_of
+from dart_eval.sweep.options import MODEL, OUTPUT, PRUNING, config_of
 from dart_eval.sweep.plan import methods_of
 from dart_eval.util.bits import parse
-from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target
 from dart_eval.util.quiet import silence
-
-if TYPE_CHECKING:  # it imports torch
-    from dart_eval.pruning.method import Method
 
 DEFAULT = ("griffin", "dart", "dart-code", "grinqh")  # methods
 METHODS_HELP = (
@@ -40,17 +36,6 @@ Sparsity = Annotated[float, own(SPARSITY_HELP, PRUNING, "SHARE")]
 Format = Annotated[str, one_of(FORMATS, "format", "Print in this format.", OUTPUT)]
 TIMING = "Timing"  # a panel of the help
 app = typer.Typer(help="Measure the decode speed of methods, or their state and FLOPs.", no_args_is_help=True)
-
-
-def _methods(asked: RunConfig) -> list[Method]:
-    """Return the methods to measure.
-
-    Raises:
-        UserError: a name or a parameter is wrong, or there are none.
-    """
-    if methods := methods_of(asked):
-        return methods
-    raise UserError("no method given", "add one, for example --method dart,griffin")
 
 
 @app.command("decode")
@@ -82,7 +67,8 @@ def decode(
     """
     hush(False)
     asked = config_of({"method": method or DEFAULT, "sparsity": sparsity, "ffn_bits": ffn_bits, **given})
-    methods = _methods(asked)
+    asked.check()
+    methods = methods_of(asked)
     from dart_eval.results import speeds
 
     if output is not None:
@@ -126,7 +112,9 @@ def overhead(
     dart-eval bench overhead --sparsity 0.5 --format json
     """
     hush(False)
-    methods = _methods(config_of({"method": method or DEFAULT, "sparsity": sparsity}))
+    asked = config_of({"method": method or DEFAULT, "sparsity": sparsity})
+    asked.check()
+    methods = methods_of(asked)
     silence()  # it imports torch, and all before it does not
     from dart_eval.bench.overhead import measure, table
 

@@ -10,9 +10,8 @@ import typer
 from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import say
 
-FORMATS = ("lm-eval",)
 Folder = Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")]
-To = Annotated[str, one_of(FORMATS, "format", "Format: lm-eval.", metavar="FORMAT")]
+To = Annotated[str, one_of(("lm-eval",), "format", "Format: lm-eval.", metavar="FORMAT")]
 Output = Annotated[
     Path | None, own(r"Write to this folder.  \[default: export/lm-eval in the results folder]", None, "DIR")
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from dart_eval.cli.options import takes
 from dart_eval.cli.view import TerminalView, listed, say
 from dart_eval.sweep.events import Event
 from dart_eval.util.errors import UserError, nearest
+
+if TYPE_CHECKING:  # it imports torch
+    from dart_eval.pruning.method import Option
 
 app = typer.Typer(help="List methods or tasks.", no_args_is_help=True)
 
@@ -36,15 +39,24 @@ def methods(
         say("\nOptions of one method: dart-eval ls methods dart")
         return
     chosen = make(*parse(method))
-    from dart_eval.cli.describe import described  # not before the name is checked: it imports torch
-
     listed([(f"{chosen.spec}:", chosen.summary)])
     if chosen.paper:
         say(f"Paper: https://arxiv.org/abs/{chosen.paper}")
-    if rows := described(chosen):
+    if options := chosen.valid_options():
+        from dart_eval.pruning.method import text_of  # not before the name is checked: it imports torch
+
         say("")
-        listed(rows)
+        listed([(f"{path}={text_of(getattr(chosen, o.field))}", meaning(o)) for path, o in options.items()])
     say("\nAll methods and their options: docs/methods.md")
+
+
+def meaning(option: Option) -> str:
+    """Return the meaning of a method's option in one line, with its words and bounds; docs/methods.md has it, too."""
+    if option.words:
+        return f"{option.help} ({', '.join(option.words)})"
+    bounds = (("at least", option.least), ("above", option.above), ("at most", option.most))
+    words = ", ".join(f"{word} {bound:.10g}" for word, bound in bounds if bound is not None)
+    return f"{option.help} ({words})" if words else option.help
 
 
 @app.command("tasks")

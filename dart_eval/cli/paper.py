@@ -57,7 +57,7 @@ def paper(
         tell(Event("wait", "looking up tasks"))
         task_names.expand([task for config in spec.sweeps for task in config.tasks])
     if plan:
-        show_plan([[*spec.sweeps]], verbose, skip_missing=True)
+        show_plan(spec.sweeps, verbose, skip_missing=True)
         return
     with TerminalView() as tell:
         load_libraries(tell, verbose)

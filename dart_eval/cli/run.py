@@ -11,21 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dart_eval.cli.options import Plan, Verbose, one_of, own, takes
-from dart_eval.cli.view import TerminalView, put, say
+from dart_eval.cli.view import TerminalView, output, put, say
 from dart_eval.results.show import Table, data_text, show
 from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.options import DEFAULTS, MODEL, OUTPUT
-from dart_eval.util.errors import UserError
 from dart_eval.util.quiet import hush_warnings, silence
-from dart_eval.util.text import Json, counted, json_text
+from dart_eval.util.text import Json, counted
 
 if TYPE_CHECKING:
-    from dart_eval.results.record import Record
     from dart_eval.sweep.options import RunConfig
     from dart_eval.sweep.run import RunResult
-
-# Loggers with many messages of little use.
-NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "asyncio", "lm_eval.tasks")
 
 
 MODEL_ARGS_HELP = "Give the model as lm-eval does: pretrained=NAME, dtype=TYPE ..."
@@ -56,7 +51,7 @@ def run(
     hush(verbose)
     configs = understood(config, {"model_args": model_args, **given})
     if plan:
-        show_plan([configs], verbose, format)
+        show_plan(configs, verbose, format)
     else:
         run_cells(configs, verbose, format)
 
@@ -77,80 +72,47 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
     finish(result, first.output)
 
 
-def show_plan(
-    runs: Sequence[list[RunConfig]], verbose: bool, format: str = "table", skip_missing: bool = False
-) -> None:
-    """Print the cells of sweeps, their documents and whether they are finished, or the same as JSON.
+def show_plan(configs: Sequence[RunConfig], verbose: bool, format: str = "table", skip_missing: bool = False) -> None:
+    """Print the cells of a run, their documents and whether they are finished, or the same as JSON.
 
     Args:
-        runs: sweeps, those together that share a model and a folder. skip_missing: see `cluster.run.run_all`.
+        skip_missing: see `cluster.run.run_all`.
 
     Raises:
         UserError: the input is wrong.
     """
     with TerminalView() as tell:
         load_libraries(tell, verbose)
-        from dart_eval.results.store import Store
-        from dart_eval.sweep.run import documents, plan_all
+        from dart_eval.sweep.run import begin_sweep, documents
 
-        cells: list[Json] = []
-        for configs in runs:
-            try:
-                planned, missing = plan_all(configs, tell, skip_missing)
-            except UserError as error:
-                if not cells:
-                    raise
-                tell(Event("note", f"left out: {error}"))
-                continue
-            for text in missing.values():
-                tell(Event("note", f"left out: {text}"))
-            store, anew = Store(configs[0].output), configs[0].force
-            for key, cell in planned.items():
-                finished = not anew and store.get(cell.name, key) is not None
-                cells.append({"cell": cell.title, "key": key, "documents": documents(cell), "finished": finished})
-    if format == "json":
-        put(json_text(cells) + "\n")
-        return
+        sweep = begin_sweep(configs, tell, skip_missing)
+    cells: list[Json] = [
+        {"cell": cell.title, "key": key, "documents": documents(cell), "finished": key in sweep.done}
+        for key, cell in sweep.cells.items()
+    ]
     todo = [cell for cell in cells if not cell["finished"]]
     body = [[c["cell"], str(c["documents"]), "finished" if c["finished"] else "to run"] for c in cells]
     body.append([counted(len(cells), "cell"), str(sum(c["documents"] for c in todo)), f"{len(todo)} to run"])
-    show(Table("Plan", ["cell", "documents", "state"], body, rules=frozenset({len(cells)})))
+    output([Table("Plan", ["cell", "documents", "state"], body)], format, data=cells)
 
 
-def show_results(result: RunResult, output: str, format: str = "table") -> None:
+def show_results(result: RunResult, folder: str, format: str = "table") -> None:
     """Show the board of a run, the folder of its results and the commands that may follow; or JSON alone."""
-    if result.records:
-        from dart_eval.results.board import boards, newest
-        from dart_eval.results.frame import lines, with_dense
-        from dart_eval.results.store import Store
-        from dart_eval.results.tables import board_tables
+    if not result.records:
+        return
+    from dart_eval.results.board import boards, newest
+    from dart_eval.results.frame import lines, with_dense
+    from dart_eval.results.store import Store
+    from dart_eval.results.tables import board_tables
 
-        store = Store(output)
-        everything, _ = newest(store.load())
-        records = with_dense(result.records, everything)
-        if format == "json":
-            put(data_text(lines(store, records), "json"))
-            return
-        show(*board_tables(boards(store, records)))
-        say("")
-        say(_next(result.records, everything, output))
-
-
-def _next(records: Sequence[Record], everything: Sequence[Record], output: str) -> str:
-    """Return a line with the folder of the results and the commands that may follow.
-
-    Args:
-        records: of the run. everything: all records of the folder, which `compare` reads.
-    """
-    from dart_eval.results.inputs import labels
-
-    folder, known = shlex.quote(output), labels(everything)
-    pruned = [r.key for r in records if r.inputs["method"] != "dense" and r.key in known]
-    rows = [*dict.fromkeys(known[key].partition(" (")[0] for key in pruned)][:2]  # at all settings
-    line = f"Results: {output}   next: dart-eval report {folder}   dart-eval tables {folder} --view long"
-    if len(rows) < 2:
-        return line
-    return f"{line}   dart-eval compare {folder} --row {shlex.quote(','.join(rows))}"
+    store, quoted = Store(folder), shlex.quote(folder)
+    everything, _ = newest(store.load())
+    records = with_dense(result.records, everything)
+    if format == "json":
+        put(data_text(lines(store, records), "json"))
+        return
+    show(*board_tables(boards(store, records)))
+    say(f"\nResults: {folder}   next: dart-eval report {quoted}   dart-eval tables {quoted} --view long")
 
 
 def understood(file: Path | None, given: Json) -> list[RunConfig]:
@@ -162,7 +124,6 @@ def understood(file: Path | None, given: Json) -> list[RunConfig]:
     from dart_eval.evaluation import task_names
     from dart_eval.pruning.registry import check_name, parse
     from dart_eval.sweep.options import configs_from
-    from dart_eval.sweep.plan import methods_of
 
     found = configs_from(file, given)
     for spec in found[0].method:
@@ -170,7 +131,6 @@ def understood(file: Path | None, given: Json) -> list[RunConfig]:
     with TerminalView() as tell:
         tell(Event("wait", "looking up tasks"))  # lm-eval's take a while, once
         task_names.expand(found[0].tasks, found[0].include_path)
-    methods_of(found[0])
     return found
 
 
@@ -179,22 +139,20 @@ def load_libraries(tell: Tell, verbose: bool) -> None:
     tell(Event("wait", "loading torch and lm-eval"))
     if not verbose:
         silence()
-    from dart_eval.sweep import run  # noqa: F401
 
 
-def finish(result: RunResult, output: str) -> None:
+def finish(result: RunResult, folder: str) -> None:
     """Exit with status 1 if cells failed."""
     if result.failed:
         names = ", ".join(cell.title for cell in result.failed)
-        say(f"failed: {names}; tracebacks in {output}/failed", err=True)
+        say(f"failed: {names}; tracebacks in {folder}/failed", err=True)
         raise typer.Exit(1)
 
 
 def hush(verbose: bool) -> None:
     """Set which warnings and errors are shown, before the libraries are imported."""
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
     if verbose:
-        for noisy in NOISY:
-            logging.getLogger(noisy).setLevel(logging.INFO)
+        logging.getLogger("dart_eval").setLevel(logging.DEBUG)
     else:
         hush_warnings()

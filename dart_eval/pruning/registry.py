@@ -9,13 +9,13 @@ import functools
 import importlib
 import logging
 import numbers
+import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import TYPE_CHECKING, Any
 
 from dart_eval.util.errors import UserError, naming, nearest
 from dart_eval.util.retired import retired
-from dart_eval.util.text import settings_in
 
 if TYPE_CHECKING:
     from dart_eval.pruning.method import Method
@@ -184,7 +184,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     if name.strip() not in names():
         name = name.lower().replace("_", "-")  # GRIFFIN, wanda_sp
     settings: dict[str, str] = {}
-    for pair in settings_in(rest) if colon else []:
+    for pair in re.split(r":(?=\s*[\w.]*\s*=)", rest) if colon else []:  # values may hold colons
         key, sep, value = pair.partition("=")
         if not sep or not key:
             raise UserError(f"{spec!r} is not a method", "write NAME or NAME:key=value:key=value")

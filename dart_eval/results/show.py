@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from dart_eval.util.text import folded, json_text, printable
+from dart_eval.util.text import json_text, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,6 +87,16 @@ class Table:
         drop(leaving[self.spare : -1])
         bold = frozenset((i, [*texts].index(head)) for i, j in self.bold if (head := self.columns[j]) in texts)
         return replace(self, columns=[*texts], body=[*map(list, zip(*texts.values(), strict=True))], bold=bold), out
+
+
+def folded(name: str, width: int) -> list[str]:
+    """Break a cell's name into lines of about `width` characters, between parameters of a method and at spaces."""
+    lines = [""]
+    for part in re.findall(r":?[^: ]+ ?|[: ]", printable(name)):
+        if lines[-1].strip() and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
 
 
 def table(

@@ -24,7 +24,7 @@ NUMERIC = (
     "layers", "weights", "pruning", "evaluation", "kernels/top.py", "util/bits.py", "models/adapters.py",
     "models/loading.py", "results/sums.py", "sweep/worker.py",
 )  # fmt: skip
-METHODS = ("pruning/methods",)
+METHODS = "pruning/methods"
 # What refuses, names and hashes, and ways to decode faster: `run` multiplies by masks.
 NO_NUMBER = (
     "pruning/registry.py", "layers/finite.py", "weights/checkpoint.py",
@@ -40,7 +40,7 @@ def shared_hash(tasks: Path, package: Path = PACKAGE) -> str:
 
 def shared_files(package: Path = PACKAGE) -> set[Path]:
     """Return the files of the code of all cells."""
-    return _with_imports({f for f in numeric_files(package) if not _of_methods(f, package)}, package)
+    return _with_imports({f for f in numeric_files(package) if not f.is_relative_to(package / METHODS)}, package)
 
 
 def numeric_files(package: Path = PACKAGE) -> set[Path]:
@@ -65,14 +65,10 @@ def _with_imports(files: set[Path], package: Path) -> set[Path]:
     found, todo = {*files}, [*files]
     while todo:
         named = {package.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in _read(todo.pop())[1]}
-        new = {f for f in named - found if _of_methods(f, package) and f.is_file()}
+        new = {f for f in named - found if f.is_relative_to(package / METHODS) and f.is_file()}
         found |= new
         todo += new
     return found
-
-
-def _of_methods(file: Path, package: Path) -> bool:
-    return any(file.is_relative_to(package / name) for name in METHODS)
 
 
 @functools.cache

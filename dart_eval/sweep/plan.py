@@ -74,13 +74,8 @@ def methods_of(config: RunConfig) -> list[Method]:
     made: list[Method] = []
     for spec in config.method:
         name, params = parse(spec)
-        method = make(name, params)
-        ours: Json = {}
-        for path in method.valid_options():
-            if path.endswith(".seed") and path not in params:
-                ours[path] = config.seed
-        if ours:
-            method = make(name, {**params, **ours})
+        seeds = {path: config.seed for path in make(name, params).valid_options() if path.endswith(".seed")}
+        method = make(name, {**seeds, **params})
         for sparsity in config.sparsity if method.sized else ():
             method.check_sparsity(sparsity)
         if method not in made:
@@ -89,13 +84,13 @@ def methods_of(config: RunConfig) -> list[Method]:
 
 
 def plan(
-    config: RunConfig, model: Resolved, tasks: Sequence[str], hashes: Mapping[str, str], device: str,
-    drawn: Collection[str] = (), shelf: Tasks | None = None,
+    config: RunConfig, model: Resolved, hashes: Mapping[str, str], device: str, drawn: Collection[str] = (),
+    shelf: Tasks | None = None,
 ) -> list[Cell]:  # fmt: skip
     """Return all cells, task by task. A method that does not prune has one cell, whatever the sparsities.
 
     Args:
-        model: found, not loaded. tasks: expanded names. hashes: task -> hash of its configuration and documents.
+        model: found, not loaded. hashes: task -> hash of its configuration and documents.
         device: type of device (cpu, cuda): kernels differ in their last bits.
         drawn: those of the tasks that draw their answers. shelf: has the tasks.
     """
@@ -107,7 +102,7 @@ def plan(
     drawn_tokens = {} if config.calibration_size is None else {
         "calibration_tokens": config.calibration_size, "calibration_seed": 0,
     }  # fmt: skip
-    for task, method in itertools.product(tasks, methods_of(config)):
+    for task, method in itertools.product(hashes, methods_of(config)):
         # The shape of a batch moves last digits. They show in half precision, and where a token chooses its neurons
         # or inputs, or a router its experts: near a tie it takes others. A batch also shares its random numbers.
         moves = model.dtype != "float32" or method.by_token or model.routes

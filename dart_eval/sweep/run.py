@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import jinja2
-import torch
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
@@ -36,7 +36,7 @@ from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.options import RunConfig, read_settings
 from dart_eval.sweep.plan import Cell, methods_of, plan
 from dart_eval.util.bits import bits_text
-from dart_eval.util.errors import StoreError, UserError, summary
+from dart_eval.util.errors import StoreError, UserError, naming, summary
 from dart_eval.util.text import Json, counted
 from dart_eval.weights.rounding import refuse_fixed
 
@@ -66,15 +66,17 @@ class RunResult:
 # -- which cells -------------------------------------------------------------------------------------------------
 
 
-def plan_all(
-    configs: Sequence[RunConfig], tell: Tell, skip_missing: bool, device: str | None = None,
-    model: Resolved | None = None,
-) -> tuple[dict[str, Cell], dict[str, str]]:  # fmt: skip
-    """Return cells by key, in order, and the tasks that are missing.
+def begin_sweep(
+    configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False, device: str | None = None,
+    model: Resolved | None = None, since: float = math.inf,
+) -> Sweep:  # fmt: skip
+    """Plan the cells of all configurations, and find those that are finished already.
 
     Args:
+        skip_missing: leave out tasks whose data cannot be had.
         device: type of the cells' device, if they run on another machine.
         model: found or loaded earlier; None: find it.
+        since: see `Sweep`.
 
     Raises:
         UserError: the input is wrong. Nothing has been written.
@@ -82,34 +84,28 @@ def plan_all(
     for config in configs:
         config.check()
         methods_of(config)  # cheap checks first
-
-    def tokenizer() -> object:
-        return model and model.load_tokenizer()
-
+    first = configs[0]
+    if model is None:
+        new = first.model in (None, demo_model.ALIAS) and not demo_model.expanded()
+        step = "expanding the demo model's weights, once: about a minute" if new else "finding the model"
+        tell(Event("wait", step))
+        model = resolve(first if device is None else dataclasses.replace(first, device="cpu"))
+    for system in {config.system_instruction for config in configs if config.chat_template}:
+        check_template(model, system)
+    sweep = Sweep(model, Store(first.output), tell, since)
     # lm-eval writes shots and settings of generation into a task, and some make as many documents as are asked.
     shelves: dict[tuple[object, ...], Tasks] = {}
-    planned: dict[str, Cell] = {}
-    missing: dict[str, str] = {}
-    refused: list[UserError] = []
+    misfits: dict[str, UserError] = {}
     for config in configs:
-        tell(Event("wait", "looking up tasks"))
         place = (config.data_dir, config.num_fewshot, config.limit, config.gen_kwargs)
         if place not in shelves:
+            tell(Event("wait", "looking up tasks"))
             shelves[place] = Tasks(
                 config.data_dir, config.confirm_run_unsafe_code, config.include_path,
-                read_settings(config.gen_kwargs or ""), tokenizer, config.limit,
+                read_settings(config.gen_kwargs or ""), model.load_tokenizer, config.limit,
             )  # fmt: skip
-        shelf = shelves[place]
-        names = shelf.expand(list(config.tasks))
-        if model is None:
-            new = config.model in (None, demo_model.ALIAS) and not demo_model.expanded()
-            step = "expanding the demo model's weights, once: about a minute" if new else "finding the model"
-            tell(Event("wait", step))
-            model = resolve(config if device is None else dataclasses.replace(config, device="cpu"))
-        if config.chat_template:
-            check_template(model, config.system_instruction)
-        hashes: dict[str, str] = {}
-        for name in names:
+        shelf, hashes, drawn = shelves[place], dict[str, str](), set[str]()
+        for name in shelf.expand(list(config.tasks)):
             tell(Event("wait", f"loading task {name}"))
             try:
                 for task in leaves(shelf.load(name)):
@@ -118,22 +114,59 @@ def plan_all(
             except UserError as error:
                 if not skip_missing:
                     raise
-                missing[name] = error.problem
-        for name in hashes:
+                sweep.missing[name] = error.problem
+                tell(Event("note", f"left out: {error.problem}"))
+                continue
             check_answers(shelf.load(name), config)
-        drawn = {name for name in hashes if task_draws(leaves(shelf.load(name)))}
+            if task_draws(leaves(shelf.load(name))):
+                drawn.add(name)
         kind = device or choose_device("auto" if config.device_map else config.device).type
-        cells = plan(config, model, list(hashes), hashes, kind, drawn, shelf)
+        cells = plan(config, model, hashes, kind, drawn, shelf)
+        unfit = misfits_of(cells, sweep)
+        for cell in cells:
+            if cell.key not in unfit:
+                sweep.cells.setdefault(cell.key, cell)
+        misfits |= {str(error): error for error in unfit.values()}
+    if misfits and not sweep.cells:
+        raise next(iter(misfits.values()))
+    for text in misfits:
+        tell(Event("note", f"left out: {text}"))
+    if not first.force:
+        finished = {key: sweep.store.get(cell.name, key) for key, cell in sweep.cells.items()}
+        sweep.done = {key: record for key, record in finished.items() if record is not None}
+    if sweep.cells:
+        inputs = next(iter(sweep.cells.values())).inputs
+        asked = counted(sum(map(documents, sweep.cells.values())), "document")
+        what = f"{inputs['model']['name']}, {inputs['dtype']}, {inputs['device']}"
+        tell(Event("about", f"{what}: {counted(len(sweep.cells), 'cell')}, {asked}; results in {first.output}"))
+    tell(Event("planned", n=len(sweep.done), of=len(sweep.cells)))
+    return sweep
+
+
+def misfits_of(cells: Sequence[Cell], sweep: Sweep) -> dict[str, UserError]:
+    """Return the cells whose method does not fit the model and its weights, or whose sparsity it cannot meet, by key.
+
+    Only the model's modules count. What shows when it runs (a layer that runs several times for a token, or does more
+    than add its FFN's output) fails a cell.
+    """
+    new = [cell for cell in cells if not sweep.store.file("cells", cell.name, cell.key).is_file()]  # others have fitted
+    unsure = [cell for cell in new if cell.rounding is not None or not cell.method.fits_all]
+    if not unsure:
+        return {}
+    sweep.tell(Event("wait", "looking at the model's layers"))
+    ffns, misfits = describe(sweep.model.outline()), dict[str, UserError]()
+    for cell in unsure:
+        rounding = cell.rounding
+        on = "" if rounding is None else f" on {bits_text(rounding.text)}"
         try:
-            for cell in drop_infeasible(cells, model, Store(config.output), tell):
-                planned.setdefault(cell.key, cell)
+            with naming(f"{cell.method.spec}{on} at sparsity {cell.sparsity:g}: "):
+                if rounding is not None:
+                    refuse_fixed(ffns)
+                if cell.method.prunes:
+                    cell.method.check(ffns, cell.sparsity, None if rounding is None else rounding.stored(ffns[0].width))
         except UserError as error:
-            refused.append(error)
-    if refused and not planned:
-        raise refused[0]
-    for reason in refused:
-        tell(Event("note", f"left out: {reason}"))
-    return planned, missing
+            misfits[cell.key] = error
+    return misfits
 
 
 def check_template(model: Resolved, system: str | None) -> None:
@@ -164,71 +197,41 @@ def check_answers(items: Sequence[Task | Group], config: RunConfig) -> None:
     scope, methods = config.scope, methods_of(config)
     for method in methods:
         check_released(method, scope)
-    ahead = [method.name for method in methods if method.looks_ahead]
+    ahead = next((method.name for method in methods if method.looks_ahead), None)
     for task in leaves(list(items)):
         kind = GIVES_NO_CHOICE.get(task.OUTPUT_TYPE)
-        if config.enable_thinking and kind is None:
-            problem = f"task {task.task_name} scores given answers, but a thinking model thinks before it answers"
-            raise UserError(problem, "leave --enable-thinking or the task out")
-        if kind and scope != "scored":
-            problem = f"task {task.task_name} {kind}: --scope {scope} is for scored answers"
-            raise UserError(problem, "use --scope scored")
-        if ahead and kind == "generates text":
-            problem = f"method {ahead[0]} looks ahead, and task {task.task_name} generates text"
-            raise UserError(problem, f"leave {ahead[0]} or the task out")
-    if ahead and scope != "scored":
-        problem = f"method {ahead[0]} needs scored tokens for its mask, and --scope {scope} has none"
-        raise UserError(problem, f"leave {ahead[0]} out, or use --scope scored")
-
-
-def drop_infeasible(cells: Sequence[Cell], model: Resolved, store: Store, tell: Tell) -> list[Cell]:
-    """Return the cells whose method fits this model and its weights, and whose sparsity it can meet; note the others.
-
-    Only the model's modules count. What shows when it runs (a layer that runs several times for a token, or does more
-    than add its FFN's output) fails a cell.
-
-    Raises:
-        UserError: there are cells, and none of them can run.
-    """
-    if all(
-        store.file("cells", cell.name, cell.key).is_file() or (cell.method.fits_all and cell.rounding is None)
-        for cell in cells
-    ):  # what has run before fits
-        return list(cells)
-    tell(Event("wait", "looking at the model's layers"))
-    ffns = describe(model.outline())
-    kept: list[Cell] = []
-    reasons: dict[str, UserError] = {}
-    for cell in cells:
-        rounding = cell.rounding
-        try:
-            if rounding is not None:
-                refuse_fixed(ffns)
-            if cell.method.prunes:
-                cell.method.check(ffns, cell.sparsity, None if rounding is None else rounding.stored(ffns[0].width))
-            kept.append(cell)
-        except UserError as error:
-            on = "" if rounding is None else f" on {bits_text(rounding.text)}"
-            reasons[f"{cell.method.spec}{on} at sparsity {cell.sparsity:g}"] = error
-    if not kept:
-        title, reason = next(iter(reasons.items()))
-        raise UserError(f"{title}: {reason.problem}", reason.remedy)
-    for title, reason in reasons.items():
-        tell(Event("note", f"{title} is left out: {reason}"))
-    return kept
+        for wrong, problem, remedy in (
+            (config.enable_thinking and kind is None,
+             f"task {task.task_name} scores given answers, but a thinking model thinks before it answers",
+             "leave --enable-thinking or the task out"),
+            (kind and scope != "scored", f"task {task.task_name} {kind}: --scope {scope} is for scored answers",
+             "use --scope scored"),
+            (ahead and kind == "generates text",
+             f"method {ahead} looks ahead, and task {task.task_name} generates text",
+             f"leave {ahead} or the task out"),
+            (ahead and scope != "scored",
+             f"method {ahead} needs scored tokens for its mask, and --scope {scope} has none",
+             f"leave {ahead} out, or use --scope scored"),
+        ):  # fmt: skip
+            if wrong:
+                raise UserError(problem, remedy)
 
 
 def documents(cell: Cell) -> int:
     """Return the number of documents that a cell asks."""
+    return sum(number_asked(task, cell.config.limit) for task in _leaves(cell))
+
+
+def _leaves(cell: Cell) -> list[Task]:
     assert cell.tasks is not None
-    return sum(number_asked(task, cell.config.limit) for task in leaves(cell.tasks.load(cell.task)))
+    return leaves(cell.tasks.load(cell.task))
 
 
-def count_requests(items: Sequence[Task | Group], limit: float | None) -> int:
+def _requests(cell: Cell) -> int:
     """Estimate the number of requests before prompts are built, for a progress bar."""
     total = 0
-    for task in leaves(list(items)):
-        docs, choices = number_asked(task, limit), None
+    for task in _leaves(cell):
+        docs, choices = number_asked(task, cell.config.limit), None
         if task.OUTPUT_TYPE == "multiple_choice" and docs and hasattr(task, "doc_to_choice"):
             choices = task.doc_to_choice(task.eval_docs[0])
         total += docs * (len(choices) if isinstance(choices, list) else 1)
@@ -243,20 +246,23 @@ class Sweep:
     """Planned cells and their outcomes.
 
     Attributes:
+        model: of all cells.
+        since: start of the run that this process is a worker of, in seconds since the epoch; infinite in others. Cells
+            that have been finished or have failed since are not tried again.
         cells: by key, in the plan's order. missing: task -> why it could not be loaded.
         done: records by key. failed: cells.
-        since: start of the run that this process is a worker of, in seconds since the epoch. Cells that have been
-            finished or have failed since are not tried again.
+        notes: on the model, each shown once.
     """
 
-    cells: dict[str, Cell]
-    missing: dict[str, str]
+    model: Resolved
     store: Store
     tell: Tell
-    done: dict[str, Record]
-    since: float | None = None
+    since: float = math.inf
+    cells: dict[str, Cell] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    done: dict[str, Record] = field(default_factory=dict)
     failed: list[Cell] = field(default_factory=list)
-    notes: set[str] = field(default_factory=set)  # on the model, each shown once
+    notes: set[str] = field(default_factory=set)
 
     @property
     def todo(self) -> list[Cell]:
@@ -268,7 +274,7 @@ class Sweep:
     def claim(self, cell: Cell) -> Iterator[Journal | None]:
         """Yield the journal of a cell that only this process works on; None if another does, or has ended it."""
         with self.store.claim(cell.name, cell.key) as mine:
-            if not mine or self.is_over(cell):
+            if not mine or self.has_ended(cell):
                 yield None
                 return
             anew = cell.config.force
@@ -282,30 +288,26 @@ class Sweep:
                 self.tell(Event("note", text))
             yield journal
 
-    def is_over(self, cell: Cell) -> bool:
-        """Whether another process has finished a cell, or has failed at it in this run; its claim must be held."""
-        if self._changed("failed", cell):
+    def has_ended(self, cell: Cell) -> bool:
+        """Take note of a cell that another process has finished, or has failed at in this run; its claim is held."""
+        if self.store.written_since("failed", cell.name, cell.key, self.since):
             file = self.store.file("failed", cell.name, cell.key)
             self.failed.append(cell)
             text = file.read_text(encoding="utf-8").strip().rpartition("\n")[2]
             self.tell(Event("failed", text, cell, where=file))
             return True
-        anew = cell.config.force and not self._changed("cells", cell)
-        record = None if anew else self.store.get(cell.name, cell.key)
-        if record is not None:
+        anew = cell.config.force and not self.store.written_since("cells", cell.name, cell.key, self.since)
+        if not anew and (record := self.store.get(cell.name, cell.key)) is not None:
             self._finish(cell, record)
-        return record is not None
+        return cell.key in self.done
 
     def look(self) -> None:
-        """Take note of the cells that other processes have ended."""
+        """Take note of the cells that workers have ended."""
         for cell in self.todo:
-            if self._changed("cells", cell) or self._changed("failed", cell):
+            if any(self.store.written_since(kind, cell.name, cell.key, self.since) for kind in ("cells", "failed")):
                 with self.store.claim(cell.name, cell.key) as free:
                     if free:
-                        self.is_over(cell)
-
-    def _changed(self, kind: str, cell: Cell) -> bool:
-        return self.since is not None and self.store.written_since(kind, cell.name, cell.key, self.since)
+                        self.has_ended(cell)
 
     def save(self, cell: Cell, record: Record, texts: Sequence[Json], journal: Journal) -> None:
         """Write the record of a claimed cell in place of its journal."""
@@ -329,12 +331,10 @@ class Sweep:
 
     @contextlib.contextmanager
     def marked(self, cell: Cell) -> Iterator[None]:
-        """While the block runs in a worker, mark a cell: if the process is killed, the others leave the cell."""
-        if self.since is None:
-            yield
-            return
-        try:
+        """Mark a cell while a worker runs the block: if the process is killed, the others leave the cell alone."""
+        if self.since < math.inf:
             self.store.failed(cell.name, cell.key, "the process at work on it was killed")
+        try:
             yield
         finally:  # on a signal, too
             self.store.file("failed", cell.name, cell.key).unlink(missing_ok=True)
@@ -353,71 +353,41 @@ class Sweep:
                 time.sleep(POLL)
         return RunResult([self.done[key] for key in self.cells if key in self.done], self.failed, self.missing)
 
+    def run_here(self) -> RunResult:
+        """Run the cells that are not finished in this process, one after the other."""
+        if self.todo:
+            from dart_eval.sweep.worker import Worker  # with transformers' models it takes seconds
 
-def begin_sweep(
-    configs: Sequence[RunConfig], tell: Tell, skip_missing: bool, device: str | None = None,
-    model: Resolved | None = None, since: float | None = None,
-) -> Sweep:  # fmt: skip
-    """Plan (see `plan_all`), and find the cells that are finished already. since: see `Sweep`."""
-    first = configs[0]
-    first.check_output()
-    cells, missing = plan_all(configs, tell, skip_missing, device, model)
-    store = Store(first.output)
-    done: dict[str, Record] = {}
-    if not first.force:
-        done = {k: r for k, cell in cells.items() if (r := store.get(cell.name, k)) is not None}
-    without = sum(cells[k].config.kl and cells[k].method.prunes and r.settings.get("kl") is False
-                  for k, r in done.items())  # fmt: skip
-    if without:
-        text = f"{counted(without, 'finished cell')} ran without KL: a new --output, or --force, measures it"
-        tell(Event("note", text))
-    if cells:
-        inputs = next(iter(cells.values())).inputs
-        threads = f", {counted(torch.get_num_threads(), 'thread')}" if inputs["device"] == "cpu" else ""
-        sizes = f"{counted(len(cells), 'cell')}, {counted(sum(map(documents, cells.values())), 'document')}"
-        what = f"{inputs['model']['name']}, {inputs['dtype']}, {inputs['device']}{threads}"
-        tell(Event("about", f"{what}: {sizes}; results in {first.output}"))
-    tell(Event("planned", n=len(done), of=len(cells)))
-    return Sweep(cells, missing, store, tell, done, since)
+            worker = Worker(self.model, self.tell)
+
+        def work(todo: list[Cell]) -> None:
+            for cell in todo:
+                with self.claim(cell) as journal:
+                    if journal is None:
+                        continue
+                    try:
+                        self.tell(Event("started", cell=cell, n=_requests(cell)))
+                        with self.marked(cell):
+                            outcome, record = worker.run(cell, journal)
+                            self.save(cell, record, outcome.texts, journal)
+                    except StoreError:
+                        raise  # the next cell could not be kept either
+                    except Exception as error:
+                        text = "".join(traceback.format_exception(error))
+                        log.debug("cell %s failed:\n%s", cell.name, text)
+                        self.fail(cell, summary(error), text)
+
+        return self.work_through(work)
 
 
 def run_all(
     configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False, model: Loaded | None = None,
-    since: float | None = None,
+    since: float = math.inf,
 ) -> RunResult:  # fmt: skip
     """Run in this process (see `cluster.run.run_all`); the model is loaded once, a cell of several sweeps runs once.
 
     Args:
         since: of a worker, see `Sweep`.
     """
-    sweep = begin_sweep(configs, tell, skip_missing, model.model.device.type if model else None, model, since)
-    return run_rest(sweep, configs[0], model)
-
-
-def run_rest(sweep: Sweep, config: RunConfig, model: Loaded | None = None) -> RunResult:
-    """Run the cells of a sweep that are not finished. config: says how the model is loaded."""
-    if sweep.todo:
-        from dart_eval.sweep.worker import Worker  # with transformers' models it takes seconds
-
-        worker = Worker(model or resolve(config), sweep.tell)
-
-    def work(todo: list[Cell]) -> None:
-        for cell in todo:
-            with sweep.claim(cell) as journal:
-                if journal is None:
-                    continue
-                try:
-                    assert cell.tasks is not None
-                    requests = count_requests(cell.tasks.load(cell.task), cell.config.limit)
-                    sweep.tell(Event("started", cell=cell, n=requests))
-                    with sweep.marked(cell):
-                        outcome, record = worker.run(cell, journal)
-                        sweep.save(cell, record, outcome.texts, journal)
-                except StoreError:
-                    raise  # the next cell could not be kept either
-                except Exception as error:
-                    text = "".join(traceback.format_exception(error))
-                    log.debug("cell %s failed:\n%s", cell.name, text)
-                    sweep.fail(cell, summary(error), text)
-
-    return sweep.work_through(work)
+    device = model.model.device.type if model else None
+    return begin_sweep(configs, tell, skip_missing, device, model, since).run_here()

@@ -49,17 +49,15 @@ class Worker:
         tell(Event("wait", "looking at the model's layers"))
         self.shape = shape_of(self.model, find_ffns(self.model))
         self.resolved = resolved
-        self._calibrations: dict[tuple[Rounding | None, str | None], Calibration] = {}
+        self._calibrations: dict[Rounding | None, Calibration] = {}
         self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
-        self.lm: PrunedLM | None = None  # of the last cell
 
     def run(self, cell: Cell, journal: Journal) -> tuple[TaskResult, Record]:
         """Evaluate one cell."""
-        config, tasks = cell.config, cell.tasks
+        config, method, tasks = cell.config, cell.method, cell.tasks
         assert tasks is not None
-        self.lm = None  # the copies of the last method go before the next ones come
-        gc.collect()
-        lm = self.lm = PrunedLM(
+        gc.collect()  # the copies of the last method go before the next ones come
+        lm = PrunedLM(
             self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, config.enable_thinking,
             config.think_end_token, config.kl, config.add_bos_token,
         )  # fmt: skip
@@ -67,7 +65,15 @@ class Worker:
         start, earlier = time.monotonic(), journal.seconds
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(peak_memory(lm.device.type))
-            session = self._attach(stack, cell)
+            if cell.rounding is not None:
+                stack.enter_context(self._round(cell.rounding))
+            session: Session = Session()
+            if method.prunes:
+                self._tell(Event("wait", f"{'calibrating' if method.calibrates else 'preparing'} {method.spec}"))
+                known = self._calibration(cell)
+                pruned = prune(self.model, method, cell.sparsity, calibration=known, execution="masked")
+                session = stack.enter_context(pruned)
+            self._tell(Event("wait", f"running {cell.title}"))
             ffns = find_ffns(self.model)
             share, inputs = session.share or rounding.served_share(ffns), rounding.served_share_of_inputs(ffns)
             outcome, halved = _smaller(lm, lambda: evaluate_task(lm, session, tasks, cell.task, config, journal))
@@ -78,10 +84,12 @@ class Worker:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "peak": peak(),
         }
-        used, method = outcome.cost, cell.method
-        flops = cost.describe(
-            method, self.shape, used.mean_context, computed, used.remasks / used.tokens if used.tokens else 0.0
-        )
+        used = outcome.cost
+        flops = cost.describe(method, self.shape, used.mean_context, computed, used.remasks / max(used.tokens, 1))
+        notable = {
+            "upper_bound": method.upper_bound, "granularity": method.granularity, "about": rounding.about(ffns),
+            "halved": halved, "notes": self.notes,
+        }  # fmt: skip
         record = Record(
             key=cell.key,
             inputs=cell.inputs,
@@ -107,13 +115,9 @@ class Worker:
                 "batch_size": config.batch_size,
                 "method": method.spec,
                 "command": command(config, cell),
-                **({"upper_bound": True} if method.upper_bound else {}),
-                **({"granularity": method.granularity} if method.granularity else {}),
-                **({"about": True} if rounding.about(ffns) else {}),
-                **({"halved": halved} if halved else {}),
                 # generated texts have no KL to measure
                 **({"kl": False} if not config.kl and lm.kinds - {"generate_until"} else {}),
-                **({"notes": self.notes} if self.notes else {}),
+                **{name: value for name, value in notable.items() if value},
             },
             environment={**environment(), **hardware({p.device for p in self.model.parameters()})},
             measured=measured,
@@ -121,20 +125,6 @@ class Worker:
             samples=[{**s, "effective_sparsity": unread(s["effective_sparsity"], share)} for s in outcome.samples],
         )
         return outcome, record
-
-    def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> Session:
-        session: Session = Session()
-        if cell.rounding is not None:
-            stack.enter_context(self._round(cell.rounding))
-        if cell.method.prunes:
-            step = "calibrating" if cell.method.calibrates else "preparing"
-            self._tell(Event("wait", f"{step} {cell.method.spec}"))
-            pruned = prune(
-                self.model, cell.method, cell.sparsity, calibration=self._calibration(cell), execution="masked"
-            )
-            session = stack.enter_context(pruned)
-        self._tell(Event("wait", f"running {cell.title}"))
-        return session
 
     def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
         """Return a context of rounded FFN weights; the last stay in memory, since cell after cell asks for them."""
@@ -147,18 +137,17 @@ class Worker:
     def _calibration(self, cell: Cell) -> Calibration:
         """Return what methods may know of the model, with weights rounded like the cell's, before any prompt."""
         config, bits = cell.config, cell.rounding
-        place = bits, config.calibration
-        if place not in self._calibrations:
+        if bits not in self._calibrations:
             about = {
                 "model": self.resolved.identity.to_json(), "dtype": str(self.model.dtype),
                 "device": self.model.device.type, "bits": bits and bits.text,
                 "code": digest(numeric_files()), "versions": versions(),
             }  # fmt: skip
-            self._calibrations[place] = Calibration(
+            self._calibrations[bits] = Calibration(
                 self.model, self.tokenizer, lambda: calibration_text(config.calibration, config.data_dir).text,
                 config.calibration_size, StatsCache(about),
             )  # fmt: skip
-        return self._calibrations[place]
+        return self._calibrations[bits]
 
 
 def _smaller(lm: PrunedLM, work: Callable[[], T]) -> tuple[T, int]:

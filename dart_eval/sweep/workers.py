@@ -18,33 +18,40 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dart_eval.models.loading import choose_device
 from dart_eval.sweep import run
 from dart_eval.sweep.events import Event, Tell, silent
 from dart_eval.sweep.options import RunConfig
-from dart_eval.sweep.run import RunResult, begin_sweep, run_rest
 from dart_eval.util.errors import writing
+from dart_eval.util.quiet import silence
 
 POLL = 0.5  # seconds between looks at the workers
 # An empty entry of the path is the working directory, which nothing is imported from.
 BEGIN = "import sys; sys.path[:] = filter(None, sys.path); from dart_eval.sweep.workers import serve; serve()"
 
 
-def run_all(configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False) -> RunResult:
+def run_all(configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False) -> run.RunResult:
     """See `cluster.run.run_all`. What no worker could begin runs in this process, which says why.
 
     Raises:
         UserError: the input is wrong.
     """
-    since = time.time()
-    sweep = begin_sweep(configs, tell, skip_missing, since=since)
-    count, cards = min(configs[0].workers, len(sweep.todo)), _cards(configs[0])
-    threads = max(1, len(os.sched_getaffinity(0)) // max(1, count)) if hasattr(os, "sched_getaffinity") else 1
-    with contextlib.ExitStack() as stack:
+    first, since = configs[0], time.time()
+    sweep = run.begin_sweep(configs, tell, skip_missing, since=since)
+    count, cards = min(first.workers, len(sweep.todo)), list[str]()
+    if choose_device(first.device).type == "cuda":
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cards = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    threads = str(max(1, torch.get_num_threads() // max(1, count)))
 
-        def start(place: int) -> subprocess.Popen[bytes]:
-            card = {"CUDA_VISIBLE_DEVICES": cards[place % len(cards)]} if cards else {"OMP_NUM_THREADS": str(threads)}
-            return stack.enter_context(_worker(_log(sweep.store.folder, place), card, (configs, skip_missing, since)))
+    def start(place: int) -> subprocess.Popen[bytes]:
+        part = {"CUDA_VISIBLE_DEVICES": cards[place % len(cards)]} if cards else {"OMP_NUM_THREADS": threads}
+        return workers.enter_context(_worker(logs / f"worker-{place + 1}.log", part, (configs, skip_missing, since)))
 
+    logs = sweep.store.folder / "logs"
+    with contextlib.ExitStack() as workers:
         running = {place: start(place) for place in range(count)}
         while running:
             time.sleep(POLL)
@@ -55,15 +62,10 @@ def run_all(configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False
                 del running[place]
                 if status:
                     how = f"signal {-status}" if status < 0 else f"status {status}"
-                    text = f"worker {place + 1} died ({how}); see {_log(sweep.store.folder, place)}"
-                    tell(Event("note", text))
+                    tell(Event("note", f"worker {place + 1} died ({how}); see {logs}/worker-{place + 1}.log"))
                     if sweep.todo and len(sweep.failed) > failed:  # at a cell, and not before its first
                         running[place] = start(place)
-    return run_rest(sweep, configs[0])
-
-
-def _log(folder: Path, place: int) -> Path:
-    return folder / "logs" / f"worker-{place + 1}.log"
+    return sweep.run_here()
 
 
 @contextlib.contextmanager
@@ -87,22 +89,8 @@ def _worker(log: Path, environment: dict[str, str], asked: tuple[Any, ...]) -> I
         process.wait()
 
 
-def _cards(config: RunConfig) -> list[str]:
-    """Return the GPUs that workers may use, as `CUDA_VISIBLE_DEVICES` names them; none on a CPU."""
-    from dart_eval.models.loading import choose_device
-
-    if choose_device(config.device).type != "cuda":
-        return []
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-
-
 def serve() -> None:
     """Run the sweep that comes on stdin, in a worker."""
-    from dart_eval.util.quiet import silence
-
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # it leaves no mark on its cell
     silence()
     configs, skip_missing, since = pickle.load(sys.stdin.buffer)

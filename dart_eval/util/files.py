@@ -1,4 +1,4 @@
-"""Files that a user names, read and written in the same way by every verb.
+"""Files, read and written in the same way by every verb.
 
 A regular file is old or new, never half. A symbolic link's target is written, and the link stays; a pipe or a device is
 written into, and never replaced. All text is UTF-8, whatever the locale.
@@ -77,11 +77,7 @@ def check_target(path: str | Path, remedy: str = "choose another file") -> None:
 
 
 def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
-    """Refuse to replace a file that is neither empty nor ours.
-
-    Args:
-        begins: pattern in the first bytes of every file of ours.
-        what: kind of such a file, for the message.
+    """Refuse to replace a file that is neither empty nor a `what` of ours. begins: pattern in the first bytes of ours.
 
     Raises:
         UserError: the file is not ours.
@@ -94,10 +90,7 @@ def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
 
 
 def check_name(path: str | Path, what: str) -> None:
-    """Refuse a path that no file or folder can have, whether or not it exists.
-
-    Args:
-        what: the path's name in messages, such as `--output`.
+    """Refuse a path that no file or folder can have, whether or not it exists. what: its name in messages: `--output`.
 
     Raises:
         UserError: it is empty, too long, holds a NUL, or its links lead nowhere.
@@ -121,17 +114,12 @@ def safe(text: str) -> str:
 
 
 def read_text(path: str | Path, what: str, remedy: str) -> str:
-    """Return the text of a file, or pipe, that the user named.
-
-    Args:
-        what: the file's name in messages, such as `config`.
+    """Return the text of a file, or pipe, that the user named. what: its name in messages, such as `config`.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
     with telling(f"{what} {path} cannot be read", remedy):
-        if stat.S_ISCHR(os.stat(path).st_mode):
-            raise OSError(errno.EINVAL, "it is a device")
         return Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n")
 
 
@@ -148,7 +136,7 @@ def read_regular(path: str | Path) -> bytes:
 
 def is_stream(path: str | Path) -> bool:
     """Whether a path is a pipe, a terminal or a device."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def format_of(path: Path, format: str | None, formats: Sequence[str]) -> str | None:
@@ -157,12 +145,10 @@ def format_of(path: Path, format: str | None, formats: Sequence[str]) -> str | N
     Raises:
         UserError: no format is given, and the ending is none of `formats`.
     """
-    if format is not None or is_stream(path):
-        return format
-    if path.suffix[1:] not in formats:
+    if format is None and not is_stream(path) and (format := path.suffix[1:]) not in formats:
         endings = ", ".join(f".{f}" for f in formats)
         raise UserError(f"{path} has no ending of a known format", f"use {endings}, or give --format")
-    return path.suffix[1:]
+    return format
 
 
 def reason(error: Exception) -> str:

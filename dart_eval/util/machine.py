@@ -59,15 +59,8 @@ def memory(root: Path = Path("/")) -> tuple[int, int] | None:
     """Return the bytes of memory that this process may still take, and the total; None if unknown.
 
     They are the machine's, or those of the control group (a container, a job of a cluster) that leaves least.
-
-    Args:
-        root: of the file system.
     """
     try:
-        import resource
-
-        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-            return None  # address space, of which we do not know what is taken
         lines = (line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         sizes = {name: int(rest.split()[0]) * 1024 for name, rest in lines}
         found = [(sizes["MemAvailable"], sizes["MemTotal"])]
@@ -82,7 +75,7 @@ def memory(root: Path = Path("/")) -> tuple[int, int] | None:
                 with contextlib.suppress(OSError, ValueError):  # the root of version 2 has none, and "max" is no limit
                     most, taken = (int((group / f"memory.{name}").read_text()) for name in (limit, usage))
                     found.append((most - taken, most))
-    except (ImportError, OSError, ValueError, KeyError):  # not Linux
+    except (OSError, ValueError, KeyError):  # not Linux
         return None
     return min(found)
 

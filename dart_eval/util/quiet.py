@@ -27,18 +27,6 @@ def silence() -> None:
     datasets.disable_progress_bars()
 
 
-@contextlib.contextmanager
-def without_remarks() -> Iterator[None]:
-    """Hide lm-eval's remarks on its own options, but not its errors, while the block runs."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
 _NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - libraries keep the stream
 
 

@@ -20,11 +20,6 @@ _HIDDEN = re.compile(
 _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
 
 
-def settings_in(spelled: str) -> list[str]:
-    """Split the settings that follow a method's name. Values may hold colons: a setting begins at a name and "="."""
-    return re.split(r":(?=\s*[\w.]*\s*=)", spelled)
-
-
 def printable(text: str, lines: bool = False) -> str:
     """Return the text without characters that a terminal, a browser or an XML reader would act on.
 
@@ -63,16 +58,6 @@ def json_text(data: object, sort_keys: bool = False, allow_nan: bool = True) -> 
     """Return readable JSON in UTF-8; hidden characters of its texts are escaped, so that nothing is lost."""
     text = json.dumps(data, ensure_ascii=False, indent=1, sort_keys=sort_keys, allow_nan=allow_nan)
     return _HIDDEN.sub(lambda c: c.group() if c.group() == "\n" else json.dumps(c.group())[1:-1], text)
-
-
-def folded(name: str, width: int) -> list[str]:
-    """Break a cell's name into lines of about `width` characters, between parameters of a method and at spaces."""
-    lines = [""]
-    for part in re.findall(r":?[^: ]+ ?|[: ]", printable(name)):
-        if lines[-1].strip() and len(lines[-1]) + len(part.rstrip()) > width:
-            lines.append("  ")
-        lines[-1] += part
-    return [line.rstrip() for line in lines]
 
 
 def short_repr(value: object) -> str:

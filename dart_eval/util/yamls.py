@@ -16,11 +16,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add((key.tag, key.value))
+            seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -38,8 +37,7 @@ def read_mapping(
     """Return the keys and values of a YAML file.
 
     Args:
-        what: the file's name in messages, such as `config`.
-        example: a possible line of it.
+        what: the file's name in messages, such as `config`. example: a possible line of it.
         remedy: for a file that cannot be read.
         empty: whether it may be empty.
 
@@ -52,8 +50,6 @@ def read_mapping(
         loader = _Loader(text)
         loader.name = "the file"
         loaded = loader.get_single_data()
-    except RecursionError:
-        raise UserError(f"{what} {path} is nested too deeply", remedy) from None
     except Exception as error:  # malformed dates and numbers raise errors of many kinds
         raise UserError(f"{what} {path} is not YAML ({str(error) or type(error).__name__})", remedy) from None
     if loaded is None and empty:

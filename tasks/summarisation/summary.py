@@ -3,7 +3,6 @@
 from functools import lru_cache
 
 import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 TYPES = ("rouge1", "rouge2", "rougeL")
@@ -11,6 +10,8 @@ TYPES = ("rouge1", "rouge2", "rougeL")
 
 @lru_cache(maxsize=1)
 def _scorer():
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second, and finished cells need none
+
     return RougeScorer(list(TYPES), use_stemmer=True)
 
 

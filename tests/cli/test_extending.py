@@ -93,7 +93,7 @@ def test_its_masks_are_griffins(family):
 def test_its_code_is_in_the_key_and_its_options_are_checked():
     model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32", config=LlamaConfig())
     config = RunConfig(method=("griffin", "votes", "votes:power=1"), tasks=("arc",))
-    griffin, votes, power = (cell.inputs for cell in plan(config, model, ("arc",), {"arc": "h"}, "cpu"))
+    griffin, votes, power = (cell.inputs for cell in plan(config, model, {"arc": "h"}, "cpu"))
     assert griffin["method_code"] != votes["method_code"] == power["method_code"]
     assert (votes["params"], power["params"]) == ({"method": "votes", "power": 2.0}, {"method": "votes", "power": 1.0})
     with pytest.raises(UserError, match=r"votes: power is '0'; it must be above 0"):

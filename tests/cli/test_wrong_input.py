@@ -75,7 +75,7 @@ CONFIGS = {
     "limit: 2024-13-45": "is not YAML (month must be in 1..12)",
     "limit: !!int ''": "is not YAML (string index out of range)",
     "limit: !!python/name:os.system x": "is not YAML (could not determine a constructor",
-    "a: " + "[" * 5000: "is nested too deeply",
+    "a: " + "[" * 5000: "is not YAML (maximum recursion depth exceeded",
     "a: b\n---\nc: d": "is not YAML",
     "tasks: \x07": "is not YAML",
     "": "must contain keys and values; for example `tasks: [arc, hellaswag]`",

@@ -20,7 +20,7 @@ from dart_eval.pruning.registry import make
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
 from dart_eval.sweep.options import config_from
-from dart_eval.sweep.run import plan_all
+from dart_eval.sweep.run import begin_sweep
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import about, served_bits
 from tests.helpers.commands import Watch, run_local
@@ -131,21 +131,21 @@ def test_what_needs_plain_weights_is_left_out_before_the_first_cell(checkpoints,
     def planned(**more):
         given = {"tasks": "smoke_questions", "model": str(checkpoints[kind]), "output": str(tmp_path / "out"), **more}
         watch = Watch()
-        cells, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
+        cells = begin_sweep([config_from(None, given)], watch).cells
         return [cell.method.name for cell in cells.values()], [note for note in watch.notes if "left out" in note]
 
     library = kind.partition("-")[0]
-    fixed = rf"dense on 4 bits at sparsity 0{{}} the weights of Linear are quantised \({library}\): others cannot "
+    fixed = rf"dense on 4 bits at sparsity 0: the weights of Linear are quantised \({library}\): others cannot "
     fixed += "stand in their place; leave --ffn-bits out, or load the model unquantised"
     methods, notes = planned()
     assert methods == ["dense", "griffin", "dart"]
-    assert [note.startswith("grinqh at sparsity 0.5 is left out: ") for note in notes] == [True]
+    assert [note.startswith("left out: grinqh at sparsity 0.5: ") for note in notes] == [True]
     with pytest.raises(UserError, match=r"^rounding at sparsity .*load the model unquantised"):
         planned(method="rounding")
-    with pytest.raises(UserError, match=f"^{fixed.format(':')}$"):
+    with pytest.raises(UserError, match=f"^{fixed}$"):
         planned(ffn_bits="4")
     methods, notes = planned(ffn_bits="16,4", method="dense,griffin")
-    assert methods == ["dense", "griffin"] and len(notes) == 2 and re.match(fixed.format(" is left out:"), notes[0])
+    assert methods == ["dense", "griffin"] and len(notes) == 2 and re.match(f"left out: {fixed}", notes[0])
 
 
 @pytest.mark.slow

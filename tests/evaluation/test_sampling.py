@@ -35,7 +35,7 @@ def answers(tokenizer, asked, batch_size=2, journal=None):
 def keys(batch_size, dtype="float32", method="cats", drawn=(), settings=None):
     config = RunConfig(method=(method,), batch_size=batch_size)
     model = Resolved(ModelSpec(), "", Identity("m", None, "w"), dtype, config=settings or LlamaConfig())
-    return [cell.key for cell in plan(config, model, ["t"], {"t": "h"}, "cpu", drawn)]
+    return [cell.key for cell in plan(config, model, {"t": "h"}, "cpu", drawn)]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from datasets import load_dataset
 
 import dart_eval
-from dart_eval.cluster import cluster
+from dart_eval.cluster import run as cluster
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.evaluation.unsafe import block_local_code

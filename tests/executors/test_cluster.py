@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from dart_eval.cluster import cluster
+from dart_eval.cluster import run as cluster
 from dart_eval.cluster.run import run_all
 from dart_eval.results.store import Store
 from dart_eval.sweep.events import silent

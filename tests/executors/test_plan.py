@@ -41,7 +41,7 @@ def yaml_file(tmp_path, text):
 def cells(identity=MODEL, tasks=("arc_easy",), hashes=None, device="cpu", dtype="float32", **given):
     config = RunConfig(**{"method": ("dart",), "tasks": tasks, **given})
     model = Resolved(ModelSpec(), "", identity, dtype, config=LlamaConfig())
-    return plan(config, model, tasks, hashes or dict.fromkeys(tasks, "h"), device)
+    return plan(config, model, hashes or dict.fromkeys(tasks, "h"), device)
 
 
 def key(**given):
@@ -434,11 +434,11 @@ def test_one_row_that_no_model_can_meet_leaves_out_itself_alone(saved_llama, tmp
     good = config_from(None, {**common, "method": "griffin", "sparsity": "0.9"})
     bad = config_from(None, {**common, "method": "cats", "sparsity": "0.9", "scope": "all"})
     view = Watch()
-    found, _ = run.plan_all([good, bad], view, True)
+    found = run.begin_sweep([good, bad], view).cells
     assert [cell.method.name for cell in found.values()] == ["griffin"]
     assert any(note.startswith("left out: cats at sparsity 0.9") for note in view.notes)
     with pytest.raises(UserError, match=r"cats at sparsity 0\.9"):
-        run.plan_all([bad], view, True)
+        run.begin_sweep([bad], view)
 
 
 def test_another_tokenizer_makes_another_model(saved_llama, tmp_path):

@@ -9,13 +9,13 @@ from transformers import LlamaConfig
 
 from dart_eval.cli import application, run
 from dart_eval.cli.options import one_of
+from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.pruning.registry import make
 from dart_eval.sweep.options import DEFAULTS, RunConfig, checked, config_from, configs_from
 from dart_eval.sweep.plan import command, plan
-from dart_eval.sweep.run import count_requests
 from dart_eval.util.bits import rounding_at
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.surface  # of what is asked, not of what is computed; l
 def cell(**given):
     config = config_from(None, {"tasks": "arc_easy", "method": "dense", **given})
     model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32", config=LlamaConfig())
-    (made,) = plan(config, model, ["arc_easy"], {"arc_easy": "h"}, "cpu")
+    (made,) = plan(config, model, {"arc_easy": "h"}, "cpu")
     return made
 
 
@@ -73,7 +73,7 @@ def test_a_share_of_the_documents_is_what_lm_eval_makes_of_it():
     tasks = Tasks()
     items = tasks.load("smoke_summary")  # 30 documents
     settings = [config_from(None, {"tasks": "smoke", "limit": limit}) for limit in (0.1, 3, 0.11, None)]
-    assert [count_requests(items, s.limit) for s in settings] == [3, 3, 4, 30]
+    assert [number_asked(items[0], s.limit) for s in settings] == [3, 3, 4, 30]
     hashes = [task_hash(items, s) for s in settings]
     assert hashes[0] == hashes[1] and len({*hashes}) == 3  # of what is asked
     assert cell(limit=0.1).inputs["limit"] == 0.1 and cell(limit=0.1).key != cell(limit=3).key

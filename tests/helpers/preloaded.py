@@ -14,7 +14,7 @@ from torch.utils import collect_env
 from tests.helpers import quick  # noqa: F401 - before anything runs
 
 for name in (
-    "dart_eval.cli", "dart_eval.sweep.run", "dart_eval.sweep.worker", "dart_eval.cluster.cluster",
+    "dart_eval.cli", "dart_eval.sweep.run", "dart_eval.sweep.worker", "dart_eval.cluster.run",
     "dart_eval.bench.decode", "dart_eval.bench.overhead", "dart_eval.results.report",
     "dart_eval.results.check", "dart_eval.results.compare", "dart_eval.results.paper", "dart_eval.bench.tracing",
     "lm_eval.models.huggingface", "lm_eval.api.metrics", "transformers.models.llama.modeling_llama", "datasets",

@@ -49,7 +49,7 @@ def test_what_is_not_made_for_experts_is_left_out_with_a_line(tmp_path, tokenize
     result = run_local(config_from(None, given), watch)
     assert not result.failed and [r.inputs["method"] for r in result.records] == ["griffin"]
     assert [note for note in watch.notes if "left out" in note] == [
-        f"{title} is left out: {part} is not made for experts yet; take another method, or a dense model"
+        f"left out: {title}: {part} is not made for experts yet; take another method, or a dense model"
         for title, part in (
             ("flap at sparsity 0.5", "flap"),
             ("teal at sparsity 0.5", "teal"),
@@ -69,5 +69,5 @@ def test_what_does_not_fit_a_norm_of_neurons_is_left_out_too(tmp_path, tokenizer
     )
     assert not result.failed and [r.inputs["method"] for r in result.records] == ["griffin"]
     assert any(
-        "teal at sparsity 0.5 is left out: teal does not fit an FFN that has a norm" in note for note in watch.notes
+        "left out: teal at sparsity 0.5: teal does not fit an FFN that has a norm" in note for note in watch.notes
     )

@@ -30,9 +30,7 @@ def test_every_input_of_a_planned_cell_has_a_role_and_no_role_is_of_none():
         "attn_implementation": "eager",
         "add_bos_token": True,
     }
-    (cell,) = plan(
-        RunConfig(method=("flap",), tasks=("arc",), ffn_bits=("4",), **said), model, ("arc",), {"arc": "h"}, "cpu"
-    )
+    (cell,) = plan(RunConfig(method=("flap",), tasks=("arc",), ffn_bits=("4",), **said), model, {"arc": "h"}, "cpu")
     of_a_data_set = {"calibration_tokens", "calibration_seed"}  # and of older cells
     assert set(cell.inputs) | of_a_data_set == set(inputs.FIELDS)
 

@@ -24,10 +24,9 @@ from dart_eval.results.compare import compare_folders, compare_rows
 from dart_eval.results.frame import cells, lines_of, typed
 from dart_eval.results.inputs import labels, specs
 from dart_eval.results.report.build import build
-from dart_eval.results.show import Table, show
+from dart_eval.results.show import Table, folded, show
 from dart_eval.results.store import Store
 from dart_eval.sweep.events import Event
-from dart_eval.util.text import folded
 from tests.helpers.records import FLOPS, answered, record, render, right, save, tables
 
 UNIFORM = "dart:allocation=uniform"
