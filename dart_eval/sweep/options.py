@@ -40,8 +40,7 @@ MOST = 2**32  # no count of anything is as large
 AUTO = "auto"  # as a batch size: as many as fit
 DEVICE = r"^(auto|(cpu|cuda|mps|xpu)(:\d+)?)$"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}  # short names
-DATA_SET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # as --calibration takes it
-DATA_SET_TOKENS = 16384  # that a calibration reads of one
+DATA_SET_TOKENS = 16384  # that a calibration reads of a data set
 TEXT_FILES = (".txt", ".md", ".json", ".jsonl")  # no data set is called so
 BACKENDS = ("hf", "huggingface")  # of `--model` in lm-eval, where `model_args` names the model
 PATHS = ("model", "peft", "data_dir", "calibration", "output")
@@ -201,11 +200,12 @@ class RunConfig(ModelSpec, EvalSettings):
         off="Do not start prompts with the tokenizer's BOS token.")] = None
     trust_remote_code: Annotated[Flag, Option(MODEL, "", DECIDES,
         "Allow the model's own Python code to run. Without this option it is refused.")] = False
-    method: Annotated[tuple[Text, ...], BeforeValidator(_items), Option(PRUNING, "NAMES", CELL,
+    method: Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), Option(PRUNING, "NAMES", CELL,
         "Run these methods, comma-separated: a name, or a name with options, such as dart:remask.window=8. "
         "`dart-eval ls methods` lists them. Without it and --ffn-bits, dense runs in a rounding of each read, too.")
     ] = ("dense", "griffin", "dart", "grinqh")
-    sparsity: Annotated[tuple[float, ...], BeforeValidator(_sparsities), Option(PRUNING, "SHARES", CELL,
+    sparsity: Annotated[tuple[float, ...], BeforeValidator(_sparsities), Field(min_length=1), Option(PRUNING,
+        "SHARES", CELL,
         "Run at these sparsities, comma-separated, from 0 to below 1: the share of FFN weight bytes that a decoded "
         "token does not read.")] = (0.5,)
     ffn_bits: Annotated[tuple[str, ...], BeforeValidator(_ffn_bits), Field(min_length=1), Option(PRUNING, "BITS", CELL,
@@ -288,14 +288,11 @@ class RunConfig(ModelSpec, EvalSettings):
             check_name(folder, "--include-path")
             if not Path(folder).is_dir():
                 raise UserError(f"include path {folder} is not a folder", "give one with task YAML files")
-        if text := self.calibration:
-            named = DATA_SET.fullmatch(text) is not None and Path(text).suffix not in TEXT_FILES
-            if not named and not Path(text).is_file():
-                raise UserError(f"calibration text {text} is not a file", "give a text file, or a data set's name")
+        text = self.calibration or ""
+        if (Path(text).suffix in TEXT_FILES or text.count("/") > 1) and not Path(text).is_file():
+            raise UserError(f"calibration text {text} is not a file", "give a text file, or a data set's name")
         thinking, several = self.enable_thinking, self.workers > 1
         for wrong, problem, remedy in (
-            (not self.method or not self.sparsity, "no method or no sparsity given",
-             "give --method dense,dart --sparsity 0.5,0.7"),
             (self.fewshot_as_multiturn and not self.chat_template, "--fewshot-as-multiturn needs --chat-template",
              "give both, or neither"),
             (thinking is not None and not self.chat_template,

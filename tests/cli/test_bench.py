@@ -224,9 +224,9 @@ def test_wrong_input_is_refused_in_one_line(words, said):
 
 
 def test_an_empty_list_of_methods_is_none():
-    done = command("bench", "overhead", "--method", " , ")
-    assert (done.code, done.err) == (2, "error: no method given; add one, for example --method dart,griffin\n")
-    assert command("bench", "overhead", "--method", "").err == done.err
+    for methods in (" , ", ""):
+        done = command("bench", "overhead", "--method", methods)
+        assert done.code == 2 and "must have at least 1 item" in done.err
 
 
 def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):

@@ -89,8 +89,8 @@ def test_a_single_value_in_the_file_is_a_list_of_one(tmp_path):
     ({"max_length": -1}, "max_length -1"),
     ({"num_fewshot": -1}, "num_fewshot -1"),
     ({"chunk": 3}, "chunk 3"),
-    ({"method": ","}, "no method"),
-    ({"sparsity": ","}, "no sparsity"),
+    ({"method": ","}, "at least 1 item"),
+    ({"sparsity": ","}, "at least 1 item"),
     ({"sparsity": "0.5,1"}, r"sparsity 1 is outside \[0, 1\)"),
 ])  # fmt: skip
 def test_values_that_no_run_could_use_are_refused(given, message):
