@@ -14,7 +14,7 @@ from dart_eval.cli.view import print_note, say
 from dart_eval.sweep.options import MODEL, OUTPUT, PRUNING, config_of
 from dart_eval.sweep.plan import methods_of
 from dart_eval.util.bits import parse
-from dart_eval.util.files import check_target
+from dart_eval.util.files import check_name, check_target
 from dart_eval.util.quiet import silence
 
 DEFAULT = ("griffin", "dart", "dart-code", "grinqh")  # methods
@@ -71,6 +71,7 @@ def decode(
     from dart_eval.results import speeds
 
     if output is not None:
+        check_name(output, "--output")
         check_target(f"{output}/{speeds.FOLDER}/decode.json", speeds.REMEDY)
     silence()  # it imports torch, and all before it does not
     from dart_eval.bench.decode import Setting, check_length, check_timeable

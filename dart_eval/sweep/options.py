@@ -327,8 +327,8 @@ class RunConfig(ModelSpec, EvalSettings):
             raise UserError(
                 f"device {self.device} is not there: this machine has no CUDA driver", "give --device cpu or auto"
             )
-        folder = Path(self.output).absolute()
-        there = next(place for place in (folder, *folder.parents) if place.exists())
+        cells = Path(self.output).absolute() / "cells"
+        there = next(place for place in (cells, *cells.parents) if place.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"output {self.output} cannot be written", "choose another --output")
 
