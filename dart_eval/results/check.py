@@ -128,8 +128,8 @@ def write_baseline(path: Path, results: Sequence[Cell]) -> int:
         ]
         count += len(lines)
         typed = cell.settings.get("method", cell.inputs["method"])
+        part = {"method": _line(typed)} if typed != cell.inputs["method"] else {}
         try:
-            part = {"method": _line(typed)} if typed != cell.inputs["method"] else {}
             part["inputs"] = json.dumps(cell.inputs, sort_keys=True, indent=1, allow_nan=False)
             for name, rows in (("measures", measures), ("documents", lines)):
                 part[name] = "[\n" + ",\n".join(map(_line, rows)) + "\n]"

@@ -186,10 +186,8 @@ def _compared(a: str, b: str, contrasts: Sequence[Contrast], metrics: Sequence[s
 def table(comparison: Comparison) -> Table:
     """Return the comparison as a table, in which a contrast stands once above its rows."""
     rows = pd.DataFrame(comparison.rows, dtype=object)  # objects: a text that is no Unicode stays one
-    cells = rows["contrast"]
-    if cells.nunique() > 1:
-        cells = cells.mask(cells.duplicated(), "")
-    frame = rows.assign(contrast=cells, ends=[*map(interval, rows["low"], rows["high"])])
+    words = rows["contrast"].mask(rows["contrast"].duplicated() & (rows["contrast"].nunique() > 1), "")
+    frame = rows.assign(contrast=words, ends=[*map(interval, rows["low"], rows["high"])])
     notes = [*_notes(comparison.rows), *comparison.notes]
     return dataclasses.replace(show.table(comparison.title, frame, COLUMNS, notes, ("cells", "n", "units")), data=rows)
 

@@ -186,35 +186,19 @@ def model_of(model: Json) -> str:
 def specs(records: Iterable[Labelled]) -> dict[str, str]:
     """Return key -> the method as typed, with the differing parameters if that is ambiguous."""
     found: dict[str, str] = {}
-    for cells in grouped(records, lambda r: r.inputs["method"]).values():
+    for method, cells in grouped(records, lambda r: r.inputs["method"]).items():
         spellings = {r.key: str(r.settings.get("method") or r.inputs["method"]) for r in cells}
         # Of several spellings of one setting the longest: one version's default may be another's parameter.
         typed = {
             params: max((spellings[r.key] for r in alike), key=lambda text: (len(text), text))
             for params, alike in grouped(cells, _params).items()
         }
-        clear = len(set(typed.values())) == len(typed)
-        found |= {r.key: typed[_params(r)] for r in cells} if clear else exact(cells, every=True)
-    return found
-
-
-def exact(records: Iterable[Labelled], every: bool = False) -> dict[str, str]:
-    """Return key -> the method with the fewest parameters that distinguish its cell, as `compare` takes it.
-
-    Args:
-        records: the cells to distinguish.
-        every: whether to give all parameters in which settings of one method differ.
-    """
-    found = {}
-    for method, cells in grouped(records, lambda r: r.inputs["method"]).items():
         settings = {_params(r): LEGACY_DEFAULTS | r.inputs["params"] for r in cells}
         for r in cells:
-            own = settings[_params(r)]
-            others = [params for text, params in settings.items() if text != _params(r)]
-            differ = sorted(k for k in own if any(params.get(k) != own[k] for params in others))
-            apart = [k for k in differ if all(params.get(k) != own[k] for params in others)]
-            least = sorted(apart, key=lambda k: (k.count("."), k))[:1] or differ
-            found[r.key] = ":".join([method, *(f"{k}={_plain(own[k])}" for k in (differ if every else least))])
+            found[r.key], own = typed[_params(r)], settings[_params(r)]
+            if len(set(typed.values())) < len(typed):
+                differ = sorted(k for k in own if any(params.get(k) != own[k] for params in settings.values()))
+                found[r.key] = ":".join([method, *(f"{k}={_plain(own[k])}" for k in differ)])
     return found
 
 

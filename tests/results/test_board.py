@@ -9,7 +9,6 @@ from dart_eval.cli.run import show_results
 from dart_eval.results import frame, show, speeds, tables
 from dart_eval.results.board import GUESSING
 from dart_eval.results.format import multiple, small_share
-from dart_eval.results.inputs import exact
 from dart_eval.results.record import Metric
 from dart_eval.results.speeds import Ratio
 from dart_eval.results.store import Store
@@ -17,7 +16,7 @@ from dart_eval.sweep.run import RunResult
 from dart_eval.util.errors import UserError
 from tests.helpers.boards import EASY, board_of, choices, places, rows_of, said_of
 from tests.helpers.commands import command
-from tests.helpers.records import answered, choosing, perplexities, right, samples, save
+from tests.helpers.records import answered, choosing, perplexities, samples, save
 
 
 def above(row, metric="acc"):
@@ -231,17 +230,6 @@ def test_the_board_of_a_run_has_the_folders_dense_cells(tmp_path, capsys, monkey
     shown = capsys.readouterr().out
     assert "  dense  " in shown and "no dense cell for piqa" in " ".join(shown.split())
     assert shown.endswith("next: dart-eval report out   dart-eval tables out --view long\n")
-
-
-def test_a_method_is_told_from_others_of_its_name_by_as_little_as_can_be():
-    settings = [{"remask": "none"}, {"remask": "drift", "remask.window": 8}, {"remask": "drift", "remask.window": 4}]
-    made = [answered("arc", right(0.5), "griffin", params=p) for p in settings] + [answered("arc", right(0.5), "flap")]
-    assert list(exact(made).values()) == [
-        "griffin:remask=none", "griffin:remask.window=8", "griffin:remask.window=4", "flap",
-    ]  # fmt: skip
-    older = answered("arc", right(0.5), "griffin", params={})
-    plain = [older, answered("arc", right(0.5), "griffin", params={"draw": "sample"})]
-    assert list(exact(plain).values()) == ["griffin:draw=best", "griffin:draw=sample"]
 
 
 def test_cells_of_several_versions_keep_their_names_and_are_counted(tmp_path):
