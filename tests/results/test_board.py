@@ -144,7 +144,7 @@ def test_other_prompts_are_not_held_against_each_other_and_the_last_run_of_a_cel
     other.samples[3]["prompt_hash"] = "another"
     made = board_of(tmp_path / "a", choices(0.8, method="dense"), other)
     (note,) = made.notes
-    assert "1 of 200 prompts" in note
+    assert "1 of 200 documents differ, or their prompts" in note
     old, new = choices(0.2, created="2026-01-01", code="old"), choices(0.6, created="2026-02-01", code="new")
     made = board_of(tmp_path / "b", choices(0.8, method="dense", code="new"), old, new)
     assert made.blocks[0].levels[1][0].keys == (new.key,) and "1 older run" in made.notes[0]
