@@ -164,15 +164,6 @@ def _flattened(settings: Mapping[str, object], path: str = "") -> Iterator[tuple
             yield where, value
 
 
-def spelled(name: str, settings: Mapping[str, object]) -> str:
-    """Spell a name and settings as a user types them.
-
-    `dart`, `{"remask": {"window": 8}}` -> `dart:remask.window=8`.
-    """
-    values = ((path, str(v).lower() if isinstance(v, bool) else v) for path, v in _flattened(settings))
-    return ":".join([name, *(f"{path}={value}" for path, value in values)])
-
-
 def parse(spec: str) -> tuple[str, dict[str, str]]:
     """Parse the spelling of a method into its name and settings.
 
