@@ -4,7 +4,7 @@ Everything that is compared runs in turn, step by step, in one process: the dens
 control, which should be as fast as itself), the dense model with its FFNs in our own product, where there is one (a
 yardstick of the same care), the method, and the method's slices without its overhead. Dense is a second
 model, which `prune()` never touches: it has the FFN weights once more, bit for bit, and shares all others
-(`dense_copy`). Each has a KV cache of its own, of the same length. Ratios are medians over steps of times that lie next
+(`twin`). Each has a KV cache of its own, of the same length. Ratios are medians over steps of times that lie next
 to each other, so that what else the machine does hits both; weights that take turns drive each other out of the
 processor's cache alike.
 
@@ -15,20 +15,20 @@ cannot decode faster than 1 / (1 - phi (1 - r)) times the dense one, r being the
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from dart_eval.bench.dense_copy import by_kernel, own_bytes, twin
-from dart_eval.bench.row import Row
 from dart_eval.kernels.cpu.ffns import CodedFFN
 from dart_eval.kernels.fast import WholeFFN, act_of, why_no_kernel
-from dart_eval.kernels.mask_rows import swapped
+from dart_eval.kernels.mask_rows import RowCopies, swapped
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import plain_matrix
@@ -37,13 +37,14 @@ from dart_eval.pruning import cost
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dart import Dart
 from dart_eval.pruning.session import Session, prune
-from dart_eval.results.speeds import paired
+from dart_eval.results.speeds import Ratio, paired
 from dart_eval.util.bits import OWN_BITS, Rounding
-from dart_eval.util.errors import UserError
+from dart_eval.util.errors import UserError, out_of_memory
 from dart_eval.util.machine import timed
 from dart_eval.weights.rounding import rounded, served_bits, served_share
 
 CHANGED = 0.2  # share of the masks' neurons that the timed re-mask replaces
+M = TypeVar("M", bound=nn.Module)
 ALL_WEIGHTS = "packed products read all weights of a matrix"
 
 
@@ -60,6 +61,65 @@ class Setting:
     prompt_tokens: int = 128
     steps: int = 30
     rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one method. Times are ratios to the dense model's; None where `why` gives the reason.
+
+    Attributes:
+        bits: the rounding of the FFN weights, as a user types it; None: none.
+        weights_read: FFN bytes that a decoded token reads / the model's own; on rounded weights / those of 16 bits.
+        ceiling: the largest speed-up that the bytes of this model allow at that read.
+        memory: bytes beside the dense model while one sequence decodes. state: those that each sequence adds.
+        why: the reason why no kernel turns these bytes into time; None: the row is timed.
+        weights_executed: FFN weights that this execution multiplies / all (a token's choice inside its mask saves reads
+            only where a kernel skips them).
+        speedup: dense step / the method's step. control: dense step / dense step.
+        over_kernel: step of the dense model in our own product / the method's step; None where there is none.
+        achieved_over_ceiling: over_kernel / ceiling, or speedup / ceiling where there is no kernel.
+        first_token: prompt's time with scoring, masks and the first copies / dense prompt's time.
+        remask_masks_dense_steps: the first half of a re-mask, in dense steps: new scores and masks are made from the
+            inputs in the ring. None where the method keeps no ring.
+        remask_moves_dense_steps: the second half, in dense steps: in every layer a fifth of the kept neurons gives way
+            to others, whose weights are copied.
+        begin_dense_steps: once for the first prompt of a `prune()`, in dense steps: copying the kept neurons' weights.
+        overhead: what hooks, detector and ring buffer add to a pruned step, as a share of it.
+        dense_tokens_per_second, tokens_per_second: for orientation; they hold for this machine at this moment.
+        twin_bytes: of the FFN weights that the dense side has once more; the benchmark's alone, in no other number.
+    """
+
+    method: str
+    sparsity: float
+    bits: str | None
+    weights_read: float
+    ceiling: float
+    memory: int
+    state: int
+    why: str | None = None
+    weights_executed: float | None = None
+    speedup: Ratio | None = None
+    control: Ratio | None = None
+    over_kernel: Ratio | None = None
+    achieved_over_ceiling: float | None = None
+    first_token: Ratio | None = None
+    remask_masks_dense_steps: Ratio | None = None
+    remask_moves_dense_steps: Ratio | None = None
+    begin_dense_steps: Ratio | None = None
+    overhead: Ratio | None = None
+    dense_tokens_per_second: float | None = None
+    tokens_per_second: float | None = None
+    twin_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers: of a ratio its median, with `NAME_quartiles` and `NAME_n`."""
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            plain[field.name] = value.median if isinstance(value, Ratio) else value
+            if isinstance(value, Ratio):
+                plain |= {f"{field.name}_quartiles": [value.low, value.high], f"{field.name}_n": value.n}
+        return plain
 
 
 def check_timeable(method: Method) -> None:
@@ -110,19 +170,30 @@ def measure(
         why = why_no_kernel(method, ffns)
     else:
         why = cost.why_not_packed(ffns, rounding) or (ALL_WEIGHTS if method.prunes else None)
+    times: dict[str, Any] = {}
     if method.prunes:
         execution: Any = "masked" if why else "auto"
         bench = Bench(model, model if why else twin(model))
         with prune(model, method, sparsity, tokenizer=tokenizer, execution=execution) as run:
-            times = _by_masks(model, run, bench, setting) if why else _time(model, run, bench, setting)
+            if why:  # it reads by masks, for as many tokens as its reads vary by
+                cache = bench.cache()
+                for count in (setting.prompt_tokens, *[1] * (1 if run.method.exact else setting.steps)):
+                    bench.step(model, bench.tokens(count), cache)
+            else:
+                times = _time(run, bench, setting)
             # Of the model's own bytes, which may have few bits already.
             read, state = run.weights_read / (served_share(ffns) if rounding is None else 1.0), run.state_bytes
             memory = cost.memory(run.method, ffns, run.fast.available, state, rounding)
     else:
         assert rounding is not None
-        times = {} if why else _time_rounded(model, rounding, setting)
+        if not why:
+            bench = Bench(model, twin(model))
+            with packed_ffns(model, rounding):
+                times = bench.rounds(None, setting).of_tokens()
         read, state = served_bits(ffns, rounding) / OWN_BITS, 0
         memory = cost.memory(method, ffns, False, state, rounding)
+    if times:
+        times["twin_bytes"] = sum(t.numel() * t.element_size() for t in own_tensors(model).values())
     # As the weights lie in memory: a head that is not quantised weighs more beside FFNs that are.
     ceiling = 1 / (1 - stored_share(model, ffns) * (1 - read))
     best = times.get("over_kernel") or times.get("speedup")
@@ -132,13 +203,33 @@ def measure(
     )  # fmt: skip
 
 
-def _by_masks(model: PreTrainedModel, run: Session, bench: Bench, setting: Setting) -> dict[str, Any]:
-    """Let a method read by masks, as many tokens as what it reads varies by; there is nothing to time."""
-    cache = bench.cache()
-    bench.step(model, bench.tokens(setting.prompt_tokens), cache)
-    for _ in range(1 if run.method.exact else setting.steps):
-        bench.step(model, bench.tokens(1), cache)
-    return {}
+def twin(model: M) -> M:
+    """Return a second model whose FFN projections have copies of their own; every other parameter and buffer is shared.
+
+    Under `prune()` the neurons stand in another order and down in another layout, which has products of its own: a
+    forward there without hooks is dense, and yet not the model that a user runs without `prune()`. The twin is, bit for
+    bit, for as long as the other one is changed.
+
+    Raises:
+        UserError: the memory does not hold the copies.
+    """
+    own = own_tensors(model)
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in own}
+    try:
+        return copy.deepcopy(model, shared)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            "the memory does not hold a second copy of the FFN weights, which the dense side is timed on",
+            "give a smaller model, or --shape with fewer --layers",
+        ) from None
+
+
+def own_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """Return the tensors of a model's FFN projections, by id: those that its twin has once more."""
+    modules = [module for f in find_ffns(model) for module in f.projections]
+    return {id(t): t for module in modules for t in [*module.parameters(), *module.buffers()]}
 
 
 @contextlib.contextmanager
@@ -159,22 +250,11 @@ def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
 
 
 class Times:
-    """Seconds of each side; entries at one place of the lists of a kind were measured in turn.
-
-    Attributes:
-        steps: of a decoded token.
-        prompts: of a prompt.
-        masks: of new scores and masks; empty if the method has no ring to compute them from.
-        moves: of copying the changed rows.
-        once: of copying all rows of the masks.
-    """
+    """Seconds of tokens and prompts by side; entries at one place of the lists were measured in turn."""
 
     def __init__(self) -> None:
         self.steps: dict[str, list[float]] = {name: [] for name in ("dense", "again", "kernel", "pruned", "bare")}
         self.prompts: dict[str, list[float]] = {"dense": [], "pruned": []}
-        self.masks: dict[str, list[float]] = {"dense": [], "remask": []}
-        self.moves: dict[str, list[float]] = {"dense": [], "remask": []}
-        self.once: dict[str, list[float]] = {"dense": [], "begin": []}
 
     def of_tokens(self) -> dict[str, Any]:
         """Return the fields of a row that any timed row has."""
@@ -190,40 +270,27 @@ class Times:
             "tokens_per_second": 1 / statistics.median(steps["pruned"]),
         }
 
-    def of_masks(self) -> dict[str, Any]:
-        """Return the fields of a row that rows with masks have beside."""
-        masks = self.masks if self.masks["dense"] else None
-        return {
-            "first_token": paired(self.prompts["pruned"], self.prompts["dense"]),
-            "remask_masks_dense_steps": paired(masks["remask"], masks["dense"]) if masks else None,
-            "remask_moves_dense_steps": paired(self.moves["remask"], self.moves["dense"]),
-            "begin_dense_steps": paired(self.once["begin"], self.once["dense"]),
-            "overhead": paired(self.steps["pruned"], self.steps["bare"], 1.0),
-        }
 
-
-def _time(model: PreTrainedModel, run: Session, bench: Bench, setting: Setting) -> dict[str, Any]:
+def _time(run: Session, bench: Bench, setting: Setting) -> dict[str, Any]:
     """Return the fields of the row of a pruned model that are times, and what it multiplies."""
-    times = Times()
-    bench.rounds(run, times, setting)
-    for _ in range(max(3, setting.rounds)):
-        bench.move(run, times.moves)
-        if isinstance(run.method, Dart) and run.method.keeps_ring:  # to compute new masks from
-            bench.remask(run, times.masks)
-    for _ in range(max(3, setting.rounds)):
-        bench.begin(run, times.once)
-    copies, everything = run.fast.copies, sum(f.size * f.matrices for f in run.ffns)
+    times = bench.rounds(run, setting)
+    copies = run.fast.copies
     assert copies is not None
-    executed = sum(sum(kept.rows_read) for kept in copies) / everything
-    return {"weights_executed": executed, "twin_bytes": own_bytes(model), **times.of_tokens(), **times.of_masks()}
 
+    def in_dense_steps(work: Callable[[], float], repeats: int = max(3, setting.rounds)) -> Ratio:
+        pairs = [(bench.dense_step(), work()) for _ in range(repeats)]
+        return paired([seconds for _, seconds in pairs], [dense for dense, _ in pairs])
 
-def _time_rounded(model: PreTrainedModel, rounding: Rounding, setting: Setting) -> dict[str, Any]:
-    """Return the fields of the row of the dense model on rounded weights that are times."""
-    times, bench = Times(), Bench(model, twin(model))
-    with packed_ffns(model, rounding):
-        bench.rounds(None, times, setting)
-    return {"twin_bytes": own_bytes(model), **times.of_tokens()}
+    ring = isinstance(run.method, Dart) and run.method.keeps_ring  # to compute new masks from
+    return {
+        **times.of_tokens(),
+        "weights_executed": sum(sum(kept.rows_read) for kept in copies) / sum(f.size * f.matrices for f in run.ffns),
+        "first_token": paired(times.prompts["pruned"], times.prompts["dense"]),
+        "remask_masks_dense_steps": in_dense_steps(lambda: bench.remask(run)) if ring else None,
+        "remask_moves_dense_steps": in_dense_steps(lambda: bench.move(run)),
+        "begin_dense_steps": in_dense_steps(lambda: bench.begin(run)),
+        "overhead": paired(times.steps["pruned"], times.steps["bare"], 1.0),
+    }
 
 
 class Bench:
@@ -231,7 +298,8 @@ class Bench:
 
     def __init__(self, model: PreTrainedModel, dense: PreTrainedModel) -> None:
         self.model, self.dense = model, dense
-        self.full = None if dense is model else by_kernel(dense)
+        rows = [] if dense is model else [RowCopies(ffn) for ffn in find_ffns(dense)]
+        self.full = rows if all(one.linked for one in rows) else []  # dense in our own product, where there is one
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.vocabulary = model.config.get_text_config().vocab_size
         self.generator = torch.Generator().manual_seed(0)
@@ -246,21 +314,24 @@ class Bench:
         kwargs = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
         return timed(lambda: model(input_ids=tokens, **kwargs), self.device)
 
-    def rounds(self, run: Session | None, times: Times, setting: Setting) -> None:
+    def rounds(self, run: Session | None, setting: Setting) -> Times:
         """Time prompts and their decoding, all variants in turn; the first round warms up and is discarded.
 
         Args:
             run: of the pruned model; None: the model as it is (`pruned`) is timed beside its twin.
-            times: the times are added to its steps and prompts, without those of steps with a re-mask, or dense ones
-                after an alarm.
+
+        Returns:
+            The times, without those of steps with a re-mask, or dense ones after an alarm.
 
         Raises:
             UserError: rows of the model's weights cannot be copied.
         """
+        times = Times()
         for i in range(1 + setting.rounds):
             self._round(run, times if i else Times(), setting.prompt_tokens, setting.steps)
             if run is not None and run.fast.copies is None:
                 raise UserError("rows of this model's weights cannot be copied: no time to save", "load it unquantised")
+        return times
 
     def _round(self, run: Session | None, times: Times, prompt: int, steps: int) -> None:
         ids, lacking = self.tokens(prompt), {"kernel": not self.full, "bare": run is None}
@@ -286,48 +357,45 @@ class Bench:
         if name == "bare" and run is not None:
             with run.paused(), swapped(run.fast.copies or ()):
                 return self.step(self.model, token, cache)[0]
-        with swapped(self.full if name == "kernel" and self.full else ()):
+        with swapped(self.full if name == "kernel" else ()):
             return self.step(self.dense, token, cache)[0]
 
-    def _dense(self) -> float:
+    def dense_step(self) -> float:
+        """Time a dense forward of one token."""
         return timed(lambda: self.dense(input_ids=self.tokens(1), logits_to_keep=1), self.device)[0]
 
-    def move(self, run: Session, times: dict[str, list[float]]) -> None:
+    def move(self, run: Session) -> float:
         """Time the second half of a re-mask: a fifth of every mask's neurons is replaced."""
-        copies, changed = run.fast.copies, []
-        assert copies is not None
-        for mask in (own.clone() for own in run.masks(0)):
+        copies, masks = run.fast.copies or [], run.masks(0)
+        changed = [mask.clone() for mask in masks]
+        for mask in changed:
             inside, outside = mask.nonzero().flatten(), (~mask).nonzero().flatten()
             moved = min(round(CHANGED * len(inside)), len(outside))
             mask[inside[torch.randperm(len(inside), generator=self.generator)[:moved]]] = False
             mask[outside[torch.randperm(len(outside), generator=self.generator)[:moved]]] = True
-            changed.append(mask)
-        times["dense"].append(self._dense())
-        copied = timed(lambda: [copy.select(mask) for copy, mask in zip(copies, changed, strict=True)], self.device)
-        times["remask"].append(copied[0])
-        for copy, mask in zip(copies, run.masks(0), strict=True):
-            copy.select(mask)
+        seconds, _ = timed(lambda: [kept.select(m) for kept, m in zip(copies, changed, strict=True)], self.device)
+        for kept, mask in zip(copies, masks, strict=True):
+            kept.select(mask)
+        return seconds
 
-    def remask(self, run: Session, times: dict[str, list[float]]) -> None:
+    def remask(self, run: Session) -> float:
         """Time the first half of a re-mask: new scores and masks from the ring; no weights are copied."""
         assert run.rows is not None and isinstance(run.method, Dart)
         method, rows = run.method, run.rows.select(torch.arange(len(run.rows)))
         everyone = torch.ones(len(rows), dtype=torch.bool, device=rows.seen.device)
-        times["dense"].append(self._dense())
-        times["remask"].append(timed(lambda: method.make_masks(rows, everyone), self.device)[0])
+        return timed(lambda: method.make_masks(rows, everyone), self.device)[0]
 
-    def begin(self, run: Session, times: dict[str, list[float]]) -> None:
+    def begin(self, run: Session) -> float:
         """Time a new copy of the weights of the masks' neurons."""
         assert run.rows is not None
         masks = run.method.masks(run.rows)
-        times["dense"].append(self._dense())
         run.fast.drop()
 
-        def copy() -> None:
+        def copy_all() -> None:
             run.fast.choose(1, by_hand=True)
             run.fast.copy_rows(masks)
 
-        times["begin"].append(timed(copy, self.device)[0])
+        return timed(copy_all, self.device)[0]
 
     def cache(self) -> DynamicCache:
         """Return an empty cache."""

@@ -1,4 +1,4 @@
-"""The subject of `dart-eval bench decode`, its rows, and the records of their speeds."""
+"""The subject of `dart-eval bench decode`, its rows, their table, and the records of their speeds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import Any
 import torch
 
 from dart_eval.bench import decode, shapes
-from dart_eval.bench.decode import Setting
-from dart_eval.bench.row import BYTES_ONLY, Row
+from dart_eval.bench.decode import Row, Setting
 from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dense import Dense
+from dart_eval.results.format import sparsity as percent
+from dart_eval.results.show import Table
 from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 from dart_eval.weights.rounding import Rounded, refuse_fixed
 
+BYTES_ONLY = "bytes only"  # stands in place of times
 # Fields that a stored speed has by itself.
 FIELDS = ("method", "sparsity", "weights_read", "bits", "speedup", "control", "ceiling")
 Note = Callable[[str], None]
@@ -83,23 +85,22 @@ class Subject:
         for rounding in (None, *roundings):
             where = f" on {rounding.text} bits" if rounding else ""
             if rounding is not None:
-                yield self._measured(Dense(), 0.0, setting, rounding, note)
+                note(f"measuring dense{where}")
+                yield self._measured(Dense(), 0.0, setting, rounding)
             with contextlib.nullcontext() if rounding is None else Rounded(self.model, rounding).in_place():
-                reasons = {method.spec: self.refused(method, sparsity) for method in methods}
-                if rounding is None and all(reasons.values()):
-                    spec, reason = next(iter(reasons.items()))
-                    assert reason is not None
-                    raise UserError(f"{spec} at sparsity {sparsity:g}: {reason.problem}", reason.remedy)
-                for method in methods:
-                    if reason := reasons[method.spec]:
+                reasons = [self.refused(method, sparsity) for method in methods]
+                if rounding is None and all(reasons) and (reason := reasons[0]):
+                    raise UserError(f"{methods[0].spec} at sparsity {sparsity:g}: {reason.problem}", reason.remedy)
+                for method, reason in zip(methods, reasons, strict=True):
+                    if reason:
                         note(f"{method.spec}{where} at sparsity {sparsity:g} is left out: {reason}")
                     else:
-                        yield self._measured(method, sparsity, setting, rounding, note)
+                        note(f"measuring {method.spec}{where}")
+                        yield self._measured(method, sparsity, setting, rounding)
 
     def _measured(
-        self, method: Method, sparsity: float, setting: Setting, rounding: Rounding | None, note: Note
+        self, method: Method, sparsity: float, setting: Setting, rounding: Rounding | None
     ) -> tuple[Row, Json]:
-        note(f"measuring {method.spec}{f' on {rounding.text} bits' if rounding else ''}")
         row = decode.measure(self.model, method, sparsity, setting, tokenizer=self.tokenizer, rounding=rounding)
         measured = dataclasses.asdict(row)
         more = {name: value for name, value in measured.items() if name not in FIELDS}
@@ -139,3 +140,71 @@ def subject(spec: ModelSpec, shape: str | None, layers: int | None, note: Callab
     name = f"{shape}, {made.config.get_text_config().num_hidden_layers} layers, random weights"
     identity = {"name": name, "revision": None, "weights": None}
     return Subject(made, None, identity, str(kind).removeprefix("torch."))
+
+
+def _form(value: Any, form: str = "{0.median:.2f}x") -> str:
+    """Return a number or a ratio of times as text; "-" where there is none."""
+    return "-" if value is None else form.format(value)
+
+
+def _read(row: Row) -> str:
+    executed = row.weights_executed
+    return f"{row.weights_read:.2f}" + (f" ({executed:.2f})" if executed not in (None, row.weights_read) else "")
+
+
+QUARTILES, STEPS = "{0.median:.2f}x [{0.low:.2f}, {0.high:.2f}]", "{0.median:.2f}"
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "method": lambda r: r.method + (f" on {r.bits} bits" if r.bits else ""),
+    "read": _read,
+    "speed-up": lambda r: BYTES_ONLY if r.why else _form(r.speedup, QUARTILES),
+    "over kernel": lambda r: _form(r.over_kernel),
+    "ceiling": lambda r: f"{r.ceiling:.2f}x",
+    "share": lambda r: _form(r.achieved_over_ceiling, "{:.2f}"),
+    "control": lambda r: _form(r.control, QUARTILES),
+    "prompt": lambda r: _form(r.first_token),
+    "masks": lambda r: _form(r.remask_masks_dense_steps, STEPS),
+    "changes": lambda r: _form(r.remask_moves_dense_steps, STEPS),
+    "copies": lambda r: _form(r.begin_dense_steps, STEPS),
+    "overhead": lambda r: "-" if r.overhead is None else f"{100 * r.overhead.median:.1f} %",
+    "tokens/s": lambda r: _form(r.tokens_per_second, "{:.1f}"),
+    "memory MB": lambda r: f"{r.memory / 10**6:.2f}",
+    "state MB": lambda r: f"{r.state / 10**6:.2f}",
+}
+BYTES = (
+    "Read: share of the FFN weight bytes that a token reads, in brackets what is multiplied where it is another; on "
+    "rounded weights of the bytes of 16-bit ones. Ceiling: the largest speed-up that the bytes of this model allow. "
+    "Memory: bytes beside the dense model while one sequence decodes, copies and codes of weights included; state: "
+    "those that each sequence adds."
+)
+TIMES = (
+    "Speed-up: speed / the untouched model's, median [quartiles] of neighbouring steps. Over kernel: speed / dense in "
+    "our own bfloat16 kernel, which reads memory as fast as it can. Share: over kernel / ceiling, or speed-up / "
+    "ceiling without a kernel. Control: the untouched model over itself. Prompt: time with scores, masks and copies of "
+    "the kept neurons' weights, over a dense prompt. In dense steps: masks, new ones from recent tokens; changes, "
+    "copies of a fifth of the kept neurons; copies, those of all of them, once. Overhead: share that hooks add to a "
+    "pruned step. Untouched weights lie beside the pruned ones, in memory that no column counts."
+)
+
+
+def table(rows: Sequence[Row], where: str) -> Table:
+    """Return the table of decode speeds; columns that no row fills are left out.
+
+    Args:
+        where: the model and the hardware.
+    """
+    texts = {head: [text(row) for row in rows] for head, text in COLUMNS.items()}
+    filled = {head: column for head, column in texts.items() if set(column) != {"-"}}
+    timed = [row for row in rows if row.speedup is not None]
+    sparse = [row for row in rows if row.sparsity]
+    notes = [f"{where}; one sequence" + (f", sparsity {percent(sparse[0].sparsity)}." if sparse else "."), BYTES]
+    if timed and (ratio := timed[0].speedup):
+        notes += [TIMES, f"{ratio.n} steps a row."]
+    else:
+        notes.append("No method here can be timed.")
+    if any(row.bits and row.method == "dense" for row in rows):
+        notes.append("Dense on rounded weights is the control that a pruner must beat at equal bytes.")
+    if "float32" in where:
+        notes.append("float32 weights count as 16 bits: ceilings of rows that read codes are too low.")
+    if why := list(dict.fromkeys(row.why for row in rows if row.why)):
+        notes.append(f"{BYTES_ONLY.capitalize()}: no kernel turns the saved bytes into time ({'; '.join(why)}).")
+    return Table("Decoding", [*filled], [list(cells) for cells in zip(*filled.values(), strict=True)], notes)

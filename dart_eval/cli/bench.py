@@ -75,8 +75,7 @@ def decode(
         check_target(f"{output}/{speeds.FOLDER}/decode.json", speeds.REMEDY)
     silence()  # it imports torch, and all before it does not
     from dart_eval.bench.decode import Setting, check_length, check_timeable
-    from dart_eval.bench.row import table
-    from dart_eval.bench.subject import subject
+    from dart_eval.bench.subject import subject, table
 
     for one in methods:
         check_timeable(one)

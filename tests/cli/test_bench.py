@@ -14,8 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dart_eval.bench import decode, shapes
-from dart_eval.bench.decode import Bench, Times
-from dart_eval.bench.dense_copy import twin
+from dart_eval.bench.decode import Bench, twin
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.mask_rows import RowCopies
 from dart_eval.layers.families import cache_argument
@@ -114,7 +113,7 @@ def test_no_memory_for_a_twin_is_told(monkeypatch):
 
     model = tiny("llama", torch.float32)
     find_ffns(model)
-    monkeypatch.setattr("dart_eval.bench.dense_copy.copy.deepcopy", deepcopy)
+    monkeypatch.setattr("dart_eval.bench.decode.copy.deepcopy", deepcopy)
     with pytest.raises(UserError, match="second copy of the FFN weights"):
         twin(model)
 
@@ -259,10 +258,10 @@ def test_steps_that_run_dense_after_an_alarm_are_not_timed():
 
 def test_only_the_first_round_warms_up_whatever_its_length():
     """Steps with a re-mask are left out, so rounds differ in length."""
-    kept, lengths = Times(), iter([30, 27, 27])
+    lengths = iter([30, 27, 27])
 
     def round_(_run, times, _prompt, _steps):
         times.steps["dense"] += [float(n := next(lengths))] * n
 
-    Bench.rounds(SimpleNamespace(_round=round_), None, kept, decode.Setting(8, 30, 2))
+    kept = Bench.rounds(SimpleNamespace(_round=round_), None, decode.Setting(8, 30, 2))
     assert kept.steps["dense"] == [27.0] * 54
