@@ -251,7 +251,7 @@ class Fuzz:
 
     def data(self, draw: random.Random) -> str:
         """`--data-dir`: as many documents are asked as stand in the file, or their folder is named."""
-        from dart_eval.evaluation.local_data import check_documents
+        from dart_eval.evaluation.documents import check_documents
         from dart_eval.evaluation.tasks import Tasks, leaves
 
         lines, at = [json.dumps(row) for row in ROWS], draw.randrange(len(ROWS))

@@ -124,15 +124,17 @@ def batches(
         rows: most rows per batch.
         tokens: most rows x longest, except for single rows.
         forward: see `Budget`.
-        padded: whether rows of different lengths may run together (`cache.can_pad`).
+        padded: whether rows of different lengths may run together (`cache.can_pad`). Those without tokens never run
+            beside others.
     """
     n = len(lengths)
     best, start = [0] * (n + 1), [0] * (n + 1)  # of the first j rows: least cost; where their last batch begins
     for j in range(1, n + 1):
         best[j] = -1
         for i in range(j - 1, max(-1, j - 1 - rows), -1):
-            size = (j - i) * lengths[i]
-            if (tokens is not None and size > tokens and j - i > 1) or (not padded and lengths[i] != lengths[j - 1]):
+            size, shortest = (j - i) * lengths[i], lengths[j - 1]
+            together = lengths[i] == shortest or (padded and shortest > 0)
+            if not together or (tokens is not None and size > tokens and j - i > 1):
                 break  # longer batches begin with rows at least as long
             cost = best[i] + size + forward
             if best[j] < 0 or cost <= best[j]:
@@ -142,15 +144,6 @@ def batches(
         parts.append(slice(start[n], n))
         n = start[n]
     return parts[::-1]
-
-
-def padded_batches(
-    lengths: Sequence[int], rows: int, tokens: int | None, forward: int, padded: bool = True
-) -> list[slice]:
-    """Return `batches`, with rows without tokens (the last ones) in batches of their own."""
-    longer = sum(n > 0 for n in lengths)
-    empty = [slice(longer + p.start, longer + p.stop) for p in batches(lengths[longer:], rows)]
-    return batches(lengths[:longer], rows, tokens, forward, padded) + empty
 
 
 @dataclass(frozen=True)
@@ -212,11 +205,4 @@ def _best_ranges(ordered: Sequence[tuple[int, ...]], forward: int) -> list[tuple
 
 def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """Return the length of the longest common prefix."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:  # slices compare at C speed
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,13 +1,115 @@
-"""The cost of scored or generated tokens, in bytes and in distance from dense, of one answer or of many together."""
+"""The cost of scored or generated tokens: weights that were not read, and the distance of a pruned model from dense.
+
+The distance is that of its next-token distributions from dense's, at the scored positions.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
-from dart_eval.evaluation.distance import Distance
-from dart_eval.results.record import CLOSED, Count, Drift, Finite, holds
+from torch import Tensor
+
+from dart_eval.results import sums
+from dart_eval.results.record import CLOSED, Count, Drift, Finite, Metric, holds
 from dart_eval.util.text import Json
+
+PER_DOUBLING, LOWEST = 8, -160  # bins; bin i ends at 2 ** (i / 8) nats, and the lowest one has all up to 2 ** -20
+TAILS = {"kl_p95": 0.95, "kl_p99": 0.99}
+
+
+def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
+    """Return KL(dense || pruned) of each row in nats, [n] fp32, right to about 1e-6.
+
+    With x and y minus their maxima: sum e^x (x - y) / sum e^x - log sum e^x + log sum e^y. It uses differences of
+    logits, since log_softmax in fp32 is off by up to 1e-4 over a large vocabulary.
+
+    Args:
+        dense: [n, V] logits in fp32; a word of -inf is ruled out.
+        pruned: the same of the pruned model.
+    """
+    x, y = dense - dense.amax(1, keepdim=True), pruned - pruned.amax(1, keepdim=True)
+    weight, rest = x.exp(), y.exp().sum(1)
+    total = weight.sum(1)
+    return (weight.mul_(x.sub_(y)).nansum(1) / total - (total / rest).log()).clamp_min_(0)
+
+
+def bin_of(kl: float) -> str:
+    """Return the bin of a position: the smallest i with kl <= 2 ** (i / 8), as text."""
+    return str(max(LOWEST, math.ceil(PER_DOUBLING * math.log2(kl))) if 0 < kl < math.inf else LOWEST)
+
+
+def percentile(bins: Mapping[str, int], share: float) -> float:
+    """Return the smallest KL that a share of the positions does not exceed, as its bin's middle, 2 ** ((i - 1/2) / 8).
+
+    The middle is within 4.5 % of it, and so surely within 9 %; it is 0 in the lowest bin.
+
+    Args:
+        bins: bin -> positions in it; not empty.
+        share: above 0, up to 1.
+    """
+    rank, below = math.ceil(share * sum(bins.values())), 0
+    for i in sorted(map(int, bins)):
+        below += bins[str(i)]
+        if below >= rank:
+            break
+    return 0.0 if i == LOWEST else 2 ** ((i - 0.5) / PER_DOUBLING)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The distance at some positions. A position counts once per answer; distances are added by `+`.
+
+    Attributes:
+        kl: sum of KL(dense || pruned) over the positions, in nats.
+        agreed: positions with the same likeliest token.
+        positions: compared positions.
+        bins: bin -> positions whose KL is in it, see `bin_of`.
+    """
+
+    __pydantic_config__ = CLOSED
+
+    kl: Finite = 0.0
+    agreed: Count = 0
+    positions: Count = 0
+    bins: dict[str, Count] = field(default_factory=dict)
+
+    def __add__(self, other: Distance) -> Distance:
+        bins = {i: self.bins.get(i, 0) + other.bins.get(i, 0) for i in {**self.bins, **other.bins}}
+        return Distance(self.kl + other.kl, self.agreed + other.agreed, self.positions + other.positions, bins)
+
+    @classmethod
+    def of(cls, positions: Sequence[tuple[float, bool]]) -> Distance:
+        """Of one answer. positions: the KL of each position, and whether the likeliest tokens are the same."""
+        bins = Counter(bin_of(kl) for kl, _ in positions)
+        return cls(math.fsum(kl for kl, _ in positions), sum(same for _, same in positions), len(positions), dict(bins))
+
+    def pairs(self) -> dict[str, list[float]]:
+        """Return a document's sums over its positions, and their number; empty without positions."""
+        return {"kl": [self.kl, self.positions], "top1": [self.agreed, self.positions]} if self.positions else {}
+
+
+def distance_metrics(documents: Sequence[Distance], like: Metric) -> list[Metric]:
+    """Return the metrics of a task or group: means over the positions, and the tail of all positions.
+
+    Args:
+        documents: its compared documents; not empty.
+        like: a metric of the task.
+    """
+    total, pairs = sum(documents, Distance()), [d.pairs() for d in documents]
+    error = {name: sums.as_recorded("ratio", [p[name] for p in pairs])[1] for name in pairs[0]}
+    values = {"kl": total.kl / total.positions, "top1": total.agreed / total.positions}
+    values |= {name: percentile(total.bins, share) for name, share in TAILS.items()}
+    return [
+        Metric(
+            like.task, name, value, error.get(name), len(documents), name == "top1", like.part_of, like.filter,
+            weights=like.weights,
+        )
+        for name, value in values.items()
+    ]  # fmt: skip
 
 
 class _Trace(Drift):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import lm_eval
@@ -18,8 +18,7 @@ import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 
-from dart_eval.evaluation import distance
-from dart_eval.evaluation.costs import Cost
+from dart_eval.evaluation.costs import Cost, distance_metrics
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
@@ -66,19 +65,15 @@ def evaluate_task(
     for (task, _), used in lm.costs.items():
         by_task[task] += used
     by_name = {task.task_name: task for task in leaves(items)}
-    samples = _samples(results["samples"], lm, by_name)
-    texts = _texts(results["samples"], by_name)
-    prompts = {
-        task: {
-            "documents": sum(t == task for t, _ in lm.costs), "cut": sum(t == task for t, _ in lm.cut),
-            "length": lm.max_length,
-        }
-        for task in by_task
-    }  # fmt: skip
-    cost = sum(lm.costs.values(), Cost())
+    asked, cut = Counter(task for task, _ in lm.costs), Counter(task for task, _ in lm.cut)
     metrics = _metrics(results, items)
     metrics += _distances(metrics, results.get("group_subtasks") or {}, lm.costs)
-    return TaskResult(metrics, samples, texts, cost, by_task, prompts, journal.state_bytes)
+    return TaskResult(
+        metrics, _samples(results["samples"], lm, by_name), _texts(results["samples"], by_name),
+        sum(lm.costs.values(), Cost()), by_task,
+        {task: {"documents": asked[task], "cut": cut[task], "length": lm.max_length} for task in by_task},
+        journal.state_bytes,
+    )  # fmt: skip
 
 
 def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Json:
@@ -110,7 +105,8 @@ def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], 
 
 
 def _metrics(results: Json, items: Sequence[Task | Group]) -> list[Metric]:
-    weights = _weights(items)
+    whole = [group for item in items if isinstance(item, Group) for group in (item, *item.get_all_groups())]
+    by_size = {(g.name, m.metric): m.weight_by_size for g in whole for m in g.aggregate_metric_list or ()}
     groups: dict[str, list[str]] = results.get("group_subtasks") or {}
     # A group without a metric of its own (a list of tasks) hides none of its members.
     scored = {task for task, values in results["results"].items() if any("," in name for name in values)}
@@ -132,19 +128,9 @@ def _metrics(results: Json, items: Sequence[Task | Group]) -> list[Metric]:
             direction = direction if direction is None else bool(direction)
             found.append(Metric(
                 task, metric, float(value), stderr, n, direction, parents.get(task), filter_,
-                weights=weights.get((task, metric), "documents"),
+                weights="documents" if by_size.get((task, metric), True) else "tasks",
             ))  # fmt: skip
     return found
-
-
-def _weights(items: Iterable[Task | Group]) -> dict[tuple[str, str], Literal["documents", "tasks"]]:
-    """Return what weighs the same in the metrics of groups, by group and metric."""
-    groups = [group for item in items if isinstance(item, Group) for group in (item, *item.get_all_groups())]
-    return {
-        (group.name, metric.metric): "documents" if metric.weight_by_size else "tasks"
-        for group in groups
-        for metric in group.aggregate_metric_list or ()
-    }
 
 
 def _directions(task: str, groups: dict[str, list[str]], of_tasks: Json) -> Json:
@@ -168,10 +154,7 @@ def _distances(
         like = next(m for m in metrics if m.task == task)
         members = _members(task, groups)
         own = [c.distance for (name, _), c in costs.items() if name in members and c.distance.positions]
-        pairs = [d.pairs() for d in own]
-        names = pairs[0] if pairs else ()
-        error = {name: sums.as_recorded("ratio", [p[name] for p in pairs])[1] for name in names}
-        rows += distance.rows(own, like, error) if own else []
+        rows += distance_metrics(own, like) if own else []
     return rows
 
 

@@ -121,7 +121,11 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
     least = 1e-3 if model.dtype.itemsize > 2 else 1e-2
     with explaining(model):
         whole = _all_words(model, tokens)
-        _refuse_without_cache(name, model(input_ids=tokens[:, :CONTEXT], use_cache=True))
+        output = model(input_ids=tokens[:, :CONTEXT], use_cache=True)
+        try:
+            cache_in(output, name)
+        except UserError:
+            raise UserError(f"{name} gives no KV cache after which an answer could be scored", NOT_RUN) from None
         _ONE_BY_ONE.discard(model)
         off = _apart(_after_cache(model, head, tokens), whole)
         if off > least:
@@ -137,13 +141,6 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
                 f"{name} gives different logits to a row with padding and to the row alone",
                 "its answers and texts cannot be scored in batches",
             )
-
-
-def _refuse_without_cache(name: str, output: object) -> None:
-    try:
-        cache_in(output, name)
-    except UserError:
-        raise UserError(f"{name} gives no KV cache after which an answer could be scored", NOT_RUN) from None
 
 
 NOT_RUN = "`dart-eval run` cannot evaluate it; in Python prune() prunes what it generates"

@@ -26,22 +26,20 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, batches
 from dart_eval.evaluation.cache import can_pad
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.requests import Text
 from dart_eval.evaluation.rotary import Angles
+from dart_eval.evaluation.tasks import draws
 from dart_eval.layers.find import decoder
 from dart_eval.pruning.log import Step
 from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
-GIVEN = (  # settings of `generate` that the harness gives itself
-    "pad_token_id", "use_cache", "stop", "stopping_criteria", "logits_processor", "context", "input_ids",
-    "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate",
-)  # fmt: skip
+# Settings of `generate` that are none of a task's, and what to do instead.
+ODD = {"max_length": "use max_gen_toks", "num_return_sequences": "leave it out", "stop": "use until"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ class Generator:
         seed: of what draws its tokens.
 
     Attributes:
+        ends: the tokens that end a text: the tokenizer's end of sequence, and those of the model's settings.
         state_bytes: largest method state seen, per sequence.
 
     Raises:
@@ -104,7 +103,9 @@ class Generator:
         if lm.eot_token_id is None:
             raise UserError("the tokenizer has no EOS token to end a text", "add one to tokenizer_config.json")
         self.lm, self.session, self.budget, self.angles = lm, session, budget, angles
-        self.documents, self.seed, self.ends, self.state_bytes = documents, seed, ends_of(lm), 0
+        self.documents, self.seed, self.state_bytes = documents, seed, 0
+        ends = getattr(lm.model.generation_config, "eos_token_id", None)
+        self.ends = {lm.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     def units(self, requests: Sequence[tuple[str, Instance]]) -> list[Prompts]:
         """Return batches of prompts.
@@ -115,21 +116,19 @@ class Generator:
         Raises:
             UserError: the new tokens leave no room for a prompt.
         """
-        groups: dict[str, list[int]] = {}
-        for i, (_, request) in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        return [unit for members in groups.values() for unit in self._units({i: requests[i] for i in members})]
+        groups: dict[str, dict[int, tuple[str, Instance]]] = {}
+        for i, named in enumerate(requests):
+            groups.setdefault(json.dumps(named[1].args[1], sort_keys=True), {})[i] = named
+        return [unit for group in groups.values() for unit in self._units(group)]
 
     def _units(self, group: dict[int, tuple[str, Instance]]) -> Iterator[Prompts]:
         """Yield the batches of requests with the same settings, by index."""
         given = next(iter(group.values()))[1].args[1]
         settings = {name: value for name, value in given.items() if value is not None}
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.lm.max_gen_toks))
-        odd = [name for name in ("max_length", "num_return_sequences") if kwargs.pop(name, None) not in (None, 1)]
-        odd += [name for name in GIVEN if name in kwargs]
-        if odd:
-            remedy = {"max_length": "use max_gen_toks", "stop": "use until"}.get(odd[0], "leave it out")
-            raise UserError(f"{odd[0]} is no setting of a task's generation", remedy)
+        for name, remedy in ODD.items():
+            if kwargs.pop(name, None) not in (None, 1):
+                raise UserError(f"{name} is no setting of a task's generation", remedy)
         if kwargs.get("do_sample"):
             kwargs["temperature"] = float(kwargs.get("temperature", 1.0))  # not 0, as `HFLM` would have it
             if kwargs["temperature"] <= 0:
@@ -153,7 +152,7 @@ class Generator:
             most, forward = self.budget.generated, new * self.budget.forward
             for part in batches(sizes, self.budget.rows, most, forward, can_pad(self.lm.model)):
                 together = [prompts[n] for n in alike[part]]
-                yield Prompts(together, longest, new, stop, kwargs, sampling.draws(settings))
+                yield Prompts(together, longest, new, stop, kwargs, draws(settings))
 
     @torch.no_grad()
     def run(self, unit: Prompts) -> list[tuple[int, Text]]:
@@ -207,12 +206,6 @@ class Generator:
 
         # The shortest prefix with a stop sequence, if there is one.
         return 1 + bisect_left(range(1, end), True, key=stopped) if stopped(end) else end
-
-
-def ends_of(lm: HFLM) -> set[int | None]:
-    """Return the tokens that end a text: the tokenizer's end of sequence, and those of the model's settings."""
-    ends = getattr(lm.model.generation_config, "eos_token_id", None)
-    return {lm.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
 
 
 def fit(lm: HFLM, request: Instance, budget: int, field: str | None) -> tuple[str, bool]:

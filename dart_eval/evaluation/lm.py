@@ -25,11 +25,10 @@ from dart_eval.evaluation.batching import Budget, budget
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.generation import Generator
-from dart_eval.evaluation.requests import Request, Score, Scoring, Text, holds, stored_answer
+from dart_eval.evaluation.requests import A, Request, Score, Scoring, Text, stored_answer
 from dart_eval.evaluation.rotary import Angles
-from dart_eval.evaluation.sampling import draws
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.evaluation.tasks import RollingLogLikelihood
+from dart_eval.evaluation.tasks import RollingLogLikelihood, draws
 from dart_eval.layers.finite import REMEDY
 from dart_eval.pruning.session import Session
 from dart_eval.results.store import Journal
@@ -116,10 +115,9 @@ class PrunedLM(HFLM):
         self._clock = time.monotonic()
 
     def _ask(
-        self, kind: str, requests: Json, make: Callable[[Budget], Scoring | Generator],
-        answer: type[Score] | type[Text],
-    ) -> None:  # fmt: skip
-        """Run the requests of a call that have no answer yet. The answers go into the journal.
+        self, kind: str, requests: Json, make: Callable[[Budget], Scoring | Generator], answer: type[A]
+    ) -> dict[str, A]:
+        """Return the answers to the requests of a call, by name. Those that have none yet run, and go into the journal.
 
         Args:
             kind: `loglikelihood`, `loglikelihood_rolling` or `generate_until`.
@@ -133,11 +131,12 @@ class PrunedLM(HFLM):
         Raises:
             UserError: answers are NaN or infinite: at the end, or earlier if none was usable for long.
         """
-        names, asked, answering = list(requests), list(requests.values()), make(self.planned)
+        asked, answering = list(requests.values()), make(self.planned)
+        names: list[str] = list(requests)
         seen = wrong = 0
         self.kinds.add(kind)
         for name in names:
-            if name in self.journal and not holds(self.journal[name], answer):
+            if name in self.journal and stored_answer(self.journal[name], answer) is None:
                 del self.journal[name]
         for unit in answering.units(asked):
             if all(names[i] in self.journal for i in unit.requests):
@@ -149,22 +148,20 @@ class PrunedLM(HFLM):
                 answering = make(self.budget)
                 pieces = answering.units([asked[i] for i in open_requests])
             for piece in pieces:
-                answers = {names[open_requests[i]]: answer for i, answer in answering.run(piece)}
-                usable = {name: answer for name, answer in answers.items() if answer.usable}
+                answers = {names[open_requests[i]]: found for i, found in answering.run(piece)}
+                usable = {name: found for name, found in answers.items() if found.usable}
                 seen, wrong = seen + len(answers), wrong + len(answers) - len(usable)
                 if wrong == seen >= HOPELESS:
                     raise UserError(f"{wrong} of the first {seen} of {len(names)} answers are NaN or infinite", REMEDY)
-                self._keep(usable, answering.state_bytes)
+                now = time.monotonic()
+                new = {name: dataclasses.asdict(found) for name, found in usable.items() if name not in self.journal}
+                self.journal.add(new, answering.state_bytes, now - self._clock)  # with the time since the last batch
+                self._clock = now
                 self.on_progress(len(answers), True)
         if wrong:
             raise UserError(f"{wrong} of {len(names)} answers are NaN or infinite", REMEDY)
-
-    def _keep(self, answers: Mapping[str, Score | Text], state_bytes: int) -> None:
-        """Write a finished batch into the journal, with the time since the last one."""
-        now = time.monotonic()
-        new = {name: dataclasses.asdict(answer) for name, answer in answers.items() if name not in self.journal}
-        self.journal.add(new, state_bytes, now - self._clock)
-        self._clock = now
+        stored = {name: stored_answer(self.journal[name], answer) for name in names}
+        return {name: found for name, found in stored.items() if found is not None}
 
     def _record(self, request: Instance, cost: Cost, cut: bool = False) -> None:
         assert request.task_name is not None and request.doc_id is not None
@@ -219,11 +216,10 @@ class PrunedLM(HFLM):
         """Return the scores of the requests, in order."""
         mark = () if self.distances else ("no kl",)  # an answer without KL is no answer with it
         names = [_name(r.context, r.continuation, *mark) for r in requests]
-        self._ask(kind, dict(zip(names, requests, strict=True)), self._scorer, Score)
-        return [stored_answer(self.journal[name], Score) for name in names]
-
-    def _scorer(self, size: Budget) -> Scoring:
-        return scorer(self.model, self._head, self.session, size, self.scope, distances=self.distances)
+        answers = self._ask(kind, dict(zip(names, requests, strict=True)), lambda size: scorer(
+            self.model, self._head, self.session, size, self.scope, distances=self.distances
+        ), Score)  # fmt: skip
+        return [answers[name] for name in names]
 
     # -- perplexity ------------------------------------------------------------------------------------------
 
@@ -231,9 +227,6 @@ class PrunedLM(HFLM):
         """Score the second half of each chunk of a document, given the first. Every chunk begins with the prefix token.
 
         The result's `coverage` lets `tasks.weigh_scored_text` weight the metric by the text that was scored.
-
-        Raises:
-            UserError: the scored tokens decode to nothing.
         """
         size = max(2, min(self.chunk, self.max_length))  # the last token is only predicted
         chunks: list[tuple[int, Request]] = []
@@ -249,11 +242,6 @@ class PrunedLM(HFLM):
                 if len(piece) > half:
                     chunks.append((i, Request(tuple(piece[:half]), tuple(piece[half:]))))
                     scored_bytes[i] += self._bytes(piece[half:])
-        if not any(scored_bytes):
-            raise UserError(
-                "the tokens of these texts stand for no text, so a perplexity has no words to count",
-                "use a tokenizer that knows the texts' words",
-            )
         sums = [0.0] * len(requests)
         for (i, _), score in zip(chunks, self._score([c for _, c in chunks], "loglikelihood_rolling"), strict=True):
             sums[i] += score.logprob
@@ -281,10 +269,10 @@ class PrunedLM(HFLM):
             names.append(name)
             distinct.setdefault(name, (name, request))
         seed = torch.initial_seed()
-        self._ask("generate_until", distinct, lambda size: Generator(
+        answers = self._ask("generate_until", distinct, lambda size: Generator(
             self, self.session, size, self._angles, self.documents, seed
         ), Text)  # fmt: skip
-        texts = [stored_answer(self.journal[name], Text) for name in names]
+        texts = [answers[name] for name in names]
         for request, text in zip(requests, texts, strict=True):
             self._record(request, text.cost, text.cut)
             self.token_ids.setdefault((request.task_name, request.doc_id), text.token_ids)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dart_eval.evaluation.distance import Distance, divergence
+from dart_eval.evaluation.costs import Distance, divergence
 
 LOGIT_BYTES = 256 << 20  # of fp32 logits held at a time
 SOFTMAX_PARTS = 4  # parts that are normalised one after the other, as a softmax writes as much again

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.logits import Answers
@@ -74,17 +75,13 @@ A = TypeVar("A", Score, Text)
 _OF: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Score, Text)}
 
 
-def holds(stored: object, kind: type[Score] | type[Text]) -> bool:
-    """Whether a stored answer has the type `kind` and finite numbers."""
+def stored_answer(stored: object, kind: type[A]) -> A | None:
+    """Return the stored answer of a journal; None if it has another type, or numbers that are not finite."""
     try:
-        return bool(read(json.dumps(stored), _OF[kind]).usable)
+        answer: A = read(json.dumps(stored), _OF[kind])
     except ValueError:
-        return False
-
-
-def stored_answer(stored: object, kind: type[A]) -> A:
-    """Return the stored answer of a journal, which `holds` accepted."""
-    return _OF[kind].validate_python(stored)
+        return None
+    return answer if answer.usable else None
 
 
 class Scoring(ABC):
@@ -148,12 +145,9 @@ def scores(rows: Sequence[tuple[InputRow, Cost]], answers: Answers) -> list[tupl
 
 def pad(rows: list[tuple[int, ...]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return token ids [B, T] padded with 0 on one side, and [B, T] bool, True for real tokens."""
-    width = max(len(r) for r in rows)
-    tokens = torch.zeros(len(rows), width, dtype=torch.long)
-    valid = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        if row:
-            place = slice(width - len(row), width) if left else slice(0, len(row))
-            tokens[i, place] = torch.tensor(row)
-            valid[i, place] = True
-    return tokens.to(device), valid.to(device)
+    tensors, side = [torch.tensor(row, dtype=torch.long) for row in rows], "left" if left else "right"
+    tokens, valid = (
+        pad_sequence(parts, batch_first=True, padding_side=side).to(device)
+        for parts in (tensors, [torch.ones_like(row, dtype=torch.bool) for row in tensors])
+    )
+    return tokens, valid

@@ -75,9 +75,11 @@ class Angles:
 
     def reset(self) -> None:
         """Forget the lengths of earlier forwards."""
-        if self._grows:
-            for module in self._modules:
-                _first_angles(module)
+        for module in self._modules if self._grows else ():  # at position 0 alone `dynamic` ones go back to the first
+            buffer = next(module.buffers())
+            x, position = buffer.new_zeros(1, 1), torch.zeros(1, 1, dtype=torch.long, device=buffer.device)
+            for kind in module.rope_type if isinstance(module.rope_type, dict) else (None,):
+                module(x, position, *([] if kind is None else [kind]))
 
 
 def _kinds(parameters: object) -> Iterator[Json]:
@@ -87,15 +89,6 @@ def _kinds(parameters: object) -> Iterator[Json]:
             yield parameters
         for value in parameters.values():
             yield from _kinds(value)
-
-
-def _first_angles(module: Any) -> None:
-    """Ask for position 0 alone: `dynamic` angles go back to where they began."""
-    buffer = next(module.buffers())
-    x, position = buffer.new_zeros(1, 1), torch.zeros(1, 1, dtype=torch.long, device=buffer.device)
-    kinds = list(module.rope_type) if isinstance(module.rope_type, dict) else [None]
-    for kind in kinds:
-        module(x, position, *([] if kind is None else [kind]))
 
 
 def _longer(length: int) -> Callable[..., tuple[object, object]]:

@@ -25,7 +25,6 @@ from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad, scores
 from dart_eval.evaluation.settings import check_released
-from dart_eval.pruning.log import Step
 from dart_eval.pruning.session import Session
 
 
@@ -45,16 +44,9 @@ class Inputs:
         """Indices of the requests that it answers."""
         return [i for found in self.targets for i, _ in found]
 
-    @property
-    def answers(self) -> list[int]:
-        """For each input, how many tokens the answers have that it is for."""
-        return [len(continuation) for ((_, continuation), *_) in self.targets]
-
 
 class WholeInputs(Scoring):
     """Scores requests by inputs that run whole, in the scopes `all` and `last`."""
-
-    session: Session
 
     def __init__(
         self, forwards: Forwards, session: Session, budget: Budget, scope: str, distances: bool = False
@@ -88,14 +80,28 @@ class WholeInputs(Scoring):
     def run(self, unit: Inputs) -> list[tuple[int, Score]]:
         """The scores of a unit's requests, with their indices."""
         with self.forwards.angles.held(unit.angles):
-            found = self._whole(unit) if self.scope == "all" else self._ends(unit)
-            return self._scores(unit, found, self.session.steps[-1])
+            states, dense = self._whole(unit) if self.scope == "all" else self._ends(unit)
+        step = self.session.steps[-1]  # what the tokens used that ran pruned; under `all` the mean over all inputs
+        asked = self.forwards.answers(self.distances)
+        rows = []
+        for i, (tokens, targets) in enumerate(zip(unit.inputs, unit.targets, strict=True)):
+            root = asked.root()
+            nodes, *_ = [asked.ask(root, continuation) for _, continuation in targets]  # only last tokens differ
+            asked.give(nodes, states[i][-len(nodes) :])
+            if self.distances:
+                asked.compare(nodes[-len(dense[i]) :], dense[i][-len(nodes) :])
+            ran = len(nodes) if self.scope == "all" else 1
+            not_read, outside = float(1 - step.read[i]), float(1 - step.mask[i])
+            cost = Cost(pruned_tokens=ran * (not_read > 0), not_read_sum=not_read * ran, outside_sum=outside * ran)
+            rows.append((InputRow(i, len(tokens) + 1 - len(nodes), tokens, nodes, targets), cost))
+        asked.run()
+        return scores(rows, asked)
 
-    def _whole(self, unit: Inputs) -> list[tuple[Tensor, Tensor]]:
+    def _whole(self, unit: Inputs) -> tuple[Tensor, Tensor]:
         """Run inputs pruned from their first token on, under masks that are made from all of them.
 
         Returns:
-            For each input the hidden states that predict its answers, [n, D], and dense's where they are pruned.
+            For each input the hidden states of its last tokens, [n, D], and dense's of those that run pruned.
         """
         session = self.session
         tokens, valid = pad(unit.inputs, left=True, device=self.forwards.device)
@@ -105,9 +111,9 @@ class WholeInputs(Scoring):
         self._note_state()
         with session.decode(valid, frozen=True):
             hidden = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
-        return [(hidden[i, -n:], dense[i, -n:]) for i, n in enumerate(unit.answers)]
+        return hidden, dense
 
-    def _ends(self, unit: Inputs) -> list[tuple[Tensor, Tensor]]:
+    def _ends(self, unit: Inputs) -> tuple[Tensor, Tensor]:
         """Run inputs dense but for their last token. The same as `_whole` returns."""
         session, device, cache = self.session, self.forwards.device, new_cache(self.forwards.model)
         before, seen = pad([row[:-1] for row in unit.inputs], left=True, device=device)
@@ -126,32 +132,5 @@ class WholeInputs(Scoring):
                 twin = self.forwards(tokens, valid, places, fork(cache))
         with session.decode(new, frozen=True):
             hidden = self.forwards(tokens, valid, places, cache)
-        found = []
-        for i, n in enumerate(unit.answers):
-            row = hidden[i] if dense is None else torch.cat([dense[i], hidden[i]])
-            found.append((row[-n:], (hidden if twin is None else twin)[i]))
-        return found
-
-    def _scores(self, unit: Inputs, hidden: Sequence[tuple[Tensor, Tensor]], step: Step) -> list[tuple[int, Score]]:
-        """Scores of the requests.
-
-        Args:
-            hidden: see `_whole`.
-            step: what the scored tokens used that ran pruned; under `all` the mean over all inputs, where it varies.
-        """
-        asked = self.forwards.answers(self.distances)
-        made = []
-        for i, (row, found) in enumerate(zip(unit.inputs, unit.targets, strict=True)):
-            root = asked.root()
-            paths = [asked.ask(root, continuation) for _, continuation in found]
-            nodes = paths[0]  # they differ in their last tokens only
-            states, dense = hidden[i]
-            asked.give(nodes, states)
-            if self.distances:
-                asked.compare(nodes[len(nodes) - len(dense) :], dense)
-            ran = len(nodes) if self.scope == "all" else 1
-            not_read, outside = float(1 - step.read[i]), float(1 - step.mask[i])
-            cost = Cost(pruned_tokens=ran * (not_read > 0), not_read_sum=not_read * ran, outside_sum=outside * ran)
-            made.append((InputRow(i, len(row) + 1 - len(nodes), row, nodes, found), cost))
-        asked.run()
-        return scores(made, asked)
+        whole = hidden if dense is None else torch.cat([dense, hidden], 1)
+        return whole, hidden if twin is None else twin

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from dart_eval.evaluation.batching import Budget, Group, budget, padded_batches, shared_prefixes
+from dart_eval.evaluation.batching import Budget, Group, batches, budget, shared_prefixes
 from dart_eval.evaluation.cache import can_share_prefix, fork, from_prefix, new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
@@ -34,10 +34,6 @@ from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad
 from dart_eval.evaluation.scopes import WholeInputs
 from dart_eval.pruning.rows import Rows
 from dart_eval.pruning.session import Session
-
-# An output head beyond a processor's caches is read from memory once a run: small batches wait for each other until so
-# many tokens have been computed, some seconds' work on a CPU. It is what a stopped run may lose.
-LARGE_HEAD, HELD_TOKENS = 1 << 24, 1024
 
 
 @dataclass(frozen=True)
@@ -53,21 +49,9 @@ class Batch:
     asked: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the contexts after the prefix, and of the continuations."""
-        return sum(len(c) - self.prefix + sum(len(answer) for _, answer in self.asked[c]) for c in self.contexts)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Batches whose hidden states go through the output head together. Nothing runs across units."""
-
-    batches: list[Batch]
-
-    @property
     def requests(self) -> list[int]:
         """Indices of the requests that it answers."""
-        return [i for b in self.batches for found in b.asked.values() for i, _ in found]
+        return [i for found in self.asked.values() for i, _ in found]
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,7 @@ def scorer(
     share_prefix: bool = True,
     distances: bool = False,
 ) -> Scoring:
-    """What scores requests on one model under a session.
+    """Return what scores requests on one model under a session.
 
     Args:
         head: see `forwards.output_head`.
@@ -97,106 +81,77 @@ def scorer(
         scope: one of `sweep.options.SCOPES`; it does not matter where nothing is pruned.
         share_prefix: run a long prefix of several contexts once (not where `scopes` cuts them). Moves last digits only.
         distances: run dense at the scored positions too, and say how far from it the pruned model lies. It moves no
-            other number, and is of no use under a session that does not prune. Where contexts
-            run on codes nothing is said: dense needs contexts of its own.
+            other number. Where nothing is pruned, or contexts run on codes, nothing is said: dense needs its own.
     """
     forwards = Forwards(model, head)
     most = batch_size if isinstance(batch_size, Budget) else budget(batch_size, model)
-    if not session.prunes:
-        return Scorer(forwards, session, most, share_prefix)
-    distances = distances and not session.prompts_on_codes
-    if scope in ("scored", "continuation"):
-        return Scorer(forwards, session, most, share_prefix, scope == "continuation", distances)
-    if scope == "decode":
-        return Unpruned(forwards, session, most, share_prefix, distances)
-    return WholeInputs(forwards, session, most, scope, distances)
+    distances = distances and session.prunes and not session.prompts_on_codes
+    if session.prunes and scope in ("all", "last"):
+        return WholeInputs(forwards, session, most, scope, distances)
+    return Scorer(forwards, session, most, scope, share_prefix, distances)
 
 
 class Scorer(Scoring):
-    """Scores requests in the scopes `scored` and `continuation`. Made by `scorer`; see there."""
+    """Scores requests in the scopes `scored`, `continuation` and `decode`. Made by `scorer`; see there."""
 
     def __init__(
-        self, forwards: Forwards, session: Session, budget: Budget, share_prefix: bool = True,
-        last_dense: bool = False, distances: bool = False,
-    ) -> None:  # fmt: skip
-        self.forwards, self.session, self.budget, self.distances = forwards, session, budget, distances
+        self, forwards: Forwards, session: Session, budget: Budget, scope: str, share_prefix: bool, distances: bool
+    ) -> None:
+        self.forwards, self.budget, self.distances = forwards, budget, distances
+        # In the scope `decode` the model is its own meanwhile, and no token counts as pruned.
+        self.session, self._paused = (Session(), session) if scope == "decode" else (session, Session())
         self.share_prefix = share_prefix and can_share_prefix(forwards.model)
         self._prefix: _Prefix | None = None  # the last one that was run
         # Pruned, the context's last token runs with the answer, under the mask that the tokens before it make. Dense,
         # it runs with the context, whose forward thus predicts every answer's first token.
-        self._last = 1 if session.prunes and not last_dense else 0
-        config = forwards.model.config.get_text_config()
-        self._hold = HELD_TOKENS if config.vocab_size * config.hidden_size > LARGE_HEAD else 0
+        self._last = int(self.session.prunes and scope != "continuation")
 
-    def units(self, requests: Sequence[Request]) -> list[Unit]:
-        """What runs together. Long contexts first, so that running out of memory shows at once."""
-        units: list[Unit] = []
-        held = self._hold
-        for batch in self._all_batches(requests):
-            if held >= self._hold:
-                units.append(Unit([]))
-                held = 0
-            units[-1].batches.append(batch)
-            held += batch.tokens
-        return units
+    def units(self, requests: Sequence[Request]) -> list[Batch]:
+        """Return batches of contexts, each context once for each kind of angles that its answers' lengths give it.
 
-    def _all_batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
-        """Every context once for each kind of angles that its answers' lengths give it."""
+        Long contexts come first, so that running out of memory shows at once.
+        """
         by_angles: dict[int, dict[tuple[int, ...], list[int]]] = {}
         for i, request in enumerate(requests):
             angles = self.forwards.angles.least_length(len(request.context) + len(request.continuation) - 1)
             by_angles.setdefault(angles, {}).setdefault(request.context, []).append(i)
+        units = []
         for angles in sorted(by_angles, reverse=True):
             by_context = by_angles[angles]
             contexts = sorted(by_context, key=lambda c: (len(c), c), reverse=True)
             for members, prefix in self._context_batches(contexts):
                 asked = {c: [(i, requests[i].continuation) for i in by_context[c]] for c in members}
-                yield Batch(members, prefix, angles, asked)
+                units.append(Batch(members, prefix, angles, asked))
+        return units
 
     @torch.no_grad()
-    def run(self, unit: Unit) -> list[tuple[int, Score]]:
-        """The scores of a unit's requests, with their indices."""
+    def run(self, unit: Batch) -> list[tuple[int, Score]]:
+        """Return the scores of a batch's requests, with their indices."""
         answers = self.forwards.answers(self.distances)
-        waiting: list[tuple[InputRow, Cost]] = []
-        for batch in unit.batches:
-            with self.forwards.angles.held(batch.angles):
-                waiting += self._run(batch, answers)
-        answers.run()
-        return scores(waiting, answers)
+        with self._paused.paused():
+            with self.forwards.angles.held(unit.angles):
+                rows = self._run(unit, answers)
+            answers.run()
+        return scores(rows, answers)
 
     def _context_batches(self, contexts: list[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
-        """Batches of contexts (longest first), and the length of the prefix that each shares."""
-        for group in self._groups(contexts):
-            members = [contexts[i] for i in group.members]  # still the longest first
-            for part in self._batches([len(c) - self._last for c in members], group.prefix):
-                yield members[part], group.prefix
-
-    def _groups(self, contexts: list[tuple[int, ...]]) -> list[Group]:
-        """Contexts (longest first) by the prefix that they share, the group of the longest first."""
-        if not self.share_prefix:
-            return [Group(0, list(range(len(contexts))))] if contexts else []
-        parts = [c[: len(c) - self._last] for c in contexts]
-        groups = [Group(g.prefix, sorted(g.members)) for g in shared_prefixes(parts, self.budget.forward)]
-        return sorted(groups, key=lambda g: g.members[0])
-
-    def _batches(self, lengths: list[int], prefix: int = 0) -> list[slice]:
-        """Batches of contexts of these lengths (falling) with a shared prefix.
+        """Yield batches of contexts (longest first), and the length of the prefix that each shares.
 
         Contexts of no tokens leave nothing to make a mask from.
         """
-        todo = [max(n - prefix, min(n, 1)) for n in lengths]  # one token to go on from
-        tokens = self.budget.tokens
-        if tokens is not None and self.budget.cached is not None and lengths[0]:
-            tokens = min(tokens, self.budget.cached * todo[0] // lengths[0])  # the cache holds the prefix for every row
-        return padded_batches(todo, self.budget.rows, tokens, self.budget.forward, self.forwards.padded)
-
-    def _shared(self, batch: Batch) -> _Prefix | None:
-        """The prefix that a batch shares, from the batch before or run now."""
-        tokens = batch.contexts[0][: batch.prefix]
-        known = self._prefix
-        if known is None or (known.tokens, known.angles) != (tokens, batch.angles):
-            self._prefix = self._run_prefix(tokens, batch.angles) if tokens else None
-        return self._prefix
+        groups, most = [Group(0, list(range(len(contexts))))], self.budget
+        if self.share_prefix:
+            groups = shared_prefixes([c[: len(c) - self._last] for c in contexts], most.forward)
+            groups = [Group(g.prefix, sorted(g.members)) for g in groups]  # still the longest first
+        for group in sorted(groups, key=lambda g: g.members[0]):
+            members = [contexts[i] for i in group.members]
+            lengths = [len(c) - self._last for c in members]
+            todo = [max(n - group.prefix, min(n, 1)) for n in lengths]  # one token to go on from
+            tokens = most.tokens
+            if tokens is not None and most.cached is not None and lengths[0]:
+                tokens = min(tokens, most.cached * todo[0] // lengths[0])  # the cache holds the prefix for every row
+            for part in batches(todo, most.rows, tokens, most.forward, self.forwards.padded):
+                yield members[part], group.prefix
 
     def _run_prefix(self, tokens: tuple[int, ...], angles: int) -> _Prefix:
         """Run a prefix of several contexts, densely; a method's state observes it."""
@@ -236,8 +191,11 @@ class Scorer(Scoring):
     def _run(self, batch: Batch, answers: Answers) -> list[tuple[InputRow, Cost]]:
         """Run a batch of contexts and their candidates: hidden states go into `answers`."""
         session, contexts = self.session, batch.contexts
+        prefix = contexts[0][: batch.prefix]
+        if self._prefix is None or (self._prefix.tokens, self._prefix.angles) != (prefix, batch.angles):
+            self._prefix = self._run_prefix(prefix, batch.angles) if prefix else None
         cut = [c[: len(c) - self._last] for c in contexts]
-        cache, valid, hidden = self._run_contexts(cut, self._shared(batch))
+        cache, valid, hidden = self._run_contexts(cut, self._prefix)
         rows: dict[tuple[int, tuple[int, ...]], InputRow] = {}
         for parent, context in enumerate(contexts):
             root = answers.root()
@@ -258,7 +216,7 @@ class Scorer(Scoring):
         lengths, most = [len(r.inputs) for r in ordered], self.budget.candidates
         if self.budget.cached is not None:  # every row has a copy of its context's cache
             most = max(1, min(most, self.budget.cached // (valid.shape[1] + lengths[0])))
-        for part in padded_batches(lengths, most, self.budget.tokens, self.budget.forward):
+        for part in batches(lengths, most, self.budget.tokens, self.budget.forward):
             part_rows = ordered[part]
             if not part_rows[0].inputs:  # dense one-token answers: the context's forward has answered them
                 found += [(row, Cost()) for row in part_rows]
@@ -321,18 +279,3 @@ class Scorer(Scoring):
             )
             for i in range(len(rows))
         ]  # fmt: skip
-
-
-class Unpruned(Scorer):
-    """Scores requests in the scope `decode`: the model is its own meanwhile, and no token counts as pruned."""
-
-    def __init__(
-        self, forwards: Forwards, session: Session, budget: Budget, share_prefix: bool, distances: bool = False
-    ) -> None:
-        super().__init__(forwards, Session(), budget, share_prefix, distances=distances)
-        self._pruning = session
-
-    def run(self, unit: Unit) -> list[tuple[int, Score]]:
-        """The scores of a unit's requests, with their indices."""
-        with self._pruning.paused():
-            return super().run(unit)

@@ -14,7 +14,7 @@ import lm_eval
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
-from dart_eval.evaluation.local_data import number_asked
+from dart_eval.evaluation.documents import number_asked
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.evaluation.tasks import leaves
@@ -78,11 +78,9 @@ def _sourced(value: object) -> object:
         return {str(k): _sourced(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_sourced(v) for v in value]
-    if isinstance(value, functools.partial):
-        return _sourced([value.func, value.args, value.keywords])
     if callable(value):
         if isinstance(inner := inspect.unwrap(value), functools.partial):
-            return _sourced(inner)
+            return _sourced([inner.func, inner.args, inner.keywords])
         try:
             return source_hash(inspect.getsource(inner))
         except (OSError, TypeError):

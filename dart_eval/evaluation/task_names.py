@@ -102,13 +102,10 @@ def lm_evals() -> dict[str, Found]:
 
 def _state(folder: str) -> str:
     """Return a digest of the names, sizes and times of the files in a folder."""
-    digest = hashlib.sha256()
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name != "__pycache__")
-        for name in sorted(files):
-            about = os.stat(path := os.path.join(place, name))
-            digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    places = ((place, files) for place, _, files in os.walk(folder) if os.path.basename(place) != "__pycache__")
+    paths = sorted(os.path.join(place, name) for place, files in places for name in files)
+    about = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr(about).encode()).hexdigest()
 
 
 @functools.cache  # a process sees the files of its first look

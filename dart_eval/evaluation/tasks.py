@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,20 @@ import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager, _factory
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 
-from dart_eval.evaluation import sampling, task_names
-from dart_eval.evaluation.local_data import redirect
-from dart_eval.evaluation.seeded_data import needs_tokenizer, prepared_once, seeded, without_other_lengths
+from dart_eval.evaluation import task_names
+from dart_eval.evaluation.documents import needs_tokenizer, prepared_once, redirect, seeded, without_other_lengths
 from dart_eval.evaluation.task_names import tasks_dir
-from dart_eval.evaluation.unsafe import block_local_code, check_task, read_safely, sandbox_templates
+from dart_eval.evaluation.unsafe import block_local_code, read_safely, sandbox_templates
 from dart_eval.models.loading import work_offline_if_unreachable
 from dart_eval.util.errors import UserError, naming, summary
-from dart_eval.util.text import Json
+from dart_eval.util.text import LENGTHS, Json
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
-EXTRA = {  # what code of lm-eval's tasks imports and the extra [tasks] installs
-    "langdetect", "immutabledict", "nltk", "wonderwords", "jieba", "fuzzywuzzy", "rouge", "sympy", "math_verify",
-    "antlr4",
-}  # fmt: skip
 OFFLINE = (  # errors of the hub's libraries and of those below them
     "ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError",
 )  # fmt: skip
@@ -97,7 +93,9 @@ class Tasks(TaskFactory):
         if not self.unsafe_code:  # asked before its functions are resolved: that runs the module they stand in
             trusted, file = (Path(lm_eval.tasks.__file__).parent, tasks_dir()), entry.yaml_path
             settings = read_safely(entry.name, file, trusted) if file else entry.cfg or {}
-            check_task(entry.name, bool({**settings, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
+            if {**settings, **(overrides or {})}.get("unsafe_code"):
+                remedy = "add --confirm-run-unsafe-code in a safe place, such as a container"
+                raise UserError(f"task {entry.name} runs code that the model writes", remedy)
         config = super()._load_full_config(entry, overrides)
         make = config.get("custom_dataset")
         if self.data_dir is not None and ("class" in config or (callable(make) and needs_tokenizer(make))):
@@ -164,11 +162,10 @@ class Tasks(TaskFactory):
 
     def _adapt(self, task: Task) -> None:
         """Give a task the user's settings of generation, and metrics as they are to be here."""
-        check_task(task.task_name, bool(getattr(task, "UNSAFE_CODE", False)), self.unsafe_code)
         if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
             own_settings = task.get_config("generation_kwargs") or {}
             with naming(f"task {task.task_name}: "):
-                task.set_config("generation_kwargs", sampling.overridden(own_settings, self.gen_kwargs))
+                task.set_config("generation_kwargs", overridden(own_settings, self.gen_kwargs))
         if getattr(task.config, "custom_dataset", None) is not None:
             without_other_lengths(task)
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
@@ -186,7 +183,7 @@ class Tasks(TaskFactory):
                 return cause
             if isinstance(error, ImportError) and isinstance(cause, ModuleNotFoundError) and cause.name:
                 module = cause.name.partition(".")[0]
-                remedy = "pip install 'dart-eval[tasks]'" if module in EXTRA else f"pip install {module}"
+                remedy = f"pip install 'dart-eval[tasks]' has what tasks of lm-eval need, or pip install {module}"
                 return UserError(f"task {name} needs the package {module}", remedy)
         root: BaseException = error
         while root.__cause__ is not None:
@@ -201,6 +198,37 @@ class Tasks(TaskFactory):
             )
         remedy = "`dart-eval ls tasks` lists names, docs/data.md data"
         return UserError(f"task {name} could not be loaded ({summary(root)})", remedy)
+
+
+def draws(kwargs: Mapping[str, object]) -> bool:
+    """Whether these settings of generation draw tokens."""
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    return bool(normalize_gen_kwargs(given).get("do_sample"))
+
+
+def overridden(own: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:
+    """Return a task's settings of generation with the user's before them, whatever name a length goes by.
+
+    Raises:
+        UserError: a temperature without effect, as the task draws no tokens; or draws at the task's temperature of 0.
+    """
+    settings = {name: value for name, value in own.items() if not (name in LENGTHS and given.keys() & {*LENGTHS})}
+    settings.update(given)
+    if given.get("temperature") and settings.get("do_sample") is False:
+        raise UserError(
+            f"gen_kwargs temperature={given['temperature']} has no effect with do_sample=false",
+            "give do_sample=true, or leave it out",
+        )
+    if given.get("do_sample") and "temperature" not in given and settings.get("temperature") == 0:
+        raise UserError(
+            "gen_kwargs do_sample=true draws tokens, and the task's own temperature 0 draws none", "add temperature=1"
+        )
+    return settings
+
+
+def task_draws(members: Sequence[Task]) -> bool:
+    """Whether one of these tasks draws its answers."""
+    return any(t.OUTPUT_TYPE == "generate_until" and draws(t.get_config("generation_kwargs") or {}) for t in members)
 
 
 def leaves(items: list[Task | Group]) -> list[Task]:

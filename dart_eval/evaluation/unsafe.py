@@ -30,19 +30,6 @@ LOADERS = (  # those of `datasets` differ between its releases 3 and 4
 )
 
 
-def check_task(name: str, unsafe: bool, confirmed: bool) -> None:
-    """Refuse a task that runs code of the model.
-
-    Raises:
-        UserError: it does, and the user has not confirmed that.
-    """
-    if unsafe and not confirmed:
-        raise UserError(
-            f"task {name} runs code that the model writes",
-            "add --confirm-run-unsafe-code in a safe place, such as a container",
-        )
-
-
 def read_safely(name: str, path: Path, trusted: Sequence[Path]) -> Json:
     """Return the settings in a task's file and those that it includes, functions by name; none of their code runs.
 
@@ -120,12 +107,21 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
         return
     stock, guarded = builtins.__import__, set()
 
+    def refusing(stock_init: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: object, path: str, *args: object, **kwargs: object) -> None:
+            if not os.path.isabs(path):
+                remedy = "start dart-eval in another folder, or give --confirm-run-unsafe-code"
+                raise UserError(f"{name} would load ./{path} of the working directory", remedy)
+            stock_init(self, path, *args, **kwargs)
+
+        return __init__
+
     def guard() -> None:
         for loader in LOADERS:
             kind = getattr(sys.modules.get(loader[0]), loader[1], None)
             if kind is not None and loader not in guarded:
                 guarded.add(loader)
-                stack.enter_context(patch.object(kind, "__init__", _refusing(kind.__init__, name)))
+                stack.enter_context(patch.object(kind, "__init__", refusing(kind.__init__)))
 
     def importing(*args: object, **kwargs: object) -> object:
         module = stock(*args, **kwargs)  # type: ignore[arg-type]
@@ -136,20 +132,6 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
         stack.enter_context(patch.object(builtins, "__import__", importing))  # `evaluate` takes seconds: few need it
         guard()
         yield
-
-
-def _refusing(stock: Callable[..., None], who: str) -> Callable[..., None]:
-    """Return a loader's `__init__` that refuses the working directory."""
-
-    def __init__(self: object, path: str, *args: object, **kwargs: object) -> None:
-        if not os.path.isabs(path):
-            raise UserError(
-                f"{who} would load ./{path} of the working directory",
-                "start dart-eval in another folder, or give --confirm-run-unsafe-code",
-            )
-        stock(self, path, *args, **kwargs)
-
-    return __init__
 
 
 @contextmanager

@@ -22,11 +22,10 @@ import jinja2
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
-from dart_eval.evaluation.local_data import check_documents, number_asked
-from dart_eval.evaluation.sampling import task_draws
+from dart_eval.evaluation.documents import check_documents, number_asked
 from dart_eval.evaluation.settings import check_released
 from dart_eval.evaluation.task_hash import task_hash
-from dart_eval.evaluation.tasks import Tasks, leaves
+from dart_eval.evaluation.tasks import Tasks, leaves, task_draws
 from dart_eval.layers.find import describe
 from dart_eval.models import demo_model
 from dart_eval.models.loading import Resolved, choose_device, resolve

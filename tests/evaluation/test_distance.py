@@ -12,9 +12,8 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from dart_eval.evaluation import distance
-from dart_eval.evaluation.costs import Cost
-from dart_eval.evaluation.distance import Distance
+from dart_eval.evaluation import costs as distance
+from dart_eval.evaluation.costs import Cost, Distance
 from dart_eval.evaluation.evaluate import _distances
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import Answers

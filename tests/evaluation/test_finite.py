@@ -134,7 +134,7 @@ def test_texts_that_were_generated_from_nan_are_no_answers(tokenizer, method, mo
         model.transformer.wpe.weight[20:] = torch.nan
     lm = PrunedLM(model, tokenizer, batch_size=2)
     # No token ends a text, so that each runs into NaN or not by its length alone.
-    monkeypatch.setattr(generation, "ends_of", lambda lm: set())
+    monkeypatch.setattr(generation.Generator, "counted", lambda _self, tokens, *_: len(tokens))
     requests = [TextRequest(words([5] * n), n) for n in (4, 6, 18)]  # eight new tokens each: the last one meets NaN
     with prune(model, method, 0.5) as session:
         lm.begin(session, {})

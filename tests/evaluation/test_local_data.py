@@ -6,7 +6,7 @@ import os
 import datasets
 import pytest
 
-from dart_eval.evaluation.local_data import check_documents
+from dart_eval.evaluation.documents import check_documents
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.util.errors import UserError
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 
+from dart_eval.evaluation.documents import check_documents
 from dart_eval.evaluation.evaluate import _simple_evaluate, _stderr
-from dart_eval.evaluation.local_data import check_documents
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks

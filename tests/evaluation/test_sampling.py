@@ -5,7 +5,7 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import DbrxConfig, LlamaConfig, MixtralConfig
 
-from dart_eval.evaluation import sampling
+from dart_eval.evaluation import tasks
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.pruning.session import Session
@@ -64,7 +64,7 @@ def test_so_it_is_where_a_router_chooses_experts(settings, moves):
     ],
 )  # fmt: skip
 def test_what_draws(kwargs, drawn):
-    assert sampling.draws(kwargs) == drawn
+    assert tasks.draws(kwargs) == drawn
 
 
 def test_a_stopped_run_draws_what_a_whole_one_does(tokenizer, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dart_eval.evaluation.seeded_data import prepared_once, seeded, without_other_lengths
+from dart_eval.evaluation.documents import prepared_once, seeded, without_other_lengths
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.util.errors import UserError

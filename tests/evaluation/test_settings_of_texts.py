@@ -2,7 +2,7 @@
 
 import pytest
 
-from dart_eval.evaluation import sampling
+from dart_eval.evaluation import tasks
 from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.rotary import Angles
@@ -74,17 +74,13 @@ def test_draws_at_a_tasks_own_temperature_of_0_are_refused_with_what_helps():
     """gsm8k has temperature 0.0 itself: the user who types do_sample=true cannot leave it out."""
     own = {"do_sample": False, "temperature": 0.0}
     with pytest.raises(UserError, match="temperature 0 draws none; add temperature=1"):
-        sampling.overridden(own, {"do_sample": True})
-    assert sampling.overridden(own, {"do_sample": True, "temperature": 0.5})["temperature"] == 0.5
-    assert sampling.overridden(own, {"do_sample": False}) == own
+        tasks.overridden(own, {"do_sample": True})
+    assert tasks.overridden(own, {"do_sample": True, "temperature": 0.5})["temperature"] == 0.5
+    assert tasks.overridden(own, {"do_sample": False}) == own
 
 
-@pytest.mark.parametrize(("name", "remedy"), [
-    ("pad_token_id", "leave it out"), ("use_cache", "leave it out"), ("stop", "use until"),
-    ("attention_mask", "leave it out"), ("return_dict_in_generate", "leave it out"),
-])  # fmt: skip
+@pytest.mark.parametrize(("name", "remedy"), [("num_return_sequences", "leave it out"), ("stop", "use until")])
 def test_settings_that_the_harness_gives_itself_are_refused(name, remedy):
-    """`generate` got them twice, and failed with a TypeError."""
     lm = PrunedLM(tiny("llama"), word_tokenizer(), max_length=64)
     with pytest.raises(UserError, match=f"{name} is no setting of a task's generation; {remedy}"):
         _asked(lm, **{name: 0})

@@ -15,7 +15,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 import dart_eval
-from dart_eval.evaluation import sampling
 from dart_eval.evaluation import tasks as tasks_module
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
@@ -216,8 +215,8 @@ def test_a_task_of_ones_own_stands_before_a_short_name_for_others(ours):
     ({"temperature": None}, {"max_gen_toks": 48, "do_sample": False, "temperature": None, "until": ["x"]}),
 ])  # fmt: skip
 def test_what_a_user_sets_has_its_effect_whatever_name_the_tasks_length_has(given, expected):
-    settings = sampling.overridden({"max_gen_toks": 48, "do_sample": False, "until": ["x"]}, given)
-    assert settings == expected and sampling.draws(settings) == bool(given.get("do_sample"))
+    settings = tasks_module.overridden({"max_gen_toks": 48, "do_sample": False, "until": ["x"]}, given)
+    assert settings == expected and tasks_module.draws(settings) == bool(given.get("do_sample"))
 
 
 def test_a_temperature_without_effect_is_refused():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_eval.evaluation import batching, scoring
+from dart_eval.evaluation import batching
 from dart_eval.evaluation.batching import Budget, batches, budget, common_prefix, shared_prefixes
 from dart_eval.evaluation.cache import can_share_prefix, fork, new_cache
 from dart_eval.evaluation.requests import Request
@@ -109,27 +109,6 @@ def test_a_prefix_is_computed_once():
     shared, _ = _forwards(model, lambda: scorer(model, head, Session(), 4).score(requests))
     alone, _ = _forwards(model, lambda: scorer(model, head, Session(), 4, share_prefix=False).score(requests))
     assert (shared, alone) == (60 + 10 * 8, 10 * 68)
-
-
-@pytest.mark.parametrize("method", ["dense", "dart"])
-def test_small_batches_wait_for_a_large_head(monkeypatch, method):
-    """One run of the head for several batches, the same numbers, and every score is handed over once."""
-    model = tiny("llama")
-    head, calls, runs, counts = output_head_of(model), [], {}, {}
-    for held in (0, 150):
-        monkeypatch.setattr(scoring, "LARGE_HEAD", 1 if held else 1 << 40)
-        monkeypatch.setattr(scoring, "HELD_TOKENS", held)
-        calls.clear()
-        with open_session(model, method) as session:
-            scored = session if session.prunes else Session()
-            mine = scorer(model, lambda x: (calls.append(len(x)), head(x))[1], scored, 2)
-            given_ = [mine.run(unit) for unit in mine.units(_requests())]
-        found = sorted(itertools.chain(*given_), key=lambda pair: pair[0])
-        runs[held], counts[held] = [s.logprob for _, s in found], len(calls)
-        assert [i for i, _ in found] == list(range(len(_requests())))
-        assert len(calls) == len(given_)
-    assert 2 * counts[150] < counts[0]
-    assert runs[0] == pytest.approx(runs[150], abs=1e-6)
 
 
 def test_candidates_of_an_oracle_have_nothing_in_common(model):
