@@ -236,9 +236,12 @@ WITHOUT_NUMBERS = {
 
 
 def imported(file):
-    """The modules of the package that a file imports anywhere in it, as files."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    """The modules of the package that a file imports anywhere in it but for types, as files."""
+    found, tree = set(), ast.parse(file.read_text(encoding="utf-8"))
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
             named = PACKAGE.joinpath(*node.module.split(".")[1:])
             found |= {named.with_suffix(".py"), *(named / f"{alias.name}.py" for alias in node.names)}
