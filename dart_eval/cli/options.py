@@ -85,6 +85,4 @@ def one_of(
     return own(help, panel, metavar or "|".join(known), callback=checked)
 
 
-PLAN = "Print the cells, their documents, and which are finished already. No cell runs."
-Plan = Annotated[bool, own(PLAN, OUTPUT, "", "--plan")]
 Verbose = Annotated[bool, own("Show the libraries' messages and tracebacks.", OUTPUT, "", "--verbose")]

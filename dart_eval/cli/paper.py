@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dart_eval.cli.options import Plan, Verbose, own, takes
-from dart_eval.cli.run import finish, hush, load_libraries, show_plan
+from dart_eval.cli.options import Verbose, own, takes
+from dart_eval.cli.run import finish, hush, load_libraries
 from dart_eval.cli.view import TerminalView, say
 from dart_eval.sweep.events import Event
 from dart_eval.sweep.options import OUTPUT, TASKS
@@ -31,7 +31,6 @@ def paper(
     name: Annotated[str, typer.Argument(metavar="NAME", help=NAME_HELP)] = "smoke",
     limit: Annotated[int | None, own(LIMIT_HELP, TASKS, "N")] = None,
     output: Annotated[str, own(OUTPUT_HELP, OUTPUT, "DIR")] = "paper",
-    plan: Plan = False,
     verbose: Verbose = False,
     **given: Any,
 ) -> None:
@@ -56,10 +55,6 @@ def paper(
     with TerminalView() as tell:  # a task of the last sweep would be looked up after days
         tell(Event("wait", "looking up tasks"))
         task_names.expand([task for config in spec.sweeps for task in config.tasks])
-    if plan:
-        show_plan(spec.sweeps, verbose, skip_missing=True)
-        return
-    with TerminalView() as tell:
         load_libraries(tell, verbose)
         from dart_eval.cluster.run import run_all
 

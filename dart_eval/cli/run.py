@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dart_eval.cli.options import Plan, Verbose, one_of, own, takes
-from dart_eval.cli.view import TerminalView, output, put, say
-from dart_eval.results.show import Table, data_text, show
+from dart_eval.cli.options import Verbose, own, takes
+from dart_eval.cli.view import TerminalView, say
+from dart_eval.results.show import show
 from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.options import DEFAULTS, MODEL, OUTPUT
 from dart_eval.util.quiet import hush_warnings, silence
-from dart_eval.util.text import Json, counted
+from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
     from dart_eval.sweep.options import RunConfig
@@ -25,15 +24,12 @@ if TYPE_CHECKING:
 
 MODEL_ARGS_HELP = "Give the model as lm-eval does: pretrained=NAME, dtype=TYPE ..."
 CONFIG_HELP = "Read options from a YAML file; the command line overrides it."
-FORMAT_HELP = "Print the board, or every number as JSON."
 
 
 @takes(*DEFAULTS)
 def run(
     model_args: Annotated[list[str] | None, own(MODEL_ARGS_HELP, MODEL, "K=V,...", "--model-args", "-a")] = None,
     config: Annotated[Path | None, own(CONFIG_HELP, OUTPUT, "FILE", "--config", "-C")] = None,
-    plan: Plan = False,
-    format: Annotated[str, one_of(("table", "json"), "format", FORMAT_HELP, OUTPUT)] = "table",
     verbose: Verbose = False,
     **given: object,
 ) -> None:
@@ -49,15 +45,11 @@ def run(
     dart-eval run --config run.yaml
     """
     hush(verbose)
-    configs = understood(config, {"model_args": model_args, **given})
-    if plan:
-        show_plan(configs, verbose, format)
-    else:
-        run_cells(configs, verbose, format)
+    run_cells(understood(config, {"model_args": model_args, **given}), verbose)
 
 
-def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") -> None:
-    """Run the unfinished cells, then show the board, or every number as JSON.
+def run_cells(configs: list[RunConfig], verbose: bool) -> None:
+    """Run the unfinished cells, then show the board.
 
     Raises:
         typer.Exit: cells failed.
@@ -68,49 +60,22 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
         from dart_eval.cluster.run import run_all
 
         result = run_all(configs, terminal)
-    show_results(result, first.output, format)
+    show_results(result, first.output)
     finish(result, first.output)
 
 
-def show_plan(configs: Sequence[RunConfig], verbose: bool, format: str = "table", skip_missing: bool = False) -> None:
-    """Print the cells of a run, their documents and whether they are finished, or the same as JSON.
-
-    Args:
-        skip_missing: see `cluster.run.run_all`.
-
-    Raises:
-        UserError: the input is wrong.
-    """
-    with TerminalView() as tell:
-        load_libraries(tell, verbose)
-        from dart_eval.sweep.run import begin_sweep, documents
-
-        sweep = begin_sweep(configs, tell, skip_missing)
-    cells: list[Json] = [
-        {"cell": cell.title, "key": key, "documents": documents(cell), "finished": key in sweep.done}
-        for key, cell in sweep.cells.items()
-    ]
-    todo = [cell for cell in cells if not cell["finished"]]
-    body = [[c["cell"], str(c["documents"]), "finished" if c["finished"] else "to run"] for c in cells]
-    body.append([counted(len(cells), "cell"), str(sum(c["documents"] for c in todo)), f"{len(todo)} to run"])
-    output([Table("Plan", ["cell", "documents", "state"], body)], format, data=cells)
-
-
-def show_results(result: RunResult, folder: str, format: str = "table") -> None:
-    """Show the board of a run, the folder of its results and the commands that may follow; or JSON alone."""
+def show_results(result: RunResult, folder: str) -> None:
+    """Show the board of a run, the folder of its results and the commands that may follow."""
     if not result.records:
         return
     from dart_eval.results.board import boards, newest
-    from dart_eval.results.frame import lines, with_dense
+    from dart_eval.results.frame import with_dense
     from dart_eval.results.store import Store
     from dart_eval.results.tables import board_tables
 
     store, quoted = Store(folder), shlex.quote(folder)
     everything, _ = newest(store.load())
     records = with_dense(result.records, everything)
-    if format == "json":
-        put(data_text(lines(store, records), "json"))
-        return
     show(*board_tables(boards(store, records)))
     say(f"\nResults: {folder}   next: dart-eval report {quoted}   dart-eval tables {quoted} --view long")
 

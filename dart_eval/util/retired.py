@@ -34,7 +34,8 @@ OPTIONS = {
     "explain": "docs/concepts.md explains the columns",
     "save-allocation": "trace --output has the neurons kept in each layer",
     **dict.fromkeys((f"compare --{name}" for name in ("method", "sparsity", "model")), "--row A,B names two rows"),
-    "check --force": "delete the file first",
+    "check --force": "delete the file first", "plan": "the run names its cells, and finished ones are skipped",
+    "run --format": "tables --format json has every number",
 }  # fmt: skip
 VIEWS = {
     "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view costs has re-masks",

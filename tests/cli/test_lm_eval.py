@@ -57,11 +57,11 @@ def by_lm_eval(folder, model, task, args, *more):
 def by_run(folder, model, task, args, *more):
     options = [w for name, value in args.items() for w in (f"--{name.replace('_', '-')}", value)]
     done = command("run", "--model", model, "--dtype", "float32", "--tasks", task, "--limit", 6, "--output", folder,
-                   "--no-kl", "--format", "json", *options, *more)  # fmt: skip
+                   "--no-kl", *options, *more)  # fmt: skip
     assert done.code == 0, done.err
     store = Store(folder)
     (record,) = store.load()
-    found = {row["metric"]: row["value"] for row in json.loads(done.out) if row["task"] == task}
+    found = {m.metric: m.value for m in record.metrics if m.task == task}
     return found, store.samples(record)
 
 

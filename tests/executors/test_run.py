@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 
 import pytest
@@ -17,7 +16,7 @@ from dart_eval.sweep import run, worker
 from dart_eval.sweep.options import RunConfig, config_from
 from dart_eval.sweep.plan import Cell
 from dart_eval.util.errors import UserError
-from tests.helpers.commands import Watch, command, run_local
+from tests.helpers.commands import Watch, run_local
 
 SWEEP = {"method": "dense,random,dart", "sparsity": "0.5,0.7", "tasks": "smoke_questions,smoke_summary", "limit": 3}
 
@@ -295,18 +294,3 @@ def test_a_calibration_is_that_of_the_weights_as_they_are_rounded(saved_llama, t
         both = run_local(_config(saved_llama, tmp_path / order, ffn_bits=order, **asked), Watch()).records
         wanted = {r.key: [m.value for m in r.metrics] for some in alone for r in some}
         assert {r.key: [m.value for m in r.metrics] for r in both} == wanted
-
-
-@pytest.mark.process
-def test_a_plan_says_cells_documents_and_what_is_finished(saved_llama, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = ("run", "--model", saved_llama, "--tasks", "smoke_questions", "--limit", 4, "--method")
-    planned = command(*words, "dense,dart", "--plan")
-    assert planned.code == 0 and not (tmp_path / "out").exists()
-    assert re.search(r"smoke_questions dart 50 % +4 +to run", planned.out)
-    assert re.search(r"2 cells +8 +2 to run", planned.out)
-    assert command(*words, "dense").code == 0
-    cells = json.loads(command(*words, "dense,dart", "--plan", "--format", "json").out)
-    assert [(c["cell"], c["documents"], c["finished"]) for c in cells] == [
-        ("smoke_questions dense", 4, True), ("smoke_questions dart 50 %", 4, False)
-    ]  # fmt: skip

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from dart_eval.cli import application, run
 from dart_eval.cli.options import one_of
-from dart_eval.evaluation.local_data import number_asked
+from dart_eval.evaluation.documents import number_asked
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
@@ -47,7 +47,7 @@ def test_values_of_an_option_that_is_given_again_add_up(option, tmp_path, monkey
     ran, empty = [], tmp_path / "empty"  # `.` and `..` are looked through for tasks
     empty.joinpath("inner").mkdir(parents=True)
     monkeypatch.chdir(empty / "inner")
-    monkeypatch.setattr(run, "run_cells", lambda configs, verbose, format: ran.extend(configs))
+    monkeypatch.setattr(run, "run_cells", lambda configs, verbose: ran.extend(configs))
     typed, meant = TWICE[option]
     others = [] if option == "tasks" else ["--tasks", "arc_easy"]
     words = [word for value in typed for word in (f"--{option}", value)]
