@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -42,16 +42,10 @@ FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int, str]] = {  # costs: 
     "remasks_per_1000": (lambda cells: 1000 * cells["remasks"] / cells["tokens"].clip(1), 2, " per 1,000 tokens"),
 }
 SHAPED = {"state MB": 1e6, "overhead %": 0.01}  # costs of a claim on a shape, and their units
-NOTE = (
-    "Value ± standard error; accuracies and similarities are in per cent. Bold: better than every other pruned row of "
-    f"its sparsity (paired test, Holm p < .05); rows with an effective sparsity more than {ALIKE} below the highest "
-    "take no part. effective: share of the FFN weights that tokens did not read; read: share that a pruned one reads."
-)
+NOTE = "Value ± standard error, of shares in per cent; bold: best of its sparsity beyond noise (docs/paper.md)."
 NOTE_ON_CLAIMS = (
-    "measured: difference of the two rows (perplexities in nats), or their ratio (accuracies above guessing), with the "
-    "paired 95 % interval. holds: it lies on the claim's side; fails: on the other side; open: it covers both, or a "
-    "task has too few documents. Of at least one column the best is shown, its p Holm-adjusted over all; the claim "
-    "fails only if all were measured. A verdict is of the models and documents measured here, not of the paper's."
+    "measured: difference (perplexities in nats) or ratio of the two rows, with the paired 95 % interval. A verdict is "
+    "of the models and documents measured here, not of the paper's (docs/paper.md)."
 )
 
 
@@ -152,7 +146,7 @@ class Paper:
 
     def _numbers(self, wanted: pd.DataFrame) -> pd.DataFrame:
         """Return the numbers all of whose cells are there: each a mean over `terms`, of a share, a task and a key."""
-        # Inputs that cells share. What a column without these two settings has is not that of the first cell.
+        # Cells share these inputs, but for two: a column without those has none of the first cell's.
         common = {**next(iter(self.records.values())).inputs, "gen_kwargs": None, "ffn_bits": None}
         keys = {identity(r.inputs): key for key, r in self.records.items()}
         keys_of_cells = [asked and keys.get(identity(common | asked)) for asked in wanted["asked"]]
@@ -209,7 +203,7 @@ class Paper:
             weight = (part if up else -part) * (math.log(2) if metric.kind == "bits" else 1.0)  # in nats
             for side, measure in zip(sides, (metric.a, metric.b), strict=True):
                 side.append(metric.estimate(measure, ratio).times(weight))
-        return Sides(a["column"], a["metric"], int(a["n"]), *map(_sum, sides)) if beside else None
+        return Sides(a["column"], a["metric"], int(a["n"]), *map(stats.total, sides)) if beside else None
 
     def _with_best(self, numbers: pd.DataFrame) -> pd.DataFrame:
         """Return the numbers with `p` and `bold` of the best pruned one of each block, column and scope.
@@ -320,7 +314,8 @@ class Paper:
             return OPEN, f"not tested: {why}", ""
         part = f"{len(sides)} of {len(names)} columns" if several and len(sides) < len(names) else ""
         if sides and claim.column == MEAN:
-            a, b = (_sum(column).times(1 / len(sides)) for column in zip(*(rows[3:] for rows in sides), strict=True))
+            columns = zip(*(rows[3:] for rows in sides), strict=True)
+            a, b = (stats.total(column).times(1 / len(sides)) for column in columns)
             sides = [Sides(MEAN, metric, sum(rows.n for rows in sides), a, b)]
         return judged(claim, sides, part)
 
@@ -397,12 +392,7 @@ def _keys(numbers: pd.DataFrame) -> list[str]:
 def _mean(beside: Sequence[tuple[float, Compared]], of: Callable[[Compared], Estimate]) -> Estimate | None:
     """Return a weighted mean; None where its terms are no means of documents."""
     means = beside and all(metric.kind == "mean" for _, metric in beside)
-    return _sum(of(metric).times(part) for part, metric in beside) if means else None
-
-
-def _sum(estimates: Iterable[Estimate]) -> Estimate:
-    first, *rest = estimates
-    return sum(rest, first)
+    return stats.total(of(metric).times(part) for part, metric in beside) if means else None
 
 
 def _text(metric: str, value: float, stderr: float | None = None) -> str:

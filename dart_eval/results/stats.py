@@ -7,8 +7,10 @@ tasks, its interval and the test of two rows all follow from the same documents.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -299,10 +301,15 @@ class Share(NamedTuple):
     interval: Interval | None
 
 
+def total(estimates: Iterable[Estimate]) -> Estimate:
+    """Return the sum of at least one estimate."""
+    return functools.reduce(operator.add, estimates)
+
+
 def mean(estimates: Iterable[Estimate]) -> Estimate | None:
     """Return the unweighted mean; None without estimates."""
     terms = list(estimates)
-    return sum(terms[1:], terms[0]).times(1 / len(terms)) if terms else None
+    return total(terms).times(1 / len(terms)) if terms else None
 
 
 def share(part: Estimate, whole: Estimate, step: float = 0.0) -> Share | None:

@@ -29,8 +29,7 @@ from dart_eval.util.machine import has_cuda
 from dart_eval.util.retired import retired
 from dart_eval.util.text import LENGTHS, Json, items_of, short_repr
 
-# Panels of the help.
-TASKS, PRUNING, MODEL, OUTPUT, CLUSTER = "Tasks", "Pruning", "Model", "Output", "Cluster"
+TASKS, PRUNING, MODEL, OUTPUT, CLUSTER = "Tasks", "Pruning", "Model", "Output", "Cluster"  # panels of the help
 
 # The role of an option in a cell. CELL tells cells apart; KEY stands in the key; GIVEN stands there only if given, so
 # that cells older than the option are found; DECIDES decides something in the key; RUN concerns the run alone.
@@ -279,7 +278,7 @@ class RunConfig(ModelSpec, EvalSettings):
         return None if whole else DATA_SET_TOKENS
 
     def check(self) -> None:
-        """Refuse options that contradict each other, and values that no run could use.
+        """Refuse options that contradict each other, values that no run could use, and an output without a place.
 
         Raises:
             UserError: the first thing that is wrong.
@@ -291,6 +290,12 @@ class RunConfig(ModelSpec, EvalSettings):
         text = self.calibration or ""
         if (Path(text).suffix in TEXT_FILES or text.count("/") > 1) and not Path(text).is_file():
             raise UserError(f"calibration text {text} is not a file", "give a text file, or a data set's name")
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
+        cells = Path(self.output).absolute() / "cells"
+        there = next(place for place in (cells, *cells.parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"output {self.output} cannot be written", "choose another --output")
         thinking, several = self.enable_thinking, self.workers > 1
         for wrong, problem, remedy in (
             (self.fewshot_as_multiturn and not self.chat_template, "--fewshot-as-multiturn needs --chat-template",
@@ -303,34 +308,16 @@ class RunConfig(ModelSpec, EvalSettings):
              "--gpus-per-cell needs --ray and no --device cpu", "leave it out"),
             (self.ray is not None and self.device not in ("auto", "cpu", "cuda"),
              f"--device {self.device} does not work with --ray", "give auto, cpu or cuda"),
-            (self.ray is not None and several, f"--workers {self.workers} does not work with --ray",
-             "leave one of them out"),
             (several and self.device.startswith("cuda:"), f"--device {self.device} does not work with --workers",
              "name the GPUs in CUDA_VISIBLE_DEVICES, and give --device cuda"),
-            (several and self.device_map is not None, "--device-map does not work with --workers",
+            (several and (self.ray or self.device_map) is not None,
+             f"--workers {self.workers} does not work with {'--ray' if self.ray else '--device-map'}",
              "leave one of them out"),
+            (self.device.startswith("cuda") and self.ray is None and not has_cuda(),
+             f"device {self.device} is not there: this machine has no CUDA driver", "give --device cpu or auto"),
         ):  # fmt: skip
             if wrong:
                 raise UserError(problem, remedy)
-
-    def check_output(self) -> None:
-        """Refuse an output folder that cannot be written, and missing data, before torch is loaded.
-
-        Apart from `check`, since workers on other nodes do not see these folders.
-
-        Raises:
-            UserError: with the reason.
-        """
-        if self.data_dir is not None and not Path(self.data_dir).is_dir():
-            raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
-        if self.device.startswith("cuda") and self.ray is None and not has_cuda():
-            raise UserError(
-                f"device {self.device} is not there: this machine has no CUDA driver", "give --device cpu or auto"
-            )
-        cells = Path(self.output).absolute() / "cells"
-        there = next(place for place in (cells, *cells.parents) if place.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"output {self.output} cannot be written", "choose another --output")
 
 
 DEFAULTS: Json = {name: getattr(RunConfig, name) for name in RunConfig.__annotations__}
@@ -389,7 +376,6 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
         if (path := getattr(first, name)) is not None:
             check_name(path, option_of(name))
     first.check()
-    first.check_output()
     if {"method", "ffn_bits"} & settings.keys():
         return configs
     rivals = [rounding_at(1 - sparsity) for sparsity in first.sparsity if sparsity]

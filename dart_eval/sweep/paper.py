@@ -6,10 +6,11 @@ the file, in a table or in a column, and the nearest one counts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
@@ -61,10 +62,6 @@ class Settings(Part):
     gen_kwargs: Option = None
     max_new_tokens: int | None = None
     limit_share: float | None = None
-
-    def over(self, far: Json) -> Json:
-        """Return the settings that are given on top of others."""
-        return far | self.model_dump(include={*Settings.model_fields}, exclude_unset=True)
 
 
 class Row(Part):
@@ -151,8 +148,7 @@ class File(Settings):
         return self
 
 
-@dataclass(frozen=True)
-class PaperSpec:
+class PaperSpec(NamedTuple):
     """A paper: its subject, its tables, the sweeps that fill them, and the claims that they test."""
 
     about: str
@@ -181,19 +177,18 @@ def load(name: str, base: RunConfig) -> PaperSpec:
         raise UserError(f"{path}, {place}: {first['msg'].removeprefix('Value error, ')}", "see docs/paper.md") from None
     metrics = {column.metric.partition(",")[0] for table in file.tables for column in table.columns.values()}
     base = replace(base, kl=not BY_SECOND_FORWARD.isdisjoint(metrics))  # it takes time
-    sheets, sweeps = list[Sheet](), dict[RunConfig, None]()
     with naming(f"{path}: "):
-        for table in file.tables:
-            sheet, configs = _sheet(table, file, base)
-            sheets.append(sheet)
-            sweeps |= dict.fromkeys(configs)
+        sheets, sweeps = zip(*(_sheet(table, file, base) for table in file.tables), strict=True)
     there = {(sheet.name, row) for sheet in sheets for row in sheet.cells["row"]}  # some rows are of another model
     claims = [claim for claim in file.claims if {(claim.table, row) for row in claim.rows} <= there]
-    return PaperSpec(file.about, sheets, [*sweeps], claims)
+    return PaperSpec(file.about, sheets, list(dict.fromkeys(itertools.chain(*sweeps))), claims)
 
 
-def _config(asked: Json, base: RunConfig) -> RunConfig:
-    """Return the configuration of cells with these settings; the limit of the command goes before their own."""
+def _config(settings: Sequence[Settings], base: RunConfig) -> RunConfig:
+    """Return the configuration of cells: the nearest setting counts, and the limit of the command before theirs."""
+    asked: Json = {}
+    for part in settings:
+        asked |= part.model_dump(include={*Settings.model_fields}, exclude_unset=True)
     given = {name: value for name, value in asked.items() if value is not None}
     share, tokens = given.pop("limit_share", 1.0), given.pop("max_new_tokens", None)
     if tokens is not None:
@@ -214,17 +209,16 @@ def _sheet(table: Table, file: File, base: RunConfig) -> tuple[Sheet, list[RunCo
     parts = {**{head: [head] for head in tasks}, **({MEAN: [*tasks]} if table.mean else {})}  # of each column shown
     configs: dict[tuple[str, str], RunConfig] = {}  # (row, column) -> what its cells run with, but for their tasks
     sweeps: dict[RunConfig, tuple[Json, Json]] = {}  # without methods and tasks -> these
-    columns = {head: _config(c.over(table.over(file.over({}))), base) for head, c in table.columns.items()}
-    for head, column in columns.items():
-        for label, row in rows.items():
-            own = row.model_dump(include={"scope", "ffn_bits"}, exclude_none=True)
-            levels = tuple(level for level in sparsity if level in (row.sparsity or sparsity))
-            config = replace(column, sparsity=levels, **own)
-            configs[label, head] = replace(config, method=row.method)
-            if levels:
-                methods, names = sweeps.setdefault(config, ({}, {}))
-                methods[row.method[0]] = None
-                names |= dict.fromkeys(tasks[head])
+    columns = {head: _config((file, table, column), base) for head, column in table.columns.items()}
+    for head, (label, row) in itertools.product(columns, rows.items()):
+        own = row.model_dump(include={"scope", "ffn_bits"}, exclude_none=True)
+        levels = tuple(level for level in sparsity if level in (row.sparsity or sparsity))
+        config = replace(columns[head], sparsity=levels, **own)
+        configs[label, head] = replace(config, method=row.method)
+        if levels:
+            methods, names = sweeps.setdefault(config, ({}, {}))
+            methods[row.method[0]] = None
+            names |= dict.fromkeys(tasks[head])
 
     def cells_of(label: str, level: float) -> Iterator[Json]:
         """Yield the cells of a line, for each column and task, those of the mean among them."""
@@ -244,24 +238,22 @@ def _sheet(table: Table, file: File, base: RunConfig) -> tuple[Sheet, list[RunCo
                 "share": 1 / len(parts[head]) / len(tasks[part]), "value": None,
             }  # fmt: skip
 
-    lines: list[tuple[int, float, list[Json]]] = []
+    lines: list[list[Json]] = []
     sources = list(dict.fromkeys(reported.source for reported in table.reported))
     for block, level in enumerate((0.0, *sparsity)):
         measured = len(lines)
         for label, row in rows.items():
             sized = methods_of(configs[label, next(iter(tasks))])[0].sized
             if (block > 0 and level in row.sparsity) if row.sparsity else sized == (block > 0):
-                lines.append((block, level, [*cells_of(label, level)]))
+                lines.append([{"block": block, "level": level, **cell} for cell in cells_of(label, level)])
         for known in (r for r in table.reported if len(lines) > measured and r.sparsity == level):
             cell = {"row": f"{known.label} [{sources.index(known.source) + 1}]", "sparsity": level}
+            cell |= {"block": block, "level": level}
             values = known.values.items()
-            lines.append((block, level, [cell | {"column": h, "metric": metrics[h], "value": v} for h, v in values]))
+            lines.append([cell | {"column": h, "metric": metrics[h], "value": v} for h, v in values])
     if not lines or not sparsity:
         raise UserError(f"table {table.name!r} has no row for this model, or no sparsity", "see docs/paper.md")
-    cells = [
-        {"line": i, "block": block, "level": level, **cell}
-        for i, (block, level, of_line) in enumerate(lines) for cell in of_line
-    ]  # fmt: skip
+    cells = [{"line": i, **cell} for i, line in enumerate(lines) for cell in line]
     notes = [*filter(None, [table.note]), *(f"[{i}] reported: {source}." for i, source in enumerate(sources, 1))]
     sheet = Sheet(table.name, table.title, notes, pd.DataFrame(cells, dtype=object))
     return sheet, [replace(c, method=tuple(m), tasks=tuple(t)) for c, (m, t) in sweeps.items()]

@@ -125,7 +125,7 @@ def _kept(worker, processes):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"workers": 0}, "workers 0 must be"),
-    ({"workers": 2, "device_map": "auto"}, "--device-map does not work with --workers"),
+    ({"workers": 2, "device_map": "auto"}, "--workers 2 does not work with --device-map"),
     ({"workers": 2, "device": "cuda:1"}, "--device cuda:1 does not work with --workers"),
 ])  # fmt: skip
 def test_what_contradicts_it_is_refused(tmp_path, options, message):
