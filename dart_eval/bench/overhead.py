@@ -23,7 +23,7 @@ from dart_eval.pruning.calibration import Calibration, Moments
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dart import Dart
 from dart_eval.pruning.rows import Rows, nbytes
-from dart_eval.results.format import sparsity as percent
+from dart_eval.results.metrics import sparsity as percent
 from dart_eval.results.show import Table
 from dart_eval.util.errors import UserError
 

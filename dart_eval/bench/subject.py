@@ -17,7 +17,7 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dense import Dense
-from dart_eval.results.format import sparsity as percent
+from dart_eval.results.metrics import sparsity as percent
 from dart_eval.results.show import Table
 from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding

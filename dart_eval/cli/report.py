@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import webbrowser
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +10,7 @@ import typer
 
 from dart_eval.cli.view import console, put
 from dart_eval.results.store import Store
-from dart_eval.util.files import check_own, check_target
-
-# In the head of every page, older ones too.
-OWN = re.compile(rb'<meta name="generator" content="dart-eval">|<link rel="icon" href="data:,">')
+from dart_eval.util.files import check_target
 
 
 def report(
@@ -22,9 +18,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="Write the page to this file.", show_default="report.html in the folder")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Title of the page.", show_default="the models' names")] = None,
     samples: Annotated[int, typer.Option(help="Documents of each task to show; 0 shows none.", min=0)] = 50,
-    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace a file that is not a report.")] = False,
     browse: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write one HTML page: the verdict, the board, its charts, and the answers of dense and all methods side by side.
@@ -34,16 +28,14 @@ def report(
     \b
     [bold]Examples[/bold]
     dart-eval report out --open
-    dart-eval report out --output report.html --title "DART" --samples 20
+    dart-eval report out --output report.html --samples 20
     """
     path = output or folder / "report.html"
     check_target(path, "choose another --output")
-    if not force:
-        check_own(path, OWN, "report")
     from dart_eval.results.report.build import build
 
     with console(stderr=True).status("comparing answers with dense's"):
-        page = build(Store(folder), title, samples)
+        page = build(Store(folder), samples)
     put(page, path)
     if browse:
         webbrowser.open(path.absolute().as_uri())

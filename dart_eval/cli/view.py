@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dart_eval.results import metrics
-from dart_eval.results.format import with_error
+from dart_eval.results.metrics import with_error
 from dart_eval.util import files
 from dart_eval.util.text import Json, counted, printable
 

@@ -7,19 +7,19 @@ two metrics. Cells that differ in their seed alone are one row, their mean; erro
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from statistics import mean
 
 import numpy as np
 
 from dart_eval.results import inputs, metrics, speeds, stats
 from dart_eval.results.documents import Compared
-from dart_eval.results.format import sparsity
 from dart_eval.results.frame import beside_dense, cell_of, with_distances
 from dart_eval.results.inputs import CALIBRATED, DENSE, grouped, identity, labels, matters, model_of, question
+from dart_eval.results.metrics import sparsity
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.speeds import Speed
 from dart_eval.results.stats import Estimate, Share, above_zero, share
@@ -32,6 +32,8 @@ WIDTH_OF_LEVEL = 0.02  # reads that differ by less are one level
 # Kinds of rows. A control is dense; rounding is dense on rounded weights, or on their first bits.
 PRUNED, UPPER_BOUND, CONTROL, ROUNDING, GUESSING = "pruned", "upper bound", "control", "rounding", "guessing"
 DEFAULT_SCOPE = "scored"  # not named on the board
+MATTERS = 0.005  # half a point of an accuracy, .005 nats a word or an answer: a smaller lead is no reason to pay more
+AHEAD, BEHIND, TIED, SPLIT, UNTESTED = "ahead", "behind", "tied", "split", "untested"
 NOTHING = Share(0.0, (0.0, 0.0))  # share of guessing in dense's quality above guessing
 
 
@@ -44,9 +46,10 @@ class Quality:
     better: Estimate | None = None  # quality minus dense's, higher is better; of perplexities -log(quality / dense)
     share: Share | None = None  # quality above chance / that of dense, summed over tasks; None where dense's is noise
 
-    @cached_property
-    def times(self) -> Share | None:
-        """A perplexity as a multiple of dense's, geometric mean over tasks, with its interval."""
+    def beside_dense(self, metric: str) -> Share | None:
+        """Return the share, of a perplexity the multiple of dense's (geometric mean over tasks), with its interval."""
+        if metrics.kind_of(metric).group != metrics.PERPLEXITY:
+            return self.share
         return None if self.better is None else self.better.exp_minus()
 
 
@@ -428,3 +431,115 @@ def _levels(rows: Sequence[Row], first: str) -> list[list[Row]]:
         ]  # fmt: skip
         ordered.append(sorted(named, key=lambda row: (order.get(row.kind, 2), *place(row, first), row.label)))
     return sorted(ordered, key=lambda level: (level[0].kind != CONTROL, -max(row.read for row in level)))
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What the paired tests say of a level (docs/numbers.md).
+
+    A row is ahead of another in a metric if it leads by more than `MATTERS`, and by so much that noise does not explain
+    it; it is behind if the other one is ahead in some metric, and it in none.
+    """
+
+    leader: Row  # the first row by the first metric that is not behind another
+    stands: Mapping[Row, str]  # the other pruned rows, each with where it stands beside the leader
+    control: tuple[Row, str] | None  # likewise the best rounding that reads no more; None without any
+    take: Row  # the leader, the cheapest row that is tied with it, or the rounding that is ahead
+
+    def of(self, *words: str) -> list[Row]:
+        """Return the other pruned rows that stand so beside the leader."""
+        return [row for row, word in self.stands.items() if word in words]
+
+    @property
+    def best(self) -> Row | None:
+        """The row that is ahead of every other pruned row; None without one."""
+        return self.leader if self.stands and {*self.stands.values()} == {BEHIND} else None
+
+    def mark(self, row: Row) -> str:
+        """Return `*` for the best row, `~` for the rows that are tied at the head of those behind them."""
+        if row is self.best:
+            return "*"
+        head = self.of(BEHIND) and not self.of(AHEAD, SPLIT)
+        return "~" if head and row in (self.leader, *self.of(TIED)) else ""
+
+
+def verdicts(block: Block) -> list[Verdict | None]:
+    """Return the verdict on each level of a block; None where nothing can be compared at equal reads."""
+    rounded = [row for row in block.rows if row.kind == ROUNDING and block.first in row.quality]
+    return [_verdict(level, rounded, block.first) for level in block.levels]
+
+
+def _verdict(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> Verdict | None:
+    """Return the verdict on rows, best first. rounded: the block's rows of rounding."""
+    rivals = [row for row in rows if row.kind == PRUNED and first in row.quality]
+    if not rivals or all(row.read >= 1 for row in rivals) or any(row.about for row in rows):
+        return None
+    most = max(row.read for row in rows) + WIDTH_OF_LEVEL
+    fitting = sorted((row for row in rounded if row.read <= most), key=lambda row: place(row, first))
+    leader, stands = _leader(rivals)
+    words = _stands(leader, [_leader(fitting)[0]], float(len(fitting) * len(rivals))) if fitting else {}
+    control = next(iter(words.items()), None)
+    verdict = Verdict(leader, stands, control, leader)
+    if control is not None and control[1] == AHEAD and not verdict.of(AHEAD, SPLIT):
+        return replace(verdict, take=control[0])
+    costs = {row: (round(row.overhead, 4), row.bytes_of("beside") or 0) for row in (leader, *verdict.of(TIED))}
+    return replace(verdict, take=min(costs, key=costs.__getitem__))
+
+
+def _leader(rows: Sequence[Row]) -> tuple[Row, dict[Row, str]]:
+    """Return the first row that is not behind another, else the first row, and where the others stand beside it.
+
+    It was chosen by the tested values, so each p counts for all pairs that could have been.
+    """
+    candidates = []
+    for row in rows:
+        candidates.append((row, _stands(row, [other for other in rows if other is not row], len(rows) / 2)))
+        if not {AHEAD, SPLIT} & {*candidates[-1][1].values()}:
+            return candidates[-1]
+    return candidates[0]
+
+
+def _stands(leader: Row, others: Sequence[Row], chosen: float) -> dict[Row, str]:
+    """Compare each row with the leader.
+
+    Args:
+        chosen: factor on each p, since the leader was chosen by the tested values. Holm's correction then covers all
+            rows and metrics.
+    """
+    leads = [(row, lead) for row in others for lead in _leads(leader, row)]
+    p_values = [_p(lead) for _, lead in leads]
+    adjusted = stats.holm([None if p is None else min(1.0, chosen * p) for p in p_values])
+    stands = {}
+    for row in others:
+        own = [(lead.value, p) for (of, lead), p in zip(leads, adjusted, strict=True) if of is row and p is not None]
+        signs = {value > 0 for value, p in own if p < stats.ALPHA}  # True: the leader is ahead in a metric
+        stands[row] = (
+            SPLIT if len(signs) == 2 else BEHIND if True in signs else AHEAD if signs else TIED if own else UNTESTED
+        )
+    return stands
+
+
+def _p(lead: Estimate) -> float | None:
+    """Return two-sided p of a lead of at most `MATTERS`; None if it cannot be tested."""
+    beyond = abs(lead.value) - MATTERS
+    if beyond > 0:
+        return replace(lead, value=math.copysign(beyond, lead.value)).p
+    return 1.0 if lead.smallest >= stats.MIN_CLUSTERS and math.isfinite(lead.value) else None
+
+
+def _leads(a: Row, b: Row) -> Iterator[Estimate]:
+    """Yield A - B, positive if A is better, in the block's first metric, in perplexities and in log-likelihoods.
+
+    Log-likelihoods of right answers separate rows with fewer documents than an accuracy.
+    """
+    for i, (metric, quality) in enumerate(a.quality.items()):
+        if i and metrics.kind_of(metric).group != metrics.PERPLEXITY:
+            continue  # the family of tests must not depend on other contents of the folder
+        other = b.quality.get(metric)
+        if quality.better is not None and other is not None and other.better is not None:
+            yield quality.better - other.better
+    if a.nats is not None and b.nats is not None:
+        yield a.nats - b.nats

@@ -23,10 +23,9 @@ from typing_extensions import NotRequired, TypedDict  # pydantic needs this one 
 from dart_eval.results import show, stats, sums
 from dart_eval.results.compare import Comparison, names
 from dart_eval.results.documents import HASHES, INDEX, Answers, Compared, documents, measured
-from dart_eval.results.format import FOUR, chance, interval, number, signed
 from dart_eval.results.frame import Cell, cells, counterparts, differing, paired
 from dart_eval.results.inputs import HASH_DIGITS, CellInputs, identity, model_of
-from dart_eval.results.metrics import DISTANCE, GOLD, kind_of, main
+from dart_eval.results.metrics import DISTANCE, GOLD, chance, interval, kind_of, main, number, signed
 from dart_eval.results.record import Metric, holds, read
 from dart_eval.results.show import Columns, Table
 from dart_eval.results.store import UnreadSamples
@@ -40,7 +39,7 @@ DIGITS = 6  # decimals of a document's value, so that another machine's arithmet
 OK, FELL, MISSING = "ok", "FELL", "missing"
 COLUMNS: Columns = {
     "cell": ("cell", str), "task": ("task", str), "metric": ("metric", str), "verdict": ("verdict", str),
-    "then": ("then", number), "now": ("now", number), "recovery": ("recovery", FOUR),
+    "then": ("then", number), "now": ("now", number), "recovery": ("recovery", number),
     "p worse (Holm)": ("p_holm", chance), "now - then": ("difference", signed), "95 % interval": ("ends", str),
     "changed": ("changed", str), "n": ("n", str), "why": ("why", str),
 }  # fmt: skip

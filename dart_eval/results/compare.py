@@ -11,10 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from dart_eval.results import show, stats
-from dart_eval.results.format import chance, interval, number, signed, sparsity
 from dart_eval.results.frame import Cell, cells, counterparts, differing, newest, paired, with_distances
 from dart_eval.results.inputs import DENSE, UNLIKE_DENSE, asked, grouped, identity, labels
-from dart_eval.results.metrics import main
+from dart_eval.results.metrics import chance, interval, main, number, signed, sparsity
 from dart_eval.results.show import Columns, Table, finite
 from dart_eval.results.store import UnreadSamples
 from dart_eval.util.errors import UserError, nearest, remark

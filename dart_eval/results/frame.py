@@ -21,10 +21,9 @@ import pandas as pd
 
 from dart_eval.results import stats
 from dart_eval.results.documents import HASHES, Answers, Compared, add_distances, answers_of, documents
-from dart_eval.results.format import sparsity
 from dart_eval.results.inputs import COLUMNS, DENSE, WILDCARDS, grouped, identity, labels, model_of, question, values_of
 from dart_eval.results.inputs import names as inputs_that_are
-from dart_eval.results.metrics import DISTANCE, kind_of
+from dart_eval.results.metrics import DISTANCE, kind_of, sparsity
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError, nearest, remark

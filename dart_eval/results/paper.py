@@ -6,7 +6,6 @@ its side, fails if it lies on the other, and is open in between.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +17,10 @@ from typing_extensions import Self
 
 from dart_eval.results import metrics, stats
 from dart_eval.results.documents import Compared
-from dart_eval.results.format import THREE, number, short
-from dart_eval.results.format import sparsity as percent
 from dart_eval.results.frame import beside_dense, cell_of, cells_frame, lines_of, paired, typed, with_distances
 from dart_eval.results.inputs import DENSE, identity, model_of
+from dart_eval.results.metrics import number, short, three
+from dart_eval.results.metrics import sparsity as percent
 from dart_eval.results.record import Record
 from dart_eval.results.show import Table
 from dart_eval.results.stats import Estimate, share
@@ -241,7 +240,7 @@ class Paper:
         texts |= {(v.line, v.column): _text(v.metric, v.value, v.stderr) for v in numbers.itertuples()}
         for line, of_line in numbers.groupby("line"):
             effective, read = self.costs.loc[_keys(of_line), ["effective_sparsity", "weights_read"]].mean()
-            texts |= {(line, "effective"): THREE(effective), (line, "read"): THREE(read)}
+            texts |= {(line, "effective"): three(effective), (line, "read"): three(read)}
         gaps = dict.fromkeys(reported["line"], "")
         body = [
             [line.row, percent(line.sparsity)]
@@ -256,10 +255,9 @@ class Paper:
         sizes = numbers[(numbers["n"] > 0) & (numbers["column"] != MEAN)].groupby("column")["n"].agg(set)
         counted = [f"{head} (n={min(sizes[head])})" if len(sizes.get(head, ())) == 1 else head for head in heads]
         bold = {(place[v.line], 2 + heads.index(v.column)) for v in numbers[numbers["bold"].astype(bool)].itertuples()}
-        rules = {place[b.line] for a, b in itertools.pairwise(lines) if a.block != b.block}
         return Table(
             sheet.title, ["method", "sparsity", *counted, "effective", "read"], body if heads else [],
-            self._notes(sheet, heads), frozenset(bold), frozenset(rules), numbers[CSV],
+            self._notes(sheet, heads), frozenset(bold), numbers[CSV],
         )  # fmt: skip
 
     def _notes(self, sheet: Sheet, heads: Sequence[str]) -> list[str]:

@@ -39,7 +39,6 @@ class Table:
     body: list[list[str]]
     notes: Sequence[str] = ()  # sentences under it
     bold: frozenset[tuple[int, int]] = frozenset()  # (row, column) of bold cells
-    rules: frozenset[int] = frozenset()  # rows below a horizontal line in LaTeX
     data: pd.DataFrame | None = field(default=None, repr=False, compare=False)  # numbers behind it; None: the texts
     spare: int = 0  # the last columns, which leave a terminal that is too narrow before the ends of intervals do
 
@@ -47,12 +46,6 @@ class Table:
     def numbers(self) -> list[bool]:
         """Whether each column has only numbers and gaps, and is aligned right."""
         return [all(not row[j] or row[j][0] in "-+.0123456789<" for row in self.body) for j in range(len(self.columns))]
-
-    def without(self, head: str) -> Table:
-        """Return the table without a column, none of which is bold."""
-        j = self.columns.index(head)
-        columns, *body = ([*row[:j], *row[j + 1 :]] for row in (self.columns, *self.body))
-        return replace(self, columns=columns, body=body)
 
     def fitted(self, width: int) -> tuple[Table, list[str]]:
         """Return a table that fits into a width, if possible, and the heads of the columns that left it.
@@ -209,20 +202,16 @@ _TEX = str.maketrans({
 
 
 def latex(table: Table) -> str:
-    """Return LaTeX that needs booktabs, graphicx (a wide table is scaled to the line) and T1 fonts."""
+    """Return LaTeX that needs booktabs and T1 fonts."""
 
-    def cell(text: str, bold: bool = False) -> str:
-        plain = printable(text).translate(_TEX).replace("--", "-{}-")  # no dash: options are quoted here
-        return rf"\textbf{{{plain}}}" if bold else plain
+    def line(texts: Sequence[str], row: int = -1) -> str:
+        plain = [printable(text).translate(_TEX).replace("--", "-{}-") for text in texts]  # options, no dashes
+        return " & ".join(rf"\textbf{{{text}}}" if (row, j) in table.bold else text for j, text in enumerate(plain))
 
-    lines, note = [], cell(" ".join(table.notes))
-    for i, row in enumerate(table.body):
-        rule = r"\midrule" + "\n" if i in table.rules else ""
-        lines.append(rule + " & ".join(cell(c, (i, j) in table.bold) for j, c in enumerate(row)) + r" \\")
+    note = " ".join(table.notes)
     return "\n".join([
-        r"\begin{table}", r"\centering", rf"\caption{{{cell(table.title)}}}",
-        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        r"\begin{table}", r"\centering", rf"\caption{{{line([table.title])}}}",
         rf"\begin{{tabular}}{{{''.join('r' if number else 'l' for number in table.numbers)}}}", r"\toprule",
-        " & ".join(map(cell, table.columns)) + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}}",
-        *([rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {note}}}"] if note else []), r"\end{table}", "",
+        line(table.columns) + r" \\", r"\midrule", *(line(row, i) + r" \\" for i, row in enumerate(table.body)),
+        r"\bottomrule", r"\end{tabular}", *([rf"\par\footnotesize {line([note])}"] if note else []), r"\end{table}", "",
     ])  # fmt: skip

@@ -27,7 +27,7 @@ from typing import Annotated
 from filelock import FileLock, Timeout
 from pydantic import Field, TypeAdapter
 
-from dart_eval.results.format import sparsity
+from dart_eval.results.metrics import sparsity
 from dart_eval.results.record import Count, Document, Finite, NewerSchema, Record, Sample, holds, read
 from dart_eval.util.errors import UserError, remark, writing
 from dart_eval.util.files import check_name, read_regular, reason, safe, write_atomically

@@ -10,13 +10,25 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from dart_eval.results import format as form
 from dart_eval.results import metrics, show
-from dart_eval.results.board import CONTROL, DEFAULT_SCOPE, GUESSING, PRUNED, Block, Board, Row
+from dart_eval.results.board import (
+    AHEAD,
+    CONTROL,
+    DEFAULT_SCOPE,
+    GUESSING,
+    PRUNED,
+    SPLIT,
+    TIED,
+    UNTESTED,
+    Block,
+    Board,
+    Row,
+    Verdict,
+    verdicts,
+)
 from dart_eval.results.frame import cells_frame, in_order
 from dart_eval.results.record import Record
 from dart_eval.results.show import Columns, Table
-from dart_eval.results.verdict import AHEAD, SPLIT, TIED, UNTESTED, Verdict, verdicts
 from dart_eval.util.errors import UserError
 
 LEVEL_SHOWN = 0.025  # reads that differ by as much from the wanted one are shown
@@ -56,7 +68,7 @@ def columns_of(block: Block) -> tuple[list[Column], int]:
     columns, rows, first = quality_of(block), block.rows, block.tasks.get(block.first, ())
     if any(row.speed for row in rows):
         columns.append(Column("speed\ntoday", _speed))
-    flips = Column("flips", lambda row: form.percent(row.flips.value) if row.flips else "-", first)
+    flips = Column("flips", lambda row: metrics.percent(row.flips.value) if row.flips else "-", first)
     kl = Column("KL\nnats", _kl, [*chain(*block.tasks.values())])
     known = [(sum(row.flips is not None for row in rows), flips),
              (sum(row.kl is not None and row.kind != CONTROL for row in rows), kl)]  # fmt: skip
@@ -73,7 +85,7 @@ def _value(metric: str, block: Block) -> Column:
     tasks = block.tasks[metric]
 
     def text(row: Row) -> str:
-        return form.short(metric, q.value, q.stderr) if (q := row.quality.get(metric)) else "-"
+        return metrics.short(metric, q.value, q.stderr) if (q := row.quality.get(metric)) else "-"
 
     return Column(_title(metric, block) + "\n(mean)" * (len(tasks) > 1), text, tasks)
 
@@ -86,12 +98,11 @@ def _title(metric: str, block: Block) -> str:
 
 def _beside_dense(row: Row, metric: str, ends: bool) -> str:
     """Return the share of dense's quality, of a perplexity its multiple. ends: with those of the interval."""
-    times, quality = metrics.kind_of(metric).group == metrics.PERPLEXITY, row.quality.get(metric)
-    ratio = None if quality is None else quality.times if times else quality.share
-    if ratio is None:
+    if (quality := row.quality.get(metric)) is None or (ratio := quality.beside_dense(metric)) is None:
         return "-"
     shown = (ratio.interval or ()) if ends and row.kind not in (CONTROL, GUESSING) else ()
-    return (form.multiple if times else form.percent)(ratio.value, *shown)
+    of_perplexity = metrics.kind_of(metric).group == metrics.PERPLEXITY
+    return (metrics.multiple if of_perplexity else metrics.percent)(ratio.value, *shown)
 
 
 def _kl(row: Row) -> str:
@@ -100,11 +111,11 @@ def _kl(row: Row) -> str:
 
 def _bytes(row: Row, name: str) -> str:
     value = row.bytes_of(name)
-    return "-" if value is None or row.kind == CONTROL else form.size(value)
+    return "-" if value is None or row.kind == CONTROL else metrics.size(value)
 
 
 def _work(row: Row) -> str:
-    return "-" if row.kind in (CONTROL, GUESSING) else "+" * (row.overhead >= 1e-4) + form.small_share(row.overhead)
+    return "-" if row.kind in (CONTROL, GUESSING) else "+" * (row.overhead >= 1e-4) + metrics.small_share(row.overhead)
 
 
 def _speed(row: Row) -> str:
@@ -115,7 +126,7 @@ def _speed(row: Row) -> str:
 
 def read_of(row: Row) -> str:
     """Return the share of the FFN bytes that a row reads, `≈` if it is about right alone; empty for guessing."""
-    return "" if row.kind == GUESSING else "≈" * row.about + form.percent(row.read)
+    return "" if row.kind == GUESSING else "≈" * row.about + metrics.percent(row.read)
 
 
 def title_of(board: Board, block: Block) -> str:
@@ -161,11 +172,12 @@ def sentence(block: Block, verdict: Verdict) -> str:
         cheaper = " and costs less" if row.overhead < min(other.overhead for other in others) else ""
         said = [f"is tied with {names(others)}{cheaper}"]
     said += [f"is not tested against {names(untested)}"] if untested else []
-    text = f"At {form.percent(leader.read)} {row.name} ({amounts(row)}) {', and '.join(said)}."
-    if (control := verdict.control) is None:
+    text = f"At {metrics.percent(leader.read)} {row.name} ({amounts(row)}) {', and '.join(said)}."
+    if verdict.control is None:
         return text
+    control, word = verdict.control
     words = {SPLIT: "ahead in one metric and behind in another", UNTESTED: "not tested"}
-    return f"{text} Rounding ({control.row.name}: {amounts(control.row)}) is {words.get(control.word, control.word)}."
+    return f"{text} Rounding ({control.name}: {amounts(control)}) is {words.get(word, word)}."
 
 
 def notes(board: Board) -> list[str]:
@@ -198,7 +210,7 @@ def board_tables(boards: Sequence[Board], level: float | None = None) -> list[Ta
     pruned = [row for board in boards for block in board.blocks for row in block.rows if row.kind == PRUNED]
     if level is not None and not any(map(near, pruned)):
         there = ", ".join(f"{read:g}" for read in sorted({round(row.read, 2) for row in pruned}))
-        problem = f"no pruned row reads about {form.percent(level)} of the FFN bytes"
+        problem = f"no pruned row reads about {metrics.percent(level)} of the FFN bytes"
         raise UserError(problem, f"--level is a share: {there}")
     tables = []
     for board in boards:
@@ -213,36 +225,35 @@ def board_tables(boards: Sequence[Board], level: float | None = None) -> list[Ta
 def _table(title: str, block: Block, levels: Sequence[tuple[Sequence[Row], Verdict | None]]) -> Table:
     columns, spare = columns_of(block)
     weak = f"! dense is not significantly better than guessing on {', '.join(block.at_chance)}."
-    said, body, rules = [weak] if block.at_chance else [], list[list[str]](), set[int]()
+    said, body = [weak] if block.at_chance else [], list[list[str]]()
     for rows, verdict in levels:
-        rules |= {len(body)} - {0}
         for row in rows:
             mark = verdict.mark(row) if verdict else ""
             body.append([read_of(row), mark, row.name, *(column.text(row) for column in columns)])
         said += [sentence(block, verdict)] if verdict else []
     heads = ["FFN bytes\nread", "", "method", *(column.head for column in columns)]
-    return Table(title, heads, body, said, rules=frozenset(rules), spare=spare)
+    return Table(title, heads, body, said, spare=spare)
 
 
 # -- every cell --------------------------------------------------------------------------------------------------------
 
 
 QUALITY: Columns = {
-    "n": ("n", str), "effective": ("effective_sparsity", form.THREE), "masked out": ("mask_sparsity", form.THREE),
-    "read": ("weights_read", form.THREE), "scope": ("scope", str),
+    "n": ("n", str), "effective": ("effective_sparsity", metrics.three), "masked out": ("mask_sparsity", metrics.three),
+    "read": ("weights_read", metrics.three), "scope": ("scope", str),
 }  # fmt: skip
-NO_NUMBER_NOTE = f"{form.NO_NUMBER}: answers were NaN or infinite; run the cell again in another dtype."
+NO_NUMBER_NOTE = f"{metrics.NO_NUMBER}: answers were NaN or infinite; run the cell again in another dtype."
 QUALITY_NOTE = (
     "Value ± standard error. effective: sparsity over all tokens, dense ones included. masked out: share of neurons "
     "outside the mask. read: share of FFN weight bytes that a pruned token reads."
 )
-COUNT = partial(form.size, unit="")
+COUNT, ONE = partial(metrics.size, unit=""), partial(metrics.number, digits=1)
 COSTS: Columns = {
-    "read": ("weights_read", form.THREE), "context": ("flops_context_tokens", partial(form.number, digits=0)),
-    "prefill": ("prefill", COUNT), "decode": ("decode", COUNT), "/ dense": ("ratio", form.THREE),
-    "re-masks": ("remasks", str), "weights": ("memory_weights", form.size), "memory": ("memory_beside", form.size),
-    "state": ("memory_state", form.size), "peak": ("memory_peak", form.size),
-    "seconds": ("seconds", partial(form.number, digits=1)), "tokens/s": ("speed", partial(form.number, digits=1)),
+    "read": ("weights_read", metrics.three), "context": ("flops_context_tokens", partial(metrics.number, digits=0)),
+    "prefill": ("prefill", COUNT), "decode": ("decode", COUNT), "/ dense": ("ratio", metrics.three),
+    "re-masks": ("remasks", str), "weights": ("memory_weights", metrics.size),
+    "memory": ("memory_beside", metrics.size), "state": ("memory_state", metrics.size),
+    "peak": ("memory_peak", metrics.size), "seconds": ("seconds", ONE), "tokens/s": ("speed", ONE),
 }  # fmt: skip
 COSTS_NOTE = (
     "FLOPs are counted from shapes, at the cell's mean context and with all that the method adds, as if the pruned "
@@ -264,7 +275,7 @@ def quality(lines: pd.DataFrame, records: Sequence[Record]) -> list[Table]:
         if data.empty:
             continue
         shown = zip(data["metric"], data["value"], data["stderr"], strict=True)
-        data = data.assign(text=[form.with_error(*one) for one in shown])
+        data = data.assign(text=[metrics.with_error(*one) for one in shown])
         texts = data.pivot_table("text", line, "metric", aggfunc="last").add_prefix("text ")
         rows = in_order(data.drop_duplicates(line).join(texts, on=line))
         names = sorted(data["metric"].unique(), key=metrics.order)
@@ -272,7 +283,7 @@ def quality(lines: pd.DataFrame, records: Sequence[Record]) -> list[Table]:
         values: Columns = {f"{name} (metric)" if name in taken else name: (f"text {name}", str) for name in names}
         model = [f"Model {rows['model'].iloc[0]}."] if rows["model"].nunique() == 1 else []
         own = [r for r in records if r.key in set(rows["key"])]
-        broken = [NO_NUMBER_NOTE] if (data["text"] == form.NO_NUMBER).any() else []
+        broken = [NO_NUMBER_NOTE] if (data["text"] == metrics.NO_NUMBER).any() else []
         notes = [*model, *broken, QUALITY_NOTE, *upper_bounds(own), *about(own), *cut_prompts(own)]
         tables.append(show.table(group, rows, {**_place(rows), **values, **QUALITY}, notes, QUALITY))
     return tables
@@ -291,7 +302,7 @@ def costs(records: Sequence[Record]) -> Table:
 
 def _place(data: pd.DataFrame) -> Columns:
     """Return the columns that identify a cell; the model only if there are several."""
-    columns: Columns = {"task": ("task", str), "method": ("label", str), "sparsity": ("sparsity", form.sparsity)}
+    columns: Columns = {"task": ("task", str), "method": ("label", str), "sparsity": ("sparsity", metrics.sparsity)}
     return columns if data["model"].nunique() == 1 else {"model": ("model", str), **columns}
 
 

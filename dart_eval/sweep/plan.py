@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.pruning.registry import make, parse
-from dart_eval.results.format import sparsity as percent
+from dart_eval.results.metrics import sparsity as percent
 from dart_eval.sweep.hashes import digest, method_files, shared_hash
 from dart_eval.sweep.options import DECIDES, DEFAULTS, GIVEN, KEY, RunConfig, of_role, option_of
 from dart_eval.util.bits import Rounding

@@ -76,19 +76,6 @@ def check_target(path: str | Path, remedy: str = "choose another file") -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
-    """Refuse to replace a file that is neither empty nor a `what` of ours. begins: pattern in the first bytes of ours.
-
-    Raises:
-        UserError: the file is not ours.
-    """
-    if os.path.isfile(path):
-        with open(path, "rb") as stream:
-            head = stream.read(4096)
-        if head and not begins.search(head):
-            raise UserError(f"{path} is not a {what}, and would be overwritten", "choose another file, or give --force")
-
-
 def check_name(path: str | Path, what: str) -> None:
     """Refuse a path that no file or folder can have, whether or not it exists. what: its name in messages: `--output`.
 

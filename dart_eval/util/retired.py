@@ -36,6 +36,7 @@ OPTIONS = {
     **dict.fromkeys((f"compare --{name}" for name in ("method", "sparsity", "model")), "--row A,B names two rows"),
     "check --force": "delete the file first", "plan": "the run names its cells, and finished ones are skipped",
     "run --format": "tables --format json has every number",
+    **dict.fromkeys(("report --title", "report --force"), "a page has its models' names, and replaces the file"),
 }  # fmt: skip
 VIEWS = {
     "flops": "--view costs has them", "memory": "--view costs has it", "detector": "--view costs has re-masks",

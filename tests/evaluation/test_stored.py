@@ -14,11 +14,10 @@ from dart_eval.layers.find import describe, find_ffns
 from dart_eval.layers.projection import weight_matrix
 from dart_eval.layers.quantised import stated_bits
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.results.board import boards
-from dart_eval.results.format import percent
+from dart_eval.results.board import boards, verdicts
+from dart_eval.results.metrics import percent
 from dart_eval.results.store import Store
 from dart_eval.results.tables import board_tables
-from dart_eval.results.verdict import verdicts
 from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import about, served_bits, stored_of

@@ -214,7 +214,6 @@ WITHOUT_NUMBERS = {
     "models/demo_model.py": "makes a model, whose files are hashed",
     "models/spec.py": "what a user asks for, whose files are hashed",
     "pruning/registry.py": "makes methods, whose options are part of a key",
-    "results/format.py": "messages",
     "results/inputs.py": "describes what it was given",
     "results/metrics.py": "describes metrics",
     "results/record.py": "holds what it was given, or refuses",

@@ -5,10 +5,9 @@ from unittest import mock
 
 import numpy as np
 
-from dart_eval.results.board import GUESSING, boards
+from dart_eval.results.board import GUESSING, boards, verdicts
 from dart_eval.results.store import Store
 from dart_eval.results.tables import board_tables
-from dart_eval.results.verdict import verdicts
 from tests.helpers.records import answered, choosing, save
 
 EASY = np.random.default_rng(5).random(200)  # how easy each question is, the same for all methods

@@ -61,7 +61,7 @@ def folder(path, hostile="", methods=METHODS):
 class Checked(HTMLParser):
     """Every element that is opened is closed; tags and attributes are kept."""
 
-    VOID = {"meta", "link", "input"}  # noqa: RUF012
+    VOID = {"meta", "link", "input", "img"}  # noqa: RUF012
 
     def __init__(self, html):
         super().__init__()

@@ -11,5 +11,5 @@ def page(tmp_path_factory):
     """The page of a folder with everything in it, to be read alone."""
     path = tmp_path_factory.mktemp("report")
     folder(path / "out")
-    report(path / "out", None, None, 50)
+    report(path / "out", None, 50)
     return path / "out" / "report.html"

@@ -8,7 +8,7 @@ import pytest
 from dart_eval.cli.run import show_results
 from dart_eval.results import frame, show, speeds, tables
 from dart_eval.results.board import GUESSING
-from dart_eval.results.format import multiple, small_share
+from dart_eval.results.metrics import multiple, small_share
 from dart_eval.results.record import Metric
 from dart_eval.results.speeds import Ratio
 from dart_eval.results.store import Store
@@ -76,7 +76,7 @@ def test_no_mean_goes_over_an_accuracy_and_a_perplexity(tmp_path):
     (row,) = made.blocks[0].levels[1]
     low, high = row.quality["acc"].share.interval
     assert low < 0 < high and abs(above(row)) < 0.1
-    times, (least, most) = row.quality["word_perplexity"].times
+    times, (least, most) = row.quality["word_perplexity"].beside_dense("word_perplexity")
     ll, words = (sum(v["word_perplexity"][i] for v in worse[0]) for i in (0, 1))
     assert times == pytest.approx(np.exp(-2 * ll / words)) and least < times < most
 

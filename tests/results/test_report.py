@@ -17,14 +17,11 @@ from tests.helpers.records import answered, cell, choosing, save, written
 def test_the_command_writes_the_page_where_it_may(tmp_path, capsys):
     folder(tmp_path / "out", methods=FEW)
     page = tmp_path / "x" / "page.html"
-    report(tmp_path / "out", page, "A & B", 2)
+    report(tmp_path / "out", page, 2)
     assert str(page) in capsys.readouterr().out
-    assert "<h1>A &amp; B</h1>" in page.read_text()
-    (tmp_path / "file").write_text("mine")
-    for output in (tmp_path / "file" / "page.html", tmp_path / "file"):
-        with pytest.raises(UserError, match=r"--output|--force"):
-            report(tmp_path / "out", output, None, 0)
-    assert (tmp_path / "file").read_text() == "mine"
+    assert "<h1>Pruning evaluation of " in page.read_text()
+    with pytest.raises(UserError, match="--output"):
+        report(tmp_path / "out", page / "page.html", 0)
     with pytest.raises(UserError, match="no results in"):
         build.build(Store(tmp_path))
 
@@ -34,7 +31,7 @@ def test_the_page_needs_nothing_from_outside_and_is_well_formed(page):
     attributes = Checked(html).attributes
     assert any(v and v.startswith("default-src 'none'; script-src 'sha256-") for k, v in attributes if k == "content")
     links = {v for k, v in attributes if k in ("src", "href", "srcset", "action", "data")}
-    assert {v for v in links if not v.startswith("#")} == {"data:,"}
+    assert {v.partition(",")[0] for v in links if not v.startswith("#")} == {"data:", "data:image/svg+xml;base64"}
     assert "http" not in html.replace("http-equiv", "")
 
 
@@ -43,18 +40,20 @@ def test_equal_folders_give_equal_bytes(tmp_path):
 
 
 def test_hostile_names_and_texts_are_escaped(tmp_path):
-    html = build.build(folder(tmp_path, HOSTILE), title=HOSTILE + "\udc00")
+    html = build.build(folder(tmp_path, HOSTILE))
     checked = Checked(html)
-    assert checked.tags.count("script") == 1 and "img" not in checked.tags and checked.tags.count("svg") == 1
+    assert (
+        checked.tags.count("script") == 1 and checked.tags.count("img") == 1 and ("src", "x") not in checked.attributes
+    )
     assert not [k for k, _ in checked.attributes if k.startswith("on")]
-    assert "{{7*7}}" in html and r"\udc00" in html
+    assert "{{7*7}}" in html
 
 
-def test_the_verdict_stands_on_top_with_the_row_to_take_and_its_cost(tmp_path):
+def test_the_verdict_stands_on_top_with_the_row_to_take(tmp_path):
     best = choices(0.78, method="dense", read=0.3, ffn_bits="4")
     html = build.build(Store(save(tmp_path, choices(0.8, method="dense"), best, choices(0.5))))
     top = html[: html.index('id="board"')]
-    assert "At 30 %" in top and "Take <b>dense on 4 bits</b> (work 0 %, memory 1 B" in top
+    assert "At 30 %" in top and "Take <b>dense on 4 bits</b>." in top
 
 
 def test_every_number_of_the_board_leads_to_its_documents(page):
@@ -100,8 +99,8 @@ def test_damaged_or_missing_parts_are_named(tmp_path, capsys):
         text.unlink()
     store.failed("boolq-cats-0.5", "k" * 64, "why")
     html = build.build(store)
-    assert re.search(r"Samples .*: dart on arc_easy\.", html) and re.search(r"Prompts .*: dense on arc_easy, ", html)
-    assert broken.name in html and "boolq-cats-0.5" in html and "dense wrote 0" in html
+    assert re.search(r"Samples or prompts .*: dense on arc_easy, .*dart on arc_easy", html)
+    assert "boolq-cats-0.5" in html and "dense wrote 0" in html
     assert broken.name in capsys.readouterr().err
 
 
@@ -135,7 +134,7 @@ def test_a_chart_of_one_read_is_not_drawn(tmp_path):
     cells = choices(0.8, method="dense"), choices(0.5), choices(0.6, method="dart")
     one = Store(save(tmp_path / "a", *cells))
     two = Store(save(tmp_path / "b", *cells, choices(0.7, sparsity=0.5)))
-    assert "<svg" not in build.build(one) and build.build(two).count("<svg") == 1
+    assert "<img" not in build.build(one) and build.build(two).count("<img") == 1
     assert charts.charts(boards(one, one.load())[0]) == []
     starts = {form: charts.draw(boards(two, two.load()), form)[:5] for form in ("svg", "png", "pdf")}
     assert starts == {"svg": b"<?xml", "png": b"\x89PNG\r", "pdf": b"%PDF-"}

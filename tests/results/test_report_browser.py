@@ -15,9 +15,9 @@ def visit(browser):
     """Opens a file; afterwards nothing may have gone wrong and nothing asked of the network."""
     contexts, problems = [], []
 
-    def go(file, size=(1280, 900), scheme="light", **more):
-        context = browser.new_context(viewport=dict(zip(("width", "height"), size, strict=True)), color_scheme=scheme,
-                                      offline=True, **more)  # fmt: skip
+    def go(file, size=(1280, 900), **more):
+        viewport = dict(zip(("width", "height"), size, strict=True))
+        context = browser.new_context(viewport=viewport, offline=True, **more)
         contexts.append(context)
         opened = context.new_page()
         opened.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
@@ -46,24 +46,12 @@ def fits(opened):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_and_its_charts_can_be_read(page, visit, size, scheme):
-    opened = visit(page, size, scheme)
+def test_the_page_fits_and_its_charts_can_be_read(page, visit, size):
+    opened = visit(page, size)
     assert fits(opened)
     assert opened.locator("#board thead").first.is_visible() == (size[0] > 500)  # else a row is a card with heads
-    ink, paper = opened.evaluate(
-        "(({color, backgroundColor}) => [color, backgroundColor])(getComputedStyle(document.body))"
-    )
-    assert (_light(ink), _light(paper)) == ((True, False) if scheme == "dark" else (False, True))
-    chart = opened.locator("#charts svg").first
-    assert chart.locator("text", has_text="FFN bytes read").evaluate("e => getComputedStyle(e).fill") == ink
-    smallest = chart.evaluate("""s => Math.min(...[...s.querySelectorAll('text')].map(t =>
-        parseFloat(getComputedStyle(t).fontSize) * s.getBoundingClientRect().width / s.viewBox.baseVal.width))""")
-    assert smallest >= 9
-
-
-def _light(colour):
-    return sum(map(int, re.findall(r"\d+", colour)[:3])) > 384
+    chart = opened.locator("#charts img").first
+    assert chart.evaluate("i => 12 * i.width / i.naturalWidth") >= 9  # pixels of its letters
 
 
 def shown(opened):
@@ -104,12 +92,14 @@ def test_all_can_be_read_without_the_script(page, visit):
 @pytest.mark.parametrize("size", SIZES)
 def test_hostile_names_and_texts_do_nothing(tmp_path, visit, size):
     folder(tmp_path / "out", HOSTILE)
-    report(tmp_path / "out", tmp_path / "page.html", HOSTILE, 50)
+    report(tmp_path / "out", tmp_path / "page.html", 50)
     opened = visit(tmp_path / "page.html", size)
     opened.locator(".task", has_text="xsum").locator("> summary").click()
     opened.locator(".task[open] .document > summary").first.click()
     assert "onerror" in opened.locator(".document[open]").inner_text()
-    assert opened.evaluate("window.hit") is None and opened.locator("img").count() == 0 and fits(opened)
+    assert (
+        opened.evaluate("window.hit") is None and opened.locator("img:not([src^=data])").count() == 0 and fits(opened)
+    )
 
 
 def test_even_injected_markup_could_not_run(page, visit, tmp_path):

@@ -1,8 +1,7 @@
-"""Tables in Markdown and LaTeX: bold cells, rules, and texts that would break them."""
+"""Tables in Markdown and LaTeX: bold cells, and texts that would break them."""
 
 import shutil
 import subprocess
-from dataclasses import replace
 
 import pytest
 
@@ -12,7 +11,7 @@ from tests.helpers.records import table_body
 HOSTILE = Table(
     "50 % of A_1 & $B$ #3", ["method", "a|b", "{c}"],
     [["x_y^z~", "1 ± 2", r"\input{x}"], ["<b>", '"q"', "p | q"], ["- [1]", "", ""]],
-    ["100 % sure_ & done < 3"], frozenset({(0, 1)}), frozenset({1}),
+    ["100 % sure_ & done < 3"], frozenset({(0, 1)}),
 )  # fmt: skip
 
 
@@ -22,25 +21,20 @@ def test_markdown_marks_bold_and_keeps_its_columns():
     assert [len(row) for row in body] == [3, 3, 3, 3]
 
 
-def test_latex_escapes_and_rules():
+def test_latex_escapes():
     text = latex(HOSTILE)
     assert r"\textbf{1 $\pm$ 2}" in text and r"\textbackslash{}input\{x\}" in text
-    lines = text.splitlines()
-    rules = [i for i, line in enumerate(lines) if line == r"\midrule"]
-    assert len(rules) == 2 and "less" in lines[rules[1] + 1]
 
 
 @pytest.mark.process
 def test_latex_compiles(tmp_path):
     if shutil.which("pdflatex") is None:
         pytest.skip("no LaTeX at hand (pdflatex)")
-    wide = replace(HOSTILE, columns=[f"Easy_{i}" for i in range(14)], body=[["44.0 ±5.0"] * 14], rules=frozenset())
     document = "\n".join([
-        r"\documentclass{article}", r"\usepackage[T1]{fontenc}", r"\usepackage{booktabs,graphicx}", r"\begin{document}",
-        latex(HOSTILE), latex(wide), r"\end{document}",
+        r"\documentclass{article}", r"\usepackage[T1]{fontenc}", r"\usepackage{booktabs}", r"\begin{document}",
+        latex(HOSTILE), r"\end{document}",
     ])  # fmt: skip
     (tmp_path / "t.tex").write_text(document, encoding="utf-8")
     words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert "Overfull \\hbox" not in done.stdout  # a wide table is scaled to the line

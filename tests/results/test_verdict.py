@@ -5,11 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dart_eval.results import stats, verdict
-from dart_eval.results.board import Row
+from dart_eval.results import board, stats
+from dart_eval.results.board import AHEAD, BEHIND, MATTERS, SPLIT, TIED, UNTESTED, Row, verdicts
 from dart_eval.results.stats import Estimate
 from dart_eval.results.tables import sentence
-from dart_eval.results.verdict import AHEAD, BEHIND, MATTERS, SPLIT, TIED, UNTESTED, verdicts
 from tests.helpers.boards import board_of, choices, places
 from tests.helpers.records import answered, choosing, right
 
@@ -25,7 +24,7 @@ def sentence_of(board, level=1):
 def words_of(board, level=1):
     """Where each pruned row stands beside the leader."""
     judged = verdict_of(board, level)
-    return {judged.leader.label: "leader", **{stand.row.label: stand.word for stand in judged.stands}}
+    return {judged.leader.label: "leader", **{row.label: word for row, word in judged.stands.items()}}
 
 
 def likely(falls, right_of=20, n=30, overhead=None, noise=0.3):
@@ -61,8 +60,8 @@ def test_a_lead_counts_beyond_noise_and_beyond_what_matters(tmp_path, lead, word
     judged = verdict_of(made)
     better = judged.leader.quality["word_perplexity"].better
     assert abs(better.value + 0.1) < 1e-3 and better.stderr < 1e-4
-    (stand,) = judged.stands
-    assert stand.word == word and judged.take.label == take
+    (word_of,) = judged.stands.values()
+    assert word_of == word and judged.take.label == take
     assert (judged.best is None) == (word == TIED)
     said = sentence_of(made)
     assert ("is the best" in said) == (word == BEHIND) and ("costs less" in said) == (word == TIED)
@@ -87,11 +86,11 @@ def test_the_p_of_a_lead_is_of_what_lies_beyond_what_matters():
     """A lead of MATTERS and a margin is tested as that margin against 0, on both sides; a smaller one has p 1."""
     for sign in (1, -1):
         lead = lead_of(sign * (MATTERS + 0.02), 0.01)
-        assert verdict._p(lead) == dataclasses.replace(lead, value=sign * 0.02).p
-        assert verdict._p(lead_of(sign * 0.9 * MATTERS, 1e-6)) == 1.0
+        assert board._p(lead) == dataclasses.replace(lead, value=sign * 0.02).p
+        assert board._p(lead_of(sign * 0.9 * MATTERS, 1e-6)) == 1.0
     few = Estimate(0.001, {str(i): 0.0 for i in range(stats.MIN_CLUSTERS - 1)})
-    assert verdict._p(few) is None
-    assert verdict._p(lead_of(float("nan"), 1.0)) is verdict._p(lead_of(float("inf"), 1.0)) is None
+    assert board._p(few) is None
+    assert board._p(lead_of(float("nan"), 1.0)) is board._p(lead_of(float("inf"), 1.0)) is None
 
 
 def test_the_best_pays_for_having_been_chosen_among_many(tmp_path):
@@ -105,7 +104,7 @@ def test_the_best_pays_for_having_been_chosen_among_many(tmp_path):
 @pytest.mark.parametrize(("p", "best"), [(0.02, False), (0.01, True)])
 def test_each_p_counts_for_all_pairs_that_could_have_been_chosen(tmp_path, monkeypatch, p, best):
     """Of three rows p counts 3 / 2 times, and Holm doubles the smaller of two: .02 becomes .06, and .01 .03."""
-    monkeypatch.setattr(verdict, "_p", lambda lead: p)
+    monkeypatch.setattr(board, "_p", lambda lead: p)
     pruned = [choices(s, method=m) for m, s in (("griffin", 0.6), ("dart", 0.5), ("random", 0.4))]
     made = board_of(tmp_path, choices(0.8, method="dense"), *pruned)
     assert (verdict_of(made).best is not None) == best
@@ -121,8 +120,8 @@ def test_however_many_rows_a_clear_lead_is_told(tmp_path):
 
 def test_log_likelihoods_tell_apart_what_few_answers_do_not(tmp_path):
     made = board_of(tmp_path, *likely({"dense": 0.0, "griffin": 1.0, "dart": 2.0}))
-    (stand,) = verdict_of(made).stands
-    assert places(made)[1] == [("griffin", "*"), ("dart", "")] and stand.word == BEHIND
+    (word,) = verdict_of(made).stands.values()
+    assert places(made)[1] == [("griffin", "*"), ("dart", "")] and word == BEHIND
 
 
 def test_the_row_with_more_right_answers_is_not_best_where_log_likelihoods_say_otherwise(tmp_path):
@@ -138,8 +137,8 @@ def test_no_row_is_best_where_each_of_two_is_ahead_in_a_metric(tmp_path):
     made = board_of(tmp_path, dense, griffin, choosing(answered("arc", values, "dart", 0.5)))
     assert places(made)[1] == [("griffin", ""), ("dart", "")]
     judged = verdict_of(made)
-    (stand,) = judged.stands
-    assert stand.word == SPLIT
+    (word_of,) = judged.stands.values()
+    assert word_of == SPLIT
     assert judged.best is None and "no row is best" in sentence_of(made)
 
 
@@ -154,7 +153,7 @@ def test_the_best_rounding_that_reads_no_more_stands_beside_the_leader(tmp_path,
     kinds = {r.label: r.kind for r in made.blocks[0].levels[-1]}
     assert kinds == {"griffin": "pruned", "dense on 4 bits": "rounding", "rounding": "rounding"}
     judged = verdict_of(made)
-    assert (judged.control.row.label, judged.control.word, judged.take.label) == ("dense on 4 bits", word, take)
+    assert (judged.control[0].label, judged.control[1], judged.take.label) == ("dense on 4 bits", word, take)
     assert "Rounding (dense on 4 bits" in sentence_of(made)
 
 
@@ -164,7 +163,7 @@ def test_rounding_that_reads_more_takes_no_part_and_that_of_a_lower_level_does(t
     worse = choices(0.3, method="dense", read=0.28, ffn_bits="4")
     made = board_of(tmp_path / "a", dense, at_half, better, worse, more)
     (judged,) = [one for one in verdicts(made.blocks[0]) if one]
-    assert (judged.control.row.label, judged.control.word) == ("dense on 6 bits", AHEAD)
+    assert (judged.control[0].label, judged.control[1]) == ("dense on 6 bits", AHEAD)
     alone = board_of(tmp_path / "b", dense, at_half, more)
     (judged,) = [one for one in verdicts(alone.blocks[0]) if one]
     assert judged.control is None
@@ -189,4 +188,4 @@ def test_rows_that_were_not_tested_are_not_called_tied(tmp_path):
 
 
 def test_nothing_is_judged_where_nothing_is_pruned():
-    assert verdict._verdict([Row("dense", "dense", 0.0, 1.0, "control")], [], "acc") is None
+    assert board._verdict([Row("dense", "dense", 0.0, 1.0, "control")], [], "acc") is None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -15,15 +15,13 @@ import jinja2
 from markupsafe import Markup
 
 from dart_eval.results import tables
-from dart_eval.results.board import CONTROL, Block, Board, Row, boards, main_metrics
+from dart_eval.results.board import CONTROL, Block, Board, Row, boards, main_metrics, verdicts
 from dart_eval.results.documents import answers
-from dart_eval.results.format import finite, sparsity
 from dart_eval.results.frame import dense_of
-from dart_eval.results.metrics import GOLD
+from dart_eval.results.metrics import GOLD, sparsity
 from dart_eval.results.record import Record
 from dart_eval.results.report import charts
 from dart_eval.results.store import Store, UnreadSamples
-from dart_eval.results.verdict import verdicts
 from dart_eval.util.text import Json, printable
 
 MOST = 6000  # answers on the page: 2 MB
@@ -41,18 +39,17 @@ class Document(NamedTuple):
     answers: list[tuple[int, str, str, bool, bool]]  # row, what it said, scores, whether right, whether unlike dense's
 
 
-def build(store: Store, title: str | None = None, wanted: int = 50) -> str:
+def build(store: Store, wanted: int = 50) -> str:
     """Return the page of a folder. Equal folders give equal bytes.
 
     Args:
         store: a folder of finished cells; samples and texts may be missing.
-        title: head of the page; without it, the models' names.
         wanted: number of documents of each task shown with all answers; 0 shows none.
 
     Raises:
         UserError: no record that can be read.
     """
-    records, damaged = store.scan()
+    records = store.load()
     every = boards(store, records)
     prefix = {board: f"{board.model}: " if len(every) > 1 else "" for board in every}
     rows = [(board, row) for board in every for row in board.rows]
@@ -65,52 +62,38 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> str:
     def columns(block: Block) -> list[tables.Column]:
         return [column for column in tables.columns_of(block)[0] if {*map(column.text, block.rows)} != {"-"}]
 
-    def costs(block: Block, row: Row) -> str:
-        texts = [f"{c.name} {c.text(row)}" for c in columns(block) if not c.tasks and c.text(row) not in ("-", "none")]
-        return f" ({', '.join(texts)})" if texts else ""
-
     def link(board: Board, row: Row, of_column: Sequence[str]) -> str:
         """Return the filter of the documents of a number of the board; empty if none are on the page."""
         sections = [("task", prefix[board] + task) for task in of_column if prefix[board] + task in shown]
         other = [] if row.kind == CONTROL else [("row", numbers.get(row.keys)), ("differ", 1)]
         return urlencode([*sections, *other], errors="replace") if sections and row.keys else ""
 
+    warnings = {
+        f"Fewer than {FEW} documents, so that with more the order may change":
+            [m.task for record in records for m in main_metrics(record) if m.n < FEW],
+        "Failed, see the folder failed": sorted(file.stem for file in (store.folder / "failed").glob("*.txt")),
+        "Samples or prompts that cannot be read": unread,
+    }  # fmt: skip
+    lists = [f"{what}: {', '.join(dict.fromkeys(names))}." for what, names in warnings.items() if names]
     files = {name: resources.files(__package__).joinpath(name).read_text(encoding="utf-8").replace("\r\n", "\n")
              for name in ("page.js", "style.css", "template.html.j2")}  # fmt: skip
     digest = base64.b64encode(hashlib.sha256(files["page.js"].encode()).digest()).decode()
-    judged = functools.cache(verdicts)  # they take seconds
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)  # fmt: skip
     html = environment.from_string(files["template.html.j2"]).render(
-        title=title or f"Pruning evaluation of {', '.join(board.model for board in every)}", boards=every, most=most,
-        first={board: next((block for block in board.blocks if any(judged(block))), None) for board in every},
-        made=tables, verdicts=judged, costs=costs, columns=columns, link=link, tasks=shown, short=_short,
+        boards=every, most=most, made=tables, columns=columns, link=link, tasks=shown, short=_short, records=records,
+        verdicts=functools.cache(verdicts),  # they take seconds
         names=[f"{prefix[board]}{row.label}{f' {sparsity(row.sparsity)}' * bool(row.sparsity)}" for board, row in rows],
-        dense=sum(row.kind == CONTROL for _, row in rows), charts=charts.inline, records=records,
-        warnings=_warnings(store, records, damaged, unread), script=Markup(files["page.js"]),
-        style=Markup(files["style.css"]), policy=POLICY.format(digest),
+        dense=sum(row.kind == CONTROL for _, row in rows), warnings=[*tables.cut_prompts(records), *lists],
+        charts={b: [(t, base64.b64encode(svg).decode()) for t, svg in charts.charts(b)] for b in every},
+        script=Markup(files["page.js"]), style=Markup(files["style.css"]), policy=POLICY.format(digest),
     )  # fmt: skip
     return printable(html, lines=True)
 
 
-def _warnings(
-    store: Store, records: Sequence[Record], damaged: Sequence[Path], unread: dict[str, list[str]]
-) -> list[str]:
-    """Return sentences about weak numbers, and about what is missing."""
-    named = {
-        f"Fewer than {FEW} documents, so that with more the order may change":
-            [m.task for record in records for m in main_metrics(record) if m.n < FEW],
-        "Failed, see the folder failed": sorted(file.stem for file in (store.folder / "failed").glob("*.txt")),
-        "Records that cannot be read": [file.name for file in damaged],
-        **unread,
-    }  # fmt: skip
-    lists = [f"{what}: {', '.join(dict.fromkeys(names))}." for what, names in named.items() if names]
-    return [*tables.cut_prompts(records), *lists]
-
-
 def _documents(
     store: Store, cells: Sequence[tuple[int, str, Record]], most: int
-) -> tuple[dict[str, list[Document]], dict[str, list[str]]]:
+) -> tuple[dict[str, list[Document]], list[str]]:
     """Return each task's first documents, and the cells whose samples or prompts cannot be read.
 
     Args:
@@ -119,7 +102,7 @@ def _documents(
         most: documents of a task.
     """
     tasks: dict[str, dict[tuple[Any, ...], Document]] = {}
-    unread: dict[str, list[str]] = {}
+    unread: list[str] = []
     files: dict[object, dict[tuple[str, int], Json]] = {None: {}}  # texts, which cells of the same documents share
     said: dict[tuple[Any, ...], str] = {}
     dense = dense_of([record for *_, record in cells])
@@ -129,9 +112,7 @@ def _documents(
             samples = sorted(store.samples(record), key=lambda s: (s["task"], s["doc_id"]))
             files[file] = files.get(file) or store.texts(record)
         except UnreadSamples:
-            what = f"{'Prompts' if samples else 'Samples'} that cannot be read"
-            method = record.settings.get("method", record.inputs["method"])
-            unread.setdefault(what, []).append(f"{method} on {requested}")
+            unread.append(f"{record.settings.get('method', record.inputs['method'])} on {requested}")
         reference, shown = dense.get(record.key), dict[str, set[tuple[str, int]]]()
         alone = {m.task for m in record.metrics if m.part_of is None}
         for s in samples:
@@ -153,10 +134,14 @@ def _documents(
 
 def _answer(s: Json, choices: Sequence[str]) -> tuple[str, str, bool]:
     """Return what a sample says (a choice, a text or a log-likelihood), its scores, and whether its choice is right."""
+
+    def known(value: object) -> bool:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+
     responses = answers(s)
-    values = {name: value for name, value in sorted(s["metrics"].items()) if name != GOLD and finite(value)}
+    values = {name: value for name, value in sorted(s["metrics"].items()) if name != GOLD and known(value)}
     score = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    if not responses or not all(isinstance(r, list) and r and finite(r[0]) for r in responses):
+    if not responses or not all(isinstance(r, list) and r and known(r[0]) for r in responses):
         texts = s.get("written") or responses
         return "\n\n".join(str(r[0]) if isinstance(r, list) and r else str(r) for r in texts), score, False
     likelihoods = [r[0] for r in responses]

@@ -9,21 +9,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
-from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from dart_eval.results import metrics
 from dart_eval.results.board import CONTROL, GUESSING, ROUNDING, WIDTH_OF_LEVEL, Board
-from dart_eval.results.format import multiple, percent
+from dart_eval.results.metrics import multiple, percent
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import printable
 
 Curves = Mapping[str, Sequence[Sequence[float]]]  # label -> read, value, and ends of the interval, of each point
 WIDTH, HEIGHT, LINE = 350, 240, 13.0  # points; LINE is the height of a name
-COLOURS = ("#3a82c8", "#d2691e", "#2a9a72", "#b9559c", "#a07d18", "#3d9db5", "#a5714a", "#7b7fd8")  # on light and dark
 MARKERS = "os^Dv<>PX"
-INK = "#123456"  # which the page replaces by its own colour of text
 LIMITS = {False: (-50.0, 150.0), True: (0.5, 5.0)}  # a model further off is broken, and its number means nothing
 
 
@@ -38,7 +35,6 @@ def curves(board: Board, perplexity: bool) -> tuple[str, Curves]:
             above guessing, in per cent.
     """
     candidates: list[tuple[str, Curves]] = [("", {})]
-    scale = 1.0 if perplexity else 100.0
     metrics_of = (
         (block.rows, metric) for block in board.blocks for metric in block.tasks
         if perplexity == (metrics.kind_of(metric).group == metrics.PERPLEXITY)
@@ -48,10 +44,11 @@ def curves(board: Board, perplexity: bool) -> tuple[str, Curves]:
         families = [re.sub(r"\d+", "N", row.label, count=1) for row in rows if row.kind == ROUNDING]
         for row in rows:
             quality, family = row.quality.get(metric), re.sub(r"\d+", "N", row.label, count=1)
-            ratio = quality and (quality.times if perplexity else quality.share)
+            ratio = quality and quality.beside_dense(metric)
             if ratio and row.kind not in (CONTROL, GUESSING) and math.isfinite(ratio.value):
-                values = [scale * v for v in (ratio.value, *(ratio.interval or (ratio.value, ratio.value)))]
-                points.setdefault(family if families.count(family) > 1 else row.label, []).append((row.read, *values))
+                values = (ratio.value, *(ratio.interval or (ratio.value, ratio.value)))
+                label = family if families.count(family) > 1 else row.label
+                points.setdefault(label, []).append((row.read, *(v if perplexity else 100 * v for v in values)))
         reads = [point[0] for of_label in points.values() for point in of_label]
         if reads and max(reads) - min(reads) > WIDTH_OF_LEVEL:
             candidates.append((metric, {label: sorted(points[label], reverse=True) for label in sorted(points)}))
@@ -96,58 +93,43 @@ def plot(title: str, lines: Curves, looks: Sequence[str], times: bool, form: str
         times: whether values are multiples of dense's, on a logarithmic axis, and not per cent of it.
         form: `svg`, `png` or `pdf`.
     """
-    dense = 1.0 if times else 100.0
     least, most = LIMITS[times]  # a point beyond is drawn there, and its name says its value
-    points = [point for of_label in lines.values() for point in of_label]
-    ends = [min(max(v, least), most) for point in points for v in point[1:]] + [dense]
-    room = (max(ends) / min(ends)) ** 0.06 if times else 0.06 * (max(ends) - min(ends)) or 1.0
-    bottom, top = (min(ends) / room, max(ends) * room) if times else (min(ends) - room, max(ends) + room)
-    aside = (max(p[0] for p in points) - min(p[0] for p in points) or 0.1) / 16 / len(lines)
+    reads = [read for of_label in lines.values() for read, *_ in of_label]
+    aside = (max(reads) - min(reads) or 0.1) / 16 / len(lines)
     height, picture = HEIGHT + max(0.0, LINE * (len(lines) - 13)), io.BytesIO()
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
-    settings = {"text.parse_math": False, "svg.hashsalt": title, "svg.fonttype": "none", "font.size": 9, **colours}
+    settings = {"text.parse_math": False, "svg.hashsalt": title, "svg.fonttype": "none", "font.size": 9}
     with mpl.rc_context(settings), warnings.catch_warnings():  # type: ignore[arg-type]
         warnings.simplefilter("ignore")  # letters that its own font lacks; a browser has them
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
-        axes.set(yscale="log" if times else "linear", ylim=(bottom, top), xlabel="FFN bytes read")
+        axes.set(yscale="log" if times else "linear", xlabel="FFN bytes read")
         axes.set_title(printable(title), fontsize=9, loc="left", pad=10)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#808080", alpha=0.3, linewidth=0.5)
-        axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5]) if times and top > 2 else MaxNLocator(6))
+        axes.grid(axis="y", alpha=0.3, linewidth=0.5)
+        places = [dense := 1.0 if times else 100.0]
+        handles = [axes.axhline(dense, color="black", linewidth=0.8, label="dense")]
+        for i, (label, of_label) in enumerate(lines.items()):
+            # Points of one read stand side by side, so that they and their intervals do not hide each other.
+            xs = [read + ((len(lines) - 1) / 2 - i) * aside for read, *_ in of_label]
+            ys, lows, highs = ([min(max(p[k], least), most) for p in of_label] for k in (1, 2, 3))
+            look, last = looks.index(label), of_label[-1][1]
+            style = "--" if label.startswith("dense") else "-"
+            name = label.partition(" (")[0]  # without the settings of all rows
+            name = name if len(name) < 25 else f"{name[:8]}…{name[-15:]}"
+            name += "" if last == ys[-1] else f": {multiple(last) if times else percent(last / 100)}"
+            axes.vlines(xs, lows, highs, f"C{look % 10}", alpha=0.4)
+            handles += axes.plot(xs, ys, style, color=f"C{look % 10}", marker=MARKERS[look % len(MARKERS)],
+                                 markersize=4, linewidth=1.2, label=printable(name))  # fmt: skip
+            places.append(last)
+        few = times and axes.get_ylim()[1] > 2
+        axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5]) if few else MaxNLocator(6))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}{'x' if times else ' %'}"))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v)))
         axes.xaxis.set_inverted(True)
-        handles = [axes.axhline(dense, color=INK, linewidth=0.8, label="dense")]
-        places = [dense]
-        for i, (label, of_label) in enumerate(lines.items()):
-            # Points of one read stand side by side, so that they and their intervals do not hide each other.
-            xs = [read + ((len(lines) - 1) / 2 - i) * aside for read, *_ in of_label]
-            ys = [min(max(value, least), most) for _, value, *_ in of_label]
-            look, last = looks.index(label), of_label[-1][1]
-            colour, style = COLOURS[look % len(COLOURS)], "--" if label.startswith("dense") else "-"
-            name = label.partition(" (")[0]  # without the settings of all rows
-            name = name if len(name) < 25 else f"{name[:8]}…{name[-15:]}"
-            name += "" if last == ys[-1] else f": {multiple(last) if times else percent(last / 100)}"
-            axes.vlines(xs, [max(low, bottom) for *_, low, _ in of_label], [p[3] for p in of_label], colour, alpha=0.4)
-            handles += axes.plot(xs, ys, style, color=colour, marker=MARKERS[look % len(MARKERS)], markersize=4,
-                                 linewidth=1.2, label=printable(name))  # fmt: skip
-            places.append(last)
         handles = [handle for _, handle in sorted(zip(places, handles, strict=True), key=lambda pair: -pair[0])]
         axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1.03), frameon=False, labelspacing=0.2)
         undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
         figure.savefig(picture, format=form, dpi=180, metadata=undated.get(form, {}))
     return picture.getvalue()
-
-
-def inline(board: Board) -> list[Markup]:
-    """Return the charts as elements of the page, in its font and its colour of text."""
-    elements = []
-    for title, svg in charts(board):
-        box, body = re.findall(r'(?s)viewBox="([\d. ]+)".*?(<g id="figure_1">.*)</svg>', svg.decode())[0]
-        body = re.sub(r' id="[A-Za-z2.]+_\d+"| font-family: [^;]*;', "", body).replace("xlink:href", "href")
-        body = body.replace("fill: #ffffff", "fill: none").replace(INK, "currentColor")
-        elements.append(Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(title)}">{body}</svg>'))
-    return elements

@@ -2,12 +2,9 @@
 // The filter of answers, as the board's links have it: `#task=...&row=...&differ=1`. All texts stand in the page.
 const form = document.querySelector("form");
 const wanted = () => new URLSearchParams(location.hash.slice(1));
-let filtered = false;
 const show = () => {
   const [tasks, row, differ] = [wanted().getAll("task"), wanted().get("row") ?? "", wanted().has("differ")];
-  const before = filtered;
-  filtered = tasks.length > 0 || row !== "" || differ;
-  if (!filtered && !before) return;
+  const filtered = tasks.length > 0 || row !== "" || differ;
   for (const task of document.querySelectorAll(".task")) {
     const asked = !tasks.length || tasks.includes(task.dataset.task);
     for (const question of task.querySelectorAll(".document")) {
@@ -15,10 +12,10 @@ const show = () => {
       const chosen = answers.filter((answer) => !row || answer.dataset.row === row);
       for (const answer of answers) answer.hidden = !chosen.includes(answer) && !answer.classList.contains("dense");
       question.hidden = !asked || !chosen.some((answer) => !differ || answer.classList.contains("differs"));
-      question.open = !question.hidden && row !== "";
+      question.open ||= row !== "";
     }
     task.hidden = !task.querySelector(".document:not([hidden])");
-    task.open = filtered && !task.hidden;
+    task.open ||= filtered;
   }
   [form.row.value, form.differ.checked] = [row, differ];
   const left = document.querySelectorAll(".document:not([hidden])").length;
@@ -27,10 +24,8 @@ const show = () => {
 };
 form.hidden = false;
 form.addEventListener("change", () => {
-  const next = wanted().getAll("task").map((task) => ["task", task]);
-  if (form.row.value) next.push(["row", form.row.value]);
-  if (form.differ.checked) next.push(["differ", "1"]);
-  location.hash = next.length ? new URLSearchParams(next) : "answers";
+  const next = [...wanted().getAll("task").map((task) => ["task", task]), ["row", form.row.value]];
+  location.hash = new URLSearchParams(form.differ.checked ? [...next, ["differ", "1"]] : next);
 });
 form.addEventListener("reset", () => { location.hash = "answers"; });
 addEventListener("hashchange", show);
