@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import datasets
+import lm_eval.utils
 import numpy as np
 import tqdm.std
 from lm_eval.api.task import ConfigurableTask, Task
@@ -26,6 +27,7 @@ from dart_eval.util.errors import UserError, summary
 from dart_eval.util.text import Json
 
 SEED = 42  # RULER's own, wherever it has one
+FILES = ("json", "csv", "parquet", "text")  # names of a task's data where they are files of a user, or ours
 Make = Callable[..., object]
 
 
@@ -71,24 +73,33 @@ def check_documents(task: Task, limit: float | None) -> None:
     docs = task.eval_docs
     if not len(docs):
         raise UserError(f"task {task.task_name} has no documents", "add documents to its evaluated split")
-    if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task, ConfigurableTask):
+    local = isinstance(task, ConfigurableTask) and task.config.dataset_path in FILES
+    if not local and (task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task, ConfigurableTask)):
         return
     for number in range(number_asked(task, limit)):
         try:
-            fault = _fault(task, docs[number])
+            with patch.object(lm_eval.utils.env, "finalize", _not_null if local else None):
+                fault = _fault(task, docs[number], local)
         except (ImportError, UserError):
             raise
         except Exception as error:  # of a template, or of the task's own code
             fault = f"cannot be asked ({summary(error)})"
         if fault:
-            raise UserError(f"document {number} of task {task.task_name} {fault}", "fix or remove it")
+            nulls = ", ".join(name for name, value in docs[number].items() if value is None)
+            null = f" (null: {nulls})" if nulls else ""
+            raise UserError(f"document {number} of task {task.task_name} {fault}{null}", "fix or remove it")
 
 
-def _fault(task: ConfigurableTask, doc: Json) -> str | None:
-    """Return what is wrong with a document of a multiple-choice task, or None."""
-    if callable(task.config.process_results):  # code of its own scores them
+def _fault(task: ConfigurableTask, doc: Json, local: bool) -> str | None:
+    """Return what is wrong with a document, or None. local: nothing that a local document is asked may be null."""
+    scored = task.OUTPUT_TYPE == "multiple_choice" and not callable(task.config.process_results)  # not by its own code
+    choices = task.doc_to_choice(doc) if scored else []
+    if local:
+        target = task.doc_to_target(doc)
+        for text in (task.doc_to_text(doc), *(target if isinstance(target, list) else [target]), *choices):
+            _not_null(text)
+    if not scored:
         return None
-    choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if not choices:
         return "has no choices"
@@ -100,6 +111,13 @@ def _fault(task: ConfigurableTask, doc: Json) -> str | None:
         if not isinstance(at, int) or not 0 <= at < len(choices):
             return f"has the right answer {str(one)[:60]!r}, and {len(choices)} choices (the first is 0)"
     return None
+
+
+def _not_null(value: object) -> object:
+    """Return what a template prints, but not null, which would be asked or scored as the word None."""
+    if value is None:
+        raise ValueError("a field is null")
+    return value
 
 
 def seeded(make: Make, name: str, tokenizer: Callable[[], object] | None, limit: float | None = None) -> Make:

@@ -58,5 +58,5 @@ def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkey
     (tmp_path / "wikitext").mkdir()
     (tmp_path / "wikitext" / "train.jsonl").write_text('{"text": "local words"}\n')
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"it would load ./wikitext of the working directory; start"):
+    with pytest.raises(UserError, match=r"calibration wikitext would load ./wikitext of the working directory; start"):
         calibration_text("wikitext")

@@ -103,6 +103,8 @@ ODD = {
     "null label": ({"answerKey": None}, "cannot be asked (ValueError: None is not in list)"),
     "too few labels": ({"answerKey": "B", "choices": {"text": ["a", "b"], "label": ["A"]}}, "cannot be asked ("),
     "no choices": ({"choices": {"text": [], "label": []}}, "cannot be asked ("),
+    "null question": ({"question": None}, "cannot be asked (ValueError: a field is null) (null: question)"),
+    "null choice": ({"choices": {"text": ["a", None], "label": ["A", "B"]}}, "cannot be asked ("),
 }
 
 
@@ -115,7 +117,8 @@ def test_a_row_that_cannot_be_asked_is_told(arc, kind, first):
     rows = [question(9, **changes), question(1), question(2)]
     with pytest.raises(UserError) as said:
         check(arc(*rows if first else rows[::-1]), "arc_easy")
-    assert ("allenai__ai2_arc/ARC-Easy" if first else f"document 2 of task arc_easy {words}") in said.value.problem
+    where = "document 0" if kind == "null question" else "allenai__ai2_arc/ARC-Easy"
+    assert (where if first else f"document 2 of task arc_easy {words}") in said.value.problem
 
 
 @pytest.mark.slow  # the index of all tasks
@@ -126,3 +129,29 @@ def test_data_that_would_never_end_are_no_data(tmp_path):
     os.mkfifo(place / "validation.jsonl")
     with pytest.raises(UserError, match="task hellaswag needs the split validation"):
         Tasks(tmp_path / "data").load("hellaswag")
+
+
+TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {}}}}}
+test_split: test
+output_type: {}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+"""
+
+
+@pytest.mark.usefixtures("_beside")
+@pytest.mark.parametrize("kind", ["generate_until", "loglikelihood", "loglikelihood_rolling"])
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_null_is_no_question_and_no_answer(tmp_path, kind, field):
+    """It would be asked or scored as the word None."""
+    whole, other = {"question": "Who?", "answer": "I", "note": None}, "answer" if field == "question" else "question"
+    for name, rows in (("good", [whole]), ("bad", [whole, {**whole, field: None}, {other: "I"}])):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own.yaml").write_text(TASK.format(tmp_path / f"{name}.jsonl", kind))
+    check(Tasks(include_path=[tmp_path / "good"]), "own")
+    with pytest.raises(UserError, match=rf"document 1 of task own cannot be asked .* \(null: .*{field}"):
+        check(Tasks(include_path=[tmp_path / "bad"]), "own")

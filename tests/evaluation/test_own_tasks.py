@@ -12,7 +12,6 @@ from dart_eval.evaluation.evaluate import _simple_evaluate, _stderr
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.sweep.options import config_from
 from dart_eval.sweep.run import check_template
 from dart_eval.util.errors import UserError
 from tests.evaluation.test_tasks import ours  # noqa: F401
@@ -67,13 +66,6 @@ def test_a_system_message_that_the_template_leaves_out_is_refused(template, fits
         return check_template(model, " Be brief. ")
     with pytest.raises(UserError, match="chat template of m takes no system message; leave --system-instruction out"):
         check_template(model, "Be brief.")
-
-
-@pytest.mark.parametrize("name", ["data[1]", "data*", "da?ta", "da::ta"])
-def test_a_folder_of_data_that_is_a_pattern_is_refused(tmp_path, name):
-    (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="would be read as a pattern; rename it"):
-        config_from(None, {"tasks": "arc", "data_dir": str(tmp_path / name), "output": str(tmp_path / "out")})
 
 
 def test_a_perplexity_of_long_answers_is_infinite_and_has_its_error_where_it_is_not(tmp_path):
