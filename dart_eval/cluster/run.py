@@ -19,11 +19,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dart_eval.evaluation.unsafe import away_from_this_folder
 from dart_eval.models.loading import resolve
 from dart_eval.results.record import Record
 from dart_eval.results.store import Journal
@@ -61,7 +61,8 @@ def run_all(
     if first.workers > 1:
         return workers.run_all(configs, tell, skip_missing)
     if first.ray is None:
-        return run.run_all(configs, tell, skip_missing, model)
+        device = model.model.device.type if model else None
+        return run.begin_sweep(configs, tell, skip_missing, device, model).run_here()
     tell(Event("wait", "connecting to Ray"))
     with _connected(first.ray):
         import ray
@@ -123,16 +124,18 @@ def _connected(address: str) -> Iterator[None]:
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0  # fewer in a Slurm step, say
     limited = ours if 0 < ours < (os.cpu_count() or 0) else None  # else Ray counts them, and knows of quotas
     own: dict[str, Any] = {"include_dashboard": False, "num_cpus": limited} if address == "local" else {}
-    host, _, port = address.rpartition(":")
+    (host, _, port), here = address.rpartition(":"), os.getcwd()
     try:
         if port.isdigit():  # Ray would try for minutes where nobody listens
             socket.create_connection((host.rpartition("/")[2].strip("[]"), int(port)), timeout=10).close()
-        with away_from_this_folder():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        os.chdir(Path(__file__).resolve().parents[2])  # its workers import from where it was started
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"no Ray cluster at {address} ({error})", "start one (`ray start --head`), or give --ray local"
         ) from None
+    finally:
+        os.chdir(here)
     with contextlib.suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGTERM, terminate)  # Ray has one of its own, which ends without a word
     try:

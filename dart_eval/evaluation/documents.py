@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import io
 import random
 import types
 from collections.abc import Callable, Iterator
@@ -19,11 +18,11 @@ from unittest.mock import patch
 import datasets
 import lm_eval.utils
 import numpy as np
-import tqdm.std
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator_utils import get_sample_size
 
 from dart_eval.util.errors import UserError, summary
+from dart_eval.util.quiet import muted
 from dart_eval.util.text import Json
 
 SEED = 42  # RULER's own, wherever it has one
@@ -140,11 +139,7 @@ def seeded(make: Make, name: str, tokenizer: Callable[[], object] | None, limit:
             if tokenizer is None:
                 raise UserError(f"task {name} makes documents for a model's tokenizer", "run it with a model")
             inside["get_tokenizer"] = lambda *_, **__: tokenizer()
-        silent = functools.partialmethod(tqdm.std.tqdm.__init__, disable=True)  # a run has its own view
-        with (
-            patch.dict(make.__globals__, inside), _from_the_seed(), patch.object(tqdm.std.tqdm, "__init__", silent),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):  # fmt: skip
+        with patch.dict(make.__globals__, inside), _from_the_seed(), muted():  # a run has its own view
             return make(**kwargs)
 
     return custom_dataset

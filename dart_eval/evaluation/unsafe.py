@@ -132,14 +132,3 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
         stack.enter_context(patch.object(builtins, "__import__", importing))  # `evaluate` takes seconds: few need it
         guard()
         yield
-
-
-@contextmanager
-def away_from_this_folder() -> Iterator[None]:
-    """Change to the folder that this package is imported from: Ray's workers import from where Ray was started."""
-    before = Path.cwd()
-    os.chdir(Path(__file__).resolve().parents[2])
-    try:
-        yield
-    finally:
-        os.chdir(before)

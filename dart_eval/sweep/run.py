@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import jinja2
 from lm_eval.api.group import Group
@@ -38,9 +37,6 @@ from dart_eval.util.bits import bits_text
 from dart_eval.util.errors import StoreError, UserError, naming, summary
 from dart_eval.util.text import Json, counted
 from dart_eval.weights.rounding import refuse_fixed
-
-if TYPE_CHECKING:
-    from dart_eval.models.loaded import Loaded
 
 log = logging.getLogger(__name__)
 POLL = 2.0  # seconds between looks at cells that another process is at work on
@@ -94,7 +90,7 @@ def begin_sweep(
     sweep = Sweep(model, Store(first.output), tell, since)
     # lm-eval writes shots and settings of generation into a task, and some make as many documents as are asked.
     shelves: dict[tuple[object, ...], Tasks] = {}
-    misfits: dict[str, UserError] = {}
+    misfits: dict[str, UserError] = {}  # by key
     for config in configs:
         place = (config.data_dir, config.num_fewshot, config.limit, config.gen_kwargs)
         if place not in shelves:
@@ -121,23 +117,21 @@ def begin_sweep(
                 drawn.add(name)
         kind = device or choose_device("auto" if config.device_map else config.device).type
         cells = plan(config, model, hashes, kind, drawn, shelf)
-        unfit = misfits_of(cells, sweep)
+        misfits |= misfits_of(cells, sweep)
         for cell in cells:
-            if cell.key not in unfit:
+            if cell.key not in misfits:
                 sweep.cells.setdefault(cell.key, cell)
-        misfits |= {str(error): error for error in unfit.values()}
     if misfits and not sweep.cells:
         raise next(iter(misfits.values()))
-    for text in misfits:
+    for text in dict.fromkeys(map(str, misfits.values())):
         tell(Event("note", f"left out: {text}"))
     if not first.force:
         finished = {key: sweep.store.get(cell.name, key) for key, cell in sweep.cells.items()}
         sweep.done = {key: record for key, record in finished.items() if record is not None}
     if sweep.cells:
         inputs = next(iter(sweep.cells.values())).inputs
-        asked = counted(sum(map(documents, sweep.cells.values())), "document")
         what = f"{inputs['model']['name']}, {inputs['dtype']}, {inputs['device']}"
-        tell(Event("about", f"{what}: {counted(len(sweep.cells), 'cell')}, {asked}; results in {first.output}"))
+        tell(Event("about", f"{what}: {counted(len(sweep.cells), 'cell')}; results in {first.output}"))
     tell(Event("planned", n=len(sweep.done), of=len(sweep.cells)))
     return sweep
 
@@ -197,43 +191,28 @@ def check_answers(items: Sequence[Task | Group], config: RunConfig) -> None:
     for method in methods:
         check_released(method, scope)
     ahead = next((method.name for method in methods if method.looks_ahead), None)
+    if ahead and scope != "scored":
+        problem = f"method {ahead} needs scored tokens for its mask, and --scope {scope} has none"
+        raise UserError(problem, f"leave {ahead} out, or use --scope scored")
     for task in leaves(list(items)):
-        kind = GIVES_NO_CHOICE.get(task.OUTPUT_TYPE)
-        for wrong, problem, remedy in (
-            (config.enable_thinking and kind is None,
-             f"task {task.task_name} scores given answers, but a thinking model thinks before it answers",
-             "leave --enable-thinking or the task out"),
-            (kind and scope != "scored", f"task {task.task_name} {kind}: --scope {scope} is for scored answers",
-             "use --scope scored"),
-            (ahead and kind == "generates text",
-             f"method {ahead} looks ahead, and task {task.task_name} generates text",
-             f"leave {ahead} or the task out"),
-            (ahead and scope != "scored",
-             f"method {ahead} needs scored tokens for its mask, and --scope {scope} has none",
-             f"leave {ahead} out, or use --scope scored"),
-        ):  # fmt: skip
-            if wrong:
-                raise UserError(problem, remedy)
+        name, kind = f"task {task.task_name}", GIVES_NO_CHOICE.get(task.OUTPUT_TYPE)
+        if config.enable_thinking and kind is None:
+            problem = f"{name} scores given answers, but a thinking model thinks before it answers"
+            raise UserError(problem, "leave --enable-thinking or the task out")
+        if kind and scope != "scored":
+            raise UserError(f"{name} {kind}: --scope {scope} is for scored answers", "use --scope scored")
+        if ahead and kind == "generates text":
+            raise UserError(f"method {ahead} looks ahead, and {name} generates text", f"leave {ahead} or the task out")
 
 
-def documents(cell: Cell) -> int:
-    """Return the number of documents that a cell asks."""
-    return sum(number_asked(task, cell.config.limit) for task in _leaves(cell))
-
-
-def _leaves(cell: Cell) -> list[Task]:
+def requests_of(cell: Cell) -> int:
+    """Estimate the number of a cell's requests before prompts are built, for a progress bar."""
     assert cell.tasks is not None
-    return leaves(cell.tasks.load(cell.task))
-
-
-def _requests(cell: Cell) -> int:
-    """Estimate the number of requests before prompts are built, for a progress bar."""
     total = 0
-    for task in _leaves(cell):
-        docs, choices = number_asked(task, cell.config.limit), None
-        if task.OUTPUT_TYPE == "multiple_choice" and docs and hasattr(task, "doc_to_choice"):
-            choices = task.doc_to_choice(task.eval_docs[0])
-        total += docs * (len(choices) if isinstance(choices, list) else 1)
+    for task in leaves(cell.tasks.load(cell.task)):
+        chosen = task.OUTPUT_TYPE == "multiple_choice" and hasattr(task, "doc_to_choice")
+        choices = task.doc_to_choice(task.eval_docs[0]) if chosen else None
+        total += number_asked(task, cell.config.limit) * (len(choices) if isinstance(choices, list) else 1)
     return total
 
 
@@ -365,7 +344,7 @@ class Sweep:
                     if journal is None:
                         continue
                     try:
-                        self.tell(Event("started", cell=cell, n=_requests(cell)))
+                        self.tell(Event("started", cell=cell, n=requests_of(cell)))
                         with self.marked(cell):
                             outcome, record = worker.run(cell, journal)
                             self.save(cell, record, outcome.texts, journal)
@@ -377,16 +356,3 @@ class Sweep:
                         self.fail(cell, summary(error), text)
 
         return self.work_through(work)
-
-
-def run_all(
-    configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False, model: Loaded | None = None,
-    since: float = math.inf,
-) -> RunResult:  # fmt: skip
-    """Run in this process (see `cluster.run.run_all`); the model is loaded once, a cell of several sweeps runs once.
-
-    Args:
-        since: of a worker, see `Sweep`.
-    """
-    device = model.model.device.type if model else None
-    return begin_sweep(configs, tell, skip_missing, device, model, since).run_here()

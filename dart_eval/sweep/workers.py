@@ -94,4 +94,4 @@ def serve() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # it leaves no mark on its cell
     silence()
     configs, skip_missing, since = pickle.load(sys.stdin.buffer)
-    run.run_all(configs, silent, skip_missing, since=since)
+    run.begin_sweep(configs, silent, skip_missing, since=since).run_here()

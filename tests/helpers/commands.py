@@ -73,7 +73,7 @@ def command(*args):
 
 def run_local(config, view):
     """Run one sweep in this process."""
-    return run.run_all([config], view)
+    return run.begin_sweep([config], view).run_here()
 
 
 class Watch:

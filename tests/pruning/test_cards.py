@@ -74,7 +74,7 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_ll
 
     def run(output, view):
         given = {"model": saved_llama, "device": "cpu", "output": str(tmp_path / output)}
-        return sweep_run.run_all([config_from(None, given | cells) for cells in CELLS], view)
+        return sweep_run.begin_sweep([config_from(None, given | cells) for cells in CELLS], view).run_here()
 
     def load(self, note=print):
         model, tokenizer = _load(self)
