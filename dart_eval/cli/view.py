@@ -113,9 +113,9 @@ class TerminalView:
             room = max(20, self.console.width - BESIDE)
             short = title if len(title) <= room else f"{title[: room - 1]}…"
             place = self._over + len(self._cells) + 1
-            self._cells[cell.key] = self.progress.add_task(short, total=event.n, title=title, place=place)
+            self._cells[cell.key] = self.progress.add_task(short, total=None, title=title, place=place)
         elif event.kind == "answered" and bar is not None:
-            self.progress.update(bar, advance=event.n)
+            self.progress.update(bar, advance=event.n, total=event.of)
             if not self.live and time.monotonic() - self._spoke > EVERY:
                 self._say(self._how_far(bar))
         elif event.kind in ("finished", "failed"):
@@ -131,13 +131,11 @@ class TerminalView:
     def _how_far(self, bar: progress.TaskID) -> str:
         """`cell 5 of 8, arc dense: 120 of 480 requests, about 6 min left in it`."""
         cell, every = (self.progress.tasks[self.progress.task_ids.index(i)] for i in (bar, self._all))
-        where = f"cell {cell.fields['place']} of {every.total:.0f}, {cell.fields['title']}: {cell.completed:.0f}"
-        if cell.total is None or cell.completed > cell.total:
-            return f"{where} requests, as a long text counts as several"
-        where, left = f"{where} of {cell.total:.0f} requests", cell.time_remaining
+        where = f"cell {cell.fields['place']} of {every.total:.0f}, {cell.fields['title']}"
+        text, left = f"{where}: {cell.completed:.0f} of {cell.total:.0f} requests", cell.time_remaining
         if left is None:
-            return where
-        return f"{where}, about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left in it"
+            return text
+        return f"{text}, about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left in it"
 
     def _end_step(self) -> None:
         """Nothing is waited for any more."""
@@ -170,9 +168,9 @@ def settle_streams() -> None:
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
 
 
-def console(stderr: bool = False, soft_wrap: bool = False, width: int | None = None) -> Console:
+def console(stderr: bool = False, soft_wrap: bool = False) -> Console:
     """Return a terminal that shows texts as they are: no word is coloured or replaced by an emoji."""
-    return Console(highlight=False, emoji=False, stderr=stderr, soft_wrap=soft_wrap, width=width)
+    return Console(highlight=False, emoji=False, stderr=stderr, soft_wrap=soft_wrap)
 
 
 def problem(text: str) -> None:

@@ -57,7 +57,7 @@ class PrunedLM(HFLM):
             only `scored`.
         token_ids: (task, doc_id) -> the tokens of its text, or of the first of several.
         cut: (task, doc_id) of the cell's documents whose prompt does not fit in full.
-        on_progress: called with the number of requests just finished, and whether they were computed now.
+        on_progress: called with the number of requests just finished, and of all that are known of.
         planned: sizes of forwards by which units are planned.
         budget: sizes of forwards in use. After memory has run out they are smaller, and units run in pieces.
     """
@@ -85,7 +85,7 @@ class PrunedLM(HFLM):
         self.planned = self.budget = budget(batch_size, model)
         self.distances = distances
         self.chunk = chunk
-        self.on_progress: Callable[[int, bool], None] = lambda n, fresh: None
+        self.on_progress: Callable[[int, int], None] = lambda n, of: None
         self._head, self._angles = output_head(model), Angles(model)
         self._scored: list[tuple[Score, bool]] = []  # of the last call: scores, and whether a context was cut
         self.begin(Session(), {})
@@ -112,7 +112,7 @@ class PrunedLM(HFLM):
         self.costs: dict[tuple[str, int], Cost] = defaultdict(Cost)  # of each (task, doc_id)
         self.cut: set[tuple[str, int]] = set()
         self.token_ids: dict[tuple[str, int], list[int]] = {}  # of each document's first text
-        self._clock = time.monotonic()
+        self._known, self._clock = 0, time.monotonic()
 
     def _ask(
         self, kind: str, requests: Json, make: Callable[[Budget], Scoring | Generator], answer: type[A]
@@ -135,12 +135,13 @@ class PrunedLM(HFLM):
         names: list[str] = list(requests)
         seen = wrong = 0
         self.kinds.add(kind)
+        self._known += len(names)
         for name in names:
             if name in self.journal and stored_answer(self.journal[name], answer) is None:
                 del self.journal[name]
         for unit in answering.units(asked):
             if all(names[i] in self.journal for i in unit.requests):
-                self.on_progress(len(unit.requests), False)
+                self.on_progress(len(unit.requests), self._known)
                 continue
             open_requests, pieces = [*range(len(names))], [unit]
             if self.budget is not self.planned:
@@ -157,7 +158,7 @@ class PrunedLM(HFLM):
                 new = {name: dataclasses.asdict(found) for name, found in usable.items() if name not in self.journal}
                 self.journal.add(new, answering.state_bytes, now - self._clock)  # with the time since the last batch
                 self._clock = now
-                self.on_progress(len(answers), True)
+                self.on_progress(len(answers), self._known)
         if wrong:
             raise UserError(f"{wrong} of {len(names)} answers are NaN or infinite", REMEDY)
         stored = {name: stored_answer(self.journal[name], answer) for name in names}

@@ -17,8 +17,8 @@ class Event(NamedTuple):
     Attributes:
         kind: wait (for a step, its text), note, about (the run), planned, or of a cell: started, answered, finished,
             failed.
-        n: planned: cells that are finished; started: about the number of requests; answered: requests since the last.
-        of: planned: all cells. kept: answered by an earlier run, of `n`.
+        n: planned: cells that are finished; answered: requests since the last.
+        of: planned: all cells; answered: all requests that are known of.
         where: the file that says why a cell failed.
     """
 
@@ -27,7 +27,6 @@ class Event(NamedTuple):
     cell: Cell | None = None
     n: int = 0
     of: int = 0
-    kept: int = 0
     record: Record | None = None
     where: Path | None = None
 

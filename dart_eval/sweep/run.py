@@ -21,7 +21,7 @@ import jinja2
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
-from dart_eval.evaluation.documents import check_documents, number_asked
+from dart_eval.evaluation.documents import check_documents
 from dart_eval.evaluation.settings import check_released
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks, leaves, task_draws
@@ -205,17 +205,6 @@ def check_answers(items: Sequence[Task | Group], config: RunConfig) -> None:
             raise UserError(f"method {ahead} looks ahead, and {name} generates text", f"leave {ahead} or the task out")
 
 
-def requests_of(cell: Cell) -> int:
-    """Estimate the number of a cell's requests before prompts are built, for a progress bar."""
-    assert cell.tasks is not None
-    total = 0
-    for task in leaves(cell.tasks.load(cell.task)):
-        chosen = task.OUTPUT_TYPE == "multiple_choice" and hasattr(task, "doc_to_choice")
-        choices = task.doc_to_choice(task.eval_docs[0]) if chosen else None
-        total += number_asked(task, cell.config.limit) * (len(choices) if isinstance(choices, list) else 1)
-    return total
-
-
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
@@ -344,7 +333,7 @@ class Sweep:
                     if journal is None:
                         continue
                     try:
-                        self.tell(Event("started", cell=cell, n=requests_of(cell)))
+                        self.tell(Event("started", cell=cell))
                         with self.marked(cell):
                             outcome, record = worker.run(cell, journal)
                             self.save(cell, record, outcome.texts, journal)

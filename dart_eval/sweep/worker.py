@@ -61,7 +61,7 @@ class Worker:
             self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, config.enable_thinking,
             config.think_end_token, config.kl, config.add_bos_token,
         )  # fmt: skip
-        lm.on_progress = lambda n, fresh: self._tell(Event("answered", cell=cell, n=n, kept=0 if fresh else n))
+        lm.on_progress = lambda n, of: self._tell(Event("answered", cell=cell, n=n, of=of))
         start, earlier = time.monotonic(), journal.seconds
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(peak_memory(lm.device.type))

@@ -227,12 +227,12 @@ def test_what_a_cell_waits_for_is_said_until_its_first_answers(capsys, monkeypat
         shown.live = live
         shown(Event("planned", of=2))
         for cell in (SimpleNamespace(key=i, title=f"cell {i}") for i in range(2)):
-            shown(Event("started", cell=cell, n=8))
+            shown(Event("started", cell=cell))
             shown(Event("wait", "preparing dart"))
             time.sleep(0.15)
             shown(Event("wait", f"running {cell.title}"))
             bars.append(shown._bar is not None)
-            shown(Event("answered", cell=cell, n=4))
+            shown(Event("answered", cell=cell, n=4, of=8))
             bars.append(shown._bar is not None)
             time.sleep(0.15)
             shown(Event("wait", "what does not last"))

@@ -174,7 +174,7 @@ def test_a_long_name_leaves_room_for_its_bar(width, monkeypatch):
 
     shown = view.TerminalView()
     shown(Event("planned", of=1))
-    shown(Event("started", cell=Cell, n=10))
+    shown(Event("started", cell=Cell))
     (title,) = [t.description for t in shown.progress.tasks if "dart" in t.description]
     assert title == Cell.title[: width - 47] + "…"
 
