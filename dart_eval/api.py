@@ -10,6 +10,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import DEFAULTS, HINTS
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
@@ -17,7 +18,6 @@ from dart_eval.util.text import Json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dart_eval.sweep.events import Tell
     from dart_eval.sweep.options import RunConfig
 
 
@@ -66,52 +66,39 @@ def evaluate(
         from dart_eval.models.loaded import Loaded
 
         configs = configs_from(None, given)
-        _check(configs[0])
+        _refuse_settings_of_loading(configs[0])
         ready = Loaded.named(name, model, tokenizer)
+    from dart_eval.cli.view import TerminalView
     from dart_eval.cluster import run
 
+    view = TerminalView()
+    shown = view.live or view.console.is_jupyter if progress is None else progress
     model_in_use = contextlib.nullcontext() if ready is None else evaluating(ready.model)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # no remarks on options of its own
-    with _view(progress) as tell, model_in_use:
+    with view if shown else contextlib.nullcontext(silent) as tell, model_in_use:
         result = run.run_all(configs, tell, model=ready)
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
     return lines(Store(configs[0].output), result.records).to_dict("records")
 
 
-_OWN = [p for p in signature(evaluate).parameters.values() if p.kind is not p.VAR_KEYWORD]
-_SHARED = [name for name in DEFAULTS if name not in ("model", "tokenizer", "tasks")]
 # What a notebook shows of it: the options by name, from the list.
-evaluate.__signature__ = signature(evaluate).replace(  # type: ignore[attr-defined]
-    parameters=[
-        *_OWN,
-        *(Parameter(n, Parameter.KEYWORD_ONLY, default=DEFAULTS[n], annotation=HINTS[n]) for n in _SHARED),
-    ]
-)
+*_OWN, _ = signature(evaluate).parameters.values()
+_OWN += [
+    Parameter(name, Parameter.KEYWORD_ONLY, default=DEFAULTS[name], annotation=HINTS[name])
+    for name in DEFAULTS if name not in ("model", "tokenizer", "tasks")
+]  # fmt: skip
+evaluate.__signature__ = signature(evaluate).replace(parameters=_OWN)  # type: ignore[attr-defined]
 
 
-def _view(progress: bool | None) -> contextlib.AbstractContextManager[Tell]:
-    """What shows how far a run is."""
-    from dart_eval.cli.view import TerminalView
-    from dart_eval.sweep.events import silent
-
-    shown = TerminalView()
-    wanted = shown.live or shown.console.is_jupyter if progress is None else progress
-    return shown if wanted else contextlib.nullcontext(silent)
-
-
-def _check(config: RunConfig) -> None:
-    """Refuse parameters that no longer apply to a loaded model.
+def _refuse_settings_of_loading(config: RunConfig) -> None:
+    """Refuse options that no longer apply to a loaded model.
 
     Raises:
-        UserError: such a parameter is given.
+        UserError: such an option is given.
     """
     from dart_eval.models.spec import ModelSpec
 
-    for name in [field.name for field in fields(ModelSpec)[1:]]:
+    for name in (*[field.name for field in fields(ModelSpec)[1:]], "workers", "ray"):
         if getattr(config, name) != getattr(type(config)(), name):
             raise UserError(f"{name} is for a model that is to be loaded", "leave it out, or give the model's name")
-    if config.workers > 1:
-        raise UserError(f"{config.workers} workers cannot share a loaded model", "save it, and give its folder")
-    if config.ray is not None:
-        raise UserError("cells on Ray cannot take a loaded model", "save it, and give its folder")

@@ -213,7 +213,7 @@ def test_a_model_under_prune_is_not_evaluated(opened, tmp_path):
     ({"model": torch.nn.Linear(2, 2)}, "of type Linear, not a model of transformers"),
     ({"model": 5}, "of type int, not a model of transformers"),
     ({"model": tiny("llama"), "tokenizer": "x", "dtype": "float16"}, "dtype is for a model that is to be loaded"),
-    ({"model": tiny("llama"), "tokenizer": "x", "ray": "local"}, "cells on Ray cannot take a loaded model"),
+    ({"model": tiny("llama"), "tokenizer": "x", "ray": "local"}, "ray is for a model that is to be loaded"),
 ])  # fmt: skip
 def test_what_a_loaded_model_cannot_be_is_refused(tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
