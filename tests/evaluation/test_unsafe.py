@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import lm_eval
@@ -64,7 +65,7 @@ def data(tmp_path):
 @pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp"])
 def test_a_task_that_runs_generated_code_is_refused_by_name_before_anything_of_it_runs(task, marker, data, monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    monkeypatch.setattr("dart_eval.sweep.run.resolve", lambda spec: None)
+    monkeypatch.setattr("dart_eval.sweep.run.resolve", lambda spec: SimpleNamespace(load_tokenizer=None))
     done = command("run", "--tasks", task, "--data-dir", data, "--model", "m")
     assert done.code == 2
     assert f"error: task {task} runs code that the model writes; add --confirm-run-unsafe-code" in done.err
