@@ -130,11 +130,8 @@ def table(results: list[Overhead]) -> Table:
             f"{f.remask_tokens:.2f}" if f.remask_tokens else "-", f"{f.remask_read:.2f}" if f.remask_read else "-",
         ])  # fmt: skip
     note = (
-        f"Shape {results[0].shape}, sparsity {percent(results[0].sparsity)}. In megabytes (10^6 bytes): what each "
-        "sequence adds after prompts of these lengths, the parts of the last, and what all sequences share. Decoded "
-        "token, prompt token: FLOPs that the method adds, over those of a dense decoded token after 1024 tokens. "
-        "Re-mask: FLOPs of one re-mask over all layers, in dense tokens. Re-mask reads: FFN weights that it reads / "
-        "those that a dense token reads. They come as often as the text drifts."
+        f"Shape {results[0].shape}, sparsity {percent(results[0].sparsity)}; megabytes (10^6 bytes) of a sequence's "
+        "state. docs/concepts.md explains the columns."
     )
     return Table("Overhead", ["method", *(f"{n} tokens" for n in lengths), *parts, "shared", *work], body, [note])
 

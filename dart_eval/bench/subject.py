@@ -152,6 +152,7 @@ def _read(row: Row) -> str:
     return f"{row.weights_read:.2f}" + (f" ({executed:.2f})" if executed not in (None, row.weights_read) else "")
 
 
+COLUMNS_NOTE = "docs/concepts.md explains the columns."
 QUARTILES, STEPS = "{0.median:.2f}x [{0.low:.2f}, {0.high:.2f}]", "{0.median:.2f}"
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda r: r.method + (f" on {r.bits} bits" if r.bits else ""),
@@ -170,20 +171,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "memory MB": lambda r: f"{r.memory / 10**6:.2f}",
     "state MB": lambda r: f"{r.state / 10**6:.2f}",
 }
-BYTES = (
-    "Read: share of the FFN weight bytes that a token reads, in brackets what is multiplied where it is another; on "
-    "rounded weights of the bytes of 16-bit ones. Ceiling: the largest speed-up that the bytes of this model allow. "
-    "Memory: bytes beside the dense model while one sequence decodes, copies and codes of weights included; state: "
-    "those that each sequence adds."
-)
-TIMES = (
-    "Speed-up: speed / the untouched model's, median [quartiles] of neighbouring steps. Over kernel: speed / dense in "
-    "our own bfloat16 kernel, which reads memory as fast as it can. Share: over kernel / ceiling, or speed-up / "
-    "ceiling without a kernel. Control: the untouched model over itself. Prompt: time with scores, masks and copies of "
-    "the kept neurons' weights, over a dense prompt. In dense steps: masks, new ones from recent tokens; changes, "
-    "copies of a fifth of the kept neurons; copies, those of all of them, once. Overhead: share that hooks add to a "
-    "pruned step. Untouched weights lie beside the pruned ones, in memory that no column counts."
-)
 
 
 def table(rows: Sequence[Row], where: str) -> Table:
@@ -194,17 +181,10 @@ def table(rows: Sequence[Row], where: str) -> Table:
     """
     texts = {head: [text(row) for row in rows] for head, text in COLUMNS.items()}
     filled = {head: column for head, column in texts.items() if set(column) != {"-"}}
-    timed = [row for row in rows if row.speedup is not None]
+    timed = [row.speedup for row in rows if row.speedup is not None]
     sparse = [row for row in rows if row.sparsity]
-    notes = [f"{where}; one sequence" + (f", sparsity {percent(sparse[0].sparsity)}." if sparse else "."), BYTES]
-    if timed and (ratio := timed[0].speedup):
-        notes += [TIMES, f"{ratio.n} steps a row."]
-    else:
-        notes.append("No method here can be timed.")
-    if any(row.bits and row.method == "dense" for row in rows):
-        notes.append("Dense on rounded weights is the control that a pruner must beat at equal bytes.")
-    if "float32" in where:
-        notes.append("float32 weights count as 16 bits: ceilings of rows that read codes are too low.")
+    notes = [f"{where}; one sequence" + (f", sparsity {percent(sparse[0].sparsity)}." if sparse else ".")]
+    notes += [f"{timed[0].n} steps a row." if timed else "No method here can be timed.", COLUMNS_NOTE]
     if why := list(dict.fromkeys(row.why for row in rows if row.why)):
         notes.append(f"{BYTES_ONLY.capitalize()}: no kernel turns the saved bytes into time ({'; '.join(why)}).")
     return Table("Decoding", [*filled], [list(cells) for cells in zip(*filled.values(), strict=True)], notes)

@@ -259,17 +259,12 @@ def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
 
 def _mean_compared(cells: Sequence[Sequence[Compared]]) -> list[Compared]:
     """Return the metrics of seeds beside dense, averaged by document, without those that one seed has otherwise."""
-    if len(cells) == 1:
-        return [*cells[0]]
     means = []
     for first in cells[0]:
-        same = [one for rows in cells for one in rows if one.a.name == first.a.name and one.a.units == first.a.units]
+        same = [one for rows in cells for one in rows if (one.a.name, one.a.units) == (first.a.name, first.a.units)]
         if len(same) == len(cells):
-            a, b = (
-                replace(sides[0], x=np.mean([side.x for side in sides], axis=0))
-                for sides in zip(*((one.a, one.b) for one in same), strict=True)
-            )
-            means.append(Compared(a, b))
+            sides = ([one.a for one in same], [one.b for one in same])
+            means.append(Compared(*(replace(own[0], x=np.mean([side.x for side in own], axis=0)) for own in sides)))
     return means
 
 
@@ -283,9 +278,7 @@ def _split(rows: Sequence[Row], wanted: str | None) -> list[tuple[Tasks, list[Ro
     one metric that most rows have, counted in rows x tasks; a row that lacks one of them goes to a later block. For
     every further metric it has the tasks that all of its rows with that metric share.
     """
-    rest: list[
-        tuple[Row, dict[str, frozenset[tuple[str, str]]]]
-    ] = []  # with metric -> its tasks, and how they were asked
+    rest: list[tuple[Row, dict[str, frozenset[tuple[str, str]]]]] = []  # metric -> its tasks, and how they were asked
     for row in rows:
         by_metric = grouped(row.values.items(), lambda item: item[1].metric)
         rest.append((row, {m: frozenset((task, row.asked[task]) for task, _ in own) for m, own in by_metric.items()}))
@@ -325,14 +318,8 @@ def _block(rows: Sequence[Row], scope: str, tasks: Tasks, own: Sequence[Row]) ->
     inside = [replace(row, quality=_qualities(row, tasks)) for row in [*own, *others]]
     of_first = tasks.get(first, ())
     everywhere = [task for of_metric in tasks.values() for task in of_metric]
-    distances = (
-        _means(inside, metrics.GOLD, of_first),
-        _means(inside, "flips", of_first),
-        _means(inside, "kl", everywhere),
-    )
-    inside = [
-        replace(row, nats=nats, flips=flips, kl=kl) for row, nats, flips, kl in zip(inside, *distances, strict=True)
-    ]
+    for field_, name, of in (("nats", metrics.GOLD, of_first), ("flips", "flips", of_first), ("kl", "kl", everywhere)):
+        inside = [replace(row, **{field_: v}) for row, v in zip(inside, _means(inside, name, of), strict=True)]
     known = {(one.metric.task, one.metric.metric): one for row in inside for one in row.compared}
     choice = {m: [known[t, m] for t in tasks[m] if (t, m) in known] for m in tasks if metrics.kind_of(m).chance}
     at_chance = [
@@ -367,14 +354,9 @@ def _qualities(row: Row, tasks: Tasks) -> dict[str, Quality]:
         better = stats.mean(one.lost.times(-1) for one in compared) if len(compared) == len(own) else None
         known = [one for one in compared if one.kind not in ("log-perplexity", "bits")]
         part = None
-        if (
-            better is not None
-            and known
-            and all(one.chance is not None and one.metric.higher_is_better for one in known)
-        ):
+        if better and known and all(one.chance is not None and one.metric.higher_is_better for one in known):
             parts, wholes = (stats.mean(sides) for sides in zip(*(one.sides for one in known), strict=True))
-            step = max(one.step for one in known) / len(known)
-            part = None if parts is None or wholes is None else share(parts, wholes, step)
+            part = share(parts, wholes, max(one.step for one in known) / len(known)) if parts and wholes else None
         qualities[metric] = Quality(mean(m.value for m in own), stderr, better, part)
     return qualities
 
@@ -384,15 +366,11 @@ def _means(rows: Sequence[Row], name: str, tasks: Sequence[str]) -> list[Estimat
 
     Log-likelihoods are relative to dense's. KL of pruners on rounded weights is left out, as it is relative to these.
     """
-    own = [
-        {
-            one.metric.task: one.lost.times(-1) if name == metrics.GOLD else one.sides[0]
-            for one in row.compared
-            if one.metric.metric == name and one.metric.task in tasks
-            and not (name == "kl" and row.records[0].inputs.get("ffn_bits"))
-        }
-        for row in rows
-    ]  # fmt: skip
+    own: list[dict[str, Estimate]] = [{} for _ in rows]
+    for by_task, row in zip(own, rows, strict=True):
+        for one in row.compared if name != "kl" or not row.records[0].inputs.get("ffn_bits") else ():
+            if one.metric.metric == name and one.metric.task in tasks:
+                by_task[one.metric.task] = one.lost.times(-1) if name == metrics.GOLD else one.sides[0]
     known = {task for by_task in own for task in by_task}
     return [stats.mean(by_task.values()) if by_task.keys() == known else None for by_task in own]
 

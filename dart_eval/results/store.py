@@ -221,8 +221,8 @@ class Store:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def scan(self, strict: bool = False) -> tuple[list[Record], list[Path]]:
-        """Return all records, oldest first, each once, and the files that hold none, which are named on stderr.
+    def load(self, strict: bool = False) -> list[Record]:
+        """Return all records, oldest first, each once. Files that hold none are named on stderr.
 
         Args:
             strict: whether to refuse such files.
@@ -232,30 +232,26 @@ class Store:
         """
         check_name(self.folder, "folder")
         records: dict[str, Record] = {}
-        unread: dict[Path, UserError] = {}
+        unread: list[UserError] = []
         for file in sorted((self.folder / "cells").glob("*.json")):
             try:
                 record = Record.from_json(read_regular(file))
             except (OSError, ValueError) as error:
                 remedy = "use that version" if isinstance(error, NewerSchema) else REDO
-                unread[file] = UserError(f"{file} cannot be read ({reason(error)})", remedy)
+                unread.append(UserError(f"{file} cannot be read ({reason(error)})", remedy))
                 continue
             if record.key not in records or records[record.key].created < record.created:  # a copy counts once
                 records[record.key] = record
         if unread and (strict or not records):
-            raise next(iter(unread.values()))
+            raise unread[0]
         if not records:
             raise UserError(
                 f"no results in {self.folder}",
                 f"give the folder of an earlier run, or: dart-eval run --tasks smoke --output {self.folder}",
             )
-        for left_out in unread.values():
+        for left_out in unread:
             remark(f"left out: {left_out}")
-        return sorted(records.values(), key=lambda r: (r.created, r.key)), [*unread]
-
-    def load(self, strict: bool = False) -> list[Record]:
-        """Return the records alone. Arguments and errors: see `scan`."""
-        return self.scan(strict)[0]
+        return sorted(records.values(), key=lambda r: (r.created, r.key))
 
     def samples(self, record: Record) -> list[Json]:
         """Return the samples of a record of this folder, one per document, task and filter.
@@ -267,7 +263,7 @@ class Store:
         answers = ([x for r in line["responses"] for x in (r if isinstance(r, list) else [r])] for line in lines)
         if wrong := sum(any(isinstance(x, float) and not math.isfinite(x) for x in flat) for flat in answers):
             raise UnreadSamples(
-                f"{wrong} of {len(lines)} answers of {self._place(record)} are NaN or infinite",
+                f"{wrong} of {len(lines)} answers of {self._name(record)} are NaN or infinite",
                 "run the cell again, in another --dtype or with other weights",
             )
         return lines
@@ -283,29 +279,23 @@ class Store:
     def _lines(self, record: Record, kind: str) -> list[Json]:
         """Return the lines of a record's file of a kind."""
         try:
-            lines = self._data(record, kind).splitlines()
-            return [read(line, LINES[kind], f"line {i}") for i, line in enumerate(lines, 1)]
+            return [read(x, LINES[kind], f"line {i}") for i, x in enumerate(self._data(record, kind).splitlines(), 1)]
         except (OSError, ValueError) as error:
             raise UnreadSamples(
-                f"the {kind} of {self._place(record)} cannot be read ({reason(error)})",
+                f"the {kind} of {self._name(record)} cannot be read ({reason(error)})",
                 "repeat the `dart-eval run` that made them: it redoes the cell",
             ) from None
 
-    def _place(self, record: Record) -> str:
+    def _name(self, record: Record) -> str:
         method = record.settings.get("method") or record.inputs["method"]
         return f"{record.inputs['task']} under {method} at {sparsity(record.inputs['sparsity'])} in {self.folder}"
 
     def _data(self, record: Record, kind: str) -> bytes:
-        """Return a record's file of a kind.
-
-        Raises:
-            OSError: it is missing.
-            ValueError: it is damaged.
-        """
+        """Return a record's file of a kind. Raises OSError if it is missing, and ValueError if it is damaged."""
         known = record.files.get(kind)
-        if known is None and kind == "texts":
-            return b""
         if known is None:
+            if kind == "texts":
+                return b""
             raise ValueError("it has none")
         data = read_regular(self.folder / kind / known["name"])
         if hashlib.sha256(data).hexdigest() != known["sha256"]:

@@ -308,11 +308,8 @@ def _place(data: pd.DataFrame) -> Columns:
 
 def upper_bounds(records: Sequence[Record]) -> list[str]:
     """Return a sentence that names upper bounds, if there are any."""
-    names = list(
-        dict.fromkeys(
-            str(r.settings.get("method", r.inputs["method"])) for r in records if r.settings.get("upper_bound")
-        )
-    )
+    bounds = [r for r in records if r.settings.get("upper_bound")]
+    names = dict.fromkeys(str(r.settings.get("method", r.inputs["method"])) for r in bounds)
     return [f"Upper bounds, which look ahead: {', '.join(names)}."] if names else []
 
 
