@@ -78,9 +78,7 @@ def draw(boards: Sequence[Board], form: str) -> bytes:
         raise UserError("there are the results of several models", "give each one an --output of its own to draw it")
     for _, picture in charts(boards[0], form):
         return picture
-    weak = sorted({task for block in boards[0].blocks for task in block.at_chance})
-    why = f": dense is not above guessing on {', '.join(weak)}" if weak else ""
-    raise UserError(f"there is nothing to draw{why}", "run dense and a pruned method at several reads")
+    raise UserError("there is nothing to draw", "run dense, which must beat guessing, and a method at several reads")
 
 
 def plot(title: str, lines: Curves, looks: Sequence[str], times: bool, form: str) -> bytes:
@@ -113,13 +111,12 @@ def plot(title: str, lines: Curves, looks: Sequence[str], times: bool, form: str
             xs = [read + ((len(lines) - 1) / 2 - i) * aside for read, *_ in of_label]
             ys, lows, highs = ([min(max(p[k], least), most) for p in of_label] for k in (1, 2, 3))
             look, last = looks.index(label), of_label[-1][1]
-            style = "--" if label.startswith("dense") else "-"
             name = label.partition(" (")[0]  # without the settings of all rows
             name = name if len(name) < 25 else f"{name[:8]}…{name[-15:]}"
             name += "" if last == ys[-1] else f": {multiple(last) if times else percent(last / 100)}"
             axes.vlines(xs, lows, highs, f"C{look % 10}", alpha=0.4)
-            handles += axes.plot(xs, ys, style, color=f"C{look % 10}", marker=MARKERS[look % len(MARKERS)],
-                                 markersize=4, linewidth=1.2, label=printable(name))  # fmt: skip
+            handles += axes.plot(xs, ys, "--" if label.startswith("dense") else "-", color=f"C{look % 10}", linewidth=1.2,
+                                 marker=MARKERS[look % len(MARKERS)], markersize=4, label=printable(name))  # fmt: skip
             places.append(last)
         few = times and axes.get_ylim()[1] > 2
         axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5]) if few else MaxNLocator(6))

@@ -18,8 +18,8 @@ const show = () => {
     task.open ||= filtered;
   }
   [form.row.value, form.differ.checked] = [row, differ];
-  const left = document.querySelectorAll(".document:not([hidden])").length;
-  form.querySelector("output").textContent = filtered ? `${left} documents of ${tasks.join(", ") || "all tasks"}` : "";
+  const left = `${document.querySelectorAll(".document:not([hidden])").length} documents of `;
+  form.querySelector("output").textContent = filtered ? left + (tasks.join(", ") || "all tasks") : "";
   if (tasks.length) document.querySelector("#answers").scrollIntoView();
 };
 form.hidden = false;
