@@ -62,7 +62,7 @@ def paper(
         counted = {claim: _cost(claim) for claim in spec.claims if claim.shape}  # or refused, before the first cell
         result = run_all(spec.sweeps, tell, skip_missing=True)
     if result.failed and not result.records:
-        finish(result, output)
+        finish(result)
     if not result.records:
         raise UserError(f"no task could be loaded: {'; '.join(result.missing.values())[:300]}", "see --data-dir")
     from dart_eval.results.paper import Paper
@@ -84,7 +84,7 @@ def paper(
         write(Path(output) / "tables" / file, text, "free disk space or choose another --output; finished cells remain")
     show(*tables.values())
     say(f"wrote {output}/tables (all.md, and each table as md, csv and tex)")
-    finish(result, output)
+    finish(result)
 
 
 def _cost(claim: Claim) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,8 +19,10 @@ from dart_eval.util.quiet import hush_warnings, silence
 from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
+    from dart_eval.results.record import Record
+    from dart_eval.results.store import Store
     from dart_eval.sweep.options import RunConfig
-    from dart_eval.sweep.run import RunResult
+    from dart_eval.sweep.run import Sweep
 
 
 MODEL_ARGS_HELP = "Give the model as lm-eval does: pretrained=NAME, dtype=TYPE ..."
@@ -54,30 +57,26 @@ def run_cells(configs: list[RunConfig], verbose: bool) -> None:
     Raises:
         typer.Exit: cells failed.
     """
-    first = configs[0]
-    with TerminalView() as terminal:
-        load_libraries(terminal, verbose)
+    with TerminalView() as tell:
+        load_libraries(tell, verbose)
         from dart_eval.cluster.run import run_all
 
-        result = run_all(configs, terminal)
-    show_results(result, first.output)
-    finish(result, first.output)
+        sweep = run_all(configs, tell)
+    if sweep.records:
+        show_results(sweep.store, sweep.records)
+    finish(sweep)
 
 
-def show_results(result: RunResult, folder: str) -> None:
-    """Show the board of a run, the folder of its results and the commands that may follow."""
-    if not result.records:
-        return
+def show_results(store: Store, records: Sequence[Record]) -> None:
+    """Show the board of a run's records, the folder of its results and the commands that may follow."""
     from dart_eval.results.board import boards, newest
     from dart_eval.results.frame import with_dense
-    from dart_eval.results.store import Store
     from dart_eval.results.tables import board_tables
 
-    store, quoted = Store(folder), shlex.quote(folder)
     everything, _ = newest(store.load())
-    records = with_dense(result.records, everything)
-    show(*board_tables(boards(store, records)))
-    say(f"\nResults: {folder}   next: dart-eval report {quoted}   dart-eval tables {quoted} --view long")
+    show(*board_tables(boards(store, with_dense(records, everything))))
+    quoted = shlex.quote(str(store.folder))
+    say(f"\nResults: {store.folder}   next: dart-eval report {quoted}   dart-eval tables {quoted} --view long")
 
 
 def understood(file: Path | None, given: Json) -> list[RunConfig]:
@@ -106,11 +105,11 @@ def load_libraries(tell: Tell, verbose: bool) -> None:
         silence()
 
 
-def finish(result: RunResult, folder: str) -> None:
+def finish(sweep: Sweep) -> None:
     """Exit with status 1 if cells failed."""
-    if result.failed:
-        names = ", ".join(cell.title for cell in result.failed)
-        say(f"failed: {names}; tracebacks in {folder}/failed", err=True)
+    if sweep.failed:
+        names = ", ".join(cell.title for cell in sweep.failed)
+        say(f"failed: {names}; tracebacks in {sweep.store.folder}/failed", err=True)
         raise typer.Exit(1)
 
 

@@ -46,7 +46,7 @@ POLL = 0.5  # seconds between looks: Ray keeps Ctrl-C back while it waits
 
 def run_all(
     configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False, model: Loaded | None = None
-) -> run.RunResult:
+) -> run.Sweep:
     """Run several sweeps of one model into one folder, where the first one says.
 
     Args:

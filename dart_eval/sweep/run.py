@@ -43,21 +43,6 @@ POLL = 2.0  # seconds between looks at cells that another process is at work on
 GIVES_NO_CHOICE = {"generate_until": "generates text", "loglikelihood_rolling": "measures perplexity"}
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """The outcome of a run.
-
-    Attributes:
-        records: of all finished cells, in the plan's order.
-        failed: cells that failed.
-        missing: task -> why it could not be loaded (only where that was allowed).
-    """
-
-    records: list[Record]
-    failed: list[Cell]
-    missing: dict[str, str]
-
-
 # -- which cells -------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +217,11 @@ class Sweep:
     notes: set[str] = field(default_factory=set)
 
     @property
+    def records(self) -> list[Record]:
+        """Those of finished cells, in the plan's order."""
+        return [self.done[key] for key in self.cells if key in self.done]
+
+    @property
     def todo(self) -> list[Cell]:
         """Cells without a record that have not failed."""
         over = {cell.key for cell in self.failed} | self.done.keys()
@@ -306,7 +296,7 @@ class Sweep:
         finally:  # on a signal, too
             self.store.file("failed", cell.name, cell.key).unlink(missing_ok=True)
 
-    def work_through(self, work: Callable[[list[Cell]], None]) -> RunResult:
+    def work_through(self, work: Callable[[list[Cell]], None]) -> Sweep:
         """Call `work` until each cell has a record or has failed.
 
         A cell that another process has claimed is waited for: that process finishes it, or ends and leaves it to
@@ -318,9 +308,9 @@ class Sweep:
                 names = ", ".join(cell.name for cell in todo)
                 self.tell(Event("wait", f"waiting for another process at work on {names}"))
                 time.sleep(POLL)
-        return RunResult([self.done[key] for key in self.cells if key in self.done], self.failed, self.missing)
+        return self
 
-    def run_here(self) -> RunResult:
+    def run_here(self) -> Sweep:
         """Run the cells that are not finished in this process, one after the other."""
         if self.todo:
             from dart_eval.sweep.worker import Worker  # with transformers' models it takes seconds

@@ -32,7 +32,7 @@ POLL = 0.5  # seconds between looks at the workers
 BEGIN = "import sys; sys.path[:] = filter(None, sys.path); from dart_eval.sweep.workers import serve; serve()"
 
 
-def run_all(configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False) -> run.RunResult:
+def run_all(configs: Sequence[RunConfig], tell: Tell, skip_missing: bool = False) -> run.Sweep:
     """See `cluster.run.run_all`. What no worker could begin runs in this process, which says why.
 
     Raises:

@@ -12,7 +12,6 @@ from dart_eval.results.metrics import multiple, small_share
 from dart_eval.results.record import Metric
 from dart_eval.results.speeds import Ratio
 from dart_eval.results.store import Store
-from dart_eval.sweep.run import RunResult
 from dart_eval.util.errors import UserError
 from tests.helpers.boards import EASY, board_of, choices, places, rows_of, said_of
 from tests.helpers.commands import command
@@ -226,7 +225,7 @@ def test_the_board_of_a_run_has_the_folders_dense_cells(tmp_path, capsys, monkey
     old = [choices(0.8, method="dense", params={}), choices(0.6, sparsity=0.5, params={"draw": "best"})]
     flap = choices(0.4, method="flap", sparsity=0.5, params={})
     save(tmp_path / "out", *old, *new, flap)
-    show_results(RunResult([new[0], flap, new[1]], [], {}), "out")
+    show_results(Store("out"), [new[0], flap, new[1]])
     shown = capsys.readouterr().out
     assert "  dense  " in shown and "no dense cell for piqa" in " ".join(shown.split())
     assert shown.endswith("next: dart-eval report out   dart-eval tables out --view long\n")
