@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
@@ -319,7 +320,8 @@ def _block(rows: Sequence[Row], scope: str, tasks: Tasks, own: Sequence[Row]) ->
     of_first = tasks.get(first, ())
     everywhere = [task for of_metric in tasks.values() for task in of_metric]
     for field_, name, of in (("nats", metrics.GOLD, of_first), ("flips", "flips", of_first), ("kl", "kl", everywhere)):
-        inside = [replace(row, **{field_: v}) for row, v in zip(inside, _means(inside, name, of), strict=True)]
+        values: Sequence[Any] = _means(inside, name, of)
+        inside = [replace(row, **{field_: value}) for row, value in zip(inside, values, strict=True)]
     known = {(one.metric.task, one.metric.metric): one for row in inside for one in row.compared}
     choice = {m: [known[t, m] for t in tasks[m] if (t, m) in known] for m in tasks if metrics.kind_of(m).chance}
     at_chance = [

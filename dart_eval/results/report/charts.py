@@ -114,9 +114,9 @@ def plot(title: str, lines: Curves, looks: Sequence[str], times: bool, form: str
             name = label.partition(" (")[0]  # without the settings of all rows
             name = name if len(name) < 25 else f"{name[:8]}…{name[-15:]}"
             name += "" if last == ys[-1] else f": {multiple(last) if times else percent(last / 100)}"
+            style = f"{MARKERS[look % len(MARKERS)]}{'--' if label.startswith('dense') else '-'}"
             axes.vlines(xs, lows, highs, f"C{look % 10}", alpha=0.4)
-            handles += axes.plot(xs, ys, "--" if label.startswith("dense") else "-", color=f"C{look % 10}", linewidth=1.2,
-                                 marker=MARKERS[look % len(MARKERS)], markersize=4, label=printable(name))  # fmt: skip
+            handles += axes.plot(xs, ys, style, color=f"C{look % 10}", ms=4, linewidth=1.2, label=printable(name))
             places.append(last)
         few = times and axes.get_ylim()[1] > 2
         axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5]) if few else MaxNLocator(6))
