@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import typer
 from dart_eval.cli.options import FORMATS, one_of, own
 from dart_eval.cli.view import for_terminal, output, put, say
 from dart_eval.util.errors import UserError
-from dart_eval.util.files import check_target, telling, write
+from dart_eval.util.files import check_target, read_text, telling, write
 
 RESULTS_HELP = "Folder that `dart-eval run --output` wrote."
 BASELINE_HELP = "Compare the results with this baseline, or with a folder of earlier results."
@@ -54,13 +55,9 @@ def check(
 
     now = cells(results, strict=True)
     if update:
-        if baseline.is_file() and baseline.stat().st_size:
-            try:
-                checking.load_baseline(baseline)
-            except UserError:
-                raise UserError(
-                    f"{baseline} is not a baseline, and would be overwritten", "choose another file"
-                ) from None
+        remedy = "choose another file"
+        if baseline.is_file() and not re.match(r'\{\s*"schema": 1,|$', read_text(baseline, "baseline", remedy)):
+            raise UserError(f"{baseline} is not a baseline, and would be overwritten", remedy)
         say(f"wrote {baseline}: {len(now)} cells, {checking.write_baseline(baseline, now)} documents")
         return
     limits = checking.thresholds_from(thresholds)

@@ -21,11 +21,13 @@ def lm_eval(context: typer.Context) -> None:
     dart-eval lm-eval ls tasks
     """
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import model_registry, register_model
 
     from dart_eval.evaluation.task_names import tasks_dir
-    from dart_eval.sweep.dart_lm import register
+    from dart_eval.sweep.dart_lm import DartLM
 
-    register()
+    if "dart" not in model_registry:
+        register_model("dart")(DartLM)
     words, named = context.args, {word.partition("=")[0] for word in context.args}
     if named & {"--tasks", "-t"} and SHIPPED not in named:
         words = [*words, SHIPPED, str(tasks_dir())]

@@ -61,9 +61,8 @@ def paper(
         tell(Event("wait", "counting the costs of shapes"))
         counted = {claim: _cost(claim) for claim in spec.claims if claim.shape}  # or refused, before the first cell
         result = run_all(spec.sweeps, tell, skip_missing=True)
-    if result.failed and not result.records:
-        finish(result)
     if not result.records:
+        finish(result)  # ends here if cells failed
         raise UserError(f"no task could be loaded: {'; '.join(result.missing.values())[:300]}", "see --data-dir")
     from dart_eval.results.paper import Paper
     from dart_eval.results.show import render, show

@@ -168,20 +168,20 @@ def differing(pairs: Iterable[tuple[Cell, Cell]], say: str, values: str) -> list
     for a, b in pairs:
         alike = all(a.inputs[name] == b.inputs[name] for name in ("method", "params"))
         left_out = {*inputs_that_are("asked"), "" if alike else "method_code"} - {"model"}
-        ours, theirs = (_flat({name: v for name, v in c.inputs.items() if name not in left_out}) for c in (a, b))
+        ours, theirs = (
+            {
+                f"{name}.{part}" if part else name: value
+                for name, whole in cell.inputs.items() if name not in left_out
+                for part, value in (whole if isinstance(whole, dict) else {"": whole}).items()
+            }
+            for cell in (a, b)
+        )  # fmt: skip
         for name in {*ours, *theirs} - {"model.name"}:
             x, y = ours.get(name), theirs.get(name)
             if x != y and not (name in WILDCARDS and None in (x, y)):
                 digits = 12 if str(x)[:12] != str(y)[:12] else None  # a few, or all where these agree
                 changed.setdefault(name, set()).add(values.format(str(x)[:digits], str(y)[:digits]))
     return [say.format(name, "; ".join(sorted(texts)[:3])) for name, texts in sorted(changed.items())]
-
-
-def _flat(inputs: Json) -> Json:
-    """Return inputs with the fields of mappings one by one."""
-    parts = {name: value for name, value in inputs.items() if isinstance(value, dict)}
-    flat = {f"{name}.{part}": value for name, mapping in parts.items() for part, value in mapping.items()}
-    return {**inputs, **flat, **dict.fromkeys(parts)}
 
 
 def check_paired(a: Cell, b: Cell) -> None:

@@ -1,7 +1,7 @@
 """`lm_eval --model dart`: a model under a method in lm-eval's own command line, with the numbers of `dart-eval run`.
 
 lm-eval finds it through the entry point `lm_eval.models`. Releases that do not read entry points (0.4.13 and before)
-find it after `register`, which `dart-eval lm-eval` calls.
+have it from `dart-eval lm-eval`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import model_registry, register_model
 
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.task_names import config_of as task_config
@@ -26,7 +25,6 @@ from dart_eval.util.bits import parse as bits
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.weights.rounding import Rounded
 
-NAME = "dart"  # of `--model`
 OF_LM = ("chunk", "enable_thinking", "think_end_token", "add_bos_token")  # `PrunedLM` takes these
 KNOWN = {
     *(field.name for field in dataclasses.fields(ModelSpec)), *OF_LM,
@@ -111,9 +109,3 @@ class DartLM(PrunedLM):
     def set_cache_hook(self, cache_hook: object) -> None:
         """Refuse lm-eval's response cache."""
         raise UserError("lm-eval's response cache knows neither the model nor the method", "leave --use_cache out")
-
-
-def register() -> None:
-    """Make `--model dart` known to lm-eval."""
-    if NAME not in model_registry:
-        register_model(NAME)(DartLM)

@@ -361,16 +361,15 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
     Raises:
         UserError: the file cannot be read, or a key or value in it is wrong.
     """
-    settings: Json = {}
-    if file is not None:
-        from dart_eval.util.yamls import read_mapping
+    from dart_eval.util.yamls import read_mapping
 
-        keys = read_mapping(file, "config", "tasks: [arc, hellaswag]")
-        with naming(f"{file}: "):
-            settings = named(keys)
-            _configs(settings)  # to name the file
-    settings |= named(given)
-    configs = _configs(settings)
+    keys = {} if file is None else read_mapping(file, "config", "tasks: [arc, hellaswag]")
+    settings: Json = {}
+    for place, values in ((f"{file}: ", keys), ("", given)):
+        with naming(place):
+            settings |= named(values)
+            seeds = _items(settings.get("seed", DEFAULTS["seed"])) or [()]
+            configs = [config_of({**settings, "seed": seed}) for seed in seeds]
     first = configs[0]
     for name in PATHS:
         if (path := getattr(first, name)) is not None:
@@ -389,12 +388,6 @@ def config_from(file: str | Path | None, given: Json) -> RunConfig:
     if any(config.seed != first.seed for config in more):
         raise UserError("several seeds are given, and one is allowed", "give one")
     return first
-
-
-def _configs(settings: Json) -> list[RunConfig]:
-    """Return a configuration for each seed."""
-    seeds = _items(settings.get("seed", DEFAULTS["seed"])) or [()]
-    return [config_of({**settings, "seed": seed}) for seed in seeds]
 
 
 def named(given: Mapping[Any, object]) -> Json:

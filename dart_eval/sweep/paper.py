@@ -40,14 +40,8 @@ def _of_run(value: object, info: ValidationInfo) -> Any:
         raise ValueError(str(error)) from None
 
 
-def _single(value: Any) -> Any:
-    if value is not None and len(value) != 1:
-        raise ValueError("one is allowed")
-    return value
-
-
 Option = Annotated[Any, BeforeValidator(_of_run)]
-One = Annotated[Any, BeforeValidator(_single), BeforeValidator(_of_run)]  # the last one is called first
+One = Annotated[Annotated[tuple[Any, ...], Field(max_length=1)] | None, BeforeValidator(_of_run)]
 
 
 class Settings(Part):

@@ -357,7 +357,7 @@ def test_a_column_may_be_a_short_name_for_tasks(tmp_path):
         ({"tables": [table(rows={"X": {"method": "griffin", "num_fewshot": 3}})]}, "methods.X.num_fewshot", ""),
         ({"tables": [table(rows={"X": {"scope": "all"}})]}, "methods.X.method", "required"),
         ({"tables": [table(rows={"X": {"method": "griffin", "scope": "al"}})]}, "X.scope", "'al'"),
-        ({"scope": 3}, "scope", ""), ({"ffn_bits": "4,8"}, "ffn_bits", "one"),
+        ({"scope": 3}, "scope", ""), ({"ffn_bits": "4,8"}, "ffn_bits", "at most 1"),
         ({"max_new_tokens": "many"}, "tokens", "integer"),
         ({"tables": [table(reported=[{"label": "l", "sparsity": 0.5, "values": {"Z": 1}, "source": "s"}])]}, "", "Z"),
     ],
