@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.models.spec import ModelSpec
+from dart_eval.results.inputs import notes
 from dart_eval.util.bits import OWN_BITS, rounding_at
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError, naming, nearest
@@ -322,10 +323,7 @@ class RunConfig(ModelSpec, EvalSettings):
 
 DEFAULTS: Json = {name: getattr(RunConfig, name) for name in RunConfig.__annotations__}
 HINTS = get_type_hints(RunConfig)
-OPTIONS: dict[str, Option] = {
-    name: next(note for note in hint.__metadata__ if isinstance(note, Option))
-    for name, hint in get_type_hints(RunConfig, include_extras=True).items()
-}
+OPTIONS = notes(RunConfig, Option)
 SECOND_NAMES = {word: name for name, option in OPTIONS.items() for word in option.second if word[0] != "-"}
 
 

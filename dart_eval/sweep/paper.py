@@ -67,10 +67,8 @@ class Row(Part):
     ffn_bits: One = None
     only: str = ""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, given: Any) -> Any:
-        return given if isinstance(given, dict) else {"method": given}
+
+Methods = dict[str, Annotated[Row, BeforeValidator(lambda row: row if isinstance(row, dict) else {"method": row})]]
 
 
 class Column(Settings):
@@ -95,7 +93,7 @@ class Table(Settings):
 
     name: str = Field(pattern=r"^[^/\x00]+$")  # of its files
     title: str
-    methods: dict[str, Row] = Field({})
+    methods: Methods = Field({})
     sparsity: Option = ()
     columns: dict[str, Column] = Field(min_length=1)
     mean: bool = False
@@ -119,14 +117,13 @@ class File(Settings):
     """A paper's file."""
 
     about: str = ""
-    methods: dict[str, Row] = Field({})
+    methods: Methods = Field({})
     sparsity: Option = ()
     tables: tuple[Table, ...] = Field(min_length=1)
     claims: tuple[Claim, ...] = ()
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        """Give tables the file's methods and sparsities; refuse claims on what no table has."""
         tables = {table.name: table for table in self.tables}
         if len(tables) < len(self.tables):
             raise ValueError("two tables have one name, which is that of their files")
