@@ -41,14 +41,14 @@ def _of_run(value: object, info: ValidationInfo) -> Any:
 
 
 Option = Annotated[Any, BeforeValidator(_of_run)]
-One = Annotated[Annotated[tuple[Any, ...], Field(max_length=1)] | None, BeforeValidator(_of_run)]
+One = Annotated[tuple[Any, ...], Field(max_length=1), BeforeValidator(_of_run)]
 
 
 class Settings(Part):
     """Options of a run, and two of papers: the length of generated texts, and the share of --limit."""
 
     scope: Option = None
-    ffn_bits: One = None
+    ffn_bits: One | None = None
     num_fewshot: Option = None
     limit: Option = None
     max_length: Option = None
@@ -64,7 +64,7 @@ class Row(Part):
     method: One
     sparsity: Option = ()
     scope: Option = None
-    ffn_bits: One = None
+    ffn_bits: One | None = None
     only: str = ""
 
 
