@@ -107,6 +107,8 @@ def read_text(path: str | Path, what: str, remedy: str) -> str:
         UserError: it cannot be read, or is not UTF-8.
     """
     with telling(f"{what} {path} cannot be read", remedy):
+        if stat.S_ISCHR(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is a device")  # which may never end
         return Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n")
 
 
