@@ -119,21 +119,18 @@ def _state(fitted: Method, ffns: list[FFN], tokens: int) -> dict[str, int]:
 
 def table(results: list[Overhead]) -> Table:
     """Return the state and the work of methods, for people."""
-    lengths, parts = list(results[0].state_bytes), list(results[0].parts)[:-1]
-    work = ["decoded token", "prompt token", "re-mask", "re-mask reads"]
     body = []
     for f in results:
-        sizes = [*f.state_bytes.values(), *(f.parts[part] for part in parts), f.shared_bytes]
-        body.append([
-            f.method, *(f"{size / 10**6:.2f}" for size in sizes),
-            f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %",
-            f"{f.remask_tokens:.2f}" if f.remask_tokens else "-", f"{f.remask_read:.2f}" if f.remask_read else "-",
-        ])  # fmt: skip
+        sizes = {f"{n} tokens": size for n, size in f.state_bytes.items()} | f.parts | {"shared": f.shared_bytes}
+        remask = [f"{x:.2f}" if x else "-" for x in (f.remask_tokens, f.remask_read)]
+        work = [f"{100 * share:.4f} %" for share in (f.decode_share, f.scoring_share)]
+        body.append([f.method, *(f"{size / 10**6:.2f}" for size in sizes.values()), *work, *remask])
+    heads = ["method", *sizes, "decoded token", "prompt token", "re-mask", "re-mask reads"]
     note = (
         f"Shape {results[0].shape}, sparsity {percent(results[0].sparsity)}; megabytes (10^6 bytes) of a sequence's "
         "state. docs/concepts.md explains the columns."
     )
-    return Table("Overhead", ["method", *(f"{n} tokens" for n in lengths), *parts, "shared", *work], body, [note])
+    return Table("Overhead", heads, body, [note])
 
 
 class Shapes(Calibration):

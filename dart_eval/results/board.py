@@ -171,8 +171,7 @@ def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
 def _remarks(records: Sequence[Record]) -> list[str]:
     """Return sentences on the seeds of means, and on versions of the code."""
     codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code")).most_common()
-    means = [seeds for seeds in _by_seed(records) if len(seeds) > 1]
-    seeds = sorted({int(r.inputs.get("seed") or 0) for of_mean in means for r in of_mean})
+    seeds = sorted({int(r.inputs.get("seed") or 0) for of in _by_seed(records) if len(of) > 1 for r in of})
     each = ", ".join(f"{count} of {code}" for code, count in codes)
     return [
         *([f"Rows are means over the seeds {', '.join(map(str, seeds))}, as far as they ran."] if seeds else []),

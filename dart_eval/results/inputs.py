@@ -187,10 +187,9 @@ def specs(records: Iterable[Labelled]) -> dict[str, str]:
     """Return key -> the method as typed, with the differing parameters if that is ambiguous."""
     found: dict[str, str] = {}
     for method, cells in grouped(records, lambda r: r.inputs["method"]).items():
-        spellings = {r.key: str(r.settings.get("method") or r.inputs["method"]) for r in cells}
         # Of several spellings of one setting the longest: one version's default may be another's parameter.
         typed = {
-            params: max((spellings[r.key] for r in alike), key=lambda text: (len(text), text))
+            params: max((str(r.settings.get("method") or method) for r in alike), key=lambda text: (len(text), text))
             for params, alike in grouped(cells, _params).items()
         }
         settings = {_params(r): LEGACY_DEFAULTS | r.inputs["params"] for r in cells}
@@ -246,10 +245,8 @@ def _params(record: Labelled) -> str:
 
 
 def _setting_text(setting: str, record: Labelled) -> str:
-    text = _plain(record.inputs.get(setting))
-    if FIELDS[setting].hashed:
-        text = text[:HASH_DIGITS]
-    elif len(text) > LONGEST:  # what sets two texts apart may stand in what is cut off
+    text = _plain(record.inputs.get(setting))[: HASH_DIGITS if FIELDS[setting].hashed else None]
+    if len(text) > LONGEST:  # what sets two texts apart may stand in what is cut off
         text = f"{text[:LONGEST]}~{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:4]}"
     return f"{setting}={text}"
 

@@ -42,11 +42,6 @@ class Column(NamedTuple):
     text: Callable[[Row], str]
     tasks: Sequence[str] = ()  # of whose documents its numbers are means; none of a cost
 
-    @property
-    def name(self) -> str:
-        """The head in one line."""
-        return " ".join(self.head.split())
-
 
 def quality_of(block: Block) -> list[Column]:
     """Return the first metric's column, that of its share of dense's if there is one, and perplexities over dense's."""
@@ -154,8 +149,8 @@ def sentence(block: Block, verdict: Verdict) -> str:
     quality = quality_of(block)
 
     def amounts(row: Row) -> str:
-        texts = (f"{column.name.removesuffix(' x dense')} {column.text(row)}" for column in quality[1:] or quality)
-        return ", ".join(texts)
+        shown = [(column.head.removesuffix("x dense").split(), column.text(row)) for column in quality[1:] or quality]
+        return ", ".join(" ".join([*head, text]) for head, text in shown)
 
     def names(rows: Sequence[Row]) -> str:
         more = f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
