@@ -134,7 +134,8 @@ def test_the_command_writes_what_is_asked_for_and_the_table_can_be_used(saved_ll
 
 @pytest.fixture
 def small_shape(monkeypatch):
-    monkeypatch.setitem(shapes.SHAPES, "small", lambda: tiny("llama").config)
+    config = tiny("llama").config  # made here: a tiny model is made once, and where shapes are read it has no weights
+    monkeypatch.setitem(shapes.SHAPES, "small", lambda: config)
     return "small"
 
 
