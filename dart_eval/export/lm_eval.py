@@ -14,10 +14,9 @@ from pathlib import Path
 from dart_eval.results.inputs import DENSE, grouped, specs
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
-from dart_eval.util.bits import bits_text
 from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import check_name, safe, write
-from dart_eval.util.text import Json
+from dart_eval.util.text import Json, bits_text
 
 NAMED = ("task", "doc_id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "responses", "written")
 # Inputs in which the cells of one run may differ: their tasks, and settings that the task alone decides.

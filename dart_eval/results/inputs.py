@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 from pydantic import Field
 from typing_extensions import Required, TypedDict  # pydantic needs this one below Python 3.12
 
-from dart_eval.util.bits import bits_text
-from dart_eval.util.text import Json
+from dart_eval.util.text import Json, bits_text
 
 if TYPE_CHECKING:
     from dart_eval.results.frame import Cell

@@ -33,9 +33,8 @@ from dart_eval.results.store import Journal, Store
 from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.options import RunConfig, read_settings
 from dart_eval.sweep.plan import Cell, methods_of, plan
-from dart_eval.util.bits import bits_text
 from dart_eval.util.errors import StoreError, UserError, naming, summary
-from dart_eval.util.text import Json, counted
+from dart_eval.util.text import Json, bits_text, counted
 from dart_eval.weights.rounding import refuse_fixed
 
 log = logging.getLogger(__name__)

@@ -28,9 +28,10 @@ from dart_eval.results.store import Journal
 from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.hashes import digest, numeric_files
 from dart_eval.sweep.plan import Cell, command, environment, versions
-from dart_eval.util.bits import Rounding, bits_text, unread
+from dart_eval.util.bits import Rounding, unread
 from dart_eval.util.errors import out_of_memory
 from dart_eval.util.machine import hardware, peak_memory
+from dart_eval.util.text import bits_text
 from dart_eval.weights import rounding
 from dart_eval.weights.rounding import Rounded
 

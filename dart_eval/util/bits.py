@@ -60,11 +60,6 @@ class Rounding:
         return Stored(self.bits, SCALE_BITS * -(-width // (self.group or width)) / width)
 
 
-def bits_text(text: str) -> str:
-    """Return a rounding in words: `4 bits`, `q4_k`. text: the user's spelling."""
-    return text if text.startswith("q") else f"{text} bits"
-
-
 def parse(text: str) -> Rounding | None:
     """Parse `4`, `4:64`, `4:row` or `q4_k`; None for `16`, unrounded weights.
 

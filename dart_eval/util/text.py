@@ -43,6 +43,11 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def bits_text(text: str) -> str:
+    """Return a rounding in words: `4 bits`, `q4_k`. text: the user's spelling."""
+    return text if text.startswith("q") else f"{text} bits"
+
+
 def items_of(value: object) -> list[Any]:
     """A list that was given as one, as text with commas, as several such texts, or as a single value.
 
