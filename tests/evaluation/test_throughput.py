@@ -223,12 +223,12 @@ def test_common_prefix(a, b):
 # -- budgets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given_", "wanted"), [(3, 3), ("3", 3), ("auto", "auto"), ("AUTO", "auto")])
+@pytest.mark.parametrize(("given_", "wanted"), [(3, 3), ("3", 3), ("auto", "auto")])
 def test_batch_sizes(given_, wanted):
     assert checked("batch_size", given_) == wanted
 
 
-@pytest.mark.parametrize("given_", [0, -1, "0", "many", 2.5, True, None, ""])
+@pytest.mark.parametrize("given_", [0, -1, "0", "many", 2.5, True, ""])
 def test_what_is_no_batch_size_is_refused(given_):
     with pytest.raises(UserError, match="or must be 'auto'"):
         checked("batch_size", given_)

@@ -339,7 +339,7 @@ def test_tables_shows_the_board_and_long_tables_on_request(tmp_path):
     assert picture.read_text().startswith("<?xml")
     weak = save(tmp_path / "weak", choices(0.25, method="dense"), choices(0.3))
     refused = command("tables", weak, "--save", picture)
-    assert refused.code == 2 and "arc" in refused.err
+    assert refused.code == 2 and "guessing" in refused.err
 
 
 def test_a_run_that_is_repeated_does_not_make_a_family_larger(tmp_path):
