@@ -54,7 +54,7 @@ CONFIG = """model: tiny
 method:
   - dense
   - dart:allocation=uniform
-  - dart: {remask: {window: 8}}
+  - dart:remask.window=8
 sparsity: [0.5, 0.7]
 ffn_bits: [16, "4:64"]
 tasks: [smoke_questions, smoke_summary]
