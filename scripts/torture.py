@@ -179,9 +179,8 @@ class Whole:
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise Wrong(f"no end {AFTER} s after {number}") from None
-            # Python's own ways to end, where our handlers were not there yet; or it was done before the signal came.
-            own = {-number, 1} if number == signal.SIGINT and not process.stderr else {-number}
-            ends = {0, SIGNALS[number], *own} if number else {0}
+            # It was done before the signal came, or its handlers were not there yet.
+            ends = {0, SIGNALS[number], -number} if number else {0}
             if status not in ends or ("Traceback" in process.stderr and "KeyboardInterrupt" not in process.stderr):
                 raise Wrong(f"status {status} after {number}: {process.stderr[-600:]!r}")
             for file in (place / "out" / "cells").glob("*.json"):

@@ -228,8 +228,8 @@ def _become(name, words, folder, environment, passed, session, ignored, python):
     if session and os.isatty(0):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     for number in STOPPING:
-        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        signal.signal(number, signal.SIG_IGN if number in ignored else default)
+        # A signal that comes before `cli.main` has its handlers ends the process without a word.
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
     sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)

@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import signal
 
 from lm_eval.tasks import TaskManager
 from torch.utils import collect_env
@@ -29,3 +30,5 @@ TaskManager()  # what it reads is kept (`quick`)
 gc.collect()
 atexit.register(gc.unfreeze)  # libraries look at the end for what was not freed
 gc.freeze()  # children do not look through it at every cell, which copies its pages, too
+# The server restores this in its children: one that is stopped before `cli.main` has its handlers ends without a word.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
