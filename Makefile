@@ -1,10 +1,7 @@
 # make demo          the main job on the demo model and the shipped tasks (sets everything up first)
 # make test          all tests (sets everything up first)
-# make test-fast     those of what is computed, on tiny models, in a minute
+# make test-fast     those of what is computed, on tiny models, in a minute; fails where they have become more or slower
 # make golden        measure tests/golden/golden.json anew, the numbers that tests compare with, and say what moved
-# make mutations     which small ways to break the core do its tests miss? ARGS='"dart_eval.results.stats*"' for one module
-# make torture       kills of a sweep, and a fuzz of what is read: ARGS="--short" for a little of it
-# make format        format the code, and mend what lint can mend by itself
 # make check         lint, format, types, spelling; workflows, action and Dockerfile
 # make wheel         build the package, install the wheel in an environment of its own, and run the demo model there
 # make site          build the documentation into build/site
@@ -30,7 +27,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-fast golden mutations torture check wheel site format regression gpu-check paper-tables clean
+.PHONY: demo test test-fast check regression paper-tables golden wheel gpu-check site clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories --sparsity 0.7 --limit $(or $(LIMIT),48) --output demo-output
@@ -52,22 +49,14 @@ paper-tables: $(VENV)/.demo
 
 # Bytecode is kept, whatever the environment says: compiling the tests anew takes longer than many of them.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
-FAST := not demo and not data and not ray and not browser and not process and not surface and not slow
-test: $(VENV)/.dev
-	$(PYTEST) --dist loadfile --no-loadscope-reorder
+test: test-fast
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not fast"
 
 test-fast: $(VENV)/.dev
-	$(PYTEST) --dist worksteal --ignore tests/cli -m "$(FAST)"
+	$(PYTEST) --dist worksteal --ignore tests/cli -m fast -p tests.lane
 
 golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden
-
-mutations: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS) $(ARGS)
-	$(BIN)/mutmut results
-
-torture: $(VENV)/.dev
-	$(BIN)/python -m scripts.torture $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -89,10 +78,6 @@ wheel: $(VENV)/.dev
 
 site: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
-format: $(VENV)/.dev
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

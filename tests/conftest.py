@@ -17,22 +17,22 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 # Fixtures that need something give its marker to every test that uses them.
 NEEDS = {"demo_installed": "demo", "data_dir": "data", "browser": "browser"}
 LONG = ("ray", "demo", "process", "slow")
-# Of what a user sees: commands, sweeps, messages, pages, and files of models and data.
+# Of what a user sees, which the fast lane leaves out: commands, sweeps, pages, and files of models and data.
 SURFACE = (
     "tests/cli/", *(f"tests/evaluation/test_{name}" for name in (
         "adapters", "checkpoint", "finite", "gguf", "local_data", "quantised_checkpoints", "thinking", "unsafe",
     )), *(f"tests/results/test_{name}" for name in (
         "check_command", "cut", "files", "forged", "labels", "paper", "report",
         "same_name", "text",
-    )), *(f"tests/executors/test_{name}" for name in ("deleted", "resume", "run")),
+    )), *(f"tests/executors/test_{name}" for name in ("deleted", "resume", "run", "values")),
     "tests/matrix/test_run",
 )  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Where nothing of what a user sees is asked for, its files and all that they import are not even loaded."""
+    """Where the fast lane alone is asked for, files that have none of it are not even loaded."""
     name = collection_path.relative_to(config.rootpath).as_posix()
-    left_out = "not surface" in config.getoption("markexpr") and name.endswith(".py") and name.startswith(SURFACE)
+    left_out = config.getoption("markexpr") == "fast" and name.endswith(".py") and name.startswith(SURFACE)
     return True if left_out else None
 
 
@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for fixture in NEEDS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(NEEDS[fixture])
-        if item.nodeid.startswith(SURFACE):
-            item.add_marker("surface")
+        if not item.nodeid.startswith(SURFACE) and not {*LONG, *NEEDS.values()} & {m.name for m in item.iter_markers()}:
+            item.add_marker("fast")
     # Files that take long come first, so that no worker waits for another's last one.
     first = {item.path: [] for item in items}
     for item in items:

@@ -21,8 +21,6 @@ from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.commands import command as run_command
 
-pytestmark = pytest.mark.surface  # of what is asked, not of what is computed; lm-eval's index takes seconds
-
 
 def cell(**given):
     config = config_from(None, {"tasks": "arc_easy", "method": "dense", **given})

@@ -320,7 +320,7 @@ def test_a_level_shows_dense_and_the_rows_near_a_read(tmp_path):
     assert wrong.code == 2 and "acc_nrm" in wrong.err
 
 
-@pytest.mark.surface
+@pytest.mark.slow
 def test_tables_shows_the_board_and_long_tables_on_request(tmp_path):
     reads = [choices(0.7, sparsity=0.5), choices(0.5), choices(0.4, method="random")]
     folder = save(tmp_path, choices(0.8, method="dense"), *reads)

@@ -1,0 +1,79 @@
+"""Break the code at random in a hundred small ways: do the tests notice?
+
+    python -m scripts.mutants numbers                       # the numeric core, under the fast lane
+    python -m scripts.mutants data --count 50 --least 96    # store, resume, statistics and session, and their own tests
+
+mutmut makes the mutants and runs on each the tests that call the broken function, in a copy of the tree (`mutants/`).
+Those that no test noticed are printed as differences.
+Exit status: 0; 1 (fewer were noticed than asked); 2 (wrong arguments).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import shutil
+
+from mutmut import __main__ as mutmut
+from mutmut import configuration
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+
+CORE = [
+    "layers/*", "pruning/methods/*", "pruning/rows.py", "pruning/counts.py", "pruning/cost.py",
+    "pruning/calibration.py", "weights/rounding.py", "weights/codes.py", "weights/k_quants.py", "weights/decoded.py", "kernels/*",
+    "evaluation/batching.py", "evaluation/scoring.py", "evaluation/rotary.py", "evaluation/costs.py",
+    "results/stats.py", "results/sums.py",
+]  # fmt: skip
+KEPT = [
+    "results/store.py", "results/stats.py", "pruning/session.py",
+    *(f"sweep/{name}.py" for name in ("run", "worker", "workers", "plan", "hashes")),
+]  # fmt: skip
+FAST = ["-m", "fast", "--ignore", "tests/cli"]
+# Not what needs models, data, clusters or a browser; kills of processes are among these.
+BESIDE = ["-m", "fast or not (ray or demo or data or browser)", "--ignore", "tests/cli"]
+KINDS = {"numbers": (CORE, FAST), "data": (KEPT, BESIDE)}
+COPIED = ("scripts", "tasks", "docs", "results", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")
+NOTICED = {"killed", "timeout", "segfault"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=sorted(KINDS))
+    parser.add_argument("--count", type=int, default=100, help="mutants (100)")
+    parser.add_argument("--seed", type=int, default=60, help="which ones (60)")
+    parser.add_argument("--least", type=float, default=90, help="percent that must be noticed (90)")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (2)")
+    given = parser.parse_args()
+    files, args = KINDS[given.kind]
+    shutil.rmtree("mutants", ignore_errors=True)
+    known = configuration.config()
+    configuration._config = dataclasses.replace(
+        known,
+        only_mutate=[f"dart_eval/{file}" for file in files],
+        pytest_add_cli_args=args,
+        also_copy=[*known.also_copy, *map(type(known.also_copy[0]), COPIED)],
+    )
+    names = sample(given.count, given.seed, given.jobs)
+    mutmut._run(names, given.jobs)
+    found, _ = mutmut.collect_source_file_mutation_data(mutant_names=names)
+    status = {name: mutmut.status_by_exit_code[code] for _, name, code in found}
+    survived = sorted(name for name, said in status.items() if said not in NOTICED)
+    for name in survived:
+        print(f"\n{name}: {status[name]}\n{get_diff_for_mutant(name)}")
+    noticed = len(status) - len(survived)
+    print(f"\n{noticed} of {len(status)} mutants ({given.kind}, seed {given.seed}) were noticed")
+    return int(100 * noticed < given.least * len(status))
+
+
+def sample(count: int, seed: int, jobs: int) -> list[str]:
+    """Names of mutants drawn from all that the files have."""
+    mutmut.makedirs("mutants", exist_ok=True)
+    mutmut.copy_src_dir()
+    mutmut.create_mutants(jobs)
+    made, _ = mutmut.collect_source_file_mutation_data(mutant_names=())
+    return random.Random(seed).sample(sorted(name for _, name, _ in made), count)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
