@@ -20,10 +20,10 @@ from mutmut import configuration
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 
 CORE = [
-    "layers/*", "pruning/methods/*", "pruning/rows.py", "pruning/counts.py", "pruning/cost.py",
-    "pruning/calibration.py", "weights/rounding.py", "weights/codes.py", "weights/k_quants.py", "weights/decoded.py", "kernels/*",
-    "evaluation/batching.py", "evaluation/scoring.py", "evaluation/rotary.py", "evaluation/costs.py",
-    "results/stats.py", "results/sums.py",
+    "layers/*", "kernels/*", "pruning/methods/*", "weights/codes.py", "weights/decoded.py", "results/sums.py",
+    *(f"pruning/{name}.py" for name in ("rows", "counts", "cost", "calibration")),
+    *(f"evaluation/{name}.py" for name in ("batching", "scoring", "rotary", "costs")),
+    "weights/rounding.py", "weights/k_quants.py", "results/stats.py",
 ]  # fmt: skip
 KEPT = [
     "results/store.py", "results/stats.py", "pruning/session.py",
