@@ -1,36 +1,51 @@
-"""Adapters of PEFT: refused where they cannot be applied, else merged, told and part of what the model is."""
+"""Adapters of PEFT, merged, told and part of what the model is, or refused; and which commit a model of the hub is."""
 
 import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.models import adapters
-from dart_eval.models.loading import ModelSpec, resolve
+from dart_eval.models.loading import ModelSpec, resolve, work_offline_if_unreachable
 from dart_eval.pruning.session import prune
 from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
-from tests.helpers.commands import Watch, command, run_local
-from tests.helpers.models import random_tokens
+from tests.helpers.commands import Watch, run_local
+from tests.helpers.models import random_tokens, tiny, word_tokenizer
 
+peft = pytest.importorskip("peft")
 IDS = torch.tensor([random_tokens(9)])
 
 
+def _save(base, folder, seed=0, **config):
+    """Write an adapter of a model into a folder; by default one of attention and FFN."""
+    torch.manual_seed(seed)
+    config = config or {"r": 4, "target_modules": ["q_proj", "gate_proj", "down_proj"], "init_lora_weights": False}
+    kind = peft.PromptTuningConfig if "num_virtual_tokens" in config else peft.LoraConfig
+    made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), kind(**config))
+    made.save_pretrained(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def saved_lora(saved_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters") / "lora"
+    _save(saved_llama, folder)
+    return folder
+
+
 @pytest.fixture
-def lora(saved_llama, tmp_path):
-    """A folder with an adapter of attention and FFN alone."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "down_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(saved_llama), config)
-    model.save_pretrained(tmp_path / "lora")
-    return tmp_path / "lora"
+def lora(saved_lora, tmp_path):
+    """A copy of an adapter, to be changed."""
+    return shutil.copytree(saved_lora, tmp_path / "lora")
 
 
 @pytest.fixture
@@ -49,118 +64,91 @@ def _logits(model):
 
 def _theirs(base, adapter):
     """What PEFT itself makes of the two, unmerged, as lm-eval does."""
-    from peft import PeftModel
-
-    return _logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base).eval(), adapter))
+    return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base).eval(), adapter)
 
 
-def test_a_home_folder_is_found_under_its_short_name(saved_llama, lora, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(saved_llama, tmp_path / "tokens")
-    model, _ = resolve(_spec(saved_llama, peft="~/lora", tokenizer="~/tokens")).load()
-    torch.testing.assert_close(_logits(model), _theirs(saved_llama, lora))
+def _change(file, change):
+    save_file(change(load_file(file)), file, {"format": "pt"})
 
 
-def test_an_adapter_that_repeats_layers_is_refused(saved_llama, tmp_path):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(saved_llama), config).save_pretrained(tmp_path / "lora")
-    with pytest.raises(UserError, match="is a prompt or repeats layers: it cannot be merged"):
-        resolve(_spec(saved_llama, peft=str(tmp_path / "lora"))).load()
-
-
-def test_an_adapter_alone_is_no_model(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / adapters.CONFIG).write_text('{"peft_type": "LO')  # a copy that was interrupted
-    done = command("run", "--tasks", "smoke_questions", "--model", "lora")
-    assert (done.code, done.out) == (2, "")
-    words = "error: lora is an adapter (adapter_config.json), not a model; give its base model, and --peft lora\n"
-    assert done.err == words
-    gone = command("run", "--tasks", "smoke_questions", "--peft", "./gone")
-    assert "error: --peft ./gone is not a folder" in gone.err
-
-
-def test_without_peft_an_adapter_is_refused_wherever_it_lies(folder, monkeypatch):
-    """transformers takes the weights without a word then."""
-    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
-    (folder / adapters.CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
-    save_file({"w": torch.ones(1)}, folder / adapters.WEIGHTS[0])
-    for spec in (_spec(folder), _spec(folder, peft=str(folder))):
-        with pytest.raises(UserError, match=r"model needs the package peft"):
-            resolve(spec)
-    (folder / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty has no adapter_config\.json with weights, or the hub"):
-        resolve(_spec(folder, peft=str(folder / "empty")))
-
-
-def test_an_adapter_is_merged_told_and_another_model(folder, lora):
+def test_an_adapter_is_merged_told_and_another_model(folder, lora, monkeypatch):
     """By its own name, and beside the weights; the files decide what model it is."""
+    monkeypatch.setenv("HOME", str(lora.parent))
+    monkeypatch.chdir(lora)
     alone = resolve(_spec(folder)).identity
-    named = resolve(_spec(folder, peft=str(lora)))
-    for file in lora.iterdir():
-        if file.name.startswith("adapter"):
-            shutil.copy(file, folder)
+    named = resolve(_spec(folder, peft="~/lora", tokenizer="~/model"))
+    assert resolve(_spec(folder, peft=".")).identity.name == "model+lora"
+    base = shutil.copytree(folder, folder.with_name("base"))
+    for file in lora.glob("adapter*"):
+        shutil.copy(file, folder)
     beside = resolve(_spec(folder))
     assert (named.identity.name, beside.identity.name) == ("model+lora", "model")
-    base = shutil.copytree(folder, folder.with_name("base"), ignore=shutil.ignore_patterns("adapter*"))
-    for found in (named, beside):
+    plain = _logits(AutoModelForCausalLM.from_pretrained(base))
+    for found, where in ((named, lora), (beside, folder)):
         told = []
         model, _ = found.load(told.append)
-        where = lora if found is named else folder
-        assert told == [f"model {found.identity.name}: the adapter of {where} is merged into its weights"]
-        assert torch.allclose(_logits(model), _theirs(base, lora), atol=1e-5)
-        assert not torch.allclose(_logits(model), _logits(AutoModelForCausalLM.from_pretrained(base)), atol=1e-2)
+        assert len(told) == 1 and str(where) in told[0]
+        assert torch.allclose(_logits(model), _logits(_theirs(base, lora)), atol=1e-5)
+        assert not torch.allclose(_logits(model), plain, atol=1e-2)
         assert all(type(m) is torch.nn.Linear for f in find_ffns(model) for m in f.projections)
-    weights = load_file(lora / adapters.WEIGHTS[0])
-    save_file({k: v * 2 for k, v in weights.items()}, lora / adapters.WEIGHTS[0], {"format": "pt"})
+    _change(lora / adapters.WEIGHTS[0], lambda weights: {k: v * 2 for k, v in weights.items()})
     other = resolve(_spec(base, peft=str(lora))).identity
     assert len({i.weights for i in (alone, named.identity, beside.identity, other)}) == 4
 
 
-def test_a_run_names_the_adapter_as_lm_eval_does(folder, lora, tmp_path):
-    given = {"model_args": f"pretrained={folder},peft={lora}", "tasks": "smoke_questions", "limit": 1}
+def test_a_run_names_the_adapter_as_lm_eval_does(saved_llama, saved_lora, tmp_path):
+    given = {"model_args": f"pretrained={saved_llama},peft={saved_lora}", "tasks": "smoke_questions", "limit": 1}
     config = config_from(None, given | {"method": "griffin", "output": str(tmp_path / "out"), "device": "cpu"})
     (record,) = run_local(config, Watch()).records
-    assert record.inputs["model"]["name"] == "model+lora"
-    assert record.settings["notes"] == [f"model model+lora: the adapter of {lora} is merged into its weights"]
-    assert f"--peft {lora}" in record.settings["command"]
+    assert record.inputs["model"]["name"] == "tiny-llama+lora"
+    assert len(record.settings["notes"]) == 1 and f"--peft {saved_lora}" in record.settings["command"]
 
 
-def test_weights_that_lack_are_seen_beside_an_adapter_too(folder, lora):
-    """transformers would tell of the adapter's weights alone."""
-    weights = load_file(folder / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "up_proj" not in k}, folder / "model.safetensors", {"format": "pt"})
-    shutil.copytree(lora, folder, dirs_exist_ok=True)
-    with pytest.raises(UserError, match=r"model model lacks 3 weights \(model\.layers\.0\.mlp\.up_proj\.weight"):
-        resolve(_spec(folder)).load()
+def _misfit(folder, lora):
+    _change(lora / adapters.WEIGHTS[0], lambda w: {k.replace("layers.2", "layers.9"): v for k, v in w.items()})
 
 
-def test_adapters_that_do_not_fit_are_refused(folder, lora, tmp_path):
-    from peft import PromptTuningConfig, get_peft_model
-
-    file = lora / adapters.WEIGHTS[0]
-    weights = load_file(file)
-    save_file({k.replace("layers.2", "layers.9"): v for k, v in weights.items()}, file, {"format": "pt"})
-    with pytest.raises(UserError, match=r"lora does not fit the model: 12 weights have no counterpart \(base_model\."):
-        resolve(_spec(folder, peft=str(lora))).load()
-    prompts = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), prompts).save_pretrained(tmp_path / "prompt")
-    with pytest.raises(UserError, match=r"prompt is a prompt or repeats layers: it cannot be merged; give another"):
-        resolve(_spec(folder, peft=str(tmp_path / "prompt"))).load()
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+def _quantised(folder, lora):
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="model model has an adapter and quantised weights; leave one of them out"):
-        resolve(_spec(folder, peft=str(lora)))
 
 
-def test_an_adapter_that_is_injected_counts_or_is_refused(lora, saved_llama):
+def _lacking(folder, lora):
+    """transformers would tell of the weights of an adapter beside it alone."""
+    _change(folder / "model.safetensors", lambda w: {k: v for k, v in w.items() if "up_proj" not in k})
+    shutil.copytree(lora, folder, dirs_exist_ok=True)
+
+
+def _empty(folder, lora):
+    (lora / adapters.WEIGHTS[0]).unlink()
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (_misfit, "does not fit"), (_quantised, "leave one of them out"), (_lacking, "lacks 3 weights"), (_empty, "PEFT"),
+    (lambda f, to: _save(f, to, r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]]), "LoRA"),
+    (lambda f, to: _save(f, to, num_virtual_tokens=4, task_type="CAUSAL_LM"), "LoRA"),
+])  # fmt: skip
+def test_an_adapter_that_cannot_be_merged_is_refused(folder, lora, change, word):
+    change(folder, lora)
+    with pytest.raises(UserError, match=word):
+        resolve(_spec(folder, peft=str(lora))).load()
+
+
+def test_without_peft_an_adapter_is_refused_wherever_it_lies(folder, saved_lora, monkeypatch):
+    """transformers takes the weights without a word then."""
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="package peft"):
+        resolve(_spec(folder, peft=str(saved_lora)))
+    shutil.copytree(saved_lora, folder, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="package peft"):
+        resolve(_spec(folder))
+
+
+def test_an_adapter_that_is_injected_counts_or_is_refused(saved_lora, saved_llama):
     """PEFT's `weight` is that without the adapter: nothing may multiply it in the adapter's place."""
-    peft = pytest.importorskip("peft")
     found = []
     for merge in (False, True):
-        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved_llama).eval(), lora)
+        model = _theirs(saved_llama, saved_lora)
         model = model.merge_and_unload() if merge else model.base_model.model
         for method in ("wina", "griffin", "cats"):
             with prune(model, method, 0.5, execution="masked") as run:
@@ -169,10 +157,9 @@ def test_an_adapter_that_is_injected_counts_or_is_refused(lora, saved_llama):
                 found.append((method, torch.cat(made.logits), run.weights_read))
         if not merge:
             for method in ("grinqh", "decdec"):
-                with pytest.raises(UserError, match=r"carry an adapter.*merge adapters"), prune(model, method, 0.7):
+                with pytest.raises(UserError, match="merge adapters"), prune(model, method, 0.7):
                     pass
-    plain = AutoModelForCausalLM.from_pretrained(saved_llama)
-    injected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved_llama).eval(), lora)
+    plain, injected = AutoModelForCausalLM.from_pretrained(saved_llama), _theirs(saved_llama, saved_lora)
     shapes = [shape_of(m, find_ffns(m)) for m in (plain, injected.base_model.model)]
     added = sum(p.numel() for n, p in injected.named_parameters() if "lora_" in n)
     assert shapes[1].ffn_weights == shapes[0].ffn_weights
@@ -180,3 +167,57 @@ def test_an_adapter_that_is_injected_counts_or_is_refused(lora, saved_llama):
     for (method, logits, read), (_, merged, expected) in zip(found[:3], found[3:], strict=True):
         assert torch.allclose(logits, merged, atol=1e-4), method
         assert read == pytest.approx(expected), method
+
+
+# -- of the hub --------------------------------------------------------------------------------------------------------
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The cache of `org/m`, made by hand: `main` names one commit, `v1` another with other weights."""
+    monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    work_offline_if_unreachable.cache_clear()
+    folder = tmp_path / "models--org--m"
+    (folder / "refs").mkdir(parents=True)
+    for seed, (commit, name) in enumerate(((OLD, "main"), (NEW, "v1"))):
+        tiny("llama", dtype=torch.float32, seed=seed).save_pretrained(folder / "snapshots" / commit)
+        word_tokenizer().save_pretrained(folder / "snapshots" / commit)
+        (folder / "refs" / name).write_text(commit)
+    yield folder
+    work_offline_if_unreachable.cache_clear()
+
+
+def test_a_models_identity_is_the_commit_that_its_branch_names_now(cached, saved_llama):
+    """So is that of a tokenizer of the hub."""
+    assert resolve(_spec("org/m")).identity.revision == OLD
+    assert resolve(_spec("org/m", revision="v1")).identity.revision == NEW
+    before = resolve(_spec(saved_llama, tokenizer="org/m")).identity
+    (cached / "refs" / "main").write_text(NEW)
+    assert resolve(_spec("org/m")).identity.revision == NEW
+    assert resolve(_spec("org/m", revision=OLD)).identity.revision == OLD
+    assert resolve(_spec(saved_llama, tokenizer="org/m")).identity.weights != before.weights
+
+
+def test_an_adapter_beside_the_weights_is_that_of_their_revision(cached, tmp_path):
+    def changed(model):
+        return model.model.layers[0].self_attn.q_proj.weight
+
+    theirs = {}
+    for seed, commit in enumerate((OLD, NEW)):
+        base = cached / "snapshots" / commit
+        theirs[commit] = changed(_save(base, tmp_path / commit, seed).merge_and_unload())
+        for file in (tmp_path / commit).glob("adapter*"):
+            shutil.copy(file, base)
+    for revision, commit in ((None, OLD), ("v1", NEW)):
+        torch.testing.assert_close(changed(resolve(_spec("org/m", revision=revision)).load()[0]), theirs[commit])
+    (cached / "snapshots" / OLD / "adapter_config.json").unlink()
+    assert resolve(_spec("org/m")).adapter is None and resolve(_spec("org/m", revision="v1")).adapter == "org/m"
+
+
+def test_an_adapter_of_an_unreachable_hub_says_so(cached, saved_llama):
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        resolve(_spec(saved_llama, peft="org/none"))
