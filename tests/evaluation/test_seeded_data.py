@@ -1,23 +1,21 @@
-"""Tasks that make their own documents: the same in every process, with the model's tokenizer, from local data."""
+"""Tasks that make their own documents: the same everywhere, with the model's tokenizer, and no more than asked."""
 
 import random
 import types
-from pathlib import Path
 
-import datasets
-import lm_eval.tasks
 import numpy as np
 import pytest
 import yaml
 
 from dart_eval.evaluation.documents import prepared_once, seeded, without_other_lengths
-from dart_eval.evaluation.task_names import tasks_dir
+from dart_eval.evaluation.task_names import lm_evals_dir, tasks_dir
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.util.errors import UserError
 from tests.helpers.models import word_tokenizer
 
 MODULE = """
 import random
+import datasets
 import numpy as np
 
 def get_tokenizer(*names, **kwargs):
@@ -27,44 +25,57 @@ def make(**kwargs):
     print("noise")
     drawn = [random.random(), float(np.random.random())]
     return {"kwargs": kwargs, "tokenizer": get_tokenizer(None), "drawn": drawn}
+
+def some(num_samples=5):
+    return [random.random() for _ in range(num_samples)]
+
+def several(**_):
+    return some()
+
+def cached(rows):
+    return datasets.is_caching_enabled()
 """
 
 
 @pytest.fixture
-def make():
-    module = types.ModuleType("maker")
-    exec(MODULE, module.__dict__)
-    return module.make
+def module():
+    made = types.ModuleType("maker")
+    exec(MODULE, made.__dict__)
+    return made
 
 
-def test_documents_are_the_same_whatever_was_drawn_before(make, capsys):
+def test_documents_are_the_same_whatever_was_drawn_before(module, capsys):
     found = []
     for seed in (1, 2):
         random.seed(seed)
         np.random.seed(seed)
         before = random.getstate(), np.random.get_state()[1].tolist()
-        found.append(seeded(make, "mine", lambda: "ours")(max_seq_lengths=[8]))
-        assert (
-            random.getstate(),
-            np.random.get_state()[1].tolist(),
-        ) == before  # and others draw as if nothing had been
+        found.append(seeded(module.make, "mine", lambda: "ours")(max_seq_lengths=[8]))
+        after = random.getstate(), np.random.get_state()[1].tolist()
+        assert after == before  # others draw as if nothing had been
     assert found[0] == found[1]
     assert found[0]["tokenizer"] == "ours" and found[0]["kwargs"] == {"max_seq_lengths": [8]}
     assert capsys.readouterr().out == ""
     with pytest.raises(AssertionError, match="with the code"):  # the module is as it was
-        make.__globals__["get_tokenizer"]()
+        module.make()
+    with pytest.raises(UserError, match="run it with a model"):
+        seeded(module.make, "mine", None)()
 
 
-@pytest.mark.slow  # lm-eval's index
-def test_documents_made_from_the_web_are_refused_beside_local_data(tmp_path):
-    pytest.importorskip("wonderwords")
-    with pytest.raises(UserError, match="has code of lm-eval that loads data itself, whatever --data-dir says"):
-        Tasks(tmp_path, tokenizer=lambda: None).load("ruler_4k")
+def test_no_more_documents_are_made_than_are_asked(module):
+    del module.get_tokenizer
+    whole = seeded(module.several, "mine", None)()
+    assert len(whole) == 5 and seeded(module.several, "mine", None, 0.5)() == whole
+    assert seeded(module.several, "mine", None, 9)() == whole
+    assert seeded(module.several, "mine", None, 2)() == whole[:2]  # the first of all
+    assert len(module.several()) == 5
 
 
-def test_without_a_model_there_is_no_length(make):
-    with pytest.raises(UserError, match="task mine makes documents for a model's tokenizer"):
-        seeded(make, "mine", None)()
+def test_only_what_draws_is_prepared_without_the_cache(module):
+    """Hugging Face's cache would hide a shuffle from a second look, and show another one elsewhere."""
+    assert not prepared_once(module.cached)("rows")
+    del module.random, module.np
+    assert prepared_once(module.cached)("rows")
 
 
 def test_lengths_that_were_not_made_are_no_metrics():
@@ -81,9 +92,8 @@ def test_our_lengths_have_lm_evals_members():
     def read(path):
         return yaml.load(path.read_text(), Loader=yaml.BaseLoader)
 
-    stock = read(Path(lm_eval.tasks.__file__).parent / "ruler" / "ruler.yaml")
     folder = tasks_dir() / "ruler"
-    assert read(folder / "_members_yaml")["task"] == stock["task"]
+    assert read(folder / "_members_yaml")["task"] == read(lm_evals_dir() / "ruler" / "ruler.yaml")["task"]
     files = sorted(folder.glob("*.yaml"))
     assert [f.stem for f in files] == ["ruler_16k", "ruler_32k", "ruler_4k", "ruler_8k"]
     for file in files:
@@ -92,22 +102,18 @@ def test_our_lengths_have_lm_evals_members():
         assert [m["metric"] for m in (*said["metric_list"], *said["aggregate_metric_list"])] == [length, length]
 
 
-def test_no_more_documents_are_made_than_are_asked():
-    module = types.ModuleType("maker")
-    exec(
-        "import random\ndef some(num_samples=5):\n    return [random.random() for _ in range(num_samples)]\n"
-        "def make(**_):\n    return some()\n", module.__dict__,
-    )  # fmt: skip
-    whole = seeded(module.make, "mine", None)()
-    assert len(whole) == 5 and seeded(module.make, "mine", None, 0.5)() == whole
-    assert seeded(module.make, "mine", None, 9)() == whole
-    assert seeded(module.make, "mine", None, 2)() == whole[:2]  # the first of all
-    assert len(module.make()) == 5
-
-
 @pytest.mark.slow  # lm-eval's index
-def test_rulers_documents_fit_into_the_length_that_is_asked(tmp_path):
-    pytest.importorskip("wonderwords")
+def test_rulers_documents_fit_into_the_length_that_is_asked_and_are_refused_beside_local_data(tmp_path, monkeypatch):
+    class Few(pytest.importorskip("wonderwords").RandomWord):
+        """RULER sorts all pairs of an adjective and a noun, some millions."""
+
+        def __init__(self):
+            super().__init__()
+            self._categories["nouns"] = self._categories["nouns"][:9]
+
+    monkeypatch.setattr("wonderwords.RandomWord", Few)
+    with pytest.raises(UserError, match="run it without --data-dir"):
+        Tasks(tmp_path, tokenizer=lambda: None).load("ruler_4k")
     (tmp_path / "mine.yaml").write_text(
         'group: mine\ntask: [niah_single_1, ruler_cwe]\ndataset_kwargs: {max_seq_lengths: [600]}\n'
         'metric_list: [{metric: "600", aggregation: mean, higher_is_better: true}]\n'
@@ -125,28 +131,3 @@ def test_rulers_documents_fit_into_the_length_that_is_asked(tmp_path):
     for texts, room in zip(found[0], (128, 120), strict=True):
         counts = [len(tokenizer(text).input_ids) + room for text in texts]
         assert min(counts) > 300 and max(counts) <= 600
-
-
-def test_documents_that_a_task_shuffles_are_the_same_in_every_process():
-    """Hugging Face's cache would hide the shuffle from a second look, and show another one elsewhere."""
-    before = random.getstate()
-
-    def shuffled(rows):
-        assert not datasets.is_caching_enabled()
-        return rows.map(lambda row: {"order": random.sample(range(9), 9)})
-
-    rows, found = datasets.Dataset.from_dict({"q": [*"abcd"]}), []
-    for seed in (1, 2):
-        random.seed(seed)
-        prepare = prepared_once(shuffled)
-        found.append(prepare(rows))
-        assert prepare(rows) is found[-1]
-    random.setstate(before)
-    assert datasets.is_caching_enabled()
-    assert list(found[0]["order"]) == list(found[1]["order"]) and len({*map(tuple, found[0]["order"])}) > 1
-
-
-def test_what_draws_nothing_is_prepared_with_the_cache():
-    module = types.ModuleType("plain")
-    exec("import datasets\ndef prepare(rows):\n    return datasets.is_caching_enabled()", module.__dict__)
-    assert prepared_once(module.prepare)("rows")
