@@ -22,7 +22,7 @@ SURFACE = (
     "tests/cli/", *(f"tests/evaluation/test_{name}" for name in (
         "adapters", "checkpoint", "finite", "gguf", "local_data", "quantised_checkpoints", "thinking", "unsafe",
     )), *(f"tests/results/test_{name}" for name in (
-        "check_command", "cut", "files", "forged", "labels", "paper", "report", "text",
+        "cut", "files", "forged", "labels", "paper", "report", "text",
     )), *(f"tests/executors/test_{name}" for name in ("deleted", "resume", "run", "values")),
     "tests/matrix/test_run",
 )  # fmt: skip
