@@ -1,28 +1,25 @@
-"""The Python surface: its names and signatures, the page that shows them, and models that are loaded already."""
+"""The Python surface: its names and signatures, what it refuses, and models that are loaded already."""
 
 import copy
+import datetime
 import inspect
-import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dart_eval
 from dart_eval import UserError
-from dart_eval.models import demo_model
 from dart_eval.models.loaded import Loaded
 from dart_eval.pruning.methods.dart import Dart
-from dart_eval.sweep.options import RunConfig
+from dart_eval.pruning.registry import check_sparsity
+from dart_eval.sweep.options import RunConfig, checked
 from tests.helpers.models import tiny, word_tokenizer
-from tests.helpers.sessions import RESTLESS, cache_of, generate, hooked, open_session, prompts_of
+from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, prompts_of
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "python.md"
 ASKED = {"tasks": "smoke_questions", "limit": 2, "method": "dense,griffin"}
 
 
@@ -31,42 +28,6 @@ def opened(saved_llama):
     """A model and its tokenizer, loaded by the user."""
     tokenizer = AutoTokenizer.from_pretrained(saved_llama)
     return AutoModelForCausalLM.from_pretrained(saved_llama).train(), tokenizer
-
-
-@pytest.fixture
-def small(saved_llama, tmp_path, monkeypatch):
-    """A tiny model in place of the demo model."""
-    small = tmp_path / "small"
-    shutil.copytree(saved_llama, small)
-    tokenizer = AutoTokenizer.from_pretrained(small)
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.save_pretrained(small)
-    monkeypatch.setattr(demo_model, "folder", lambda: small)
-    monkeypatch.chdir(tmp_path)
-
-
-def test_the_recipe_of_a_server_runs_as_printed(small, capsys):
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
-    names = {}
-    exec(compile(block, "recipes.md", "exec"), names)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3 and float(said[-1]) == pytest.approx(0.665, abs=0.02)
-    assert not hooked(names["write"].model)
-
-
-def test_the_page_runs_as_printed(small, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
-    names = {}
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)
-    said = capsys.readouterr().out
-    assert said.count("\ndart:remask.window=8") == 2
-    assert "\ngriffin 0.7 acc " in said and "unknown method 'grifin'; did you mean griffin, grinqh?" in said
-    assert names["rows"][0]["method"] == "griffin"
-    values = {(row["key"], row["metric"], row["value"]) for row in names["rows"]}
-    assert values < {*names["frame"][["key", "metric", "value"]].itertuples(index=False, name=None)}
-    assert len(names["documents"]) == 4 * names["frame"].key.nunique() and set(names["documents"].acc) <= {0.0, 1.0}
 
 
 def test_the_public_names_are_shown():
@@ -99,14 +60,28 @@ def test_a_method_is_spelled_as_on_the_command_line_or_made_of_its_class(llama):
         with dart_eval.prune(llama, method, 0.7) as session:
             assert session.method.spec == spelled
             assert session.method == Dart(remask_window=8, remask_floor=0.2, allocation="uniform")
-    for method, words in (
-        ("dart:allocation=depth:allocation=uniform", "allocation is given twice"),
-        ("dart:remask=drif", "dart: remask is 'drif'; did you mean drift"),
-        (Dart, "is neither a name nor a Method"),
-        (0.7, "method 0.7 is neither a name nor a Method"),
-    ):
-        with pytest.raises(UserError, match=words), dart_eval.prune(llama, method):
+    wrong = (
+        ("dart:allocation=depth:allocation=uniform", "twice"),
+        ("dart:remask=drif", "drift"),
+        (Dart, "name"),
+        (0.7, "name"),
+    )
+    for method, word in wrong:
+        with pytest.raises(UserError, match=word), dart_eval.prune(llama, method):
             pass
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", None, True, [0.5], np.array([0.5]), torch.tensor([0.5]), 0.5j])
+def test_prune_takes_a_number_as_sparsity(llama, sparsity):
+    with pytest.raises(UserError, match="number"), dart_eval.prune(llama, "griffin", sparsity=sparsity):
+        pass
+
+
+def test_numbers_of_numpy_are_numbers():
+    for sparsity in (0, 0.5, np.float32(0.5), np.int64(0)):
+        assert check_sparsity(sparsity) == sparsity
+    limit, sparsity = checked("limit", np.int64(5)), checked("sparsity", np.array([0.5, 0.75]))
+    assert (limit, type(limit), sparsity) == (5, int, (0.5, 0.75))
 
 
 @pytest.mark.parametrize(
@@ -135,12 +110,10 @@ def test_tokens_that_were_taken_back_are_decoded_as_at_first(llama, method, opti
         assert cache.get_seq_length() == 14
         assert torch.equal(decode([3, 4, 5, 6, 7]), first) and session.remasks == remasks
         assert (max(remasks) > 0) == (method == "dart")
-        for tokens, words in ((8, "8 tokens cannot be taken back; decoded since the prompt: 7"), (0, "0 tokens")):
-            with pytest.raises(UserError, match=words):
-                session.rewind(tokens, before)
-        if before is not None:
-            with pytest.raises(UserError, match="dart follows the tokens that are taken back; give the rows"):
-                session.rewind(1)
+        for tokens, rows in ((8, before), (0, before), (1, None)):
+            if tokens != 1 or before is not None:
+                with pytest.raises(UserError, match=rf"{tokens} tokens|rows"):
+                    session.rewind(tokens, rows)
 
 
 # -- loaded models -----------------------------------------------------------------------------------------------------
@@ -162,11 +135,6 @@ def test_a_loaded_model_gives_what_its_folder_gives(opened, saved_llama, tmp_pat
     again = dart_eval.evaluate(copy.deepcopy(model), tokenizer, name="mine", **ASKED, output=tmp_path)
     assert again == ours
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "cells").iterdir()} == files
-    (line,) = {r["command"] for r in ours if r["method"] == "griffin"}
-    assert line == (
-        "dart_eval.evaluate(model, tokenizer, name='mine', tasks='smoke_questions', method='griffin', sparsity=0.5, "
-        "limit=2)"
-    )
 
 
 def test_its_name_and_its_weights_are_a_loaded_models_identity(opened):
@@ -204,19 +172,22 @@ def test_a_model_under_prune_is_not_evaluated(opened, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"model": tiny("llama")}, "comes without a tokenizer; give evaluate"),
-    ({"model": tiny("llama"), "tokenizer": "llama"}, "comes without a tokenizer; give evaluate"),
-    ({"tokenizer": object()}, "a loaded tokenizer goes with a loaded model"),
-    ({"name": "mine"}, "name is for a loaded model"),
-    ({"model": tiny("llama"), "tokenizer": word_tokenizer()}, "needs a name, by which its cells are found again"),
-    ({"model": torch.nn.Linear(2, 2)}, "of type Linear, not a model of transformers"),
-    ({"model": 5}, "of type int, not a model of transformers"),
-    ({"model": tiny("llama"), "tokenizer": "x", "dtype": "float16"}, "dtype is for a model that is to be loaded"),
-    ({"model": tiny("llama"), "tokenizer": "x", "ray": "local"}, "ray is for a model that is to be loaded"),
-])  # fmt: skip
-def test_what_a_loaded_model_cannot_be_is_refused(tmp_path, monkeypatch, options, words):
+LOADED = {"model": tiny("llama")}
+REFUSED = {
+    "tokenizer": [LOADED, {**LOADED, "tokenizer": "llama"}, {"tokenizer": object()}],
+    "name": [{"name": "mine"}, {**LOADED, "tokenizer": word_tokenizer()}],
+    "type": [{"model": torch.nn.Linear(2, 2)}, {"model": 5}],
+    "loaded": [{**LOADED, "tokenizer": "x", "dtype": "float16"}, {**LOADED, "tokenizer": "x", "ray": "local"}],
+    "sparsity": [{"sparsity": "half"}, {"sparsity": True}, {"sparsity": [["0.5"]]}],
+    "limit": [{"limit": "three"}, {"limit": datetime.date(2024, 1, 1)}],
+    "": [{"tasks": [1]}, {"output": ""}, {"model": b"folder"}, {"method": object()}],
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_what_cannot_be_evaluated_is_refused_and_writes_nothing(tmp_path, monkeypatch, word):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=words):
-        dart_eval.evaluate(**{"tasks": "smoke_questions", **options})
-    assert list(tmp_path.iterdir()) == []
+    for options in REFUSED[word]:
+        with pytest.raises(UserError, match=word):
+            dart_eval.evaluate(**{"tasks": "smoke_questions", **options})
+        assert list(tmp_path.iterdir()) == []

