@@ -1,7 +1,6 @@
 """Models that think first: prompts and answers are those of lm-eval's `HFLM`."""
 
 import copy
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -33,23 +32,31 @@ def chatty(tokenizer):
     return made
 
 
+def _asked(length, until=()):
+    return TextRequest(words(random_tokens(length, seed=length)), length, until, tokens=12)
+
+
 def _answers(lm, requests, session=None):
     if isinstance(lm, PrunedLM):
         lm.begin(session or Session(), {})
     return lm.generate_until(requests, disable_tqdm=True)
 
 
-def test_answers_begin_after_the_last_end_of_thinking_as_in_hflm(chatty):
+def _both(chatty, requests, **given):
+    """Answers, which are also those of `HFLM`."""
     model = tiny("llama")
-    requests = [TextRequest(words(random_tokens(n, seed=n)), n, tokens=12) for n in (5, 20, 11)]
-    whole = _answers(PrunedLM(model, chatty, batch_size=2), requests)
-    said = [text.split() for text in whole]
-    changed = 0
+    ours = _answers(PrunedLM(model, chatty, batch_size=2, **given), requests)
+    assert ours == _answers(HFLM(pretrained=model, tokenizer=chatty, batch_size=1, **given), requests)
+    return ours
+
+
+def test_answers_begin_after_the_last_end_of_thinking_as_in_hflm(chatty):
+    requests = [_asked(n) for n in (5, 20, 11)]
+    whole = _both(chatty, requests)
+    said, changed = [text.split() for text in whole], 0
     for word in (said[0][0], said[1][len(said[1]) // 2], said[2][-1]):
         for end in (word, str(chatty.convert_tokens_to_ids(word)), "w999"):
-            given = {"enable_thinking": True, "think_end_token": end}
-            ours = _answers(PrunedLM(model, chatty, batch_size=2, **given), requests)
-            assert ours == _answers(HFLM(pretrained=model, tokenizer=chatty, batch_size=1, **given), requests)
+            ours = _both(chatty, requests, enable_thinking=True, think_end_token=end)
             if not end.isdigit():
                 assert [t.split() for t in ours] == [t.split(end)[-1].split() for t in whole]
             changed += ours != whole
@@ -57,16 +64,11 @@ def test_answers_begin_after_the_last_end_of_thinking_as_in_hflm(chatty):
 
 
 def test_a_stop_sequence_ends_an_answer_after_the_thoughts_are_gone(chatty):
-    model = tiny("llama")
-    request = TextRequest(words(random_tokens(20, seed=20)), 1, tokens=12)
-    said = _answers(PrunedLM(model, chatty), [request])[0].split()
+    said = _both(chatty, [_asked(20)])[0].split()
     stop = next(word for word in said[4:] if word not in said[:4])
-    request = TextRequest(request.args[0], 1, until=[stop], tokens=12)
     for end in (said[1], str(chatty.convert_tokens_to_ids(said[1]))):
-        given = {"think_end_token": end}
-        ours = _answers(PrunedLM(model, chatty, **given), [request])
-        assert ours == _answers(HFLM(pretrained=model, tokenizer=chatty, batch_size=1, **given), [request])
-        assert stop not in ours[0].split() and said[0] not in ours[0].split()[:1]
+        (ours,) = _both(chatty, [_asked(20, [stop])], think_end_token=end)
+        assert stop not in ours.split() and said[0] not in ours.split()[:1]
 
 
 def test_an_answer_has_no_blanks_before_it(chatty, monkeypatch):
@@ -79,14 +81,13 @@ def test_an_answer_has_no_blanks_before_it(chatty, monkeypatch):
 
 
 def test_thoughts_count_as_generated_tokens(chatty):
-    request = TextRequest(words(random_tokens(20, seed=20)), 1, tokens=12)
-    lm = PrunedLM(tiny("llama"), chatty)
-    with open_session(lm.model, "griffin", 0.5) as session:
-        (whole,) = _answers(lm, [request], session)
-    lm = PrunedLM(lm.model, chatty, think_end_token=whole.split()[7])
-    with open_session(lm.model, "griffin", 0.5) as session:
-        (answer,) = _answers(lm, [request], session)
-    assert len(answer.split()) < 12 and lm.costs["t", 1].tokens == 12
+    model, end = tiny("llama"), None
+    for shorter in (False, True):
+        lm = PrunedLM(model, chatty, think_end_token=end)
+        with open_session(model, "griffin", 0.5) as session:
+            (answer,) = _answers(lm, [_asked(20)], session)
+        assert (len(answer.split()) < 12) == shorter and lm.costs["t", 20].tokens == 12
+        end = end or answer.split()[7]
 
 
 @pytest.mark.parametrize(("thinks", "word"), [(None, "w7"), (True, "w5"), (False, "w6")])
@@ -97,43 +98,38 @@ def test_the_chat_template_is_told(chatty, thinks, word):
     assert prompt == HFLM(pretrained=model, tokenizer=chatty, **given).apply_chat_template(chat) == f"w4 w8 {word}"
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"enable_thinking": True, "think_end_token": "x"}, "--enable-thinking needs --chat-template; add --chat-temp"),
-    ({"enable_thinking": False}, "--no-enable-thinking needs --chat-template"),
-    ({"enable_thinking": True, "chat_template": True}, "--enable-thinking needs the token that ends thinking"),
-    ({"think_end_token": ""}, "think_end_token '' must have at least 1 character"),
+@pytest.mark.parametrize(("given", "word"), [
+    ({"enable_thinking": True, "think_end_token": "x"}, "--chat-template"),
+    ({"enable_thinking": False}, "--chat-template"), ({"think_end_token": ""}, "at least 1 character"),
+    ({"enable_thinking": True, "chat_template": True}, "the token that ends thinking"),
 ])  # fmt: skip
-def test_what_cannot_be_meant_is_refused(given, message):
-    with pytest.raises(UserError, match=message):
+def test_what_cannot_be_meant_is_refused(given, word):
+    with pytest.raises(UserError, match=word):
         config_from(None, {"tasks": "gsm8k", **given})
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "loglikelihood", "generate_until"])
 def test_given_answers_are_no_task_for_a_model_that_thinks(kind, monkeypatch):
-    task = SimpleNamespace(task_name="arc", OUTPUT_TYPE=kind)
-    monkeypatch.setattr(run, "leaves", lambda items: [task])
+    monkeypatch.setattr(run, "leaves", lambda items: [SimpleNamespace(task_name="arc", OUTPUT_TYPE=kind)])
     given = {"tasks": "arc", "chat_template": True, "think_end_token": "x"}
     run.check_answers([], config_from(None, {**given, "enable_thinking": False}))
     thinks = config_from(None, {**given, "enable_thinking": True})
     if kind == "generate_until":
+        return run.check_answers([], thinks)
+    with pytest.raises(UserError, match="task arc"):
         run.check_answers([], thinks)
-    else:
-        said = "task arc scores given answers, but a thinking model thinks before it answers"
-        with pytest.raises(UserError, match=said):
-            run.check_answers([], thinks)
 
 
 @pytest.mark.slow
 def test_it_is_part_of_what_a_cell_is_asked(chatty, tmp_path):
     model = save_tiny(tmp_path / "model", chatty)
     asked = {"tasks": "smoke_summary", "method": "griffin", "limit": 1, "gen_kwargs": "max_gen_toks=4"}
-    for given in ({}, {"enable_thinking": False}, {"enable_thinking": True, "think_end_token": "w9"}):
+    settings = [{}, {"enable_thinking": False}, {"enable_thinking": True, "think_end_token": "w9"}]
+    for given in settings:
         dart_eval.evaluate(model, **asked, chat_template=True, output=tmp_path / "out", **given)
-    inputs = [record.inputs for record in Store(tmp_path / "out").load()]
-    said = [{k: v for k, v in i.items() if k in ("enable_thinking", "think_end_token")} for i in inputs]
-    wanted = [{}, {"enable_thinking": False}, {"enable_thinking": True, "think_end_token": "w9"}]
-    assert sorted(said, key=len) == wanted
-    prompts = {
-        json.loads(f.read_text().splitlines()[0])["prompt"].split()[-1] for f in (tmp_path / "out/texts").iterdir()
-    }
-    assert prompts == {"w5", "w6", "w7"}
+    store, found = Store(tmp_path / "out"), {}
+    for record in store.load():
+        said = {k: v for k, v in record.inputs.items() if k in ("enable_thinking", "think_end_token")}
+        (text,) = store.texts(record).values()
+        found[text["prompt"].split()[-1]] = said
+    assert found == dict(zip(("w7", "w6", "w5"), settings, strict=True))
