@@ -8,18 +8,16 @@ import pytest
 def product(models, settings, first="llama", every=1):
     """Pairs of a model and a setting, as pytest's parameters; those that the fast lane leaves out are marked slow.
 
-    Every setting runs on the first model and on one or two of the others, in turn. The fast lane takes every setting
-    (or every n-th) on one model, in turn, so that all models have some.
+    Every setting runs on one model, in turn, and the first setting on all of them. The fast lane takes every setting
+    (or every n-th) on its own model.
     """
-    others = [m for m in models if m != first]
-    found = []
+    models, found = [first, *(m for m in models if m != first)], []
     for i, setting in enumerate(settings):
         values = setting if isinstance(setting, tuple) else (setting,)
         turn, left_out = divmod(i, every)
-        chosen = [first, *others][turn % len(models)]
-        here = {first, chosen, others[(turn + 1 + i) % len(others)]}
-        for model in (m for m in models if m in here):
-            fast = not left_out and model == chosen
+        own = models[(i if left_out else turn) % len(models)]
+        for model in models if i == 0 else [own]:
+            fast = not left_out and model == own
             found.append(pytest.param(model, *values, marks=[] if fast else [pytest.mark.slow]))
     return found
 
