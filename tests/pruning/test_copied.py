@@ -66,15 +66,6 @@ def test_one_mask_for_a_batch(method, params):
             assert not torch.allclose(own, found["masked"][0])
 
 
-def test_one_sequence_shared_is_that_sequence():
-    model = biased("llama")
-    found = []
-    for shared in (False, True):
-        with open_session(model, "dart", 0.5, execution="masked", shared_mask=shared, **RESTLESS) as session:
-            found.append(decoded(model, session, [random_tokens(20, seed=3)])[0])
-    assert torch.allclose(*found, rtol=1e-10)
-
-
 def test_auto_takes_what_fits():
     model = biased("llama")
     before = bits(model)
@@ -84,7 +75,7 @@ def test_auto_takes_what_fits():
         assert session.fast.copies is not None and same(model, before)  # between forwards nothing is replaced
         decoded(model, session, [random_tokens(20), random_tokens(20, 1)])  # masks of their own: the copies are gone
         assert session.execution == "masked" and session.fast.copies is None
-    with pytest.raises(UserError, match="known: auto, masked"), open_session(model, "griffin", execution="copy"):
+    with pytest.raises(UserError, match="auto, masked"), open_session(model, "griffin", execution="copy"):
         pass
 
 
@@ -111,7 +102,7 @@ def test_a_further_turn_and_chunked_prefill():
 # -- the kept rows, and the model's own -------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(st.sampled_from(["llama", "gpt2", "phi3", "opt"]), st.integers(0, 10**6), st.integers(1, 6))
 def test_random_masks_multiply_their_neurons_and_no_others(family, seed, changes):
     model = biased(family)
@@ -152,8 +143,8 @@ def test_restored_after_an_exception():
     before = bits(model)
     with open_session(model, "dart", 0.5, **RESTLESS) as session:
         decoded(model, session, [random_tokens(20)], steps=5)
-        trap = model.model.layers[1].self_attn.o_proj.register_forward_hook(_raise)
-        with pytest.raises(RuntimeError, match="boom"):
+        trap = model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
             decoded(model, session, [random_tokens(20)])
     assert same(model, before)
     trap.remove()
@@ -161,10 +152,6 @@ def test_restored_after_an_exception():
         ids = torch.tensor([random_tokens(20)])
         reference = biased("llama")
         assert torch.equal(model(ids).logits, reference(ids).logits)
-
-
-def _raise(*_):
-    raise RuntimeError("boom")
 
 
 @pytest.fixture
@@ -178,7 +165,7 @@ def gradients():
 def test_a_keyboard_interrupt_in_generate():
     model = biased("llama")
     before = bits(model)
-    for at in range(100, 3000, 211):
+    for at in range(100, 3000, 311):
         with (
             pytest.raises(KeyboardInterrupt),
             open_session(model, "dart", 0.5, **RESTLESS),

@@ -1,13 +1,29 @@
-"""Re-masks of some sequences of a batch, by hand; shared masks; where a block must end."""
+"""Re-masks of some sequences of a batch, by hand; while one is decoded; the drift detector; defects of DART's code.
 
+The formulas: tests/derivations/test_dart_drift.py.
+"""
+
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import scorer
+from dart_eval.evaluation.tasks import tasks_dir
 from dart_eval.kernels.top import top_k_mask
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.pruning.log import Log
-from tests.helpers.sessions import rows_of
+from dart_eval.pruning.methods.drift import MAX_REFERENCE_WINDOWS, DriftDetector, DriftSettings
+from dart_eval.pruning.registry import make
+from dart_eval.pruning.session import prune
+from tests.helpers.models import random_tokens, tiny
+from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, prompts_of, rows_of
 
 # A detector that flags every window of two tokens.
 FLAGGED = {
@@ -123,3 +139,227 @@ def test_an_alarm_of_one_sequence_is_that_of_all_that_share_its_mask(llama, dens
     apart.watch.drift.threshold = torch.tensor([2.0, -2.0])
     assert apart.decode(2)[1] == ([] if dense else [0])
     assert apart.watch.dense.tolist() == [bool(dense), False]
+
+
+# -- while a sequence is decoded --------------------------------------------------------------------------------------
+
+
+def test_watching_only_changes_nothing_but_sees_everything(llama):
+    ids = prompts_of(1, 20)
+    with open_session(llama, "dart", 0.5, remask="never"):
+        static = generate(llama, ids, tokens=16)
+    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.act": False}) as session:
+        watched = generate(llama, ids, tokens=16)
+        trace = session.trace(0)
+        assert session.rows.watch.ring is None  # no re-mask, so nothing is kept
+    assert torch.equal(torch.stack(static.logits), torch.stack(watched.logits))
+    assert session.events == []
+    assert len(trace["signal"]) == 5
+    assert {"mean", "deviation", "threshold"} <= trace.keys()
+
+
+@pytest.mark.parametrize("method", ["dart", "dart-code", "griffin"])
+def test_state_does_not_grow_with_the_prompt(method):
+    model = tiny("llama", torch.float32)
+    sizes = []
+    for length in (80, 240):
+        with open_session(model, method, 0.5, **({"remask.window": 1} if method != "griffin" else {})) as session:
+            model(prompts_of(1, length), use_cache=True)
+            sizes.append(session.state_bytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_what_an_alarm_will_need_is_counted_before_it_comes(llama):
+    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.dense_tokens": 2}) as session:
+        out = llama(prompts_of(1, 20), use_cache=True)
+        before = session.state_bytes
+        for token in random_tokens(4, seed=2):
+            out = llama(torch.tensor([[token]]), use_cache=True, **{cache_argument(llama): cache_of(out)})
+        assert bool(session.rows.watch.dense.all()) and session.state_bytes == before
+
+
+def test_padding_in_the_ring_may_hold_anything(llama):
+    """A padded slot of NaN, as an overflow in half precision would leave, changes nothing."""
+    params = {"allocation": "uniform", "remask.ring": 4}
+    masks = []
+    for rubbish in (0.0, float("nan")):
+        torch.manual_seed(0)
+        method, rows = rows_of("dart", llama.float(), **params)
+        rows.seen, valid = torch.tensor([2]), torch.tensor([[False, True, True]])
+        for layer, ffn in enumerate(method.ffns):
+            x = torch.randn(1, 3, 32)
+            x[:, 0] = rubbish
+            rows.watch.ring.write(layer, x, valid)
+            rows.sums[layer] = method.add(None, ffn, ffn.intermediate(x), valid)
+        method.finish(rows, valid)
+        method.make_masks(rows, torch.tensor([True]))
+        masks.append(rows.mask)
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+
+
+# -- the detector -----------------------------------------------------------------------------------------------------
+
+
+D = 6
+CPU = torch.device("cpu")
+DEFAULT = DriftSettings(window=10, sigma=0.5, floor=0.1, patience=2, cooldown=2, min_windows=4, recent=2)
+
+
+def test_a_sequence_that_ended_raises_no_alarm():
+    config = DEFAULT._replace(window=4, patience=1, floor=-3.0, sigma=-1000.0)  # every full window is flagged
+    detector = DriftDetector(config, 2, D, CPU)
+    detector.observe(torch.randn(2, 20, D), torch.ones(2, 20, dtype=torch.bool))
+    detector.set_reference()
+    valid = torch.tensor([[True] * 4, [True, True, False, False]])
+    assert detector.update(torch.randn(2, 4, D), valid).tolist() == [True, False]
+    assert detector.room() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_attention_outputs_are_kept_in_fp32(dtype):
+    """Their sum over a prompt, and that over a window, are beyond float16 and between two numbers of bfloat16."""
+    detector = DriftDetector(DEFAULT._replace(window=250), 1, D, CPU)
+    a, valid = torch.full((1, 500, D), 300.0, dtype=dtype), torch.ones(1, 500, dtype=torch.bool)
+    a[..., 1] = 302.0
+    detector.observe(a, valid)
+    detector.set_reference()
+    wanted = a[0, 0].float()
+    assert torch.allclose(detector.reference[0], wanted, rtol=1e-5)
+    detector.update(a[:, :250], valid[:, :250])
+    assert torch.allclose(detector.recent[0, -1], wanted, rtol=1e-5)
+
+
+def test_of_a_long_prompt_the_latest_windows_set_the_threshold():
+    """The first six of seventy windows point elsewhere: only the mean of all has them."""
+    a = torch.ones(1, MAX_REFERENCE_WINDOWS + 6, D)
+    a[0, :6, 0] = -9.0
+    detector = DriftDetector(DEFAULT._replace(window=1, floor=0.1), 1, D, CPU)
+    detector.observe(a, torch.ones(a.shape[:2], dtype=torch.bool))
+    detector.set_reference()
+    alike = torch.cosine_similarity(a[0, -1], a[0].mean(0), dim=0)
+    assert float(detector.threshold[0]) == pytest.approx(float(alike) - 0.1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("patience", "cooldown", "before", "after"), [(2, 0, [False], [False, True]), (1, 3, [True, False], [True, False])]
+)
+def test_a_further_turn_begins_without_flags_and_without_a_cool_down(patience, cooldown, before, after):
+    """All windows are flagged."""
+    config = DEFAULT._replace(window=2, sigma=-1000.0, floor=-3.0, patience=patience, cooldown=cooldown)
+    detector, two = DriftDetector(config, 1, D, CPU), torch.ones(1, 2, dtype=torch.bool)
+    for alarms in (before, after):
+        detector.observe(torch.randn(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
+        detector.set_reference()
+        assert [bool(detector.update(torch.randn(1, 2, D), two)) for _ in alarms] == alarms
+
+
+def test_windows_of_a_sequence_that_runs_dense_are_none_of_the_cool_down():
+    config = DEFAULT._replace(window=2, sigma=-1000.0, floor=-3.0, patience=1, cooldown=1)  # all are flagged
+    detector, two = DriftDetector(config, 1, D, CPU), torch.ones(1, 2, dtype=torch.bool)
+    detector.observe(torch.randn(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
+    detector.set_reference()
+    alarms = [bool(detector.update(torch.randn(1, 2, D), two, torch.tensor([bool(hold)]))) for hold in (0, 1, 1, 0, 0)]
+    assert alarms == [True, False, False, False, True]
+
+
+def test_a_reference_moves_to_windows_of_its_own_turn():
+    """It goes by four windows, and those of the turn before fill three: an early alarm does not look back at them."""
+    config, axes = DEFAULT._replace(window=2, recent=4, patience=1, floor=0.01, min_windows=1), torch.eye(D)
+    detector = DriftDetector(config, 1, D, CPU)
+    for turn in range(2):
+        detector.observe(axes[0].expand(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
+        detector.set_reference()
+        for _ in range(3 if turn == 0 else 0):
+            detector.update(axes[0].expand(1, 2, D), torch.ones(1, 2, dtype=torch.bool))
+    alarm = detector.update(axes[1].expand(1, 2, D), torch.ones(1, 2, dtype=torch.bool))
+    detector.rebase(alarm)
+    assert bool(alarm) and torch.equal(detector.reference[0] / detector.reference.norm(), axes[1])
+
+
+# -- defects of the public code of arXiv 2601.22632, D1 to D22 in our notes, of which we have none --------------------
+
+
+def decode(model, session, ids, tokens):
+    """Masks of all layers in force at each decoded token, as kept counts; then all events."""
+    name, out, counts = cache_argument(model), model(ids, use_cache=True), []
+    for token in tokens:
+        dense = bool(session.rows.watch.dense.any())
+        counts.append([f.size if dense else int(m.sum()) for f, m in zip(session.ffns, session.masks(0), strict=True)])
+        out = model(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
+    return counts, session.events
+
+
+@pytest.mark.parametrize("dense_tokens", [0, 2])
+def test_d1_every_layer_is_masked_again_after_an_alarm_and_the_next_alarm_can_come(llama, dense_tokens):
+    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.dense_tokens": dense_tokens}) as session:
+        counts, events = decode(llama, session, prompts_of(1, 20), random_tokens(30, seed=1))
+    assert len(events) >= 3
+    ran_dense = [sum(c) == sum(f.size for f in find_ffns(llama)) for c in counts]
+    assert dense_tokens * len(events) <= sum(ran_dense) <= dense_tokens * (len(events) + 1)  # none from the ring
+    for c, dense in zip(counts, ran_dense, strict=True):
+        assert dense or sum(c) == 60  # half of 3 x 40, whatever came before
+    assert all(math.isfinite(float(t)) for t in session.rows.watch.drift.threshold)
+
+
+def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
+    method = make("dart")
+    request, head = Request(random_tokens(20), random_tokens(3, seed=2)), output_head(llama)
+    with prune(llama, method, 0.5) as session:
+        for _ in range(2):
+            (score,) = scorer(llama, head, session, 1).score([request])
+            assert (score.cost.pruned_tokens, score.cost.not_read_sum) == (3, pytest.approx(1.5))
+    assert method == make("dart")
+
+
+def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
+    name, second = cache_argument(llama), prompts_of(1, 24, seed=5)
+
+    def snapshot(session):
+        detector = session.rows.watch.drift
+        return [*session.masks(0), detector.reference, detector.threshold, detector.pressure]
+
+    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        llama(second, use_cache=True)
+        alone = snapshot(session)
+    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        decode(llama, session, prompts_of(1, 20), random_tokens(7, seed=1))
+        llama(second, use_cache=True)
+        after = snapshot(session)
+        out = llama(second[:, :9], use_cache=True)
+        with session.prompt():
+            llama(second[:, 9:], use_cache=True, **{name: cache_of(out)})
+        chunked = snapshot(session)
+        out = llama(second[:, :1], use_cache=True)  # a prompt of one token is a prompt
+        assert session.rows.seen.tolist() == [1.0]
+    assert all(torch.equal(x, y) for x, y in zip(alone, after, strict=True))
+    assert all(torch.allclose(x.double(), y.double()) for x, y in zip(alone, chunked, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_d8_sums_are_kept_in_fp32(llama, dtype):
+    h = torch.full((1, 3000, 40), 1e-4, dtype=dtype)
+    token = float(h[0, 0, 0])
+    for name, wanted in (("dart", token**2), ("griffin", 1 / 40)):  # there relative to the token's norm
+        method, _ = rows_of(name, llama)
+        sums = method.add(None, method.ffns[0], h, torch.ones(1, 3000, dtype=torch.bool))
+        assert sums.dtype == torch.float32
+        assert float(sums[0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
+
+
+def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibration_text(llama):
+    for method in ("griffin", "dart", "dart-code"):
+        prune(llama, method, 0.5).__enter__().close()  # no tokenizer, no text
+    text = " ".join(DEFAULT_TEXT.read_text(encoding="utf-8").split())
+    for name in ("questions", "stories", "articles"):
+        for line in (tasks_dir() / "smoke" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            for value in json.loads(line).values():
+                if isinstance(value, str) and len(value) > 40:
+                    assert " ".join(value.split())[:60] not in text
+
+
+def test_d13_dense_tokens_count_against_the_label(llama):
+    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.dense_tokens": 3}) as session:
+        counts, _ = decode(llama, session, prompts_of(1, 20), random_tokens(24, seed=1))
+    pruned = sum(1 - sum(c) / 120 for c in counts)
+    assert session.effective_sparsity == pytest.approx(pruned / 25)  # 24 and the prompt's own
+    assert session.effective_sparsity < 0.4

@@ -2,22 +2,31 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dart_eval
+from dart_eval import rounded_ffns
+from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.log import Tally
 from dart_eval.pruning.methods.griffin import NeuronMask
 from dart_eval.pruning.methods.teal import Teal
 from dart_eval.pruning.registry import methods
 from dart_eval.pruning.session import prune
+from dart_eval.sweep.dart_lm import DartLM
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import on_families
-from tests.helpers.models import FAMILIES, random_tokens, tiny
+from tests.helpers.models import FAMILIES, SMALL, random_tokens, save_tiny, tiny
 from tests.helpers.sessions import (
     RESTLESS,
     VARIED,
     bits,
     cache_of,
+    decoded,
     fitting,
     generate,
     hooked,
@@ -119,7 +128,7 @@ def test_another_cache_serves_where_one_mask_is_for_all(llama):
         llama(prompts_of(1, 1), use_cache=True, **{name: cache_of(first)})
 
 
-@pytest.mark.parametrize(("method", "masks"), [("wanda-sp", 1), ("random", 1), ("cats", 0), ("dense", 0)])
+@pytest.mark.parametrize(("method", "masks"), [("wanda-sp", 1), ("cats", 0)])
 def test_masks_for_all_sequences_are_all_that_is_kept_of_them(llama, method, masks):
     """A byte a neuron; no factors, which are in the masks, and nothing of a mask of everything."""
     with open_session(llama, method, 0.5) as session:
@@ -130,9 +139,219 @@ def test_masks_for_all_sequences_are_all_that_is_kept_of_them(llama, method, mas
 
 def test_the_python_surface():
     assert set(PRUNERS) <= set(dart_eval.methods())
-    with pytest.raises(UserError, match="did you mean griffin"), prune(tiny("llama"), "grifin", 0.5):
-        pass
-    with pytest.raises(UserError, match="outside"), prune(tiny("llama"), "griffin", 1.0):
-        pass
-    with pytest.raises(UserError, match="tokenizer"), prune(tiny("llama"), "wanda-sp", 0.5):
-        pass
+    for method, sparsity, word in (("grifin", 0.5, "griffin"), ("griffin", 1.0, "outside"), ("flap", 0.5, "tokenizer")):
+        with pytest.raises(UserError, match=word), prune(tiny("llama"), method, sparsity):
+            pass
+
+
+# -- logs, traces, rows taken up again, tokens taken back -------------------------------------------------------------
+
+
+def test_a_new_prompt_begins_a_new_log(llama):
+    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        for _ in range(2):
+            generate(llama, prompts_of(1, 20), tokens=9)
+            assert [e["token"] for e in session.events] == [a["token"] for a in session.log.alarms] == [3, 6]
+            assert len(session.steps) == session.log.decoded == 8 and len(session.log.signals) == 2
+
+
+def test_a_trace_is_of_one_sequence_up_to_a_token(llama):
+    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        generate(llama, prompts_of(2, 20), tokens=9)
+        whole, cut = session.trace(1), session.trace(1, tokens=5)
+    assert whole["alarms"] == whole["remasks"] == [3, 6]
+    assert cut["alarms"] == cut["remasks"] == [3]
+    assert (len(whole["signal"]), cut["signal"]) == (2, whole["signal"][:1])
+
+
+@torch.no_grad()
+def test_rows_that_are_taken_up_again_reads_what_it_read(llama):
+    """Also right after another: one with a mask, one without a context, which runs dense."""
+    name, ids, one = cache_argument(llama), prompts_of(1, 20), torch.ones(1, 1, dtype=torch.bool)
+    with open_session(llama, "griffin", 0.5) as session:
+        with session.context(torch.ones_like(ids, dtype=torch.bool)):
+            out = llama(ids, use_cache=True)
+        pruned = session.rows
+        session.no_context(1, ids.device)
+        dense, reads = session.rows, []
+        for rows in (pruned, dense, pruned):
+            session.fork(rows, torch.tensor([0]))
+            with session.decode(one):
+                out = llama(ids[:, :1], use_cache=True, **{name: cache_of(out)})
+            reads += [float(step.read[0]) for step in session.steps]
+        assert reads == [0.5, 1.0, 0.5]
+
+
+@torch.no_grad()
+def test_a_forward_under_frozen_masks_leaves_everything_as_it_was(llama):
+    name, ids = cache_argument(llama), prompts_of(1, 20)
+    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        with session.context(torch.ones_like(ids, dtype=torch.bool)):
+            out = llama(ids, use_cache=True)
+        watch = session.rows.watch
+        before = [t.clone() for t in (*watch.ring.slots, *session.rows.mask, watch.drift.window_sum)]
+        with session.decode(torch.ones(1, 7, dtype=torch.bool), frozen=True):
+            llama(ids[:, :7], use_cache=True, **{name: cache_of(out)})
+        now = [*watch.ring.slots, *session.rows.mask, watch.drift.window_sum]
+        assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+        assert session.events == session.log.alarms == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["dart", "random"])
+def test_a_turn_that_follows_a_prompt_runs_dense(llama, method):
+    name, ids = cache_argument(llama), prompts_of(1, 30)
+    dense = llama(ids).logits[:, 20:]
+    with open_session(llama, method, 0.5) as session, session.prompt():
+        out = llama(ids[:, :20], use_cache=True)
+        turn = llama(ids[:, 20:], use_cache=True, **{name: cache_of(out)}).logits
+    assert torch.allclose(turn, dense)
+
+
+@torch.no_grad()
+def test_a_prompt_of_generate_says_nothing_of_later_ones(llama):
+    with open_session(llama, "griffin", 0.5) as session:
+        generate(llama, prompts_of(1, 30), tokens=3)
+        decoded(llama, session, prompts_of(1, 8), steps=4)
+        assert (session.rows.seen.tolist(), session.log.decoded) == ([8], 4)
+
+
+# -- tokens taken back -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fed(model, out, tokens):
+    """Logits of tokens that are fed one by one, [B, T, V], and the last output."""
+    logits = []
+    for token in tokens:
+        out = model(torch.full((len(out.logits), 1), token), use_cache=True, **{cache_argument(model): cache_of(out)})
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits or [out.logits[:, -1]], 1), out
+
+
+@pytest.mark.slow
+@settings(max_examples=8)
+@given(
+    st.sampled_from([("griffin", {}), ("grinqh", {}), ("dart", RESTLESS), ("dart", {"remask.release": 4})]),
+    st.integers(1, 2), st.integers(0, 7), st.lists(st.integers(4, 90), min_size=1, max_size=9), st.data(),
+)  # fmt: skip
+def test_tokens_that_are_taken_back_were_never_decoded(method, batch, before, wrong, data):
+    """Under griffin the cache alone is cut; of masks that change, the sequences before them are given."""
+    name, params = method
+    back, (model, ids) = data.draw(st.integers(0, len(wrong))), (tiny("llama"), prompts_of(batch, 20))
+    ours, right = random_tokens(before, seed=1), random_tokens(8, seed=2)
+    kept, wrong = wrong[: len(wrong) - back], wrong[len(wrong) - back :]
+    with open_session(model, name, 0.5, **params) as session:
+        _, out = fed(model, model(ids, use_cache=True), [*ours, *kept])
+        wanted, _ = fed(model, out, right)
+        remasks = session.remasks
+    with open_session(model, name, 0.5, **params) as session:
+        _, out = fed(model, model(ids, use_cache=True), [*ours, *kept])
+        rows = session.rows.select(torch.arange(batch)) if name == "dart" else None
+        if wrong:
+            fed(model, out, wrong)
+            session.rewind(len(wrong), rows)
+        found, _ = fed(model, out, right)
+        assert session.remasks == remasks
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(("family", "method", "tokens", "words"), [
+    ("gemma3", "griffin", 1, "use a DynamicCache"),
+    ("llama", "dart", 1, "give the rows before them"),
+    ("llama", "griffin", 4, "since the prompt: 3"), ("llama", "griffin", -1, "cannot be taken back"),
+])  # fmt: skip
+def test_tokens_that_cannot_be_taken_back_stay(family, method, tokens, words):
+    model, ids = tiny(family), prompts_of(1, 20)
+    with open_session(model, method, 0.5) as session:
+        _, out = fed(model, model(ids, use_cache=True), [5, 6, 7])
+        with pytest.raises(UserError, match=words):
+            session.rewind(tokens)
+        assert cache_of(out).get_seq_length() == 23
+        fed(model, out, [8])
+
+
+# -- effective sparsity by hand: blocks, and what a batch computes for a sequence that has ended ----------------------
+
+
+def test_every_token_of_a_block_counts():
+    tally = Tally()
+    tally.context(1, False)
+    tally.decode(torch.tensor([0.5]), 3)
+    tally.decode(torch.tensor([1.0]), 1)
+    assert tally.share == pytest.approx(3 * 0.5 / 5)
+
+
+def test_what_comes_after_an_end_counts_as_soon_as_something_follows():
+    tally, half = Tally(), torch.tensor([0.5, 0.5])
+    tally.context(2, False)
+    tally.decode(half, 1)
+    for _ in range(2):
+        tally.decode(half, 1, torch.tensor([True, False]))
+    assert tally.share == pytest.approx((1 + 3) * 0.5 / 6)
+    tally.decode(half, 1, torch.tensor([False, False]))
+    assert tally.share == pytest.approx((4 + 4) * 0.5 / 10)
+
+
+def test_a_token_without_word_of_its_end_goes_on():
+    tally, half = Tally(), torch.tensor([0.5])
+    tally.context(1, False)
+    tally.decode(half, 1, torch.tensor([True]))
+    assert tally.share == 0
+    tally.decode(half, 1)
+    assert tally.share == pytest.approx(2 * 0.5 / 3)
+
+
+def test_the_first_token_of_every_context_counts():
+    tally = Tally()
+    for _ in range(2):
+        tally.context(1, False)
+        tally.decode(torch.tensor([0.5]), 1)
+    assert tally.share == pytest.approx(2 * 0.5 / 4)
+    tally.context(1, True)  # a chunk of the same prompt
+    assert tally.share == pytest.approx(2 * 0.5 / 4)
+
+
+# -- what a developer meets who uses the package as a library ---------------------------------------------------------
+
+
+def test_a_head_that_was_untied_stays_so(tokenizer):
+    """Adapters that train the head untie it, whatever the configuration says; `HFLM` would tie it again."""
+    config = LlamaConfig(**SMALL, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    head = model.lm_head.weight = torch.nn.Parameter(torch.randn(96, 32))
+    wanted = model(prompts_of(1, 8)).logits
+    PrunedLM(model, tokenizer)
+    assert model.lm_head.weight is head and torch.equal(model(prompts_of(1, 8)).logits, wanted)
+
+
+def test_rounding_inside_rounding_leaves_the_outer_one(llama):
+    read = []
+    with rounded_ffns(llama, 4):
+        for bits in (16, 8, 16):
+            with rounded_ffns(llama, bits), prune(llama, "griffin", 0.5) as session:
+                read.append(session.weights_read)
+    assert read[0] == read[2] < read[1] < 0.6
+
+
+@torch.no_grad()
+def test_what_is_read_is_a_mean_over_batches_of_several_sizes(llama):
+    with open_session(llama, "teal", 0.5) as session:
+        cache = cache_of(llama(prompts_of(3, 12), use_cache=True))
+        for rows in ([0, 1, 2], [0, 2]):
+            cache.batch_select_indices(torch.tensor(rows))
+            llama(torch.full((len(rows), 1), 7), use_cache=True, **{cache_argument(llama): cache})
+        assert 0 < session.weights_read < 1
+
+
+def test_a_second_call_draws_with_its_own_seed(tmp_path, tokenizer):
+    """As `simple_evaluate` does, which seeds torch and asks; the same object may be given again."""
+    lm = DartLM(save_tiny(tmp_path, tokenizer), method="griffin", sparsity=0.5, dtype="float32")
+    settings = {"until": [], "do_sample": True, "max_gen_toks": 8}
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return lm.generate_until([Instance("generate_until", {}, ("w5 w6", settings), 0, metadata=("t", 0, 1))])
+
+    first = drawn(1)
+    assert drawn(2) != first == drawn(1)
