@@ -167,6 +167,7 @@ ROWS = [
     ("bench decode --format xml", 2, "json"),
     ("bench decode --model ../tiny --method griffin,oracle", 2, "oracle"),
     ("bench decode --model ../tiny --method cats --sparsity 0.7 --prompt 16", 2, "0.66"),
+    ("bench decode --model ../tiny --method griffin --prompt 1018 --steps 7", 2, "1025 tokens"),
     ("bench decode --method griffin --output ../file", 2, "file"),
     ("bench overhead --method ,", 2, "item"),
     ("bench overhead --method ''", 2, "item"),

@@ -127,12 +127,17 @@ def test_counts_in_steps_miss_their_sum_by_less_than_a_step_and_never_exceed_it(
         assert sum(found) == sum(counts)
 
 
-def test_counts_in_steps_by_hand():
-    """19 of 32 in two experts' steps of 2: two layers lose one, and one layer gets it back."""
-    assert in_steps([19, 19, 20], [32] * 3, [2] * 3) == [20, 18, 20]
-    assert in_steps([19, 19, 20], [32, 32, 24], [2, 2, 1]) == [20, 18, 20]
-    assert in_steps([19, 20], [32, 24], [2, 1]) == [18, 21]  # what no expert can take goes to a dense layer
-    assert in_steps([15, 10], [32, 40], [8, 8]) == [16, 8]  # most of a step is missing in the first
+@pytest.mark.parametrize(("counts", "most", "steps", "wanted"), [
+    # 19 of 32 in two experts' steps of 2: two layers lose one, and one layer gets it back
+    ([19, 19, 20], [32] * 3, [2] * 3, [20, 18, 20]), ([19, 19, 20], [32, 32, 24], [2, 2, 1], [20, 18, 20]),
+    ([19, 20], [32, 24], [2, 1], [18, 21]),  # what no expert can take goes to a dense layer
+    ([15, 10], [32, 40], [8, 8], [16, 8]),  # most of a step is missing in the first
+    ([7, 5], [16, 5], [8, 1], [0, 5]),  # seven are too few for a step, and the other layer is full
+    ([7, 5], [16, 9], [8, 1], [0, 9]), ([15, 5], [16, 9], [8, 1], [8, 9]), ([15, 9], [16, 9], [8, 1], [8, 9]),
+    ([7, 7, 4], [8, 8, 9], [8, 8, 1], [8, 0, 9]),
+])  # fmt: skip
+def test_counts_in_steps_by_hand(counts, most, steps, wanted):
+    assert in_steps(counts, most, steps) == wanted
 
 
 @given(

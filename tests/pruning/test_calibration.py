@@ -26,21 +26,16 @@ class _Tokenizer:
         return {"input_ids": [*([1] if self.bos_token_id else []), *WORDS]}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
-@pytest.mark.parametrize(("positions", "bos", "longest"), [(512, True, 512), (512, False, 512), (256, True, 256)])
-def test_segments_are_no_longer_than_the_model_has_positions(family, positions, bos, longest):
+@pytest.mark.parametrize(
+    ("family", "positions", "bos"), [("gpt2", 512, True), ("opt", 256, True), ("llama", 512, False)]
+)
+def test_segments_are_no_longer_than_the_model_has_positions(family, positions, bos):
     config = CONFIGS[family]()
     config.max_position_embeddings = positions
-    model = AutoModelForCausalLM.from_config(config).eval()
-    lengths = []
-    model.base_model.register_forward_pre_hook(
-        lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    calibration = Calibration(model, _Tokenizer(bos))
+    calibration, lengths = counted(AutoModelForCausalLM.from_config(config).eval(), bos=bos)
     assert len(calibration.ffns) == 3
-    lengths.clear()  # the trial forward's
     calibration.sums("squares", squares)
-    assert max(lengths) == longest
+    assert max(lengths) == positions
     assert sum(lengths) == len(WORDS) + bos * len(lengths)
 
 
@@ -48,12 +43,9 @@ def test_a_model_with_more_positions_has_512_tokens_of_text_after_bos():
     model = tiny("opt")
     model.config.max_position_embeddings = 4096
     model.model.decoder.embed_positions.weight = torch.nn.Parameter(torch.randn(600, 32).double())
-    lengths = []
-    model.base_model.register_forward_pre_hook(
-        lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    Calibration(model, _Tokenizer(bos=True)).sums("squares", squares)
-    assert [n for n in lengths if n > 3] == [513, 513, 177]
+    calibration, lengths = counted(model, bos=True)
+    calibration.sums("squares", squares)
+    assert lengths == [513, 513, 177]
 
 
 def test_dropout_takes_no_part_in_a_calibration_and_every_mode_comes_back():
@@ -72,10 +64,9 @@ def test_dropout_takes_no_part_in_a_calibration_and_every_mode_comes_back():
     assert [m.training for m in model.modules()] == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_sums_are_made_in_fp32_over_every_segments_own_tokens(dtype):
+def test_sums_are_made_in_fp32_over_every_segments_own_tokens():
     """Not over the token that each begins with."""
-    calibration = Calibration(tiny("llama", dtype), _Tokenizer(bos=True))
+    calibration = Calibration(tiny("llama", torch.bfloat16), _Tokenizer(bos=True))
     seen = []
     handle = calibration.ffns[1].down.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0, 1:].double()))
     sums = calibration.sums("squares", squares)[1]
@@ -100,13 +91,13 @@ def test_passages_are_drawn_until_there_are_so_many_tokens():
     assert torch.equal(torch.cat(passages(ids, 100, 5000)), ids)
 
 
-def counted(model, store=None, tokens=None):
+def counted(model, store=None, tokens=None, bos=False):
     """A calibration, and the lengths of the model's forwards since."""
     lengths = []
     model.base_model.register_forward_pre_hook(
         lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    calibration = Calibration(model, _Tokenizer(bos=False), tokens=tokens, cache=store)
+    calibration = Calibration(model, _Tokenizer(bos), tokens=tokens, cache=store)
     assert calibration.ffns
     lengths.clear()  # the trial forward's
     return calibration, lengths
@@ -127,19 +118,13 @@ def test_a_statistic_is_measured_once():
     assert sum(lengths) == 3 * 600
 
 
-@pytest.mark.parametrize(
-    ("method", "params"),
-    [
-        ("cats", {"choice.threshold": "calibrated"}),
-        ("flap", {}),
-        pytest.param("teal", {}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "params"), [("cats", {"choice.threshold": "calibrated"}), ("flap", {})])
 def test_what_a_method_makes_of_the_text_is_kept(method, params):
     """Thresholds, quantiles and norms, too: a later run does not read the text, and prunes the same."""
     model, about = tiny("llama"), {"model": f"kept for {method}"}
     prompts, found = [list(range(1, 20))], []
-    for sparsity, read in ((0.3, True), (0.3, False), (0.25, method in ("cats", "teal"))):
+    for sparsity, read in ((0.3, True), (0.3, False), (0.25, method == "cats")):
         calibration, lengths = counted(model, StatsCache(about))
         with prune(model, make(method, params), sparsity, calibration=calibration) as session:
             assert bool(lengths) == read
@@ -161,20 +146,17 @@ def test_what_is_kept_is_found_by_a_later_run_of_the_same_and_of_nothing_else():
     assert measured == 2 * len(WORDS)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:-40], lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b""]
-)
-def test_a_kept_file_that_is_damaged_is_made_anew(damage, caplog):
-    model, about = tiny("llama"), {"model": f"damaged {damage(bytes(50))}"}
-    before = {*caches.folder().glob("*")}
-    first, _ = counted(model, StatsCache(about))
-    found = first.sums("squares", squares)
+def test_a_kept_file_that_is_damaged_is_made_anew(caplog):
+    model, about, before = tiny("llama"), {"model": "damaged"}, {*caches.folder().glob("*")}
+    found = counted(model, StatsCache(about))[0].sums("squares", squares)
     (file,) = {*caches.folder().glob("*")} - before
     whole = file.read_bytes()
-    file.write_bytes(damage(whole))
-    again, lengths = counted(model, StatsCache(about))
-    assert all(torch.equal(a, b) for a, b in zip(found, again.sums("squares", squares), strict=True))
-    assert lengths and "is damaged" in caplog.text and file.read_bytes() == whole
+    for damaged in (whole[:-40], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        file.write_bytes(damaged)
+        again, lengths = counted(model, StatsCache(about))
+        assert all(torch.equal(a, b) for a, b in zip(found, again.sums("squares", squares), strict=True))
+        assert lengths and "is damaged" in caplog.text and file.read_bytes() == whole
+        caplog.clear()
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch, tmp_path):

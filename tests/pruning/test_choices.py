@@ -3,6 +3,7 @@
 What a whole model says under them: tests/derivations/test_choices.py.
 """
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -14,15 +15,24 @@ from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.cost import overhead
+from dart_eval.pruning.counts import chosen_counts
 from dart_eval.pruning.methods.cats import Cats, MCountdown, OracleToken, TokenChoice
 from dart_eval.pruning.registry import make
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, random_tokens, tiny
-from tests.helpers.sessions import PLAIN, RandomCalibration, cache_of, decoded, open_session, prompts_of, rows_of
+from tests.helpers.sessions import (
+    PLAIN,
+    RandomCalibration,
+    cache_of,
+    decoded,
+    generate,
+    open_session,
+    prompts_of,
+    rows_of,
+)
 
 LOOKS = {Cats: 1, MCountdown: 2, OracleToken: 0}  # at which of h, gate and up
-FIRST_LAYER = SimpleNamespace(layer=0)
 
 
 def tokens_of(seed, size, tokens, ties):
@@ -39,8 +49,8 @@ def tokens_of(seed, size, tokens, ties):
 
 def chosen(cls, products, taken, written):
     """[B, T, F] bool. products: h, gate and up. taken, written: [B], of the only layer."""
-    method, counts = cls(), torch.stack([taken, taken, written], -1)[:, None]
-    return method.choose(FIRST_LAYER, products[0], method.importance(*products), SimpleNamespace(counts=counts))
+    method, rows = cls(), SimpleNamespace(counts=torch.stack([taken, taken, written], -1)[:, None])
+    return method.choose(SimpleNamespace(layer=0), products[0], method.importance(*products), rows)
 
 
 def best(scores, among, count):
@@ -70,11 +80,11 @@ def test_each_token_takes_exactly_its_count_and_the_most_important_ones(cls, see
                 assert torch.equal(kept[row, t], best(h[row, t].abs(), first, int(less[row])))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("cls", LOOKS)
-def test_a_choice_takes_activations_of_any_dtype_and_sign(cls, dtype):
-    h = torch.tensor([[[-4.0, 1.0, -2.0, 0.0, 3.5]]]).to(dtype)
-    assert chosen(cls, (h, h, h), torch.tensor([3]), torch.tensor([3])).nonzero()[:, 2].tolist() == [0, 2, 4]
+def test_a_choice_takes_activations_of_any_dtype_and_sign():
+    for cls, dtype in itertools.product(LOOKS, (torch.float16, torch.bfloat16, torch.float64)):
+        h = torch.tensor([[[-4.0, 1.0, -2.0, 0.0, 3.5]]]).to(dtype)
+        taken = chosen(cls, (h, h, h), torch.tensor([3]), torch.tensor([3]))
+        assert taken.nonzero()[:, 2].tolist() == [0, 2, 4]
 
 
 # -- a whole model ---------------------------------------------------------------------------------------------------
@@ -179,7 +189,7 @@ def test_a_choice_of_ones_own_says_what_it_reads_and_what_matters(llama):
         assert session.weights_read == 0.75
     with open_session(llama, "oracle-token", 0.75) as session:  # down alone: a quarter of its columns
         assert torch.allclose(found, decoded(llama, session, prompts_of(1, 12), steps=4)[0])
-    with pytest.raises(UserError, match="reads 2 of the FFN's 3 matrices whole"):
+    with pytest.raises(UserError, match="whole"):
         open_session(llama, Both(), 0.4).__enter__()
 
 
@@ -189,3 +199,67 @@ def test_a_threshold_is_not_rounded_to_the_models_dtype(llama):
     method.thresholds = [1.005] * 3
     gate = torch.tensor([[[1.0078125, 1.0]]], dtype=torch.bfloat16)
     assert method.choose(method.ffns[0], gate, gate, rows).tolist() == [[[True, False]]]
+
+
+# -- how many neurons a choice takes and writes of each layer ---------------------------------------------------------
+
+
+def test_counts_of_few_neurons_fit():
+    """What is taken and not written must leave rows for what is: of few neurons that is soon none."""
+    taken, written = chosen_counts([1, 1, 1], 0.75, 3, 0, "cats")
+    assert 2 * sum(taken) + sum(written) == 3 * round(0.25 * 3)
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=6), st.floats(0, 0.95), st.sampled_from([2, 3]), st.integers(0, 2)
+)
+def test_what_is_read_is_the_label_exactly(sizes, sparsity, matrices, whole):
+    whole = min(whole, matrices - 1)
+    kept = round((1 - sparsity) * sum(sizes))
+    if whole * sum(sizes) > matrices * kept:
+        with pytest.raises(UserError, match="whole"):
+            chosen_counts(sizes, sparsity, matrices, whole, "cats")
+        return
+    taken, written = chosen_counts(sizes, sparsity, matrices, whole, "cats")
+    assert whole * sum(sizes) + (matrices - 1 - whole) * sum(taken) + sum(written) == matrices * kept
+    assert all(0 <= few <= many <= size for few, many, size in zip(written, taken, sizes, strict=True))
+    # What is left is for all matrices alike, but for a row that does not divide.
+    assert sum(taken) - sum(written) in (0, 1, 2)
+
+
+def test_counts_by_hand():
+    """Half of the weights of 2 x 100 neurons: 300 rows in all."""
+    every = [100, 100]
+    assert chosen_counts(every, 0.0, 3, 1, "cats") == (every, every)
+    # 200 of the rows for the gate whole, a quarter of up and down each.
+    assert chosen_counts(every, 0.5, 3, 1, "cats") == ([25, 25], [25, 25])
+    # Nothing is read whole: what is taken is what a mask alone would keep.
+    assert chosen_counts(every, 0.5, 3, 0, "oracle-token") == ([50, 50], [50, 50])
+    # Up alone, of a plain FFN, reads all that the sparsity leaves.
+    assert chosen_counts(every, 0.5, 2, 1, "cats") == ([0, 0], [0, 0])
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(100, 1000), min_size=1, max_size=8), st.floats(0, 0.99),
+    st.sampled_from([(2, 1), (2, 0), (3, 1), (3, 0), (3, 2)]),
+)  # fmt: skip
+def test_every_layer_reads_its_share(sizes, share, read_whole):
+    """Off by rounding alone. share: of the sparsities that what is read whole leaves."""
+    matrices, whole = read_whole
+    sparsity = share * (1 - whole / matrices)
+    taken, written = chosen_counts(sizes, sparsity, matrices, whole, "cats")
+    for size, many, few in zip(sizes, taken, written, strict=True):
+        read = whole * size + (matrices - 1 - whole) * many + few
+        assert abs(read - matrices * (1 - sparsity) * size) <= 6
+
+
+@pytest.mark.parametrize(("method", "family", "most"), [("cats", "llama", 0.66), ("m-countdown", "opt", 0.5)])
+def test_a_sparsity_that_what_is_read_whole_does_not_leave_is_refused(method, family, most):
+    model = tiny(family)
+    with pytest.raises(UserError, match=f"up to {most}"), open_session(model, method, 0.7):
+        pass
+    with open_session(model, method, most) as session:
+        generate(model, prompts_of(1, 9), tokens=3)
+        assert session.weights_read == round((1 - most) * 120) / 120

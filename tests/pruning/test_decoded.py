@@ -16,7 +16,7 @@ from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import generate, open_session, prompts_of
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(2, 8), st.integers(1, 8), st.sampled_from([0, 1, 5, 16, 64]), st.integers(1, 70), st.integers(0, 99))
 def test_first_bits_stand_for_what_they_leave_open(code_bits, first, group, width, seed):
     """By numpy: of 4 bits a line through the codes, of fewer the mean of those that begin so; all give the code."""

@@ -74,9 +74,9 @@ def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, to
     tokenizer.save_pretrained(tmp_path / "model")
     words = (
         "bench", "decode", "--model", str(tmp_path / "model"), "--method", "griffin", "--ffn-bits", "4,3",
-        "--steps", "2", "--rounds", "1", "--prompt", "8", "--sparsity", "0.5",
+        "--steps", "2", "--rounds", "1", "--prompt", "8", "--sparsity", "0.5", "--format", "json",
     )  # fmt: skip
-    found = {(r["method"], r.get("bits")): r for r in json.loads(command(*words, "--format", "json").out)}
+    found = {(r["method"], r.get("bits")): r for r in json.loads(command(*words).out)}
     assert list(found) == [("griffin", None), ("dense", "4"), ("griffin", "4"), ("dense", "3"), ("griffin", "3")]
     for (method, few), row in found.items():
         if few:
@@ -87,10 +87,6 @@ def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, to
             assert row["weights_read"] == pytest.approx(share)
             ffn = 1 - 1 / found["dense", "4"]["ceiling"]  # saved at 4.5 of 16 bits
             assert 1 - 1 / row["ceiling"] == pytest.approx(ffn * (1 - row["weights_read"]) / (1 - 4.5 / 16))
-    assert found["dense", "3"]["why"].startswith("the kernels read 4, 5, 6 or 8 bits")
-    assert found["griffin", "3"]["why"] == found["dense", "3"]["why"]
-    table = command(*words, "--format", "md").out
-    assert table.count("| bytes only ") == 4 and "\n| griffin on 3 bits | 0.11 | bytes only" in table
 
 
 @pytest.mark.slow
@@ -99,11 +95,8 @@ def test_methods_out_of_reach_on_rounded_weights_alone_are_left_out_there(tmp_pa
     tokenizer.save_pretrained(tmp_path / "model")
     words = ("bench", "decode", "--model", str(tmp_path / "model"), "--steps", "2", "--rounds", "1", "--prompt", "8")
     done = command(*words, "--method", "decdec,rounding", "--ffn-bits", "2", "--sparsity", "0.6", "--format", "json")
-    found = [(r["method"], r.get("bits"), r["weights_read"]) for r in json.loads(done.out)]
-    assert [f[:2] for f in found] == [("decdec", None), ("rounding", None), ("dense", "2")], done.err
-    assert found[2][2] == pytest.approx(2.5 / 16)
-    assert "decdec on 2 bits at sparsity 0.6 is left out: " in done.err
-    assert "rounding on 2 bits at sparsity 0.6 is left out: what is rounded are 16-bit weights" in done.err
+    found = [(r["method"], r.get("bits")) for r in json.loads(done.out)]
+    assert found == [("decdec", None), ("rounding", None), ("dense", "2")] and done.err.count("is left out") == 2
 
 
 def test_what_cannot_be_rounded_is_refused_before_anything_is_timed(saved_llama, monkeypatch):
@@ -129,8 +122,7 @@ def test_the_model_is_its_own_again_after_methods_on_rounded_weights(monkeypatch
     assert same(model, before) and served_share(find_ffns(model)) == 1
 
 
-@pytest.mark.parametrize("spelled", ["3", "4:row", "8:row"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize(("family", "spelled"), [("llama", "3"), ("gpt2", "4:row"), ("qwen3_moe", "8:row")])
 def test_what_is_read_of_rounded_weights_counts_every_row(family, spelled):
     """Rows of down have another width than those of gate and up: as the same weights count when they are in place."""
     model = types.tiny(family) if family == "qwen3_moe" else tiny(family)

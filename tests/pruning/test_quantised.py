@@ -17,7 +17,6 @@ from dart_eval.layers.quantised import nbytes, values
 from dart_eval.layers.shape import shape_of
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import about, bits_per_row, rounded_ffns, served_bits, served_share
-from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import cache_of, open_session
 
@@ -97,10 +96,10 @@ def _decoded(model, execution):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_round_inputs, r"Linear \(layer 0\) has a forward of its own"),
-        (_box, r"Linear \(layer 0\) has weights that are quantised or wrapped \(Boxed\)"),
-        (_pack, r"Linear \(layer 0\) has weights that are kept in a form of their own"),
-        (_eighths, r"Linear \(layer 0\) has weights that are quantised \(float8_e4m3fn\)"),
+        (_round_inputs, "a forward of its own"),
+        (_box, "Boxed"),
+        (_pack, "a form of their own"),
+        (_eighths, "float8_e4m3fn"),
     ],
 )
 def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(change, reason):
@@ -121,7 +120,7 @@ def _unpacked(model):
     return plain
 
 
-@pytest.mark.parametrize(("change", "method"), in_turn([_box, _pack, _eighths], ["magnitude", "wanda-sp"]))
+@pytest.mark.parametrize(("change", "method"), [(_box, "magnitude"), (_pack, "wanda-sp"), (_eighths, "magnitude")])
 def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, change):
     model = tiny("llama")
     for module in _projections(model):
@@ -143,23 +142,16 @@ def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, ch
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6) and read == pytest.approx(theirs_read)
 
 
-@pytest.mark.parametrize(
-    ("change", "method", "line"),
-    [
-        (_box, "rounding", "others cannot stand in their place; load the model unquantised"),
-        (_pack, "rounding", "others cannot stand in their place; load the model unquantised"),
-    ],
-)
-def test_what_needs_the_weights_themselves_is_refused_in_one_line(change, method, line):
-    model = tiny("llama")
-    for module in _projections(model):
-        change(module)
-    before = [module._parameters.get("weight") for module in _projections(model)]
-    with pytest.raises(UserError, match=line), open_session(model, method, 0.5):
-        pass
-    with pytest.raises(UserError, match="others cannot stand in their place"), rounded_ffns(model, 4):
-        pass
-    assert all(a is b._parameters.get("weight") for a, b in zip(before, _projections(model), strict=True))
+def test_what_needs_the_weights_themselves_is_refused():
+    for change in (_box, _pack):
+        model = tiny("llama")
+        for module in _projections(model):
+            change(module)
+        before = [module._parameters.get("weight") for module in _projections(model)]
+        for block in (open_session(model, "rounding", 0.5), rounded_ffns(model, 4)):
+            with pytest.raises(UserError, match="unquantised"), block:
+                pass
+        assert all(a is b._parameters.get("weight") for a, b in zip(before, _projections(model), strict=True))
 
 
 def test_a_bias_is_no_part_of_the_weights():
@@ -196,7 +188,7 @@ def test_weights_that_torch_packs_are_refused():
     model = tiny("llama", torch.float32)
     for module in _projections(model):
         _pack_dynamically(module)
-    with pytest.raises(UserError, match="quantize_dynamic keeps weights that cannot be pruned; quantise with torchao"):
+    with pytest.raises(UserError, match="torchao"):
         find_ffns(model)
 
 
@@ -219,7 +211,7 @@ def test_a_model_that_accelerate_spreads_is_still_reordered():
     assert "forward of its own" in unlike_plain(find_ffns(wrapped))
 
 
-@pytest.mark.parametrize("bias", [None, 0.1, 0.5])
+@pytest.mark.parametrize("bias", [None, 0.5])
 def test_values_are_exact_beside_a_bias(bias):
     """What a bias is added to is rounded to bfloat16, and the sum less the bias is another number."""
     layer = nn.Sequential(nn.Linear(64, 48, bias=bias is not None)).bfloat16()

@@ -18,7 +18,6 @@ from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.weights.decoded import Decoded
 from dart_eval.weights.rounding import rounded
-from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, odd_llama, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, bits, cache_of, open_session, same
 from tests.helpers.sessions import generate as logits_of
@@ -26,6 +25,10 @@ from tests.helpers.sessions import generate as logits_of
 
 def prompt(length=20, seed=0):
     return torch.tensor([random_tokens(length, seed=seed)])
+
+
+# What a user may do to a model: numbers are held elsewhere.
+pytestmark = pytest.mark.slow
 
 
 def generate(model, ids, tokens, **options):
@@ -73,7 +76,7 @@ def test_a_prefix_that_was_cached_before_serves_every_prompt(llama):
 def test_a_cache_that_was_filled_before_is_refused_where_masks_are_made_from_the_prompt(llama, tokens):
     """The mask would be made from the tokens alone that come inside the block."""
     name, out = cache_argument(llama), llama(prompt(), use_cache=True)
-    refused = pytest.raises(UserError, match=r"the KV cache holds 20 tokens that prune\(\) has not seen")
+    refused = pytest.raises(UserError, match="20 tokens")
     with open_session(llama, "griffin", 0.5) as session, session.prompt(), refused:
         llama(prompt(tokens), use_cache=True, **{name: cache_of(out)})
 
@@ -109,7 +112,7 @@ def test_padding_that_a_sequence_says_itself_is_a_token_of_it(llama):
 # -- phases --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [8, 9, 15])
+@pytest.mark.parametrize("length", [8, 15])
 def test_a_last_chunk_of_one_token_belongs_to_the_prompt(llama, length):
     ids = prompt(length)
     with open_session(llama, "griffin", 0.5) as session:
@@ -134,7 +137,7 @@ def test_several_tokens_on_a_filled_cache_are_refused_unless_they_are_said_to_be
     ids, name = prompt(21), cache_argument(llama)
     with torch.no_grad(), open_session(llama, method, 0.5) as session:
         cache = {name: cache_of(llama(ids[:, :19], use_cache=True))}
-        with pytest.raises(UserError, match=r"2 tokens after 19 cached ones does not tell prune\(\) whether they are"):
+        with pytest.raises(UserError, match="2 tokens after 19"):
             llama(ids[:, 19:], use_cache=True, **cache)
         with session.prompt():
             turn = llama(ids[:, 19:], use_cache=True, **cache).logits
@@ -209,43 +212,41 @@ def assisted(model, **options):
     model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0, **options)
 
 
+def with_beams(model):
+    model.generate(prompt(), generation_config=GenerationConfig(num_beams=2, max_new_tokens=4))
+
+
 REFUSED = {
-    "beams": (lambda m: generate(m, prompt(), 4, num_beams=3), "use num_beams=1"),
-    "beams of a configuration": (
-        lambda m: m.generate(prompt(), generation_config=GenerationConfig(num_beams=2, max_new_tokens=4)),
-        "use num_beams=1",
-    ),
-    "an assistant": (
-        lambda m: assisted(m, assistant_model=tiny("llama", seed=1)),
-        "not use an assistant|no assistant model",
-    ),
-    "prompt lookup": (lambda m: assisted(m, prompt_lookup_num_tokens=3), "or prompt lookup|no prompt lookup"),
-    "a compiled model": (lambda m: torch.compile(m, backend="eager")(prompt()), "call the model itself"),
-    "a second session": (twice, "leave that block"),
-    "another thread": (in_another_thread, "enter the block there"),
-    "another prompt's cache": (of_another_prompt, "finish one sequence before the next"),
-    "a cache that lost tokens": (of_fewer_tokens, "went back from 20 to 15 tokens .*use a new cache"),
-    "another batch": (of_another_batch, "with one cache per batch"),
-    "a cache that is a tuple": (of_a_tuple, "use DynamicCache"),
-    "no cache": (lambda m: generate(m, prompt(), 3, use_cache=False), "leave use_cache on"),
+    "beams": (lambda m: generate(m, prompt(), 4, num_beams=3), "num_beams"),
+    "beams of a configuration": (with_beams, "num_beams"),
+    "an assistant": (lambda m: assisted(m, assistant_model=tiny("llama", seed=1)), "assistant"),
+    "prompt lookup": (lambda m: assisted(m, prompt_lookup_num_tokens=3), "lookup"),
+    "a compiled model": (lambda m: torch.compile(m, backend="eager")(prompt()), "itself"),
+    "a second session": (twice, "block"),
+    "another thread": (in_another_thread, "block"),
+    "another prompt's cache": (of_another_prompt, "finish"),
+    "a cache that lost tokens": (of_fewer_tokens, "new cache"),
+    "another batch": (of_another_batch, "one cache"),
+    "a cache that is a tuple": (of_a_tuple, "DynamicCache"),
+    "no cache": (lambda m: generate(m, prompt(), 3, use_cache=False), "use_cache"),
     "continuous batching": (lambda m: m.generate_batch([[5, 6, 7]], max_new_tokens=3), r"use generate\(\)"),
-    "labels": (with_labels, "measure perplexity with"),
-    "labels by place": (with_labels_by_place, "measure perplexity with"),
+    "labels": (with_labels, "perplexity"),
+    "labels by place": (with_labels_by_place, "perplexity"),
 }
 
 
 OF_MASKS = ("another prompt's cache", "a cache that lost tokens", "another batch")  # right where all share one mask
-CASES = [(name, "griffin") for name in REFUSED] + [(name, "random") for name in REFUSED if name not in OF_MASKS]
+# In turn with masks of each prompt, and with one for all.
+CASES = [(name, "griffin" if name in OF_MASKS or i % 2 else "random") for i, name in enumerate(REFUSED)]
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-def test_what_could_give_a_wrong_number_is_refused_in_one_line(llama, name, method):
+def test_what_could_give_a_wrong_number_is_refused(llama, name, method):
     before, dense, (run, remedy) = bits(llama), llama(prompt()).logits, REFUSED[name]
     with open_session(llama, method, 0.5) as session:
         wanted = generate(llama, prompt(), 6).sequences
-        with pytest.raises(UserError, match=remedy) as refused:
+        with pytest.raises(UserError, match=remedy):
             run(llama)
-        assert "\n" not in str(refused.value)
         assert torch.equal(generate(llama, prompt(), 6).sequences, wanted) and session.effective_sparsity > 0
     assert same(llama, before) and torch.equal(llama(prompt()).logits, dense)
     assert torch.isfinite(llama(prompt(), labels=prompt()).loss)
@@ -257,10 +258,8 @@ def compiled(model):
 
 
 @pytest.mark.parametrize(("model", "remedy"), [
-    (lambda: torch.compile(tiny("llama"), backend="eager"), "give the model itself"),
-    (lambda: compiled(tiny("llama")), "give the model itself"),
-    (lambda: "path", r"and 'path' is a str; load it first, with transformers\.Auto"),
-    (lambda: adapted(tiny("llama")), r"give model\.get_base_model\(\)"),
+    (lambda: torch.compile(tiny("llama"), backend="eager"), "itself"), (lambda: compiled(tiny("llama")), "itself"),
+    (lambda: "path", "load it"), (lambda: adapted(tiny("llama")), "get_base_model"),
 ])  # fmt: skip
 def test_what_is_no_model_to_prune_is_refused(model, remedy):
     with pytest.raises(UserError, match=remedy), prune(model(), "griffin"):
@@ -285,9 +284,9 @@ class Break(StoppingCriteria):
         return False
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")], ids=repr)
-@pytest.mark.parametrize(("method", "params", "execution"), [
-    ("griffin", {}, "auto"), ("dart", RESTLESS, "masked"), ("rounding", {}, "masked"), ("grinqh", {}, "masked"),
+@pytest.mark.parametrize(("method", "params", "execution", "error"), [
+    ("griffin", {}, "auto", KeyboardInterrupt()), ("dart", RESTLESS, "masked", RuntimeError("boom")),
+    ("rounding", {}, "masked", KeyboardInterrupt()), ("grinqh", {}, "masked", RuntimeError("boom")),
 ])  # fmt: skip
 def test_an_exception_inside_generate_leaves_the_weights_and_a_session_in_use(method, params, execution, error):
     """Between tokens and in the middle of a forward."""
@@ -366,7 +365,7 @@ def drop(model):
     model.config.layer_types = None
 
 
-@pytest.mark.parametrize(("change", "method"), in_turn([inject, drop], ["griffin", "dart", "random"]))
+@pytest.mark.parametrize(("change", "method"), [(inject, "griffin"), (drop, "dart"), (inject, "random")])
 def test_layers_that_changed_between_two_blocks_are_found_again(llama, change, method):
     with open_session(llama, method, 0.5, execution="masked"):
         generate(llama, prompt(), 4)
@@ -398,10 +397,10 @@ def test_weights_that_come_for_each_forward_alone_are_no_changed_layer(llama, pa
         assert session.effective_sparsity == pytest.approx(0.5 * 7 / 8)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "flap", "grinqh", "rounding"])
+@pytest.mark.parametrize("method", ["magnitude", "grinqh"])
 def test_methods_that_read_weights_are_refused_where_these_are_offloaded(llama, method):
     pytest.importorskip("accelerate").cpu_offload(llama)
-    with pytest.raises(UserError, match="weights of Linear are offloaded"), open_session(llama, method, 0.5):
+    with pytest.raises(UserError, match="offloaded"), open_session(llama, method, 0.5):
         generate(llama, prompt(), 2)
 
 
@@ -414,23 +413,20 @@ def test_another_activation_is_found_though_it_is_a_plain_function(llama):
     assert find_ffns(llama)[0].act is torch.nn.functional.gelu
 
 
-def test_a_method_that_a_user_has_set_is_there_again(llama):
-    mine = llama.generate = functools.partial(llama.generate, max_length=23)
+def test_ends_are_taken_as_generate_takes_them(llama):
+    for end in (94, [94, 95], torch.tensor([94, 95])):
+        with open_session(llama, "griffin", 0.5) as session:
+            generate(llama, torch.cat([prompt(seed=1), prompt(seed=2)]), 4, eos_token_id=end)
+            assert 0 < session.effective_sparsity <= 0.5
+
+
+def test_the_methods_of_a_model_are_its_own_again(llama):
+    mine = llama.generate = functools.partial(llama.generate, max_length=23)  # one that a user has set
     with open_session(llama, "griffin", 0.5) as session:
         assert llama.generate(prompt(), do_sample=False, pad_token_id=0).shape[1] == 23
         assert session.effective_sparsity == pytest.approx(0.5 * 2 / 3)
     assert llama.generate is mine
-
-
-@pytest.mark.parametrize("end", [lambda e: e, lambda e: [e, 95], lambda e: torch.tensor([e, 95])])
-def test_ends_are_taken_as_generate_takes_them(llama, end):
-    ids = torch.cat([prompt(seed=1), prompt(seed=2)])
-    with open_session(llama, "griffin", 0.5) as session:
-        generate(llama, ids, 4, eos_token_id=end(94))
-        assert 0 < session.effective_sparsity <= 0.5
-
-
-def test_the_methods_of_a_model_are_its_own_again(llama):
+    del llama.generate
     with prune(llama, make("dart", RESTLESS), 0.5):
         generate(llama, prompt(), 8)
     assert not any(name in m.__dict__ for m in llama.modules() for name in ("generate", GUARD))
