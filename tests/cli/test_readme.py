@@ -52,7 +52,8 @@ def test_the_commands_of_the_first_pages_run_in_their_order(small, tmp_path, dem
     first, lines = (commands("\n".join(blocks(page, "console"))) for page in ("README.md", "docs/start.md"))
     assert {*first} <= {*lines} and len(lines) >= 15
     for line in (*lines, lines[0]):
-        done = program(*shlex.split(line)[1:], cwd=tmp_path, env=os.environ | {"DART_EVAL_CACHE": str(small)})
+        fewer = ("--method", "griffin") if "overhead" in line else ()  # all methods take 40 s
+        done = program(*shlex.split(line)[1:], *fewer, cwd=tmp_path, env=os.environ | {"DART_EVAL_CACHE": str(small)})
         assert done.returncode == 0 and done.stdout.strip(), (line, done.stderr)
         assert not re.search("(?i)error|warning|traceback", done.stderr), (line, done.stderr)
     assert "done " not in done.stderr  # the first run's cells were finished already
