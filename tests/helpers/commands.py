@@ -8,6 +8,7 @@ and libraries read of the environment when they start is the server's: a locale,
 import atexit
 import contextlib
 import fcntl
+import gc
 import io
 import json
 import multiprocessing
@@ -22,18 +23,21 @@ import time
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 
 from dart_eval import cli
 from dart_eval.cli import view
-from dart_eval.sweep import run
+from dart_eval.sweep import run, worker
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
 
+# Before each cell, a worker collects garbage: looking through all that tests imported may take longer than the cell.
+worker.gc = SimpleNamespace(collect=lambda: gc.collect(1))
 view.LASTS = 3600.0  # seconds: what a command prints in this process does not depend on how busy the machine is
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 # Signals that end a run, its status then, and the word for it.

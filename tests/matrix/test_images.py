@@ -4,13 +4,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.sweep.options import config_from
-from tests.helpers.commands import Watch, run_local
-from tests.matrix.check import CHECKS
+from tests.matrix.check import Tried, choices, generation, masked, scoring
+from tests.matrix.types import IMAGES as SIDE
 from tests.matrix.types import _usual
 
-SIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 PIXELS = {**SIDE, "image_size": 28, "patch_size": 14}
 QWEN = {**SIDE, "depth": 1, "num_heads": 4, "out_hidden_size": 32, "num_position_embeddings": 16}
 ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
@@ -38,23 +35,8 @@ def tiny(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("claim", ["masked", "generation", "scoring", "choices"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_language_model_is_pruned(kind, claim):
-    CHECKS[claim](tiny(kind))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mistral3", "qwen3_vl"])
-def test_a_run_loads_it_for_text_tasks(kind, tmp_path, tokenizer):
-    model = tiny(kind)
-    model.config.get_text_config().max_position_embeddings = 1024
-    model.save_pretrained(tmp_path / kind)
-    tokenizer.save_pretrained(tmp_path / kind)
-    found = resolve(ModelSpec(str(tmp_path / kind)))
-    assert type(found.load()[0]) is type(found.outline()) is type(model)
-    given = {"method": "dense,griffin", "sparsity": 0.5, "tasks": "smoke_questions,smoke_summary", "limit": 2}
-    given |= {"model": str(tmp_path / kind), "output": str(tmp_path / "out")}
-    result = run_local(config_from(None, given), Watch())
-    assert not result.failed and len(result.records) == 4
-    assert all(r.weights_read == pytest.approx(1 - r.inputs["sparsity"], abs=0.01) for r in result.records)
+def test_the_language_model_is_pruned(kind):
+    tried = Tried(tiny(kind))
+    for check in (masked, generation, scoring, choices):
+        check(tried)

@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dart_eval.pruning.registry import methods
+from dart_eval.util.errors import UserError
+from tests.helpers.sessions import bits, fitting, generate, open_session, prompts_of, same
 from tests.matrix.check import row
 from tests.matrix.page import line
-from tests.matrix.types import NOT_MADE, OTHERS, TYPES, VARIANTS
+from tests.matrix.types import NOT_MADE, OTHERS, TYPES, VARIANTS, tiny
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 SAME = f"with transformers {transformers.__version__};" in PAGE  # other versions have other types, and other errors
@@ -25,3 +29,32 @@ def test_a_type_is_right_or_refused(name):
 def test_every_type_is_accounted_for():
     assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == set(TYPES) | OTHERS | set(NOT_MADE)
     assert not OTHERS & set(NOT_MADE) and set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) >= OTHERS
+
+
+# Plain of either layout, gated, fused, a scaled output, a norm of neurons, what a layer adds after its FFN; experts
+# with gates or without, transposed, with biases, weighed before, beside a shared FFN.
+FORMS = [
+    "gpt2", "opt", "llama", "phi3", "granite", "bitnet", "gemma4_text with experts", "qwen3_moe", "gpt_oss",
+    "llama4_text", "deepseek_v3", "nemotron_h",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+def test_every_method_runs_on_every_form_of_ffn_or_is_refused(name):
+    """It reads what its label says, changes what is decoded, and leaves the model as it was."""
+    model, prompts = tiny(name), prompts_of(2, 12)
+    before, dense = bits(model), generate(model, prompts, 3)
+    for method in (cls() for cls in methods().values() if cls.prunes and not cls.looks_ahead):
+        sparsity = fitting(method.name, name, 0.5)
+        try:
+            with open_session(model, method, sparsity, "masked") as session:
+                found = generate(model, prompts, 3)
+        except UserError:
+            assert not method.fits_all, method.name
+            continue
+        within = {"teal": 0.08, "rounding": 1.0}.get(method.name, 0.005)  # thresholds of a text; what bits are left
+        assert all(bool(((step.read - 1 + sparsity).abs() < within).all()) for step in session.steps), method.name
+        assert same(model, before), method.name
+        assert torch.stack(found.logits).isfinite().all()
+        assert not torch.allclose(found.logits[1], dense.logits[1]), method.name

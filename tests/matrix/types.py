@@ -61,9 +61,10 @@ USUAL = {
 LATENT = {"num_key_value_heads": 4}  # attention through a latent: every head has keys of its own
 WINDOWS = ["sliding_attention", "full_attention"] * 2
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+IMAGES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 HYBRID = {"layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": 4}
 _LATENT = """
-axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash
+axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash
 minicpm3 sarvam_mla youtu
 """
 UNUSUAL = {
@@ -71,6 +72,10 @@ UNUSUAL = {
     "bailing_hybrid": {"layer_group_size": 2, "num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"layer_types": WINDOWS, "rope_parameters": dict.fromkeys(WINDOWS, ROTARY)},
+    "dots3_note_text": {**LATENT, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+    },
+    "gemma3": {"vision_config": IMAGES},
     # Low enough to be reached.
     "hy_v4": {"swiglu_limit": 0.5},
     "inkling2_loop_text": {"loop_layer_index_start": 1, "loop_layer_index_end": 3, "n_layers_per_attn_res_block": 1},
