@@ -1,12 +1,15 @@
-"""`dart-eval bench`: what it measures is what it says; no test here depends on how fast anything is."""
+"""`dart-eval bench decode`: what it measures is what it says; what was measured is kept, and read beside results.
+
+No test here depends on how fast anything is.
+"""
 
 import copy
+import dataclasses
 import functools
 import json
 import platform
 import runpy
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dart_eval.bench import decode, shapes
-from dart_eval.bench.decode import Bench, twin
+from dart_eval.bench.decode import Bench, Setting, measure, twin
+from dart_eval.bench.subject import Subject
 from dart_eval.kernels.cpu import build
+from dart_eval.kernels.fast import why_no_kernel
 from dart_eval.kernels.mask_rows import RowCopies
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
@@ -23,12 +28,13 @@ from dart_eval.layers.shape import shape_of
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results import speeds
-from dart_eval.results.speeds import paired
+from dart_eval.results.speeds import Ratio, paired
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import hardware
-from tests.helpers.commands import command
+from tests.helpers.commands import ROOT, command
 from tests.helpers.models import tiny
 from tests.helpers.sessions import RESTLESS
+from tests.matrix import types
 
 
 def test_ratios_are_paired():
@@ -40,11 +46,14 @@ def test_ratios_are_paired():
     assert (two.low, two.median, two.high) == (0.2, pytest.approx(0.85), 1.5)
 
 
+# -- what is timed -----------------------------------------------------------------------------------------------------
+
+
 def test_what_is_counted():
     model = tiny("llama", torch.float32)
     before = {n: p.clone() for n, p in model.named_parameters()}
     shape = shape_of(model, find_ffns(model))
-    found = decode.measure(model, make("griffin"), 0.7, decode.Setting(20, 5, 2))
+    found = measure(model, make("griffin"), 0.7, Setting(20, 5, 2))
     assert found.weights_read == found.weights_executed == pytest.approx(0.3)
     phi = shape.ffn_weights / (shape.ffn_weights + shape.other_weights + shape.head_weights)
     assert found.ceiling == pytest.approx(1 / (1 - 0.7 * phi))
@@ -86,7 +95,7 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", keep)
     monkeypatch.setattr(decode, "timed", watched)
-    found = decode.measure(model, make("griffin"), 0.7, decode.Setting(20, 5, 2))
+    found = measure(model, make("griffin"), 0.7, Setting(20, 5, 2))
     # Three rounds: the prompt for each cache that begins dense (one is of our own product, in bfloat16), five tokens
     # twice; then before the changes of every re-mask, and before all rows are copied.
     own = found.over_kernel is not None
@@ -100,160 +109,29 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
             assert torch.equal(logits, reference(input_ids=ids, logits_to_keep=1).logits)
 
 
-def test_a_twin_shares_all_but_the_ffns():
+def test_a_twin_shares_all_but_the_ffns_or_its_lack_of_memory_is_said(monkeypatch):
     model = tiny("gemma3", torch.float32)
     own = {n: p.data_ptr() for n, p in twin(model).named_parameters()}
     for name, parameter in model.named_parameters():
         assert (own[name] != parameter.data_ptr()) == (".mlp." in name), name
 
-
-def test_no_memory_for_a_twin_is_told(monkeypatch):
     def deepcopy(*_):
         raise RuntimeError("CUDA out of memory. Tried to allocate 11.00 GiB")
 
-    model = tiny("llama", torch.float32)
     find_ffns(model)
     monkeypatch.setattr("dart_eval.bench.decode.copy.deepcopy", deepcopy)
-    with pytest.raises(UserError, match="second copy of the FFN weights"):
+    with pytest.raises(UserError, match="copy"):
         twin(model)
 
 
-def test_steps_with_a_remask_are_left_out():
-    """A window of 3 tokens, an alarm in every one: of 5 steps of a round one has a re-mask."""
-    restless = ":".join(f"{k}={v}" for k, v in RESTLESS.items())
-    method = make(*parse(f"dart:{restless}"))
-    found = decode.measure(tiny("llama", torch.float32), method, 0.5, decode.Setting(20, 5))
-    assert found.speedup.n == 3 * 4
-    assert found.remask_masks_dense_steps.n >= 3
-
-
-def test_a_fifth_of_the_kept_neurons_changes(monkeypatch):
-    copied = []
-    original = RowCopies.select
-
-    def select(self, mask):
-        copied.append((original(self, mask), self.count))
-        return copied[-1][0]
-
-    monkeypatch.setattr(RowCopies, "select", select)
-    decode.measure(tiny("llama", torch.float32), make("magnitude"), 0.5, decode.Setting(5, 2, 1))
-    assert copied[-27:] == [(4, 20)] * 18 + [(20, 20)] * 9  # three times three layers, there and back; then all anew
-
-
-def test_steps_that_all_make_masks_leave_none_to_time():
-    method = make("dart", {"allocation": "uniform", **RESTLESS, "remask.window": 1})
-    with pytest.raises(UserError, match="every timed step makes new masks"):
-        decode.measure(tiny("llama", torch.float32), method, 0.5, decode.Setting(16, 3, 1))
-
-
-def test_what_cannot_be_timed_is_refused():
-    model = tiny("llama", torch.float32)
-    for name in ("dense", "oracle"):
-        with pytest.raises(UserError, match=f"{name} cannot be timed"):
-            decode.measure(model, make(name), 0.5)
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(shapes.SHAPES, "small", lambda: tiny("llama").config)
-
-
-def test_random_weights_of_a_shape(small):
-    model = shapes.with_random_weights("small", layers=2)
-    assert len(model.model.layers) == 2
-    assert next(model.parameters()).dtype == torch.bfloat16
-    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
-
-
-def test_a_folder_with_a_random_model(tmp_path, monkeypatch, capsys):
-    made, shape = tmp_path / "made", tiny("llama").config
-    shape.vocab_size = 300  # every byte has a token
-    monkeypatch.setitem(shapes.SHAPES, "small", lambda: shape)
-    monkeypatch.setattr(sys, "argv", ["random_model.py", "small", str(made), "2"])
-    script = Path(__file__).parents[2] / "scripts" / "random_model.py"
-    runpy.run_path(str(script), run_name="__main__")
-    assert f"{made}: small, 0.00 billion random weights" in capsys.readouterr().out
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
-    assert (len(model.model.layers), model.dtype) == (2, torch.bfloat16)
-    text = "The quick brown fox, ünusually slow"
-    tokens = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    assert tokenizer.decode(tokens["input_ids"][0]) == text
-    assert model.generate(**tokens, max_new_tokens=5, do_sample=False).shape[1] == tokens["input_ids"].shape[1] + 5
-    with pytest.raises(SystemExit, match="is there already"):
-        runpy.run_path(str(script), run_name="__main__")
-
-
-def test_what_computed(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {'AAB'[device.index]}")
-    assert hardware({torch.device("cuda", i) for i in range(3)})["gpu"] == "2 x Card A, Card B"
-    assert hardware({torch.device("cuda", 2)}) == {"machine": platform.machine(), "gpu": "Card B"}
-    assert hardware({torch.device("cpu")}) == {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
-
-
-def test_the_command_shows_what_it_measures(saved_llama):
-    few = ("--model", saved_llama, "--prompt", "16", "--steps", "3", "--rounds", "1", "--method", "griffin,dart")
-    done = command("bench", "decode", *few, "--format", "json")
-    assert done.code == 0, done.err
-    found = json.loads(done.out)
-    assert [f["method"] for f in found] == ["griffin", "dart"]
-    for key in ("achieved_over_ceiling", "speedup", "ceiling", "remask_moves_dense_steps", "overhead"):
-        assert isinstance(found[0][key], float)
-    assert 0 < found[0]["state"] < found[0]["memory"] < found[0]["twin_bytes"] / 2
-    assert found[0]["speedup_quartiles"][0] <= found[0]["speedup"] <= found[0]["speedup_quartiles"][1]
-    assert found[0]["speedup_n"] == 3
-    assert (found[0]["remask_masks_dense_steps"] is None, found[1]["remask_masks_dense_steps"] > 0) == (True, True)
-    shown = command("bench", "decode", *few).out
-    for word in ("griffin", "speed-up", "ceiling", "control", "thread", "prompt", "memory MB"):
-        assert word in shown
-
-
-@pytest.mark.parametrize(("words", "said"), [
-    (("--shape", "llama", "--model", "x"), "both given"),
-    (("--steps", "0"), "invalid value for '--steps'"),
-    (("--layers", "2"), "--layers is for a shape"),
-    (("--shape", "llama-3.1"), "did you mean"),
-    (("--method", "griffin,oracle"), "oracle cannot be timed"),
-    (("--format", "xml"), "unknown format 'xml'; known: csv, json, md, table, tex"),
+@pytest.mark.parametrize(("options", "setting", "timed", "masks"), [
+    ({}, Setting(20, 5), 3 * 4, 3),  # a window of 3 tokens, an alarm in each: of 5 steps of a round one has a re-mask
+    ({"remask.dense_tokens": 6}, Setting(20, 12, 1), 6, 0),  # of 12 the third alarms; the next 6 run dense
 ])  # fmt: skip
-def test_wrong_input_is_refused_in_one_line(words, said):
-    done = command("bench", "decode", *words)
-    assert (done.code, done.out) == (2, "")
-    assert said in done.err
-    assert len(done.err.strip().splitlines()) == 1
-
-
-def test_an_empty_list_of_methods_is_none():
-    for methods in (" , ", ""):
-        done = command("bench", "overhead", "--method", methods)
-        assert done.code == 2 and "must have at least 1 item" in done.err
-
-
-def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
-    few = ("--model", saved_llama, "--prompt", "16", "--steps", "3", "--rounds", "1", "--dtype", "float32")
-    spec = "dart:remask.window=4:allocation=uniform"
-    done = command("bench", "decode", *few, "--method", f"{spec},rounding", "--format", "json", "--output", tmp_path)
-    assert done.code == 0, done.err
-    assert {f"wrote {file}" for file in (tmp_path / "bench").iterdir()} < {*done.err.splitlines()}
-    pruned, top = sorted((json.loads(f.read_text()) for f in (tmp_path / "bench").iterdir()), key=lambda s: s["method"])
-    rows = json.loads(done.out)  # what was written is said elsewhere
-    assert (pruned["method"], pruned["sparsity"], pruned["dtype"], pruned["device"]) == (spec, 0.7, "float32", "cpu")
-    assert (pruned["params"]["remask.window"], pruned["compiled"], pruned["prompt_tokens"]) == (4, None, 16)
-    assert pruned["hardware"].startswith(f"{torch.get_num_threads()} thread")
-    assert (pruned["control"]["n"], pruned["ceiling"]) == (3, rows[0]["ceiling"])
-    speedup = pruned["speedup"]
-    assert (speedup["median"], speedup["low"], speedup["high"]) == (rows[0]["speedup"], *rows[0]["speedup_quartiles"])
-    assert pruned["more"]["overhead"]["median"] == rows[0]["overhead"] and pruned["more"]["steps"] == 3
-    assert top["sparsity"] == 0  # as in the cells of a method without one
-    identity = resolve(ModelSpec(saved_llama)).identity.to_json()
-    inputs = {"model": identity, "dtype": "float32", "params": make(*parse(spec)).params(), "sparsity": 0.7}
-    assert speeds.of_cell(speeds.load_speeds(tmp_path), inputs).speedup.median == speedup["median"]
-
-
-def test_steps_that_run_dense_after_an_alarm_are_not_timed():
-    """Of 12 steps windows of 3 alarm after the third; the next 6 run dense, up to a re-mask."""
-    spec = ":".join(["dart", *(f"{k}={v}" for k, v in {**RESTLESS, "remask.dense_tokens": 6}.items())])
-    found = decode.measure(tiny("llama", torch.float32), make(*parse(spec)), 0.5, decode.Setting(20, 12, 1))
-    assert found.speedup.n == 6 and found.weights_read == pytest.approx(0.5)
+def test_steps_with_a_remask_and_dense_ones_are_left_out(options, setting, timed, masks):
+    found = measure(tiny("llama", torch.float32), make("dart", {**RESTLESS, **options}), 0.5, setting)
+    assert found.speedup.n == timed and found.weights_read == pytest.approx(0.5)
+    assert not masks or found.remask_masks_dense_steps.n >= masks
 
 
 def test_only_the_first_round_warms_up_whatever_its_length():
@@ -263,5 +141,197 @@ def test_only_the_first_round_warms_up_whatever_its_length():
     def round_(_run, times, _prompt, _steps):
         times.steps["dense"] += [float(n := next(lengths))] * n
 
-    kept = Bench.rounds(SimpleNamespace(_round=round_), None, decode.Setting(8, 30, 2))
+    kept = Bench.rounds(SimpleNamespace(_round=round_), None, Setting(8, 30, 2))
     assert kept.steps["dense"] == [27.0] * 54
+
+
+def test_a_fifth_of_the_kept_neurons_changes(monkeypatch):
+    copied, original = [], RowCopies.select
+
+    def select(self, mask):
+        copied.append((original(self, mask), self.count))
+        return copied[-1][0]
+
+    monkeypatch.setattr(RowCopies, "select", select)
+    measure(tiny("llama", torch.float32), make("magnitude"), 0.5, Setting(5, 2, 1))
+    assert copied[-27:] == [(4, 20)] * 18 + [(20, 20)] * 9  # three times three layers, there and back; then all anew
+
+
+@pytest.mark.parametrize(("name", "params"), [
+    ("dense", {}), ("oracle", {}),
+    ("dart", {"allocation": "uniform", **RESTLESS, "remask.window": 1}),  # every step makes masks: none is left to time
+])  # fmt: skip
+def test_what_cannot_be_timed_is_refused(name, params):
+    with pytest.raises(UserError, match="timed"):
+        measure(tiny("llama", torch.float32), make(name, params), 0.5, Setting(16, 3, 1))
+
+
+@pytest.mark.parametrize(("method", "why"), [
+    ("griffin", None), ("flap", None), ("grinqh", build.why_no_kernel()), ("grinqh:entries.group=32", "128"),
+    ("cats", "cats"), ("wina", "wina"),
+])  # fmt: skip
+def test_which_methods_have_kernels(method, why):
+    found = why_no_kernel(make(*parse(method)), find_ffns(tiny("llama", torch.float32)))
+    assert found is None if why is None else why in found
+
+
+def test_weights_that_cannot_be_copied_are_counted_and_not_timed():
+    model = tiny("llama", torch.float32)
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    found = measure(model, make("griffin"), 0.7, Setting(8))
+    assert found.weights_read == pytest.approx(0.3, abs=0.01) and "one FFN" in found.why and found.speedup is None
+
+
+def test_what_does_not_fit_a_model_is_left_out():
+    """A method that reads a text where there is no tokenizer, that allocates by depth, or that knows no experts."""
+    reader = object()
+    for model, tokenizer, method, fits in (
+        (tiny("llama", torch.float32), None, "teal", False), (tiny("llama", torch.float32), reader, "teal", True),
+        (tiny("llama", torch.float32), None, "griffin", True), (types.tiny("deepseek_v4"), reader, "dart", False),
+        (types.tiny("qwen3_moe"), reader, "teal", False), (types.tiny("qwen3_moe"), reader, "griffin", True),
+    ):  # fmt: skip
+        refused = Subject(model, tokenizer, {"name": "tiny"}, "float32").refused(make(method), 0.5)
+        assert (refused is None) == fits, method
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+SPEC = "dart:remask.window=3:allocation=uniform"
+UNTIMED = ["graded-both", "oracle-token", "cats", "teal"]
+
+
+def test_what_is_measured_is_shown_and_kept_beside_results(tmp_path, saved_llama):
+    """Rows without times, of methods that no kernel makes faster, stand among those with."""
+    few = ("--model", saved_llama, "--prompt", "16", "--steps", "4", "--rounds", "1", "--sparsity", "0.5")
+    methods = ",".join(["griffin", SPEC, "rounding", *UNTIMED])
+    done = command("bench", "decode", *few, "--method", methods, "--format", "json", "--output", tmp_path)
+    assert done.code == 0, done.err
+    rows = {row["method"]: row for row in json.loads(done.out)}
+    assert [*rows] == methods.split(",")
+    griffin, dart = rows["griffin"], rows[SPEC]
+    for key in ("achieved_over_ceiling", "speedup", "ceiling", "remask_moves_dense_steps", "overhead"):
+        assert isinstance(griffin[key], float)
+    assert 0 < griffin["state"] < griffin["memory"] < griffin["twin_bytes"]
+    assert griffin["speedup_quartiles"][0] <= griffin["speedup"] <= griffin["speedup_quartiles"][1]
+    assert (griffin["speedup_n"], griffin["why"], griffin["remask_masks_dense_steps"]) == (4, None, None)
+    for row in map(rows.get, UNTIMED):
+        assert (row["speedup"], row["control"], row["overhead"]) == (None, None, None)
+        assert 0.2 < row["weights_read"] < 0.75 and row["ceiling"] > 1 and row["why"] and row["memory"] >= row["state"]
+    assert rows["cats"]["weights_read"] == pytest.approx(0.5, abs=0.01)
+    assert rows["graded-both"]["ceiling"] == pytest.approx(griffin["ceiling"], rel=0.02)  # bytes nearly as many
+
+    kept = {
+        speed["method"]: speed for file in (tmp_path / "bench").iterdir() for speed in [json.loads(file.read_text())]
+    }
+    assert {*kept} == {*rows} and kept["rounding"]["sparsity"] == 0  # as in the cells of a method without one
+    assert (kept["cats"]["speedup"], kept["cats"]["times"]) == (None, "bytes only")
+    pruned = kept[SPEC]
+    assert (pruned["sparsity"], pruned["dtype"], pruned["device"], pruned["prompt_tokens"]) == (
+        0.5,
+        "float32",
+        "cpu",
+        16,
+    )
+    assert (pruned["params"]["remask.window"], pruned["compiled"], pruned["times"]) == (3, None, "measured")
+    assert (pruned["control"]["n"], pruned["ceiling"]) == (dart["speedup_n"], dart["ceiling"])
+    speedup = pruned["speedup"]
+    assert (speedup["median"], speedup["low"], speedup["high"]) == (dart["speedup"], *dart["speedup_quartiles"])
+    assert pruned["more"]["overhead"]["median"] == dart["overhead"] and pruned["more"]["steps"] == 4
+    identity = resolve(ModelSpec(saved_llama)).identity.to_json()
+    inputs = {"model": identity, "dtype": "float32", "params": make(*parse(SPEC)).params(), "sparsity": 0.5}
+    assert speeds.of_cell(speeds.load_speeds(tmp_path), inputs).speedup.median == speedup["median"]
+    left = command("bench", "decode", *few, "--sparsity", "0.7", "--format", "json", "--method", "griffin,cats")
+    assert [row["method"] for row in json.loads(left.out)] == ["griffin"] and "cats" in left.err
+
+
+def test_random_weights_of_a_shape_and_a_folder_of_them(tmp_path, monkeypatch):
+    made, shape = tmp_path / "made", tiny("llama").config
+    shape.vocab_size = 300  # every byte has a token
+    monkeypatch.setitem(shapes.SHAPES, "small", lambda: shape)
+    model = shapes.with_random_weights("small", layers=2)
+    assert (len(model.model.layers), next(model.parameters()).dtype) == (2, torch.bfloat16)
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+    monkeypatch.setattr(sys, "argv", ["random_model.py", "small", str(made), "2"])
+    runpy.run_path(str(ROOT / "scripts" / "random_model.py"), run_name="__main__")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
+    assert (len(model.model.layers), model.dtype) == (2, torch.bfloat16)
+    text = "The quick brown fox, ünusually slow"
+    tokens = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    assert tokenizer.decode(tokens["input_ids"][0]) == text
+    assert model.generate(**tokens, max_new_tokens=5, do_sample=False).shape[1] == tokens["input_ids"].shape[1] + 5
+
+
+def test_what_computed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {'AAB'[device.index]}")
+    assert hardware({torch.device("cuda", i) for i in range(3)})["gpu"] == "2 x Card A, Card B"
+    assert hardware({torch.device("cuda", 2)}) == {"machine": platform.machine(), "gpu": "Card B"}
+    assert hardware({torch.device("cpu")}) == {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
+
+
+# -- speeds beside results ---------------------------------------------------------------------------------------------
+
+MODEL = {"name": "tiny", "revision": None, "weights": "f00d"}
+PARAMS = {"mask": "prompt", "remask": "drift", "remask.window": 8}
+RATIO = {"median": 1.7, "low": 1.6, "high": 1.8, "n": 75}
+SPEED = {
+    "method": "griffin:remask=drift", "params": PARAMS, "sparsity": 0.7, "model": MODEL, "dtype": "bfloat16",
+    "device": "cpu", "hardware": "2 threads", "compiled": None, "prompt_tokens": 128, "read": 0.3, "speedup": RATIO,
+    "control": RATIO, "ceiling": 1.84, "created": "2026-01-02T00:00:00+00:00", "ffn_bits": None,
+    "more": {"overhead": {"median": 0.02}, "state_bytes": 5}, "environment": {"torch": "2.9"},
+}  # fmt: skip
+
+
+def read(**changes):
+    """A speed as boards read it."""
+    known = {**SPEED, **changes, "speedup": Ratio(**RATIO) if changes.get("speedup", RATIO) else None}
+    return speeds.Speed(**{field.name: known[field.name] for field in dataclasses.fields(speeds.Speed)[:-1]})
+
+
+def test_what_was_kept_is_read_back_oldest_first(tmp_path):
+    assert speeds.load_speeds(tmp_path) == speeds.load_speeds(tmp_path / "none") == []
+    earlier = {"sparsity": 0.5, "created": "2026-01-01T00:00:00+00:00", "method": "a/b:c=d"}
+    untimed = {"speedup": None, "control": None, "times": "bytes only", "created": "2026-02-01", "sparsity": 0.4}
+    for changes in ({}, untimed, earlier):
+        path = speeds.keep(tmp_path, {**SPEED, **changes})
+    assert speeds.load_speeds(tmp_path) == [read(**earlier), read(), read(**untimed)]
+    assert json.loads(path.read_text()) == {**SPEED, **earlier, "schema": 1}
+
+
+def test_measured_again_it_replaces_what_was_there_under_the_name_of_earlier_versions(tmp_path):
+    speeds.keep(tmp_path, SPEED)
+    again = speeds.keep(tmp_path, {**SPEED, "created": "2026-01-03", "environment": {"torch": "3.0"}})
+    assert [speed.created for speed in speeds.load_speeds(tmp_path)] == ["2026-01-03"]
+    others = {"hardware": "4 threads"}, {"prompt_tokens": 1024}, {"dtype": "float32"}, {"ffn_bits": "4:128"}
+    names = [again.name, *(speeds.keep(tmp_path, {**SPEED, **change}).name for change in others)]
+    assert len(speeds.load_speeds(tmp_path)) == 5
+    assert names[0] == "decode-griffin-0.7-ddd1d70bc5598fae.json"
+    assert names[4] == "decode-griffin-4-128bit-0.7-997e16a6e5de8c2e.json"
+
+
+@pytest.mark.parametrize(("change", "fits"), [
+    ({}, True), ({"device": "cuda"}, True), ({"model": {**MODEL, "name": "other"}}, True),
+    ({"model": {**MODEL, "weights": "beef"}}, False), ({"params": {**PARAMS, "remask.window": 9}}, False),
+    ({"params": {**PARAMS, "routing": "own"}}, True),  # as older versions did, which had no such part
+    ({"params": {**PARAMS, "routing": "fewer"}}, False), ({"sparsity": 0.5}, False),
+    ({"dtype": "float32"}, False), ({"model": {**MODEL, "weights": None}}, False), ({"ffn_bits": "4"}, False),
+])  # fmt: skip
+def test_a_speed_belongs_to_cells_of_its_method_and_model(change, fits):
+    inputs = {"model": MODEL, "params": PARAMS, "sparsity": 0.7, "dtype": "bfloat16", "device": "cpu", "task": "arc"}
+    assert (speeds.of_cell([read()], inputs | change) is not None) == fits
+
+
+def test_a_cell_gets_what_was_measured_last_and_the_words_only_where_nothing_was():
+    inputs = {"model": MODEL, "params": PARAMS, "sparsity": 0.7, "dtype": "bfloat16"}
+    words, older, newer = read(speedup=None, device="cuda", created="2026-01-09"), read(), read(hardware="4 threads")
+    assert speeds.of_cell([older, newer, words], inputs) is newer
+    assert speeds.of_cell([words], inputs) is words and speeds.of_cell([words], inputs | {"sparsity": 0.5}) is None
+
+
+def test_a_damaged_file_is_named_and_left_out(tmp_path, capsys):
+    other = speeds.keep(tmp_path, {**SPEED, "sparsity": 0.5})
+    data = json.loads(speeds.keep(tmp_path, SPEED).read_text())
+    lacking = {key: value for key, value in data.items() if key != "dtype"}
+    for text in ("{", "[]", *map(json.dumps, ({**data, "schema": 2}, {**data, "speedup": 1.7}, lacking))):
+        other.write_text(text)
+        assert speeds.load_speeds(tmp_path) == [read()]
+        assert str(other) in capsys.readouterr().err
