@@ -32,6 +32,11 @@ class Run:
     threshold: float
     copied: bool
 
+    def check(self, masks, logprobs, atol=1e-9):
+        """That all tokens ran under these masks of all layers, and said this."""
+        assert all(same_masks(now, masks) for now in self.masks)
+        assert torch.allclose(self.logprobs, logprobs, rtol=0, atol=atol)
+
 
 @torch.no_grad()
 def run(model, method, prompt, decoded, sparsity=0.5, execution="auto", tokenizer=None, **params):

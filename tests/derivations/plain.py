@@ -81,6 +81,13 @@ def largest(scores, count):
     return mask
 
 
+def alike(scores, sparsity, choose=lambda scores, count, layer: largest(scores, count)):
+    """Masks that keep the same share of every layer, of the neurons with the largest scores."""
+    sizes = [len(s) for s in scores]
+    keep = counts([(1 - sparsity) * f for f in sizes], round((1 - sparsity) * sum(sizes)))
+    return [choose(s, k, layer) for layer, (s, k) in enumerate(zip(scores, keep, strict=True))]
+
+
 class Plain:
     """A model that is fed one sequence through its KV cache."""
 
@@ -102,6 +109,11 @@ class Plain:
         for hook in hooks:
             hook.remove()
         return out.logits[0].log_softmax(-1)
+
+    def masked(self, prompt, decoded, masks, constants=None):
+        """The same of a prompt that runs dense, and of tokens that run under one mask for each layer."""
+        rows = [self.run(prompt), *(self.run([t], lambda i, h: h * masks[i], constants) for t in decoded)]
+        return torch.cat(rows)
 
     def _hooks(self, index, change, constants):
         layer, seen = self.layers[index], self.seen[index]

@@ -85,9 +85,13 @@ def raised(squares, saved, levels, room):
         at[best] += 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "opt"])
-@pytest.mark.parametrize(("method", "sparsity", "params"), [
-    ("grinqh", 0.7, {}), ("grinqh", 0.6, FINER), ("grinqh", 0.8, {}), ("decdec", 0.7, {}),
+@pytest.mark.parametrize(("family", "method", "sparsity", "params"), [
+    ("llama", "grinqh", 0.7, {}), ("gpt2", "grinqh", 0.6, FINER), ("phi3", "decdec", 0.7, {}),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("qwen2", "grinqh", 0.8, {}), ("opt", "decdec", 0.7, {}), ("llama", "grinqh", 0.6, FINER),
+        ("phi3", "grinqh", 0.8, {}), ("gpt2", "grinqh", 0.7, {}), ("opt", "grinqh", 0.6, FINER),
+        ("qwen2", "decdec", 0.7, {}),
+    )),
 ])  # fmt: skip
 def test_columns_are_read_in_the_bits_that_save_most(family, method, sparsity, params):
     levels = [int(level) for level in params.get("entries.levels", METHODS[method]).split("-")]
@@ -118,7 +122,7 @@ def test_columns_are_read_in_the_bits_that_save_most(family, method, sparsity, p
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_other_bits_have_less_error(data):
     """Against all assignments of at most as many bits, where errors are convex in bits."""
     levels = Levels(data.draw(st.sampled_from(["0-2-4-8", "2-4-8", "3-7", "0-2-3-4-5-6"])), 128)
@@ -171,20 +175,12 @@ def test_one_level_is_rounding():
     assert torch.allclose(run.logprobs, wanted, rtol=0, atol=2e-6)
 
 
-def test_bytes_beyond_the_levels_are_refused():
+def test_bytes_beyond_the_levels_and_weights_of_few_bits_are_refused():
     model, method = tiny("llama"), make("grinqh", {"entries.levels": "4-8"})
-    for sparsity, share in ((0.8, "20 %"), (0.3, "70 %")):
-        message = f"reads 28.1 to 53.1 % of the bytes, not {share}; use a sparsity from 0.469 to 0.718, or other"
-        with pytest.raises(UserError, match=message), open_session(model, method, sparsity):
+    for sparsity in (0.8, 0.3):
+        with pytest.raises(UserError, match=r"from 0\.469 to 0\.718"), open_session(model, method, sparsity):
             pass
-
-
-def test_weights_of_few_bits_are_refused():
-    model = tiny("llama")
-    with (
-        dart_eval.rounded_ffns(model, 4), pytest.raises(UserError, match="codes of 16-bit weights, and these have"),
-        open_session(model, make("grinqh"), 0.7),
-    ):  # fmt: skip
+    with dart_eval.rounded_ffns(model, 4), pytest.raises(UserError, match="16-bit"), open_session(model, "grinqh", 0.7):
         pass
 
 

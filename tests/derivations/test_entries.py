@@ -117,9 +117,10 @@ def by_hand(model):
 
 
 EACH = [*zip(FAMILIES, [0.5, 0.7, 0.3, 0.6, 0.4], strict=True)]
+FEW = [pytest.param(*case, marks=pytest.mark.slow if i % 3 else []) for i, case in enumerate(EACH)]  # llama and gpt2
 
 
-@pytest.mark.parametrize(("family", "sparsity"), EACH)
+@pytest.mark.parametrize(("family", "sparsity"), FEW)
 def test_teal_reads_columns_of_inputs_above_the_threshold(family, sparsity):
     model = biased(family)
     last = 1 if family in PLAIN else 2
@@ -167,24 +168,17 @@ def test_rounding_is_that_of_decoded_tokens_alone(text, bits):
     check(model, "rounding", 0.0, kept_of, sum(of[n] for n in matrices) / len(matrices) / 16, **{"entries.bits": text})
 
 
-def test_weights_that_are_rounded_already_are_not_rounded_again():
+def test_what_lacks_weights_or_a_text_is_refused():
     model = biased("llama")
-    with (
-        dart_eval.rounded_ffns(model, 4),
-        pytest.raises(dart_eval.UserError, match=r"these have 4\.5 bits; leave --ffn-bits out"),
-    ):
+    with dart_eval.rounded_ffns(model, 4), pytest.raises(dart_eval.UserError, match="--ffn-bits"):
         make("rounding").check(find_ffns(model), 0.0)
-
-
-@pytest.mark.parametrize("method", ["teal", "wina", "rounding"])
-def test_bytes_beside_the_model(method):
-    """Of wina the norms of gate's columns, of teal two thresholds a layer, of rounding the values of every weight."""
-    wanted = {"teal": 3 * 2 * 4, "wina": 3 * D * 4, "rounding": 3 * 3 * D * F * 8}
-    with open_session(biased("llama"), method, 0.5) as session:
-        assert (session.memory, session.state_bytes) == (wanted[method], 0)
-
-
-def test_without_a_text_there_are_no_thresholds():
     for name, params in (("teal", {}), ("cats", {"choice.threshold": "calibrated"})):
-        with pytest.raises(dart_eval.UserError, match="needs a calibration"):
-            Session(biased("llama"), make(name, params), 0.5)
+        with pytest.raises(dart_eval.UserError, match="calibration"):
+            Session(model, make(name, params), 0.5)
+
+
+def test_bytes_beside_the_model():
+    """Of wina the norms of gate's columns, of teal two thresholds a layer, of rounding the values of every weight."""
+    for method, wanted in (("teal", 3 * 2 * 4), ("wina", 3 * D * 4), ("rounding", 3 * 3 * D * F * 8)):
+        with open_session(biased("llama"), method, 0.5) as session:
+            assert (session.memory, session.state_bytes) == (wanted, 0)

@@ -22,21 +22,16 @@ import torch
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.pruning.methods.griffin import Griffin
 from tests.derivations import ours
-from tests.derivations.plain import Plain, counts, largest
+from tests.derivations.plain import Plain, alike
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 
 
-def griffin(model, prompt, decoded, sparsity, choose=lambda scores, count, layer: largest(scores, count)):
-    """The masks of all layers, and the log-probabilities of what follows each token of prompt and decoded."""
+def griffin(model, prompt, sparsity, **how):
+    """The masks of all layers. how: to choose them otherwise."""
     plain = Plain(model)
-    rows = [plain.run(prompt)]
-    scores = [(seen.h / seen.h.norm(dim=1, keepdim=True)).norm(dim=0) for seen in plain.seen]
-    sizes = [len(s) for s in scores]
-    keep = counts([(1 - sparsity) * f for f in sizes], round((1 - sparsity) * sum(sizes)))
-    masks = [choose(s, k, layer) for layer, (s, k) in enumerate(zip(scores, keep, strict=True))]
-    rows += [plain.run([token], lambda layer, h: h * masks[layer]) for token in decoded]
-    return masks, torch.cat(rows)
+    plain.run(prompt)
+    return alike([(seen.h / seen.h.norm(dim=1, keepdim=True)).norm(dim=0) for seen in plain.seen], sparsity, **how)
 
 
 @pytest.mark.parametrize(("family", "seed", "sparsity", "execution"), in_turn(
@@ -45,11 +40,9 @@ def griffin(model, prompt, decoded, sparsity, choose=lambda scores, count, layer
 ))  # fmt: skip
 def test_griffin_is_its_formula(family, seed, sparsity, execution):
     model, prompt, decoded = biased(family), random_tokens(20, seed), random_tokens(6, seed + 10)
-    masks, logprobs = griffin(model, prompt, decoded, sparsity)
-    found = ours.run(model, "griffin", prompt, decoded, sparsity, execution=execution)
+    masks, found = griffin(model, prompt, sparsity), ours.run(model, "griffin", prompt, decoded, sparsity, execution)
     assert found.copied == (execution == "auto")
-    assert all(ours.same_masks(now, masks) for now in found.masks)
-    assert torch.allclose(found.logprobs, logprobs, rtol=0, atol=1e-9)
+    found.check(masks, Plain(model).masked(prompt, decoded, masks))
 
 
 def drawn(scores, count, seed, best):
@@ -67,14 +60,11 @@ def drawn(scores, count, seed, best):
 def test_griffin_draws_in_proportion_to_its_scores(best):
     """`sample` and `topk_sample` of its code; with best=1 nothing is drawn."""
     model, prompt, decoded = biased("llama"), random_tokens(21, seed=6), random_tokens(4, seed=9)
-    masks, logprobs = griffin(
-        model, prompt, decoded, 0.5, lambda s, count, layer: drawn(s.numpy(), count, 3 * 100_003 + layer, best)
-    )
+    masks = griffin(model, prompt, 0.5, choose=lambda s, k, layer: drawn(s.numpy(), k, 3 * 100_003 + layer, best))
     params = {"draw": "sample", "draw.best": best, "draw.seed": 3}
     found = ours.run(model, "griffin", prompt, decoded, 0.5, **params)
-    assert all(ours.same_masks(now, masks) for now in found.masks)
-    assert torch.allclose(found.logprobs, logprobs, rtol=0, atol=1e-9)
-    assert ours.same_masks(griffin(model, prompt, decoded, 0.5)[0], masks) == (best == 1)
+    found.check(masks, Plain(model).masked(prompt, decoded, masks))
+    assert ours.same_masks(griffin(model, prompt, 0.5), masks) == (best == 1)
 
 
 def test_a_neuron_is_drawn_as_often_as_its_score_says():

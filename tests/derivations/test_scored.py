@@ -25,17 +25,15 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.session import Session, prune
 from dart_eval.sweep.options import SCOPES
-from tests.derivations.plain import Plain, counts, largest
+from tests.derivations.plain import Plain, alike
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 
 
 def griffin(seen, sparsity, start=0):
     """Masks from the tokens of the last forward, from the start-th on."""
-    h = [layer.h[start:] for layer in seen]
-    sizes = [x.shape[1] for x in h]
-    keep = counts([(1 - sparsity) * f for f in sizes], round((1 - sparsity) * sum(sizes)))
-    return [largest((x / x.norm(dim=1, keepdim=True)).norm(dim=0), k) for x, k in zip(h, keep, strict=True)]
+    votes = (layer.h[start:] / layer.h[start:].norm(dim=1, keepdim=True) for layer in seen)
+    return alike([v.norm(dim=0) for v in votes], sparsity)
 
 
 def dense_inputs(scope, context, inputs):

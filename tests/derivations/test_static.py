@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.derivations import ours
-from tests.derivations.plain import Plain, counts, largest
+from tests.derivations.plain import Plain, alike
 from tests.derivations.test_wanda_sp import OneText, passages
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
@@ -50,12 +50,7 @@ def static(model, layer):
 def test_one_mask_for_all_texts_is_its_formula(family, name):
     model, sparsity = biased(family), 0.63
     score = {"magnitude": magnitude, "static": static}[name]
-    scores = [score(model, layer) for layer in range(len(Plain(model).layers))]
-    sizes = [len(s) for s in scores]
-    keep = counts([(1 - sparsity) * f for f in sizes], round((1 - sparsity) * sum(sizes)))
-    masks = [largest(torch.from_numpy(s), k) for s, k in zip(scores, keep, strict=True)]
+    masks = alike([torch.from_numpy(score(model, i)) for i in range(len(Plain(model).layers))], sparsity)
     for seed in (1, 2):  # whatever the prompt
-        found = ours.run(
-            model, name, random_tokens(8, seed=seed), random_tokens(2, seed=9), sparsity, tokenizer=OneText()
-        )
+        found = ours.run(model, name, random_tokens(8, seed), random_tokens(2, 9), sparsity, tokenizer=OneText())
         assert all(ours.same_masks(now, masks) for now in found.masks)

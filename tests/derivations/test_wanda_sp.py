@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.derivations import ours
-from tests.derivations.plain import Plain, counts, largest
+from tests.derivations.plain import Plain, alike
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 
@@ -40,9 +40,7 @@ def wanda_sp(model, sparsity):
     for layer, h_squared in zip(plain.layers, squares, strict=True):
         w = layer.down.weight.T if model.config.model_type == "gpt2" else layer.down.weight  # [D, F]
         scores.append(w.abs().mean(0) * h_squared.sqrt())
-    sizes = [len(s) for s in scores]
-    keep = counts([(1 - sparsity) * f for f in sizes], round((1 - sparsity) * sum(sizes)))
-    return [largest(s, k) for s, k in zip(scores, keep, strict=True)]
+    return alike(scores, sparsity)
 
 
 class OneText:
@@ -59,7 +57,4 @@ def test_wanda_sp_is_its_formula(family, sparsity):
     model = biased(family)
     masks, prompt, decoded = wanda_sp(model, sparsity), random_tokens(8, seed=1), random_tokens(4, seed=2)
     found = ours.run(model, "wanda-sp", prompt, decoded, sparsity, tokenizer=OneText())
-    assert all(ours.same_masks(now, masks) for now in found.masks)
-    plain = Plain(model)
-    rows = [plain.run(prompt), *(plain.run([token], lambda layer, h: h * masks[layer]) for token in decoded)]
-    assert torch.allclose(found.logprobs, torch.cat(rows), rtol=0, atol=1e-9)
+    found.check(masks, Plain(model).masked(prompt, decoded, masks))

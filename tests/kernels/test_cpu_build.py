@@ -13,6 +13,7 @@ from dart_eval.kernels.cpu import build
 
 SMALL = '__attribute__((visibility("default"))) int cpu_level(void) { return 1; }\n'  # a library that is made quickly
 
+pytestmark = pytest.mark.slow  # of files and compilers, not of numbers
 has_compiler = pytest.mark.skipif(build.why_no_kernel() is not None, reason=f"{build.why_no_kernel()}")
 
 
@@ -47,7 +48,7 @@ def test_a_library_that_is_there_needs_no_temporary_folder(small, monkeypatch):
     monkeypatch.setattr(build.tempfile, "TemporaryDirectory", full)
     assert fresh().cpu_level() == 1
     next(small.glob("*.so")).unlink()
-    assert fails() == "there is no folder to build the kernels in (No usable temporary directory found)"
+    assert "no folder" in fails()
 
 
 @has_compiler
@@ -72,31 +73,20 @@ def test_another_source_or_other_flags_are_another_file(small, monkeypatch):
 
 
 @has_compiler
-@pytest.mark.parametrize("damage", [b"", b"\x7fELF", b"half"])
-def test_a_damaged_file_is_made_anew(small, damage):
+def test_a_damaged_or_foreign_file_is_made_anew(small):
     fresh()
     (file,) = small.iterdir()
     whole = file.read_bytes()
-    file.unlink()  # the process has the old one mapped
-    file.write_bytes(whole[: len(whole) // 2] if damage == b"half" else damage)
-    assert fresh().cpu_level() == 1 and build._is_intact(file)
-
-
-@has_compiler
-def test_a_foreign_file_of_that_name_is_not_loaded(small):
-    """One bit changed, as long as before."""
-    fresh()
-    (file,) = small.iterdir()
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.unlink()
-    file.write_bytes(content)
-    assert not build._is_intact(file) and fresh().cpu_level() == 1 and build._is_intact(file)
+    half, (first, *more) = len(whole) // 2, whole[len(whole) // 2 :]
+    for damaged in (b"", b"\x7fELF", whole[:half], whole[:half] + bytes([first ^ 1, *more])):
+        file.unlink()  # the process has the old one mapped
+        file.write_bytes(damaged)
+        assert not build._is_intact(file) and fresh().cpu_level() == 1 and build._is_intact(file)
 
 
 def test_without_a_compiler_the_reason_is_one_line(small, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert fails() == "no C compiler (cc, gcc, clang) is on the PATH to build the kernels for CPUs"
+    assert "no C compiler" in fails()
 
 
 @pytest.mark.parametrize(
@@ -151,17 +141,14 @@ def test_a_cache_that_cannot_be_written_costs_a_build_each_time(small, monkeypat
     assert fresh().cpu_level() == 1
 
 
-@pytest.mark.parametrize(("machine", "system"), [("aarch64", "posix"), ("x86_64", "nt")])
-def test_another_machine_is_told(small, monkeypatch, machine, system):
-    monkeypatch.setattr(build.platform, "machine", lambda: machine)
-    monkeypatch.setattr(build.os, "name", system)
-    assert f"not {machine}" in fails()
-
-
 @has_compiler
-def test_a_processor_without_avx2_is_told(small):
+def test_another_machine_and_a_processor_without_avx2_are_told(small, monkeypatch):
     build.SOURCE.write_text(SMALL.replace("return 1", "return 0"))
-    assert fails() == "the processor has no AVX2"
+    assert "AVX2" in fails()
+    for machine, system in (("aarch64", "posix"), ("x86_64", "nt")):
+        monkeypatch.setattr(build.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(build.os, "name", system)
+        assert f"not {machine}" in fails()
 
 
 @has_compiler
@@ -181,7 +168,7 @@ def test_instructions_that_there_are_none_of_leave_the_work_to_torch(monkeypatch
     monkeypatch.setenv("DART_EVAL_CPU_LEVEL", "")
     assert build.why_no_kernel() is None and build.level() == build.library().cpu_level()
     monkeypatch.setenv("DART_EVAL_CPU_LEVEL", "AVX2")
-    assert build.why_no_kernel() == "$DART_EVAL_CPU_LEVEL is AVX2, which is none of avx2, avx512"
+    assert "avx2, avx512" in build.why_no_kernel()
     weight = torch.zeros(4, 8, dtype=torch.bfloat16)
     assert mask_rows.why_no_kernel(weight, None) == build.why_no_kernel()
 

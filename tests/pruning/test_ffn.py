@@ -95,6 +95,7 @@ def test_how_often_a_layer_runs_for_a_token_is_seen():
         assert {f.runs for f in find_ffns(tiny(name))} == runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method", "params", "word"), [
     ("hrm_text", "flap", {}, "several times"), ("hrm_text", "dart", {"allocation": "uniform"}, "several times"),
     ("hrm_text", "dart", {"remask": "never"}, "several times"), ("hrm_text", "teal", {}, "several times"),
@@ -232,6 +233,7 @@ def experts_of_the_layer_itself():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "word"), [
     (lambda: tiny("gemma3n_text"), r"act\(gate x\) \* \(up x\)"), (lambda: tiny("dbrx"), "not understood"),
     (lambda: tiny("jetmoe"), "not understood"), (lambda: tiny("longcat_flash"), "not understood"),
