@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -29,27 +28,30 @@ from tests.helpers.requests import TextRequest, words
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def test_a_model_whose_ffn_computes_nan_is_refused_with_the_cause(llama):
-    with torch.no_grad():
-        llama.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"NaN or infinity in float64: 3 of 120 .* FFN of layer 1; .*--dtype bfloat16"):
-        find_ffns(llama)
+def _spoilt_ffn(model):
+    model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    find_ffns(model)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_model_whose_logits_are_nan_or_infinite_is_refused_with_the_cause(llama, value):
-    with torch.no_grad():
-        llama.lm_head.weight[7] = value
-    with pytest.raises(UserError, match=r"NaN or infinity in float64: \d of 3 largest logits of a token; .*--dtype"):
-        output_head(llama)
+def _spoilt_head(model, value):
+    model.lm_head.weight[7] = value
+    output_head(model)
 
 
-def test_logits_beyond_float16_are_refused_and_not_compared_with_an_infinite_tolerance():
-    model = tiny("llama", torch.float16)
-    with torch.no_grad():
-        model.lm_head.weight.clamp_(-0.1, 0.1).mul_(6e5)
-    with pytest.raises(UserError, match="NaN or infinity in float16"):
-        output_head(model)
+def _beyond_float16(model):
+    """Not compared with an infinite tolerance."""
+    model.half().lm_head.weight.clamp_(-0.1, 0.1).mul_(6e5)
+    output_head(model)
+
+
+@pytest.mark.parametrize(("found", "cause"), [
+    (_spoilt_ffn, "layer 1.*--dtype"), (lambda model: _spoilt_head(model, torch.nan), "logits.*--dtype"),
+    (lambda model: _spoilt_head(model, torch.inf), "logits.*--dtype"), (_beyond_float16, "float16"),
+])  # fmt: skip
+@torch.no_grad()
+def test_a_model_that_computes_nan_or_infinity_is_refused_with_the_cause(llama, found, cause):
+    with pytest.raises(UserError, match=f"NaN or infinity.*{cause}"):
+        found(llama)
 
 
 def test_a_model_that_rules_words_out_is_understood(llama):
@@ -77,20 +79,17 @@ def forgetful(tmp_path_factory, tokenizer):
     return save
 
 
-def _run(*args):
-    """Exit status and what was written on stdout and stderr."""
-    done = command("run", "--device", "cpu", *args)
-    return done.code, done.out + done.err
+def _run(*args, tasks="smoke_questions"):
+    return command("run", "--device", "cpu", "--tasks", tasks, "--limit", 6, "--batch-size", 1, *args)
 
 
 @pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
 def test_answers_that_are_no_numbers_fail_their_cell_with_the_count(forgetful, tmp_path, value):
     out = tmp_path / "out"
-    run = ("--model", forgetful(12, value), "--tasks", "smoke_questions", "--limit", 6, "--output", out)
+    run = ("--model", forgetful(12, value), "--method", "dense,griffin", "--output", out)
     for _ in range(2):  # the second try finds what is usable in the journal, and nothing that is not
-        status, said = _run(*run, "--method", "dense,griffin", "--batch-size", 1)
-        assert status == 1
-        assert said.count("6 of 7 answers are NaN or infinite; its weights may hold NaN") == 2
+        done = _run(*run)
+        assert done.code == 1 and (done.out + done.err).count("6 of 7 answers") == 2
         assert not list(out.glob("cells/*"))
         kept = [json.loads(line[9:])[0] for f in out.glob("partial/*") for line in f.read_text().splitlines()]
         assert kept
@@ -101,10 +100,9 @@ def test_a_cell_without_any_usable_answer_ends_before_all_are_asked_and_the_othe
     forgetful, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(lm_module, "HOPELESS", 3)
-    tasks = ("--tasks", "smoke_drift,smoke_questions", "--limit", 6, "--output", tmp_path / "out", "--batch-size", 1)
-    status, said = _run("--model", forgetful(60, torch.nan), "--method", "dense", *tasks)
-    assert status == 1
-    assert "3 of the first 3 of 6 answers are NaN or infinite" in said
+    run = ("--model", forgetful(60, torch.nan), "--method", "dense", "--output", tmp_path / "out")
+    done = _run(*run, tasks="smoke_drift,smoke_questions")
+    assert done.code == 1 and "3 of the first 3 of 6 answers" in done.out + done.err
     assert [f.name.partition("-")[0] for f in (tmp_path / "out" / "cells").iterdir()] == ["smoke_questions"]
 
 
@@ -116,7 +114,7 @@ def test_a_log_likelihood_of_minus_infinity_is_no_answer(tokenizer):
     lm = PrunedLM(model, tokenizer)
     lm.begin(Session(), {})
     assert lm.loglikelihood([_asked(0, "w7")])[0][0] < 0
-    with pytest.raises(UserError, match="1 of 2 answers are NaN or infinite"):
+    with pytest.raises(UserError, match="1 of 2 answers"):
         lm.loglikelihood([_asked(0, "w7"), _asked(1, "w9")])
     assert len(lm.journal) == 1
 
@@ -138,7 +136,7 @@ def test_texts_that_were_generated_from_nan_are_no_answers(tokenizer, method, mo
     requests = [TextRequest(words([5] * n), n) for n in (4, 6, 18)]  # eight new tokens each: the last one meets NaN
     with prune(model, method, 0.5) as session:
         lm.begin(session, {})
-        with pytest.raises(UserError, match="1 of 3 answers are NaN or infinite"):
+        with pytest.raises(UserError, match="1 of 3 answers"):
             lm.generate_until(requests)
     assert len(lm.journal) == 2
 
@@ -148,29 +146,21 @@ def test_a_trace_of_nan_is_refused(tokenizer):
     with torch.no_grad():
         model.transformer.wpe.weight[20:] = torch.nan
     prompt, then = words(random_tokens(15)), words(random_tokens(10))
-    with pytest.raises(UserError, match="NaN or infinity in float32: 1 of 1 log-probabilities of a token"):
+    with pytest.raises(UserError, match="NaN or infinity"):
         tracing.trace(model, tokenizer, make("griffin", {}), 0.5, prompt, then, tokens=10)
 
 
 @pytest.mark.slow
 def test_records_of_such_answers_from_before_are_named_and_not_compared(forgetful, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    run = ("--model", forgetful(12, torch.nan), "--tasks", "smoke_questions,smoke_drift", "--limit", 6, "--output", out)
+    run = ("--model", forgetful(12, torch.nan), "--method", "dense,griffin", "--no-kl", "--output", out)
     with monkeypatch.context() as before:
         before.setattr(Score, "usable", True)
-        assert _run(*run, "--method", "dense,griffin", "--no-kl")[0] == 0
-    words = "of 6 answers of smoke_questions under dense at 0 % in .* are NaN or infinite; run the cell again"
-    for line in (
-        ["compare", out, "--row", "dense,griffin"],
-        ["check", out, "--baseline", tmp_path / "base.json", "--update"],
-    ):
+        assert _run(*run, tasks="smoke_questions,smoke_drift").code == 0
+    baseline = tmp_path / "base.json"
+    for line in (["compare", out, "--row", "dense,griffin"], ["check", out, "--baseline", baseline, "--update"]):
         done = command(*line)
-        assert done.code == 2
-        assert re.search(words.replace("questions", "(questions|drift)"), done.err)
-    table = render(Store(out).load(), "md")
-    assert "| smoke_drift | dense   | 0 %      | no number " in table
-    assert "no number: answers were NaN or infinite; run the cell again" in table
+        assert done.code == 2 and "of 6 answers of smoke_" in done.err and not baseline.exists()
+    assert "no number" in render(Store(out).load(), "md")
     assert "nan" not in render(Store(out).load(), "json").lower()
-    page = build(Store(out))
-    assert re.search(r"answers of smoke_\w+ under griffin at 50 % in .* are NaN or infinite", page)
-    assert ">nan<" not in page
+    assert ">nan<" not in build(Store(out))
