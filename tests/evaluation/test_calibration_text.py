@@ -38,25 +38,18 @@ def test_of_a_data_set_the_first_text_field_of_the_train_split_is_read(tmp_path)
     assert calibration_text("org/name:small", folder).text == "other"
 
 
-@pytest.mark.parametrize(("rows", "words"), [
-    ([], "nor a data set that can be loaded"), (["{"], "nor a data set that can be"), ([{"id": 1}], "no text field"),
+@pytest.mark.parametrize(("name", "rows", "word"), [
+    ("org/name", [], "that can be loaded"), ("org/name", ["{"], "that can be loaded"),
+    ("org/name", [{"id": 1}], "no text field"), ("org/name:small", [], "org__name/small/train.jsonl"),
 ])  # fmt: skip
-def test_a_data_set_that_is_no_text_is_refused(tmp_path, rows, words):
-    with pytest.raises(UserError, match=words):
-        calibration_text("org/name", data_set(tmp_path, rows))
-
-
-def test_a_name_that_is_nothing_is_refused(tmp_path):
-    words = r"org/name: neither a file nor a data set of .* \(looked for .*org__name/default/train.jsonl\)"
-    with pytest.raises(UserError, match=words):
-        calibration_text("org/name", str(tmp_path))
-    with pytest.raises(UserError, match="org/no-such-name: neither a file nor a data set that can be loaded"):
-        calibration_text("org/no-such-name")
+def test_what_is_no_text_is_refused(tmp_path, name, rows, word):
+    with pytest.raises(UserError, match=word):
+        calibration_text(name, data_set(tmp_path, rows))
 
 
 def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkeypatch):
-    (tmp_path / "wikitext").mkdir()
-    (tmp_path / "wikitext" / "train.jsonl").write_text('{"text": "local words"}\n')
+    data_set(tmp_path, [{"text": "local words"}], "wikitext")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"calibration wikitext would load ./wikitext of the working directory; start"):
-        calibration_text("wikitext")
+    for name, word in (("wikitext", "./wikitext"), ("org/no-such-name", "org/no-such-name")):
+        with pytest.raises(UserError, match=word):
+            calibration_text(name)

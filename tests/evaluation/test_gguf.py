@@ -18,6 +18,7 @@ from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from dart_eval.weights import gguf
 from dart_eval.weights.rounding import about, served_bits, stored_of
+from scripts import format_errors
 from tests.helpers import gguf_files
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.gguf_damage import damaged, differing
@@ -48,46 +49,39 @@ def test_a_file_becomes_a_model_with_its_values_and_its_bits(file):
             assert torch.equal(module.weight, torch.tensor(dequantize(tensor.data, tensor.tensor_type)))
 
 
-def test_a_file_is_converted_once(file, monkeypatch):
+def test_a_file_is_converted_once_and_another_of_its_name_is_another_model(file, monkeypatch):
     first = resolve(ModelSpec(str(file)))
-    monkeypatch.setattr(gguf, "convert", lambda *args, **kwargs: pytest.fail("converted again"))
-    assert resolve(ModelSpec(str(file))).identity == first.identity
-    assert resolve(ModelSpec(str(file.rename(file.with_suffix(".GGUF"))))).identity == first.identity
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "convert", lambda *args, **kwargs: pytest.fail("converted again"))
+        assert resolve(ModelSpec(str(file))).identity == first.identity
+        capital = file.rename(file.with_suffix(".GGUF"))
+        assert resolve(ModelSpec(str(capital))).identity == first.identity
+    Path(first.source, "model.safetensors").unlink()
+    assert resolve(ModelSpec(str(capital.rename(file)))).load()[0]
+    assert Path(first.source, "model.safetensors").exists()
+    write(file, seed=1)
+    assert resolve(ModelSpec(str(file))).identity.weights != first.identity.weights
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(file, tmp_path, monkeypatch):
     (tmp_path / "taken").touch()
     monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "taken" / "inside"))
-    with pytest.raises(UserError, match=r"no converted model can be written to .*; make room, or set DART_EVAL_CACHE"):
+    with pytest.raises(UserError, match="DART_EVAL_CACHE"):
         resolve(ModelSpec(str(file)))
 
 
-def test_another_file_of_that_name_is_another_model(file):
-    first = resolve(ModelSpec(str(file)))
-    write(file, seed=1)
-    assert resolve(ModelSpec(str(file))).identity.weights != first.identity.weights
-
-
-@pytest.mark.parametrize("damage", [lambda raw: b"no model", lambda raw: raw[: len(raw) // 2]])
-def test_a_damaged_file_is_one_line_and_leaves_nothing(file, damage, tmp_path):
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=r"transformers cannot read .*tiny\.gguf"):
-        resolve(ModelSpec(str(file)))
-    assert not [f for f in (tmp_path / "cache").rglob("*") if f.suffix != ".lock"]
-
-
-@pytest.mark.parametrize(("given", "words"), [
-    ({"without": "blk.0.ffn_down.weight"}, r"model tiny\.gguf lacks 1 weights \(model\.layers\.0\.mlp\.down_proj\."),
-    ({"without": "output_norm.weight"}, r"model tiny\.gguf lacks 1 weights \(model\.norm\.weight\); download or conv"),
-    ({"without": "blk.0.ffn_gate_exps.weight", "experts": True},
-     r"model tiny\.gguf lacks tensors: 180224 numbers of its weights stand in none; download or convert it again"),
-    ({"blocks": 3}, r"model tiny\.gguf lacks 9 weights"),
-    ({"blocks": 1}, r"model tiny\.gguf names 1 layers, and holds weights of 2; download"),
+@pytest.mark.parametrize(("given", "damage", "word"), [
+    ({}, lambda raw: b"no model", "cannot read"), ({}, lambda raw: raw[: len(raw) // 2], "cannot read"),
+    ({"without": "blk.0.ffn_down.weight"}, None, "down_proj"), ({"without": "output_norm.weight"}, None, "norm"),
+    ({"without": "blk.0.ffn_gate_exps.weight", "experts": True}, None, "180224"),
+    ({"blocks": 3}, None, "lacks 9"), ({"blocks": 1}, None, "1 layers"),
 ])  # fmt: skip
-def test_a_file_of_other_tensors_than_it_says_is_refused_and_leaves_nothing(file, given, words, tmp_path):
+def test_a_file_of_other_tensors_than_it_says_is_refused_and_leaves_nothing(file, given, damage, word, tmp_path):
     """transformers makes up what is missing, passes over a layer too many, and builds as many as are named."""
     write(file, **given)
-    with pytest.raises(UserError, match=words):
+    if damage is not None:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=word):
         resolve(ModelSpec(str(file)))
     assert not [f for f in (tmp_path / "cache").rglob("*") if f.suffix != ".lock"]
 
@@ -98,7 +92,7 @@ def test_tensors_that_no_weight_is_made_of_are_told_each_time(file):
     for _ in range(2):
         told = []
         resolve(ModelSpec(str(file))).load(told.append)
-        assert told == ["model tiny.gguf: 7 numbers of the file are in no weight of the model"]
+        assert len(told) == 1 and "7 numbers" in told[0]
 
 
 def test_experts_and_the_ffn_beside_them_have_their_own_bits(file):
@@ -119,12 +113,6 @@ def test_weights_of_32_bits_count_as_16(file, monkeypatch):
     assert served_bits(find_ffns(model)) == 16
 
 
-def test_a_converted_folder_without_its_weights_is_made_anew(file):
-    folder = Path(resolve(ModelSpec(str(file))).source)
-    (folder / "model.safetensors").unlink()
-    assert resolve(ModelSpec(str(file))).load()[0] and (folder / "model.safetensors").exists()
-
-
 def test_bits_that_the_file_does_not_say_count_16_and_are_about(file):
     known = resolve(ModelSpec(str(file)))
     assert not about(find_ffns(known.load()[0]))
@@ -136,10 +124,23 @@ def test_bits_that_the_file_does_not_say_count_16_and_are_about(file):
     assert [stored_of(m).total for m in ffns[1].projections] == [16, 4.5, 16] and about(ffns)
 
 
+def test_only_weights_of_a_file_are_near_its_grid(file, monkeypatch):
+    """scripts/format_errors.py"""
+    monkeypatch.setattr(gguf_files, "KINDS", dict.fromkeys(gguf_files.KINDS, "Q4_0"))
+    torch.manual_seed(0)
+    found = format_errors.measure(gguf.folder(write(file)), rows=32)
+    own, normal = found["own"], found["Gaussian"]
+    assert own["4"] < 1e-4 < own["3"] / 100  # 4 bits in groups of 32 are Q4_0's grid, up to 16-bit values
+    assert own["5"] < 1e-4, "every second step of 5 bits is one of 4"
+    assert normal["4"] / own["4"] > 50
+    assert own["first 2 of 8:128"] > own["first 4 of 8:128"] > own["8:128"] > 0
+    assert format_errors.table(found).count("\n") == 1 + len(own)
+
+
 @pytest.mark.slow
 def test_a_run_scores_and_generates_and_counts_its_bytes(file, tmp_path):
     given = {"method": "dense,griffin,cats,magnitude", "sparsity": 0.4, "tasks": "smoke_questions,smoke_summary"}
-    given |= {"limit": 2, "model": str(file), "output": str(tmp_path / "out")}
+    given |= {"limit": 2, "gen_kwargs": "max_gen_toks=4", "model": str(file), "output": str(tmp_path / "out")}
     result = run_local(config_from(None, given), Watch())
     assert not result.failed and len(result.records) == 8
     share = (4.5 + 4.5 + 8.5) / 3 / 16
@@ -157,7 +158,7 @@ def _late(*_):
 
 @pytest.mark.slow
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=max(40, settings.default.max_examples // 4), suppress_health_check=list(HealthCheck))
+@settings(max_examples=max(30, settings.default.max_examples // 4), suppress_health_check=list(HealthCheck))
 def test_a_file_with_any_damage_is_refused_or_gives_its_own_weights(tmp_path_factory, random):
     """Never random weights in place of what is missing, nor a layer less, nor for ever."""
     file = write(tmp_path_factory.mktemp("gguf") / "tiny.gguf")

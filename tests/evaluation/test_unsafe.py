@@ -16,6 +16,7 @@ from datasets import load_dataset
 
 import dart_eval
 from dart_eval.cluster import run as cluster
+from dart_eval.evaluation.evaluate import _simple_evaluate
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.evaluation.unsafe import block_local_code
@@ -27,7 +28,7 @@ METRIC = """
 from pathlib import Path
 import datasets
 import evaluate
-Path({marker!r}).touch()
+Path({!r}).touch()
 TEXT = datasets.Value("string")
 class Own(evaluate.Metric):
     def _info(self):
@@ -49,7 +50,7 @@ def marker(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / "work" / "code_eval").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work")
-    Path("code_eval/code_eval.py").write_text(METRIC.format(marker=str(tmp_path / "ran")))
+    Path("code_eval/code_eval.py").write_text(METRIC.format(str(tmp_path / "ran")))
     return tmp_path / "ran"
 
 
@@ -63,55 +64,52 @@ def data(tmp_path):
 
 @pytest.mark.slow  # the index of all tasks
 @pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp"])
-def test_a_task_that_runs_generated_code_is_refused_by_name_before_anything_of_it_runs(task, marker, data, monkeypatch):
+def test_a_task_that_runs_generated_code_is_refused_before_anything_of_it_runs(task, marker, data, monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     monkeypatch.setattr("dart_eval.sweep.run.resolve", lambda spec: SimpleNamespace(load_tokenizer=None))
     done = command("run", "--tasks", task, "--data-dir", data, "--model", "m")
-    assert done.code == 2
-    assert f"error: task {task} runs code that the model writes; add --confirm-run-unsafe-code" in done.err
+    assert done.code == 2 and "--confirm-run-unsafe-code" in done.err
     assert not marker.exists()
 
 
 @pytest.mark.slow
 def test_with_the_users_word_such_a_task_runs(marker, data, monkeypatch):
-    from dart_eval.evaluation import evaluate as ours
+    told = {}
+
+    def note(**given):
+        told.update(given, allowed=os.environ["HF_ALLOW_CODE_EVAL"])
 
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
-    told = {}
-    monkeypatch.setattr(
-        lm_eval, "simple_evaluate", lambda **k: told.update(k, allowed=os.environ["HF_ALLOW_CODE_EVAL"])
-    )
+    monkeypatch.setattr(lm_eval, "simple_evaluate", note)
     config = config_from(None, {"tasks": "humaneval", "data_dir": str(data), "confirm_run_unsafe_code": True})
     shelf = Tasks(config.data_dir, config.confirm_run_unsafe_code)
     (task,) = shelf.load("humaneval")
     assert marker.exists()
     # `evaluate_cell` would first score; what lm-eval is handed shows only here.
-    ours._simple_evaluate(None, shelf, [task], EvalSettings())
+    _simple_evaluate(None, shelf, [task], EvalSettings())
     assert (told["confirm_run_unsafe_code"], told["allowed"]) == (True, "1")
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
 
 
 @pytest.mark.parametrize("imported", [True, False])
 @pytest.mark.parametrize("swallowed", [True, False])
-def test_other_metrics_of_the_working_directory_are_refused_by_name(marker, swallowed, imported, monkeypatch):
+def test_other_metrics_of_the_working_directory_are_refused(marker, swallowed, imported, monkeypatch):
     for name in [] if imported else [n for n in sys.modules if n.partition(".")[0] == "evaluate"]:
         monkeypatch.delitem(sys.modules, name)
     stock = builtins.__import__
 
     def load():
-        with block_local_code("task other", False), block_local_code("task french", False):
-            try:
-                importlib.import_module("evaluate").load("code_eval")
-            except UserError as error:  # as several tasks do: they say that a package is missing
-                if not swallowed:
-                    raise ImportError("install what the task needs") from None
-                raise error
+        try:
+            importlib.import_module("evaluate").load("code_eval")
+        except UserError as error:  # as several tasks do: they say that a package is missing
+            if not swallowed:
+                raise ImportError("install what the task needs") from None
+            raise error
 
-    with pytest.raises((UserError, ImportError)) as said:
-        load()
-    assert "task french would load ./code_eval/code_eval.py of the working directory" in str(
-        said.value if swallowed else said.value.__context__
-    )
+    with pytest.raises((UserError, ImportError)) as said, block_local_code("task other", False):  # noqa: SIM117
+        with block_local_code("task french", False):
+            load()
+    assert "task french" in str(said.value if swallowed else said.value.__context__)
     assert not marker.exists() and builtins.__import__ is stock
     kind = sys.modules["evaluate.loading"].LocalEvaluationModuleFactory
     assert "path" in inspect.signature(kind.__init__).parameters and kind.__init__.__module__ == "evaluate.loading"
@@ -127,8 +125,7 @@ def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkey
     (tmp_path / "org" / "set").mkdir(parents=True)
     (tmp_path / "org" / "set" / "test.jsonl").write_text('{"a": 1}\n')
     monkeypatch.chdir(tmp_path)
-    words = r"task some would load \./org/set of the working directory; start dart-eval in"
-    with pytest.raises(UserError, match=words), block_local_code("task some", False):
+    with pytest.raises(UserError, match=r"\./org/set"), block_local_code("task some", False):
         load_dataset("org/set")
     with block_local_code("task some", False):  # local data by a full path are meant
         assert load_dataset(str(tmp_path / "org" / "set"))["test"]["a"] == [1]
@@ -136,12 +133,10 @@ def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkey
 
 def test_metrics_of_the_working_directory_do_not_run_while_answers_are_scored(marker, monkeypatch):
     """Some tasks load them only then."""
-    from dart_eval.evaluation import evaluate as ours
-
     monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **_: evaluate.load("code_eval"))
     shelf = Tasks()
-    with pytest.raises(UserError, match="task smoke_questions would load"):  # before any model answers: see above
-        ours._simple_evaluate(None, shelf, shelf.load("smoke_questions"), EvalSettings())
+    with pytest.raises(UserError, match="smoke_questions would load"):  # before any model answers: see above
+        _simple_evaluate(None, shelf, shelf.load("smoke_questions"), EvalSettings())
     assert not marker.exists()
 
 
