@@ -34,6 +34,10 @@ ROWS = {"Dense": "dense", "A": "griffin", "B": "wanda-sp", "C": "magnitude"}
 ACC = {"Easy": {"task": "easy", "metric": "acc"}}
 HARD = {"Hard": {"task": ["hard", "harder"], "metric": "acc"}}
 PPL = {"PPL": {"task": "easy", "metric": "word_perplexity"}}
+# A claim on what is counted from the shapes of a model.
+COUNTED = {
+    "claim": "at 8B", "shape": "llama-3.1-8b", "method": "dart", "column": "state MB", "sparsity": 0.7, "at_most": 9,
+}  # fmt: skip
 
 
 def file(tmp_path, *tables, **keys):
@@ -388,29 +392,18 @@ def test_shipped_files_are_understood(name):
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("task", "word"), [("smoke_sumary", "did you mean smoke_summary"), ("arc", "it begins")])
-def test_tasks_are_known_before_the_first_sweep(tmp_path, monkeypatch, task, word):
+@pytest.mark.parametrize(("keys", "word"), [
+    ({"tables": "smoke_sumary"}, "smoke_summary"), ({"tables": "arc"}, "it begins"),
+    ({"claims": [{**COUNTED, "method": "cats", "column": "overhead %"}]}, "cats"),
+])  # fmt: skip
+def test_what_cannot_be_run_or_counted_is_refused_before_the_first_sweep(tmp_path, monkeypatch, keys, word):
     def run(*_, **__):
         raise UserError("it begins")
 
     monkeypatch.setattr("dart_eval.cluster.run.run_all", run)
-    late = table({"S": {"task": task, "metric": "acc"}}, name="late", max_length=64)
-    done = typed("paper", file(tmp_path, SMALL, late), "--output", tmp_path / "out")
+    late = table({"S": {"task": keys.pop("tables", "arc"), "metric": "acc"}}, name="late", max_length=64)
+    done = typed("paper", file(tmp_path, SMALL, late, **keys), "--output", tmp_path / "out")
     assert done.code == 2 and word in done.err
-
-
-def test_a_shape_that_cannot_be_counted_is_refused_before_the_first_cell(tmp_path, monkeypatch):
-    monkeypatch.setattr("dart_eval.cluster.run.run_all", lambda *a, **k: pytest.fail("a cell ran"))
-    cats = {
-        "claim": "c",
-        "shape": "llama-3.2-1b",
-        "method": "cats",
-        "column": "overhead %",
-        "sparsity": 0.7,
-        "at_most": 9,
-    }
-    done = typed("paper", file(tmp_path, SMALL, claims=[cats]), "--output", tmp_path / "out")
-    assert done.code == 2 and "claim 'c': cats reads 1 of the FFN's 3 matrices whole" in done.err
 
 
 @pytest.mark.slow
