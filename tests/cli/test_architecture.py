@@ -1,4 +1,4 @@
-"""The house as docs/architecture.md has it: folders in their order, imports down, no circles, names that there are."""
+"""The house as docs/architecture.md has it: its folders in their order, imports that go down, and no circles."""
 
 import ast
 import functools
@@ -51,13 +51,7 @@ def test_every_folder_stands_in_the_list_and_nothing_lies_loose():
     assert {f.name for f in PACKAGE.glob("*.py")} == LOOSE
 
 
-def test_where_to_begin_is_there():
-    for line in re.findall(r"^\| `([\w/]+)/` \|.*\| (`.*`) \|$", PAGE, re.MULTILINE):
-        for file in re.findall(r"`([\w.]+)`", line[1]):
-            assert (PACKAGE / line[0] / file).is_file(), (line[0], file)
-
-
-def test_imports_go_down():
+def test_imports_go_down_and_in_no_circle():
     order = list(dict.fromkeys(f.split("/")[0] for f in FOLDERS))
     up = [
         (file, other)
@@ -66,15 +60,4 @@ def test_imports_go_down():
         if file not in LOOSE and order.index(file.split("/")[0]) > order.index(other.split("/")[0])
     ]
     assert not up
-
-
-def test_no_files_import_each_other_in_a_circle():
     graphlib.TopologicalSorter(graph()).prepare()  # raises a CycleError that names the files
-
-
-def test_the_page_is_short_and_names_what_there_is():
-    assert sum(any(map(str.isalnum, word)) for word in PAGE.split()) <= 600
-    texts = [file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")]
-    for cls, name in set(re.findall(r"`([A-Z]\w+)\.(\w+)`", PAGE)):
-        own = [text for text in texts if re.search(rf"^class {cls}\b", text, re.MULTILINE)]
-        assert any(re.search(rf"def {name}\(|^    {name}: |self\.{name}\b", t, re.MULTILINE) for t in own), (cls, name)

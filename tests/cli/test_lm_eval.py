@@ -100,12 +100,6 @@ def test_answers_of_drift_begin_as_in_a_run(monkeypatch, model):
     assert seen == [(False, names[1::2]), (True, names[::2])]
 
 
-def test_a_method_that_looks_ahead_needs_something_to_look_at(tmp_path, model):
-    done = command("lm-eval", "--model", "dart", "--model_args", f"pretrained={model},method=oracle,scope=continuation",
-                   "--tasks", "smoke_questions", "--limit", "2")  # fmt: skip
-    assert done.code == 2 and "scope=continuation has none; use scope=scored" in done.err
-
-
 def test_perplexities_count_the_text_that_was_scored(tmp_path, model, tasks):
     args = {"method": "griffin", "sparsity": 0.5}
     theirs, _ = by_lm_eval(tmp_path / "theirs", model, "pages", "method=griffin,sparsity=0.5", "--include_path", tasks)
@@ -120,26 +114,19 @@ def test_perplexities_count_the_text_that_was_scored(tmp_path, model, tasks):
     assert again == theirs
 
 
-@pytest.mark.parametrize(("args", "more", "words"), [
-    ("method=grifin", (), "did you mean griffin, grinqh?"),
-    ("metod=griffin", (), "--model dart has no argument 'metod'"),
-    ("scope=al", (), "scope 'al' must be 'scored'"), ("sparsity=1.5", (), "sparsity"),
-    ("method=griffin", ("--use_cache", "answers"), "leave --use_cache out"), ("ffn_bits=99", (), "99"),
-    ("load_in=3bit", (), "load_in '3bit' must be '4bit' or '8bit'"),
-    ("method=griffin", ("--batch_size", "many"), "batch_size 'many' must be"),
+@pytest.mark.parametrize(("args", "more", "word"), [
+    ("method=grifin", (), "griffin"), ("metod=griffin", (), "metod"), ("scope=al", (), "scored"),
+    ("sparsity=1.5", (), "sparsity"), ("method=griffin", ("--use_cache", "answers"), "--use_cache"),
+    ("ffn_bits=99", (), "99"), ("load_in=3bit", (), "4bit"), ("method=griffin", ("--batch_size", "many"), "batch_size"),
+    ("method=oracle,scope=continuation", (), "scored"),  # it has nothing to look at
+    ("method=griffin,scope=all", (), "scored"),  # a task without answers
 ])  # fmt: skip
-def test_wrong_arguments_are_refused_in_a_line(tmp_path, monkeypatch, model, args, more, words):
+def test_wrong_arguments_are_refused_in_a_line(tmp_path, monkeypatch, model, tasks, args, more, word):
     monkeypatch.chdir(tmp_path)
-    done = command("lm-eval", "--model", "dart", "--model_args", f"pretrained={model},{args}", "--tasks",
-                   "smoke_questions", "--limit", "2", *more)  # fmt: skip
-    assert done.code == 2 and words in done.err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("task", ["pages"])
-def test_other_scopes_are_for_answers(tmp_path, model, tasks, task):
-    done = command("lm-eval", "--model", "dart", "--model_args", f"pretrained={model},method=griffin,scope=all",
-                   "--tasks", task, "--limit", "2", "--include_path", tasks)  # fmt: skip
-    assert done.code == 2 and "use scope=scored" in done.err
+    asked = ("pages", "--include_path", tasks) if "scope=all" in args else ("smoke_questions",)
+    done = command("lm-eval", "--model", "dart", "--model_args", f"pretrained={model},{args}", "--limit", "2", "--tasks",
+                   *asked, *more)  # fmt: skip
+    assert done.code == 2 and word in done.err.splitlines()[-1]
 
 
 def test_the_entry_point_names_the_model():
