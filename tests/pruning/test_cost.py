@@ -50,18 +50,6 @@ def test_attention_whose_output_projection_stands_behind_a_gate():
     assert shape_of(model, find_ffns(model)).attention_widths == (4 * (8 + 8),) * 4
 
 
-def test_overhead_grows_with_what_a_method_does(llama):
-    shape = shape_of(llama, find_ffns(llama))
-    static, griffin, full = (overhead(make(m), shape, 100, 0.5) for m in ("magnitude", "griffin", "dart"))
-    assert (static.prefill, static.decode_step, static.remask) == (0, 0, 0)
-    assert 0 < griffin.prefill < full.prefill
-    assert griffin.decode_step == 0 < full.decode_step
-    # the re-mask runs gate and up densely on the ring's 24 inputs: at least that
-    assert full.remask > 24 * 2 * 2 * 32 * 3 * 40
-    assert overhead(make("dart", {"remask": "never"}), shape, 100, 0.5).remask == 0
-    assert overhead(make("dart-code", {"remask.act": False}), shape, 100, 0.5).remask == 0
-
-
 def test_what_dart_adds_is_what_its_formulas_take(llama):
     """By hand: width 32, three layers of 40 neurons, 100 tokens of context, a re-mask every 100 decoded tokens."""
     shape = shape_of(llama, find_ffns(llama))

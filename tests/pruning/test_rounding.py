@@ -1,6 +1,8 @@
 """Rounding of FFN weights: codes, scales, what is counted, and that a model gets its own weights back."""
 
 import itertools
+import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,15 +12,25 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import dart_eval
+from dart_eval.bench import decode
+from dart_eval.bench.decode import packed_ffns
+from dart_eval.bench.subject import COLUMNS, Subject
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import weight_matrix
 from dart_eval.layers.quantised import RECORDS, Record
+from dart_eval.pruning import caches
+from dart_eval.pruning.registry import make
+from dart_eval.results import speeds
 from dart_eval.util.bits import Rounding, Stored, parse
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import rounded, served_bits, served_share
+from dart_eval.weights import decoded
+from dart_eval.weights.decoded import Decoded
+from dart_eval.weights.rounding import rounded, rounded_ffns, served_bits, served_share
+from tests.helpers.commands import command
 from tests.helpers.models import SMALL, made, phi3, random_tokens, tiny
 from tests.helpers.sessions import bits as state_of
-from tests.helpers.sessions import generate, open_session, same
+from tests.helpers.sessions import generate, open_session, prompts_of, same
+from tests.matrix import types
 
 
 def test_bits_are_read_as_typed():
@@ -215,3 +227,186 @@ def test_layers_of_different_bits_are_counted_by_their_own():
 def test_codes_are_told_from_scales_where_their_sum_alone_is_known():
     for total, code in ((16, 16), (4.5, 4), (5.0, 4), (6.0, 5), (8, 8), (8.03, 8), (6.5625, 6), (2.625, 2)):
         assert Stored.of(total) == Stored(code, total - code)
+
+
+# -- codes and their values: what first bits stand for, values cached while memory is free, codes cached on disk ------
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 8), st.integers(1, 8), st.sampled_from([0, 1, 5, 16, 64]), st.integers(1, 70), st.integers(0, 99))
+def test_first_bits_stand_for_what_they_leave_open(code_bits, first, group, width, seed):
+    """By numpy: of 4 bits a line through the codes, of fewer the mean of those that begin so; all give the code."""
+    held = rounded(torch.randn(3, width, generator=torch.Generator().manual_seed(seed)), Rounding(code_bits, group))
+    codes, low = held.codes.numpy().astype(int), max(0, code_bits - first)
+    scales = held.scales.double().numpy()[:, np.arange(width) // (group or width)]
+    begin = codes >> low
+    means = np.vectorize({b: np.float32(codes[begin == b].mean()).round() for b in {*begin.flat}}.get)
+    if min(first, code_bits) >= 4 and np.ptp(begin):
+        means = np.poly1d(np.polyfit(begin.ravel(), codes.ravel(), 1))
+    assert held.decoded(torch.float32, first).numpy() == pytest.approx(scales * means(begin), rel=1e-5, abs=1e-6)
+    assert held.values.numpy() == pytest.approx(scales * codes, rel=1e-6, abs=1e-9)
+
+
+def test_room_is_given_back():
+    model = tiny("llama")
+    before = Decoded.cached_bytes
+    with open_session(model, "grinqh", 0.5, "masked"):
+        generate(model, prompts_of(1, 9), 3)
+    weights = sum(m.weight.nbytes for f in find_ffns(model) for m in f.projections)
+    assert Decoded.cached_bytes - before == 4 * weights  # of 2, 4, 6 and 8 bits
+    del model
+    assert Decoded.cached_bytes == before
+
+
+@pytest.mark.parametrize(("memory", "cached"), [((10**9, 10**9), True), ((5 * 10**8, 10**9), False), (None, False)])
+def test_values_are_cached_while_half_of_the_memory_stays_free(memory, cached, monkeypatch):
+    monkeypatch.setattr(decoded, "ROOM", 0)
+    monkeypatch.setattr(decoded.machine, "memory", lambda: memory)
+    before, values = Decoded.cached_bytes, Decoded(rounded(torch.randn(6, 32), Rounding(8)), torch.float32)
+    first = values()
+    assert (values() is first) == cached and torch.equal(values(), first)
+    assert Decoded.cached_bytes - before == (first.nbytes if cached else 0)
+    del values
+    assert Decoded.cached_bytes == before
+
+
+def test_codes_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("dart_eval.pruning.caches.folder", lambda: tmp_path / "calibration")
+    made = []
+    monkeypatch.setattr(caches, "rounded", lambda *a: made.append(a[0].shape) or rounded(*a))
+    tokens = torch.tensor([random_tokens(9)])
+
+    def run(model, method="grinqh"):
+        with open_session(model, method, 0.6, "masked"):
+            return model(tokens).logits
+
+    first = run(tiny("llama"))
+    assert len(made) == 9 and not (tmp_path / "codes").exists()  # no matrix is large
+    made.clear()
+    monkeypatch.setattr(caches, "LARGE", 100)
+    assert torch.equal(run(tiny("llama")), first)
+    assert len(made) == 9 and len(list((tmp_path / "codes").iterdir())) == 9
+    assert torch.equal(run(tiny("llama")), first) and len(made) == 9  # another model with the same weights
+    other = tiny("llama")
+    find_ffns(other)[0].up.weight.data += 0.01
+    run(other)
+    assert len(made) == 10  # only what is another
+    run(tiny("llama"), "decdec")
+    assert len(made) == 19  # codes of 7 bits
+    for path in (tmp_path / "codes").iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
+    assert torch.equal(run(tiny("llama")), first) and len(made) == 28
+    assert caches.folder() == tmp_path / "calibration"
+
+
+# -- rounded weights in a packed product ------------------------------------------------------------------------------
+
+
+WIDE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def wide():
+    return made(lambda: LlamaConfig(**WIDE), scale=1, dtype=torch.bfloat16)
+
+
+def test_the_model_says_the_same_through_packed_products_and_is_itself_afterwards():
+    model, tokens = wide(), torch.tensor([random_tokens(1)])
+    before = model(tokens).logits
+    with packed_ffns(model, parse("4:128")):
+        inside = model(tokens).logits
+    assert torch.equal(model(tokens).logits, before) and not torch.equal(inside, before)
+    with rounded_ffns(model, "4:128"):
+        torch.testing.assert_close(inside, model(tokens).logits, rtol=0.05, atol=0.1)
+    refused = pytest.raises(UserError, match="the kernels read 4, 5, 6 or 8 bits")
+    with refused, packed_ffns(tiny("llama"), parse("4:16")):
+        pass
+
+
+@pytest.mark.slow
+def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
+    model = wide()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = command(
+        "bench", "decode", "--model", str(tmp_path / "model"), "--method", "griffin", "--ffn-bits", "4:128",
+        "--steps", "2", "--rounds", "1", "--prompt", "8", "--format", "json", "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    griffin, dense, _ = json.loads(out.out)
+    bits = 4 + 16 * (2 / 64 + 1 / 128) / 3  # a scale for each row
+    assert (
+        griffin["method"] == "griffin"
+        and dense["bits"] == "4:128"
+        and dense["weights_read"] == pytest.approx(bits / 16)
+    )
+    assert dense["speedup"] > 0 and dense["ceiling"] > 1 and dense["speedup_n"] == 2
+    kept = speeds.load_speeds(tmp_path / "out")
+    found = {(s.sparsity, s.ffn_bits): s for s in kept}
+    alone, own, on_four = (found[key] for key in ((0.0, "4:128"), (0.7, None), (0.7, "4:128")))
+    inputs = {"model": alone.model, "dtype": "bfloat16", "params": alone.params, "sparsity": 0.0}
+    pruned = {**inputs, "params": own.params, "sparsity": 0.7}
+    assert speeds.of_cell(kept, {**inputs, "ffn_bits": "4:128"}) is alone and speeds.of_cell(kept, inputs) is None
+    assert speeds.of_cell(kept, pruned) is own and speeds.of_cell(kept, {**pruned, "ffn_bits": "4:128"}) is on_four
+
+
+@pytest.mark.slow
+def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, tokenizer):
+    """4.5 and 3.5 bits of 16, and what a method reads of these."""
+    wide().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = (
+        "bench", "decode", "--model", str(tmp_path / "model"), "--method", "griffin", "--ffn-bits", "4,3",
+        "--steps", "2", "--rounds", "1", "--prompt", "8", "--sparsity", "0.5", "--format", "json",
+    )  # fmt: skip
+    found = {(r["method"], r.get("bits")): r for r in json.loads(command(*words).out)}
+    assert list(found) == [("griffin", None), ("dense", "4"), ("griffin", "4"), ("dense", "3"), ("griffin", "3")]
+    for (method, few), row in found.items():
+        if few:
+            # A scale of down stands for 32 neurons: those of all neurons are read.
+            own = int(few) + 0.5
+            share = (own if method == "dense" else 0.5 * own + 0.5 * 0.5 / 3) / 16
+            assert row["why"] and row["speedup"] is None
+            assert row["weights_read"] == pytest.approx(share)
+            ffn = 1 - 1 / found["dense", "4"]["ceiling"]  # saved at 4.5 of 16 bits
+            assert 1 - 1 / row["ceiling"] == pytest.approx(ffn * (1 - row["weights_read"]) / (1 - 4.5 / 16))
+
+
+@pytest.mark.slow
+def test_methods_out_of_reach_on_rounded_weights_alone_are_left_out_there(tmp_path, tokenizer):
+    wide().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ("bench", "decode", "--model", str(tmp_path / "model"), "--steps", "2", "--rounds", "1", "--prompt", "8")
+    done = command(*words, "--method", "decdec,rounding", "--ffn-bits", "2", "--sparsity", "0.6", "--format", "json")
+    found = [(r["method"], r.get("bits")) for r in json.loads(done.out)]
+    assert found == [("decdec", None), ("rounding", None), ("dense", "2")] and done.err.count("is left out") == 2
+
+
+def test_what_cannot_be_rounded_is_refused_before_anything_is_timed(saved_llama, monkeypatch):
+    monkeypatch.setattr(decode, "measure", lambda *given, **more: pytest.fail("timed"))
+    words = ("bench", "decode", "--method", "griffin", "--ffn-bits", "4")
+    checked = []
+    monkeypatch.setattr("dart_eval.bench.subject.refuse_fixed", lambda ffns: checked.append(len(ffns)))
+    with pytest.raises(pytest.fail.Exception, match="timed"):
+        command(*words, "--model", saved_llama)
+    assert checked == [3]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_its_own_again_after_methods_on_rounded_weights(monkeypatch, fails):
+    model = wide()
+    subject, before = Subject(model, None, {"name": "tiny"}, "bfloat16"), state_of(model)
+    if fails:
+        stock = decode.prune
+        monkeypatch.setattr(decode, "prune", lambda *a, **k: 1 / 0 if k["execution"] == "masked" else stock(*a, **k))
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        rows = subject.rows([make("griffin")], 0.25, decode.Setting(8, 2, 1), [parse("3")], print)
+        assert [COLUMNS["method"](row) for row, _ in rows] == ["griffin", "dense on 3 bits", "griffin on 3 bits"]
+    assert same(model, before) and served_share(find_ffns(model)) == 1
+
+
+@pytest.mark.parametrize(("family", "spelled"), [("llama", "3"), ("gpt2", "4:row"), ("qwen3_moe", "8:row")])
+def test_what_is_read_of_rounded_weights_counts_every_row(family, spelled):
+    """Rows of down have another width than those of gate and up: as the same weights count when they are in place."""
+    model = types.tiny(family) if family == "qwen3_moe" else tiny(family)
+    read = served_bits(find_ffns(model), parse(spelled)) / 16
+    with rounded_ffns(model, spelled):
+        assert read == pytest.approx(served_share(find_ffns(model)), rel=1e-12)

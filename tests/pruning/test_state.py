@@ -55,24 +55,6 @@ def test_the_ring_holds_each_sequences_last_real_inputs_wherever_its_padding_sta
             assert sorted(held.tolist()) == list(expected[row])
 
 
-@pytest.mark.parametrize("method", ["dart", "griffin"])
-def test_scores_equal_the_formula_and_ignore_padding(llama, method):
-    fitted, _ = rows_of(method, llama, batch=2)
-    ffn = fitted.ffns[0]
-    h = torch.randn(2, 9, ffn.size) * 3
-    valid = torch.ones(2, 9, dtype=torch.bool)
-    valid[0, :4] = False
-    h[0, :4] = torch.nan
-    sums = fitted.add(None, ffn, h[:, :5], valid[:, :5])  # in chunks
-    sums = fitted.add(sums, ffn, h[:, 5:], valid[:, 5:])
-    for row, first in ((0, 4), (1, 0)):
-        total = torch.zeros(ffn.size, dtype=torch.float64)
-        for t in range(first, 9):
-            token = h[row, t].double()
-            total += (token / token.norm()) ** 2 if method == "griffin" else token**2
-        assert torch.allclose(sums[row].double(), total, rtol=1e-5)
-
-
 @pytest.mark.parametrize(("dtype", "sensitivity"), [(torch.float16, "ffn"), (torch.bfloat16, "residual")])
 def test_a_layers_sensitivity_is_made_in_fp32(llama, dtype, sensitivity):
     """Also of the stream after the FFN, where that is what counts."""
@@ -132,15 +114,6 @@ def _windows(rows):
     """The detector's windows of the prompt: one tensor a sequence, of as many as it had."""
     watch = getattr(rows, "watch", None)
     return [] if watch is None else [watch.drift.windows]
-
-
-def test_methods_keep_of_a_sequence_what_they_need(llama):
-    for method, sums, watch in (
-        ("griffin", True, False), ("cats", False, False), ("dart", True, True), ("random", False, False),
-    ):  # fmt: skip
-        with open_session(llama, method, 0.5) as session:
-            llama(prompts_of(1, 9), use_cache=True)
-            assert (session.rows.sums[0] is not None, hasattr(session.rows, "watch")) == (sums, watch)
 
 
 @pytest.mark.slow
