@@ -124,8 +124,8 @@ def test_perplexities_count_the_text_that_was_scored(tmp_path, model, tasks):
 def test_wrong_arguments_are_refused_in_a_line(tmp_path, monkeypatch, model, tasks, args, more, word):
     monkeypatch.chdir(tmp_path)
     asked = ("pages", "--include_path", tasks) if "scope=all" in args else ("smoke_questions",)
-    done = command("lm-eval", "--model", "dart", "--model_args", f"pretrained={model},{args}", "--limit", "2", "--tasks",
-                   *asked, *more)  # fmt: skip
+    words = ("--model_args", f"pretrained={model},{args}", "--limit", "2", "--tasks", *asked, *more)
+    done = command("lm-eval", "--model", "dart", *words)
     assert done.code == 2 and word in done.err.splitlines()[-1]
 
 
