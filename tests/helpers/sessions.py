@@ -81,6 +81,25 @@ def cache_of(output):
     return cache if cache is not None else output.past_key_values
 
 
+def go_on(model, out, ids):
+    """A forward of further tokens, on the cache of the last one."""
+    return model(ids, use_cache=True, **{cache_argument(model): cache_of(out)})
+
+
+@torch.no_grad()
+def fed(model, out, tokens, before=lambda n: None):
+    """Logits of tokens that are fed one by one after `out`, [B, T, V], and the last output.
+
+    before: called with the number of tokens fed so far.
+    """
+    logits = []
+    for n, token in enumerate(tokens):
+        before(n)
+        out = go_on(model, out, torch.full((len(out.logits), 1), token))
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits or [out.logits[:, -1]], 1), out
+
+
 def prompts_of(rows, length, seed=0):
     return torch.tensor([random_tokens(length, seed=seed + i) for i in range(rows)])
 
@@ -102,7 +121,7 @@ def decoded(model, session, prompts, steps=24):
     logits = [out.logits[:, -1]]
     for _ in range(steps):
         token = logits[-1].argmax(-1, keepdim=True)
-        out = model(token, use_cache=True, **{cache_argument(model): cache_of(out)})
+        out = go_on(model, out, token)
         logits.append(out.logits[:, -1])
     return torch.stack(logits), list(session.events), session.effective_sparsity
 

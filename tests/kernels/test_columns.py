@@ -125,11 +125,6 @@ def test_the_kernel_writes_what_masks_write(model, sparsity):
     assert all("forward" not in f.block.__dict__ for f in find_ffns(model))
 
 
-def test_a_batch_runs_by_masks(model):
-    one, two = written(model, 0.7, "masked"), written(model, 0.7, batch=2)
-    assert two[3] == "masked" and torch.equal(one[1][0], two[1][1])
-
-
 def test_what_a_token_reads_is_the_label(model):
     with prune(model, "grinqh", 0.7) as run:
         model.generate(PROMPT, max_new_tokens=3, do_sample=False)

@@ -85,19 +85,6 @@ def test_every_bit_of_every_code_counts(level):
             assert apart(ffn(x), expected) < CLOSE, place
 
 
-def test_first_bits_stand_for_the_kernels_line():
-    """And nearly for the means of the codes that begin so."""
-    held = coded(*matrices(512, 256), Rounding(8, 128))[0]
-    line = held.decoded(torch.float32, 4)
-    slope, offset = held.line(4)
-    image = slope * ((held.codes.int() + 128) >> 4).double() + offset
-    assert torch.allclose(line, (image * held.scales.double().repeat_interleave(128, 1)).float(), atol=1e-6)
-    begin = held.codes >> 4
-    means = torch.stack([held.codes[begin == b].double().mean() for b in range(-8, 8)])[begin.long() + 8]
-    means = means * held.scales.double().repeat_interleave(128, 1)
-    assert (line - means).norm() < 0.15 * (held.values - means).norm()
-
-
 def test_bytes_are_those_of_the_format(level):
     packed = coded(*matrices(2048, 256), Rounding(8, 128))
     weights = 3 * 256 * 2048

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.cost import overhead
@@ -22,9 +21,9 @@ from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import (
     RandomCalibration,
-    cache_of,
     decoded,
     generate,
+    go_on,
     open_session,
     prompts_of,
     rows_of,
@@ -62,10 +61,10 @@ def _count_columns(model, found):
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_a_session_that_begins_on_a_filled_cache_chooses_from_its_first_token(llama, method):
-    out, name = llama(prompts_of(1, 20), use_cache=True), cache_argument(llama)
+    out = llama(prompts_of(1, 20), use_cache=True)
     with open_session(llama, method, 0.5) as session:
         for token in random_tokens(3, seed=2):
-            out = llama(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
+            out = go_on(llama, out, torch.tensor([[token]]))
         assert [float(step.read[0]) for step in session.steps] == [0.5] * 3 and session.effective_sparsity == 0.5
 
 
@@ -80,7 +79,7 @@ def test_what_varies_is_measured_token_by_token(llama):
         handle = _count_columns(llama, counted)
         for token in random_tokens(4, seed=3):
             counted.clear()
-            out = llama(torch.full((2, 1), token), use_cache=True, **{cache_argument(llama): cache_of(out)})
+            out = go_on(llama, out, torch.full((2, 1), token))
             reads.append([(120 + 2 * sum(layer[row] for layer in counted)) / 360 for row in range(2)])
         handle()
         assert torch.allclose(torch.stack([s.read for s in session.steps]), torch.tensor(reads, dtype=torch.float64))

@@ -10,7 +10,6 @@ from torch.nn.functional import linear
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from dart_eval.kernels.fast import unlike_plain
-from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import weight_matrix
 from dart_eval.layers.quantised import nbytes, values
@@ -18,7 +17,7 @@ from dart_eval.layers.shape import shape_of
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import about, bits_per_row, rounded_ffns, served_bits, served_share
 from tests.helpers.models import random_tokens, tiny
-from tests.helpers.sessions import cache_of, open_session
+from tests.helpers.sessions import go_on, open_session
 
 
 class Boxed(torch.Tensor):
@@ -89,7 +88,7 @@ def _decoded(model, execution):
     ids = torch.tensor([random_tokens(20)])
     with open_session(model, "griffin", 0.5, execution=execution) as session:
         out = model(ids, use_cache=True)
-        step = model(ids[:, :1], use_cache=True, **{cache_argument(model): cache_of(out)})
+        step = go_on(model, out, ids[:, :1])
         return step.logits, session.execution
 
 
@@ -133,7 +132,7 @@ def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, ch
         with warnings.catch_warnings(), open_session(one, method, 0.4, execution="masked") as session:
             warnings.simplefilter("ignore")
             out = one(ids, use_cache=True)
-            step = one(ids[:, :1], use_cache=True, **{cache_argument(one): cache_of(out)})
+            step = go_on(one, out, ids[:, :1])
             ffns = find_ffns(one)
             # Of the columns of down that are left out: they are read, too.
             scales = 0.4 * bits_per_row(ffns[0])[2] / served_bits(ffns) / 3

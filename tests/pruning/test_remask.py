@@ -17,7 +17,6 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import tasks_dir
 from dart_eval.kernels.top import top_k_mask
-from dart_eval.layers.families import cache_argument
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.pruning.log import Log
 from dart_eval.pruning.methods.drift import MAX_REFERENCE_WINDOWS, DriftDetector, DriftSettings
@@ -27,7 +26,7 @@ from dart_eval.results.inputs import without_legacy_defaults
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import output_head_of
-from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, prompts_of, rows_of
+from tests.helpers.sessions import RESTLESS, fed, generate, go_on, open_session, prompts_of, rows_of
 
 # A detector that flags every window of two tokens.
 FLAGGED = {
@@ -146,7 +145,7 @@ def test_what_an_alarm_will_need_is_counted_before_it_comes(llama):
         out = llama(prompts_of(1, 20), use_cache=True)
         before = session.state_bytes
         for token in random_tokens(4, seed=2):
-            out = llama(torch.tensor([[token]]), use_cache=True, **{cache_argument(llama): cache_of(out)})
+            out = go_on(llama, out, torch.tensor([[token]]))
         assert bool(session.rows.watch.dense.all()) and session.state_bytes == before
 
 
@@ -253,11 +252,11 @@ def test_a_reference_moves_to_windows_of_its_own_turn():
 
 def decode(model, session, ids, tokens):
     """Masks of all layers in force at each decoded token, as kept counts; then all events."""
-    name, out, counts = cache_argument(model), model(ids, use_cache=True), []
+    out, counts = model(ids, use_cache=True), []
     for token in tokens:
         dense = bool(session.rows.watch.dense.any())
         counts.append([f.size if dense else int(m.sum()) for f, m in zip(session.ffns, session.masks(0), strict=True)])
-        out = model(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
+        out = go_on(model, out, torch.tensor([[token]]))
     return counts, session.events
 
 
@@ -272,7 +271,7 @@ def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
 
 
 def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
-    name, second = cache_argument(llama), prompts_of(1, 24, seed=5)
+    second = prompts_of(1, 24, seed=5)
 
     def snapshot(session):
         detector = session.rows.watch.drift
@@ -287,7 +286,7 @@ def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
         after = snapshot(session)
         out = llama(second[:, :9], use_cache=True)
         with session.prompt():
-            llama(second[:, 9:], use_cache=True, **{name: cache_of(out)})
+            go_on(llama, out, second[:, 9:])
         chunked = snapshot(session)
         out = llama(second[:, :1], use_cache=True)  # a prompt of one token is a prompt
         assert session.rows.seen.tolist() == [1.0]
@@ -336,28 +335,16 @@ RELEASED = [
 ]  # fmt: skip
 
 
-@torch.no_grad()
-def fed(model, ids, tokens, before=lambda n: None):
-    """Logits of the prompt and of tokens that are fed one by one. before: called with the tokens fed so far."""
-    out, logits = model(ids, use_cache=True), []
-    for n, token in enumerate(tokens):
-        before(n)
-        past = {cache_argument(model): cache_of(out)}
-        out = model(torch.full((len(ids), 1), token), use_cache=True, **past)
-        logits.append(out.logits[:, -1])
-    return torch.stack(logits, 1)
-
-
 @pytest.mark.parametrize("execution", ["masked", "auto"])
 @pytest.mark.parametrize(("method", "params"), RELEASED)
 def test_logits_are_those_of_masked_tokens_and_then_of_dense_ones_on_their_cache(llama, method, params, execution):
     ids, tokens = prompts_of(1, 20), random_tokens(12, seed=3)
     with open_session(llama, method, 0.5, execution=execution, **params) as session:
         # By hand: the hooks go after N tokens, and the cache stays.
-        wanted = fed(llama, ids, tokens, lambda n: session._remove() if n == N else None)
+        wanted, _ = fed(llama, llama(ids, use_cache=True), tokens, lambda n: session._remove() if n == N else None)
         by_hand = [[e["token"] for e in found] for found in (session.events, session.log.alarms)]
     with open_session(llama, method, 0.5, execution=execution, **params, **{"remask.release": N}) as session:
-        found = fed(llama, ids, tokens)
+        found, _ = fed(llama, llama(ids, use_cache=True), tokens)
         reads = [float(step.read[0]) for step in session.steps]
         logged = [[e["token"] for e in found] for found in (session.events, session.log.alarms)]
         windows = len(session.log.signals)
@@ -396,8 +383,7 @@ def test_blocks_of_any_size_release_after_exactly_so_many_tokens(release, sizes,
                 while start < end:
                     stop = min(end, start + (session.room() or size))
                     with session.decode(valid[:, start:stop]):
-                        past = {cache_argument(model): cache_of(out)}
-                        out = model(tokens[:, start:stop], use_cache=True, **past)
+                        out = go_on(model, out, tokens[:, start:stop])
                     logits.append(out.logits)
                     reads += [session.steps[-1].read] * (stop - start)
                     start = stop
@@ -418,7 +404,8 @@ def test_scored_and_generated_tokens_beyond_are_dense_and_count_as_dense(llama):
         score = scorer(llama, output_head_of(llama, session), session, 2)
         (found,) = [answer for unit in score.units([request]) for _, answer in score.run(unit)]
         ids = torch.tensor([request.context[:-1]])
-        logits = fed(llama, ids, [request.context[-1], *request.continuation[:-1]])[0].log_softmax(-1)
+        tokens = [request.context[-1], *request.continuation[:-1]]
+        logits = fed(llama, llama(ids, use_cache=True), tokens)[0][0].log_softmax(-1)
         assert found.cost.pruned_tokens == N
         assert found.cost.not_read_sum == pytest.approx(N / 2)
         assert found.logprob == pytest.approx(float(logits[range(9), list(request.continuation)].sum()), abs=1e-6)
@@ -429,10 +416,9 @@ def test_scored_and_generated_tokens_beyond_are_dense_and_count_as_dense(llama):
             out = llama(prompts_of(1, 20), use_cache=True)
         for _ in range(2):
             for _ in range(N + 1):
-                past = {cache_argument(llama): cache_of(out)}
-                out = llama(torch.tensor([[5]]), use_cache=True, **past)
+                out = go_on(llama, out, torch.tensor([[5]]))
             with session.prompt():
-                out = llama(torch.tensor([[6, 7]]), use_cache=True, **{cache_argument(llama): cache_of(out)})
+                out = go_on(llama, out, torch.tensor([[6, 7]]))
         assert [float(step.read[0]) for step in session.steps] == ([0.5] * N + [1]) * 2
 
 

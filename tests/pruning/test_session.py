@@ -27,8 +27,10 @@ from tests.helpers.sessions import (
     bits,
     cache_of,
     decoded,
+    fed,
     fitting,
     generate,
+    go_on,
     hooked,
     makes_new_masks,
     open_session,
@@ -110,22 +112,11 @@ def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
     assert bool(events) == makes_new_masks(params)
 
 
-def test_a_new_prompt_starts_afresh(llama):
-    first, second = prompts_of(1, 15, seed=1), prompts_of(1, 18, seed=2)
-    with open_session(llama, "dart", 0.6, **RESTLESS):
-        alone = generate(llama, second)
-    with open_session(llama, "dart", 0.6, **RESTLESS):
-        generate(llama, first)
-        after = generate(llama, second)
-    assert torch.equal(torch.stack(alone.logits), torch.stack(after.logits))
-
-
 def test_another_cache_serves_where_one_mask_is_for_all(llama):
-    name = cache_argument(llama)
     with open_session(llama, "random", 0.5):
         first = llama(prompts_of(1, 20), use_cache=True)
         llama(prompts_of(1, 12, seed=3), use_cache=True)
-        llama(prompts_of(1, 1), use_cache=True, **{name: cache_of(first)})
+        go_on(llama, first, prompts_of(1, 1))
 
 
 @pytest.mark.parametrize(("method", "masks"), [("wanda-sp", 1), ("cats", 0)])
@@ -165,47 +156,18 @@ def test_a_trace_is_of_one_sequence_up_to_a_token(llama):
 
 
 @torch.no_grad()
-def test_rows_that_are_taken_up_again_reads_what_it_read(llama):
-    """Also right after another: one with a mask, one without a context, which runs dense."""
-    name, ids, one = cache_argument(llama), prompts_of(1, 20), torch.ones(1, 1, dtype=torch.bool)
-    with open_session(llama, "griffin", 0.5) as session:
-        with session.context(torch.ones_like(ids, dtype=torch.bool)):
-            out = llama(ids, use_cache=True)
-        pruned = session.rows
-        session.no_context(1, ids.device)
-        dense, reads = session.rows, []
-        for rows in (pruned, dense, pruned):
-            session.fork(rows, torch.tensor([0]))
-            with session.decode(one):
-                out = llama(ids[:, :1], use_cache=True, **{name: cache_of(out)})
-            reads += [float(step.read[0]) for step in session.steps]
-        assert reads == [0.5, 1.0, 0.5]
-
-
-@torch.no_grad()
 def test_a_forward_under_frozen_masks_leaves_everything_as_it_was(llama):
-    name, ids = cache_argument(llama), prompts_of(1, 20)
+    ids = prompts_of(1, 20)
     with open_session(llama, "dart", 0.5, **RESTLESS) as session:
         with session.context(torch.ones_like(ids, dtype=torch.bool)):
             out = llama(ids, use_cache=True)
         watch = session.rows.watch
         before = [t.clone() for t in (*watch.ring.slots, *session.rows.mask, watch.drift.window_sum)]
         with session.decode(torch.ones(1, 7, dtype=torch.bool), frozen=True):
-            llama(ids[:, :7], use_cache=True, **{name: cache_of(out)})
+            go_on(llama, out, ids[:, :7])
         now = [*watch.ring.slots, *session.rows.mask, watch.drift.window_sum]
         assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
         assert session.events == session.log.alarms == []
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("method", ["dart", "random"])
-def test_a_turn_that_follows_a_prompt_runs_dense(llama, method):
-    name, ids = cache_argument(llama), prompts_of(1, 30)
-    dense = llama(ids).logits[:, 20:]
-    with open_session(llama, method, 0.5) as session, session.prompt():
-        out = llama(ids[:, :20], use_cache=True)
-        turn = llama(ids[:, 20:], use_cache=True, **{name: cache_of(out)}).logits
-    assert torch.allclose(turn, dense)
 
 
 @torch.no_grad()
@@ -217,16 +179,6 @@ def test_a_prompt_of_generate_says_nothing_of_later_ones(llama):
 
 
 # -- tokens taken back -----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def fed(model, out, tokens):
-    """Logits of tokens that are fed one by one, [B, T, V], and the last output."""
-    logits = []
-    for token in tokens:
-        out = model(torch.full((len(out.logits), 1), token), use_cache=True, **{cache_argument(model): cache_of(out)})
-        logits.append(out.logits[:, -1])
-    return torch.stack(logits or [out.logits[:, -1]], 1), out
 
 
 @pytest.mark.slow
@@ -282,17 +234,6 @@ def test_every_token_of_a_block_counts():
     assert tally.share == pytest.approx(3 * 0.5 / 5)
 
 
-def test_what_comes_after_an_end_counts_as_soon_as_something_follows():
-    tally, half = Tally(), torch.tensor([0.5, 0.5])
-    tally.context(2, False)
-    tally.decode(half, 1)
-    for _ in range(2):
-        tally.decode(half, 1, torch.tensor([True, False]))
-    assert tally.share == pytest.approx((1 + 3) * 0.5 / 6)
-    tally.decode(half, 1, torch.tensor([False, False]))
-    assert tally.share == pytest.approx((4 + 4) * 0.5 / 10)
-
-
 def test_a_token_without_word_of_its_end_goes_on():
     tally, half = Tally(), torch.tensor([0.5])
     tally.context(1, False)
@@ -300,16 +241,6 @@ def test_a_token_without_word_of_its_end_goes_on():
     assert tally.share == 0
     tally.decode(half, 1)
     assert tally.share == pytest.approx(2 * 0.5 / 3)
-
-
-def test_the_first_token_of_every_context_counts():
-    tally = Tally()
-    for _ in range(2):
-        tally.context(1, False)
-        tally.decode(torch.tensor([0.5]), 1)
-    assert tally.share == pytest.approx(2 * 0.5 / 4)
-    tally.context(1, True)  # a chunk of the same prompt
-    assert tally.share == pytest.approx(2 * 0.5 / 4)
 
 
 # -- what a developer meets who uses the package as a library ---------------------------------------------------------

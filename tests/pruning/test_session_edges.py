@@ -19,7 +19,7 @@ from dart_eval.util.errors import UserError
 from dart_eval.weights.decoded import Decoded
 from dart_eval.weights.rounding import rounded
 from tests.helpers.models import biased, odd_llama, random_tokens, tiny
-from tests.helpers.sessions import RESTLESS, bits, cache_of, open_session, same
+from tests.helpers.sessions import RESTLESS, bits, cache_of, go_on, open_session, same
 from tests.helpers.sessions import generate as logits_of
 
 
@@ -75,10 +75,10 @@ def test_a_prefix_that_was_cached_before_serves_every_prompt(llama):
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_a_cache_that_was_filled_before_is_refused_where_masks_are_made_from_the_prompt(llama, tokens):
     """The mask would be made from the tokens alone that come inside the block."""
-    name, out = cache_argument(llama), llama(prompt(), use_cache=True)
+    out = llama(prompt(), use_cache=True)
     refused = pytest.raises(UserError, match="20 tokens")
     with open_session(llama, "griffin", 0.5) as session, session.prompt(), refused:
-        llama(prompt(tokens), use_cache=True, **{name: cache_of(out)})
+        go_on(llama, out, prompt(tokens))
 
 
 @pytest.mark.parametrize("given", ["option", "model", "config"])

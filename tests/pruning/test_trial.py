@@ -9,12 +9,11 @@ from transformers import BartConfig, DogeConfig, Gemma4TextConfig
 
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.layers import experts, verify
-from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import decoder_layers, find_ffns
 from dart_eval.pruning.methods.depth import depth_aware, normalise_sensitivity
 from dart_eval.util.errors import UserError
 from tests.helpers.models import GEMMA4, SMALL, STREAMS, random_model, random_tokens, tiny
-from tests.helpers.sessions import cache_of, open_session
+from tests.helpers.sessions import go_on, open_session
 from tests.matrix.types import tiny as matrix_model
 
 BESIDE = {
@@ -168,7 +167,7 @@ def test_depth_is_refused_by_name_where_a_layer_does_more_and_all_else_works(fam
         pass
     with open_session(model, "dart", 0.5, allocation="uniform") as session:
         out = model(ids, use_cache=True)
-        model(ids[:, :1], use_cache=True, **{cache_argument(model): cache_of(out)})
+        go_on(model, out, ids[:, :1])
         assert session.steps[0].read.tolist() == [0.5]
 
 
@@ -203,15 +202,6 @@ def test_out_of_memory_is_left_to_those_who_know_what_to_do():
     model.model.layers[0].mlp.register_forward_pre_hook(full)
     with pytest.raises(torch.OutOfMemoryError):
         find_ffns(model)
-
-
-def test_every_module_keeps_its_mode():
-    model = tiny("opt")
-    model.train()
-    model.model.decoder.layers[0].eval()
-    before = [m.training for m in model.modules()]
-    find_ffns(model)
-    assert [m.training for m in model.modules()] == before
 
 
 class _Adapted(torch.nn.Module):
