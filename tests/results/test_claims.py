@@ -13,25 +13,12 @@ from dart_eval.results.stats import Estimate, mean
 from dart_eval.sweep.options import config_from
 from dart_eval.sweep.paper import load
 from dart_eval.util.errors import UserError
-from tests.results.test_paper import ACC, BASE, HARD, PPL, file, paper, table
+from tests.results.test_paper import ACC, BASE, COUNTED, HARD, PPL, easy, file, paper, table
 
 N = 200
 GOOD = {
-    "claim": "it is better",
-    "source": "abstract",
-    "table": "t",
-    "rows": ["A", "B"],
-    "column": "Easy",
-    "sparsity": 0.5,
-}
-SHAPE = {
-    "claim": "at 8B",
-    "shape": "llama-3.1-8b",
-    "method": "dart",
-    "column": "state MB",
-    "sparsity": 0.7,
-    "at_most": 9,
-}
+    "claim": "it is better", "source": "abstract", "table": "t", "rows": ["A", "B"], "column": "Easy", "sparsity": 0.5,
+}  # fmt: skip
 
 
 def estimate(values, task="easy"):
@@ -53,13 +40,9 @@ def verdicts(tmp_path, answers, *claims, counted=None, **keys):
     return filled.verdicts(spec.claims, counted or {}).body
 
 
-def easy(**answers):
-    return {(row, "easy"): given for row, given in answers.items()}
-
-
-@pytest.mark.parametrize(
-    ("by", "times"), [(None, None), (0.1, None), (0.3, None), (None, 0.9), (None, 1.5), (None, 3.0)]
-)
+@pytest.mark.parametrize(("by", "times"), [
+    (None, None), (0.1, None), (0.3, None), (None, 0.9), (None, 1.5), (None, 3.0),
+])  # fmt: skip
 def test_a_verdict_is_that_of_students_t_on_the_documents(by, times):
     """a - times b - by, document by document, tested against 0: another road to the same verdict."""
     draw = np.random.default_rng(3)
@@ -147,7 +130,7 @@ def test_numbers_are_told_from_the_limit(tmp_path):
     assert verdict == HOLDS and text.startswith("0.901 times [0.901, 0.901")
     verdict, text, _ = judged(claim(), [sides(base + 4e-4 + 1e-4 * draw.standard_normal(N), base)])
     assert verdict == HOLDS and text.startswith("+0.04 points [+0.04, +0.04]")
-    filled, shape = paper(tmp_path, easy(A=30))[0], Claim(**{**SHAPE, "at_most": 10.0})
+    filled, shape = paper(tmp_path, easy(A=30))[0], Claim(**{**COUNTED, "at_most": 10.0})
     for cost, said in ((10.4, "10.4 MB"), (9.96, "9.96 MB"), (250.3, "250 MB"), (3.14, "3.1 MB"), (10.0, "10 MB")):
         (row,) = filled.verdicts([shape], {shape: cost}).body
         assert row[1:3] == [HOLDS if cost <= 10 else FAILS, f"{said}, counted"]
@@ -213,16 +196,10 @@ def test_what_no_test_takes_is_not_called_unmeasured(tmp_path):
     for row, level in (("A", 0.42), ("B", 0.45)):
         own = 0.02 * np.random.default_rng(ord(row)).standard_normal(40)
         shares = np.clip(level + 0.15 * np.random.default_rng(1).standard_normal(40) + own, 0, 1)
-        values = [{"acc": float(v)} for v in shares]
-        found = [
-            Metric("easy", "acc", float(shares.mean()), 0.05, 40, True),
-            Metric("easy", "mcc", 0.4, 0.05, 40, True),
-        ]
-        answers[row] = {"values": values, "metrics": found, "choices": 4}
-    columns = {**ACC, "MCC": {"task": "easy", "metric": "mcc"}}
-    ratio, gap, mcc = verdicts(
-        tmp_path / "a", easy(**answers), {"times": 0.9}, {}, {"column": "MCC"}, one=table(columns)
-    )
+        found = [Metric("easy", name, v, 0.05, 40, True) for name, v in (("acc", float(shares.mean())), ("mcc", 0.4))]
+        answers[row] = {"values": [{"acc": float(v)} for v in shares], "metrics": found, "choices": 4}
+    one = table({**ACC, "MCC": {"task": "easy", "metric": "mcc"}})
+    ratio, gap, mcc = verdicts(tmp_path / "a", easy(**answers), {"times": 0.9}, {}, {"column": "MCC"}, one=one)
     assert gap[1] == FAILS and ratio[1] == mcc[1] == OPEN and "not tested" in ratio[2] and "not tested" in mcc[2]
     losses = easy(A={"loss": 2.0}, B={"loss": 3.0})
     (nats,) = verdicts(tmp_path / "b", losses, {"column": "PPL", "times": 1.1}, one=table(PPL))
@@ -231,7 +208,7 @@ def test_what_no_test_takes_is_not_called_unmeasured(tmp_path):
 
 def test_a_claim_on_a_row_of_another_model_is_left_out(tmp_path):
     rows = {"A": "griffin", "B": "wanda-sp", "C": {"method": "dart", "only": "llama"}}
-    claims = [GOOD, {**GOOD, "rows": ["C", "B"]}, SHAPE]
+    claims = [GOOD, {**GOOD, "rows": ["C", "B"]}, COUNTED]
     spec = load(file(tmp_path, table(rows=rows), claims=claims), config_from(None, BASE))
     assert [one.rows for one in spec.claims] == [("A", "B"), ()]
 
@@ -246,9 +223,9 @@ def test_a_claim_on_a_row_of_another_model_is_left_out(tmp_path):
         ({**GOOD, "claims": 1}, "claims.0.claims"), ({**GOOD, "shape": "llama-3.1-8b"}, "a table or a shape"),
         ({**GOOD, "rows": ["A"], "at_most": 3}, "no table 't'"),
         ({**GOOD, "by": 0.1, "times": 2}, "`by` and `times`"),
-        ({**SHAPE, "at_most": None}, "at_most"), ({**SHAPE, "column": "state MiB"}, "state MB"),
-        ({**SHAPE, "sparsity": 70}, "sparsity"), ({**SHAPE, "prompt": 0}, "prompt"),
-        ({**SHAPE, "prompt": 10**10}, "prompt"),
+        ({**COUNTED, "at_most": None}, "at_most"), ({**COUNTED, "column": "state MiB"}, "state MB"),
+        ({**COUNTED, "sparsity": 70}, "sparsity"), ({**COUNTED, "prompt": 0}, "prompt"),
+        ({**COUNTED, "prompt": 10**10}, "prompt"),
     ],
 )  # fmt: skip
 def test_a_claim_that_cannot_be_tested_is_refused(tmp_path, one, word):

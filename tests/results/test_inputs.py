@@ -1,8 +1,6 @@
 """The fields of a cell's inputs stand once, with their roles; what follows from roles follows from them."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
@@ -14,22 +12,14 @@ from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import plan
 from tests.helpers.records import answered, right
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def test_every_input_of_a_planned_cell_has_a_role_and_no_role_is_of_none():
     model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32", config=LlamaConfig())
     said = {
-        "chat_template": True,
-        "fewshot_as_multiturn": True,
-        "system_instruction": "x",
-        "gen_kwargs": "n=1",
-        "enable_thinking": True,
-        "think_end_token": "</think>",
-        "tokenizer": "t",
-        "attn_implementation": "eager",
+        "chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "x", "gen_kwargs": "n=1",
+        "enable_thinking": True, "think_end_token": "</think>", "tokenizer": "t", "attn_implementation": "eager",
         "add_bos_token": True,
-    }
+    }  # fmt: skip
     (cell,) = plan(RunConfig(method=("flap",), tasks=("arc",), ffn_bits=("4",), **said), model, {"arc": "h"}, "cpu")
     of_a_data_set = {"calibration_tokens", "calibration_seed"}  # and of older cells
     assert set(cell.inputs) | of_a_data_set == set(inputs.FIELDS)
@@ -57,14 +47,6 @@ def test_the_main_metric_of_a_task_is_the_one_of_the_lowest_rank_wherever_it_sta
     assert [(m.task, m.metric) for m in metrics.main(made)] == [
         ("qa", "exact_match,strict"), ("text", "empty"), ("arc", "acc"),
     ]  # fmt: skip
-
-
-def test_the_page_of_records_is_what_the_types_say():
-    spec = importlib.util.spec_from_file_location("records_page", ROOT / "scripts" / "records_page.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    page = (ROOT / "docs" / "records.md").read_text()
-    assert script.page(page) == page, "run scripts/records_page.py"
 
 
 def test_a_field_that_older_versions_lacked_asks_nothing_new_at_what_they_did():

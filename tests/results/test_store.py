@@ -48,45 +48,26 @@ def test_texts_are_kept_once_for_all_cells(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut", "changed"])
-def test_a_cell_with_damaged_texts_is_not_finished_and_makes_them_whole_again(tmp_path, damage):
+@pytest.mark.parametrize("kind", ["texts", "samples"])
+def test_a_cell_with_damaged_parts_is_not_finished_is_set_aside_and_made_whole_again(tmp_path, kind, damage):
     store = Store(tmp_path)
-    saved = store.save("cell", record(), TEXTS)
-    other = store.save("other", record(key="k2"))
+    saved, other = store.save("cell", record(), TEXTS), store.save("other", record(key="k2"))
     assert store.texts(other) == {}  # none were kept
-    (path,) = (tmp_path / "texts").iterdir()
+    path = store.file("samples", "cell", "k1") if kind == "samples" else next((tmp_path / kind).iterdir())
     if damage == "lost":
         path.unlink()
     else:
         text = path.read_text()
-        path.write_text(text[:-3] if damage == "cut" else text.replace("Why?", "How?"))
-    with pytest.raises(UserError, match=r"the texts of arc_easy under dart at 50 % .* cannot be read"):
-        store.texts(saved)
-    assert store.get("cell", "k1") is None
-    assert store.get("other", "k2") is not None
-    assert [p.name for p in store.set_aside("cell", "k1")] == ["cell-k1.json.damaged", "cell-k1.jsonl.damaged"]
-    store.save("cell", record(), TEXTS)
-    assert store.get("cell", "k1") is not None
-    assert store.texts(saved) == {("arc_easy", 0): TEXTS[0]}
-
-
-@pytest.mark.parametrize("damage", ["lost", "cut", "changed"])
-def test_a_cell_with_damaged_samples_is_not_finished_and_is_set_aside(tmp_path, damage):
-    store = Store(tmp_path)
-    store.save("cell", record())
-    path = store.file("samples", "cell", "k1")
-    if damage == "lost":
-        path.unlink()
-    else:
-        text = path.read_text()
-        path.write_text(text[:-3] if damage == "cut" else text.replace("1.0", "0.0"))
-    assert store.get("cell", "k1") is None
-    with pytest.raises(UserError, match=r"samples of arc_easy under dart at 50 % .* cannot be read"):
-        store.samples(store.load()[0])
+        path.write_text(text[:-3] if damage == "cut" else text.replace("Why?", "How?").replace("1.0", "0.0"))
+    with pytest.raises(UserError, match=f"{kind} of arc_easy under dart at 50 % .* cannot be read"):
+        getattr(store, kind)(saved)
+    assert store.get("cell", "k1") is None and store.get("other", "k2") is not None
     moved = store.set_aside("cell", "k1")
-    assert [p.name for p in moved] == ["cell-k1.json.damaged", "cell-k1.jsonl.damaged"][: 2 - (damage == "lost")]
+    names = ["cell-k1.json.damaged", "cell-k1.jsonl.damaged"]
+    assert [p.name for p in moved] == names[: 2 - (kind == "samples" and damage == "lost")]
     assert all(p.is_file() for p in moved)
-    store.save("cell", record())
-    assert store.get("cell", "k1") is not None
+    store.save("cell", record(), TEXTS)
+    assert store.get("cell", "k1") is not None and store.texts(saved) == {("arc_easy", 0): TEXTS[0]}
 
 
 def test_setting_aside_sweeps_up_what_a_killed_process_leaves_of_a_cell_with_a_long_name(tmp_path, monkeypatch):
@@ -100,20 +81,11 @@ def test_setting_aside_sweeps_up_what_a_killed_process_leaves_of_a_cell_with_a_l
     store.save(name, record(), TEXTS)
     left = [p for kind in ("cells", "samples", "texts") for p in (tmp_path / kind).glob(".*")]
     assert len(left) == 3
-    store.set_aside(name, "k1")
-    assert not any(p.exists() for p in left)
-
-
-def test_setting_aside_sweeps_up_half_written_files_of_the_cell(tmp_path):
-    store = Store(tmp_path)
-    store.save("cell", record())
-    store.file("cells", "cell", "k1").unlink()
-    others = [tmp_path / kind / ".cell-k2.half" for kind in ("cells", "samples", "texts")]  # being written elsewhere
+    store.file("cells", name, "k1").unlink()
+    others = [tmp_path / kind / f".{name}-k2.half" for kind in ("cells", "samples", "texts")]  # being written elsewhere
     for other in others:
-        other.parent.mkdir(exist_ok=True)
         other.write_text("{")
-        other.with_name(".cell-k1.half").write_text("{")
-    assert store.set_aside("cell", "k1") == []  # samples without a record: stopped between the two, not damaged
+    assert store.set_aside(name, "k1") == []  # samples without a record: stopped between the two, not damaged
     assert sorted(p for p in tmp_path.rglob(".*") if p.is_file()) == others
 
 
@@ -191,9 +163,13 @@ def test_an_empty_store_tells_how_to_fill_it(tmp_path):
 FULL = OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize(
-    ("step", "error"), [("fsync", FULL), ("chmod", FULL), ("replace", FULL), ("fsync", KeyboardInterrupt())]
-)
+def full(*_):
+    raise FULL
+
+
+@pytest.mark.parametrize(("step", "error"), [
+    ("fsync", FULL), ("chmod", FULL), ("replace", FULL), ("fsync", KeyboardInterrupt()),
+])  # fmt: skip
 def test_a_failed_or_interrupted_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch, step, error):
     path = tmp_path / "record.json"
     write_atomically(path, "old")
@@ -211,12 +187,7 @@ def test_a_failed_or_interrupted_write_leaves_the_old_file_and_no_temporary(tmp_
 def test_a_cell_whose_record_cannot_be_written_is_not_finished(tmp_path, monkeypatch):
     store, replace = Store(tmp_path), os.replace
 
-    def full(source, target):
-        if str(target).endswith(".json"):
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", lambda a, b: full() if str(b).endswith(".json") else replace(a, b))
     with pytest.raises(UserError, match=r"cannot be written .*No space left.*--output"):
         store.save("cell", record())
     assert store.get("cell", "k1") is None
@@ -284,10 +255,6 @@ def test_a_full_disk_is_said_in_one_line_and_loses_no_earlier_batch(tmp_path, mo
     _written(path)
     journal = Journal(path)
     journal.add({"e": [1]}, 0, 0.0)
-
-    def full(_handle):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match=r"cannot be written to .*out \(No space left on device\)"):
         journal.add({"f": [1]}, 0, 0.0)
