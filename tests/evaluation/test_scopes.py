@@ -4,6 +4,7 @@ What they mean: tests/derivations/test_scored.py.
 """
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,10 +34,8 @@ def scored(model, session, requests, scope, batch_size=4, **more):
 
 
 def numbers(scores):
-    return [
-        (s.logprob, s.greedy, s.cost.tokens, s.cost.pruned_tokens, s.cost.not_read_sum, s.cost.outside_sum)
-        for s in scores
-    ]
+    costs = ("tokens", "pruned_tokens", "not_read_sum", "outside_sum")
+    return [(s.logprob, s.greedy, *(getattr(s.cost, name) for name in costs)) for s in scores]
 
 
 @on_families(["scope"], FAMILIES, OTHERS)
@@ -60,25 +59,20 @@ def test_batch_size_and_order_do_not_matter(model, method, scope):
             assert a == pytest.approx(b, rel=1e-6, abs=1e-6)  # compensation adds in fp32
 
 
-def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, saved_llama):
-    folder = saved_llama
-    for changes, words in (
-        ({"method": "oracle", "scope": "last"}, "and --scope last has none"),
-        ({"method": "oracle", "tasks": "smoke_summary"}, "generates"),
-        ({"scope": "all", "tasks": "smoke_summary"}, "generates text"),
-        ({"scope": "last-50"}, "scope 'last-50' must be"),
-        ({"method": "dart:allocation=table:none.json"}, "not a file"),
-    ):  # fmt: skip
-        given = {"tasks": "smoke_questions", "method": "dart", "limit": 1, "output": str(tmp_path / "out"), **changes}
-        with pytest.raises(UserError, match=words):
-            run_local(config_from(None, {"model": folder, **given}), silent)
-    table = tmp_path / "table.json"
-    table.write_text('{"keep": [0.5, 0.5, 0.5]}')
-    given = {"tasks": "smoke_questions", "method": f"dart:allocation=table:{table}", "sparsity": "0.5,0.7"}
-    config = config_from(None, {"model": folder, **given, "output": str(tmp_path / "out")})
-    with pytest.raises(UserError, match="the allocation table keeps"):
-        run_local(config, silent)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(("changes", "word"), [
+    ({"method": "oracle", "scope": "last"}, "--scope last"), ({"scope": "last-50"}, "last-50"),
+    ({"method": "oracle", "tasks": "smoke_summary"}, "generates"),
+    ({"scope": "all", "tasks": "smoke_summary"}, "generates"),
+    ({"method": "dart:allocation=table:none.json"}, "none.json"),
+    ({"method": "dart:allocation=table:table.json", "sparsity": "0.5,0.7"}, "table keeps"),
+])  # fmt: skip
+def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, monkeypatch, saved_llama, changes, word):
+    monkeypatch.chdir(tmp_path)
+    Path("table.json").write_text('{"keep": [0.5, 0.5, 0.5]}')
+    given = {"model": saved_llama, "tasks": "smoke_questions", "method": "dart", "limit": 1, "output": "out"}
+    with pytest.raises(UserError, match=word):
+        run_local(config_from(None, given | changes), silent)
+    assert not Path("out").exists()
 
 
 def test_the_oracle_is_no_method_to_generate_with(llama):
@@ -104,21 +98,17 @@ COUNTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("scope", "context", "answer", "pruned"), COUNTED)
-def test_what_runs_pruned_is_counted_by_hand(llama, scope, context, answer, pruned):
+@pytest.mark.parametrize(("method", "scope", "context", "answer", "pruned"), [
+    *(("griffin", *row) for row in COUNTED), ("griffin", "last", 1, 1, 0), ("teal", "last", 1, 1, 1),  # no mask to make
+])  # fmt: skip
+def test_what_runs_pruned_is_counted_by_hand(llama, method, scope, context, answer, pruned):
     request = Request(random_tokens(context, seed=1), random_tokens(answer, seed=2))
-    with open_session(llama, "griffin", 0.6) as session:
+    with open_session(llama, method, 0.6) as session:
         (score,) = scored(llama, session, [request], scope)
     assert (score.cost.tokens, score.cost.pruned_tokens) == (answer, pruned)
-    assert score.cost.effective_sparsity == pytest.approx(0.6 * pruned / answer)
-    assert score.cost.read == pytest.approx(0.4 if pruned else 1.0)
-
-
-def test_a_single_input_runs_pruned_unless_its_mask_needs_more(llama):
-    requests = [Request((5,), (7,)), Request(random_tokens(9), (7, 8))]
-    for method, pruned in (("griffin", 0), ("teal", 1)):
-        with open_session(llama, method, 0.5) as session:
-            assert scored(llama, session, requests, "last")[0].cost.pruned_tokens == pruned
+    if method == "griffin":
+        assert score.cost.effective_sparsity == pytest.approx(0.6 * pruned / answer)
+        assert score.cost.read == pytest.approx(0.4 if pruned else 1.0)
 
 
 def by_hand(model, session, request, scope):
@@ -185,11 +175,10 @@ def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, b
 
 
 def test_the_scope_of_decoding_leaves_the_model_to_itself_and_then_prunes_again(llama):
-    requests = questions()
-    dense = [s.logprob for s in scored(llama, Session(), requests, "scored")]
     with open_session(llama, "griffin", 0.6) as session:
-        before = numbers(scored(llama, session, requests, "scored"))
-        idle = scored(llama, session, requests, "decode")
-        assert numbers(scored(llama, session, requests, "scored")) == before
-    assert [s.logprob for s in idle] == pytest.approx(dense, abs=1e-6)
+        before = numbers(scored(llama, session, questions(), "scored"))
+        idle = scored(llama, session, questions(), "decode")
+        assert numbers(scored(llama, session, questions(), "scored")) == before
     assert all((s.cost.effective_sparsity, s.cost.read, s.cost.mask_sparsity) == (0, 1, 0) for s in idle)
+    dense = [s.logprob for s in scored(llama, Session(), questions(), "scored")]
+    assert [s.logprob for s in idle] == pytest.approx(dense, abs=1e-6)

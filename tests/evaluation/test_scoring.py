@@ -1,8 +1,12 @@
 """Causal scoring: dense equals HFLM, pruned equals token-by-token decoding, and nothing looks ahead."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, HyperCLOVAXConfig
 
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
@@ -10,10 +14,11 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.layers.families import cache_argument
 from dart_eval.pruning.session import Session
+from dart_eval.util.errors import UserError
 from tests.helpers.distances import assert_apart, dense_logits
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, SMALL, random_tokens, tiny
-from tests.helpers.requests import output_head_of, questions
+from tests.helpers.requests import output_head_of, questions, words
 from tests.helpers.sessions import RESTLESS, VARIED, cache_of, open_session
 
 METHODS = [("random", {}), *VARIED]
@@ -108,11 +113,6 @@ def test_logits_are_computed_only_where_they_are_scored(llama):
     assert sum(seen) == 2 + 9 - 1  # the first position is one for all, and the third answer asks at no other
 
 
-class _Rolling:
-    def __init__(self, text):
-        self.args, self.task_name, self.doc_id = (text,), "t", 0
-
-
 @pytest.mark.parametrize("method", [None, "griffin"])
 def test_perplexity_scores_the_second_half_of_each_chunk(llama, tokenizer, method):
     llama = llama.float()
@@ -123,14 +123,12 @@ def test_perplexity_scores_the_second_half_of_each_chunk(llama, tokenizer, metho
 
     def run(session):
         lm.begin(session, {})
-        (answer,) = lm.loglikelihood_rolling([_Rolling(" ".join(f"w{t}" for t in tokens))])
+        request = SimpleNamespace(args=(words(tokens),), task_name="t", doc_id=0)
+        (answer,) = lm.loglikelihood_rolling([request])
         return answer, _score(llama, session, halves)
 
-    if method is None:
-        answer, scores = run(Session())
-    else:
-        with open_session(llama, method) as session:
-            answer, scores = run(session)
+    with open_session(llama, method) if method else nullcontext(Session()) as session:
+        answer, scores = run(session)
     assert float(answer) == pytest.approx(sum(s.logprob for s in scores), abs=1e-3)
     scored = sum(len(h.continuation) for h in halves)
     assert answer.coverage == pytest.approx(scored / len(tokens), abs=0.05)
@@ -144,8 +142,6 @@ def test_perplexity_scores_the_second_half_of_each_chunk(llama, tokenizer, metho
 
 
 def test_softcapped_and_scaled_heads_are_understood():
-    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, HyperCLOVAXConfig
-
     for config in (
         Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0),
         CohereConfig(**SMALL, logit_scale=0.3),
@@ -159,8 +155,6 @@ def test_softcapped_and_scaled_heads_are_understood():
 
 
 def test_a_head_that_does_more_is_refused():
-    from dart_eval.util.errors import UserError
-
     model = tiny("llama")
     forward = model.forward
 

@@ -66,11 +66,9 @@ def _score(model, method, params, batch_size, share):
 @pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, METHODS, every=6))
 def test_batches_and_shared_prefixes_change_no_number(family, method, params):
     model = tiny(family)
-    keys = set(itertools.product((1, 4, "auto", TIGHT), (True, False)))
     whole = family == "llama" and method in ("dense", "griffin")
-    if not whole:  # each batch size, shared or not
-        keys = {(1, False), (4, True), ("auto", False), (TIGHT, True)}
-    runs = {key: _score(model, method, params, *key) for key in keys}
+    every, some = itertools.product((1, 4, "auto", TIGHT), (True, False)), [(1, False), (4, True), (TIGHT, True)]
+    runs = {key: _score(model, method, params, *key) for key in (every if whole else [*some, ("auto", False)])}
     _, wanted = runs[1, False]
     for key, (_, found) in runs.items():
         for a, b in zip(found, wanted, strict=True):
@@ -81,24 +79,11 @@ def test_batches_and_shared_prefixes_change_no_number(family, method, params):
             assert (a.context_tokens, a.contexts) == (b.context_tokens, b.contexts), key
             assert (a.not_read_sum, a.outside_sum) == pytest.approx((b.not_read_sum, b.outside_sum)), key
             assert (a.trace is None) == (b.trace is None)
-            if a.trace is not None:
-                assert a.trace["signal"] == pytest.approx(b.trace["signal"], abs=1e-5), key
-                assert {k: v for k, v in a.trace.items() if isinstance(v, (int, list)) and k != "signal"} == {
-                    k: v for k, v in b.trace.items() if isinstance(v, (int, list)) and k != "signal"
-                }
-                for name in ("threshold", "mean", "deviation"):
-                    assert a.trace.get(name) == pytest.approx(b.trace.get(name), abs=1e-5), key
+            for name, found in (a.trace or {}).items():
+                near = name in ("signal", "threshold", "mean", "deviation")
+                assert found == (pytest.approx(b.trace[name], abs=1e-5) if near else b.trace[name]), (key, name)
     for batch_size in (1, 4, "auto") if whole else ():
         assert runs[batch_size, True][0] < runs[batch_size, False][0]  # shared they are
-
-
-@pytest.mark.parametrize("family", ["gemma3", "gpt2"])
-def test_float32_stays_within_a_ten_thousandth(family):
-    model = tiny(family, torch.float32)
-    wanted = _score(model, "dense", {}, 1, False)[1]
-    for key in itertools.product((1, 4, "auto"), (True, False)):
-        found = _score(model, "dense", {}, *key)[1]
-        assert [a.logprob for a in found] == pytest.approx([b.logprob for b in wanted], abs=1e-4)
 
 
 def test_a_prefix_is_computed_once():
@@ -157,10 +142,6 @@ WORDS = st.lists(st.sampled_from([(0,) * 20, (1,) * 20, (2,) * 7, (0,), (1,)]), 
 )
 
 
-def _saved(groups, contexts, forward):
-    return sum((len(g.members) - 1) * g.prefix - forward for g in groups if g.prefix)
-
-
 @settings(deadline=None)
 @given(st.lists(WORDS, unique=True, max_size=12), st.integers(0, 60), st.integers(1, 30))
 def test_groups_hold_every_context_once_and_do_share_their_prefix(contexts, forward, least):
@@ -188,7 +169,8 @@ def test_no_other_grouping_saves_more(contexts, forward):
                 prefix = common_prefix(ordered[a], ordered[b - 1]) if b - a > 1 else 0
                 total += max(0, (b - a - 1) * prefix - forward) if prefix >= batching.SHORTEST_PREFIX else 0
             best = max(best, total)
-    assert _saved(shared_prefixes(contexts, forward, 0), contexts, forward) == best
+    groups = shared_prefixes(contexts, forward, 0)
+    assert sum((len(g.members) - 1) * g.prefix - forward for g in groups if g.prefix) == best
 
 
 @pytest.mark.parametrize(("outer", "inner", "prefixes"), [(40, 40, [80, 80]), (80, 5, [80]), (0, 40, [40, 40])])
@@ -223,15 +205,15 @@ def test_common_prefix(a, b):
 # -- budgets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given_", "wanted"), [(3, 3), ("3", 3), ("auto", "auto")])
-def test_batch_sizes(given_, wanted):
-    assert checked("batch_size", given_) == wanted
-
-
-@pytest.mark.parametrize("given_", [0, -1, "0", "many", 2.5, True, ""])
-def test_what_is_no_batch_size_is_refused(given_):
-    with pytest.raises(UserError, match="or must be 'auto'"):
-        checked("batch_size", given_)
+@pytest.mark.parametrize(("given_", "wanted"), [
+    (3, 3), ("3", 3), ("auto", "auto"), *((wrong, None) for wrong in (0, -1, "0", "many", 2.5, True, "")),
+])  # fmt: skip
+def test_a_batch_size_is_a_number_of_rows_or_auto(given_, wanted):
+    if wanted is not None:
+        assert checked("batch_size", given_) == wanted
+    else:
+        with pytest.raises(UserError, match="auto"):
+            checked("batch_size", given_)
 
 
 @given(st.integers(1, 1 << 40), st.integers(1, 1 << 24))

@@ -6,6 +6,7 @@ import nltk
 import pytest
 
 import dart_eval
+from tests.evaluation.test_unsafe import METRIC
 
 SUBJECTS = (
     "biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history", "law",
@@ -24,17 +25,6 @@ PROGRAM = {
     "task_id": 11, "text": "w5 w6 w7 w8", "code": "w5", "test_setup_code": "", "challenge_test_list": [],
     "test_list": ["assert w5 == 1", "assert w6 == 1", "assert w7 == 1"],
 }  # fmt: skip
-METRIC = """
-import datasets
-import evaluate
-TEXT = datasets.Value("string")
-class Own(evaluate.Metric):
-    def _info(self):
-        features = datasets.Features({"predictions": datasets.Sequence(TEXT), "references": TEXT})
-        return evaluate.MetricInfo(description="", citation="", features=features)
-    def _compute(self, predictions, references, k):
-        return {"pass@1": 1.0}, {}
-"""
 
 
 def _pro(number, subject):
@@ -65,25 +55,19 @@ def data(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "modules", "metrics"),
-    [
-        ("gsm8k", (), {"exact_match,strict-match", "exact_match,flexible-extract"}),
-        ("mmlu_pro", (), {"exact_match,custom-extract"}),
-        (
-            "ifeval", ("langdetect", "immutabledict"),
-            {f"{level}_level_{how}_acc" for level in ("prompt", "inst") for how in ("strict", "loose")},
-        ),
-        ("longbench_qasper", ("jieba", "fuzzywuzzy", "rouge"), {"score", "qa_f1_score"}),
-        ("mbpp", (), {"pass_at_1"}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("task", "modules", "metrics"), [
+    ("gsm8k", (), {"exact_match,strict-match", "exact_match,flexible-extract"}),
+    ("mmlu_pro", (), {"exact_match,custom-extract"}), ("mbpp", (), {"pass_at_1"}),
+    ("ifeval", ("langdetect", "immutabledict"),
+     {f"{level}_level_{how}_acc" for level in ("prompt", "inst") for how in ("strict", "loose")}),
+    ("longbench_qasper", ("jieba", "fuzzywuzzy", "rouge"), {"score", "qa_f1_score"}),
+])  # fmt: skip
 def test_it_runs_with_pruned_decoding(task, modules, metrics, saved_llama, data, tmp_path, monkeypatch):
     for module in modules:
         pytest.importorskip(module)
     monkeypatch.setattr(nltk.data, "find", lambda name: name)  # no instruction here cuts sentences
     (tmp_path / "work" / "code_eval").mkdir(parents=True)
-    (tmp_path / "work" / "code_eval" / "code_eval.py").write_text(METRIC)
+    (tmp_path / "work" / "code_eval" / "code_eval.py").write_text(METRIC.format(str(tmp_path / "ran")))
     monkeypatch.chdir(tmp_path / "work")
     rows = dart_eval.evaluate(
         saved_llama, tasks=task, method="dense,griffin,dart", data_dir=data, limit=2, output=tmp_path / "out",
