@@ -1,4 +1,4 @@
-"""README and docs: commands run on a tiny model, or are ones that the command line understands; numbers are those kept.
+"""README, docs, notebook and action: commands run on a tiny model, or are ones that the command line understands.
 
 `make demo`, which CI runs, shows the same on the demo model.
 """
@@ -7,10 +7,14 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 import typer
+import yaml
 from lm_eval._cli.harness import HarnessCLI
 from transformers import AutoTokenizer
 
@@ -92,28 +96,18 @@ def test_the_notebook_runs(small, tmp_path, monkeypatch, demo_installed):
     assert len(names["rows"]) >= 9 and (tmp_path / "mine" / "report.html").is_file()
 
 
-@pytest.fixture(scope="module")
-def parsed():
-    """What the command line makes of words, where no verb does anything."""
+def test_commands_are_understood():
+    """By the command line, whose verbs do nothing here."""
     found = typer.main.get_command(application())
-
-    def calmed(verb):
-        for one in getattr(verb, "commands", {}).values():
-            one.callback = calmed(one)
-        return lambda **given: given
-
-    calmed(found)
-    return lambda words: found(words, standalone_mode=False)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_are_understood(parsed, page):
-    for line in commands("\n".join(blocks(page, "(?:sh|yaml|console)"))):
+    for verb in found.commands.values():
+        for one in (verb, *getattr(verb, "commands", {}).values()):
+            one.callback = None if hasattr(one, "commands") else lambda **given: given
+    for line in [line for page in PAGES for line in commands("\n".join(blocks(page, "(?:sh|yaml|console)")))]:
         words = shlex.split(line)[1:]
         if words[0] == "lm-eval":  # whose parser knows its own
             HarnessCLI()._parser.parse_args(["run", *words[1:]])
             continue
-        given = parsed(words)
+        given = found(words, standalone_mode=False)
         if words[0] == "run":  # but for paths, which are the reader's
             known = {*DEFAULTS} - {"data_dir", "include_path", "calibration"}
             config_from(None, {k: v for k, v in given.items() if k in known and v not in (None, ())})
@@ -143,3 +137,48 @@ def test_the_regression_sweep_fits_its_baseline():
         (task, method, 0.0 if method == "dense" else s, config.limit)
         for task in config.tasks for method in config.method for s in config.sparsity
     }  # fmt: skip
+
+
+# -- what is shipped around the package --------------------------------------------------------------------------------
+
+BIN = Path(sys.executable).parent
+ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_action_runs_passes_and_fails_with_the_check(saved_llama, tmp_path):
+    """By bash, its inputs in the environment, as a runner does; a file's name would break a script."""
+
+    def step(name, **given):
+        values = {f"inputs.{key}": given.get(key, field.get("default")) for key, field in ACTION["inputs"].items()}
+        values["github.action_path"] = str(ROOT)
+        (found,) = [s for s in ACTION["runs"]["steps"] if s.get("name") == name]
+        env = {key: re.sub(r"\$\{\{ (\S+) \}\}", lambda m: values[m[1]], value) for key, value in found["env"].items()}
+        env |= {"PATH": f"{BIN}:{os.environ['PATH']}", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
+        words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", found["run"]]
+        return subprocess.run(words, cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True)
+
+    config = "a $(touch pasted).yaml"
+    options = {"model": saved_llama, "tasks": "smoke_questions", "method": ["dense", "griffin"], "limit": 4}
+    (tmp_path / config).write_text(yaml.safe_dump(options))
+    assert step("Run", config=config, args="--limit 3\n--sparsity 0.4\n").returncode == 0
+    results = tmp_path / ACTION["inputs"]["output"]["default"]
+    assert command("check", results, "--baseline", tmp_path / "base line.json", "--update").code == 0
+    checked = step("Check", config=config, baseline="base line.json")
+    assert checked.returncode == 0 and (results / "junit.xml").is_file(), checked.stderr
+    next(file for file in (results / "cells").glob("*.json") if "griffin" in file.name).unlink()
+    failed = step("Check", config=config, baseline="base line.json")
+    assert failed.returncode == 1 and "::error" in failed.stdout and not (tmp_path / "pasted").exists()
+
+
+def test_no_script_of_ours_has_a_value_pasted_into_it():
+    """What a pull request can choose reaches a shell through its environment alone, and a workflow may only read."""
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    workflows = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
+    assert all(workflow["permissions"] == {"contents": "read"} for workflow in workflows)
+    jobs = [job for workflow in workflows for job in workflow["jobs"].values()]
+    scripts = [s["run"] for part in (*jobs, ACTION["runs"]) for s in part["steps"] if "run" in s]
+    assert len(scripts) >= 9 and not [script for script in scripts if re.search(r"\$\{\{ (?!matrix)", script)]
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    assert {name for script in scripts for name in re.findall(r"^make ([\w-]+)", script, flags=re.M)} <= targets

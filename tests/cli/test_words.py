@@ -3,6 +3,7 @@
 A row is what is typed, the status, and a word that names the remedy, or the file. New refusals are rows.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -10,19 +11,27 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lm_eval.tasks import TaskManager
 from transformers import T5Config, T5ForConditionalGeneration
 
 import dart_eval
 from dart_eval import cli
+from dart_eval.cli import view
 from dart_eval.evaluation import task_names
+from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
+from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models import demo_model
-from dart_eval.sweep.options import DEFAULTS, config_from
+from dart_eval.models.loading import DTYPES
+from dart_eval.sweep.events import Event
+from dart_eval.sweep.options import DEFAULTS, HINTS, SCOPES, config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.boards import choices
 from tests.helpers.commands import ROOT, command
@@ -281,22 +290,11 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 HUGE = "0x" + "f" * 5000
 CONFIGS = {  # what a message names -> texts that it refuses
-    "sparsity": [
-        "sparsity: true", "sparsity: [0.5, [0.7]]", "sparsity: 2024-01-01", "sparsity: {a: 0.5}", "sparsity: .nan",
-        "sparsity: 0.5:0.9:0.1",
-    ],
-    "tasks": ["tasks: [[arc, hellaswag]]", "tasks: {arc: 1}", "tasks: &a [*a]", "tasks: arc\ntasks: hellaswag"],
-    "method": ["method: no", "method: [dense, ~]", "method: 2024-01-01", "method: {dart: {remask: never}}"],
-    "output": ["output: [out]", "output: ''", f"output: {LONG}", f"output: {DEEP}", 'output: "a\\0b"'],
-    "model": ["model: ''", f"model: {LONG}", 'model: "a\\0b"'],
-    "data_dir": [f"data-dir: {LONG}"],
-    "calibration": [f"calibration: {LONG}"],
-    "allocation": [f"tasks: smoke\nmethod: 'dart:allocation=table:{LONG}'"],
+    "sparsity": [f"sparsity: {value}" for value in ("true", "2024-01-01", ".nan", "0.5:0.9:0.1", "[0.5, [0.7]]")],
+    "tasks": ["tasks: &a [*a]", "tasks: arc\ntasks: hellaswag"],
     "limit": [f"limit: {value}" for value in ("true", "2.5", "[3]", "few", "-9", "9" * 30, HUGE)],
-    "batch_size": ["batch_size: true", "batch_size: [8]", f"batch_size: {HUGE}"],
-    "seed": ["seed: 1.0"],
+    "batch_size": ["batch_size: true", f"batch_size: {HUGE}"],
     "gpus_per_cell": ["gpus_per_cell: .inf"],
-    "ray": ["ray: [auto]"],
     "chat_template": ["chat_template: 'yes'", "chat_template: true\napply_chat_template: false"],
     "key": ["sparsty: 0.5", "1: 2", BOMB, BOMB.replace("i: ", "tasks: "), "just text", "- a", ""],
     "YAML": [
@@ -342,3 +340,66 @@ def test_any_configuration_is_understood_or_refused(tmp_path_factory, data):
         assert value == default or type(value) in (str, int, float, bool, tuple)
     assert all(type(s) is float and 0 <= s < 1 for s in config.sparsity)
     assert config.output
+
+
+# -- names, without lm-eval --------------------------------------------------------------------------------------------
+
+
+def test_what_an_option_may_be_is_what_the_code_takes():
+    assert (get_args(HINTS["scope"]), get_args(HINTS["dtype"])) == (SCOPES, tuple(DTYPES))
+    assert DEFAULTS["chunk"] == PERPLEXITY_CHUNK
+
+
+@pytest.mark.slow  # lm-eval's index
+def test_the_names_are_those_of_lm_evals_index_from_the_cache_and_before_there_is_one(tmp_path, monkeypatch):
+    stock = TaskManager(include_path=[task_names.tasks_dir()])
+    stock_index = {str(name): entry for name, entry in stock.task_index.items()}
+    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path))
+    own, made, found = TaskManager(), [], []  # lm-eval's own tasks: a look takes seconds
+    for damage in (None, None, "{", '{"state": 1}', '{"state": "x", "index": {"a": 5}}'):
+        if damage:
+            (file,) = tmp_path.glob("tasks-*.json")
+            file.write_text(damage.replace("x", task_names._state(str(task_names.lm_evals_dir()))))
+        task_names.lm_evals.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr("lm_eval.tasks.TaskManager", lambda: made.append(1) or own)
+            found.append(task_names.names())
+    task_names.lm_evals.cache_clear()
+    assert all(names == {*stock_index} for names in found) and len(made) == 4
+    tasks = Tasks()
+    tasks.index_all()
+    for name, entry in tasks.manager.task_index.items():
+        theirs = stock_index[name]
+        assert (entry.kind, entry.yaml_path, entry.tags) == (theirs.kind, theirs.yaml_path, theirs.tags), name
+
+
+def test_a_changed_file_is_noticed(tmp_path):
+    (tmp_path / "one.yaml").write_text("task: one")
+    before = task_names._state(str(tmp_path))
+    assert task_names._state(str(tmp_path)) == before
+    (tmp_path / "one.yaml").write_text("task: three")
+    assert task_names._state(str(tmp_path)) != before
+
+
+def test_every_shipped_name_is_known():
+    files = [file for file in task_names.tasks_dir().rglob("*.yaml") if not file.name.startswith("_")]
+    tasks = [yaml.safe_load(re.sub("!function", "", file.read_text(encoding="utf-8"))) for file in files]
+    assert {*task_names.own()} == {task.get("group") or task["task"] for task in tasks}
+    assert task_names.expand(["smoke_drift", "arc"]) == ["smoke_drift", "arc_easy", "arc_challenge"]
+
+
+def test_a_signal_while_a_line_is_called_off_leaves_nothing_locked(monkeypatch):
+    """It may come between a lock and the block that lets go of it, and the view is left afterwards."""
+
+    def taken(lock):
+        threading.Condition._real(lock)
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt), view.TerminalView() as shown:
+        shown(Event("wait", "loading a model"))
+        monkeypatch.setattr(threading.Condition, "_real", threading.Condition.__enter__, raising=False)
+        monkeypatch.setattr(threading.Condition, "__enter__", taken)
+        try:
+            shown(Event("planned", of=1))
+        finally:
+            monkeypatch.setattr(threading.Condition, "__enter__", threading.Condition._real)
