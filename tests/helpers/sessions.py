@@ -105,12 +105,9 @@ def prompts_of(rows, length, seed=0):
 
 
 def generate(model, ids, tokens=12, attention_mask=None, **more):
-    if attention_mask is None:
-        attention_mask = torch.ones_like(ids)
-    return model.generate(
-        ids, attention_mask=attention_mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0,
-        return_dict_in_generate=True, output_logits=True, **more,
-    )  # fmt: skip
+    attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True, **more}
+    return model.generate(ids, attention_mask=attention_mask, max_new_tokens=tokens, **options)
 
 
 @torch.no_grad()

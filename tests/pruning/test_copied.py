@@ -15,8 +15,9 @@ from tests.helpers.sessions import (
     RESTLESS,
     Interrupt,
     bits,
-    cache_of,
     decoded,
+    fed,
+    go_on,
     makes_new_masks,
     open_session,
     same,
@@ -86,13 +87,11 @@ def test_a_further_turn_and_chunked_prefill():
     found = {}
     for execution, _ in EXECUTIONS:
         with torch.no_grad(), open_session(model, "dart", 0.5, execution=execution, **RESTLESS) as session:
-            out = model(first, use_cache=True)
-            for token in (5, 6, 7, 8):
-                out = model(torch.tensor([[token]]), use_cache=True, past_key_values=cache_of(out))
+            _, out = fed(model, model(first, use_cache=True), (5, 6, 7, 8))
             with session.prompt():
-                out = model(second, use_cache=True, past_key_values=cache_of(out))
+                out = go_on(model, out, second)
             sums = [of_layer.clone() for of_layer in session.rows.sums]
-            last = model(torch.tensor([[9]]), use_cache=True, past_key_values=cache_of(out)).logits
+            last = go_on(model, out, torch.tensor([[9]])).logits
             found[execution] = sums, last
     for ours, theirs in zip(*(f[0] for f in found.values()), strict=True):
         assert torch.allclose(ours, theirs)
@@ -128,14 +127,13 @@ def test_random_masks_multiply_their_neurons_and_no_others(family, seed, changes
     assert same(model, before)
 
 
+@pytest.mark.filterwarnings("ignore:layers 0 and 2 have one FFN")
 def test_layers_that_are_one_module_run_by_masks():
     model = biased("llama")
     model.model.layers[2].mlp = model.model.layers[0].mlp
-    with pytest.warns(UserWarning, match="layers 0 and 2 have one FFN, which cannot keep neurons for each"):
-        session = open_session(model, "griffin", 0.5).__enter__()
-    decoded(model, session, [random_tokens(20)], steps=2)
-    assert session.execution == "masked"
-    session.close()
+    with open_session(model, "griffin", 0.5) as session:
+        decoded(model, session, [random_tokens(20)], steps=2)
+        assert session.execution == "masked"
 
 
 @pytest.fixture

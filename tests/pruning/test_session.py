@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import dart_eval
 from dart_eval import rounded_ffns
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.log import Tally
 from dart_eval.pruning.methods.griffin import NeuronMask
@@ -268,10 +267,10 @@ def test_rounding_inside_rounding_leaves_the_outer_one(llama):
 @torch.no_grad()
 def test_what_is_read_is_a_mean_over_batches_of_several_sizes(llama):
     with open_session(llama, "teal", 0.5) as session:
-        cache = cache_of(llama(prompts_of(3, 12), use_cache=True))
+        out = llama(prompts_of(3, 12), use_cache=True)
         for rows in ([0, 1, 2], [0, 2]):
-            cache.batch_select_indices(torch.tensor(rows))
-            llama(torch.full((len(rows), 1), 7), use_cache=True, **{cache_argument(llama): cache})
+            cache_of(out).batch_select_indices(torch.tensor(rows))
+            out = go_on(llama, out, torch.full((len(rows), 1), 7))
         assert 0 < session.weights_read < 1
 
 

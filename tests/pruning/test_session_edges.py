@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,8 +20,7 @@ from dart_eval.util.errors import UserError
 from dart_eval.weights.decoded import Decoded
 from dart_eval.weights.rounding import rounded
 from tests.helpers.models import biased, odd_llama, random_tokens, tiny
-from tests.helpers.sessions import RESTLESS, bits, cache_of, go_on, open_session, same
-from tests.helpers.sessions import generate as logits_of
+from tests.helpers.sessions import RESTLESS, bits, cache_of, generate, go_on, open_session, same
 
 
 def prompt(length=20, seed=0):
@@ -29,11 +29,6 @@ def prompt(length=20, seed=0):
 
 # What a user may do to a model: numbers are held elsewhere.
 pytestmark = pytest.mark.slow
-
-
-def generate(model, ids, tokens, **options):
-    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, **options}
-    return model.generate(ids, max_new_tokens=tokens, return_dict_in_generate=True, **options)
 
 
 # -- effective sparsity --------------------------------------------------------------------------------------------
@@ -72,13 +67,13 @@ def test_a_prefix_that_was_cached_before_serves_every_prompt(llama):
         assert session.effective_sparsity == pytest.approx(0.5 * 11 / 13)
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_a_cache_that_was_filled_before_is_refused_where_masks_are_made_from_the_prompt(llama, tokens):
+def test_a_cache_that_was_filled_before_is_refused_where_masks_are_made_from_the_prompt(llama):
     """The mask would be made from the tokens alone that come inside the block."""
-    out = llama(prompt(), use_cache=True)
-    refused = pytest.raises(UserError, match="20 tokens")
-    with open_session(llama, "griffin", 0.5) as session, session.prompt(), refused:
-        go_on(llama, out, prompt(tokens))
+    for tokens in (1, 4):
+        out = llama(prompt(), use_cache=True)
+        refused = pytest.raises(UserError, match="20 tokens")
+        with open_session(llama, "griffin", 0.5) as session, session.prompt(), refused:
+            go_on(llama, out, prompt(tokens))
 
 
 @pytest.mark.parametrize("given", ["option", "model", "config"])
@@ -164,11 +159,6 @@ def test_arguments_without_names_are_what_they_are_with_them(llama, method):
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
-def twice(model):
-    with open_session(model.model, "griffin", 0.5):
-        pass
-
-
 def of_another_prompt(model):
     """As long as the last one's, which may be gone, and whose masks would run."""
     first = cache_of(model(prompt(seed=1), use_cache=True))
@@ -199,14 +189,6 @@ def of_a_tuple(model):
     model.model(prompt(), **{cache_argument(model): ((torch.zeros(1), torch.zeros(1)),)})
 
 
-def with_labels(model, **more):
-    model(prompt(), labels=prompt(), **more)
-
-
-def with_labels_by_place(model):
-    model(prompt(), None, None, None, None, prompt())
-
-
 def assisted(model, **options):
     ids = torch.tensor([[*random_tokens(6)] * 3])  # so that a look-up finds something
     model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0, **options)
@@ -222,7 +204,7 @@ REFUSED = {
     "an assistant": (lambda m: assisted(m, assistant_model=tiny("llama", seed=1)), "assistant"),
     "prompt lookup": (lambda m: assisted(m, prompt_lookup_num_tokens=3), "lookup"),
     "a compiled model": (lambda m: torch.compile(m, backend="eager")(prompt()), "itself"),
-    "a second session": (twice, "block"),
+    "a second session": (lambda m: open_session(m.model, "griffin", 0.5).__enter__(), "block"),
     "another thread": (in_another_thread, "block"),
     "another prompt's cache": (of_another_prompt, "finish"),
     "a cache that lost tokens": (of_fewer_tokens, "new cache"),
@@ -230,8 +212,8 @@ REFUSED = {
     "a cache that is a tuple": (of_a_tuple, "DynamicCache"),
     "no cache": (lambda m: generate(m, prompt(), 3, use_cache=False), "use_cache"),
     "continuous batching": (lambda m: m.generate_batch([[5, 6, 7]], max_new_tokens=3), r"use generate\(\)"),
-    "labels": (with_labels, "perplexity"),
-    "labels by place": (with_labels_by_place, "perplexity"),
+    "labels": (lambda m: m(prompt(), labels=prompt()), "perplexity"),
+    "labels by place": (lambda m: m(prompt(), None, None, None, None, prompt()), "perplexity"),
 }
 
 
@@ -294,7 +276,7 @@ def test_an_exception_inside_generate_leaves_the_weights_and_a_session_in_use(me
     before, stop = bits(model), Break(error, 10**9)
     model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: stop() or None)  # before the session's hooks
     with open_session(model, method, 0.6, execution=execution, **params) as session:
-        wanted = torch.stack(logits_of(model, prompt(12), 6).logits)
+        wanted = torch.stack(generate(model, prompt(12), 6).logits)
         for at in (1, 3):
             with pytest.raises(type(error)):
                 generate(model, prompt(15, seed=at), 8, stopping_criteria=[Break(error, at)])
@@ -302,7 +284,7 @@ def test_an_exception_inside_generate_leaves_the_weights_and_a_session_in_use(me
             with pytest.raises(type(error)):
                 generate(model, prompt(15, seed=at), 8)
             assert same(model, before)
-            assert torch.equal(torch.stack(logits_of(model, prompt(12), 6).logits), wanted)
+            assert torch.equal(torch.stack(generate(model, prompt(12), 6).logits), wanted)
         assert session.effective_sparsity > 0
     assert same(model, before)
 
@@ -311,24 +293,21 @@ def test_an_exception_inside_generate_leaves_the_weights_and_a_session_in_use(me
 def test_methods_run_under_autocast(method, execution):
     model = odd_llama().float()
     with open_session(model, method, 0.5) as session, torch.autocast("cpu", torch.bfloat16):
-        found = torch.stack(logits_of(model, prompt(12), 6).logits)[:2]
+        found = torch.stack(generate(model, prompt(12), 6).logits)[:2]
         assert session.execution == execution
     with open_session(model, method, 0.5):
-        wanted = torch.stack(logits_of(model, prompt(12), 6).logits)[:2]
+        wanted = torch.stack(generate(model, prompt(12), 6).logits)[:2]
     assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
-@pytest.mark.parametrize("how", ["config", "model"])
-def test_a_model_that_keeps_no_cache_is_refused(llama, how):
-    if how == "config":
-        llama.config.use_cache = False
-    else:
-        llama = AutoModelForCausalLM.from_config(
-            OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-        ).eval()
-    for method in ("griffin", "random"):
-        with pytest.raises(UserError, match="no KV cache"), open_session(llama, method, 0.5):
-            llama(prompt())
+def test_a_model_that_keeps_no_cache_is_refused(llama):
+    llama.config.use_cache = False
+    gpt = AutoModelForCausalLM.from_config(
+        OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    ).eval()
+    for model, method in itertools.product((llama, gpt), ("griffin", "random")):
+        with pytest.raises(UserError, match="no KV cache"), open_session(model, method, 0.5):
+            model(prompt())
 
 
 # -- layers that are not what they were ------------------------------------------------------------------------------
@@ -405,12 +384,11 @@ def test_methods_that_read_weights_are_refused_where_these_are_offloaded(llama, 
 
 
 def test_another_activation_is_found_though_it_is_a_plain_function(llama):
-    llama.model.layers[0].mlp.act_fn = None  # a module's place takes modules alone
-    del llama.model.layers[0].mlp.act_fn
-    llama.model.layers[0].mlp.act_fn = torch.nn.functional.silu
-    assert find_ffns(llama)[0].act is torch.nn.functional.silu
-    llama.model.layers[0].mlp.act_fn = torch.nn.functional.gelu
-    assert find_ffns(llama)[0].act is torch.nn.functional.gelu
+    mlp = llama.model.layers[0].mlp
+    del mlp.act_fn  # a module's place takes modules alone
+    for act in (torch.nn.functional.silu, torch.nn.functional.gelu):
+        mlp.act_fn = act
+        assert find_ffns(llama)[0].act is act
 
 
 def test_ends_are_taken_as_generate_takes_them(llama):
@@ -497,13 +475,13 @@ def test_padding_after_an_end_moves_no_mask(shared):
 
 
 @pytest.mark.parametrize("method", ["griffin", "dart"])
-def test_a_session_outlives_inference_mode(method):
+def test_a_session_outlives_inference_mode(llama, method):
     """Copies that are made inside are changed outside."""
-    model, found = tiny("llama"), []
-    with open_session(model, method, 0.5, execution="auto"):
-        with torch.inference_mode():
-            generate(model, prompt(12), 4)
-        found.append(generate(model, prompt(12, 3), 6).sequences)
-    with open_session(model, method, 0.5, execution="auto"):
-        found.append(generate(model, prompt(12, 3), 6).sequences)
+    found = []
+    for inside in (True, False):
+        with open_session(llama, method, 0.5):
+            if inside:
+                with torch.inference_mode():
+                    generate(llama, prompt(12), 4)
+            found.append(generate(llama, prompt(12, 3), 6).sequences)
     assert torch.equal(*found)

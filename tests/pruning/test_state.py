@@ -122,7 +122,6 @@ def test_a_session_keeps_no_model_alive_after_its_block(method):
     """Nor does a cache of codes; and no collection of garbage has to run first."""
     model = tiny("llama")
     alive = weakref.ref(model)
-    gc.collect()
     gc.disable()
     with open_session(model, method, 0.5):
         generate(model, prompts_of(1, 9), 3)
