@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 from lm_eval.api.metrics import aggregate_subtask_metrics
 
-from dart_eval.results import show
 from dart_eval.results.compare import compare_folders, compare_rows, table
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import UserError
@@ -317,10 +316,3 @@ def test_the_command_prints_and_saves_the_rows_in_full(sweep, tmp_path):
     assert printed.code == 0 and printed.out == command(*words).out and "griffin 70 %" in printed.out
     same = command("compare", sweep, sweep, "--format", "json")
     assert {r["better"] for r in json.loads(same.out)["rows"]} == {"-"}
-
-
-def test_the_terminal_names_the_columns_that_do_not_fit(sweep, capsys):
-    made = table(compare_rows("dense", "griffin", [sweep]))
-    show.show(made)
-    shown = capsys.readouterr().out
-    assert [head for head in made.columns if head not in shown] == []

@@ -88,20 +88,6 @@ def test_a_device_is_written_into_and_stays_a_device(tmp_path):
     assert null.is_char_device()
 
 
-def test_a_name_as_long_as_the_file_system_takes_is_written(tmp_path):
-    path = tmp_path / ("x" * 250 + ".md")
-    files.check_target(path)
-    files.write(path, "ü")
-    assert path.read_bytes() == "ü".encode()
-
-
-@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "", "\ud800"])
-def test_no_possible_path_is_refused(name):
-    for call in (files.check_name, lambda *_: files.read_text(name, "config", ""), lambda *_: files.write(name, "t")):
-        with pytest.raises(UserError):
-            call(name, "--output")
-
-
 def test_a_text_that_is_not_utf8_is_told_with_its_place(tmp_path):
     (tmp_path / "latin").write_bytes(b"one\ntwo\nna\xefve\n")
     with pytest.raises(UserError, match=r"latin .*position 10"):

@@ -282,6 +282,8 @@ def test_the_file_gives_sweeps(tmp_path):
     assert [c.limit for c in configs(tmp_path, SMALL, base={"limit": 5})] == [5, 2]  # half of it, rounded
     kl = table({"Q": {**Q, "metric": "top1,none"}})
     assert {c.kl for c in configs(tmp_path, kl)} == {True}  # dense runs beside only where that is shown
+    short = load(file(tmp_path, table({"A": {"task": "arc", "metric": "acc"}})), config_from(None, BASE))
+    assert {*short.sheets[0].cells["task"]} == {*short.sweeps[0].tasks} == {"arc_easy", "arc_challenge"}
 
 
 def test_the_nearest_setting_counts(tmp_path):
@@ -314,11 +316,6 @@ def test_the_nearest_setting_counts(tmp_path):
     short = {"Y": {"task": "xsum", "metric": "rougeL", "max_new_tokens": 16}}
     assert configs(tmp_path, table(short), max_new_tokens=1000)[0].gen_kwargs == "max_gen_toks=16"
     assert configs(tmp_path, table({"Q": {**Q, "limit": None}}, limit=7))[0].limit is None  # null is the run's own
-
-
-def test_a_column_may_be_a_short_name_for_tasks(tmp_path):
-    spec = load(file(tmp_path, table({"A": {"task": "arc", "metric": "acc"}})), config_from(None, BASE))
-    assert {*spec.sheets[0].cells["task"]} == {*spec.sweeps[0].tasks} == {"arc_easy", "arc_challenge"}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from dart_eval.results.store import Store
 from dart_eval.sweep.events import Event
 from dart_eval.util.errors import UserError, summary
 from dart_eval.util.text import json_text, printable
-from tests.helpers.commands import command
 from tests.helpers.records import answered, render, save, table_body
 
 EVIL = "evil\x1b[31m\x9b\u202e\n=1+1\0"
@@ -139,17 +138,6 @@ def test_no_name_in_a_record_reaches_a_table_a_comparison_or_a_page_raw(tmp_path
     made += [found.to_json(), *(show.render([compare.table(found)], form) for form in ("md", "csv", "tex"))]
     made.append(build(Store(tmp_path / "a")))
     assert [raw(text) for text in made] == [set()] * 9 and all("evil" in text for text in made)
-
-
-@pytest.mark.parametrize("words", [
-    ("tables", "no\x1b[31m\u202e\x9b"), ("run", "--tasks", "\x1b[31m"), ("run", "--method", "\x1b[31m"),
-    ("run", "--tasks", "smoke", "--model", "./\x1b[31m\x9b"), ("compare", "\x1b[31m", "b"), ("paper", "\x1b[31m"),
-])  # fmt: skip
-def test_no_error_reaches_the_terminal_raw(words, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    shown = command(*words)
-    assert (shown.code, shown.out, raw(shown.err)) == (2, "", set())
-    assert "31m" in shown.err
 
 
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
