@@ -4,6 +4,7 @@ A row is what is typed, the status, and a word that names the remedy, or the fil
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, _index
 from transformers import T5Config, T5ForConditionalGeneration
 
 import dart_eval
@@ -352,10 +353,11 @@ def test_what_an_option_may_be_is_what_the_code_takes():
 
 @pytest.mark.slow  # lm-eval's index
 def test_the_names_are_those_of_lm_evals_index_from_the_cache_and_before_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(_index, "load_yaml", functools.cache(_index.load_yaml))  # a look takes seconds
     stock = TaskManager(include_path=[task_names.tasks_dir()])
     stock_index = {str(name): entry for name, entry in stock.task_index.items()}
     monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path))
-    own, made, found = TaskManager(), [], []  # lm-eval's own tasks: a look takes seconds
+    own, made, found = TaskManager(), [], []  # lm-eval's own tasks
     for damage in (None, None, "{", '{"state": 1}', '{"state": "x", "index": {"a": 5}}'):
         if damage:
             (file,) = tmp_path.glob("tasks-*.json")

@@ -17,7 +17,6 @@ from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import StoreError
 from tests.helpers.commands import (
     CONTEXT,
-    ROOT,
     STOPS,
     Watch,
     command,
@@ -31,7 +30,7 @@ from tests.helpers.commands import (
 
 SWEEP = {
     "method": "dense,dart:remask.window=3:remask.min_windows=1:remask.ring=5", "sparsity": "0.5", "limit": 6,
-    "batch_size": 2, "tasks": "smoke_questions,smoke_summary",
+    "batch_size": 2, "tasks": "smoke_questions,smoke_summary", "gen_kwargs": "max_gen_toks=16",
 }  # fmt: skip
 KILLS = 10
 
@@ -231,6 +230,7 @@ def _command(folder, tmp_path):
     return [
         *("run", "--model", folder, "--output", str(tmp_path / "out")),
         *("--tasks", "smoke_summary", "--method", "dense", "--limit", "12", "--batch-size", "1"),
+        *("--gen-kwargs", "max_gen_toks=16"),
     ]
 
 
@@ -245,38 +245,37 @@ def _goes_on(folder, tmp_path):
 
 
 @pytest.mark.process
-@STOPS
-def test_a_signal_is_said_in_one_line_and_the_same_command_goes_on(saved_llama, tmp_path, number, status, word):
-    process = started(*_command(saved_llama, tmp_path))
+@pytest.mark.slow
+def test_the_installed_program_ends_by_ctrl_c_in_one_line_and_the_same_command_goes_on(saved_llama, tmp_path):
+    """Started anew, as a shell does it."""
+    words = [Path(sys.executable).with_name("dart-eval"), *_command(saved_llama, tmp_path)]
+    # A shell starts its background jobs with SIGINT ignored, and a child inherits that: not here.
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     _until_a_batch_is_kept(process, tmp_path)
-    process.send_signal(number)
-    assert process.wait() == status
-    assert process.stderr.splitlines()[-1] == f"{word}; the same command resumes the run"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors.splitlines()[-1].split(";")[0]) == (130, "interrupted")
     _goes_on(saved_llama, tmp_path)
 
 
 @pytest.mark.process
+def test_a_terminated_run_says_so_in_one_line_and_the_same_command_goes_on(saved_llama, tmp_path):
+    process = started(*_command(saved_llama, tmp_path))
+    _until_a_batch_is_kept(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    assert (process.wait(), process.stderr.splitlines()[-1].split(";")[0]) == (143, "terminated")
+    _goes_on(saved_llama, tmp_path)
+
+
 def test_a_stopped_run_under_force_does_not_promise_to_go_on(saved_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("dart_eval.cluster.run.run_all", lambda *_: signal.raise_signal(signal.SIGTERM))
     asked = "run", "--model", saved_llama, "--tasks", "smoke_questions", "--output", tmp_path / "out"
-    for more, said in (["--force"], "terminated"), ([], "terminated; the same command resumes the run"):
+    for more, promised in (["--force"], False), ([], True):
         done = command(*asked, *more)
-        assert (done.code, done.err.splitlines()[-1]) == (143, said)
-
-
-def test_a_run_whose_cells_are_known_imports_nothing_that_only_new_ones_need(saved_llama, tmp_path):
-    """Not even with a method that is looked at beside the model's layers."""
-    words = [
-        "run", "--model", saved_llama, "--tasks", "smoke_questions", "--limit", "2", "--method", "griffin",
-        "--sparsity", "0.5", "--ffn-bits", "8", "--device", "cpu", "--output", str(tmp_path / "out"),
-    ]  # fmt: skip
-    assert command(*words).code == 0
-    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from dart_eval import cli; cli.main()"
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "1 of 1 cells are finished already" in done.stderr
-    late = {"evaluate", "scipy", "torchao", "transformers.modeling_utils", "torch._dynamo"}
-    imported = {*done.stdout.split()}
-    assert "torch" in imported and late & imported == set()
+        assert (done.code, "resumes" in done.err.splitlines()[-1]) == (143, promised)
 
 
 @pytest.mark.process
@@ -292,23 +291,6 @@ def test_a_signal_while_python_ends_is_quiet(tmp_path, number, status, word):
     until(lambda: "ends" in process.stdout, process)
     process.send_signal(number)
     assert (process.wait(30), process.stderr) == (-number, "")  # a shell shows the same status
-
-
-@pytest.mark.process
-@pytest.mark.slow
-def test_so_it_is_with_the_program_that_is_installed(saved_llama, tmp_path):
-    """Started anew, as a shell does it."""
-    words = [Path(sys.executable).with_name("dart-eval"), *_command(saved_llama, tmp_path)]
-    # A shell starts its background jobs with SIGINT ignored, and a child inherits that: not here.
-    process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    _until_a_batch_is_kept(process, tmp_path)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted; the same command resumes the run"
 
 
 @pytest.mark.process

@@ -1,7 +1,7 @@
 """`--workers N`: processes on one machine share the cells of a run, whatever becomes of them."""
 
 import contextlib
-import dataclasses
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -36,9 +36,9 @@ def judge(doc, results):
 
 @pytest.fixture
 def forked(request, monkeypatch):
-    """Workers begin at once, but for one test, whose workers are started as a user's are."""
-    if "files_are_those" not in request.node.name:
-        monkeypatch.setattr(workers, "subprocess", SimpleNamespace(Popen=Forked, PIPE=-1))
+    """Workers begin at once, but for one test, whose worker is started as a user's are."""
+    if "as_a_users" not in request.node.name:
+        monkeypatch.setattr(workers, "subprocess", SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE))
 
 
 def config(model, output, **changes):
@@ -54,14 +54,29 @@ def broken_task(folder, name, what):
     return {"include_path": str(folder), "confirm_run_unsafe_code": True}
 
 
+@pytest.fixture(scope="module")
+def alone(saved_llama, tmp_path_factory):
+    """The files of a run in one process."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    run_local(config(saved_llama, output), Watch())
+    return results(output)
+
+
 @pytest.mark.process
-def test_the_files_are_those_of_one_process_and_each_cell_is_made_once(saved_llama, tmp_path):
-    run_local(config(saved_llama, tmp_path / "one"), Watch())
+def test_a_worker_that_is_started_as_a_users_makes_the_files_of_one_process(saved_llama, tmp_path, alone):
     view = Watch()
-    found = run_all([config(saved_llama, tmp_path / "two", workers=2)], view)
-    assert results(tmp_path / "two") == results(tmp_path / "one")
-    assert len(view.done) == len(set(view.done)) == 3
+    found = workers.run_all([config(saved_llama, tmp_path / "out", workers=1)], view)
+    assert results(tmp_path / "out") == alone and not view.begun
     assert [r.inputs["method"] for r in found.records] == ["dense", "griffin", "dart"]  # in the plan's order
+
+
+@pytest.mark.process
+def test_two_workers_make_each_cell_once_and_anew_once_under_force(saved_llama, tmp_path, alone):
+    for force, done in ((False, 3), (False, 0), (True, 3)):
+        view = Watch()
+        found = run_all([config(saved_llama, tmp_path / "out", workers=2, force=force)], view)
+        assert len(view.done) == len(set(view.done)) == done and len(found.records) == 3
+        assert results(tmp_path / "out") == alone
 
 
 @pytest.mark.process
@@ -82,19 +97,9 @@ def test_a_cell_that_kills_its_process_fails_in_this_run_alone(saved_llama, tmp_
     assert [r.inputs["task"] for r in found.records] == ["smoke_questions"]
     cure.touch()
     again = Watch()
-    assert not run_all([dataclasses.replace(asked, workers=2)], again).failed
+    assert not workers.run_all([asked], again).failed
     assert sorted(again.done) == ["faulty-dense", "poison-dense"]
     assert not [*(tmp_path / "out" / "failed").iterdir()]
-
-
-@pytest.mark.process
-def test_cells_are_made_anew_once_under_force(saved_llama, tmp_path):
-    run_local(config(saved_llama, tmp_path / "out"), Watch())
-    again, forced = Watch(), Watch()
-    assert len(run_all([config(saved_llama, tmp_path / "out", workers=2)], again).records) == 3
-    assert again.done == []
-    run_all([config(saved_llama, tmp_path / "out", workers=2, force=True)], forced)
-    assert len(forced.done) == 3
 
 
 @pytest.mark.process
@@ -123,13 +128,12 @@ def _kept(worker, processes):
         yield process
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"workers": 0}, "workers 0 must be"),
-    ({"workers": 2, "device_map": "auto"}, "--workers 2 does not work with --device-map"),
-    ({"workers": 2, "device": "cuda:1"}, "--device cuda:1 does not work with --workers"),
+@pytest.mark.parametrize(("options", "word"), [
+    ({"workers": 0}, "workers"), ({"workers": 2, "device_map": "auto"}, "--device-map"),
+    ({"workers": 2, "device": "cuda:1"}, "cuda:1"),
 ])  # fmt: skip
-def test_what_contradicts_it_is_refused(tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
+def test_what_contradicts_it_is_refused(tmp_path, options, word):
+    with pytest.raises(UserError, match=word):
         config("tiny", tmp_path / "out", **options)
 
 

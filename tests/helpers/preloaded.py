@@ -9,7 +9,6 @@ import gc
 import importlib
 import signal
 
-from lm_eval.tasks import TaskManager
 from torch.utils import collect_env
 
 from tests.helpers import quick  # noqa: F401 - before anything runs
@@ -26,7 +25,6 @@ for name in (
         importlib.import_module(name)
 
 collect_env.get_pretty_env_info()
-TaskManager()  # what it reads is kept (`quick`)
 gc.collect()
 atexit.register(gc.unfreeze)  # libraries look at the end for what was not freed
 gc.freeze()  # children do not look through it at every cell, which copies its pages, too
