@@ -40,9 +40,6 @@ def checked_row(now, then, thresholds=None, task="arc", up=True):
     return row
 
 
-# -- noise and regressions, simulated ------------------------------------------------------------------------------
-
-
 def noisy_run(generator, fall=0.0):
     """Results of two methods whose documents' outcomes are drawn anew: accuracies, log-likelihoods, a perplexity."""
     base = np.random.default_rng(99)  # the documents stay the same
@@ -80,9 +77,6 @@ def test_a_real_fall_is_found():
         report = checked(noisy_run(generator, fall=0.25), noisy_run(generator))
         found += {r["metric"] for r in bad(report)} == {"acc", "gold_ll", "word_perplexity"}
     assert found >= 5
-
-
-# -- verdicts ------------------------------------------------------------------------------------------------------
 
 
 def test_a_row_falls_only_with_too_much_lost_and_beyond_noise():
@@ -213,9 +207,6 @@ def test_a_loss_that_is_left_untested_has_the_threshold():
     assert (row["verdict"], row["recovery"]) == (FELL, pytest.approx(-1 / 3))
 
 
-# -- thresholds ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("text", "expected"), [
     ("recovery: 0.9\nalpha: 0.01\ntasks: {drift: {recovery: 0.5}}\n",
      Thresholds(recovery=0.9, alpha=0.01, tasks={"drift": Limits(recovery=0.5)})),
@@ -249,9 +240,6 @@ def test_thresholds_of_a_task_that_the_baseline_lacks_are_refused(task):
     now = [answered("arc", right(0.5)), answered("piqa", right(0.5))]
     with pytest.raises(UserError, match=task):
         checked(now, now[:1], Thresholds(tasks={task: Limits()}))
-
-
-# -- the baseline file and the command -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -326,10 +314,7 @@ def test_a_fall_and_missing_rows_are_the_exit_code_and_in_every_report(file, tmp
     assert (suite.get("tests"), suite.get("failures")) == ("5", "3")
     failures = [c.find("failure") for c in suite.iter("testcase") if c.find("failure") is not None]
     assert [f.get("type") for f in failures].count("FELL") == 1 and all(f.text for f in failures)
-    library = pytest.importorskip("junitparser")
-    (parsed,) = library.JUnitXml.fromfile(str(report))
-    assert (parsed.tests, parsed.failures) == (5, 3)
-    assert {c.name for c in parsed} == {"arc acc", "arc gold_ll", "drift word_perplexity"}
+    assert {c.get("name") for c in suite.iter("testcase")} == {"arc acc", "arc gold_ll", "drift word_perplexity"}
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,6 @@ def sides(tmp_path, a, b):
     return compare_folders(one, save(tmp_path / "b", *b) if b else one)
 
 
-# -- two folders ---------------------------------------------------------------------------------------------------
-
-
 def test_cells_are_matched_by_what_was_asked_whatever_made_them(tmp_path):
     dense = answered("arc", right(0.9), "dense", 0.0)
     other = answered("arc", right(0.5), code="other", versions={"torch": "2.9.0.dev20250915+cpu"})
@@ -104,9 +101,6 @@ def test_damaged_samples_are_refused_and_left_out_beside_others(tmp_path, capsys
     assert "samples of arc" in capsys.readouterr().err
 
 
-# -- one folder ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """Two methods at two sparsities and dense, on two tasks; DART in two allocations on one of them."""
@@ -146,62 +140,52 @@ def test_what_names_no_row_is_refused(sweep, a, b, words):
         compare_rows(a, b, [sweep])
 
 
-def test_models_are_compared_where_all_else_agrees(tmp_path):
-    models = [{"name": name, "revision": None, "weights": name} for name in ("small", "large")]
-    a = save(tmp_path / "a", answered("arc", right(0.3), model=models[0]))
-    b = save(tmp_path / "b", answered("arc", right(0.8), model=models[1]))
-    (row,) = rows(compare_rows("small dart", "large dart 50 %", [a, b]))
-    assert (row.contrast, row.better) == ("small dart 50 % vs large dart 50 %", "B")
-    save(a, answered("arc", right(0.8), "griffin", params={}, model=models[0]))
-    for text in ("griffin", "small griffin"):
-        (row,) = rows(compare_rows("dart", text, [a, b]))
-        assert row.contrast == "small dart 50 % vs small griffin 50 %"
+MODELS = [
+    answered("arc", right(share), method, params={}, model={"name": name, "revision": None, "weights": name})
+    for name, method, share in (("small", "dart", 0.3), ("large", "dart", 0.8), ("small", "griffin", 0.8))
+]
+BITS = [
+    *(answered(t, right(0.9), "dart", 0.7, ffn_bits="4", limit=n) for t, n in (("arc", 9), ("piqa", 8))),
+    answered("arc", right(0.5), "dense", 0.0, ffn_bits="3", limit=9), answered("arc", right(0.5), "dart", limit=9),
+]  # fmt: skip
+SCOPES = [answered("arc", right(0.5), m, scope=s) for m in ("dart", "griffin") for s in ("all", "last")]
+APART = [
+    answered("arc", right(0.5), params={}), answered("arc", right(0.7), "griffin", 0.7, params={}),
+    answered("piqa", right(0.7), "random", params={}), answered("arc", right(0.9), "rounding", 0.0),
+    answered("arc", right(0.5), "dense", 0.0),
+]  # fmt: skip
+TYPED = [answered("arc", right(v), params={"allocation": how}) for how, v in (("depth", 0.9), ("uniform", 0.5))]
+for record, method in zip(TYPED, ("dart", "dart:allocation=uniform"), strict=True):
+    record.settings["method"] = method
 
 
-def test_rows_of_the_board_differ_in_whatever_they_do(tmp_path):
-    """A method at one sparsity and on few bits, against another one: paired on the tasks that both have."""
-    out = save(
-        tmp_path, *(answered(t, right(0.9), "dart", 0.7, ffn_bits="4", limit=n) for t, n in (("arc", 9), ("piqa", 8))),
-        answered("arc", right(0.5), "dense", 0.0, ffn_bits="3", limit=9), answered("arc", right(0.5), "dart", limit=9),
-    )  # fmt: skip
-    (row,) = rows(compare_rows("dart on 4 bits 70 %", "dense on 3 bits", [out]))
-    assert (row.contrast, row.task, row.better) == ("dart on 4 bits 70 % vs dense on 3 bits", "arc", "A")
-    with pytest.raises(UserError, match="dart 50 %"):
-        compare_rows("dart 70 %", "dense on 3 bits", [out])
-
-
-def test_a_row_without_its_settings_stands_for_cells_that_differ_in_them(tmp_path):
-    out = save(
-        tmp_path, *(answered("arc", right(0.5), m, scope=s) for m in ("dart", "griffin") for s in ("all", "last"))
-    )
-    pairs = [(f"dart (scope={s}) 50 % vs griffin (scope={s}) 50 %", "arc") for s in ("all", "last")]
-    assert places(compare_rows("dart", "griffin", [out])) == pairs
-    assert places(compare_rows("dart (scope=all)", "griffin", [out])) == pairs[:1]
-
-
-def test_other_sparsities_and_other_tasks_go_together_only_where_both_rows_name_theirs(tmp_path):
-    out = save(
-        tmp_path, answered("arc", right(0.5), params={}), answered("arc", right(0.7), "griffin", 0.7, params={}),
-        answered("piqa", right(0.7), "random", params={}), answered("arc", right(0.9), "rounding", 0.0),
-        answered("arc", right(0.5), "dense", 0.0),
-    )  # fmt: skip
-    for rival, word in (("griffin", "sparsity"), ("random", "task")):
-        with pytest.raises(UserError, match=word):
-            compare_rows(rival, "dart", [out])
-    for a, b in (("griffin 70 %", "dart 50 %"), ("rounding", "dense")):
-        assert places(compare_rows(a, b, [out])) == [(f"{a} vs {b}", "arc")]
-
-
-def test_a_method_as_it_was_typed_goes_before_others_that_it_could_mean(tmp_path):
-    """`dart` beside `dart:allocation=uniform`, as in --help."""
-    made = [answered("arc", right(v), params={"allocation": how}) for how, v in (("depth", 0.9), ("uniform", 0.5))]
-    for record, method in zip(made, ("dart", "dart:allocation=uniform"), strict=True):
-        record.settings["method"] = method
-    (row,) = rows(compare_rows("dart", "dart:allocation=uniform", [save(tmp_path, *made)]))
-    assert (row.contrast, row.better) == ("dart 50 % vs dart:allocation=uniform 50 %", "A")
-
-
-# -- metrics and corrections ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("records", "a", "b", "expected"), [
+    # Models are compared where all else agrees, or both rows name theirs.
+    (MODELS, "small dart", "large dart 50 %", {"small dart 50 % vs large dart 50 %": "B"}),
+    *((MODELS, "dart", b, {"small dart 50 % vs small griffin 50 %": "B"}) for b in ("griffin", "small griffin")),
+    # Rows differ in whatever they do: paired on the tasks that both have.
+    (BITS, "dart on 4 bits 70 %", "dense on 3 bits", {"dart on 4 bits 70 % vs dense on 3 bits": "A"}),
+    (BITS, "dart 70 %", "dense on 3 bits", "dart 50 %"),
+    # A row without its settings stands for cells that differ in them.
+    (SCOPES, "dart", "griffin", {f"dart (scope={s}) 50 % vs griffin (scope={s}) 50 %": "-" for s in ("all", "last")}),
+    (SCOPES, "dart (scope=all)", "griffin", {"dart (scope=all) 50 % vs griffin (scope=all) 50 %": "-"}),
+    # Other sparsities go together only where both rows name theirs, and other tasks never.
+    (APART, "griffin", "dart", "sparsity"), (APART, "random", "dart", "task"),
+    (APART, "griffin 70 %", "dart 50 %", {"griffin 70 % vs dart 50 %": None}),
+    (APART, "rounding", "dense", {"rounding vs dense": "A"}),
+    # A method as it was typed goes before others that it could mean.
+    (TYPED, "dart", "dart:allocation=uniform", {"dart 50 % vs dart:allocation=uniform 50 %": "A"}),
+])  # fmt: skip
+def test_rows_of_the_board_are_compared_as_far_as_they_are_named(tmp_path, records, a, b, expected):
+    """expected: which side is better in each contrast; or a word of the refusal."""
+    out = save(tmp_path, *records)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            compare_rows(a, b, [out])
+        return
+    found = rows(compare_rows(a, b, [out]))
+    assert [(r.contrast, r.task) for r in found] == [(contrast, "arc") for contrast in expected]
+    assert all(expected[r.contrast] in (r.better, None) for r in found)
 
 
 @pytest.mark.parametrize(("wanted", "shown"), [
@@ -295,9 +279,6 @@ def test_an_interval_and_a_p_that_disagree_are_explained(tmp_path, tasks, more, 
     assert (first.p, first.p_holm, first.better) == (p, tasks * p, "-") and first.low > 0 and first.p_holm > 0.05
     assert [note.count("t0 acc") for note in table(found).notes if "disagree" in note] == [1]
     assert not any("disagree" in note for note in table(sides(tmp_path / "same", pair[0], [])).notes)
-
-
-# -- the command ---------------------------------------------------------------------------------------------------
 
 
 def test_the_command_prints_and_saves_the_rows_in_full(sweep, tmp_path):

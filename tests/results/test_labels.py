@@ -66,9 +66,6 @@ def test_every_output_calls_a_row_as_it_was_typed(tmp_path):
     assert missing["cell"] == f"{UNIFORM} 50 %"
 
 
-# -- what tells cells apart --------------------------------------------------------------------------------------------
-
-
 def cell(key, spec=None, **params):
     """A cell of parameters; spec: what was typed, which older records do not say."""
     one = record(key=key, params=params, method=(spec or "dart").partition(":")[0])
@@ -154,19 +151,10 @@ def test_a_model_without_code_of_its_own_is_named_as_before():
 
 def test_settings_that_differ_behind_their_fortieth_character_make_two_rows(tmp_path):
     """Two temperatures behind a length: the board has a row for each, and not the last one for both."""
-    made = [
-        of(method, share, gen_kwargs=f"do_sample=true,max_gen_toks=1000,temperature={heat}")
-        for heat, shares in (("0.7", (0.8, 0.7)), ("1.0", (0.6, 0.3)))
-        for method, share in zip(("dense", "dart"), shares, strict=True)
-    ]
-    out = save(tmp_path / "out", *made)
-    records = Store(out).load()
-    assert len(set(labels(records).values())) == 4
-    (board,) = boards(Store(out), records)
-    assert sorted(len(row.keys) for row in board.rows if row.keys) == [1, 1, 1, 1]
-
-
-# -- two models of one name --------------------------------------------------------------------------------------------
+    settings = [f"do_sample=true,max_gen_toks=1000,temperature={heat}" for heat in ("0.7", "1.0")]
+    out = Store(save(tmp_path, *(of(m, gen_kwargs=text) for text in settings for m in ("dense", "dart"))))
+    (board,) = boards(out, out.load())
+    assert [len(row.keys) for row in board.rows if row.keys] == [1, 1, 1, 1]
 
 
 def each(weights, dense=0.9, griffin=0.9, seed=0, **more):

@@ -25,7 +25,7 @@ from dart_eval.sweep.paper import SHIPPED, load
 from dart_eval.util.bits import LAST_BITS
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command as typed
-from tests.helpers.records import record
+from tests.helpers.records import record, samples
 
 N = 40
 TASKS = ("easy", "hard", "harder")
@@ -34,7 +34,10 @@ ROWS = {"Dense": "dense", "A": "griffin", "B": "wanda-sp", "C": "magnitude"}
 ACC = {"Easy": {"task": "easy", "metric": "acc"}}
 HARD = {"Hard": {"task": ["hard", "harder"], "metric": "acc"}}
 PPL = {"PPL": {"task": "easy", "metric": "word_perplexity"}}
-# A claim on what is counted from the shapes of a model.
+# Claims: of two rows, and on what is counted from the shapes of a model.
+GOOD = {
+    "claim": "it is better", "source": "abstract", "table": "t", "rows": ["A", "B"], "column": "Easy", "sparsity": 0.5,
+}  # fmt: skip
 COUNTED = {
     "claim": "at 8B", "shape": "llama-3.1-8b", "method": "dart", "column": "state MB", "sparsity": 0.7, "at_most": 9,
 }  # fmt: skip
@@ -64,19 +67,15 @@ def answered(store, cell, right=N, loss=None, choices=0, values=None, metrics=()
     metrics = [*metrics] or [Metric(task, "acc", sum(v["acc"] for v in values) / len(values), 0.05, len(values), True)]
     if loss is not None:
         metrics.append(Metric(task, "word_perplexity", sums.exp(loss), 0.5, N, False))
-    samples = [
-        {
-            "task": task, "doc_id": i, "filter": "none", "doc_hash": f"{i:08}", "prompt_hash": "p", "cluster": None,
-            "target_hash": "t", "responses": [[-float(c), False] for c in range(choices)] or ["a text"], "metrics": v,
-        }
-        for i, v in enumerate(values)
-    ]  # fmt: skip
+    lines = samples(task, values)
+    for line in lines:
+        line["responses"] = [[-float(c), False] for c in range(choices)] or ["a text"]
     plain = record()
     inputs = {**plain.inputs, "limit": None, "device": "cpu", "code": "c0de" * 4, **cell["asked"]}
     inputs = {name: value for name, value in inputs.items() if name != "ffn_bits" or value}
     key = hashlib.sha256(identity(inputs).encode()).hexdigest()
     whole = dataclasses.replace(
-        plain, key=key, inputs=inputs, metrics=metrics, samples=samples,
+        plain, key=key, inputs=inputs, metrics=metrics, samples=lines,
         settings={**plain.settings, **(settings or {})}, **{"effective_sparsity": 0.4321, **changes},
     )  # fmt: skip
     return store.save("cell", whole)
@@ -103,9 +102,6 @@ def shown(*given, **keys):
 
 def easy(**rights):
     return {(row, "easy"): right for row, right in rights.items()}
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
 
 
 def test_rows_come_in_blocks_with_their_numbers(tmp_path):
@@ -235,9 +231,6 @@ def test_guessing_has_a_line_below_the_unpruned_rows(tmp_path):
     assert made.body[1][1:3] == ["", "25.0"] and made.bold == {(2, 2), (4, 2)}
 
 
-# -- which cells -------------------------------------------------------------------------------------------------------
-
-
 def test_the_divergence_from_a_rounded_model_stands_beside_no_other(tmp_path):
     """Its KL is from dense on 4 bits, that of others from dense; in a table of 4 bits there is one dense for all."""
     rows = {"A": "griffin", "B": "wanda-sp", "C": {"method": "griffin", "ffn_bits": 4}}
@@ -259,8 +252,6 @@ def test_a_row_of_unrounded_weights_stands_beside_rounded_ones(tmp_path):
     assert [c.ffn_bits for c in spec.sweeps] == [("4",), ("16",)]
     assert [row[2] for row in filled.table(sheet).body] == ["20.0 ±5.0", "90.0 ±5.0"]
 
-
-# -- the file ----------------------------------------------------------------------------------------------------------
 
 Q = {"task": "smoke_questions", "metric": "acc", "limit": 3}
 SMALL = table({"Q": Q, "R": {"task": "smoke_summary", "metric": "rougeL", "limit": 2, "limit_share": 0.5}})
@@ -318,32 +309,40 @@ def test_the_nearest_setting_counts(tmp_path):
     assert configs(tmp_path, table({"Q": {**Q, "limit": None}}, limit=7))[0].limit is None  # null is the run's own
 
 
-@pytest.mark.parametrize(
-    ("change", "place", "word"),
-    [
-        ({"tabels": []}, "tabels", "not permitted"), ({"tables": []}, "tables", "at least 1"),
-        ({"tables": [table(colums={})]}, "tables.0.colums", "not permitted"),
-        ({"tables": [table({"Q": {**Q, "metrc": "x"}})]}, "tables.0.columns.Q.metrc", "not permitted"),
-        ({"tables": [table()] * 2}, "", "two tables"), ({"tables": [table(name="../x")]}, "tables.0.name", "pattern"),
-        ({"tables": [table(rows={"A": "drat"})]}, "", "unknown method 'drat'"),
-        ({"tables": [{**table(), "methods": ["dart"]}]}, "tables.0.methods", "dictionary"),
-        ({"tables": [table({"Q": {"task": "t"}})]}, "tables.0", "metric or a field"),
-        ({"tables": [table({"Q": {"task": "t", "field": "sate"}})]}, "tables.0.columns.Q.field", "state_mib"),
-        ({"tables": [table({**ACC, **PPL}, mean=True)]}, "tables.0", "one metric"),
-        ({"tables": [table(PPL, mean=True)]}, "tables.0", "perplexity"),
-        ({"tables": [table({"read": Q})]}, "tables.0", "read"),
-        ({"tables": [table(rows={"A": {"method": "dart", "only": "llama"}})]}, "table 't'", "for this model"),
-        ({"tables": [table(rows={"X": {"method": "griffin", "num_fewshot": 3}})]}, "methods.X.num_fewshot", ""),
-        ({"tables": [table(rows={"X": {"scope": "all"}})]}, "methods.X.method", "required"),
-        ({"tables": [table(rows={"X": {"method": "griffin", "scope": "al"}})]}, "X.scope", "'al'"),
-        ({"scope": 3}, "scope", ""), ({"ffn_bits": "4,8"}, "ffn_bits", "at most 1"),
-        ({"max_new_tokens": "many"}, "tokens", "integer"),
-        ({"tables": [table(reported=[{"label": "l", "sparsity": 0.5, "values": {"Z": 1}, "source": "s"}])]}, "", "Z"),
-    ],
-)  # fmt: skip
+X = {"method": "griffin"}
+WRONG = [
+    ({"tabels": []}, "tabels", "not permitted"), ({"tables": []}, "tables", "at least 1"),
+    ({"tables": [table()] * 2}, "", "two tables"), ({"scope": 3}, "scope", ""), ({"ffn_bits": "4,8"}, "ffn_bits", ""),
+    ({"max_new_tokens": "many"}, "tokens", "integer"),
+    *(({"tables": [one]}, place, word) for one, place, word in (
+        (table(colums={}), "tables.0.colums", ""), (table({"Q": {**Q, "metrc": "x"}}), "tables.0.columns.Q.metrc", ""),
+        (table(name="../x"), "tables.0.name", ""), (table(rows={"A": "drat"}), "", "unknown method 'drat'"),
+        ({**table(), "methods": ["dart"]}, "tables.0.methods", "dictionary"),
+        (table({"Q": {"task": "t"}}), "tables.0", "metric or a field"),
+        (table({"Q": {"task": "t", "field": "sate"}}), "tables.0.columns.Q.field", "state_mib"),
+        (table({**ACC, **PPL}, mean=True), "tables.0", "one metric"), (table(PPL, mean=True), "tables.0", "perplexity"),
+        (table({"read": Q}), "tables.0", "read"), (table(rows={"A": {**X, "only": "llama"}}), "table 't'", "model"),
+        (table(rows={"X": {**X, "num_fewshot": 3}}), "methods.X.num_fewshot", ""),
+        (table(rows={"X": {"scope": "all"}}), "methods.X.method", "required"),
+        (table(rows={"X": {**X, "scope": "al"}}), "X.scope", "'al'"),
+        (table(reported=[{"label": "l", "sparsity": 0.5, "values": {"Z": 1}, "source": "s"}]), "", "Z"))),
+    *(({"claims": [{**GOOD, **change}]}, "", word) for change, word in (
+        ({"rows": ["A", "H"]}, "its rows"), ({"column": "P"}, "'t'"), ({"table": "three"}, "no table 'three'"),
+        ({"sparsity": 0.6}, "no table 't'"), ({"rows": ["A"]}, "two rows"), ({"at_most": 3}, "two rows"),
+        ({"by": "much"}, "claims.0.by"), ({"by": math.nan}, "claims.0.by"), ({"claims": 1}, "claims.0.claims"),
+        ({"shape": "llama-3.1-8b"}, "a table or a shape"), ({"rows": ["A"], "at_most": 3}, "no table 't'"),
+        ({"by": 0.1, "times": 2}, "`by` and `times`"))),
+    *(({"claims": [{**COUNTED, **change}]}, "", word) for change, word in (
+        ({"at_most": None}, "at_most"), ({"column": "state MiB"}, "state MB"), ({"sparsity": 70}, "sparsity"),
+        ({"prompt": 0}, "prompt"), ({"prompt": 10**10}, "prompt"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "place", "word"), WRONG)
 def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path, change, place, word):
     with pytest.raises(UserError) as refused:
-        load(file(tmp_path, *change.pop("tables", [table()]), **change), config_from(None, BASE))
+        load(file(tmp_path, *change.get("tables", [table()]), **{k: v for k, v in change.items() if k != "tables"}),
+             config_from(None, BASE))  # fmt: skip
     message = str(refused.value)
     assert message.startswith(str(tmp_path / "paper.yaml")) and place in message and word in message
 
@@ -361,9 +360,6 @@ def test_shipped_files_are_understood(name):
     assert {sheet.name for sheet in spec.sheets} >= {"accuracy", "summaries", "ablations", "overhead"}
     with pytest.raises(UserError, match="dart, smoke"):
         load("fifteen", config_from(None, BASE))
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("keys", "word"), [

@@ -81,15 +81,6 @@ def test_costs_are_shown_with_all_that_the_method_adds():
     }  # fmt: skip
 
 
-def test_a_metric_of_any_name_has_a_column_of_its_own():
-    names = ("acc", "n", "task", "rougeL", "word_perplexity", "chrf")
-    made = tables([record(metrics=[Metric("t", name, i / 8, None, 10, True) for i, name in enumerate(names)])])
-    shown = {k: v for t in made for k, v in zip(t.columns, t.body[0], strict=True)}
-    assert shown["n"] == "10"
-    heads = ("acc", "n (metric)", "task (metric)", "rougeL", "word_perplexity", "chrf")
-    assert [float(shown[head]) for head in heads] == [i / 8 for i in range(6)]
-
-
 @pytest.mark.parametrize("form", ["table", "md", "csv", "tex", "json"])
 def test_every_verb_that_prints_has_the_same_forms(form, tmp_path):
     out = save(tmp_path / "out", answered("arc", right(0.5), "dense", 0.0), answered("arc", right(0.4), "griffin"))
@@ -101,9 +92,6 @@ def test_every_verb_that_prints_has_the_same_forms(form, tmp_path):
         done = command(*words, "--format", form)
         assert done.code == 0 and "griffin" in done.out, (words, done.err)
         assert (("\\begin{" in done.out) == (form == "tex") and done.out.lstrip()[:1] in "[{") or form != "json"
-
-
-# -- standard error of perplexities: the formula by itself, hence a private name ---------------------------------------
 
 
 def perplexity(ll, weight):
@@ -138,9 +126,6 @@ def test_the_standard_error_of_a_perplexity_agrees_with_jackknife_and_bootstrap(
 ])  # fmt: skip
 def test_there_is_an_error_of_two_documents_that_are_pairs(samples, error):
     assert _stderr("word_perplexity", samples) == error
-
-
-# -- the fields of a cell's inputs stand once, with their roles -------------------------------------------------------
 
 
 def test_every_input_of_a_planned_cell_has_a_role_and_no_role_is_of_none():

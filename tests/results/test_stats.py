@@ -40,9 +40,6 @@ def counts_of(seed, n=30):
     return np.array(rows, float)
 
 
-# -- McNemar and its generalisation --------------------------------------------------------------------------------
-
-
 @given(zeros_and_ones)
 @settings(max_examples=50, deadline=None)
 def test_clusters_of_one_are_no_clusters(values):
@@ -72,9 +69,6 @@ def test_no_interval_of_accuracies_has_width_zero():
         assert (found.low, found.high) == pytest.approx((-z / (units + z), z / (units + z)))
 
 
-# -- Tango ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("both", "a_only", "b_only"), [(0.5, 0.1, 0.1), (0.4, 0.25, 0.05), (0.9, 0.02, 0.02)])
 def test_tango_covers(both, a_only, b_only):
     generator = np.random.default_rng(1)
@@ -82,9 +76,6 @@ def test_tango_covers(both, a_only, b_only):
     intervals = {(b, c): tango(b, c, 40) for b, c in {(b, c) for b, c, *_ in draws.tolist()}}
     found = [intervals[b, c] for b, c, *_ in draws.tolist()]
     assert np.mean([low <= a_only - b_only <= high for low, high in found]) > 0.92
-
-
-# -- bootstrap-t ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, 0.6])
@@ -197,9 +188,6 @@ def test_the_size_of_a_chunk_does_not_move_p(monkeypatch):
     assert first == bootstrap_t(u, 0.1)
 
 
-# -- perplexity and BLEU -------------------------------------------------------------------------------------------
-
-
 def test_perplexities_are_compared_on_the_log_scale():
     a = pairs_of(1)
     b = np.stack([a[:, 0] * 0.97, a[:, 1]], 1)
@@ -261,8 +249,6 @@ def test_members_that_weigh_equally():
     assert paired("mean", *sides).kind == "mean"  # McNemar's test knows no weights
 
 
-# -- what must not matter ------------------------------------------------------------------------------------------
-
 MAKERS = {
     "proportion": lambda seed: np.random.default_rng(seed).integers(0, 2, 40).astype(float),
     "mean": lambda seed: np.random.default_rng(seed).gamma(2, 1, 40),
@@ -301,9 +287,6 @@ def test_the_same_call_gives_the_same_numbers_and_without_a_direction_no_one_sid
     a, b = MAKERS["mean"](1), MAKERS["mean"](2)
     assert paired("mean", a, b) == paired("mean", a, b)
     assert paired("mean", a, b, higher_is_better=None).p_worse is None
-
-
-# -- Holm ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
