@@ -51,6 +51,7 @@ def main() -> int:
     configuration._config = dataclasses.replace(
         known,
         only_mutate=[f"dart_eval/{file}" for file in files],
+        track_dependencies=False,  # which takes minutes
         pytest_add_cli_args=args,
         also_copy=[*known.also_copy, *map(type(known.also_copy[0]), COPIED)],
     )
