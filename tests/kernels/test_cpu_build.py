@@ -84,14 +84,10 @@ def test_a_damaged_or_foreign_file_is_made_anew(small):
         assert not build._is_intact(file) and fresh().cpu_level() == 1 and build._is_intact(file)
 
 
-def test_without_a_compiler_the_reason_is_one_line(small, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert "no C compiler" in fails()
-
-
 @pytest.mark.parametrize(
     ("script", "words"),
     [
+        ("", "no C compiler"),
         ("exit 1", "no C compiler"),
         ('[ "$1" = --version ] || { echo "cc: cannot do that" >&2; exit 1; }', "(cc: cannot do that)"),
         ('[ "$1" = --version ] || exec sleep 30', "took more than 0.2 s"),
@@ -100,8 +96,9 @@ def test_without_a_compiler_the_reason_is_one_line(small, monkeypatch):
 def test_a_compiler_that_fails_is_named_with_its_first_line(small, tmp_path, monkeypatch, script, words):
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "cc").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "cc").chmod(0o755)
+    if script:
+        (folder / "cc").write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "cc").chmod(0o755)
     (folder / "sleep").symlink_to("/bin/sleep")
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(build, "SECONDS", 0.2)

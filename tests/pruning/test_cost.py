@@ -14,9 +14,6 @@ import dart_eval
 from dart_eval import prune
 from dart_eval.bench import overhead as bench_overhead
 from dart_eval.bench import shapes, tracing
-from dart_eval.evaluation.costs import Cost
-from dart_eval.evaluation.requests import Request
-from dart_eval.evaluation.scoring import scorer
 from dart_eval.kernels.cpu import build
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
@@ -28,7 +25,6 @@ from dart_eval.util import bits
 from dart_eval.util.errors import UserError
 from tests.derivations.test_wanda_sp import OneText
 from tests.helpers.models import SMALL, made, random_tokens, tiny, word_tokenizer
-from tests.helpers.requests import output_head_of
 from tests.helpers.sessions import generate, open_session, prompts_of
 from tests.matrix.types import tiny as typed
 
@@ -100,19 +96,6 @@ def test_the_ring_reads_all_experts_that_its_tokens_had():
 # -- what is charged is what is read: without a context, after a release, on published shapes -------------------------
 
 
-def test_tokens_without_a_context_read_all_weights():
-    model = tiny("llama", torch.float32)
-    with open_session(model, "dart", 0.5, remask="never") as session:
-        scoring = scorer(model, output_head_of(model, session), session, 2)
-        costs = []
-        for context in (1, 9):  # all but the last token of a context make its densities
-            asked = [Request(random_tokens(context, seed=1), random_tokens(4, seed=2))]
-            costs.append(sum((a.cost for u in scoring.units(asked) for _, a in scoring.run(u)), Cost()))
-    assert (costs[0].pruned_tokens, costs[0].not_read_sum, costs[0].outside_sum) == (0, 0, 0)
-    assert costs[1].pruned_tokens == 4 and costs[1].read == pytest.approx(0.5, abs=0.01)
-    assert sum(costs, Cost()).read == costs[1].read
-
-
 def test_a_pruned_token_reads_no_more_after_its_masks_are_released():
     prompt = " ".join(f"w{4 + i}" for i in range(30))
     model = tiny("llama", torch.float32)
@@ -134,12 +117,8 @@ def test_every_method_is_counted_on_a_shape(monkeypatch):
 
 
 def test_shapes_have_the_sizes_of_their_models():
-    for name, billions in (
-        ("llama-3.1-8b", 8.03),
-        ("llama-3.2-3b", 3.213),
-        ("llama-3.2-1b", 1.236),
-        ("qwen2.5-1.5b", 1.544),
-    ):
+    sizes = {"llama-3.1-8b": 8.03, "llama-3.2-3b": 3.213, "llama-3.2-1b": 1.236, "qwen2.5-1.5b": 1.544}
+    for name, billions in sizes.items():
         model = shapes.without_weights(name)
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
     assert len(shapes.without_weights("llama-3.1-8b", 2).model.layers) == 2

@@ -123,13 +123,6 @@ def test_a_padded_batch_generates_what_each_sequence_does_alone(name, cache, met
             assert torch.allclose(a[0], b[row], atol=1e-6)
 
 
-def test_one_padded_prompt_under_a_static_cache_is_scored_without_its_padding(llama):
-    ids, attention = prompts()
-    with open_session(llama, "griffin", 0.5) as session:
-        generate(llama, ids[1:2], 3, attention[1:2], cache_implementation="static", disable_compile=True)
-        assert session.rows.seen.tolist() == [9]
-
-
 def test_layers_that_share_keys_and_values_are_judged_by_the_whole_prompt():
     """Gemma 4 computes them for the last position alone where `generate` wants one row of logits."""
     model, ids = gemma4(), torch.tensor([random_tokens(12)])

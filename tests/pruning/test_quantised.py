@@ -83,6 +83,14 @@ def _projections(model):
     return [m for f in find_ffns(model) for m in (f.gate, f.up, f.down)]
 
 
+def _changed(change, dtype=torch.float64):
+    """A tiny model all of whose FFNs' projections are changed."""
+    model = tiny("llama", dtype)
+    for module in _projections(model):
+        change(module)
+    return model
+
+
 def _decoded(model, execution):
     """A decoded token's logits, and how they were made."""
     ids = torch.tensor([random_tokens(20)])
@@ -102,9 +110,7 @@ def _decoded(model, execution):
     ],
 )
 def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(change, reason):
-    model = tiny("llama", torch.float64)
-    for module in _projections(model):
-        change(module)
+    model = _changed(change)
     with pytest.warns(UserWarning, match=reason) as said:
         found, execution = _decoded(model, "auto")
     assert execution == "masked" and len(said) == 1
@@ -121,9 +127,7 @@ def _unpacked(model):
 
 @pytest.mark.parametrize(("change", "method"), [(_box, "magnitude"), (_pack, "wanda-sp"), (_eighths, "magnitude")])
 def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, change):
-    model = tiny("llama")
-    for module in _projections(model):
-        change(module)
+    model = _changed(change)
     plain = _unpacked(model)
     ids = torch.tensor([random_tokens(20)])
     found = []
@@ -143,9 +147,7 @@ def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, ch
 
 def test_what_needs_the_weights_themselves_is_refused():
     for change in (_box, _pack):
-        model = tiny("llama")
-        for module in _projections(model):
-            change(module)
+        model = _changed(change)
         before = [module._parameters.get("weight") for module in _projections(model)]
         for block in (open_session(model, "rounding", 0.5), rounded_ffns(model, 4)):
             with pytest.raises(UserError, match="unquantised"), block:
@@ -168,9 +170,8 @@ def test_projections_without_a_weight_count_as_others_do():
         module.register_buffer("qweight", weight.detach().half())
         module.forward = lambda x, m=module: linear(x, m.qweight.to(x.dtype))
     made, stock = (shape_of(m, find_ffns(m)) for m in (model, plain))
-    assert (made.other_weights, made.ffn_weights, made.ffn_share) == (
-        stock.other_weights, stock.ffn_weights, stock.ffn_share,
-    )  # fmt: skip
+    for part in ("other_weights", "ffn_weights", "ffn_share"):
+        assert getattr(made, part) == getattr(stock, part)
     norms_and_ends = sum(p.numel() * 8 for n, p in plain.named_parameters() if "proj" not in n)
     assert nbytes(model) == norms_and_ends + 2 * (stock.other_weights + stock.ffn_weights)
 
@@ -184,11 +185,8 @@ def test_bits_of_weights_that_no_configuration_describes_count_16():
 
 
 def test_weights_that_torch_packs_are_refused():
-    model = tiny("llama", torch.float32)
-    for module in _projections(model):
-        _pack_dynamically(module)
     with pytest.raises(UserError, match="torchao"):
-        find_ffns(model)
+        find_ffns(_changed(_pack_dynamically, torch.float32))
 
 
 def test_a_model_that_accelerate_spreads_is_still_reordered():
@@ -203,9 +201,8 @@ def test_a_model_that_accelerate_spreads_is_still_reordered():
         found, execution = _decoded(model, "auto")
     assert execution == "copied"
     assert torch.equal(found, before)
-    wrapped = tiny("llama")
+    wrapped = _changed(_round_inputs)
     for module in _projections(wrapped):
-        _round_inputs(module)
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     assert "forward of its own" in unlike_plain(find_ffns(wrapped))
 
