@@ -21,8 +21,7 @@ from dart_eval.weights.rounding import about, served_bits, stored_of
 from scripts import format_errors
 from tests.helpers import gguf_files
 from tests.helpers.commands import Watch, run_local
-from tests.helpers.gguf_damage import damaged, differing
-from tests.helpers.gguf_files import INNER, INNER_SHARED, LAYERS, write
+from tests.helpers.gguf_files import INNER, INNER_SHARED, LAYERS, damaged, differing, write
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import generate, open_session
 

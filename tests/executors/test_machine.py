@@ -8,34 +8,20 @@ MEMINFO = "MemTotal:       1000 kB\nMemFree:        100 kB\nMemAvailable:    800
 KB = 1024
 
 
-@pytest.mark.parametrize(
-    ("groups", "files", "wanted"),
-    [
-        ("0::/\n", {}, (800 * KB, 1000 * KB)),
-        ("0::/job/step\n", {"job/memory.max": 500 * KB, "job/memory.current": 100 * KB}, (400 * KB, 500 * KB)),
-        ("0::/job/step\n", {"job/memory.max": "max", "job/memory.current": 100 * KB}, (800 * KB, 1000 * KB)),
-        ("0::/gone\n", {"memory.max": 900 * KB, "memory.current": 700 * KB}, (200 * KB, 900 * KB)),
-        (
-            "4:memory:/job\n1:cpu:/\n0::/\n",
-            {"memory/job/memory.limit_in_bytes": 300 * KB, "memory/job/memory.usage_in_bytes": 310 * KB},
-            (-10 * KB, 300 * KB),
-        ),
-        (
-            "4:memory:/\n",
-            {"memory/memory.limit_in_bytes": 2**63, "memory/memory.usage_in_bytes": 0},
-            (800 * KB, 1000 * KB),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("groups", "files", "wanted"), [
+    (None, {}, None),  # the system does not say
+    ("0::/\n", {}, (800, 1000)),
+    ("0::/job/step\n", {"job/memory.max": 500, "job/memory.current": 100}, (400, 500)),
+    ("0::/job/step\n", {"job/memory.max": "max", "job/memory.current": 100}, (800, 1000)),
+    ("0::/gone\n", {"memory.max": 900, "memory.current": 700}, (200, 900)),
+    ("4:memory:/job\n1:cpu:/\n0::/\n",
+     {"memory/job/memory.limit_in_bytes": 300, "memory/job/memory.usage_in_bytes": 310}, (-10, 300)),
+    ("4:memory:/\n", {"memory/memory.limit_in_bytes": 2**53, "memory/memory.usage_in_bytes": 0}, (800, 1000)),
+])  # fmt: skip
 def test_memory_is_that_of_the_group_that_leaves_least(groups, files, wanted, tmp_path):
-    for name, text in {"proc/meminfo": MEMINFO, "proc/self/cgroup": groups}.items():
+    texts = {} if groups is None else {"proc/meminfo": MEMINFO, "proc/self/cgroup": groups}
+    texts |= {f"sys/fs/cgroup/{name}": f"{kb if kb == 'max' else kb * KB}\n" for name, kb in files.items()}
+    for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    for name, number in files.items():
-        (tmp_path / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "sys/fs/cgroup" / name).write_text(f"{number}\n")
-    assert memory(tmp_path) == wanted
-
-
-def test_memory_is_unknown_where_the_system_does_not_say(tmp_path):
-    assert memory(tmp_path) is None
+    assert memory(tmp_path) == (wanted and tuple(kb * KB for kb in wanted))

@@ -17,7 +17,7 @@ from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import StoreError
 from tests.helpers.commands import (
     CONTEXT,
-    STOPS,
+    STOPPING,
     Watch,
     command,
     program,
@@ -46,17 +46,16 @@ class _Teller(Watch):
         super().__init__()
         self.pipe, self.holds = pipe, holds
 
-    def planned(self, event):
-        self.pipe.send(("planned", time.monotonic()))
-
-    def started(self, cell):
-        super().started(cell)
-        self.pipe.send(("started", cell.name))
-        if self.holds:
-            time.sleep(600)
-
-    def waits(self, text):
-        self.pipe.send((text.split()[0], text))
+    def __call__(self, event):
+        super().__call__(event)
+        if event.kind == "planned":
+            self.pipe.send(("planned", time.monotonic()))
+        elif event.kind == "wait":
+            self.pipe.send((event.text.split()[0], event.text))
+        elif event.kind == "started":
+            self.pipe.send(("started", event.cell.name))
+            if self.holds:
+                time.sleep(600)
 
 
 def _child(folder, output, pipe, holds):
@@ -209,7 +208,6 @@ def test_a_full_disk_stops_the_run_and_loses_nothing_finished(saved_llama, small
     output = small_disk / "out"
     stopped = 0
     for free in (4, 12, 24, 40, 60, 300):  # kB, more at each try
-        room = os.statvfs(small_disk)
         ballast.write_bytes(b"")
         room = os.statvfs(small_disk)
         ballast.write_bytes(b"x" * max(0, room.f_bavail * room.f_bsize - free * 1024))
@@ -279,8 +277,8 @@ def test_a_stopped_run_under_force_does_not_promise_to_go_on(saved_llama, tmp_pa
 
 
 @pytest.mark.process
-@STOPS
-def test_a_signal_while_python_ends_is_quiet(tmp_path, number, status, word):
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_while_python_ends_is_quiet(tmp_path, number):
     """The work is done, and libraries tidy up: torch's callbacks are among those that are interrupted then."""
     script = tmp_path / "ends.py"
     script.write_text(

@@ -26,8 +26,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import pytest
-
 from dart_eval import cli
 from dart_eval.cli import view
 from dart_eval.sweep import run, worker
@@ -40,11 +38,6 @@ CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
 worker.gc = SimpleNamespace(collect=lambda: gc.collect(1))
 view.LASTS = 3600.0  # seconds: what a command prints in this process does not depend on how busy the machine is
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-# Signals that end a run, its status then, and the word for it.
-STOPS = pytest.mark.parametrize(
-    ("number", "status", "word"),
-    list(zip(STOPPING, (130, 143, 129), ("interrupted", "terminated", "the terminal is gone"), strict=True)),
-)
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------
@@ -84,33 +77,17 @@ class Watch:
     """Records the events of a run."""
 
     def __init__(self):
-        self.begun, self.done, self.broken, self.notes, self.answered = [], [], [], [], 0
+        self.begun, self.done, self.broken, self.notes = [], [], [], []
 
     def __call__(self, event):
-        if event.kind == "wait":
-            self.waits(event.text)
-        elif event.kind == "planned":
-            self.planned(event)
-        elif event.kind == "started":
-            self.started(event.cell)
-        elif event.kind == "answered":
-            self.answered += event.n
+        if event.kind == "started":
+            self.begun.append(event.cell.name)
         elif event.kind == "finished":
             self.done.append(event.cell.name)
         elif event.kind == "failed":
             self.broken.append((event.cell.name, event.text, event.where))
         elif event.kind == "note":
             self.notes.append(event.text)
-
-    def waits(self, text):
-        """It waits for a step."""
-
-    def planned(self, event):
-        """The plan is made."""
-
-    def started(self, cell):
-        """A cell begins."""
-        self.begun.append(cell.name)
 
 
 def results(output):
