@@ -55,9 +55,9 @@ def test_what_is_printable_holds_nothing_that_acts_and_stays_as_it_is(text):
     assert printable(text, lines=True).count("\n") == text.count("\n")
 
 
-@pytest.mark.parametrize("text", ["naïve café", "日本語", "שלום", "مرحبا", "👩‍👩‍👧", "±½∞", "x" * 1000])
-def test_a_text_without_controls_is_shown_as_it_is(text):
-    assert printable(text) == text
+def test_a_text_without_controls_is_shown_as_it_is():
+    for text in ("naïve café", "日本語", "שלום", "مرحبا", "👩‍👩‍👧", "±½∞", "x" * 1000):
+        assert printable(text) == text
 
 
 @given(st.recursive(TEXTS, lambda inner: st.dictionaries(TEXTS, inner) | st.lists(inner), max_leaves=5))
