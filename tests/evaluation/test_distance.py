@@ -1,6 +1,6 @@
 """How far from dense a pruned model is: the numbers themselves, what must not move them, and what they must not move.
 
-That they are those of two plain models, position by position: test_scoring.py and test_scopes.py.
+That they are those of two plain models, position by position: test_scoring.py.
 """
 
 import dataclasses

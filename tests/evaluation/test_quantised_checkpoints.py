@@ -325,22 +325,21 @@ def test_a_plan_knows_the_shape_of_a_quantised_model(checkpoint, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int4 groups", "fp8 experts", "mxfp4", "torchao-4", "bitsandbytes-4"])
 def test_a_quantised_model_and_its_pruned_self_stand_on_a_board(checkpoint, checkpoints, kind, tmp_path):
-    plain_ffn = kind in ("torchao-4", "bitsandbytes-4")  # which methods of all kinds prune
-    given = {"method": "dense,griffin,magnitude,cats" if plain_ffn else "dense,griffin", "sparsity": 0.5, "limit": 2}
+    whole = kind in OF_LIBRARY  # weights that methods of every kind take
+    given = {"method": "dense,griffin,magnitude,cats" if whole else "dense,griffin", "sparsity": 0.5, "limit": 2}
     given |= {"tasks": "smoke_questions,smoke_summary", "gen_kwargs": "max_gen_toks=4", "output": str(tmp_path / "out")}
-    result = run_local(
-        config_from(None, given | {"model": str(checkpoints[kind] if plain_ffn else checkpoint(kind)[0])}), Watch()
-    )
-    assert not result.failed and len(result.records) == (8 if plain_ffn else 4)
+    given["model"] = str(checkpoints[kind] if whole else checkpoint(kind)[0])
+    result = run_local(config_from(None, given), Watch())
+    assert not result.failed and len(result.records) == (8 if whole else 4)
     (board,) = boards(Store(tmp_path / "out"), result.records)
-    bits = OF_LIBRARY[kind] if plain_ffn else KINDS[kind][3]
+    bits = OF_LIBRARY[kind] if whole else KINDS[kind][3]
     share, across = bits / 16, bits % 1 / 3 / 16  # scales of down stand for several neurons each, and are read whole
     reads = {row.label: row.read for row in board.rows if row.keys}
     assert reads.pop("dense") == pytest.approx(share)
     for method, read in reads.items():
         written = 0.25 if method == "cats" else 0.5
         assert read == pytest.approx(share / 2 + across * (1 - written), abs=0.001), method
-    if not plain_ffn:
+    if not whole:
         assert all(record.settings["about"] for record in result.records)
         shown = [row[0] for table in board_tables([board]) for row in table.body]
         assert f"≈{percent(reads['griffin'])}" in shown
