@@ -137,6 +137,7 @@ def test_what_contradicts_it_is_refused(tmp_path, options, word):
         config("tiny", tmp_path / "out", **options)
 
 
+@pytest.mark.slow
 def test_what_workers_cannot_begin_this_process_does_or_says_why(saved_llama, tmp_path, monkeypatch):
     """They die before their first cell; they are not started again, and the run does not end without a word."""
     starts = []

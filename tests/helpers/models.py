@@ -84,13 +84,6 @@ def tiny(family, dtype=torch.float64, **options):
     return made(CONFIGS[family], dtype=dtype, **options)
 
 
-def shallow(model, layers=1):
-    """The model with its first layers alone."""
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    return model
-
-
 def phi3():
     return Phi3Config(**SMALL)
 

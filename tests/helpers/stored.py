@@ -27,30 +27,23 @@ def fp8(folder):
 
 def fp8_rows(folder):
     """compressed-tensors' float-quantized: weight [out, in] E4M3, weight_scale [out, 1] bfloat16."""
-
-    def one(name, weight):
-        scale = (weight.abs().amax(1, keepdim=True) / 448).bfloat16()
-        code = (weight / scale.float()).to(torch.float8_e4m3fn)
-        return {name: code, name + "_scale": scale}, code.float() * scale.float()
-
-    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
-    return _rewritten(
-        folder, _compressed("float-quantized", weights, {**weights, "strategy": "token", "dynamic": True}), one
-    )
+    return _rows(folder, "float", 448, lambda x: x.to(torch.float8_e4m3fn))
 
 
 def int8_rows(folder):
     """compressed-tensors' int-quantized: weight [out, in] int8, weight_scale [out, 1] bfloat16."""
+    return _rows(folder, "int", 127, lambda x: x.round().clamp(-128, 127).to(torch.int8))
 
+
+def _rows(folder, kind, most, encode):
     def one(name, weight):
-        scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16()
-        code = (weight / scale.float()).round().clamp(-128, 127)
-        return {name: code.to(torch.int8), name + "_scale": scale}, code * scale.float()
+        scale = (weight.abs().amax(1, keepdim=True) / most).bfloat16()
+        code = encode(weight / scale.float())
+        return {name: code, name + "_scale": scale}, code.float() * scale.float()
 
-    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
-    return _rewritten(
-        folder, _compressed("int-quantized", weights, {**weights, "strategy": "token", "dynamic": True}), one
-    )
+    weights = {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, "dynamic": False}
+    inputs = {**weights, "strategy": "token", "dynamic": True}
+    return _rewritten(folder, _compressed(f"{kind}-quantized", weights, inputs), one)
 
 
 def int4_groups(folder):
@@ -64,14 +57,8 @@ def int4_groups(folder):
         parts[name + "_shape"] = torch.tensor(weight.shape)
         return parts, (code * scale.float()[..., None]).view(weight.shape)
 
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "strategy": "group",
-        "group_size": GROUP,
-        "symmetric": True,
-        "dynamic": False,
-    }
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
+    weights |= {"symmetric": True, "dynamic": False}
     return _rewritten(folder, _compressed("pack-quantized", weights, None), one)
 
 
