@@ -258,6 +258,7 @@ def test_numbers_are_shown_as_far_as_they_go():
     assert multiple(4e7, 0.0, float("inf")) == "4.0e7x [0, inf]"
 
 
+@pytest.mark.slow
 def test_tables_shows_the_board_long_tables_and_a_picture_on_request(tmp_path):
     reads = [choices(0.7, sparsity=0.5), choices(0.5), choices(0.4, method="random")]
     folder, picture = save(tmp_path, DENSE, *reads), tmp_path / "board.svg"

@@ -182,7 +182,7 @@ def test_a_baselines_metric_is_checked_though_another_has_become_the_main_one():
     assert (row["metric"], row["verdict"], row["changed"]) == ("acc_norm", "ok", 0)
 
 
-@pytest.mark.parametrize(("documents", "rows"), [(6, 4), (8, 13), (10, 52)])
+@pytest.mark.parametrize(("documents", "rows"), [(6, 4), (8, 13), pytest.param(10, 52, marks=pytest.mark.slow)])
 def test_a_loss_of_every_answer_falls_however_many_rows_there_are(documents, rows):
     """The smallest p of an exact test is 2^-n, which Holm multiplies by the number of rows."""
     then, now = ([answered(f"t{i}", [{"exact_match": v}] * documents) for i in range(rows)] for v in (1.0, 0.0))
