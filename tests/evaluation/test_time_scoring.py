@@ -7,7 +7,7 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.util.errors import UserError
 from scripts import time_scoring
-from scripts.time_scoring import Computed, counted, main, measure, needed_for
+from scripts.time_scoring import Computed, counted, measure, needed_for
 from tests.helpers.models import random_tokens, tiny
 
 
@@ -46,10 +46,3 @@ def test_tokens_are_counted_where_they_are_computed(llama):
         llama.base_model(torch.tensor([random_tokens(5)]))
     llama(torch.tensor([random_tokens(7)]))
     assert computed == Computed(3 * 7 + 5, 3 * 7)
-
-
-def test_the_script_prints_each_side(saved_llama, capsys, monkeypatch):
-    monkeypatch.setattr(time_scoring, "LOGIT_BYTES", 2**18)
-    assert main(["--tasks", "smoke_stories", "--limit", "3", "--rounds", "1", "--model", str(saved_llama)]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in ("smoke_stories", "HFLM", "auto", "limit", "12 answers"))
