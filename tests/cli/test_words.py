@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -27,12 +26,10 @@ import dart_eval
 from dart_eval import cli
 from dart_eval.cli import view
 from dart_eval.evaluation import task_names
-from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models import demo_model
-from dart_eval.models.loading import DTYPES
 from dart_eval.sweep.events import Event
-from dart_eval.sweep.options import DEFAULTS, HINTS, SCOPES, config_from
+from dart_eval.sweep.options import DEFAULTS, config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.boards import choices
 from tests.helpers.commands import ROOT, command
@@ -54,7 +51,6 @@ AT_ONCE = [
     *((f"run --tasks arc {option}", 2, word) for option, word in OPTIONS),
     ("--version", 0, dart_eval.__version__),
     ("-h", 0, "run"),
-    ("run -h", 0, "--sparsity"),
     ("ls tasks", 0, "smoke_questions"),
     ("rnu", 2, "run"),
     ("--model x", 2, "run"),
@@ -65,7 +61,6 @@ AT_ONCE = [
     ("run", 2, "--tasks"),
     ("run --tasks arc,helaswag", 2, "hellaswag"),
     ("run --tasks zzzzzzzzqqqq", 2, "ls"),
-    ("run --config none.yaml", 2, "none.yaml"),
     ("run --config ../binary.yaml", 2, "binary.yaml"),
     ("trace --method grifin", 2, "griffin"),
     ("bench decode --method grifin", 2, "griffin"),
@@ -112,14 +107,10 @@ ROWS = [
     ("compare ../out", 2, "--row"),
     ("compare ../out --row dense", 2, "--row"),
     ("compare ../out --row grifin,dense", 2, "griffin"),
-    ("compare ../out ../out --format xml", 2, "json"),
     ("compare ../out ../out --metric mcc", 2, "mcc"),
-    ("compare nowhere ../out", 2, "nowhere"),
     ("check ../out", 2, "--baseline"),
-    ("check ../out --baseline ../base.json --format xml", 2, "json"),
     ("check ../out --baseline ../base.json --update --all", 2, "--update"),
     ("check ../out --baseline ../base.json --github", 2, "GITHUB_STEP_SUMMARY"),
-    ("check ../out --baseline ../base.json --thresholds none.yaml", 2, "none.yaml"),
     ("check ../out --baseline ../base.json --thresholds /dev/zero", 2, "device"),
     ("check ../out --baseline /dev/zero", 2, "device"),
     ("check ../out --baseline ../file", 2, "--update"),
@@ -139,11 +130,9 @@ ROWS = [
     ("bench decode --steps 0", 2, "--steps"),
     ("bench decode --layers 2", 2, "--layers"),
     ("bench decode --shape llama-3.1", 2, "llama-3.1-8b"),
-    ("bench decode --format xml", 2, "json"),
     ("bench decode --model ../tiny --method griffin,oracle", 2, "oracle"),
     ("bench decode --model ../tiny --method cats --sparsity 0.7 --prompt 16", 2, "0.66"),
     ("bench decode --model ../tiny --method griffin --prompt 1018 --steps 7", 2, "1025 tokens"),
-    ("bench decode --method griffin --output ../file", 2, "file"),
     ("bench overhead --method ,", 2, "item"),
 ]  # fmt: skip
 
@@ -346,9 +335,7 @@ def test_any_configuration_is_understood_or_refused(tmp_path_factory, data):
 # -- names, without lm-eval --------------------------------------------------------------------------------------------
 
 
-def test_what_an_option_may_be_is_what_the_code_takes():
-    assert (get_args(HINTS["scope"]), get_args(HINTS["dtype"])) == (SCOPES, tuple(DTYPES))
-    assert DEFAULTS["chunk"] == PERPLEXITY_CHUNK
+OLD = '{"state": "old", "index": {"a": ["TASK", "a.yaml", []]}}'  # of another version of lm-eval
 
 
 @pytest.mark.slow  # lm-eval's index
@@ -358,10 +345,10 @@ def test_the_names_are_those_of_lm_evals_index_from_the_cache_and_before_there_i
     stock_index = {str(name): entry for name, entry in stock.task_index.items()}
     monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path))
     own, made, found = TaskManager(), [], []  # lm-eval's own tasks
-    for damage in (None, None, "{", '{"state": 1}', '{"state": "x", "index": {"a": 5}}'):
+    for damage in (None, None, "{", OLD, '{"state": "STATE", "index": {"a": 5}}'):
         if damage:
             (file,) = tmp_path.glob("tasks-*.json")
-            file.write_text(damage.replace("x", task_names._state(str(task_names.lm_evals_dir()))))
+            file.write_text(damage.replace("STATE", task_names._state(str(task_names.lm_evals_dir()))))
         task_names.lm_evals.cache_clear()
         with monkeypatch.context() as patched:
             patched.setattr("lm_eval.tasks.TaskManager", lambda: made.append(1) or own)
