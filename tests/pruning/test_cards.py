@@ -103,6 +103,7 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_ll
     ("family", "method", "params", "shared"),
     product(["llama", "gpt2", "opt"], SETTINGS, every=len(SETTINGS)),
 )
+@pytest.mark.slow
 def test_a_spread_model_decodes_as_one_that_is_not(family, method, params, shared):
     prompts = [random_tokens(20, seed) for seed in (3, 4)]
     found = []

@@ -48,6 +48,7 @@ def test_copied_equals_masked(family, method, params):
 
 
 @pytest.mark.parametrize(("method", "params"), [REMASKED[4], STATIC[0]])
+@pytest.mark.slow
 def test_one_mask_for_a_batch(method, params):
     """Explicitly shared (or static): the batch runs on copies, and as the same mask by factors does."""
     model = biased("llama")
@@ -144,6 +145,7 @@ def gradients():
 
 
 @pytest.mark.usefixtures("gradients")
+@pytest.mark.slow
 def test_a_keyboard_interrupt_in_generate():
     model = biased("llama")
     before = bits(model)

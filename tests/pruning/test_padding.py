@@ -71,6 +71,7 @@ def prompts():
     ("flex_attention", lambda c: DynamicCache(config=c)),
     ("flex_attention", lambda c: StaticCache(config=c, max_cache_len=24)),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_every_form_of_mask_tells_the_same_real_tokens(attention, make):
     """As transformers makes them for generation: full and sliding, growing and fixed, padding in the middle too."""
     config = Gemma3TextConfig.from_dict({**WINDOWS.to_dict(), "attn_implementation": attention})

@@ -270,6 +270,7 @@ def test_values_are_cached_while_half_of_the_memory_stays_free(memory, cached, m
     assert Decoded.cached_bytes == before
 
 
+@pytest.mark.slow
 def test_codes_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("dart_eval.pruning.caches.folder", lambda: tmp_path / "calibration")
     made = []
