@@ -1,5 +1,6 @@
 """lm-eval's own command line with `--model dart`: the numbers of `dart-eval run`; and its layout, which we write."""
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -10,6 +11,7 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.result_schema import EvalResults, SampleResult
+from lm_eval.tasks import _index
 
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import weigh_scored_text
@@ -34,6 +36,17 @@ doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def indexed_once():
+    """The index of lm-eval's own 14,000 files, which each command would make anew, is made once for all of them."""
+    stock = _index.TaskIndex.build
+    of_folder = functools.cache(lambda root: stock([root]))
+    with pytest.MonkeyPatch.context() as patch:
+        build = staticmethod(lambda paths: {name: entry for root in paths for name, entry in of_folder(root).items()})
+        patch.setattr(_index.TaskIndex, "build", build)
+        yield
 
 
 @pytest.fixture(scope="module")
