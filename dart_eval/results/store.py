@@ -30,7 +30,7 @@ from pydantic import Field, TypeAdapter
 from dart_eval.results.metrics import sparsity
 from dart_eval.results.record import Count, Document, Finite, NewerSchema, Record, Sample, holds, read
 from dart_eval.util.errors import UserError, remark, writing
-from dart_eval.util.files import check_name, read_regular, reason, safe, write_atomically
+from dart_eval.util.files import append, check_name, read_regular, reason, safe, write_atomically
 from dart_eval.util.text import Json
 
 ENDINGS = {
@@ -78,7 +78,8 @@ class Journal(Json):
             self.seconds += seconds
             whole += len(line)
         if whole < len(data):
-            os.truncate(path, whole)
+            with append(path) as file:
+                file.truncate(whole)
 
     def add(self, answers: Json, state_bytes: int, seconds: float) -> None:
         """Write a batch. On return it is on disk, safe from a crash.
@@ -98,7 +99,7 @@ class Journal(Json):
         text = json.dumps([answers, state_bytes, seconds], ensure_ascii=False).encode()
         with writing(self.path.parent.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
+            with append(self.path) as file:
                 file.write(b"%08x %s\n" % (zlib.crc32(text), text))
                 file.flush()
                 os.fsync(file.fileno())

@@ -25,6 +25,7 @@ from dart_eval.sweep import run
 from dart_eval.sweep.events import Event, Tell, silent
 from dart_eval.sweep.options import RunConfig
 from dart_eval.util.errors import writing
+from dart_eval.util.files import append
 from dart_eval.util.quiet import silence
 
 POLL = 0.5  # seconds between looks at the workers
@@ -73,7 +74,7 @@ def _worker(log: Path, environment: dict[str, str], asked: tuple[Any, ...]) -> I
     """A worker of a run (see `serve`), which ends with the block."""
     with writing(log.parent.parent):
         log.parent.mkdir(parents=True, exist_ok=True)
-        file = log.open("ab")
+        file = append(log)
     with file:
         process = subprocess.Popen(
             [sys.executable, "-c", BEGIN], stdin=subprocess.PIPE, stdout=file, stderr=file,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,9 +37,10 @@ class StoreError(UserError):
     """The results folder cannot be written, so no cell could be saved."""
 
     def __init__(self, folder: Path, error: OSError) -> None:
+        full = "free disk space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         super().__init__(
             f"results cannot be written to {folder} ({error.strerror or error})",
-            "free disk space or choose another --output; finished cells remain",
+            f"{full}choose another --output; finished cells remain",
         )
 
 

@@ -15,6 +15,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from dart_eval.util.errors import UserError
 
@@ -121,6 +122,21 @@ def read_regular(path: str | Path) -> bytes:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return Path(path).read_bytes()
+
+
+def append(path: Path) -> BinaryIO:
+    """Open a file of our own folders to add to its end; it is made if it is not there, and a link is not followed.
+
+    Raises:
+        OSError: it cannot be written, or is a link, whose target may be anybody's file.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return os.fdopen(os.open(path, flags, 0o644), "ab")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, f"{path.name} is a link; remove it", str(path)) from None
+        raise
 
 
 def is_stream(path: str | Path) -> bool:

@@ -250,6 +250,17 @@ def test_a_journal_with_a_changed_byte_gives_no_wrong_answer(tmp_path, place, by
             assert request not in journal or journal[request] == answer
 
 
+@pytest.mark.parametrize("left", [b"", b"mine", b"mine\n"])
+def test_a_link_among_journals_is_refused_and_its_target_untouched(tmp_path, left):
+    victim, path = tmp_path / "victim", Store(tmp_path / "out").file("partial", "cell", "k")
+    victim.write_bytes(left)
+    path.parent.mkdir(parents=True)
+    path.symlink_to(victim)
+    with pytest.raises(StoreError, match="link"):
+        Store(tmp_path / "out").journal("cell", "k").add({"a": [1]}, 0, 0.0)
+    assert victim.read_bytes() == left
+
+
 def test_a_full_disk_is_said_in_one_line_and_loses_no_earlier_batch(tmp_path, monkeypatch):
     path = tmp_path / "out" / "partial" / "cell.jsonl"
     _written(path)
