@@ -33,7 +33,7 @@ from dart_eval.evaluation.requests import Text
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.tasks import draws
 from dart_eval.layers.find import decoder
-from dart_eval.pruning.log import Step
+from dart_eval.pruning.log import Log, Step
 from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
@@ -277,6 +277,8 @@ class GenerationLog:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        if not session.prunes:  # no hook runs, so that it would keep the steps of what was scored before
+            session.log = Log()
         self._parts: list[tuple[list[Step], list[Json]]] = []  # steps and events since each prefill
 
     def watching(self, model: PreTrainedModel) -> RemovableHandle:

@@ -46,6 +46,17 @@ def test_dense_generation_equals_stock_hflm(lm, tokenizer):
     assert {d: lm.costs["t", d].tokens for d in (5, 20, 11)} == dict.fromkeys((5, 20, 11), 8)
 
 
+def test_texts_after_scored_answers_cost_what_they_cost_alone(lm):
+    asked, requests = TextRequest("", 0), [TextRequest(words(random_tokens(7, seed=n)), n) for n in range(2)]
+    asked.args = (words(random_tokens(5)), " w9 w8")
+    lm.begin(Session(), {})
+    texts = lm.generate_until(requests)
+    cost = lm.costs["t", 1]
+    lm.begin(Session(), {})
+    lm.loglikelihood([asked])
+    assert lm.generate_until(requests) == texts and lm.costs["t", 1] == cost
+
+
 def test_a_token_over_the_end_of_a_context_begins_the_answers_of_drift():
     """Stock loses it. Qwen's tokenizer has such ones: a full stop and the empty line behind it."""
     pieces = ("<unk>", "He", " said", ".", ".\n\n", "\n\n", "It", " rained")
