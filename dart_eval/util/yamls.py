@@ -11,8 +11,32 @@ from dart_eval.util.files import read_text
 from dart_eval.util.text import Json
 
 
+MOST = 20_000  # values of a file: PyYAML reads as many in a second
+
+
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses duplicate keys; YAML's own would let the last one win."""
+    """A loader that refuses what YAML allows and nobody means.
+
+    Duplicate keys, of which the last would win; values that contain themselves; files without end.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.name = "the file"
+        self.composed, self.inside = 0, [""]  # values so far; anchors of the values around this one
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        self.composed += 1
+        if self.composed > MOST:
+            raise yaml.YAMLError(f"it has more than {MOST:,} values")
+        anchor = event.anchor or ""
+        if isinstance(event, yaml.AliasEvent) and anchor in self.inside:
+            raise yaml.YAMLError(f"*{anchor} contains itself")
+        self.inside.append(anchor)
+        node = super().compose_node(parent, index)
+        self.inside.pop()
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         seen = set()
@@ -24,7 +48,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _whole(loader: _Loader, node: yaml.ScalarNode) -> int | str:
-    """Return a whole number. `4:32` is a text here: YAML 1.1 would read it as 4 * 60 + 32."""
+    """Return a whole number. `4:32` is a text here: YAML 1.1 would read it as 4 * 60 + 32, and `010` as 8."""
+    if len(digits := node.value.lstrip("+-")) > 1 and digits[0] == "0":
+        raise yaml.YAMLError(f"{node.value} is no decimal number")
     return str(node.value) if ":" in node.value else int(loader.construct_yaml_int(node))
 
 
@@ -47,9 +73,7 @@ def read_mapping(
     text = read_text(path, what, remedy)
     remedy = f"for example `{example}`"
     try:
-        loader = _Loader(text)
-        loader.name = "the file"
-        loaded = loader.get_single_data()
+        loaded = _Loader(text).get_single_data()
     except Exception as error:  # malformed dates and numbers raise errors of many kinds
         raise UserError(f"{what} {path} is not YAML ({str(error) or type(error).__name__})", remedy) from None
     if loaded is None and empty:
