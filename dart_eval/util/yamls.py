@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
 def _whole(loader: _Loader, node: yaml.ScalarNode) -> int | str:
     """Return a whole number. `4:32` is a text here: YAML 1.1 would read it as 4 * 60 + 32, and `010` as 8."""
     if len(digits := node.value.lstrip("+-")) > 1 and digits[0] == "0":
-        raise yaml.YAMLError(f"{node.value} is no decimal number")
+        raise yaml.YAMLError(f"{node.value[:40]} is no decimal number")
     return str(node.value) if ":" in node.value else int(loader.construct_yaml_int(node))
 
 
