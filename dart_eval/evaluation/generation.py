@@ -31,6 +31,7 @@ from dart_eval.evaluation.cache import can_pad
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.requests import Text
 from dart_eval.evaluation.rotary import Angles
+from dart_eval.evaluation.settings import check_generation
 from dart_eval.evaluation.tasks import draws
 from dart_eval.layers.find import decoder
 from dart_eval.pruning.log import Log, Step
@@ -39,7 +40,7 @@ from dart_eval.util.errors import UserError
 from dart_eval.util.text import Json
 
 # Settings of `generate` that are none of a task's, and what to do instead.
-ODD = {"max_length": "use max_gen_toks", "num_return_sequences": "leave it out", "stop": "use until"}
+ODD = {"max_length": "use max_gen_toks", "num_return_sequences": "leave it out"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Generator:
         """Yield the batches of requests with the same settings, by index."""
         given = next(iter(group.values()))[1].args[1]
         settings = {name: value for name, value in given.items() if value is not None}
+        check_generation(settings)
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.lm.max_gen_toks))
         for name, remedy in ODD.items():
             if kwargs.pop(name, None) not in (None, 1):

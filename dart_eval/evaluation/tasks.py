@@ -29,6 +29,7 @@ from lm_eval.tasks._index import Entry, Kind
 
 from dart_eval.evaluation import task_names
 from dart_eval.evaluation.documents import needs_tokenizer, prepared_once, redirect, seeded, without_other_lengths
+from dart_eval.evaluation.settings import check_generation
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.evaluation.unsafe import block_local_code, read_safely, sandbox_templates
 from dart_eval.models.loading import work_offline_if_unreachable
@@ -162,10 +163,12 @@ class Tasks(TaskFactory):
 
     def _adapt(self, task: Task) -> None:
         """Give a task the user's settings of generation, and metrics as they are to be here."""
-        if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
+        if task.OUTPUT_TYPE == "generate_until":
             own_settings = task.get_config("generation_kwargs") or {}
             with naming(f"task {task.task_name}: "):
-                task.set_config("generation_kwargs", overridden(own_settings, self.gen_kwargs))
+                check_generation(own_settings)
+                if self.gen_kwargs:
+                    task.set_config("generation_kwargs", overridden(own_settings, self.gen_kwargs))
         if getattr(task.config, "custom_dataset", None) is not None:
             without_other_lengths(task)
         if task.OUTPUT_TYPE == "loglikelihood_rolling":

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from dart_eval.evaluation.settings import EvalSettings
+from dart_eval.evaluation.settings import EvalSettings, check_generation
 from dart_eval.models.spec import ModelSpec
 from dart_eval.results.inputs import notes
 from dart_eval.util.bits import OWN_BITS, rounding_at
@@ -28,7 +28,7 @@ from dart_eval.util.errors import UserError, naming, nearest
 from dart_eval.util.files import check_name
 from dart_eval.util.machine import has_cuda
 from dart_eval.util.retired import retired
-from dart_eval.util.text import LENGTHS, Json, items_of, short_repr
+from dart_eval.util.text import Json, items_of, short_repr
 
 TASKS, PRUNING, MODEL, OUTPUT, CLUSTER = "Tasks", "Pruning", "Model", "Output", "Cluster"  # panels of the help
 
@@ -130,19 +130,10 @@ def _literal(text: str) -> Any:
     return text
 
 
-KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # of settings of generation
-    "do_sample": ((bool,), "true or false"), "temperature": ((int, float), "a number"),
-    "until": ((str, list), "a text or a list of texts"), **dict.fromkeys(LENGTHS, ((int,), "a whole number")),
-}  # fmt: skip
-
-
 def _generation(value: object) -> str | None:
     """Return settings of generation in one spelling, `do_sample=true,temperature=0.5`: it stands in keys of cells."""
     settings = read_settings(value or "")
-    for name, item in settings.items():
-        kinds, words = KINDS.get(name, ((object,), ""))
-        if item is not None and not isinstance(item, kinds):
-            raise ValueError(f"has {name}={short_repr(item)}; it must be {words}")
+    check_generation(settings)
     spelled = ",".join(f"{name}={_spelled(settings[name])}" for name in sorted(settings))
     if read_settings(spelled) != settings:
         raise ValueError("has a text that looks like further settings; leave the '=' in it out")

@@ -10,7 +10,6 @@ from dart_eval.util.errors import UserError
 from dart_eval.util.files import read_text
 from dart_eval.util.text import Json
 
-
 MOST = 20_000  # values of a file: PyYAML reads as many in a second
 
 

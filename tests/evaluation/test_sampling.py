@@ -1,9 +1,11 @@
 """Settings of generation, and draws: their types, what they move in a key, ends of their own, what is drawn again."""
 
+import json
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from transformers import DbrxConfig, LlamaConfig, MixtralConfig
+from transformers import DbrxConfig, GenerationConfig, LlamaConfig, MixtralConfig
 
 from dart_eval.evaluation import tasks
 from dart_eval.evaluation.generation import Generator
@@ -122,6 +124,7 @@ KINDS = {  # what a setting must be, and settings that are something else; `do_s
     "whole number": ["max_gen_toks=abc", "max_new_tokens=10.5"],
     "number": ["temperature=high,do_sample=true"],
     "list of texts": ["until=5", "until={'a', 'b'}"],
+    "a list of them": ["num_beams={1, 2}", {"sequence_bias": {"x": 1.0}}, {"streamer": object}],
 }
 
 
@@ -130,6 +133,38 @@ def test_settings_of_other_types_are_refused_before_anything_is_loaded(kind):
     for given in KINDS[kind]:
         with pytest.raises(UserError, match=f"must be .*{kind}"):
             config_of({"gen_kwargs": given})
+
+
+# Code that `generate` would fetch and run, models, objects; and a slip of the pen, whatever the tasks are.
+NONE = ("custom_generate", "assistant_model", "trust_remote_code", "streamer", "cache_config", "tempxerature", "", "_x")
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_what_is_no_setting_of_generation_is_refused_wherever_it_is_given(name, tokenizer):
+    with pytest.raises(UserError, match="no setting of generation"):
+        config_of({"gen_kwargs": {name: "a/b"}})
+    request = TextRequest("w5 w6", 0)
+    request.args[1][name] = "a/b"
+    lm = PrunedLM(tiny("llama"), tokenizer)
+    lm.begin(Session(), {})
+    with pytest.raises(UserError, match="no setting of generation"):
+        lm.generate_until([request])
+
+
+def test_a_task_with_code_for_a_setting_of_generation_is_refused_before_it_is_asked(tmp_path):
+    told = {"task": "mine", "dataset_path": "json", "output_type": "generate_until", "doc_to_text": "{{q}}",
+            "doc_to_target": "{{q}}", "test_split": "train", "generation_kwargs": {"custom_generate": "a/b"},
+            "dataset_kwargs": {"data_files": str(tmp_path / "a.jsonl")}}  # fmt: skip
+    (tmp_path / "a.jsonl").write_text('{"q": "w5"}\n')
+    (tmp_path / "mine.yaml").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"task mine: .*custom_generate.* no setting of generation"):
+        tasks.Tasks(include_path=[tmp_path]).load("mine")
+
+
+def test_a_new_field_of_transformers_is_a_setting(monkeypatch):
+    fields = {**GenerationConfig().to_dict(), "tomorrow": None}
+    monkeypatch.setattr(GenerationConfig, "to_dict", lambda self: fields)
+    assert config_of({"gen_kwargs": "tomorrow=2"}).gen_kwargs == "tomorrow=2"
 
 
 def test_settings_of_their_types_pass():
