@@ -53,7 +53,7 @@ test: test-fast
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not fast"
 
 test-fast: $(VENV)/.dev
-	$(PYTEST) --dist worksteal --ignore tests/cli -m fast -p tests.lane
+	$(PYTEST) --dist worksteal -m fast -p tests.lane
 
 golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden

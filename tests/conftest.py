@@ -17,29 +17,28 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 # Fixtures that need something give its marker to every test that uses them.
 NEEDS = {"demo_installed": "demo", "data_dir": "data", "browser": "browser"}
 LONG = ("ray", "demo", "process", "slow")
-# Of what a user sees, which the fast lane leaves out: commands, sweeps, pages, and files of models and data.
-SURFACE = (
-    "tests/cli/", *(f"tests/evaluation/test_{name}" for name in (
-        "adapters", "checkpoint", "finite", "gguf", "local_data", "quantised_checkpoints", "thinking", "unsafe",
-    )), *(f"tests/results/test_{name}" for name in (
-        "cut", "files", "forged", "labels", "paper", "report", "text",
-    )), *(f"tests/executors/test_{name}" for name in ("deleted", "resume", "run", "values")),
-    "tests/matrix/test_run",
+# What the fast lane is made of: what computes. The rest is of what a user sees: commands, sweeps, pages, files.
+LANE = (
+    *(f"tests/{folder}/" for folder in ("derivations", "golden", "kernels", "pruning")),
+    *(f"tests/evaluation/test_{name}.py" for name in (
+        "distance", "limits", "lm", "sampling", "scoring", "summaries", "throughput",
+    )),
+    *(f"tests/results/test_{name}.py" for name in ("check", "documents", "estimates", "stats", "store")),
 )  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path, config):
     """Where the fast lane alone is asked for, files that have none of it are not even loaded."""
     name = collection_path.relative_to(config.rootpath).as_posix()
-    left_out = config.getoption("markexpr") == "fast" and name.endswith(".py") and name.startswith(SURFACE)
-    return True if left_out else None
+    tests = config.getoption("markexpr") == "fast" and collection_path.name.startswith("test_")
+    return True if tests and not name.startswith(LANE) else None
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         for fixture in NEEDS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(NEEDS[fixture])
-        if not item.nodeid.startswith(SURFACE) and not {*LONG, *NEEDS.values()} & {m.name for m in item.iter_markers()}:
+        if item.nodeid.startswith(LANE) and not {*LONG, *NEEDS.values()} & {m.name for m in item.iter_markers()}:
             item.add_marker("fast")
     # Files that take long come first, so that no worker waits for another's last one.
     first = {item.path: [] for item in items}

@@ -65,7 +65,7 @@ def _step_by_step(model, session, request):
 
 
 @torch.no_grad()
-@on_families(["method", "params"], FAMILIES, METHODS, every=4)
+@on_families(["method", "params"], FAMILIES, METHODS, every=6)
 def test_scores_equal_decoding_token_by_token(model, method, params):
     """The no-look-ahead test: blocks, shared contexts and re-masks give what one token at a time gives, as far from
     the model without a session."""

@@ -41,6 +41,7 @@ def test_bleu_by_hand(summary):
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=6))
+@pytest.mark.slow
 def test_bleu_is_sacrebleus_to_the_last_digit(summary, pairs):
     counts = [summary.bleu_statistics(answer, reference) for answer, reference in pairs]
     assert all(len(c) == 10 and all(type(x) is int for x in c) for c in counts)
@@ -92,6 +93,7 @@ def test_the_jackknife_agrees_with_the_spread_of_new_corpora(summary):
     assert mean_error == pytest.approx(spread, rel=0.3)  # a spread of 60 is itself known to 9 %
 
 
+@pytest.mark.slow
 def test_lm_eval_reports_it_for_a_summarisation_task(monkeypatch):
     """Through the harness, with canned answers: the value, our standard error, and no bootstrap over documents."""
     import lm_eval

@@ -63,7 +63,7 @@ def _score(model, method, params, batch_size, share):
         return _forwards(model, lambda: scoring.score(_requests()[::order])[::order])
 
 
-@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, METHODS, every=6))
+@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, METHODS, every=12))
 def test_batches_and_shared_prefixes_change_no_number(family, method, params):
     model = tiny(family)
     whole = family == "llama" and method in ("dense", "griffin")

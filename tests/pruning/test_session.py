@@ -41,7 +41,7 @@ PRUNERS = [name for name, cls in methods().items() if cls.prunes and not cls.loo
 SIZED = [name for name in PRUNERS if methods()[name].sized]  # what they read follows from the sparsity
 
 
-@on_families(["method"], FAMILIES, SIZED, every=2)
+@on_families(["method"], FAMILIES, SIZED, every=4)
 def test_sparsity_zero_is_dense(model, method):
     ids = prompts_of(2, 20)
     dense = generate(model, ids, tokens=6)
@@ -52,7 +52,7 @@ def test_sparsity_zero_is_dense(model, method):
     assert session.effective_sparsity == 0 and (session.prompts_on_codes or session.weights_read == 1)
 
 
-@on_families(["method", "sparsity"], FAMILIES, [(m, (0.3, 0.5, 0.7)[i % 3]) for i, m in enumerate(SIZED)], every=2)
+@on_families(["method", "sparsity"], FAMILIES, [(m, (0.3, 0.5, 0.7)[i % 3]) for i, m in enumerate(SIZED)], every=4)
 def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
     sparsity = fitting(method, model.config.model_type, sparsity)
     with open_session(model, method, sparsity) as session:
@@ -71,7 +71,7 @@ def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
         assert session.effective_sparsity == pytest.approx(exact * 4 / 5)  # the first token comes from the prefill
 
 
-@on_families(["method"], FAMILIES, PRUNERS, every=2)
+@on_families(["method"], FAMILIES, PRUNERS, every=4)
 def test_leaving_restores_the_model_bit_for_bit(model, method):
     ids = prompts_of(1, 10)
     state = bits(model)
