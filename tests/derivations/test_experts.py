@@ -105,6 +105,7 @@ def test_tokens_of_a_batch_have_the_neurons_of_their_own_experts(method):
         assert torch.allclose(*logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "sparsity"), in_turn(
     ["griffin", "magnitude"], [0.3, 0.41, 0.5, 0.57, 0.7]
 ))  # fmt: skip
@@ -278,6 +279,7 @@ def experts_of(model):
 
 
 # Groups that divide a row, and others.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "text"), in_turn([*GATED, PLAIN], ["4", "3:24", "4:row", "4:5"]))
 def test_each_matrix_of_each_expert_is_rounded_by_itself(name, text):
     model = tiny(name)

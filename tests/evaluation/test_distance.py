@@ -116,6 +116,7 @@ def test_nothing_else_moves(method, params, scope):
     assert without == runs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "scope"), in_turn(["llama", "gpt2", "gemma3"], SCOPES))
 def test_neither_batches_nor_shared_prefixes_move_them(family, scope):
     model, found = tiny(family), []

@@ -109,6 +109,7 @@ def test_generated_tokens_but_the_first_are_pruned(lm):
     assert lm.journal.state_bytes > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["flap", "griffin"])
 def test_a_sequence_adds_as_much_side_by_side_with_others_as_alone(method, tokenizer):
     kept = []

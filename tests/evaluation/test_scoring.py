@@ -321,6 +321,7 @@ KINDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "params", "scope", "bits"), in_turn(KINDS, [
     *zip(SCOPES, itertools.cycle(["16", "8"])), ("scored", "8"),
 ]))  # fmt: skip

@@ -49,6 +49,7 @@ def test_bleu_is_sacrebleus_to_the_last_digit(summary, pairs):
     assert summary.bleu(counts) == wanted.score
 
 
+@pytest.mark.slow
 def test_an_empty_summary_counts_its_reference_only(summary):
     got = summary.process_results({"reference": "one two three"}, [" \n"])
     assert got["bleu"] == [0, 3] + [0] * 8

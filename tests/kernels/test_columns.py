@@ -114,6 +114,7 @@ def written(model, sparsity, execution="auto", batch=1):
         return torch.cat(made.logits).float(), made.sequences, run.weights_read, run.execution
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
 def test_the_kernel_writes_what_masks_write(model, sparsity):
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -102,6 +102,7 @@ def test_a_further_turn_and_chunked_prefill():
 # -- the kept rows, and the model's own -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(st.sampled_from(["llama", "gpt2", "phi3", "opt"]), st.integers(0, 10**6), st.integers(1, 6))
 def test_random_masks_multiply_their_neurons_and_no_others(family, seed, changes):

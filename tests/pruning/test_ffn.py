@@ -81,6 +81,7 @@ def test_a_mask_comes_before_the_norm():
     assert not torch.allclose(ours, generate(model, prompt, 2).logits[1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_how_often_a_layer_runs_for_a_token_is_seen():
     for name, runs in (("hrm_text", {2, 6}), ("dory", {1, 2}), ("inkling2_loop_text", {1, 3})):
         assert {f.runs for f in find_ffns(tiny(name))} == runs

@@ -104,6 +104,7 @@ def test_a_mask_without_padding_or_of_another_length_or_kind():
         real_tokens(torch.ones(1, 2, 4), None, 0, 1, 2, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "cache", "method", "params"), [
     ("gemma3-4b", None, "dart", RESTLESS), *(pytest.param(*more, marks=pytest.mark.slow) for more in (
         ("gemma3-4b", "static", "griffin", {}), ("gemma4", None, "griffin", {}), ("gemma4", "static", "dart", RESTLESS),

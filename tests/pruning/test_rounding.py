@@ -98,6 +98,7 @@ def test_weights_that_are_all_the_same_stay_near():
         assert rounded(torch.full((2, width), value), parse(text)).values == pytest.approx(value, rel=0.01)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 1000), st.sampled_from([3, 4, 5]), st.integers(1, 300), st.floats(-1, 1))
 def test_k_quants_are_what_their_layout_can_say(seed, bits, width, shift):

@@ -88,6 +88,7 @@ def test_leaving_restores_the_model_bit_for_bit(model, method):
     assert not hooked(model)
 
 
+@pytest.mark.slow
 @on_families(["method", "params"], FAMILIES, VARIED, every=3)
 def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
     lengths = (20, 9, 14)

@@ -30,6 +30,7 @@ def test_top_k_selects_what_a_stable_sort_would(seed, size):
     assert torch.equal(top_k_mask(scores, keep), wanted)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.integers(1, 6),

@@ -94,6 +94,7 @@ def test_depth_judges_layers_by_the_stream_that_enters_the_ffn_and_what_it_adds(
 SEVERAL = ["deepseek_v3", "qwen2_moe", "granitemoehybrid", "gemma4_text with experts", "nemotron_h"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEVERAL)
 def test_depth_judges_ffns_of_one_layer_by_what_they_add_together(name):
     model, ids = matrix_model(name), torch.tensor([random_tokens(12)])
@@ -140,6 +141,7 @@ def test_depth_sees_nothing_of_the_sequence_before_where_the_norm_comes_after_th
     assert _sensitivity(model, ids, before=(12, 7)) == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_an_ffn_adds_is_recognised_in_every_dtype(dtype):
     for config in [*STREAMS.values()][:: 1 if dtype == torch.bfloat16 else 3]:

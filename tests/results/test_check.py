@@ -70,6 +70,7 @@ def test_noise_alone_is_no_regression():
     assert alarms <= scipy_stats.binom.ppf(0.999, 100, 0.05)
 
 
+@pytest.mark.slow
 def test_a_real_fall_is_found():
     generator = np.random.default_rng(1)
     found = 0

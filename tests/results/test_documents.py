@@ -122,6 +122,7 @@ def test_there_are_no_flips_where_a_document_has_no_answer(tmp_path):
     assert all(row.flips is None or row.flips.value == 0 for row in board.blocks[0].rows)
 
 
+@pytest.mark.slow
 def test_texts_are_held_against_denses_own(tmp_path):
     dense = [("a cat sat on a mat", [1, 2, 3, 4]), ("one two three four", [5, 6]), ("the same", [7])]
     pruned = [("a cat sat on a mat", [1, 2, 3, 4]), ("one two six seven", [5, 9]), ("nothing at all", [8, 7])]
