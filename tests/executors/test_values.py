@@ -67,10 +67,10 @@ def test_values_of_an_option_that_is_given_again_add_up(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_cells", lambda configs, verbose: ran.extend(configs))
     words = "--tasks arc_easy,arc_challenge --tasks hellaswag --method dense --method griffin --sparsity .5 --sparsity"
     words += " .6,.7 --ffn-bits 4 --ffn-bits 8:64 --include-path . --include-path .. --gen-kwargs temperature=0.5"
-    assert command("run", *words.split(), "--gen-kwargs", "until=['a,b'],n=1", "--output", tmp_path).code == 0
+    assert command("run", *words.split(), "--gen-kwargs", "until=['a,b'],top_k=1", "--output", tmp_path).code == 0
     assert (ran[0].tasks, ran[0].method) == (("arc_easy", "arc_challenge", "hellaswag"), ("dense", "griffin"))
     assert (ran[0].sparsity, ran[0].ffn_bits) == ((0.5, 0.6, 0.7), ("4", "8:64"))
-    assert (ran[0].include_path, ran[0].gen_kwargs) == ((".", ".."), "n=1,temperature=0.5,until=['a,b']")
+    assert (ran[0].include_path, ran[0].gen_kwargs) == ((".", ".."), "temperature=0.5,top_k=1,until=['a,b']")
     many = {p.name for p in typer.main.get_command(application()).commands["run"].params if p.multiple}
     lists = {name for name, default in DEFAULTS.items() if isinstance(default, tuple)}
     assert many == lists | {"gen_kwargs", "model_args", "seed"}
@@ -114,18 +114,18 @@ def test_new_options_are_part_of_the_key_only_where_they_are_given():
     assert not {*GIVEN} & {*plain}
     for name, value in GIVEN.items():
         assert cell(**{name: value}).inputs == {**plain, name: value}
-    assert len({cell(gen_kwargs=same).key for same in ("a=1,b=x", "b='x', a=1")}) == 1
-    assert cell(gen_kwargs="a=1,b=x").key == cell(gen_kwargs={"b": "x", "a": 1}).key != cell().key
+    assert len({cell(gen_kwargs=same).key for same in ("top_k=1,until=x", "until='x', top_k=1")}) == 1
+    assert cell(gen_kwargs="top_k=1,until=x").key == cell(gen_kwargs={"until": "x", "top_k": 1}).key != cell().key
 
 
 @pytest.mark.parametrize(("typed", "kept"), [
     ("temperature=0,do_sample=True", "do_sample=true,temperature=0"),
-    ('until=["a", "b,c"],n=1', "n=1,until=['a', 'b,c']"),
+    ('until=["a", "b,c"],top_k=1', "top_k=1,until=['a', 'b,c']"),
     ("until=Let's,do_sample=true,temperature=0.7", "do_sample=true,temperature=0.7,until=Let's"),
     ({"until": "it's", "use_cache": False}, "until=it's,use_cache=false"),
-    ("until=[INST]", "until=[INST]"), ("until=### (end),n=1", "n=1,until=### (end)"), ("until=a,b", "until='a,b'"),
+    ("until=[INST]", "until=[INST]"), ("until=### (end),top_k=1", "top_k=1,until=### (end)"), ("until=a,b", "until='a,b'"),
     ({"until": ['say "it\'s"', "b"]}, """until=['say "it\\'s"', 'b']"""),
-    ("until='1'", "until='1'"), ("x=None", "x=None"), ({"until": ["\n"]}, "until=['\\n']"), ("", None),
+    ("until='1'", "until='1'"), ("top_k=None", "top_k=None"), ({"until": ["\n"]}, "until=['\\n']"), ("", None),
 ])  # fmt: skip
 def test_settings_of_generation_have_one_spelling(typed, kept):
     assert checked("gen_kwargs", typed) == kept == checked("gen_kwargs", kept)

@@ -131,7 +131,7 @@ def test_there_is_an_error_of_two_documents_that_are_pairs(samples, error):
 def test_every_input_of_a_planned_cell_has_a_role_and_no_role_is_of_none():
     model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32", config=LlamaConfig())
     said = {
-        "chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "x", "gen_kwargs": "n=1",
+        "chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "x", "gen_kwargs": "top_k=1",
         "enable_thinking": True, "think_end_token": "</think>", "tokenizer": "t", "attn_implementation": "eager",
         "add_bos_token": True,
     }  # fmt: skip
