@@ -123,7 +123,8 @@ def test_new_options_are_part_of_the_key_only_where_they_are_given():
     ('until=["a", "b,c"],top_k=1', "top_k=1,until=['a', 'b,c']"),
     ("until=Let's,do_sample=true,temperature=0.7", "do_sample=true,temperature=0.7,until=Let's"),
     ({"until": "it's", "use_cache": False}, "until=it's,use_cache=false"),
-    ("until=[INST]", "until=[INST]"), ("until=### (end),top_k=1", "top_k=1,until=### (end)"), ("until=a,b", "until='a,b'"),
+    ("until=[INST]", "until=[INST]"), ("until=### (end),top_k=1", "top_k=1,until=### (end)"),
+    ("until=a,b", "until='a,b'"),
     ({"until": ['say "it\'s"', "b"]}, """until=['say "it\\'s"', 'b']"""),
     ("until='1'", "until='1'"), ("top_k=None", "top_k=None"), ({"until": ["\n"]}, "until=['\\n']"), ("", None),
 ])  # fmt: skip
