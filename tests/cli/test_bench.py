@@ -11,7 +11,6 @@ import os
 import platform
 import runpy
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -478,32 +477,6 @@ def script(monkeypatch):
     sys.modules.pop("gpu_check")
 
 
-@pytest.mark.process
-def test_a_check_that_fails_stands_alone(script, tmp_path, monkeypatch):
-    def broken(dry):
-        raise RuntimeError("first line\nsecond line")
-
-    def absent(dry):
-        raise script.Skip("no such thing here")
-
-    checks = {
-        "broken": (broken, 60, "failed"), "endless": (lambda dry: time.sleep(600), 0.2, "failed"),
-        "killed": (lambda dry: os._exit(9), 60, "failed"), "absent": (absent, 60, "skipped"),
-        "fine": (lambda dry: {"said": "all is well"}, 60, "passed"),
-    }  # fmt: skip
-    for name, (check, _, _) in checks.items():
-        monkeypatch.setattr(script, name, check, raising=False)
-    monkeypatch.setattr(script, "LIMITS", {name: limit for name, (_, limit, _) in checks.items()})
-    output = ["--dry", "--output", str(tmp_path)]
-    assert script.main([*output, "--only", ",".join(checks)]) == 1
-    report = json.loads((tmp_path / "CPU-dry.json").read_text())
-    assert {check["check"]: check["status"] for check in report["checks"]} == {n: c[2] for n, c in checks.items()}
-    assert script.main([*output, "--only", "absent,fine"]) == 0
-    assert script.main([*output, "--only", "fien"]) == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert script.main(["--output", str(tmp_path)]) == 2
-
-
 def test_a_wrong_product_is_seen(script, monkeypatch):
     """Down without two of its columns: the executions are told apart."""
     taken = Slot.taken
@@ -517,15 +490,3 @@ def test_a_wrong_product_is_seen(script, monkeypatch):
     monkeypatch.setattr(Slot, "taken", short)
     with pytest.raises(AssertionError, match="griffin"):
         script.executions(dry=True)
-
-
-def test_a_small_card_gets_fewer_layers(script, monkeypatch):
-    made = []
-    monkeypatch.setattr(script.shapes, "with_random_weights", lambda *args: made.append(args))
-    for free, layers in ((80e9, 32), (24e9, 21), (8e9, 1)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        script.large(dry=False)
-        assert made[-1][1] == layers
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6e9, 6e9))
-    with pytest.raises(script.Skip):
-        script.large(dry=False)

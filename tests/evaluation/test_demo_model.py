@@ -1,7 +1,5 @@
 """The demo model on shipped and real items: parity with stock lm-eval, per sample."""
 
-from contextlib import nullcontext
-
 import lm_eval
 import pytest
 from lm_eval.models.huggingface import HFLM
@@ -12,7 +10,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.settings import EvalSettings
 from dart_eval.evaluation.tasks import Tasks, documents
 from dart_eval.models import demo_model
-from dart_eval.pruning.session import Session, prune
+from dart_eval.pruning.session import Session
 from dart_eval.results.store import Journal
 from dart_eval.util.errors import UserError
 from tests.helpers.requests import TextRequest
@@ -69,16 +67,6 @@ def test_a_long_document_loses_its_end_and_nothing_that_stands_around_it(ours, d
     assert short == before + kept + after
     assert document.startswith(kept)
     assert 500 < len(ours.tok_encode(short)) <= 512
-
-
-def test_scores_learn_from_the_prompt(demo, ours):
-    """At 50 % the prompt's scores lose far less than random neurons do: perplexity after a switch of topic."""
-    values = {}
-    for method in (None, "griffin", "random"):
-        with prune(demo[0], method, 0.5) if method else nullcontext(Session()) as session:
-            outcome = evaluate_task(ours, session, Tasks(), "smoke_drift", EvalSettings(limit=1), Journal())
-        values[method] = outcome.metrics[0].value
-    assert values[None] < values["griffin"] < values["random"] / 5
 
 
 def test_a_package_with_other_weights_is_refused(demo, monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ def begun(model, output):
 
 # Those that Ray has its own ways with; the end of a terminal: test_resume.py.
 @pytest.mark.parametrize(("number", "status", "word"), [
-    (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGKILL, -9, ""),
+    (signal.SIGINT, 130, "interrupted"), (signal.SIGKILL, -9, ""),
 ])  # fmt: skip
 def test_a_stopped_run_keeps_what_is_finished_and_another_goes_on(saved_llama, tmp_path, number, status, word):
     process, cells = begun(saved_llama, tmp_path / "out"), tmp_path / "out" / "cells"
