@@ -12,27 +12,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import random
 import shutil
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `make test`: tiny products take four times as long in two threads
 
 from mutmut import __main__ as mutmut
 from mutmut import configuration
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 
 CORE = [
-    "layers/*", "kernels/*", "pruning/methods/*", "weights/codes.py", "weights/decoded.py", "results/sums.py",
+    "layers/*", "kernels/*", "pruning/methods/*", "results/stats.py", "results/sums.py",
     *(f"pruning/{name}.py" for name in ("rows", "counts", "cost", "calibration")),
+    *(f"weights/{name}.py" for name in ("codes", "decoded", "k_quants", "rounding")),
     *(f"evaluation/{name}.py" for name in ("batching", "scoring", "rotary", "costs")),
-    "weights/rounding.py", "weights/k_quants.py", "results/stats.py",
 ]  # fmt: skip
 KEPT = [
     "results/store.py", "results/stats.py", "pruning/session.py",
     *(f"sweep/{name}.py" for name in ("run", "worker", "workers", "plan", "hashes")),
 ]  # fmt: skip
-FAST = ["-m", "fast", "--ignore", "tests/cli"]
-# Not what needs models, data, clusters or a browser; kills of processes are among these.
-BESIDE = ["-m", "fast or not (ray or demo or data or browser)", "--ignore", "tests/cli"]
-KINDS = {"numbers": (CORE, FAST), "data": (KEPT, BESIDE)}
+# Kills of processes are among the second; what needs models, data, clusters or a browser is not.
+KINDS = {
+    "numbers": (CORE, ["-m", "fast"]),
+    "data": (KEPT, ["-m", "not (ray or demo or data or browser)", "--ignore", "tests/cli"]),
+}
 COPIED = ("scripts", "tasks", "docs", "results", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")
 NOTICED = {"killed", "timeout", "segfault"}
 
@@ -53,7 +58,7 @@ def main() -> int:
         only_mutate=[f"dart_eval/{file}" for file in files],
         track_dependencies=False,  # which takes minutes
         pytest_add_cli_args=args,
-        also_copy=[*known.also_copy, *map(type(known.also_copy[0]), COPIED)],
+        also_copy=[*known.also_copy, *map(Path, COPIED)],
     )
     names = sample(given.count, given.seed, given.jobs)
     mutmut._run(names, given.jobs)
@@ -69,7 +74,7 @@ def main() -> int:
 
 def sample(count: int, seed: int, jobs: int) -> list[str]:
     """Names of mutants drawn from all that the files have."""
-    mutmut.makedirs("mutants", exist_ok=True)
+    Path("mutants").mkdir(exist_ok=True)
     mutmut.copy_src_dir()
     mutmut.create_mutants(jobs)
     made, _ = mutmut.collect_source_file_mutation_data(mutant_names=())
