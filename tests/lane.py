@@ -49,16 +49,19 @@ class Lane:
         self.spent, self.work, self.tests = 0.0, [], {}
 
     @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node):
-        spent, work = node.workeroutput["lane"]
-        self.spent += spent
-        self.work += work
+    def pytest_testnodedown(self, node, error):
+        if not error:  # a worker that died tells nothing
+            spent, work = node.workeroutput["lane"]
+            self.spent += spent
+            self.work += work
 
     def pytest_runtest_logreport(self, report):
         self.tests[report.nodeid] = report.fspath
 
     def found(self, root):
-        """name -> (what was found, the most that there may be)."""
+        """name -> (what was found, the most that there may be); nothing where no worker came to its end."""
+        if not self.work:
+            return {}
         files = {root / path for path in self.tests.values()}
         lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
         ratio = self.spent / statistics.median(self.work)
