@@ -58,7 +58,7 @@ def check_generation(settings: Mapping[str, object]) -> None:
         from transformers import GenerationConfig  # takes seconds
 
         known |= {name for name in GenerationConfig().to_dict() if not re.search("^_|_config$|^constraints$", name)}
-    for name in settings.keys() - known:
+    for name in (name for name in settings if name not in known):
         remedy = "use until" if name == "stop" else nearest(name, known)
         raise UserError(f"{short_repr(name)} is no setting of generation", remedy)
 
