@@ -1,7 +1,7 @@
 """Kill it and feed it rubbish: does dart-eval come through unharmed?
 
     python -m scripts.torture                                # all of it, some twenty minutes on two cores
-    python -m scripts.torture --short --seed 202648          # two minutes, as CI does it
+    python -m scripts.torture --short --seed 202648          # two minutes
     python -m scripts.torture --only records                 # one kind
 
 `kills` stops a sweep by signals at random moments, damages the journal of the cell that was under way, and gives the
