@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import resolve
 from dart_eval.results.record import Record
 from dart_eval.results.store import Journal
@@ -31,7 +32,7 @@ from dart_eval.sweep import run, workers
 from dart_eval.sweep.events import Event, Tell, silent
 from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import Cell
-from dart_eval.util.errors import UserError, summary
+from dart_eval.util.errors import Misfit, UserError, summary
 from dart_eval.util.quiet import silence
 from dart_eval.util.text import Json
 
@@ -102,7 +103,9 @@ def _work(sweep: run.Sweep, todo: Sequence[Cell], submit: Callable[[Cell, Journa
                     except ray.exceptions.RayError as error:
                         sweep.fail(cell, f"the process at work on it was lost ({summary(error)})", str(error))
                         continue
-                    if made.record is not None:
+                    if made.misfit is not None:
+                        sweep.leave_out(cell, made.misfit)
+                    elif made.record is not None:
                         sweep.save(cell, made.record, made.texts, journal)
                     else:
                         answers = {name: answer for name, answer in made.journal.items() if name not in journal}
@@ -169,13 +172,17 @@ def _gpus(config: RunConfig) -> int:
 
 @dataclass(frozen=True)
 class Made:
-    """A cell's answers and the time they took here; its record and texts, or why it failed, in a line and in full."""
+    """A cell's answers and the time they took here; its record and texts, or why it failed, in a line and in full.
+
+    misfit: the method does not fit the model.
+    """
 
     journal: Journal
     seconds: float
     record: Record | None = None
     texts: tuple[Json, ...] = ()
     failure: tuple[str, str] = ("", "")
+    misfit: Misfit | None = None
 
 
 def run_cell(config: RunConfig, key: str, journal: Journal, common: RunConfig, folder: str) -> Made:
@@ -198,7 +205,10 @@ def run_cell(config: RunConfig, key: str, journal: Journal, common: RunConfig, f
         if key not in cells:
             problem = "this node would evaluate another cell than the driver planned"
             raise UserError(problem, "install the same versions and give every node the same model and --data-dir")
+        run.refuse_misfit(cells[key], find_ffns(worker.model))
         outcome, record = worker.run(cells[key], journal)
+    except Misfit as misfit:
+        return Made(journal, time.monotonic() - start, misfit=misfit)
     except Exception as error:
         failure = summary(error), "".join(traceback.format_exception(error))
         return Made(journal, time.monotonic() - start, failure=failure)

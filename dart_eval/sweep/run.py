@@ -25,7 +25,8 @@ from dart_eval.evaluation.documents import check_documents
 from dart_eval.evaluation.settings import check_released
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks, leaves, task_draws
-from dart_eval.layers.find import describe
+from dart_eval.layers.ffn import FFN
+from dart_eval.layers.find import describe, find_ffns
 from dart_eval.models import demo_model
 from dart_eval.models.loading import Resolved, choose_device, resolve
 from dart_eval.results.record import Record
@@ -33,7 +34,7 @@ from dart_eval.results.store import Journal, Store
 from dart_eval.sweep.events import Event, Tell
 from dart_eval.sweep.options import RunConfig, read_settings
 from dart_eval.sweep.plan import Cell, methods_of, plan
-from dart_eval.util.errors import StoreError, UserError, naming, summary
+from dart_eval.util.errors import Misfit, StoreError, UserError, summary
 from dart_eval.util.text import Json, bits_text, counted
 from dart_eval.weights.rounding import refuse_fixed
 
@@ -74,7 +75,7 @@ def begin_sweep(
     sweep = Sweep(model, Store(first.output), tell, since)
     # lm-eval writes shots and settings of generation into a task, and some make as many documents as are asked.
     shelves: dict[tuple[object, ...], Tasks] = {}
-    misfits: dict[str, UserError] = {}  # by key
+    misfits: dict[str, Misfit] = {}  # by key
     for config in configs:
         place = (config.data_dir, config.num_fewshot, config.limit, config.gen_kwargs)
         if place not in shelves:
@@ -120,30 +121,41 @@ def begin_sweep(
     return sweep
 
 
-def misfits_of(cells: Sequence[Cell], sweep: Sweep) -> dict[str, UserError]:
-    """Return the cells whose method does not fit the model and its weights, or whose sparsity it cannot meet, by key.
-
-    Only the model's modules count. What shows when it runs (a layer that runs several times for a token, or does more
-    than add its FFN's output) fails a cell.
-    """
+def misfits_of(cells: Sequence[Cell], sweep: Sweep) -> dict[str, Misfit]:
+    """Return the cells that `refuse_misfit` refuses by the model's modules alone, by key."""
     new = [cell for cell in cells if not sweep.store.file("cells", cell.name, cell.key).is_file()]  # others have fitted
     unsure = [cell for cell in new if cell.rounding is not None or not cell.method.fits_all]
     if not unsure:
         return {}
     sweep.tell(Event("wait", "looking at the model's layers"))
-    ffns, misfits = describe(sweep.model.outline()), dict[str, UserError]()
+    ffns, misfits = describe(sweep.model.outline()), dict[str, Misfit]()
     for cell in unsure:
-        rounding = cell.rounding
-        on = "" if rounding is None else f" on {bits_text(rounding.text)}"
         try:
-            with naming(f"{cell.method.spec}{on} at sparsity {cell.sparsity:g}: "):
-                if rounding is not None:
-                    refuse_fixed(ffns)
-                if cell.method.prunes:
-                    cell.method.check(ffns, cell.sparsity, None if rounding is None else rounding.stored(ffns[0].width))
-        except UserError as error:
+            refuse_misfit(cell, ffns)
+        except Misfit as error:
             misfits[cell.key] = error
     return misfits
+
+
+def refuse_misfit(cell: Cell, ffns: Sequence[FFN]) -> None:
+    """Refuse a cell whose method does not fit the model and its weights, or whose sparsity it cannot meet.
+
+    Args:
+        ffns: of the model: described, or tried too, which shows more: layers that run several times for a token, or do
+            more than add their FFN's output.
+
+    Raises:
+        Misfit: with the reason.
+    """
+    rounding, method = cell.rounding, cell.method
+    try:
+        if rounding is not None:
+            refuse_fixed(ffns)
+        if method.prunes:
+            method.check(ffns, cell.sparsity, None if rounding is None else rounding.stored(ffns[0].width))
+    except UserError as error:
+        on = "" if rounding is None else f" on {bits_text(rounding.text)}"
+        raise Misfit(f"{method.spec}{on} at sparsity {cell.sparsity:g}: {error.problem}", error.remedy) from None
 
 
 def check_template(model: Resolved, system: str | None) -> None:
@@ -279,6 +291,20 @@ class Sweep:
                 self.notes.add(text)
                 self.tell(Event("note", text))
 
+    def leave_out(self, cell: Cell, misfit: Misfit) -> None:
+        """Do without a cell whose method does not fit the model, which was seen as the model ran.
+
+        Raises:
+            Misfit: there is no other cell.
+        """
+        del self.cells[cell.key]
+        if not self.cells:
+            raise misfit
+        text = f"left out: {misfit}"
+        if text not in self.notes:
+            self.notes.add(text)
+            self.tell(Event("note", text))
+
     def fail(self, cell: Cell, problem: str, text: str) -> None:
         """Write why a claimed cell has failed. text: in full, for example a traceback."""
         where = self.store.failed(cell.name, cell.key, text)
@@ -324,8 +350,11 @@ class Sweep:
                     try:
                         self.tell(Event("started", cell=cell))
                         with self.marked(cell):
+                            refuse_misfit(cell, find_ffns(worker.model))
                             outcome, record = worker.run(cell, journal)
                             self.save(cell, record, outcome.texts, journal)
+                    except Misfit as misfit:
+                        self.leave_out(cell, misfit)
                     except StoreError:
                         raise  # the next cell could not be kept either
                     except Exception as error:

@@ -24,7 +24,7 @@ from dart_eval.models.loading import choose_device
 from dart_eval.sweep import run
 from dart_eval.sweep.events import Event, Tell, silent
 from dart_eval.sweep.options import RunConfig
-from dart_eval.util.errors import writing
+from dart_eval.util.errors import Misfit, writing
 from dart_eval.util.files import append
 from dart_eval.util.quiet import silence
 
@@ -95,4 +95,5 @@ def serve() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # it leaves no mark on its cell
     silence()
     configs, skip_missing, since = pickle.load(sys.stdin.buffer)
-    run.begin_sweep(configs, silent, skip_missing, since=since).run_here()
+    with contextlib.suppress(Misfit):  # which the run itself says
+        run.begin_sweep(configs, silent, skip_missing, since=since).run_here()

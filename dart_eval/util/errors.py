@@ -24,6 +24,10 @@ class UserError(Exception):
         super().__init__(f"{self.problem}; {self.remedy}" if self.remedy else self.problem)
 
 
+class Misfit(UserError):
+    """A method that does not fit a model, or a sparsity that it cannot meet there: its cells are left out."""
+
+
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
     """Prefix the problem of every UserError in the block with its place."""

@@ -1,9 +1,15 @@
 """A whole run on tiny checkpoints of hybrids and of mixtures of experts: scored and generated, from a folder."""
 
+from dataclasses import replace
+
 import pytest
 
+from dart_eval.cluster.run import run_cell
 from dart_eval.models.loading import ModelSpec, resolve
+from dart_eval.results.store import Journal
+from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import config_from
+from dart_eval.sweep.run import begin_sweep
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local
 from tests.matrix import test_images
@@ -49,12 +55,22 @@ def test_a_run_scores_and_generates(name, config):
         assert all(m.n == 2 for m in record.metrics)
 
 
-@pytest.mark.parametrize(("name", "fits_not"), [("qwen3_moe", ["flap", "teal"]), ("bitnet", ["teal"])])
+@pytest.mark.parametrize(("name", "fits_not"), [
+    ("qwen3_moe", ["flap", "teal"]), ("bitnet", ["teal"]),
+    ("doge", ["dart"]), ("hrm_text", ["dart"]),  # what the loaded model shows
+])  # fmt: skip
 def test_methods_that_do_not_fit_the_ffns_are_left_out_and_the_others_run(name, fits_not, config):
-    """Before anything runs; where nothing else was asked for, there is no run."""
+    """Where nothing else was asked for, there is no run."""
     watch, asked = Watch(), config(name, method=["griffin", *fits_not])
     result = run_local(asked, watch)
     assert not result.failed and [r.inputs["method"] for r in result.records] == ["griffin"]
     assert [note.split()[2] for note in watch.notes if "left out" in note] == fits_not
     with pytest.raises(UserError, match=fits_not[0]):
         run_local(config(name, method=fits_not[0]), Watch())
+
+
+def test_a_node_of_a_cluster_says_so_too(config):
+    asked = config("doge", method="dart")
+    (key,) = begin_sweep([asked], silent).cells
+    made = run_cell(asked, key, Journal(), replace(asked, device="cpu"), ".")
+    assert made.misfit is not None and made.record is None and made.failure == ("", "")
