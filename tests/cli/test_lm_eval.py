@@ -1,6 +1,5 @@
 """lm-eval's own command line with `--model dart`: the numbers of `dart-eval run`; and its layout, which we write."""
 
-import functools
 import importlib.metadata
 import json
 import math
@@ -11,7 +10,6 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.result_schema import EvalResults, SampleResult
-from lm_eval.tasks import _index
 
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import weigh_scored_text
@@ -39,13 +37,10 @@ metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def indexed_once():
-    """The index of lm-eval's own 14,000 files, which each command would make anew, is made once for all of them."""
-    stock = _index.TaskIndex.build
-    of_folder = functools.cache(lambda root: stock([root]))
+def without_lm_evals_own_tasks(tmp_path_factory):
+    """lm-eval looks for its 14,000 files, which no test here runs, in an empty folder."""
     with pytest.MonkeyPatch.context() as patch:
-        build = staticmethod(lambda paths: {name: entry for root in paths for name, entry in of_folder(root).items()})
-        patch.setattr(_index.TaskIndex, "build", build)
+        patch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path_factory.mktemp("none") / "manager.py"))
         yield
 
 

@@ -4,7 +4,6 @@ A row is what is typed, the status, and a word that names the remedy, or the fil
 """
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -19,7 +18,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lm_eval.tasks import TaskManager, _index
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind
 from transformers import T5Config, T5ForConditionalGeneration
 
 import dart_eval
@@ -339,27 +339,30 @@ def test_any_configuration_is_understood_or_refused(tmp_path_factory, data):
 OLD = '{"state": "old", "index": {"a": ["TASK", "a.yaml", []]}}'  # of another version of lm-eval
 
 
-@pytest.mark.slow  # lm-eval's index
 def test_the_names_are_those_of_lm_evals_index_from_the_cache_and_before_there_is_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(_index, "load_yaml", functools.cache(_index.load_yaml))  # a look takes seconds
-    stock = TaskManager(include_path=[task_names.tasks_dir()])
-    stock_index = {str(name): entry for name, entry in stock.task_index.items()}
+    """A few of its folders have every kind: tasks by YAML and by Python, groups and tags."""
+    lm_evals, few = task_names.lm_evals_dir(), tmp_path / "tasks"
+    for folder in ("anli", "glue", "mmlu", "scrolls", "squadv2"):
+        shutil.copytree(lm_evals / folder, few / folder)
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(few / "manager.py"))  # beside which it looks
+    monkeypatch.setattr(task_names, "lm_evals_dir", lambda: few)
     monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path))
-    own, made, found = TaskManager(), [], []  # lm-eval's own tasks
+    stock, made, found = TaskManager(include_path=[task_names.tasks_dir()]).task_index, [], []
+    assert {entry.kind for entry in stock.values()} == {*Kind} - {Kind.UNKNOWN} and len(stock) > 100
     for damage in (None, None, "{", OLD, '{"state": "STATE", "index": {"a": 5}}'):
         if damage:
             (file,) = tmp_path.glob("tasks-*.json")
-            file.write_text(damage.replace("STATE", task_names._state(str(task_names.lm_evals_dir()))))
+            file.write_text(damage.replace("STATE", task_names._state(str(few))))
         task_names.lm_evals.cache_clear()
         with monkeypatch.context() as patched:
-            patched.setattr("lm_eval.tasks.TaskManager", lambda: made.append(1) or own)
+            patched.setattr("lm_eval.tasks.TaskManager", lambda: made.append(1) or TaskManager())
             found.append(task_names.names())
-    task_names.lm_evals.cache_clear()
-    assert all(names == {*stock_index} for names in found) and len(made) == 4
     tasks = Tasks()
     tasks.index_all()
+    task_names.lm_evals.cache_clear()
+    assert all(names == {*stock} for names in found) and len(made) == 4
     for name, entry in tasks.manager.task_index.items():
-        theirs = stock_index[name]
+        theirs = stock[name]
         assert (entry.kind, entry.yaml_path, entry.tags) == (theirs.kind, theirs.yaml_path, theirs.tags), name
 
 
