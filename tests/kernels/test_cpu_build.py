@@ -13,7 +13,6 @@ from dart_eval.kernels.cpu import build
 
 SMALL = '__attribute__((visibility("default"))) int cpu_level(void) { return 1; }\n'  # a library that is made quickly
 
-pytestmark = pytest.mark.slow  # of files and compilers, not of numbers
 has_compiler = pytest.mark.skipif(build.why_no_kernel() is not None, reason=f"{build.why_no_kernel()}")
 
 
@@ -58,6 +57,8 @@ def test_it_is_built_once_and_kept_by_what_it_is_made_of(small, monkeypatch):
     made = file.stat().st_mtime_ns
     monkeypatch.setattr(build, "_compile", None)  # not called again
     assert fresh().cpu_level() == 1 and file.stat().st_mtime_ns == made
+    monkeypatch.setenv("PATH", "")  # an image without the compiler that built it
+    assert fresh().cpu_level() == 1
 
 
 @has_compiler

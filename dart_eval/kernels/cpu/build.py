@@ -1,8 +1,9 @@
 """The kernels as a library that a process loads: compiled on first use with the machine's C compiler, then kept.
 
 In C: numba 0.68, which needs no compiler at the user's, reaches 79 % of a C prototype's speed in the bfloat16 product,
-and 21 % in the product of 4 bits. The library lies in the cache folder, named by a hash of source, compiler and
-flags, and ends in a digest of itself: what is damaged is made anew. It needs nothing of torch or Python.
+and 21 % in the product of 4 bits. The library lies in the cache folder, named by a hash of source, flags and
+processor, so that one built with an image serves where no compiler is, and ends in a digest of itself: what is damaged
+is made anew. It needs nothing of torch or Python.
 """
 
 from __future__ import annotations
@@ -88,14 +89,14 @@ def level(wanted: str | None = None) -> int:
 
 def _load(folder: Path | None) -> ctypes.CDLL:
     """Return the library of a folder, built where it is not there or damaged. folder: None: of none that stays."""
-    compiler, version = _compiler()
     sources = [file.read_bytes() for file in sorted(SOURCE.parent.glob("*.[ch]"))]
-    key = hashlib.sha256(b"\0".join([*sources, version, " ".join(FLAGS).encode()])).hexdigest()[:32]
+    made_for = " ".join([*FLAGS, platform.system(), platform.machine()])
+    key = hashlib.sha256(b"\0".join([*sources, made_for.encode()])).hexdigest()[:32]
     with contextlib.ExitStack() as stack:
         file = (folder or stack.enter_context(_temporary())) / f"kernels-{key}.so"
         with _lock(folder):  # workers that begin together do not all compile
             if folder is None or not _is_intact(file):
-                content = _compile(compiler, stack.enter_context(_temporary()))
+                content = _compile(_compiler(), stack.enter_context(_temporary()))
                 try:
                     write_atomically(file, content + hashlib.sha256(content).digest())
                 except OSError:
@@ -157,8 +158,8 @@ def _path() -> str:
     return os.pathsep.join(p for p in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(p))
 
 
-def _compiler() -> tuple[str, bytes]:
-    """Return a C compiler, and what it says of itself.
+def _compiler() -> str:
+    """Return a C compiler that runs.
 
     Raises:
         Missing: none is there.
@@ -166,8 +167,8 @@ def _compiler() -> tuple[str, bytes]:
     for name in COMPILERS:
         if (found := shutil.which(name, path=_path())) is not None:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
-                told = subprocess.run([found, "--version"], **_run_options("/"), check=True, timeout=SECONDS)
-                return found, found.encode() + told.stdout
+                subprocess.run([found, "--version"], **_run_options("/"), check=True, timeout=SECONDS)
+                return found
     raise Missing(f"no C compiler ({', '.join(COMPILERS)}) is on the PATH to build the kernels for CPUs")
 
 
