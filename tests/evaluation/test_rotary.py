@@ -83,6 +83,7 @@ def test_dense_equals_a_plain_forward_and_stock_hflm_at_batch_size_1(kind, token
     assert sum(nats > 0.01 for nats in apart) == (16 if kind == "dynamic" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "method", "scope"),
     product(CONFIGS, [(m, "scored") for m in METHODS], "longrope", every=8)
@@ -138,6 +139,9 @@ def test_rows_are_told_apart_by_their_angles():
     assert longrope.together(spans) == [[0, 1], [2], [3], [4, 5]]
     assert dynamic.together(spans) == [[0], [1], [2], [3], [4, 5]]
     assert plain.together(spans) == [[0, 1, 2, 3, 4, 5]]
+    model, kinds = tiny("llama"), [c().rope_parameters for c in CONFIGS.values()]
+    model.config.rope_parameters = {"full_attention": kinds[0], "sliding_attention": {"rope_type": "default"}}
+    assert Angles(model).least_length(90) == 49
 
 
 def test_angles_that_cannot_be_told_a_length_are_refused():

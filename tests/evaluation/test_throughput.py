@@ -212,6 +212,11 @@ def test_a_batch_size_is_a_number_of_rows_or_auto():
             checked("batch_size", wrong)
 
 
+def test_half_a_budget_holds_half_of_everything_and_at_least_one_of_each():
+    assert Budget(9, 5, 40, 8, 7).halved() == Budget(4, 2, 20, 8, 3)
+    assert Budget(1, 1, 1, 8).halved() == Budget(1, 1, 1, 8) and not Budget(1, 1, 40, 8).can_shrink
+
+
 @given(st.integers(1, 1 << 40), st.integers(1, 1 << 24))
 def test_gpu_budgets_are_powers_of_two_within_bounds(free, per_token):
     tokens = batching.gpu_tokens(free, per_token)

@@ -25,7 +25,7 @@ HALF = 2**-8  # h is rounded to bfloat16 in the product with all neurons, as in 
 CLOSE = 1e-3
 # x has 15 bits of the largest of 128 neighbours: where that is 50 times the others, and has no weight, fewer are left.
 OUTLIERS = 4e-3
-ROUNDINGS = [Rounding(bits, group) for bits in (4, 5, 6, 8) for group in (128, 0)]
+ROUNDINGS = [Rounding(bits, group) for bits, group in itertools.product((4, 5, 6, 8), (128, 0))] + [Rounding(4, 256)]
 
 
 def limit(kind):

@@ -51,6 +51,13 @@ def test_other_bits_are_refused():
             parse(text)
 
 
+def test_weights_that_are_to_be_rounded_are_not_rounded_again():
+    ffns = find_ffns(tiny("llama"))
+    make("rounding", {}).check(ffns, 0.75)
+    with pytest.raises(UserError, match="16-bit"):
+        make("rounding", {}).check(ffns, 0.75, parse("4:32").stored(ffns[0].width))
+
+
 def test_bits_of_a_weight_count_its_part_of_a_scale():
     assert Rounding(4).weight_bits(640) == 4.5
     assert Rounding(3).weight_bits(640) / 16 == pytest.approx(0.21875)

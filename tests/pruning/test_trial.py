@@ -94,7 +94,6 @@ def test_depth_judges_layers_by_the_stream_that_enters_the_ffn_and_what_it_adds(
 SEVERAL = ["deepseek_v3", "qwen2_moe", "granitemoehybrid", "gemma4_text with experts", "nemotron_h"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SEVERAL)
 def test_depth_judges_ffns_of_one_layer_by_what_they_add_together(name):
     model, ids = matrix_model(name), torch.tensor([random_tokens(12)])
@@ -179,6 +178,13 @@ def test_a_dense_ffn_beside_experts_is_refused_by_name(family, dtype, monkeypatc
     config, part = BESIDE[family]
     model = random_model(config(), dtype)
     with pytest.raises(UserError, match=part):
+        find_ffns(model)
+
+
+def test_what_a_mixture_adds_beside_its_experts_is_refused():
+    model = matrix_model("deepseek_v3")
+    model.model.layers[1].mlp.register_forward_hook(lambda _module, args, out: out + args[0])
+    with pytest.raises(UserError, match="layer 1 of"):
         find_ffns(model)
 
 

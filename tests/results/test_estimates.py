@@ -14,6 +14,12 @@ from dart_eval.results.store import Store
 from tests.helpers.records import answered, choosing, perplexities, samples, save
 
 
+def test_a_mean_of_tasks_is_tested_as_its_smallest_task_allows():
+    tasks = [Estimate(1.0, {f"{n} {i}": (-1.0) ** i for i in range(n)}) for n in (4, 40)]
+    assert [e.smallest for e in (*tasks, mean(tasks), mean(tasks).times(2), tasks[1] - tasks[0])] == [4, 40, 4, 4, 4]
+    assert mean(tasks).tested.p is None and tasks[1].tested.p is not None
+
+
 def simulated(generator, skill, tasks=((4, 0.5), (2, 0.62), (4, 0.3)), n=100):
     """Answers above chance under a row and under dense, which share the luck of each document.
 
