@@ -3,7 +3,7 @@
 Ray starts a worker by a command that begins with `sys.executable`. Here that is a script: it hands what it was given on
 to the nursery, waits for the worker that is forked there, and ends when it ends. The worker runs Ray's own program and
 has a process number of its own, by which Ray and the tests know it. It ends with the raylet, whose child the script is.
-All else of Ray's starts as ever.
+What serves its pages, its scaling and its logs does not start; all else of Ray's does as ever.
 """
 
 import contextlib
@@ -27,7 +27,10 @@ LOCAL = {
 }  # fmt: skip
 SCRIPT = """#!{python} -IS
 import json, os, select, socket, sys
-if not sys.argv[1].endswith("default_worker.py"):
+name = next((os.path.basename(word) for word in sys.argv[1:] if word.endswith(".py")), "")
+if name in ("dashboard.py", "monitor.py", "log_monitor.py"):
+    sys.exit()
+if name != "default_worker.py":
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 nursery = socket.socket(socket.AF_UNIX)
 nursery.connect({address!r})
