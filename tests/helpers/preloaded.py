@@ -9,8 +9,6 @@ import gc
 import importlib
 import signal
 
-from torch.utils import collect_env
-
 from tests.helpers import quick  # noqa: F401 - before anything runs
 
 for name in (
@@ -24,7 +22,6 @@ for name in (
     with contextlib.suppress(ImportError):  # an extra that is not installed
         importlib.import_module(name)
 
-collect_env.get_pretty_env_info()
 gc.collect()
 atexit.register(gc.unfreeze)  # libraries look at the end for what was not freed
 gc.freeze()  # children do not look through it at every cell, which copies its pages, too
