@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from dart_eval.sweep import run
 from dart_eval.sweep.options import RunConfig, config_from
 from dart_eval.sweep.plan import command, methods_of, plan
 from dart_eval.util.errors import UserError
-from tests.helpers.commands import ROOT, Watch
+from tests.helpers.commands import CONTEXT, Watch, start
 
 MODEL = Identity("tiny", None, "f00d")
 
@@ -237,24 +236,20 @@ def test_another_tokenizer_makes_another_model(saved_llama, tmp_path):
     assert len({*found}) == 3
 
 
-HASHER = """
-import sys
-from dart_eval.evaluation.settings import EvalSettings
-from dart_eval.evaluation.task_hash import task_hash
-from dart_eval.evaluation.tasks import Tasks
-print(*(task_hash(Tasks(sys.argv[1]).load(name), EvalSettings(limit=3, num_fewshot=1)) for name in sys.argv[2:]))
-"""
+def _hashes(data, names, pipe=None):
+    tasks, settings = Tasks(data), EvalSettings(limit=3, num_fewshot=1)
+    found = [task_hash(tasks.load(name), settings) for name in names]
+    return found if pipe is None else pipe.send(found)
 
 
 @pytest.mark.process
 @pytest.mark.slow
 def test_task_hashes_are_the_same_in_every_process(data_dir):
     """Functions inside configurations must not be hashed by their address."""
-    names, tasks = ["hellaswag", "winogrande", "smoke_drift"], Tasks(data_dir)
-    words = [sys.executable, "-c", HASHER, data_dir, *names]
-    other = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert other == [task_hash(tasks.load(name), EvalSettings(limit=3, num_fewshot=1)) for name in names]
-    assert len({*other}) == len(names)
+    names, (ours, theirs) = ["hellaswag", "winogrande", "smoke_drift"], CONTEXT.Pipe()
+    start(_hashes, data_dir, names, theirs)
+    found = _hashes(data_dir, names)
+    assert ours.recv() == found and len({*found}) == len(names)
 
 
 def score(text, how):
