@@ -3,12 +3,14 @@
 `make demo`, which CI runs, shows the same on the demo model.
 """
 
+import contextlib
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -18,12 +20,16 @@ import yaml
 from lm_eval._cli.harness import HarnessCLI
 from transformers import AutoTokenizer
 
+from dart_eval.bench import shapes
 from dart_eval.cli import application
+from dart_eval.kernels.cpu import build
 from dart_eval.models import demo_model
 from dart_eval.results.check import load_baseline
 from dart_eval.sweep.options import DEFAULTS, config_from
 from dart_eval.sweep.paper import load
+from dart_eval.util.files import cache_dir
 from tests.helpers.commands import ROOT, command, program
+from tests.helpers.models import tiny
 from tests.helpers.sessions import hooked
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -41,8 +47,10 @@ def commands(text):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, saved_llama):
-    """A cache where a tiny model stands for the demo model."""
+    """A cache where a tiny model stands for the demo model; its kernels are compiled already."""
     cache = tmp_path_factory.mktemp("cache")
+    if build.why_no_kernel() is None and (cache_dir() / "kernels").is_dir():
+        shutil.copytree(cache_dir() / "kernels", cache / "kernels")
     folder = shutil.copytree(saved_llama, cache / demo_model.place().name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -52,15 +60,22 @@ def small(tmp_path_factory, saved_llama):
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_the_commands_of_the_first_pages_run_in_their_order(small, tmp_path, demo_installed):
+def test_the_commands_of_the_first_pages_run_in_their_order(small, tmp_path, monkeypatch, demo_installed):
+    """Each verb's first one as a process."""
     first, lines = (commands("\n".join(blocks(page, "console"))) for page in ("README.md", "docs/start.md"))
     assert {*first} <= {*lines} and len(lines) >= 15
+    monkeypatch.setenv("DART_EVAL_CACHE", str(small))
+    monkeypatch.setitem(shapes.SHAPES, "llama-3.1-8b", lambda shape=tiny("llama").config: shape)
+    monkeypatch.chdir(tmp_path)
+    begun = set()
     for line in (*lines, lines[0]):
-        fewer = ("--method", "griffin") if "overhead" in line else ()  # all methods take 40 s
-        done = program(*shlex.split(line)[1:], *fewer, cwd=tmp_path, env=os.environ | {"DART_EVAL_CACHE": str(small)})
-        assert done.returncode == 0 and done.stdout.strip(), (line, done.stderr)
-        assert not re.search("(?i)error|warning|traceback", done.stderr), (line, done.stderr)
-    assert "done " not in done.stderr  # the first run's cells were finished already
+        words = [*shlex.split(line)[1:], *(("--prompt", "16") if "decode" in line else ())]
+        done = command(*words) if words[0] in begun else program(*words)
+        code, out, said = done if words[0] in begun else (done.returncode, done.stdout, done.stderr)
+        assert code == 0 and out.strip(), (line, said)
+        assert not re.search("(?i)error|warning|traceback", said), (line, said)
+        begun.add(words[0])
+    assert "done " not in said  # the first run's cells were finished already
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/recipes.md"])
@@ -141,35 +156,57 @@ def test_the_regression_sweep_fits_its_baseline():
 
 # -- what is shipped around the package --------------------------------------------------------------------------------
 
-BIN = Path(sys.executable).parent
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.process
+# In the place of the program: this process runs what it was asked for, and says how that ended.
+STANDS_IN = """#!/bin/sh
+printf '%s\\0' "$@" > asked
+read status < ended
+exit $status
+"""
+
+
 @pytest.mark.slow
-def test_the_action_runs_passes_and_fails_with_the_check(saved_llama, tmp_path):
+def test_the_action_runs_passes_and_fails_with_the_check(saved_llama, tmp_path, monkeypatch):
     """By bash, its inputs in the environment, as a runner does; a file's name would break a script."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
+    Path("dart-eval").write_text(STANDS_IN)
+    Path("dart-eval").chmod(0o755)
+    os.mkfifo("asked")
+    os.mkfifo("ended")
+    asked = os.open("asked", os.O_RDWR | os.O_NONBLOCK)
 
     def step(name, **given):
         values = {f"inputs.{key}": given.get(key, field.get("default")) for key, field in ACTION["inputs"].items()}
-        values["github.action_path"] = str(ROOT)
         (found,) = [s for s in ACTION["runs"]["steps"] if s.get("name") == name]
         env = {key: re.sub(r"\$\{\{ (\S+) \}\}", lambda m: values[m[1]], value) for key, value in found["env"].items()}
-        env |= {"PATH": f"{BIN}:{os.environ['PATH']}", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
         words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", found["run"]]
-        return subprocess.run(words, cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True)
+        process, out = subprocess.Popen(words, env={**os.environ, **env}), ""
+        while process.poll() is None:
+            with contextlib.suppress(BlockingIOError):
+                done = command(*os.read(asked, 10_000).decode().split("\0")[:-1])
+                Path("ended").write_text(f"{done.code}\n")
+                out += done.out
+            time.sleep(0.01)
+        return process.returncode, out
 
     config = "a $(touch pasted).yaml"
     options = {"model": saved_llama, "tasks": "smoke_questions", "method": ["dense", "griffin"], "limit": 4}
-    (tmp_path / config).write_text(yaml.safe_dump(options))
-    assert step("Run", config=config, args="--limit 3\n--sparsity 0.4\n").returncode == 0
-    results = tmp_path / ACTION["inputs"]["output"]["default"]
-    assert command("check", results, "--baseline", tmp_path / "base line.json", "--update").code == 0
-    checked = step("Check", config=config, baseline="base line.json")
-    assert checked.returncode == 0 and (results / "junit.xml").is_file(), checked.stderr
-    next(file for file in (results / "cells").glob("*.json") if "griffin" in file.name).unlink()
-    failed = step("Check", config=config, baseline="base line.json")
-    assert failed.returncode == 1 and "::error" in failed.stdout and not (tmp_path / "pasted").exists()
+    Path(config).write_text(yaml.safe_dump(options))
+    assert step("Run", config=config, args="--limit 3\n--sparsity 0.4\n")[0] == 0
+    results = Path(ACTION["inputs"]["output"]["default"])
+    (pruned,) = (results / "cells").glob("*griffin*.json")
+    assert json.loads(pruned.read_text())["inputs"]["sparsity"] == 0.4
+    assert command("check", results, "--baseline", "base line.json", "--update").code == 0
+    assert step("Check", config=config, baseline="base line.json")[0] == 0
+    assert {"report.html", "junit.xml"} <= {file.name for file in results.iterdir()}
+    pruned.unlink()
+    code, out = step("Check", config=config, baseline="base line.json")
+    os.close(asked)
+    assert code == 1 and "::error" in out and not Path("pasted").exists()
 
 
 def test_no_script_of_ours_has_a_value_pasted_into_it():
