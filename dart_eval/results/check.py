@@ -316,11 +316,22 @@ def table(report: Comparison, every: bool = False, terminal: bool = False) -> Ta
         f"FELL: recovery below {limits['recovery']:g} (or the task's own) and one-sided p < {limits['alpha']:g} after "
         "Holm over all rows; where nothing can be tested, recovery alone decides.",
         "Perplexities: now - then of logarithms.",
+        *least_falls(report),
         *report.notes,
     ]
     frame = pd.DataFrame(rows, dtype=object)
     frame = frame.assign(ends=[interval(row.get("low"), row.get("high")) for row in rows])
     return show.table(report.title, frame, {h: c for h, c in COLUMNS.items() if not terminal or h != "why"}, notes)
+
+
+def least_falls(report: Comparison) -> list[str]:
+    """Return the least falls in right answers that these tests could have noticed; none where there were none."""
+    sizes = sorted({row["n"] for row in report.rows if row.get("kind") == "proportion" and row["p_holm"] is not None})
+    tested = sum(row["p_holm"] is not None for row in report.rows)
+    wrong = math.floor(math.log2(tested / report.about["thresholds"]["alpha"])) + 1 if sizes else 0  # .5**wrong < level
+    falls = [f"{100 * wrong / n:.1f} points at n = {n}" for n in sizes if n >= wrong]
+    seen = f"a fall of accuracy from {', '.join(falls)} ({wrong} answers turn wrong and none right)"
+    return [f"Tests notice {seen}; one of log-likelihoods or perplexity much earlier (docs/ci.md)."] if falls else []
 
 
 def sentence(row: Json) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
@@ -191,6 +192,19 @@ def test_a_loss_of_every_answer_falls_however_many_rows_there_are(documents, row
     assert {r["verdict"] for r in found.rows} == {FELL}
     assert f"not tested: {documents} independent units" in found.rows[0]["why"]
     assert not bad(checked(then, then))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_the_least_fall_that_a_check_names_is_the_least_that_falls(rows):
+    def found(wrong):
+        then, now = ([answered(f"t{i}", [{"exact_match": float(d >= lost)} for d in range(40)]) for i in range(rows)]
+                     for lost in (0, wrong))  # fmt: skip
+        return checked([*now[:1], *then[1:]], then)
+
+    (text,) = checks.least_falls(found(1))
+    wrong = int(re.search(r"(\d+) answers", text)[1])
+    assert f"{100 * wrong / 40:.1f} points at n = 40" in text
+    assert [len(bad(found(n))) for n in (wrong - 1, wrong)] == [0, 1]
 
 
 def test_a_loss_that_is_left_untested_has_the_threshold():
