@@ -7,7 +7,6 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, Phi3Config
 
-from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.rotary import Angles
@@ -16,7 +15,7 @@ from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn, product
 from tests.helpers.models import SMALL, made, random_tokens, tiny
-from tests.helpers.requests import TextRequest, words
+from tests.helpers.requests import TextRequest, output_head_of, words
 from tests.helpers.sessions import RESTLESS, hooked, open_session
 
 ORIGINAL = 48  # tokens up to which the angles are the first ones
@@ -49,7 +48,7 @@ def _requests():
 
 
 def _scores(model, method, batch_size, requests, scope="scored", share=True):
-    head = output_head(model)
+    head = output_head_of(model)
     with open_session(model, method[0], 0.5, **method[1]) if method else contextlib.nullcontext(Session()) as session:
         return [s.logprob for s in scorer(model, head, session, batch_size, scope, share).score(requests)]
 
@@ -87,14 +86,14 @@ def test_dense_equals_a_plain_forward_and_stock_hflm_at_batch_size_1(kind, token
 @pytest.mark.parametrize(
     ("kind", "method", "scope"),
     product(CONFIGS, [(m, "scored") for m in METHODS], "longrope", every=8)
-    + product(CONFIGS, [(m, "last") for m in METHODS], "longrope", every=8),
+    + product(CONFIGS, [(m, "last") for m in METHODS[::2]], "longrope", every=8),
 )
 def test_results_do_not_depend_on_the_batch_size_the_order_or_what_ran_before(kind, method, scope):
     model, requests = _model(kind), _requests()
-    alone = [_scores(_model(kind), method, 1, [request], scope)[0] for request in requests[:12]]
+    alone = [_scores(_model(kind), method, 1, [request], scope)[0] for request in requests[1:12:2]]
     for batch_size in (1, 8):
         found = _scores(model, method, batch_size, requests, scope)
-        assert found[:12] == pytest.approx(alone, abs=1e-6)
+        assert found[1:12:2] == pytest.approx(alone, abs=1e-6)
     assert _scores(model, method, 3, requests[::-1], scope)[::-1] == pytest.approx(found, abs=1e-6)
 
 

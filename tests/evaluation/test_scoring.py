@@ -323,20 +323,18 @@ KINDS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "params", "scope", "bits"), in_turn(KINDS, [
-    *zip(SCOPES, itertools.cycle(["16", "8"])), ("scored", "8"),
+    *zip(SCOPES, itertools.cycle(["8", "16"])),
 ]))  # fmt: skip
 @torch.no_grad()
 def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, bits):
     if scope == "all" and method == "griffin":
         pytest.skip("its mask is made from all inputs: test_scored.py")
     model = tiny("llama", dtype=torch.float32)
-    requests = [
-        Request(random_tokens(c, seed=c), random_tokens(a, seed=50 + a)) for c, a in ((23, 6), (9, 1), (3, 8), (30, 2))
-    ]
+    requests = [Request(random_tokens(c, seed=c), random_tokens(a, seed=50 + a)) for c, a in ((23, 6), (9, 1), (3, 8))]
     with rounded_ffns(model, "16" if method == "grinqh" else bits):  # it makes codes of 16-bit weights
         dense = [dense_logits(model, r) for r in requests]  # on the same weights, without a session
         with open_session(model, method, 0.5, **params) as session:
-            found = _score(model, session, requests, scope, batch_size=3, distances=True)
+            found = _score(model, session, requests, scope, batch_size=2, distances=True)
             serves = session.prompts_on_codes
             hand = [by_hand(model, session, r, scope) for r in requests]
         for request, score, plain, (logits, not_read) in zip(requests, found, dense, hand, strict=True):

@@ -161,12 +161,12 @@ def test_tasks_travel_in_the_wheel_with_the_types_and_the_version(tmp_path):
     assert wheel.name.startswith(f"dart_eval-{dart_eval.__version__}-")
 
 
-@pytest.mark.slow  # reads all YAML files of lm-eval
-def test_every_field_that_makes_clusters_is_one_of_its_tasks_data():
-    configs = {path: path.read_text() for path in STOCK.rglob("*.yaml")}
+@pytest.mark.slow  # the index of all tasks
+def test_every_field_that_makes_clusters_is_one_of_its_tasks_data(tasks):
+    tasks.index_all()
     for name, field in CLUSTERS.items():
-        (path,) = [path for path, text in configs.items() if f"\ntask: {name}\n" in f"\n{text}"]
-        assert any(field in other.read_text() for other in path.parent.glob("*.*")), (name, field)
+        folder = tasks.manager.task_index[name].yaml_path.parent
+        assert any(field in other.read_text() for other in folder.glob("*.*")), (name, field)
 
 
 @pytest.mark.slow  # the index of all tasks
