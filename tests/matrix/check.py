@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import warnings
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens
-from tests.helpers.sessions import RESTLESS, decoded, generate, open_session
+from tests.helpers.sessions import RESTLESS, generate, open_session
 from tests.matrix.types import tiny
 
 CLAIMS = ("masked", "generation", "scoring", "choices", "dart", "copied")
@@ -56,7 +57,7 @@ def row(name):
         except UserError as error:
             found.claims[claim] = said(error)
     with contextlib.suppress(UserError):  # it has no column
-        tried.reads("grinqh")
+        tried.reads("grinqh", 2)
     alike = set(found.claims.values())
     return Row(name, refused=alike.pop()) if len(alike) == 1 and "" not in alike else found
 
@@ -76,17 +77,22 @@ class Tried:
     def generate(self, tokens=STEPS):
         return generate(self.model, self.prompt, tokens)
 
-    def same(self, method):
+    @functools.cached_property
+    def griffin(self):
+        """[tokens, B, V]: logits under griffin's mask."""
+        return self.reads("griffin", STEPS)[1]
+
+    def same(self, method, tokens=STEPS):
         """Without sparsity it is the model itself, token by token."""
         with open_session(self.model, method, 0.0, "masked"):
-            assert torch.equal(self.generate().sequences, self.dense.sequences)
+            assert torch.equal(self.generate(tokens).sequences, self.dense.sequences[:, : PROMPT + tokens])
 
-    def reads(self, method, tokens=STEPS, **params):
-        """Every decoded token reads half; the session, after it."""
+    def reads(self, method, tokens, **params):
+        """Every decoded token reads half; the session, after it, and logits."""
         with open_session(self.model, method, 0.5, "masked", **params) as session:
-            self.generate(tokens)
+            found = self.generate(tokens)
             assert read(session, 0.5, 0.03)
-            return session
+            return session, torch.stack(found.logits)
 
 
 def read(session, share, within):
@@ -125,7 +131,7 @@ def masked(tried):
 def generation(tried):
     """Without sparsity it is the model itself; with it every decoded token reads its share."""
     tried.same("griffin")
-    tried.reads("griffin")
+    assert len(tried.griffin) == STEPS
 
 
 def scoring(tried):
@@ -159,7 +165,7 @@ def choices(tried):
 
     Every token of every layer keeps exactly the largest |h|, as what runs before and after the choice sees them.
     """
-    tried.same("oracle-token")
+    tried.same("oracle-token", 2)
     ffns, before, after = find_ffns(tried.model), {}, {}
     with contextlib.ExitStack() as hooks:
         for ffn in ffns:
@@ -167,7 +173,7 @@ def choices(tried):
         with open_session(tried.model, "oracle-token", 0.4, execution="masked") as session:
             for ffn in ffns:
                 hooks.callback(_h(ffn, after).remove)
-            tried.generate()
+            tried.generate(2)
             counts = session.rows.counts[0, :, 1].tolist()
             assert read(session, 0.6, 0.03)
     for ffn, count in zip(ffns, counts, strict=True):
@@ -184,23 +190,21 @@ def _h(ffn, into):
 
 def dart(tried):
     """Layers keep as much as they change the stream, all of them their share, and new masks come while it decodes."""
-    session = tried.reads("dart", 2 * STEPS, **RESTLESS)
+    session, _ = tried.reads("dart", 5, **RESTLESS)
     kept = [int(k) / f.size for k, f in zip(session.rows.counts[0, :, 0], session.ffns, strict=True)]
     assert sum(session.remasks) and (len(session.ffns) == 1 or max(kept) > min(kept))
 
 
 def copied(tried):
     """The neurons that are kept, side by side in memory, give what masks give."""
-    found = []
-    for execution, runs in (("auto", "copied"), ("masked", "masked")):
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            with open_session(tried.model, "griffin", 0.5, execution) as session:
-                if execution == "auto" and not session.fast.available:
-                    raise UserError(str(warned[0].message))
-                found.append(decoded(tried.model, session, tried.prompt, STEPS)[0])
-                assert session.execution == runs and read(session, 0.5, 0.02)
-    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with open_session(tried.model, "griffin", 0.5) as session:
+            if not session.fast.available:
+                raise UserError(str(warned[0].message))
+            found = torch.stack(tried.generate().logits)
+            assert session.execution == "copied" and read(session, 0.5, 0.02)
+    assert torch.allclose(found, tried.griffin, rtol=1e-4, atol=1e-4)
 
 
 CHECKS = {

@@ -6,7 +6,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from tests.matrix.check import Tried, choices, generation, masked, scoring
 from tests.matrix.types import IMAGES as SIDE
-from tests.matrix.types import _usual
+from tests.matrix.types import usual
 
 PIXELS = {**SIDE, "image_size": 28, "patch_size": 14}
 QWEN = {**SIDE, "depth": 1, "num_heads": 4, "out_hidden_size": 32, "num_position_embeddings": 16}
@@ -23,7 +23,7 @@ KINDS = {
 
 def tiny(kind):
     text, more, images = KINDS[kind]
-    text_config = {**_usual(CONFIG_MAPPING[text]), **more, "model_type": text}
+    text_config = {**usual(CONFIG_MAPPING[text]), **more, "model_type": text}
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](text_config=text_config, vision_config=images)
     model = AutoModelForImageTextToText.from_config(config).eval()

@@ -27,13 +27,13 @@ NOT_MADE = {
 TYPES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - OTHERS - set(NOT_MADE))
 
 WORDS, VOCABULARY, WIDTH = 96, 104, 32  # embeddings have more rows than there are words, as checkpoints do
+DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 # Values by the name of a parameter, in whatever configuration has it.
 USUAL = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     "unpadded_vocab_size": WORDS,
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "conv_dim", "block_dim", "lru_width"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 48),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 4),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "dff"), 48),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "swa_num_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "mamba_n_heads", "mamba_num_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("linear_num_value_heads",), 4),
@@ -59,7 +59,7 @@ USUAL = {
 }  # fmt: skip
 # What the usual values do not fit.
 LATENT = {"num_key_value_heads": 4}  # attention through a latent: every head has keys of its own
-WINDOWS = ["sliding_attention", "full_attention"] * 2
+WINDOWS, RECURRENT = ["sliding_attention", "full_attention"], ["linear_attention", "full_attention"]
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 IMAGES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 HYBRID = {"layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": 4}
@@ -67,10 +67,19 @@ _LATENT = """
 axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash
 minicpm3 sarvam_mla youtu
 """
+# Two layers are not one of each kind, or layers share something.
+_DEEP = """
+afmoe bailing_hybrid beam deepseek_v4 dory dots3_note_text exaone_moe flint gemma3n_text gemma4 gemma4_text
+gemma4_unified gemma4_unified_text hy_v4 inkling2_loop_text kimi_linear lara_mini lfm2_moe lfm3 llama4 llama4_text
+modernbert-decoder qwen4_exp_text recurrent_gemma smollm3 zamba zamba2
+"""
+DEEP = set(_DEEP.split())
 UNUSUAL = {
     **dict.fromkeys(_LATENT.split(), LATENT),
     "bailing_hybrid": {"layer_group_size": 2, "num_key_value_heads": 4},
-    "bamba": {"attn_layer_indices": [1, 3]},
+    **{name: {"layer_types": WINDOWS} for name in ("cohere2", "cohere2_moe", "exaone4", "olmo3")},
+    **{name: {"layer_types": RECURRENT} for name in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")},
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"layer_types": WINDOWS, "rope_parameters": dict.fromkeys(WINDOWS, ROTARY)},
     "dots3_note_text": {**LATENT, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
         "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
@@ -91,13 +100,13 @@ UNUSUAL = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH},
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {**LATENT, "layer_types": ["linear_attention", "full_attention"] * 2},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "kimi_linear": {**LATENT, "layer_types": RECURRENT * 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "falcon_h1": {"mamba_d_ssm": 64, "mlp_multipliers": [0.7, 1.3]},
     "gemma3n_text": {
-        "num_kv_shared_layers": 1, "layer_types": WINDOWS, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+        "num_kv_shared_layers": 1, "layer_types": WINDOWS * 2, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
     },
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "llama4_text": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "qwen4_exp_text": {
@@ -117,12 +126,12 @@ VARIANTS = {
 }
 
 
-def tiny(name, dtype=torch.float32):
+def tiny(name, dtype=torch.float32, depth=2):
     """A random model of a type, or of a variant, with norms, factors and biases that all do something."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(_config(name)).eval()
+        model = AutoModelForCausalLM.from_config(_config(name, depth)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.1 if p.dim() == 1 else 0.2))
@@ -130,15 +139,16 @@ def tiny(name, dtype=torch.float32):
     return model.to(dtype)
 
 
-def _config(name):
+def _config(name, depth):
     name, further = VARIANTS.get(name, (name, {}))
-    cls = CONFIG_MAPPING[name]
-    values = {**_usual(cls), **UNUSUAL.get(name, {}), **further}
+    cls, depth = CONFIG_MAPPING[name], 4 if name in DEEP else depth
+    values = {**usual(cls, depth), **UNUSUAL.get(name, {}), **further}
     text = (cls.sub_configs or {}).get("text_config")
     if text is not None:
-        values["text_config"] = {**_usual(text), **UNUSUAL.get(f"{name}_text", {})}
+        values["text_config"] = {**usual(text, depth), **UNUSUAL.get(f"{name}_text", {})}
     return cls(**values)
 
 
-def _usual(cls):
-    return {name: USUAL[name] for name in inspect.signature(cls.__init__).parameters if name in USUAL}
+def usual(cls, depth=2):
+    values = {**USUAL, **dict.fromkeys(DEPTH, depth)}
+    return {name: values[name] for name in inspect.signature(cls.__init__).parameters if name in values}

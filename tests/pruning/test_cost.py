@@ -43,7 +43,7 @@ def test_weights_and_shares(family):
 def test_attention_whose_output_projection_stands_behind_a_gate():
     """Inkling 2, by hand: 4 heads, each with 8 values of keys and of values."""
     model = typed("inkling2_text")
-    assert shape_of(model, find_ffns(model)).attention_widths == (4 * (8 + 8),) * 4
+    assert shape_of(model, find_ffns(model)).attention_widths == (4 * (8 + 8),) * 2
 
 
 def test_what_dart_adds_is_what_its_formulas_take(llama):

@@ -110,7 +110,7 @@ def test_depth_judges_ffns_of_one_layer_by_what_they_add_together(name):
 )
 def test_depth_gives_ffns_of_one_layer_one_density(name, numbers):
     """Its depth is that of the layer, and the mean is over neurons: layers with experts have other sizes."""
-    model, ids = matrix_model(name), torch.tensor([random_tokens(12)])
+    model, ids = matrix_model(name, depth=4), torch.tensor([random_tokens(12)])
     ffns = find_ffns(model)
     with open_session(model, "dart", 0.5, remask="never") as session:
         model(ids, use_cache=True)
