@@ -8,13 +8,13 @@ import json
 import lzma
 import math
 import tarfile
-from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import command
+from dart_eval.results import board, frame
+from dart_eval.results.store import Store
+from tests.helpers.commands import ROOT, command
 
-ROOT = Path(__file__).resolve().parents[2]
 ARCHIVES = sorted(ROOT.glob("results/board/*.tar.xz"))
 GOLDEN = ROOT / "tests" / "golden" / "boards"
 KEYS = ("model", "label", "scope", "task", "metric", "seed")  # what tells a row to a reader of a failure
@@ -22,11 +22,23 @@ KEYS = ("model", "label", "scope", "task", "metric", "seed")  # what tells a row
 
 @pytest.fixture(scope="module", params=ARCHIVES, ids=lambda archive: archive.name.partition(".")[0])
 def archive(request, tmp_path_factory):
-    """The name of an archive, and its folder of results."""
+    """The name of an archive, and its folder of results; both tests share what is read, and compared with dense."""
     folder = tmp_path_factory.mktemp("archive") / "out"
     with tarfile.open(request.param) as packed:
         packed.extractall(folder, filter="data")
-    return request.param.name.removesuffix(".tar.xz"), folder
+    store, pairs = Store(folder), {}
+    cells = {cell.key: cell for cell in frame.with_distances([frame.cell_of(store, r) for r in store.load()])}
+
+    def paired(a, b, stock=frame.paired):
+        if (a.key, b.key) not in pairs:
+            pairs[a.key, b.key] = stock(a, b)
+        return pairs[a.key, b.key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frame, "paired", paired)
+        for user in (board, frame):
+            patch.setattr(user, "with_distances", lambda some, texts=True: [cells[cell.key] for cell in some])
+        yield request.param.name.removesuffix(".tar.xz"), folder
 
 
 def same(here, there):
