@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from transformers import LogitsProcessor
 
 from tests.golden import surface
 from tests.golden.cases import CONFIGS, NEW_TOKENS, PROMPTS, QUESTIONS, SETTINGS, TEXTS, model, tokens
@@ -36,12 +37,13 @@ def _decode(tiny, setting, execution, prompts):
     mask = torch.tensor([(0,) * (width - len(p)) + (1,) * len(p) for p in prompts])
     rows, first = range(len(prompts)), []
 
-    def after_the_prompt(_ids, logits):
-        first.extend(surface.masks(session, row) for row in rows if len(first) < len(rows))
-        return logits
+    class AfterThePrompt(LogitsProcessor):  # of a plain function transformers parses the signature at every token
+        def __call__(self, input_ids, scores):
+            first.extend(surface.masks(session, row) for row in rows if len(first) < len(rows))
+            return scores
 
     with surface.session_of(tiny, setting, execution) as session:
-        output = generate(tiny, ids, NEW_TOKENS, mask, logits_processor=[after_the_prompt])
+        output = generate(tiny, ids, NEW_TOKENS, mask, logits_processor=[AfterThePrompt()])
         logits = torch.stack(output.logits, 1).float().numpy()
         sequences = [
             {
