@@ -21,20 +21,11 @@ def scores_by_hand(model, prompt, layer):
 
     From the experts' inputs alone, and by the formulas of SwiGLU and of gpt-oss.
     """
-    block = model.model.layers[layer].mlp
-    given = {}
-    hook = block.experts.register_forward_pre_hook(lambda _m, args: given.update(x=args[0], at=args[1], w=args[2]))
-    with torch.no_grad():
+    with torch.no_grad(), watching(model, layer) as seen:
         model(input_ids=prompt)
-    hook.remove()
-    experts, scores = block.experts, None
-    for x, index, weights in zip(given["x"], given["at"], given["w"], strict=True):
-        found = [(e, hidden(experts, x, e) * w) for e, w in zip(index.tolist(), weights, strict=True)]
-        norm = torch.cat([h for _, h in found]).norm()
-        scores = torch.zeros(len(experts.down_proj), len(found[0][1])) if scores is None else scores
-        for expert, h in found:
-            scores[expert] += (h / norm).square()
-    return scores, sorted(set(given["at"].flatten().tolist()))
+    (*given, _answer), experts = seen[0], model.model.layers[layer].mlp.experts
+    each = [of_token(experts, *token) for token in zip(*given, strict=True)]
+    return sum((h / h.norm()).square() for h in each), set(given[1].flatten().tolist())
 
 
 @pytest.mark.parametrize(("name", "length"), [("qwen3_moe", 24), ("qwen3_moe", 1), ("gpt_oss", 24), ("mixtral", 2)])
@@ -130,10 +121,10 @@ LAYER = 1
 
 
 @contextmanager
-def watching(model):
+def watching(model, layer=LAYER):
     """(x [N, D], experts [N, count], weights [N, count], answer [N, D]) of each forward of one layer's experts."""
     seen = []
-    experts = model.model.layers[LAYER].mlp.experts
+    experts = model.model.layers[layer].mlp.experts
     hook = experts.register_forward_hook(lambda _m, args, out: seen.append((*args, out)))
     try:
         yield seen

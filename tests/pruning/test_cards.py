@@ -100,8 +100,7 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_ll
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "params", "shared"),
-    product(["llama", "gpt2", "opt"], SETTINGS, every=len(SETTINGS)),
+    ("family", "method", "params", "shared"), product(["llama", "gpt2", "opt"], SETTINGS, every=len(SETTINGS))
 )
 @pytest.mark.slow
 def test_a_spread_model_decodes_as_one_that_is_not(family, method, params, shared):

@@ -19,15 +19,7 @@ from dart_eval.pruning.methods.cats import Cats, MCountdown, OracleToken, TokenC
 from dart_eval.pruning.registry import make
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny
-from tests.helpers.sessions import (
-    RandomCalibration,
-    decoded,
-    generate,
-    go_on,
-    open_session,
-    prompts_of,
-    rows_of,
-)
+from tests.helpers.sessions import RandomCalibration, decoded, generate, go_on, open_session, prompts_of, rows_of
 
 # -- one layer -------------------------------------------------------------------------------------------------------
 

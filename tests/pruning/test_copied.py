@@ -151,11 +151,7 @@ def test_a_keyboard_interrupt_in_generate():
     model = biased("llama")
     before = bits(model)
     for at in range(100, 3000, 311):
-        with (
-            pytest.raises(KeyboardInterrupt),
-            open_session(model, "dart", 0.5, **RESTLESS),
-            Interrupt(at, False),
-        ):
+        with pytest.raises(KeyboardInterrupt), open_session(model, "dart", 0.5, **RESTLESS), Interrupt(at, False):
             model.generate(torch.tensor([random_tokens(20)]), max_new_tokens=30, do_sample=False)
         assert same(model, before)
 

@@ -29,17 +29,6 @@ from tests.helpers.sessions import generate, open_session, prompts_of
 from tests.matrix.types import tiny as typed
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_weights_and_shares(family):
-    model = tiny(family)
-    shape = shape_of(model, find_ffns(model))
-    assert shape.weight_bytes == sum(p.numel() for p in model.parameters()) * 8
-    assert shape.ffn_weights == sum(
-        w.numel() for f in find_ffns(model) for w in [*f.input_weights(), f.output_weight()]
-    )
-    assert 0 < shape.ffn_share < 1
-
-
 def test_attention_whose_output_projection_stands_behind_a_gate():
     """Inkling 2, by hand: 4 heads, each with 8 values of keys and of values."""
     model = typed("inkling2_text")

@@ -331,22 +331,22 @@ def test_the_model_says_the_same_through_packed_products_and_is_itself_afterward
         pass
 
 
-@pytest.mark.slow
-def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
-    model = wide()
-    model.save_pretrained(tmp_path / "model")
+@pytest.fixture
+def timed(tmp_path, tokenizer):
+    """Times methods on a saved model; the command, done."""
+    wide().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    out = command(
-        "bench", "decode", "--model", str(tmp_path / "model"), "--method", "griffin", "--ffn-bits", "4:128",
-        "--steps", "2", "--rounds", "1", "--prompt", "8", "--format", "json", "--output", str(tmp_path / "out"),
-    )  # fmt: skip
+    words = ("bench", "decode", "--model", tmp_path / "model", "--steps", "2", "--rounds", "1", "--prompt", "8")
+    return lambda method, *more: command(*words, "--method", method, "--format", "json", *more)
+
+
+@pytest.mark.slow
+def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, timed):
+    out = timed("griffin", "--ffn-bits", "4:128", "--output", tmp_path / "out")
     griffin, dense, _ = json.loads(out.out)
     bits = 4 + 16 * (2 / 64 + 1 / 128) / 3  # a scale for each row
-    assert (
-        griffin["method"] == "griffin"
-        and dense["bits"] == "4:128"
-        and dense["weights_read"] == pytest.approx(bits / 16)
-    )
+    assert griffin["method"] == "griffin" and dense["bits"] == "4:128"
+    assert dense["weights_read"] == pytest.approx(bits / 16)
     assert dense["speedup"] > 0 and dense["ceiling"] > 1 and dense["speedup_n"] == 2
     kept = speeds.load_speeds(tmp_path / "out")
     found = {(s.sparsity, s.ffn_bits): s for s in kept}
@@ -358,15 +358,10 @@ def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, tokenizer):
+def test_what_no_packed_product_takes_is_counted_on_rounded_weights(timed):
     """4.5 and 3.5 bits of 16, and what a method reads of these."""
-    wide().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    words = (
-        "bench", "decode", "--model", str(tmp_path / "model"), "--method", "griffin", "--ffn-bits", "4,3",
-        "--steps", "2", "--rounds", "1", "--prompt", "8", "--sparsity", "0.5", "--format", "json",
-    )  # fmt: skip
-    found = {(r["method"], r.get("bits")): r for r in json.loads(command(*words).out)}
+    done = timed("griffin", "--ffn-bits", "4,3", "--sparsity", "0.5")
+    found = {(r["method"], r.get("bits")): r for r in json.loads(done.out)}
     assert list(found) == [("griffin", None), ("dense", "4"), ("griffin", "4"), ("dense", "3"), ("griffin", "3")]
     for (method, few), row in found.items():
         if few:
@@ -380,11 +375,8 @@ def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, to
 
 
 @pytest.mark.slow
-def test_methods_out_of_reach_on_rounded_weights_alone_are_left_out_there(tmp_path, tokenizer):
-    wide().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    words = ("bench", "decode", "--model", str(tmp_path / "model"), "--steps", "2", "--rounds", "1", "--prompt", "8")
-    done = command(*words, "--method", "decdec,rounding", "--ffn-bits", "2", "--sparsity", "0.6", "--format", "json")
+def test_methods_out_of_reach_on_rounded_weights_alone_are_left_out_there(timed):
+    done = timed("decdec,rounding", "--ffn-bits", "2", "--sparsity", "0.6")
     found = [(r["method"], r.get("bits")) for r in json.loads(done.out)]
     assert found == [("decdec", None), ("rounding", None), ("dense", "2")] and done.err.count("is left out") == 2
 

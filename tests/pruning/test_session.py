@@ -228,21 +228,14 @@ def test_tokens_that_cannot_be_taken_back_stay(family, method, tokens, words):
 # -- effective sparsity by hand: blocks, and what a batch computes for a sequence that has ended ----------------------
 
 
-def test_every_token_of_a_block_counts():
-    tally = Tally()
-    tally.context(1, False)
-    tally.decode(torch.tensor([0.5]), 3)
-    tally.decode(torch.tensor([1.0]), 1)
-    assert tally.share == pytest.approx(3 * 0.5 / 5)
-
-
-def test_a_token_without_word_of_its_end_goes_on():
+def test_every_token_of_a_block_counts_and_one_without_word_of_its_end_goes_on():
     tally, half = Tally(), torch.tensor([0.5])
     tally.context(1, False)
     tally.decode(half, 1, torch.tensor([True]))
     assert tally.share == 0
-    tally.decode(half, 1)
-    assert tally.share == pytest.approx(2 * 0.5 / 3)
+    tally.decode(half, 3)
+    tally.decode(torch.tensor([1.0]), 1)
+    assert tally.share == pytest.approx(4 * 0.5 / 6)
 
 
 # -- what a developer meets who uses the package as a library ---------------------------------------------------------

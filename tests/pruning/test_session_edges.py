@@ -431,47 +431,31 @@ def test_values_decoded_in_inference_mode_serve_gradients_later():
     assert not values().is_inference()
 
 
-def test_padding_after_an_end_is_no_score_of_a_shared_mask():
-    """DART's code gathers scores of dense tokens after an alarm."""
-    model = tiny("llama", dtype=torch.float64)
-    ids = torch.cat([prompt(12, 1), prompt(12, 2)])
-    params = RESTLESS | {"remask.dense_tokens": 4}
-
-    def written(ends, pad):
-        with open_session(model, "dart-code", 0.5, shared_mask=True, execution="masked", **params) as run:
-            out = generate(model, ids, 24, eos_token_id=ends, pad_token_id=pad).sequences[:, 12:]
-            assert run.remasks[1] > 0
-            return out
-
-    free = written(None, 0)
-    end = next(t for t in free[0].tolist() if t not in free[1].tolist())
-    texts = [written([end, pad], pad)[1] for pad in (0, 9, 11) if pad not in free[1].tolist()]
-    assert len(texts) > 1 and all(torch.equal(texts[0], t) for t in texts)
+def said(method, shared=False, ends=None, pad=0, **params):
+    """What two sequences say of which the first may end, and the events of the first."""
+    model, ids = tiny("llama"), torch.cat([prompt(12, 1), prompt(12, 2)])
+    with open_session(model, method, 0.5, shared_mask=shared, execution="masked", **RESTLESS, **params) as run:
+        out = generate(model, ids, 24, eos_token_id=ends, pad_token_id=pad).sequences[:, 12:]
+        assert run.remasks[1] > 0
+        return out, [e for e in run.events if e["sequence"] in (0, None)]
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_padding_after_an_end_moves_no_mask(shared):
-    """Of two sequences the first ends early: what is fed in its place is no text, and makes no re-masks."""
-    model = tiny("llama", dtype=torch.float64)
-    ids = torch.cat([prompt(12, 1), prompt(12, 2)])
-
-    def written(end):
-        with open_session(model, "dart", 0.5, shared_mask=shared, execution="masked", **RESTLESS) as run:
-            out = generate(model, ids, 24, eos_token_id=end)
-            return out.sequences[:, 12:], [e for e in run.events if e["sequence"] in (0, None)]
-
-    free, _ = written(None)
+def test_padding_after_an_end_moves_no_mask():
+    """What is fed in place of a sequence that ended is no text, and makes no re-masks."""
+    free, _ = said("dart")
     end, at = next((t, i) for i, t in enumerate(free[0].tolist()) if t not in free[1].tolist())
-    ended, events = written(end)
-    if not shared:
-        assert torch.equal(ended[1], free[1])
-        assert all(event["token"] <= at + 1 for event in events)
-    else:  # from there on the second sequence decides alone, whatever pads the first
-        texts = []
-        for pad in (0, 5):
-            with open_session(model, "dart", 0.5, shared_mask=True, execution="masked", **RESTLESS):
-                texts.append(generate(model, ids, 24, eos_token_id=[end, pad], pad_token_id=pad).sequences[1])
-        assert torch.equal(*texts)
+    ended, events = said("dart", ends=end)
+    assert torch.equal(ended[1], free[1]) and all(event["token"] <= at + 1 for event in events)
+
+
+@pytest.mark.parametrize(("method", "params"), [("dart", {}), ("dart-code", {"remask.dense_tokens": 4})])
+def test_padding_after_an_end_is_no_text_of_a_shared_mask(method, params):
+    """From there on the second sequence decides alone, whatever pads the first; after an alarm too."""
+    free, _ = said(method, shared=True, **params)
+    end = next(t for t in free[0].tolist() if t not in free[1].tolist())
+    pads = [pad for pad in (0, 9, 11) if pad not in free[1].tolist()]
+    first, *others = (said(method, True, [end, pad], pad, **params)[0][1] for pad in pads)
+    assert others and all(torch.equal(first, text) for text in others)
 
 
 @pytest.mark.parametrize("method", ["griffin", "dart"])

@@ -161,10 +161,7 @@ def test_a_scale_that_is_not_known_is_noticed():
 def test_depth_is_refused_by_name_where_a_layer_does_more_and_all_else_works(family):
     model, ids = random_model(UNKNOWN[family]()), torch.tensor([random_tokens(12)])
     assert not any(ffn.adds for ffn in find_ffns(model))
-    with (
-        pytest.raises(UserError, match="allocation=uniform"),
-        open_session(model, "dart", 0.5),
-    ):
+    with pytest.raises(UserError, match="allocation=uniform"), open_session(model, "dart", 0.5):
         pass
     with open_session(model, "dart", 0.5, allocation="uniform") as session:
         out = model(ids, use_cache=True)
