@@ -137,7 +137,7 @@ def beside(model, method, sparsity):
         return session.memory, sum(size for place, size in after.items() if place not in before)
 
 
-LAYERS = 3
+LAYERS = 2
 
 
 def demo_sized():
