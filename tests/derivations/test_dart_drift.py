@@ -68,9 +68,7 @@ class Detector:
         return True
 
 
-def dart(
-    model, prompt, decoded, keep, ring=24, blend=0.25, dense_tokens=0, release=0, **detector,
-):  # fmt: skip
+def dart(model, prompt, decoded, keep, ring=24, blend=0.25, dense_tokens=0, release=0, **detector):
     """Masks after the prompt and after each decoded token, log-probabilities, alarms, re-masks, the detector."""
     plain = Plain(model)
     rows, layers = [plain.run(prompt)], range(len(plain.layers))

@@ -35,10 +35,9 @@ def test_griffins_mask_has_equally_many_neurons_of_each_expert(name, length):
     by_hand = [scores_by_hand(model, prompt, layer) for layer in range(2)]
     with torch.no_grad(), open_session(model, "griffin", 0.5) as session:
         model(input_ids=prompt, use_cache=True)
-        masks = [session.masks(0)[layer] for layer in range(2)]
-    for layer, (scores, seen) in enumerate(by_hand):
-        ffn = find_ffns(model)[layer]
-        mask = masks[layer].view(scores.shape)
+        masks = session.masks(0)
+    for ffn, mask, (scores, seen) in zip(find_ffns(model), masks, by_hand, strict=True):
+        mask = mask.view(scores.shape)
         down = ffn.output_weight().view(ffn.width, *scores.shape).norm(dim=0)
         for expert, mine in enumerate(scores):
             order = mine if expert in seen else down[expert]  # an expert that no token has had: by its columns of down
@@ -63,23 +62,6 @@ def test_experts_under_prune_are_stock_experts(name):
     assert torch.allclose(ours, stock, rtol=1e-4, atol=1e-4)
 
 
-def test_a_choice_pools_the_neurons_of_a_tokens_experts():
-    """The largest |h| times the router's weight, whichever expert they belong to."""
-    model = tiny("mixtral")
-    seen = {}
-    with torch.no_grad(), open_session(model, "oracle-token", 0.5) as session:
-        out = model(input_ids=prompts_of(1, 8), use_cache=True)
-        ffn = find_ffns(model)[1]
-        first = ffn.down.register_forward_pre_hook(lambda _m, args: seen.update(before=args[0]), prepend=True)
-        last = ffn.down.register_forward_pre_hook(lambda _m, args: seen.update(after=args[0]))
-        model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values, use_cache=True)
-        first.remove()
-        last.remove()
-        assert float(session.steps[-1].read[0]) == 0.5
-    kept = seen["after"][0].nonzero().flatten().tolist()
-    assert kept == sorted(seen["before"][0].abs().topk(ffn.size // 2).indices.tolist())
-
-
 @pytest.mark.parametrize("method", [
     "magnitude", "m-countdown", *(pytest.param(m, marks=pytest.mark.slow) for m in ("cats", "oracle-token"))
 ])  # fmt: skip
@@ -97,9 +79,7 @@ def test_tokens_of_a_batch_have_the_neurons_of_their_own_experts(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "sparsity"), in_turn(
-    ["griffin", "magnitude"], [0.3, 0.41, 0.5, 0.57, 0.7]
-))  # fmt: skip
+@pytest.mark.parametrize(("method", "sparsity"), in_turn(["griffin", "magnitude"], [0.3, 0.41, 0.5, 0.57, 0.7]))
 def test_what_is_rounded_in_a_layer_of_experts_is_made_up_for_in_others(method, sparsity):
     """The read misses the label by less than a neuron of each of a token's experts, over all layers, and never more."""
     model = tiny("qwen3_moe", depth=4)
@@ -157,11 +137,6 @@ def columns(experts):
     return experts.down_proj.mT if hasattr(experts, "gate_up_proj_bias") else experts.down_proj
 
 
-def _row(row, *tensors):
-    """What one of two sequences has in each of them."""
-    return [t.view(2, -1, t.shape[-1])[row] for t in tensors]
-
-
 EVERY = {"allocation": "uniform", **RESTLESS, "remask.blend": 0.2}
 DENSE = {"allocation": "uniform", **RESTLESS, "remask.dense_tokens": 2, "remask.blend": 0.3}
 
@@ -184,11 +159,8 @@ def test_a_new_mask_is_made_from_recent_tokens_under_their_own_experts(name, par
         first = [event["overlap"][LAYER] for event in session.events]
     assert same(model, before)
     for row in range(2):
-        tokens = [t for x, at, w, _ in seen for t in zip(*_row(row, x, at, w), strict=True)]
-        scores = []
-        for token in tokens:
-            h = of_token(experts, *token)
-            scores.append(h.square())
+        parts = ([part.view(2, -1, part.shape[-1])[row] for part in given] for *given, _answer in seen)
+        scores = [of_token(experts, *token).square() for part in parts for token in zip(*part, strict=True)]
         prompt, late = sum(scores[:9]) / 9, sum(scores[i] for i in recent) / len(recent)
         unseen = (late == 0).all(-1, keepdim=True)  # experts that no recent token had keep their old scores
         new = old * prompt + (1 - old) * torch.where(unseen, prompt, late)

@@ -42,9 +42,7 @@ def check_choice(matrix, x, gains):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    **SHAPES, share=st.floats(0.02, 0.52), group=st.sampled_from([128, 0]), threads=st.integers(1, 3),
-)  # fmt: skip
+@given(**SHAPES, share=st.floats(0.02, 0.52), group=st.sampled_from([128, 0]), threads=st.integers(1, 3))
 def test_columns_are_chosen_and_multiplied_as_by_their_twin(
     level, width, neurons, seed, kind, act, share, group, threads
 ):

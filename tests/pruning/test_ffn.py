@@ -36,13 +36,6 @@ def test_every_familys_ffn_computes_what_its_description_says(family):
         assert len(f.input_weights()) + 1 == f.matrices
 
 
-def test_gemma_output_is_taken_after_the_norm_that_follows_the_ffn():
-    model = tiny_of("gemma3")
-    ffn = find_ffns(model)[0]
-    assert ffn.output is model.model.layers[0].post_feedforward_layernorm
-    assert ffn.residual is model.model.layers[0].pre_feedforward_layernorm
-
-
 # -- factors, bounds and a constant beside the activation, a norm before down -----------------------------------------
 
 
