@@ -223,18 +223,13 @@ def test_what_is_measured_is_shown_and_kept_beside_results(tmp_path, saved_llama
     assert rows["graded-both"]["ceiling"] == pytest.approx(griffin["ceiling"], rel=0.02)  # bytes nearly as many
 
     kept = {
-        speed["method"]: speed for file in (tmp_path / "bench").iterdir() for speed in [json.loads(file.read_text())]
+        speed["method"]: speed for file in (tmp_path / "bench").iterdir() if (speed := json.loads(file.read_text()))
     }
     assert {*kept} == {*rows} and kept["rounding"]["sparsity"] == 0  # as in the cells of a method without one
     assert (kept["cats"]["speedup"], kept["cats"]["times"]) == (None, "bytes only")
     pruned = kept[SPEC]
-    assert (pruned["sparsity"], pruned["dtype"], pruned["device"], pruned["prompt_tokens"]) == (
-        0.5,
-        "float32",
-        "cpu",
-        16,
-    )
-    assert (pruned["params"]["remask.window"], pruned["compiled"], pruned["times"]) == (3, None, "measured")
+    asked = {"sparsity": 0.5, "dtype": "float32", "device": "cpu", "prompt_tokens": 16, "compiled": None}
+    assert asked.items() <= pruned.items() and (pruned["params"]["remask.window"], pruned["times"]) == (3, "measured")
     assert (pruned["control"]["n"], pruned["ceiling"]) == (dart["speedup_n"], dart["ceiling"])
     speedup = pruned["speedup"]
     assert (speedup["median"], speedup["low"], speedup["high"]) == (dart["speedup"], *dart["speedup_quartiles"])

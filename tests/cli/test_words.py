@@ -66,75 +66,66 @@ AT_ONCE = [
     ("bench decode --method grifin", 2, "griffin"),
     ("ls methods grifin", 2, "griffin"),
 ]
+# What needs a model or results: what is typed, and for each end of it the word.
+REFUSED = {
+    "run --tasks arc --model": [
+        ("./nonexistent", "config.json"), ("org/none", "hub"), ("../no-weights", "safetensors"),
+        ("../no-config", "config"),
+    ],
+    "run --tasks smoke_questions --model": [
+        ("../cut", "cut"), ("../bare", "tokenizer"), ("../t5", "causal"), ("../lora", "--peft"),
+        ("../tiny --peft ./gone", "gone"), ("../tiny --chat-template", "--chat-template"),
+        ("../tiny --device cuda:99", "cuda:99"), ("../tiny --device cpu:1", "cpu:1"),
+        ("../tiny --method cats --sparsity 0.7", "0.66"),
+        ("../tiny --method dart:allocation=table:allocation.file=none.json", "none.json"),
+    ],
+    # as lm-eval spells them: all are understood but the model
+    "run": [
+        ("-t smoke -m ./none -b 4 -o o -f 5 -L 3", "none"),
+        ("--tasks smoke --model_args pretrained=./none --apply_chat_template --fewshot_as_multiturn --limit 0.5"
+         " --gen_kwargs temperature=0 --system_instruction Brief. --output_path o", "none"),
+        ("--tasks smoke_questions --method dart:remask.window=ten", "remask.window"),
+        ("--tasks hellaswag --model ../tiny --data-dir ../no-data", "--data-dir"),
+        ("--tasks smoke_questions --output ../taken", "taken"),
+    ],
+    "tables": [
+        ("'[/red]'", "[/red]"), ("../cut-record", "half.json"), ("../out --format jsn", "json"),
+        ("../out --level=0.3 --view long", "--level"), ("../out --view bord", "board"),
+        ("../out --view frontier", "left"), ("../out --tasks bolq", "boolq"), ("../out --metric ac", "acc"),
+        ("../out --level 0.9", "0.5"), ("../out --save t.txt", ".md"),
+    ],
+    "compare": [
+        ("", "two"), ("../out", "--row"), ("../out --row dense", "--row"), ("../out --row grifin,dense", "griffin"),
+        ("../out ../out --metric mcc", "mcc"),
+    ],
+    "check ../out": [
+        ("", "--baseline"), ("--baseline /dev/zero", "device"), ("--baseline ../file", "--update"),
+        ("--baseline ../file --update", "file"), ("--baseline ../empty --update", "folder"),
+    ],
+    "check ../out --baseline ../base.json": [
+        ("--update --all", "--update"), ("--github", "GITHUB_STEP_SUMMARY"), ("--thresholds /dev/zero", "device"),
+    ],
+    "check ../empty --baseline": [("../base.json", "empty")],
+    "report": [("../empty", "run")],
+    "export ../out": [("--to json", "lm-eval"), ("--output ../file", "file")],
+    "paper": [("smok", "smoke"), ("../file", "file")],
+    "trace": [
+        ("--plot a.gif", "png"), ("w5 --file ../file", "leave"), ("'w5 w6' --model ../tiny --output ../empty", "empty"),
+    ],
+    "bench decode": [
+        ("--shape llama --model x", "--shape"), ("--steps 0", "--steps"), ("--layers 2", "--layers"),
+        ("--shape llama-3.1", "llama-3.1-8b"),
+    ],
+    "bench decode --model ../tiny --method": [
+        ("griffin,oracle", "oracle"), ("cats --sparsity 0.7 --prompt 16", "0.66"),
+        ("griffin --prompt 1018 --steps 7", "1025 tokens"),
+    ],
+    "bench overhead --method": [(",", "item")],
+}  # fmt: skip
 ROWS = [
     ("ls methods dart", 0, "remask.window"),
-    # models
-    ("run --tasks arc --model ./nonexistent", 2, "config.json"),
-    ("run --tasks arc --model org/none", 2, "hub"),
-    ("run --tasks arc --model ../no-weights", 2, "safetensors"),
-    ("run --tasks arc --model ../no-config", 2, "config"),
-    ("run --tasks smoke_questions --model ../cut", 2, "cut"),
-    ("run --tasks smoke_questions --model ../bare", 2, "tokenizer"),
-    ("run --tasks smoke_questions --model ../t5", 2, "causal"),
-    ("run --tasks smoke_questions --model ../lora", 2, "--peft"),
-    ("run --tasks smoke_questions --model ../tiny --peft ./gone", 2, "gone"),
-    ("run --tasks smoke_questions --model ../tiny --chat-template", 2, "--chat-template"),
-    ("run --tasks smoke_questions --model ../tiny --device cuda:99", 2, "cuda:99"),
-    ("run --tasks smoke_questions --model ../tiny --device cpu:1", 2, "cpu:1"),
-    # as lm-eval spells them: all are understood but the model
-    ("run -t smoke -m ./none -b 4 -o o -f 5 -L 3", 2, "none"),
-    ("run --tasks smoke --model_args pretrained=./none --apply_chat_template --fewshot_as_multiturn --limit 0.5"
-     " --gen_kwargs temperature=0 --system_instruction Brief. --output_path o", 2, "none"),
-    # what a run reads and writes
-    ("run --tasks smoke_questions --method dart:remask.window=ten", 2, "remask.window"),
-    ("run --tasks smoke_questions --method dart:allocation=table:allocation.file=none.json --model ../tiny",
-     2, "none.json"),
-    ("run --tasks smoke_questions --model ../tiny --method cats --sparsity 0.7", 2, "0.66"),
-    ("run --tasks hellaswag --model ../tiny --data-dir ../no-data", 2, "--data-dir"),
-    ("run --tasks smoke_questions --output ../taken", 2, "taken"),
-    # results
-    ("tables '[/red]'", 2, "[/red]"),
-    ("tables ../cut-record", 2, "half.json"),
-    ("tables ../out --format jsn", 2, "json"),
-    ("tables ../out --level=0.3 --view long", 2, "--level"),
-    ("tables ../out --view bord", 2, "board"),
-    ("tables ../out --view frontier", 2, "left"),
-    ("tables ../out --tasks bolq", 2, "boolq"),
-    ("tables ../out --metric ac", 2, "acc"),
-    ("tables ../out --level 0.9", 2, "0.5"),
-    ("tables ../out --save t.txt", 2, ".md"),
-    ("compare", 2, "two"),
-    ("compare ../out", 2, "--row"),
-    ("compare ../out --row dense", 2, "--row"),
-    ("compare ../out --row grifin,dense", 2, "griffin"),
-    ("compare ../out ../out --metric mcc", 2, "mcc"),
-    ("check ../out", 2, "--baseline"),
-    ("check ../out --baseline ../base.json --update --all", 2, "--update"),
-    ("check ../out --baseline ../base.json --github", 2, "GITHUB_STEP_SUMMARY"),
-    ("check ../out --baseline ../base.json --thresholds /dev/zero", 2, "device"),
-    ("check ../out --baseline /dev/zero", 2, "device"),
-    ("check ../out --baseline ../file", 2, "--update"),
-    ("check ../out --baseline ../file --update", 2, "file"),
-    ("check ../out --baseline ../empty --update", 2, "folder"),
-    ("check ../empty --baseline ../base.json", 2, "empty"),
-    ("report ../empty", 2, "run"),
-    ("export ../out --to json", 2, "lm-eval"),
-    ("export ../out --output ../file", 2, "file"),
-    ("paper smok", 2, "smoke"),
-    ("paper ../file", 2, "file"),
-    # speed and traces
-    ("trace --plot a.gif", 2, "png"),
-    ("trace w5 --file ../file", 2, "leave"),
-    ("trace 'w5 w6' --model ../tiny --output ../empty", 2, "empty"),
-    ("bench decode --shape llama --model x", 2, "--shape"),
-    ("bench decode --steps 0", 2, "--steps"),
-    ("bench decode --layers 2", 2, "--layers"),
-    ("bench decode --shape llama-3.1", 2, "llama-3.1-8b"),
-    ("bench decode --model ../tiny --method griffin,oracle", 2, "oracle"),
-    ("bench decode --model ../tiny --method cats --sparsity 0.7 --prompt 16", 2, "0.66"),
-    ("bench decode --model ../tiny --method griffin --prompt 1018 --steps 7", 2, "1025 tokens"),
-    ("bench overhead --method ,", 2, "item"),
-]  # fmt: skip
+    *((f"{typed} {end}", 2, word) for typed, ends in REFUSED.items() for end, word in ends),
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 from dart_eval.cli.run import show_results
 from dart_eval.results import board, frame, speeds, stats, tables
 from dart_eval.results.board import AHEAD, BEHIND, GUESSING, MATTERS, SPLIT, TIED, UNTESTED, Row, verdicts
-from dart_eval.results.metrics import multiple, small_share
 from dart_eval.results.record import Metric
 from dart_eval.results.speeds import Ratio
 from dart_eval.results.stats import Estimate
@@ -250,25 +249,6 @@ def test_memory_is_what_lies_beside_dense_and_older_records_lack_it(tmp_path):
     old = [dataclasses.replace(r, memory={"weights": 1, "state": 9}) for r in (dense, pruned)]
     (row,) = board_of(tmp_path / "old", *old).blocks[0].levels[1]
     assert (row.bytes_of("beside"), row.bytes_of("state")) == (None, 9)
-
-
-def test_numbers_are_shown_as_far_as_they_go():
-    shares = {0.0: "0 %", 5e-5: "< 0.01 %", 0.0012: "0.12 %", 0.993: "99 %", 0.996: "100 %", 1.284: "128 %"}
-    assert {value: small_share(value) for value in shares} == shares
-    assert multiple(4e7, 0.0, float("inf")) == "4.0e7x [0, inf]"
-
-
-@pytest.mark.slow
-def test_tables_shows_the_board_long_tables_and_a_picture_on_request(tmp_path):
-    reads = [choices(0.7, sparsity=0.5), choices(0.5), choices(0.4, method="random")]
-    folder, picture = save(tmp_path, DENSE, *reads), tmp_path / "board.svg"
-    shown = [command("tables", folder, *words) for words in ((), ("--view", "long"), ("--view", "costs"))]
-    assert [done.code for done in shown] == [0, 0, 0] and len({done.out for done in shown}) == 3
-    assert command("tables", folder, "--save", picture).code == 0
-    assert picture.read_text().startswith("<?xml")
-    weak = save(tmp_path / "weak", choices(0.25, method="dense"), choices(0.3))
-    refused = command("tables", weak, "--save", picture)
-    assert refused.code == 2 and "guessing" in refused.err
 
 
 def test_a_run_that_is_repeated_does_not_make_a_family_larger(tmp_path):

@@ -90,13 +90,17 @@ def test_choices_that_were_scored_twice_count_once():
     assert build._answer(made.samples[0], ["a", "b", "c", "d"])[0] == "1. a"
 
 
-def test_a_chart_of_one_read_is_not_drawn(tmp_path):
-    cells = choices(0.8, method="dense"), choices(0.5), choices(0.6, method="dart")
-    one, two = (Store(save(tmp_path / name, *some)) for name, some in (
-        ("a", cells), ("b", (*cells, choices(0.7, sparsity=0.5)))))  # fmt: skip
-    assert charts.charts(boards(one, one.load())[0]) == []
-    starts = {form: charts.draw(boards(two, two.load()), form)[:5] for form in ("svg", "png", "pdf")}
-    assert starts == {"svg": b"<?xml", "png": b"\x89PNG\r", "pdf": b"%PDF-"}
+def test_a_chart_of_one_read_is_not_drawn_nor_one_of_a_model_that_only_guesses(tmp_path):
+    cells, weak = (choices(0.8, method="dense"), choices(0.5)), (choices(0.25, method="dense"), choices(0.3))
+    one, two = (
+        save(tmp_path / name, *some) for name, some in (("a", cells), ("b", (*cells, choices(0.7, sparsity=0.5))))
+    )
+    assert charts.charts(boards(Store(one), Store(one).load())[0]) == []
+    for form, starts in (("svg", b"<?xml"), ("png", b"\x89PNG\r"), ("pdf", b"%PDF-")):
+        assert command("tables", two, "--save", tmp_path / f"a.{form}").code == 0
+        assert (tmp_path / f"a.{form}").read_bytes().startswith(starts)
+    refused = command("tables", save(tmp_path / "weak", *weak), "--save", tmp_path / "b.svg")
+    assert refused.code == 2 and "guessing" in refused.err
 
 
 def test_the_page_in_a_browser(pages, browser, tmp_path):

@@ -84,12 +84,8 @@ def test_costs_are_shown_with_all_that_the_method_adds():
 @pytest.mark.parametrize("form", ["table", "md", "csv", "tex", "json"])
 def test_every_verb_that_prints_has_the_same_forms(form, tmp_path):
     out = save(tmp_path / "out", answered("arc", right(0.5), "dense", 0.0), answered("arc", right(0.4), "griffin"))
-    for words in (
-        ["tables", out],
-        ["compare", out, "--row", "dense,griffin"],
-        ["check", out, "--baseline", out, "--all"],
-    ):
-        done = command(*words, "--format", form)
+    for words in ("tables", "compare --row dense,griffin", f"check --all --baseline {out}"):
+        done = command(*words.split(), out, "--format", form)
         assert done.code == 0 and "griffin" in done.out, (words, done.err)
         assert (("\\begin{" in done.out) == (form == "tex") and done.out.lstrip()[:1] in "[{") or form != "json"
 
