@@ -287,7 +287,8 @@ def test_a_tokenizer_without_an_end_writes_no_texts(tokenizer):
 # -- code --------------------------------------------------------------------------------------------------------------
 
 
-def test_code_that_shadows_a_class_of_the_library_does_not_run_unasked(folder):
+def test_code_that_shadows_a_class_of_the_library_does_not_run_unasked_and_without_code_trust_moves_no_key(folder):
+    assert resolve(_spec(folder)).identity == resolve(_spec(folder, trust_remote_code=True)).identity
     _coded(folder, "llama")
     resolved = resolve(_spec(folder))
     model, _ = resolved.load()
@@ -307,7 +308,3 @@ def test_trusted_code_runs_and_belongs_to_the_key(folder, kind):
     (folder / "parts").mkdir()
     (folder / "parts" / "more.py").write_text("A = 1\n")
     assert resolve(_spec(folder, trust_remote_code=True)).identity.weights != trusted.identity.weights
-
-
-def test_trust_changes_no_key_where_there_is_no_code(folder):
-    assert resolve(_spec(folder)).identity == resolve(_spec(folder, trust_remote_code=True)).identity

@@ -211,13 +211,16 @@ def _cells(out):
 
 
 @pytest.mark.slow
-def test_a_document_and_a_record_say_how_far_they_are(swept):
+def test_a_document_and_a_record_say_how_far_they_are_and_texts_have_their_tokens(swept, tokenizer):
     for (task, method), (record, samples) in _cells(swept).items():
         named = {m.metric: m for m in record.metrics}
         asked = method != "dense" and task != "smoke_summary"
         assert ("kl" in named, "kl_p95" in named, "kl" in samples[0]["metrics"]) == (asked,) * 3
-        assert all(("kl_bins" in s) == asked for s in samples)
+        assert all(("kl_bins" in s, "token_ids" in s) == (asked, task == "smoke_summary") for s in samples)
         assert metrics.main(m for m in record.metrics if metrics.kind_of(m.metric).group == metrics.DISTANCE) == []
+        for s in samples if task == "smoke_summary" else ():
+            assert len(s["token_ids"]) == s["tokens"] > 0
+            assert s["responses"][0].strip() in tokenizer.decode(s["token_ids"], skip_special_tokens=True)
         if not asked:
             continue
         for name, up in (("kl", False), ("top1", True)):
@@ -232,15 +235,6 @@ def test_a_document_and_a_record_say_how_far_they_are(swept):
         bins = sum((Distance(bins=s["kl_bins"]) for s in samples), Distance()).bins
         assert sum(bins.values()) == record.tokens
         assert named["kl_p99"].value == distance.percentile(bins, 0.99) >= named["kl_p95"].value
-
-
-@pytest.mark.slow
-def test_texts_have_their_tokens(swept, tokenizer):
-    for (task, _), (_, samples) in _cells(swept).items():
-        assert all(("token_ids" in s) == (task == "smoke_summary") for s in samples)
-        for s in samples if task == "smoke_summary" else ():
-            assert len(s["token_ids"]) == s["tokens"] > 0
-            assert s["responses"][0].strip() in tokenizer.decode(s["token_ids"], skip_special_tokens=True)
 
 
 def test_a_group_is_all_positions_of_its_members():

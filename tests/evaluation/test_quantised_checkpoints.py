@@ -8,17 +8,9 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GptOssConfig,
-    LlamaConfig,
-    Phi3Config,
-    Qwen3MoeConfig,
-    TorchAoConfig,
-)
 
 import dart_eval
 from dart_eval.bench.decode import Setting, measure
@@ -42,10 +34,12 @@ from tests.helpers.models import VOCAB, random_tokens
 
 WIDTH, SIZE = 64, 128  # the kernels of bitsandbytes for CPUs take no narrower rows
 LIBRARIES = {
-    "torchao-8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
-    "torchao-4": lambda: TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
-    "bitsandbytes-8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "bitsandbytes-4": lambda: BitsAndBytesConfig(
+    "torchao-8": lambda: transformers.TorchAoConfig(Int8WeightOnlyConfig()),
+    "torchao-4": lambda: transformers.TorchAoConfig(
+        IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    ),
+    "bitsandbytes-8": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes-4": lambda: transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     ),
 }
@@ -57,12 +51,12 @@ OF_LIBRARY = {"torchao-8": 8, "torchao-4": 4 + 16 / 32, "bitsandbytes-8": 8, "bi
 def plain(tmp_path_factory, tokenizer):
     """The folder of a model whose weights are not quantised."""
     folder = tmp_path_factory.mktemp("models") / "wide"
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=SIZE, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
         p.data.add_(torch.randn_like(p) * 0.2)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -76,7 +70,9 @@ def checkpoints(tmp_path_factory, plain, tokenizer):
     found = {}
     for kind, how in LIBRARIES.items():
         found[kind] = tmp_path_factory.mktemp("kinds") / kind
-        model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=how(), dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            plain, quantization_config=how(), dtype=torch.bfloat16
+        )
         model.save_pretrained(found[kind])
         tokenizer.save_pretrained(found[kind])
     return found
@@ -157,8 +153,8 @@ def test_what_needs_plain_weights_is_left_out_before_the_first_cell(checkpoints,
 def test_load_in_gives_what_transformers_makes_of_it_with_the_bits_that_it_stores(plain, bits):
     resolved, ids = resolve(ModelSpec(str(plain), load_in=f"{bits}bit")), torch.tensor([random_tokens(9)])
     model, _ = resolved.load()
-    how = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-    theirs = AutoModelForCausalLM.from_pretrained(plain, quantization_config=how, dtype=model.dtype)
+    how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(plain, quantization_config=how, dtype=model.dtype)
     assert torch.equal(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
     ffns = find_ffns(model)
     assert served_bits(ffns) == (4.5 if bits == 4 else 8)  # 64 weights of 4 bits have a scale
@@ -189,12 +185,12 @@ SIZES = {
 }  # fmt: skip
 ROUTED = {"num_experts_per_tok": 2, "head_dim": 16}
 FAMILIES = {
-    "llama": lambda: LlamaConfig(**SIZES, intermediate_size=stored.SIZE),
-    "phi3": lambda: Phi3Config(**SIZES, intermediate_size=stored.SIZE),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
+    "llama": lambda: transformers.LlamaConfig(**SIZES, intermediate_size=stored.SIZE),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, intermediate_size=stored.SIZE),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **SIZES, **ROUTED, intermediate_size=stored.SIZE, moe_intermediate_size=32, num_experts=4
     ),
-    "gpt_oss": lambda: GptOssConfig(**SIZES, **ROUTED, intermediate_size=64, num_local_experts=4),
+    "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, **ROUTED, intermediate_size=64, num_local_experts=4),
 }
 GPTQ = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("gptqmodel", "optimum")),
@@ -225,7 +221,7 @@ def checkpoint(tmp_path_factory, tokenizer):
             family, make, dtype, *_ = KINDS[kind]
             folder = tmp_path_factory.mktemp("stored") / "model"
             torch.manual_seed(0)
-            plain = AutoModelForCausalLM.from_config(FAMILIES[family]())
+            plain = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
             for p in plain.parameters():
                 p.data.add_(torch.randn_like(p) * 0.2)
             plain.to(getattr(torch, dtype)).save_pretrained(folder)

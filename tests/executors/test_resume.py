@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pty
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,8 +233,8 @@ def _command(folder, tmp_path):
     ]
 
 
-def _until_a_batch_is_kept(process, tmp_path):
-    until(lambda: any(p.stat().st_size for p in (tmp_path / "out" / "partial").glob("*")), process)
+def _until_batches_are_kept(process, tmp_path, count=1):
+    until(lambda: sum(p.read_bytes().count(b"\n") for p in (tmp_path / "out").glob("partial/*")) >= count, process)
 
 
 def _goes_on(folder, tmp_path):
@@ -252,7 +253,7 @@ def test_the_installed_program_ends_by_ctrl_c_in_one_line_and_the_same_command_g
         words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    _until_a_batch_is_kept(process, tmp_path)
+    _until_batches_are_kept(process, tmp_path)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors.splitlines()[-1].split(";")[0]) == (130, "interrupted")
@@ -260,9 +261,11 @@ def test_the_installed_program_ends_by_ctrl_c_in_one_line_and_the_same_command_g
 
 
 @pytest.mark.process
-def test_a_terminated_run_says_so_in_one_line_and_the_same_command_goes_on(saved_llama, tmp_path):
-    process = started(*_command(saved_llama, tmp_path))
-    _until_a_batch_is_kept(process, tmp_path)
+def test_under_nohup_only_a_terminated_run_ends_says_so_in_one_line_and_the_same_command_goes_on(saved_llama, tmp_path):
+    process = started(*_command(saved_llama, tmp_path), ignored=[signal.SIGHUP])
+    _until_batches_are_kept(process, tmp_path)
+    process.send_signal(signal.SIGHUP)
+    _until_batches_are_kept(process, tmp_path, 4)
     process.send_signal(signal.SIGTERM)
     assert (process.wait(), process.stderr.splitlines()[-1].split(";")[0]) == (143, "terminated")
     _goes_on(saved_llama, tmp_path)
@@ -296,15 +299,20 @@ def test_a_terminal_that_is_closed_ends_the_run_and_the_same_command_goes_on(sav
     ours, theirs = pty.openpty()
     process = started(*_command(saved_llama, tmp_path), stdin=theirs, stdout=theirs, stderr=theirs, session=True)
     os.close(theirs)
-    _until_a_batch_is_kept(process, tmp_path)
+    _until_batches_are_kept(process, tmp_path)
     os.close(ours)
     assert process.wait(60) == 129
     _goes_on(saved_llama, tmp_path)
 
 
-@pytest.mark.process
-def test_nohup_goes_on_when_the_terminal_is_gone(saved_llama, tmp_path):
-    process = started(*_command(saved_llama, tmp_path), ignored=[signal.SIGHUP])
-    _until_a_batch_is_kept(process, tmp_path)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait() == 0
+def test_a_folder_that_is_deleted_inside_a_cell_holds_that_cell_in_the_end(saved_llama, tmp_path, monkeypatch):
+    stock, deleted = Journal.add, []
+
+    def add(self, *answers):
+        if not deleted:
+            deleted.append(shutil.rmtree(tmp_path / "out"))
+        return stock(self, *answers)
+
+    monkeypatch.setattr(Journal, "add", add)
+    result = run_local(_config(saved_llama, tmp_path / "out", tasks="smoke_questions"), Watch())
+    assert deleted and not result.failed and len(list((tmp_path / "out" / "cells").iterdir())) == 2

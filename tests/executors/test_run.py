@@ -119,23 +119,6 @@ def test_a_cell_out_of_a_methods_reach_is_left_out_with_a_word(saved_llama, tmp_
     assert [note.split()[2] for note in view.notes] == left_out
 
 
-def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(saved_llama, tmp_path, monkeypatch):
-    evaluate, calls = worker.evaluate_task, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return evaluate(*args)
-
-    monkeypatch.setattr(worker, "evaluate_task", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_local(_config(saved_llama, tmp_path / "out", tasks="smoke_questions"), Watch())
-    files = [f for kind in ("cells", "samples") for f in (tmp_path / "out" / kind).iterdir()]
-    assert sorted(f.suffix for f in files) == [".json", ".json", ".jsonl", ".jsonl"]
-    assert all(json.loads(f.read_text()) for f in files if f.suffix == ".json")
-
-
 def test_evaluate_returns_rows(saved_llama, tmp_path):
     rows = dart_eval.evaluate(
         model=saved_llama, tasks=["smoke_questions"], method=["dense", "griffin"], sparsity=[0.5], limit=2,

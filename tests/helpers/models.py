@@ -4,25 +4,9 @@ import copy
 import functools
 
 import torch
+import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import (
-    AutoModelForCausalLM,
-    FalconConfig,
-    Gemma3TextConfig,
-    Gemma4TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    HyperCLOVAXConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MiniCPM3Config,
-    OPTConfig,
-    Phi3Config,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    StableLmConfig,
-)
 
 VOCAB = 96
 
@@ -34,18 +18,18 @@ SMALL = {
 
 
 CONFIGS = {
-    "llama": lambda: LlamaConfig(**SMALL),
-    "qwen2": lambda: Qwen2Config(**SMALL),
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
     # a window shorter than the tests' contexts, so that sliding layers do slide
-    "gemma3": lambda: Gemma3TextConfig(
+    "gemma3": lambda: transformers.Gemma3TextConfig(
         **SMALL, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
     # hands its FFNs [batch * tokens, width]
-    "opt": lambda: OPTConfig(
+    "opt": lambda: transformers.OPTConfig(
         vocab_size=VOCAB, hidden_size=32, ffn_dim=40, num_hidden_layers=3, num_attention_heads=4,
         word_embed_proj_dim=32, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     ),
-    "gpt2": lambda: GPT2Config(
+    "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=256, n_inner=40,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     ),
@@ -60,7 +44,7 @@ def _made(config, scale, dtype=torch.float64, seed=0, attention="sdpa"):
     torch.manual_seed(seed)
     config = config()
     config._attn_implementation = attention
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -85,7 +69,7 @@ def tiny(family, dtype=torch.float64, **options):
 
 
 def phi3():
-    return Phi3Config(**SMALL)
+    return transformers.Phi3Config(**SMALL)
 
 
 def biased(family):
@@ -110,20 +94,22 @@ NEOX = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
 
 
 STREAMS = {
-    "opt with the norm after the FFN": lambda: OPTConfig(
+    "opt with the norm after the FFN": lambda: transformers.OPTConfig(
         **SIZES, ffn_dim=40, word_embed_proj_dim=16, do_layer_norm_before=False
     ),
-    "minicpm3": lambda: MiniCPM3Config(
+    "minicpm3": lambda: transformers.MiniCPM3Config(
         **{**SMALL, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4
     ),
-    "hyperclovax": lambda: HyperCLOVAXConfig(**SMALL, residual_multiplier=0.3),
-    "gemma4": lambda: Gemma4TextConfig(**GEMMA4, hidden_size_per_layer_input=0),
-    "gemma4 with embeddings of every layer": lambda: Gemma4TextConfig(**GEMMA4, hidden_size_per_layer_input=8),
-    "falcon, side by side": lambda: FalconConfig(**SIZES),
-    "falcon, one after the other": lambda: FalconConfig(**SIZES, parallel_attn=False, alibi=True),
-    "neox, side by side": lambda: GPTNeoXConfig(**NEOX),
-    "neox, one after the other": lambda: GPTNeoXConfig(**NEOX, use_parallel_residual=False),
-    "stablelm, side by side": lambda: StableLmConfig(**SMALL, use_parallel_residual=True),
+    "hyperclovax": lambda: transformers.HyperCLOVAXConfig(**SMALL, residual_multiplier=0.3),
+    "gemma4": lambda: transformers.Gemma4TextConfig(**GEMMA4, hidden_size_per_layer_input=0),
+    "gemma4 with embeddings of every layer": lambda: transformers.Gemma4TextConfig(
+        **GEMMA4, hidden_size_per_layer_input=8
+    ),
+    "falcon, side by side": lambda: transformers.FalconConfig(**SIZES),
+    "falcon, one after the other": lambda: transformers.FalconConfig(**SIZES, parallel_attn=False, alibi=True),
+    "neox, side by side": lambda: transformers.GPTNeoXConfig(**NEOX),
+    "neox, one after the other": lambda: transformers.GPTNeoXConfig(**NEOX, use_parallel_residual=False),
+    "stablelm, side by side": lambda: transformers.StableLmConfig(**SMALL, use_parallel_residual=True),
 }
 
 
@@ -131,7 +117,7 @@ def random_model(config, dtype=torch.float64):
     """A random model in which every norm, factor and bias does something."""
     torch.manual_seed(0)
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     scalars = [b for name, b in model.named_buffers() if name.endswith("layer_scalar")]
     with torch.no_grad():
         for p in [*model.parameters(), *scalars]:
@@ -144,7 +130,7 @@ def word_tokenizer():
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}
     raw = Tokenizer(WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
 
@@ -161,11 +147,11 @@ def save_tiny(path, tokenizer, family="llama"):
 def odd_llama():
     """A Llama in bfloat16 of which no size is round."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5,
         head_dim=26, vocab_size=VOCAB,
     )  # fmt: skip
-    return LlamaForCausalLM(config).bfloat16().eval()
+    return transformers.LlamaForCausalLM(config).bfloat16().eval()
 
 
 def random_tokens(count, seed=0):
