@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from dart_eval.results import show
-from dart_eval.results.frame import lines_of
+from dart_eval.results.frame import lines, lines_of
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.store import Store
 from dart_eval.results.tables import costs, quality
@@ -113,6 +113,13 @@ def answered(
 def rows(records, subtasks=False):
     """The rows of records, of which none stands beside dense."""
     return lines_of({}, records, subtasks).to_dict("records")
+
+
+def beside_dense(folder, *records):
+    """The rows of these records, saved into a folder, beside dense: by method and metric."""
+    store = Store(save(folder, *records))
+    found = lines(store, store.load()).to_dict("records")
+    return {(line["method"], line["metric"]): line for line in found}
 
 
 def tables(records, subtasks=False):

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 import dart_eval
-from dart_eval.results import frame
 from dart_eval.results.board import boards
 from dart_eval.results.compare import compare_rows
 from dart_eval.results.documents import answers_of, documents
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
-from tests.helpers.records import answered, choosing, right, samples, save
+from tests.helpers.records import answered, beside_dense, choosing, right, samples, save
 
 
 def test_a_document_without_a_value_is_left_out_and_nan_stays_nan():
@@ -96,28 +95,22 @@ def wrote(method, texts):
     return made
 
 
-def lines_of(tmp_path, *records):
-    store = Store(save(tmp_path, *records))
-    lines = frame.lines(store, store.load()).to_dict("records")
-    return {(line["method"], line["metric"]): line for line in lines}
-
-
 def test_a_flip_is_another_answer_right_or_wrong(tmp_path):
     """Two wrong answers that differ leave the accuracy alone, and are a flip."""
     dense, pruned = [0, 0, 1, 2, 3, 0, 1, 1], [0, 1, 0, 3, 3, 0, 1, 1]
-    found = lines_of(tmp_path, chosen("dense", dense), chosen("griffin", pruned))
+    found = beside_dense(tmp_path, chosen("dense", dense), chosen("griffin", pruned))
     line = found["griffin", "flips"]
     assert (line["value"], line["n"], line["dense"], line["higher_is_better"]) == (3 / 8, 8, 0.0, False)
     assert line["stderr"] == pytest.approx(np.std([0, 1, 1, 1, 0, 0, 0, 0], ddof=1) / 8**0.5)
     assert found["dense", "flips"]["value"] == 0.0
-    assert ("griffin", "flips") not in lines_of(tmp_path / "alone", chosen("griffin", pruned))
+    assert ("griffin", "flips") not in beside_dense(tmp_path / "alone", chosen("griffin", pruned))
 
 
 def test_there_are_no_flips_where_a_document_has_no_answer(tmp_path):
     """One item whose log-likelihoods are not there: no share over the others stands for all, and none is NaN."""
     dense, pruned = chosen("dense", [0, 1, 2, 0]), chosen("griffin", [0, 1, 3, 0])
     pruned.samples[2]["responses"] = ["?"]
-    assert ("griffin", "flips") not in lines_of(tmp_path, dense, pruned)
+    assert ("griffin", "flips") not in beside_dense(tmp_path, dense, pruned)
     (board,) = boards(Store(tmp_path), Store(tmp_path).load())
     assert all(row.flips is None or row.flips.value == 0 for row in board.blocks[0].rows)
 
@@ -126,7 +119,7 @@ def test_there_are_no_flips_where_a_document_has_no_answer(tmp_path):
 def test_texts_are_held_against_denses_own(tmp_path):
     dense = [("a cat sat on a mat", [1, 2, 3, 4]), ("one two three four", [5, 6]), ("the same", [7])]
     pruned = [("a cat sat on a mat", [1, 2, 3, 4]), ("one two six seven", [5, 9]), ("nothing at all", [8, 7])]
-    found = lines_of(tmp_path, wrote("dense", dense), wrote("griffin", pruned))
+    found = beside_dense(tmp_path, wrote("dense", dense), wrote("griffin", pruned))
     assert found["griffin", "dense_rougeL"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert found["griffin", "dense_tokens"]["value"] == pytest.approx((4 + 1 + 0) / 3)
 
@@ -135,7 +128,9 @@ def test_texts_are_held_against_denses_own(tmp_path):
 def test_the_same_text_is_like_denses_whatever_its_letters(tmp_path, text):
     """ROUGE knows the letters a to z and digits."""
     texts = [(text, [1, 2])] * 3
-    assert lines_of(tmp_path, wrote("dense", texts), wrote("griffin", texts))["griffin", "dense_rougeL"]["value"] == 1
+    assert (
+        beside_dense(tmp_path, wrote("dense", texts), wrote("griffin", texts))["griffin", "dense_rougeL"]["value"] == 1
+    )
 
 
 def test_what_a_filter_extracts_is_no_text(tmp_path):
@@ -146,7 +141,7 @@ def test_what_a_filter_extracts_is_no_text(tmp_path):
         s["filter"] = "strict-match"
     sides = [dataclasses.replace(s, metrics=[dataclasses.replace(m, filter="strict-match") for m in s.metrics])
              for s in sides]  # fmt: skip
-    found = lines_of(tmp_path, *sides)
+    found = beside_dense(tmp_path, *sides)
     assert ("griffin", "dense_tokens,strict-match") in found
     assert ("griffin", "dense_rougeL,strict-match") not in found
 

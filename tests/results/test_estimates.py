@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from dart_eval.results import frame, stats, sums
+from dart_eval.results import stats, sums
 from dart_eval.results.documents import Compared, answers_of
 from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import Metric
 from dart_eval.results.stats import Estimate, above_zero, mean, share
-from dart_eval.results.store import Store
-from tests.helpers.records import answered, choosing, perplexities, samples, save
+from tests.helpers.records import answered, beside_dense, choosing, perplexities, samples
 
 
 def test_a_mean_of_tasks_is_tested_as_its_smallest_task_allows():
@@ -98,17 +97,11 @@ def test_one_answer_moves_a_value_by_its_weight(weights, members, values, value,
     assert Compared(one, one).step == 0.0
 
 
-def beside(tmp_path, *records):
-    store = Store(save(tmp_path, *records))
-    lines = frame.lines(store, store.load()).to_dict("records")
-    return {(line["method"], line["metric"]): line for line in lines}
-
-
 def test_a_row_of_the_frame_says_what_lies_between_a_cell_and_dense(tmp_path):
     draws = np.random.default_rng(0).random(200)
     cells = [choosing(answered("arc", [{"acc": float(d < s), "gold_ll": -d} for d in draws], m, 0.7 * (m != "dense")))
              for m, s in (("dense", 0.8), ("griffin", 0.5))]  # fmt: skip
-    found = beside(tmp_path, *cells)
+    found = beside_dense(tmp_path, *cells)
     line, (a, b) = found["griffin", "acc"], (np.mean(draws < s) for s in (0.5, 0.8))
     assert (line["value"], line["dense"], line["chance"]) == pytest.approx((a, b, 0.25))
     assert line["recovery"] == pytest.approx((a - 0.25) / (b - 0.25))
@@ -129,7 +122,7 @@ def test_chance_follows_from_the_number_of_choices(tmp_path, change, chance):
         change(s)
     for cell in cells:
         cell.metrics[0] = type(cell.metrics[0])("arc", "acc", cell.samples[0]["metrics"]["acc"], 0.01, 20, True)
-    found = beside(tmp_path, *cells)
+    found = beside_dense(tmp_path, *cells)
     assert found["griffin", "acc"]["chance"] == chance
     assert found["griffin", "acc"]["difference"] == 0.0  # known without chance, too
 
@@ -139,7 +132,7 @@ def test_a_flip_is_of_answers_and_not_of_what_they_were_without_their_context(tm
              for m in ("dense", "griffin")]  # fmt: skip
     for s in cells[1].samples:
         s["responses"][6] = [-0.1, False]  # the likeliest of all, but a score without the context
-    assert beside(tmp_path, *cells)["griffin", "flips"]["value"] == 0.0
+    assert beside_dense(tmp_path, *cells)["griffin", "flips"]["value"] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["acc", "word_perplexity", "bits_per_byte"])
