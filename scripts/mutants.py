@@ -40,7 +40,10 @@ KEPT = [
 # Without what calls the code in other processes, which mutmut does not see, or takes a model, data or a browser.
 KINDS = {
     "numbers": (CORE, ["-m", "fast"]),
-    "data": (KEPT, ["-m", "not (ray or demo or data or browser or process)", "--ignore=tests/cli", "--ignore=tests/matrix"]),
+    "data": (
+        KEPT,
+        ["-m", "not (ray or demo or data or browser or process)", "--ignore=tests/cli", "--ignore=tests/matrix"],
+    ),
 }
 COPIED = ("scripts", "tasks", "docs", "results", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")
 NOTICED = {"killed", "timeout", "segfault"}

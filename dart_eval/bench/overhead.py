@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -130,7 +131,7 @@ def table(results: list[Overhead]) -> Table:
         f"Shape {results[0].shape}, sparsity {percent(results[0].sparsity)}; megabytes (10^6 bytes) of a sequence's "
         "state. docs/concepts.md explains the columns."
     )
-    return Table("Overhead", heads, body, [note])
+    return Table("Overhead", heads, body, [note], data=pd.DataFrame(map(asdict, results), dtype=object))
 
 
 class Shapes(Calibration):

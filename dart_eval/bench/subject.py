@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+import pandas as pd
 import torch
 
 from dart_eval.bench import decode, shapes
@@ -187,4 +188,5 @@ def table(rows: Sequence[Row], where: str) -> Table:
     notes += [f"{timed[0].n} steps a row." if timed else "No method here can be timed.", COLUMNS_NOTE]
     if why := list(dict.fromkeys(row.why for row in rows if row.why)):
         notes.append(f"{BYTES_ONLY.capitalize()}: no kernel turns the saved bytes into time ({'; '.join(why)}).")
-    return Table("Decoding", [*filled], [list(cells) for cells in zip(*filled.values(), strict=True)], notes)
+    body, data = [[*cells] for cells in zip(*filled.values(), strict=True)], [row.to_json() for row in rows]
+    return Table("Decoding", [*filled], body, notes, data=pd.DataFrame(data, dtype=object))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Any
 
 import typer
@@ -87,7 +86,7 @@ def decode(
         rows.append(row)
         if output is not None:
             files.append(speeds.keep(output, speed))
-    show([table(rows, timed.title)], format, data=[row.to_json() for row in rows])
+    show([table(rows, timed.title)], format)
     for file in files:
         say(f"wrote {file}", err=format != "table")
 
@@ -119,4 +118,4 @@ def overhead(
     for one in methods:
         print_note(f"counting {one.spec} on the shape of {shape}")
         results.append(measure(one, shape, sparsity))
-    show([table(results)], format, data=[dataclasses.asdict(result) for result in results])
+    show([table(results)], format)

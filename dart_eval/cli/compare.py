@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.options import FORMATS, one_of, own
+from dart_eval.cli.options import FORMATS, Force, one_of, own
 from dart_eval.cli.view import output, put
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
@@ -28,6 +28,7 @@ def compare(
     metric: Annotated[list[str] | None, own(METRIC_HELP, None, "NAMES")] = None,
     format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP)] = None,
     save: Annotated[Path | None, own("Write to this file instead of the terminal.", None, "FILE")] = None,
+    force: Force = False,
 ) -> None:
     """Compare two sets of cells, paired document by document, with tests and intervals.
 
@@ -55,6 +56,6 @@ def compare(
     else:
         comparison = compare_rows(rows[0], rows[1], places, metrics)
     if format == "json":
-        put(comparison.to_json(), save)
+        put(comparison.to_json(), save, force)
     else:
-        output([table(comparison)], format, save)
+        output([table(comparison)], format, save, force)

@@ -85,4 +85,5 @@ def one_of(
     return own(help, panel, metavar or "|".join(known), callback=checked)
 
 
+Force = Annotated[bool, own("Replace a file that holds something else.", None, "", "--force")]
 Verbose = Annotated[bool, own("Show the libraries' messages and tracebacks.", OUTPUT, "", "--verbose")]

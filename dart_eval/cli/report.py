@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dart_eval.cli.options import Force
 from dart_eval.cli.view import console, put
 from dart_eval.results.store import Store
 from dart_eval.util.files import check_target
@@ -20,6 +21,7 @@ def report(
     ] = None,
     samples: Annotated[int, typer.Option(help="Documents of each task to show; 0 shows none.", min=0)] = 50,
     browse: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in a browser.")] = False,
+    force: Force = False,
 ) -> None:
     """Write one HTML page: the verdict, the board, its charts, and the answers of dense and all methods side by side.
 
@@ -36,6 +38,6 @@ def report(
 
     with console(stderr=True).status("comparing answers with dense's"):
         page = build(Store(folder), samples)
-    put(page, path)
+    put(page, path, force)
     if browse:
         webbrowser.open(path.absolute().as_uri())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.options import BOARD, COSTS, FORMATS, one_of, own
+from dart_eval.cli.options import BOARD, COSTS, FORMATS, Force, one_of, own
 from dart_eval.cli.view import output, put
 from dart_eval.evaluation.task_names import ALIASES
 from dart_eval.util.errors import UserError
@@ -42,6 +42,7 @@ def tables(
     metric: Annotated[str | None, own(METRIC_HELP, None, "NAME")] = None,
     level: Annotated[float | None, own(LEVEL_HELP, None, "READ")] = None,
     save: Annotated[Path | None, own(SAVE_HELP, None, "FILE")] = None,
+    force: Force = False,
 ) -> None:
     """Print the board of a results folder (one row per method and sparsity, best first), or its long tables.
 
@@ -70,11 +71,11 @@ def tables(
     if picture and save is not None:
         from dart_eval.results.report.charts import draw  # matplotlib
 
-        put(draw(boards(store, records, metric), save.suffix[1:]), save)
+        put(draw(boards(store, records, metric), save.suffix[1:]), save, force)
     elif format in ("csv", "json"):
-        put(data_text(lines(store, records, subtasks), format), save)
+        put(data_text(lines(store, records, subtasks), format), save, force)
     elif view == BOARD:
-        output(made.board_tables(boards(store, records, metric), level), format or "table", save)
+        output(made.board_tables(boards(store, records, metric), level), format or "table", save, force)
     else:
         shown = [made.costs(records)] if view == COSTS else made.quality(lines(store, records, subtasks), records)
-        output(shown, format, save)
+        output(shown, format, save, force)

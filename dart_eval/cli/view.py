@@ -20,7 +20,7 @@ from rich.text import Text
 from dart_eval.results import metrics
 from dart_eval.results.metrics import with_error
 from dart_eval.util import files
-from dart_eval.util.text import Json, counted, printable
+from dart_eval.util.text import counted, printable
 
 if TYPE_CHECKING:
     from dart_eval.results.record import Record
@@ -192,15 +192,17 @@ def listed(rows: Sequence[tuple[str, str]], least: int = 0) -> None:
         say(textwrap.fill(line, room, subsequent_indent=" " * (width + 2), break_on_hyphens=False) if room else line)
 
 
-def put(data: str | bytes, path: Path | None = None) -> None:
+def put(data: str | bytes, path: Path | None = None, force: bool = False) -> None:
     """Print a text for a person or a program, as it is, or write data to a file that the user named.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or holds something else and `force` is not given.
     """
     if path is None:
         sys.stdout.write(printable(str(data), lines=True))
         return
+    if not force:
+        files.refuse_foreign(path, data)
     files.write(path, data)
     if not files.is_stream(path):
         say(f"wrote {path}")
@@ -211,25 +213,19 @@ def for_terminal(format: str | None) -> bool:
     return format == "table" or (format is None and sys.stdout.isatty())
 
 
-def output(
-    tables: Sequence[Table], format: str | None = None, path: Path | None = None, data: Sequence[Json] = ()
-) -> None:
+def output(tables: Sequence[Table], format: str | None = None, path: Path | None = None, force: bool = False) -> None:
     """Print tables, or write them to a file that the user named.
 
     Args:
         format: one of `options.FORMATS`; None: a table on a terminal, else md. In a file a table is md, too.
-        data: rows of csv and json, where the tables do not have them.
+        force: whether the file may hold something else.
     """
-    import pandas as pd  # slow to import: not for `--help`
-
-    from dart_eval.results.show import data_text, render, show
+    from dart_eval.results.show import render, show  # slow to import: not for `--help`
 
     if path is None and for_terminal(format):
         show(*tables)
-    elif data and format in ("csv", "json"):
-        put(data_text(pd.DataFrame(data, dtype=object), format), path)
     else:
-        put(render(tables, "md" if format in (None, "table") else format), path)
+        put(render(tables, "md" if format in (None, "table") else format), path, force)
 
 
 print_note = functools.partial(say, err=True)  # what a person should know, apart from the results

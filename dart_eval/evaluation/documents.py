@@ -26,6 +26,7 @@ from dart_eval.util.quiet import muted
 from dart_eval.util.text import Json
 
 SEED = 42  # RULER's own, wherever it has one
+LONGEST_WORD = 1_000_000  # letters: a tokenizer takes minutes and gigabytes for one of ten million
 FILES = ("json", "csv", "parquet", "text")  # names of a task's data where they are files of a user, or ours
 Make = Callable[..., object]
 
@@ -55,6 +56,23 @@ def redirect(config: Json, data_dir: Path) -> Path:
     config["dataset_path"] = "json"
     config["dataset_kwargs"] = {"data_files": files}
     return folder
+
+
+def odd_split(folder: Path) -> str | None:
+    """Return what is wrong with the first file of local data that cannot be read, or is unlike the first."""
+    from pyarrow import ArrowException, json, unify_schemas  # slow to import, and for an error alone
+
+    first = None
+    for file in sorted(folder.glob("*.jsonl")):
+        try:
+            schema = json.read_json(file).schema
+            first = first or schema
+            unify_schemas([first, schema], promote_options="permissive")
+        except (ArrowException, OSError) as error:
+            return f"{file} cannot be read as the others ({summary(error)})"
+        if odd := sorted(set(schema.names) ^ set(first.names)):
+            return f"{file} and the first file differ in the columns {', '.join(odd)}"
+    return None
 
 
 def number_asked(task: Task, limit: float | None) -> int:
@@ -96,7 +114,9 @@ def _fault(task: ConfigurableTask, doc: Json, local: bool) -> str | None:
     if local:
         target = task.doc_to_target(doc)
         for text in (task.doc_to_text(doc), *(target if isinstance(target, list) else [target]), *choices):
-            _not_null(text)
+            longest = max(map(len, str(_not_null(text)).split()), default=0)
+            if longest > LONGEST_WORD:
+                return f"has a word of {longest:,} letters, of at most {LONGEST_WORD:,}"
     if not scored:
         return None
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)

@@ -28,7 +28,14 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 
 from dart_eval.evaluation import task_names
-from dart_eval.evaluation.documents import needs_tokenizer, prepared_once, redirect, seeded, without_other_lengths
+from dart_eval.evaluation.documents import (
+    needs_tokenizer,
+    odd_split,
+    prepared_once,
+    redirect,
+    seeded,
+    without_other_lengths,
+)  # fmt: skip
 from dart_eval.evaluation.settings import check_generation
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.evaluation.unsafe import block_local_code, read_safely, sandbox_templates
@@ -192,8 +199,8 @@ class Tasks(TaskFactory):
         while root.__cause__ is not None:
             root = root.__cause__
         if self._place is not None:
-            problem = f"task {name} cannot use the documents of {self._place} ({summary(root)})"
-            return UserError(problem, "fix or remove them")
+            why = odd_split(self._place) or f"the documents of {self._place} ({summary(root)})"
+            return UserError(f"task {name} cannot use its data: {why}", "fix or remove them")
         if self.data_dir is None and any(type(cause).__name__ in OFFLINE for cause in causes):
             return UserError(
                 f"the data of task {name} could not be loaded: the hub cannot be reached ({summary(root)})",

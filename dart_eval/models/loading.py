@@ -257,6 +257,9 @@ def _identify(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
                     f"config.json of model {name} says quant_method {method_of(config)!r}, which transformers "
                     "does not know", "correct quantization_config, or remove it if the weights are not quantised",
                 )  # fmt: skip
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and longest < 1:
+        raise UserError(f"model {name} says that it takes {longest} tokens", "correct its context length")
     if code is not None and "/" in code and not spec.trust_remote_code:
         raise refusal_of_code(name, code)
     adapter = spec.peft or (source if model_file(source, adapters.CONFIG, commit) else None)

@@ -43,7 +43,7 @@ FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int, str]] = {  # costs: 
 SHAPED = {"state MB": 1e6, "overhead %": 0.01}  # costs of a claim on a shape, and their units
 NOTE = "Value ± standard error, of shares in per cent; bold: best of its sparsity beyond noise (docs/paper.md)."
 # A test of perplexities whose differences have a long tail is too bold at .05, and on few documents at any level.
-TAILED_ALPHA, TAILED_UNITS = 0.01, 50
+TAILED_ALPHA, TAILED_UNITS = 0.01, 100
 NOTE_ON_CLAIMS = (
     "measured: difference (perplexities in nats) or ratio of the two rows, with the paired 95 % interval. A verdict is "
     "of the models and documents measured here, not of the paper's (docs/paper.md). One on perplexities, whose "

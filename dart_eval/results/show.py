@@ -177,8 +177,8 @@ def finite(value: object) -> object:
 
 
 def escaped(text: str) -> str:
-    """Return a text for a cell of a Markdown table."""
-    return " ".join(printable(text).split()).replace("|", "\\|")
+    """Return a text for Markdown that makes no cell, tag, link or picture of it."""
+    return re.sub(r"\||<(?=[A-Za-z/!?])|(?<=\])\(", r"\\\g<0>", " ".join(printable(text).split()))
 
 
 def markdown(table: Table) -> str:
@@ -189,8 +189,8 @@ def markdown(table: Table) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    note = printable(" ".join(table.notes))
-    parts = [f"### {printable(table.title)}", "", *([*lines, ""] if table.body else []), *([note, ""] if note else [])]
+    note = escaped(" ".join(table.notes))
+    parts = [f"### {escaped(table.title)}", "", *([*lines, ""] if table.body else []), *([note, ""] if note else [])]
     return "\n".join(parts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,15 +13,27 @@ from pathlib import Path
 from dart_eval.util.text import printable
 
 # Libraries' messages for exhausted memory; the last is of the loader of shared libraries.
-NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment")
+NO_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "can't start new thread",
+    "failed to map segment",
+)  # fmt: skip
+
+
+def short(text: str, most: int = 200) -> str:
+    """Return a message without the middle of words, and of what stands in quotes, of more than `most` letters."""
+
+    def cut(match: re.Match[str]) -> str:
+        word = match.group()
+        return word if len(word) <= most else f"{word[: most - 50]}...{word[-47:]}"
+
+    return re.sub(r"(?<!\w)(['\"]).*?\1(?!\w)|\S+", cut, text)
 
 
 class UserError(Exception):
     """Wrong input, printed as one line (problem; remedy); the command exits with status 2."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = " ".join(printable(problem).split())
-        self.remedy = " ".join(printable(remedy).split())
+        self.problem, self.remedy = (short(" ".join(printable(text).split())) for text in (problem, remedy))
         super().__init__(f"{self.problem}; {self.remedy}" if self.remedy else self.problem)
 
 

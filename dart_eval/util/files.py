@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from dart_eval.util.errors import UserError
 
+HEAD, MARK = 1 << 12, b"dart-eval"  # bytes in which a file of ours names its maker, if its form has a place for that
 LONGEST = 100  # bytes of a part of a path: file systems take 255, and endings are added
 
 
@@ -59,6 +60,22 @@ def write(path: str | Path, data: str | bytes, remedy: str = "choose another fil
             Path(path).write_bytes(content)
         else:
             write_atomically(Path(os.path.realpath(path)), content)
+
+
+def refuse_foreign(path: Path, data: str | bytes) -> None:
+    """Refuse to replace a file that is not an earlier one of what is to be written.
+
+    An earlier one begins with the same line, and names dart-eval near its beginning where the new one does.
+
+    Raises:
+        UserError: `--force` replaces it.
+    """
+    if is_stream(path) or not path.exists():
+        return
+    with telling(f"{path} cannot be read", "choose another file"), path.open("rb") as file:
+        old, new = file.read(HEAD), (data.encode() if isinstance(data, str) else data)[:HEAD]
+    if old and (old.partition(b"\n")[0] != new.partition(b"\n")[0] or (MARK in new and MARK not in old)):
+        raise UserError(f"{path} holds something else, and would be replaced", "choose another file, or give --force")
 
 
 def check_target(path: str | Path, remedy: str = "choose another file") -> None:

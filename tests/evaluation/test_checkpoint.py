@@ -146,6 +146,7 @@ SPOILT = {
     "a layer": (lambda f: _rewrite(f, lambda w: {k: w[k] for k in w if "layers.2" not in k}), "lacks 9 weights"),
     "a wrapper": (lambda f: _rewrite(f, lambda w: {f"_orig_mod.{k}": w[k] for k in w}), "save_pretrained"),
     "shapes": (lambda f: _configure(f, intermediate_size=48), "shape"),
+    "a length": (lambda f: _configure(f, max_position_embeddings=0), "context length"),
     "a quantisation": (lambda f: _configure(f, quantization_config={"quant_method": "nosuch"}), "nosuch"),
     "an activation": (lambda f: _configure(f, hidden_act="nosuch"), "nosuch"),
     "angles": (lambda f: _configure(f, rope_parameters={"rope_type": "nosuch"}), "nosuch"),

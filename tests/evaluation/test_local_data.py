@@ -38,11 +38,14 @@ def check(shelf, name, limit=None):
 
 GOOD = lines(*map(row, range(4)))
 PLACE = "Rowan__hellaswag/default"
-CUT, AT = f"{PLACE} ", "document 4 of task hellaswag"
+CUT, FILE, AT = f"{PLACE}[/ ]", f"{PLACE}/validation.jsonl", "document 4 of task hellaswag"
 FAULTS = {
     "latin-1": (GOOD + '{"ctx": "café"}\n'.encode("latin-1"), CUT), "utf-16": (GOOD.decode().encode("utf-16"), CUT),
     "cut": (GOOD[:-30], CUT), "text": (GOOD + b"not json\n", CUT), "nul": (GOOD + b"\0\0\n", CUT),
-    "list": (GOOD + b"[1]\n", CUT), "kind": (GOOD + lines(row(5, endings="one")), CUT), "empty": (b"", CUT),
+    "list": (GOOD + b"[1]\n", FILE), "columns": (lines(*(row(i, more=1) for i in range(4))), FILE),
+    "types": (lines(*(row(i, ind="x") for i in range(4))), FILE),
+    "word": (GOOD + lines(row(5, ctx_a="x" * 2_000_000)), AT),
+    "kind": (GOOD + lines(row(5, endings="one")), CUT), "empty": (b"", CUT),
     "half a character": (GOOD + lines(row(5, ctx="\ud800")), CUT),
     "without fields": (GOOD + lines({"ctx": "a"}), CUT), "no label": (GOOD + lines(row(5, label="b"), row(6)), CUT),
     "beyond": (GOOD + lines(row(5, label="4")), AT), "below": (GOOD + lines(row(5, label="-1")), AT),

@@ -166,14 +166,14 @@ def test_verdicts_come_from_the_documents_of_a_folder(tmp_path):
 def test_bits_are_held_against_nats(tmp_path):
     """One text under two metrics: its claims have one verdict."""
     generator, answers = np.random.default_rng(0), {}
-    ends = [(100 * generator.gamma(9, 0.2), 9 + 2 * generator.random()) for _ in range(60)]
+    ends = [(100 * generator.gamma(9, 0.2), 9 + 2 * generator.random()) for _ in range(120)]
     for row in "AB":
         pairs = [[-(n + more * (row == "B")), 100] for n, more in ends]
-        total = sum(x for x, _ in pairs) / 6000
+        total = sum(x for x, _ in pairs) / 12000
         answers[row] = {
             "values": [{"byte_perplexity": pair, "bits_per_byte": pair} for pair in pairs],
-            "metrics": [Metric("easy", "byte_perplexity", math.exp(-total), 0.1, 60, False),
-                        Metric("easy", "bits_per_byte", -total / math.log(2), 0.1, 60, False)],
+            "metrics": [Metric("easy", "byte_perplexity", math.exp(-total), 0.1, 120, False),
+                        Metric("easy", "bits_per_byte", -total / math.log(2), 0.1, 120, False)],
         }  # fmt: skip
     columns = {head: {"task": "easy", "metric": head} for head in ("byte_perplexity", "bits_per_byte")}
     for i, (by, verdict) in enumerate(((0.09, HOLDS), (0.12, FAILS))):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import unicodedata
@@ -25,7 +26,7 @@ from dart_eval.util.errors import UserError, summary
 from dart_eval.util.text import json_text, printable
 from tests.helpers.records import answered, render, save, table_body
 
-EVIL = "evil\x1b[31m\x9b\u202e\n=1+1\0"
+EVIL = "evil<b>[a](b)\x1b[31m\x9b\u202e\n=1+1\0"
 NASTY = [
     "\x1b[31mred", "\x1b]0;title\x07", "a\nb", "a\r\nb", "nul\0", "\x9b2J", "\u202egnp.exe", "\u2066x\u2069", "\ud800",
     "\udc9b", "\ufffe", "\x7f", "a\u2028b", "\u200bx", "=cmd|' /C calc'!A0", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1",
@@ -137,6 +138,7 @@ def test_no_name_in_a_record_reaches_a_table_a_comparison_or_a_page_raw(tmp_path
     made = [render(records[:1], form) for form in ("md", "csv", "tex", "json")]
     made += [found.to_json(), *(show.render([compare.table(found)], form) for form in ("md", "csv", "tex"))]
     made.append(build(Store(tmp_path / "a")))
+    assert not re.search(r"(?<!\\)<[a-z/!]|(?<!\\)\]\(", made[0] + made[5])  # tags and links, as Markdown has them
     assert [raw(text) for text in made] == [set()] * 9 and all("evil" in text for text in made)
 
 

@@ -127,6 +127,6 @@ def plot(title: str, lines: Curves, looks: Sequence[str], times: bool, form: str
         axes.xaxis.set_inverted(True)
         handles = [handle for _, handle in sorted(zip(places, handles, strict=True), key=lambda pair: -pair[0])]
         axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1.03), frameon=False, labelspacing=0.2)
-        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-        figure.savefig(picture, format=form, dpi=180, metadata=undated.get(form, {}))
+        about = {"svg": {"Creator": "dart-eval", "Date": None}, "pdf": {"Creator": "dart-eval", "CreationDate": None}}
+        figure.savefig(picture, format=form, dpi=180, metadata=about.get(form, {"Software": "dart-eval"}))
     return picture.getvalue()
