@@ -20,6 +20,7 @@ LONG = ("ray", "demo", "process", "slow")
 # What the fast lane is made of: what computes. The rest is of what a user sees: commands, sweeps, pages, files.
 LANE = (
     *(f"tests/{folder}/" for folder in ("derivations", "golden", "kernels", "pruning")),
+    "tests/matrix/test_matrix.py",
     *(f"tests/evaluation/test_{name}.py" for name in (
         "distance", "lm", "rotary", "sampling", "scoring", "summaries", "throughput",
     )),
