@@ -4,8 +4,8 @@
     python -m scripts.mutants data --count 50 --least 96    # store, resume, statistics and session, and their own tests
 
 mutmut makes the mutants and runs on each the tests that call the broken function, in a copy of the tree (`mutants/`).
-A mutant of the words of an error or an event, or of `strict=`, which asserts, breaks nothing and is not drawn. Those that no test
-noticed are printed as differences.
+A mutant of the words of an error or an event, or of `strict=`, which asserts, breaks nothing and is not drawn. Those
+that no test noticed are printed as differences.
 Exit status: 0; 1 (fewer were noticed than asked); 2 (wrong arguments).
 """
 
