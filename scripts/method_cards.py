@@ -27,7 +27,7 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "random": ("s = a seeded random order", "", ()),
     "magnitude": ("s_j = ||gate_j|| ||up_j||, rows of neuron j", "static", ("magnitude",)),
     "static": ("s_j = || (h_tj / ||h_t||)_t ||, t in a calibration text", "static", ("static",)),
-    "wanda-sp": ("s_j = mean_i |down_ij| || (h_tj)_t ||, t in a calibration text", "wanda_sp", ("wanda_sp",)),
+    "wanda-sp": ("s_j = mean_i |down_ij| || (h_tj)_t ||, t in a calibration text", "static", ("wanda_sp",)),
     "flap": ("s_j = var_t(h_tj) ||down_j||^2, standardised per layer, one ranking over all layers", "flap",
              ("ranked",)),
     "griffin": ("s_j = || (h_tj / ||h_t||)_t ||, t in the prompt", "griffin", ("griffin",)),

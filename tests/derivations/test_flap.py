@@ -32,8 +32,7 @@ from dart_eval.pruning.rows import nbytes
 from dart_eval.pruning.session import prune
 from tests.derivations import ours
 from tests.derivations.plain import Plain
-from tests.derivations.test_static import rows_and_column
-from tests.derivations.test_wanda_sp import OneText, passages
+from tests.derivations.test_static import OneText, passages, rows_and_column
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens, tiny
 

@@ -14,9 +14,9 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import in_turn, product
-from tests.helpers.models import SMALL, made, random_tokens, tiny
+from tests.helpers.models import SMALL, hooked, made, random_tokens, tiny
 from tests.helpers.requests import TextRequest, output_head_of, words
-from tests.helpers.sessions import RESTLESS, hooked, open_session
+from tests.helpers.sessions import RESTLESS, open_session
 
 ORIGINAL = 48  # tokens up to which the angles are the first ones
 CONFIGS = {

@@ -125,6 +125,23 @@ def random_model(config, dtype=torch.float64):
     return model.to(dtype)
 
 
+def hooked(model):
+    """The modules that have hooks, by name. torch tells it by private names alone."""
+    return [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+class Adapted(torch.nn.Module):
+    """A projection with another one beside it, as adapters are injected."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base, self.low = linear, torch.nn.Linear(linear.in_features, linear.out_features, bias=False).double()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x):
+        return self.base(x) + self.low(x)
+
+
 def word_tokenizer():
     """One word, one token: w4 ... w95, after four special ones."""
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}

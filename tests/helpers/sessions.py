@@ -35,21 +35,13 @@ VARIED = [*REMASKED, *CHOOSING, *FINER]
 PLAIN = ("gpt2", "opt")  # families without a gate
 
 
-def makes_new_masks(params):
-    """Whether a method with these parameters makes new masks within a few tokens (the built-in ones alone do not)."""
-    return any(name.startswith("remask") for name in params)
-
-
 def fitting(method, family, sparsity):
     """The sparsity, or the nearest that a method allows: some read a matrix whole, some serve all in 8 bits."""
-    most = 50 if family in PLAIN else 66
     if method == "decdec":
         return min(max(sparsity, 0.56), 0.7)
-    if method in (
-        "graded-both", "grinqh",
-    ):  # fmt: skip
+    if method in ("graded-both", "grinqh"):
         return max(sparsity, 0.5)
-    return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity
+    return min(sparsity, 0.5 if family in PLAIN else 0.66) if method in ("cats", "m-countdown") else sparsity
 
 
 class RandomCalibration(Calibration):
@@ -132,11 +124,6 @@ def same(model, before):
     return now.keys() == before.keys() and all(
         torch.equal(now[n], t) and now[n].stride() == t.stride() for n, t in before.items()
     )
-
-
-def hooked(model):
-    """The modules that have hooks, by name. torch tells it by private names alone."""
-    return [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
 class Interrupt(TorchFunctionMode):

@@ -23,7 +23,7 @@ from dart_eval.pruning.methods.dense import Dense
 from dart_eval.pruning.registry import BUILT_IN, make, parse
 from dart_eval.util import bits
 from dart_eval.util.errors import UserError
-from tests.derivations.test_wanda_sp import OneText
+from tests.derivations.test_static import OneText
 from tests.helpers.models import SMALL, made, random_tokens, tiny, word_tokenizer
 from tests.helpers.sessions import generate, open_session, prompts_of
 from tests.matrix.types import tiny as typed

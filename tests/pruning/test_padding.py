@@ -2,19 +2,12 @@
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    Gemma3Config,
-    Gemma3TextConfig,
-    Gemma4TextConfig,
-    StaticCache,
-)
+from transformers import DynamicCache, Gemma3Config, Gemma3TextConfig, Gemma4TextConfig, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 from dart_eval.pruning.session import real_tokens
 from dart_eval.util.errors import UserError
-from tests.helpers.models import SMALL, random_tokens, tiny
+from tests.helpers.models import CONFIGS, SMALL, made, random_tokens
 from tests.helpers.sessions import RESTLESS, generate, open_session
 
 CPU = torch.device("cpu")
@@ -25,40 +18,28 @@ WINDOWS = Gemma3TextConfig(
 LENGTHS, WIDTH = (20, 9, 14), 20
 
 
-def build(config, seed=0):
-    """A random model whose weights are large enough that pruning shows."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).double().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "vision" not in name:
-                parameter.mul_(6)
-    model.generation_config.eos_token_id = None
-    return model
-
-
 def gemma3_4b():
     """The layout of Gemma 3 from 4B on: a language model inside a model of images and text."""
     text = {**SMALL, "head_dim": 8, "sliding_window": 16, "rope_parameters": WINDOWS.rope_parameters,
             "layer_types": WINDOWS.layer_types}  # fmt: skip
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}  # fmt: skip
-    return build(Gemma3Config(
+    return Gemma3Config(
         text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95, boi_token_index=94,
         eoi_token_index=93,
-    ))  # fmt: skip
+    )  # fmt: skip
 
 
 def gemma4():
     """The layout of Gemma 4 E2B: the last layers share the keys and values of earlier ones."""
-    return build(Gemma4TextConfig(
+    return Gemma4TextConfig(
         **{**SMALL, "num_hidden_layers": 4}, head_dim=8, global_head_dim=8, sliding_window=16, num_kv_shared_layers=2,
         hidden_size_per_layer_input=4, vocab_size_per_layer_input=96,
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-    ))  # fmt: skip
+    )  # fmt: skip
 
 
-MODELS = {"gemma3-4b": gemma3_4b, "gemma4": gemma4, "llama": lambda: tiny("llama")}
+MODELS = {"gemma3-4b": gemma3_4b, "gemma4": gemma4, "llama": CONFIGS["llama"]}
 
 
 def prompts():
@@ -112,7 +93,7 @@ def test_a_mask_without_padding_or_of_another_length_or_kind():
     )),
 ])  # fmt: skip
 def test_a_padded_batch_generates_what_each_sequence_does_alone(name, cache, method, params):
-    model = MODELS[name]()
+    model = made(MODELS[name])
     ids, attention = prompts()
     options = {} if cache is None else {"cache_implementation": cache, "disable_compile": True}
     with open_session(model, method, 0.5, execution="masked", **params):
@@ -127,7 +108,7 @@ def test_a_padded_batch_generates_what_each_sequence_does_alone(name, cache, met
 
 def test_layers_that_share_keys_and_values_are_judged_by_the_whole_prompt():
     """Gemma 4 computes them for the last position alone where `generate` wants one row of logits."""
-    model, ids = gemma4(), torch.tensor([random_tokens(12)])
+    model, ids = made(gemma4), torch.tensor([random_tokens(12)])
     with open_session(model, "griffin", 0.5) as session:
         model(ids, use_cache=True)
         whole = session.masks(0)

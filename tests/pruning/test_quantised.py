@@ -20,32 +20,9 @@ from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import go_on, open_session
 
 
-class Boxed(torch.Tensor):
-    """Integers and a scale that pass for a float32 tensor: torchao's way."""
-
-    @staticmethod
-    def __new__(cls, data):
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype, device=data.device)
-
-    def __init__(self, data):
-        self.scale = data.abs().amax(1, keepdim=True) / 127
-        self.integers = (data / self.scale).round().to(torch.int8)
-
-    def __tensor_flatten__(self):
-        return ["integers", "scale"], None
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        if func.name() in ("aten::t", "aten::mm", "aten::addmm", "aten::linear"):
-            plain = [a.integers.to(a.dtype) * a.scale if isinstance(a, Boxed) else a for a in args]
-            return func(*plain, **(kwargs or {}))
-        raise NotImplementedError(func.name())
-
-
 def _box(module):
-    module.weight = torch.nn.Parameter(Boxed(module.weight.detach()), requires_grad=False)
+    """torchao's: integers and a scale that pass for a tensor of floats."""
+    quantize_(torch.nn.Sequential(module), Int8WeightOnlyConfig())
 
 
 def _round_inputs(module):
@@ -74,8 +51,7 @@ def _eighths(module):
 
 def _pack_dynamically(module):
     """torch's own: it packs weights for its kernels, and gives them when it is asked."""
-    inner = torch.nn.Sequential(module.float())
-    packed = torch.ao.quantization.quantize_dynamic(inner, {torch.nn.Linear})[0]
+    packed = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(module), {torch.nn.Linear})[0]
     module.__class__, module.__dict__ = type(packed), packed.__dict__
 
 
@@ -83,9 +59,9 @@ def _projections(model):
     return [m for f in find_ffns(model) for m in (f.gate, f.up, f.down)]
 
 
-def _changed(change, dtype=torch.float64):
+def _changed(change):
     """A tiny model all of whose FFNs' projections are changed."""
-    model = tiny("llama", dtype)
+    model = tiny("llama", torch.float32)
     for module in _projections(model):
         change(module)
     return model
@@ -100,15 +76,10 @@ def _decoded(model, execution):
         return step.logits, session.execution
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (_round_inputs, "a forward of its own"),
-        (_box, "Boxed"),
-        (_pack, "a form of their own"),
-        (_eighths, "float8_e4m3fn"),
-    ],
-)
+@pytest.mark.parametrize(("change", "reason"), [
+    (_round_inputs, "a forward of its own"), (_box, "Tensor"), (_pack, "a form of their own"),
+    (_eighths, "float8_e4m3fn"),
+])  # fmt: skip
 def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(change, reason):
     model = _changed(change)
     with pytest.warns(UserWarning, match=reason) as said:
@@ -119,7 +90,7 @@ def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(cha
 
 def _unpacked(model):
     """The same model with plain weights that have the values of its quantised ones."""
-    plain = tiny("llama")
+    plain = tiny("llama", torch.float32)
     for ours, theirs in zip(_projections(plain), _projections(model), strict=True):
         ours.weight = torch.nn.Parameter(values(theirs, theirs.in_features), requires_grad=False)
     return plain
@@ -177,7 +148,7 @@ def test_projections_without_a_weight_count_as_others_do():
 
 
 def test_bits_of_weights_that_no_configuration_describes_count_16():
-    model = tiny("llama")
+    model = tiny("llama", torch.float32)
     for change, module in zip((_box, _eighths, _pack), _projections(model), strict=False):
         change(module)
     assert served_bits(find_ffns(model)) == 16 and about(find_ffns(model))
@@ -186,7 +157,7 @@ def test_bits_of_weights_that_no_configuration_describes_count_16():
 
 def test_weights_that_torch_packs_are_refused():
     with pytest.raises(UserError, match="torchao"):
-        find_ffns(_changed(_pack_dynamically, torch.float32))
+        find_ffns(_changed(_pack_dynamically))
 
 
 def test_a_model_that_accelerate_spreads_is_still_reordered():
