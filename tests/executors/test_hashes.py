@@ -44,7 +44,6 @@ class Score:
 
 HARMLESS = {
     "a comment": ("# of everything", "# of nothing"),
-    "a new comment": ("import torch\n", "# torch is a library.\nimport torch\n"),
     "the docstring of a module": ("What it is.", "What it was."),
     "the docstring of a class": ('"""How much a neuron matters."""', "'''How much\n\n    it matters.'''"),
     "the docstring of a function": ("The sum over tokens.", "A sum."),
@@ -52,23 +51,14 @@ HARMLESS = {
     "how a number is written": ("0.5", ".5"),
     "a docstring in two pieces": ('"""The sum over tokens."""', '"The sum " "over tokens."'),
     "no docstring": ('        """The sum over tokens."""\n', ""),
-    "a wrapped line": ("torch.where(h > self.floor, h, SCALE)", "torch.where(\n    h > self.floor,\n    h, SCALE\n)"),
-    "a line wrapped by a backslash": ("h = h * 2", "h = \\\n  h * 2"),
-    "blanks": ("h = h * 2", "h  =  h*2"),
     "a wider block": (f"{' ' * 12}h = h * 2\n{' ' * 12}h = h + 1", f"{' ' * 16}h = h * 2\n{' ' * 16}h = h + 1"),
     "a wrapped import": ("import FFN, find_ffns as found", "import (\n    FFN,\n    find_ffns as found,\n)"),
-    "a comma": ("SCALE)", "SCALE,)"),
-    "empty lines": ("class Score:", "\n\n\nclass Score:"),
 }
 HARMFUL = {
     "a number": ("h * 2", "h * 3"),
     "what is imported": ("find_ffns as", "find_layers as"),
     "what an import is called": ("as found", "as seen"),
-    "a library": ("import torch\n", "import numpy as torch\n"),
     "an operator": ("h > self.floor", "h >= self.floor"),
-    "a name": ("h, SCALE", "weight, SCALE"),
-    "a default": ("= 0.1", "= 0.2"),
-    "an f-string": ("energy {", "score {"),
     "the format in an f-string": (":.2f", ":.3f"),
     "a text that is no docstring": ("    floor: float = 0.1\n", '    floor: float = 0.1\n    "Of a score."\n'),
     "a text after an import": ("import torch\n", 'import torch\n"No docstring."\n'),

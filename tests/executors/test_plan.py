@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import lm_eval.api.metrics
@@ -61,37 +62,17 @@ class Mine(PromptMask):
     level: int = option(1, "a number", least=0)
 
 
-class Entry:
-    """What `importlib.metadata.entry_points` gives."""
-
-    def __init__(self, name, target):
-        self.name, self.target = name, target
-
-    def load(self):
-        if self.target is None:
-            raise ImportError("no such module")
-        return self.target
-
-
-@pytest.fixture
-def installed(monkeypatch):
-    """Entry points of other packages; a test adds to them."""
-
-    def install(*entries):
-        registry.offered.cache_clear()  # a process that runs knows of no new packages
-        monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == "dart_eval.methods" else [])
-
-    return install
-
-
-def test_a_method_of_another_package_is_made_replaces_none_and_moves_its_keys(installed, monkeypatch, tmp_path):
+def test_a_method_of_another_package_is_made_replaces_none_and_moves_its_keys(monkeypatch, tmp_path):
+    offered = {"mine": f"{__name__}:Mine", "griffin": f"{__name__}:Mine", "broken": "no_such_module"}
+    entries = EntryPoints(EntryPoint(name, value, "dart_eval.methods") for name, value in offered.items())
     with pytest.raises(UserError, match="'mine'"):
         make("mine")
     found = []
     for level in (1, 2):
         (tmp_path / f"mine_{level}.py").write_text(f"LEVEL = {level}\n")
         monkeypatch.setattr(sys.modules[__name__], "__file__", str(tmp_path / f"mine_{level}.py"))
-        installed(Entry("mine", Mine), Entry("griffin", Mine), Entry("broken", None))
+        registry.offered.cache_clear()  # a process that runs knows of no new packages
+        monkeypatch.setattr(registry, "entry_points", entries.select)
         found += cells(method=("mine:level=3",))
     assert make("griffin") == Griffin() and registry.methods()["griffin"] is Griffin
     with pytest.raises(UserError, match="'broken'"):

@@ -244,16 +244,6 @@ def test_a_reference_moves_to_windows_of_its_own_turn():
 # -- defects of the public code of arXiv 2601.22632, D1 to D22 in our notes, of which we have none --------------------
 
 
-def decode(model, session, ids, tokens):
-    """Masks of all layers in force at each decoded token, as kept counts; then all events."""
-    out, counts = model(ids, use_cache=True), []
-    for token in tokens:
-        dense = bool(session.rows.watch.dense.any())
-        counts.append([f.size if dense else int(m.sum()) for f, m in zip(session.ffns, session.masks(0), strict=True)])
-        out = go_on(model, out, torch.tensor([[token]]))
-    return counts, session.events
-
-
 def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
     method = make("dart")
     request, head = Request(random_tokens(20), random_tokens(3, seed=2)), output_head(llama)
@@ -275,7 +265,7 @@ def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
         llama(second, use_cache=True)
         alone = snapshot(session)
     with open_session(llama, "dart", 0.5, **RESTLESS) as session:
-        decode(llama, session, prompts_of(1, 20), random_tokens(7, seed=1))
+        fed(llama, llama(prompts_of(1, 20), use_cache=True), random_tokens(7, seed=1))
         llama(second, use_cache=True)
         after = snapshot(session)
         out = llama(second[:, :9], use_cache=True)
@@ -308,14 +298,6 @@ def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibratio
             for value in json.loads(line).values():
                 if isinstance(value, str) and len(value) > 40:
                     assert " ".join(value.split())[:60] not in text
-
-
-def test_d13_dense_tokens_count_against_the_label(llama):
-    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.dense_tokens": 3}) as session:
-        counts, _ = decode(llama, session, prompts_of(1, 20), random_tokens(24, seed=1))
-    pruned = sum(1 - sum(c) / 120 for c in counts)
-    assert session.effective_sparsity == pytest.approx(pruned / 25)  # 24 and the prompt's own
-    assert session.effective_sparsity < 0.4
 
 
 # -- masks that are released: so many decoded tokens run pruned, and all later ones dense -----------------------------

@@ -19,7 +19,7 @@ from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.weights.decoded import Decoded
 from dart_eval.weights.rounding import rounded
-from tests.helpers.models import biased, odd_llama, random_tokens, tiny
+from tests.helpers.models import Adapted, biased, odd_llama, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, bits, cache_of, generate, go_on, open_session, same
 
 
@@ -313,29 +313,9 @@ def test_a_model_that_keeps_no_cache_is_refused(llama):
 # -- layers that are not what they were ------------------------------------------------------------------------------
 
 
-class Adapter(torch.nn.Linear):
-    """A projection with something beside it, as adapters are injected: a new module in the old one's place."""
-
-    def __init__(self, base):
-        torch.nn.Module.__init__(self)
-        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
-        self.side = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
-
-    @property
-    def weight(self):
-        return self.base.weight
-
-    @property
-    def bias(self):
-        return self.base.bias
-
-    def forward(self, x):
-        return self.base(x) * self.side
-
-
 def inject(model):
     for layer in model.model.layers:
-        layer.mlp.down_proj = Adapter(layer.mlp.down_proj)
+        layer.mlp.down_proj = Adapted(layer.mlp.down_proj)
 
 
 def drop(model):

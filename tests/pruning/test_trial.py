@@ -5,27 +5,17 @@ import itertools
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
-from transformers import BartConfig, DogeConfig, Gemma4TextConfig
+from transformers import BartConfig, DogeConfig
 
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.layers import experts, verify
 from dart_eval.layers.find import decoder_layers, find_ffns
 from dart_eval.pruning.methods.depth import depth_aware, normalise_sensitivity
 from dart_eval.util.errors import UserError
-from tests.helpers.models import GEMMA4, SMALL, STREAMS, random_model, random_tokens, tiny
+from tests.helpers.models import SMALL, STREAMS, Adapted, random_model, random_tokens, tiny
 from tests.helpers.sessions import go_on, open_session
 from tests.matrix.types import tiny as matrix_model
 
-BESIDE = {
-    "gemma4": (
-        lambda: Gemma4TextConfig(
-            **GEMMA4, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4, top_k_experts=2,
-            moe_intermediate_size=16,
-        ),
-        "experts",
-    ),
-    "doge": (lambda: DogeConfig(**SMALL, is_moe=True, num_experts=16, num_experts_per_tok=2), "mlp.up_embed"),
-}  # fmt: skip
 UNKNOWN = {
     "doge": lambda: DogeConfig(**SMALL),
     "bart": lambda: BartConfig(
@@ -169,13 +159,17 @@ def test_depth_is_refused_by_name_where_a_layer_does_more_and_all_else_works(fam
         assert session.steps[0].read.tolist() == [0.5]
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("gemma4", torch.bfloat16), ("doge", torch.float32)])
-def test_a_dense_ffn_beside_experts_is_refused_by_name(family, dtype, monkeypatch):
+def doge_with_experts():
+    return random_model(DogeConfig(**SMALL, is_moe=True, num_experts=16, num_experts_per_tok=2), torch.float32)
+
+
+@pytest.mark.parametrize(("make", "part"), [
+    (lambda: matrix_model("gemma4_text with experts", torch.bfloat16), "experts"), (doge_with_experts, "mlp.up_embed"),
+])  # fmt: skip
+def test_a_dense_ffn_beside_experts_is_refused_by_name(make, part, monkeypatch):
     monkeypatch.setattr(experts, "is_routed", lambda _module: False)  # as those that are not known
-    config, part = BESIDE[family]
-    model = random_model(config(), dtype)
     with pytest.raises(UserError, match=part):
-        find_ffns(model)
+        find_ffns(make())
 
 
 def test_what_a_mixture_adds_beside_its_experts_is_refused():
@@ -183,11 +177,6 @@ def test_what_a_mixture_adds_beside_its_experts_is_refused():
     model.model.layers[1].mlp.register_forward_hook(lambda _module, args, out: out + args[0])
     with pytest.raises(UserError, match="layer 1 of"):
         find_ffns(model)
-
-
-def test_a_dense_ffn_and_experts_that_are_known_are_two():
-    model = random_model(BESIDE["gemma4"][0]())
-    assert [f.routed is not None for f in find_ffns(model)] == [False, True] * len(decoder_layers(model))
 
 
 def test_a_model_that_fails_is_told_in_one_line():
@@ -209,21 +198,9 @@ def test_out_of_memory_is_left_to_those_who_know_what_to_do():
         find_ffns(model)
 
 
-class _Adapted(torch.nn.Module):
-    """A projection with a low-rank one beside it, as adapters are injected."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.base, self.low = linear, torch.nn.Linear(linear.in_features, linear.out_features, bias=False).double()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-
-    def forward(self, x):
-        return self.base(x) + self.low(x)
-
-
 @pytest.mark.parametrize("config", [STREAMS["gemma4"], UNKNOWN["doge"]])
 def test_adapters_of_the_projections_belong_to_the_ffn(config):
     model = random_model(config())
     for layer in model.model.layers:
-        layer.mlp.down_proj = _Adapted(layer.mlp.down_proj)
+        layer.mlp.down_proj = Adapted(layer.mlp.down_proj)
     assert len(find_ffns(model)) == 3
