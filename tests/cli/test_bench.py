@@ -9,13 +9,12 @@ import functools
 import json
 import os
 import platform
-import runpy
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from dart_eval.bench import decode, overhead, shapes, tracing
 from dart_eval.bench.decode import Bench, Setting, measure, twin
@@ -241,21 +240,12 @@ def test_what_is_measured_is_shown_and_kept_beside_results(tmp_path, saved_llama
     assert [row["method"] for row in json.loads(left.out)] == ["griffin"] and "cats" in left.err
 
 
-def test_random_weights_of_a_shape_and_a_folder_of_them(tmp_path, monkeypatch):
-    made, shape = tmp_path / "made", tiny("llama").config
-    shape.vocab_size = 300  # every byte has a token
+def test_random_weights_of_a_shape_make_a_model(monkeypatch):
+    shape = tiny("llama").config
     monkeypatch.setitem(shapes.SHAPES, "small", lambda: shape)
     model = shapes.with_random_weights("small", layers=2)
     assert (len(model.model.layers), next(model.parameters()).dtype) == (2, torch.bfloat16)
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
-    monkeypatch.setattr(sys, "argv", ["random_model.py", "small", str(made), "2"])
-    runpy.run_path(str(ROOT / "scripts" / "random_model.py"), run_name="__main__")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
-    assert (len(model.model.layers), model.dtype) == (2, torch.bfloat16)
-    text = "The quick brown fox, ünusually slow"
-    tokens = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    assert tokenizer.decode(tokens["input_ids"][0]) == text
-    assert model.generate(**tokens, max_new_tokens=5, do_sample=False).shape[1] == tokens["input_ids"].shape[1] + 5
 
 
 def test_what_computed(monkeypatch):

@@ -124,6 +124,7 @@ REFUSED = {
 }  # fmt: skip
 ROWS = [
     ("ls methods dart", 0, "remask.window"),
+    *((f"{verb} -h", 0, verb) for verb in cli.VERBS),
     *((f"{typed} {end}", 2, word) for typed, ends in REFUSED.items() for end, word in ends),
 ]
 
@@ -212,11 +213,6 @@ def test_what_needs_no_model_is_answered_before_torch_is_imported(world):
     subprocess.run(
         [sys.executable, "-c", LIGHT], input=rows, cwd=world / "work", env=environment, text=True, check=True
     )
-
-
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_has_help(typed, verb):
-    assert typed(verb, "-h").code == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -15,7 +15,7 @@ from dart_eval.pruning.methods.griffin import Griffin
 from dart_eval.results import check as checks
 from dart_eval.results.check import FELL, Limits, Thresholds, bad, check, recovery, thresholds_from
 from dart_eval.results.documents import answers_of
-from dart_eval.results.frame import Cell, cells, differing
+from dart_eval.results.frame import Cell, cells
 from dart_eval.results.record import Metric
 from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import config_from
@@ -146,15 +146,6 @@ def test_other_documents_are_no_regression_but_wrong_input():
     lines = samples("arc", right(0.5), data="v2")
     with pytest.raises(UserError, match="documents"):
         checked([answered("arc", right(0.5), lines=lines)], [answered("arc", right(0.5))])
-
-
-def test_code_of_a_method_differs_only_between_equal_methods():
-    one, other, rival = (
-        cell(answered("arc", [{"acc": 1}], method, method_code=code))
-        for method, code in (("dart", "1"), ("dart", "2"), ("griffin", "2"))
-    )
-    said = (differing([(one, cell)], "{}{}", "{}{}") for cell in (other, rival))
-    assert [any("method_code" in text for text in texts) for texts in said] == [True, False]
 
 
 def test_a_baseline_that_checks_nothing_is_no_gate():

@@ -135,12 +135,10 @@ def test_the_same_text_is_like_denses_whatever_its_letters(tmp_path, text):
 
 def test_what_a_filter_extracts_is_no_text(tmp_path):
     """Two texts without a word in common, in neither of which the filter finds an answer."""
-    dense, pruned = ([(text, [i]) for i in range(3)] for text in ("[invalid]", "[invalid]"))
-    sides = [wrote(method, texts) for method, texts in (("dense", dense), ("griffin", pruned))]
-    for s in (s for side in sides for s in side.samples):
-        s["filter"] = "strict-match"
-    sides = [dataclasses.replace(s, metrics=[dataclasses.replace(m, filter="strict-match") for m in s.metrics])
-             for s in sides]  # fmt: skip
+    sides = [wrote(method, [("[invalid]", [i]) for i in range(3)]) for method in ("dense", "griffin")]
+    for side in sides:
+        side.samples[:] = [{**s, "filter": "strict-match"} for s in side.samples]
+        side.metrics[:] = [dataclasses.replace(m, filter="strict-match") for m in side.metrics]
     found = beside_dense(tmp_path, *sides)
     assert ("griffin", "dense_tokens,strict-match") in found
     assert ("griffin", "dense_rougeL,strict-match") not in found

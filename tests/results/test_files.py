@@ -88,12 +88,6 @@ def test_a_device_is_written_into_and_stays_a_device(tmp_path):
     assert null.is_char_device()
 
 
-def test_a_text_that_is_not_utf8_is_told_with_its_place(tmp_path):
-    (tmp_path / "latin").write_bytes(b"one\ntwo\nna\xefve\n")
-    with pytest.raises(UserError, match=r"latin .*position 10"):
-        files.read_text(tmp_path / "latin", "config", "why")
-
-
 def test_a_pipe_is_read_to_its_end_however_late_its_writer_is(tmp_path):
     pipe, pause = tmp_path / "pipe", 0.1
     os.mkfifo(pipe)

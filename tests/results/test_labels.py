@@ -50,20 +50,12 @@ def test_every_output_calls_a_row_as_it_was_typed(tmp_path):
     assert UNIFORM in build(Store(out))
     (row,) = compare_rows("griffin", UNIFORM, [out]).rows
     assert row["contrast"] == f"griffin 50 % vs {UNIFORM} 50 %"
-    found = compare_folders(save(tmp_path / "other", of("dense"), of(UNIFORM)), out)
-    assert [row["contrast"] for row in found.rows] == [f"{UNIFORM} 50 %", "dense"]
     file = tmp_path / "b.json"
     check.write_baseline(file, cells(out))
-    assert [c.get("method") for c in json.loads(file.read_text())["cells"]].count(UNIFORM) == 1
     fallen = cells(save(tmp_path / "now", of("dense"), of("griffin"), of(UNIFORM, 0.1)))
-    report = check.check(fallen, check.load_baseline(file), Thresholds(), "b.json")
-    (row,) = check.bad(report)
-    assert row["cell"] == f"{UNIFORM} 50 %"
-    assert f'classname="{UNIFORM} 50 %"' in check.junit(report) and UNIFORM in check.workflow_commands(report)[0]
-    (missing,) = check.check(
-        fallen[:2], [c for c in check.load_baseline(file) if "uniform" in c.key], Thresholds(), "b"
-    ).rows
-    assert missing["cell"] == f"{UNIFORM} 50 %"
+    for now in (fallen, [c for c in fallen if c.inputs["method"] != "dart"]):
+        (row,) = check.bad(check.check(now, check.load_baseline(file), Thresholds(), "b.json"))
+        assert row["cell"] == f"{UNIFORM} 50 %"
 
 
 def cell(key, spec=None, **params):

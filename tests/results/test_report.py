@@ -13,7 +13,7 @@ from dart_eval.util.errors import UserError
 from tests.helpers.boards import choices
 from tests.helpers.commands import command
 from tests.helpers.pages import HOSTILE, folder, texts
-from tests.helpers.records import answered, cell, choosing, save, written
+from tests.helpers.records import cell, save, written
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +81,6 @@ def test_damaged_or_missing_parts_are_named_and_documents_can_be_left_out(tmp_pa
     store.save("c", cell(task="xsum", samples=[written(i, long) for i in range(5)]), texts("xsum", 5, prompt=long))
     assert [build.build(store, wanted).count("<tr data-row=") for wanted in (2, 0)] == [2, 0]
     assert len(build.build(store, 2)) < 100_000
-
-
-def test_choices_that_were_scored_twice_count_once():
-    """With acc_mutual_info lm-eval adds each choice's score without its context."""
-    made = choosing(answered("t", [{"acc": v, "acc_mutual_info": v} for v in (1.0, 0.0)], "dense", 0.0), 8)
-    made.samples[0]["responses"][6] = [0.0, False]  # the likeliest without the question
-    assert build._answer(made.samples[0], ["a", "b", "c", "d"])[0] == "1. a"
 
 
 def test_a_chart_of_one_read_is_not_drawn_nor_one_of_a_model_that_only_guesses(tmp_path):

@@ -17,8 +17,7 @@ from dart_eval.results import inputs, metrics
 from dart_eval.results.record import SCHEMA, Metric, Record
 from dart_eval.sweep.options import RunConfig
 from dart_eval.sweep.plan import plan
-from tests.helpers.commands import command
-from tests.helpers.records import answered, record, render, right, rows, save, sealed, tables
+from tests.helpers.records import answered, record, render, right, rows, sealed, tables
 
 
 def test_a_record_survives_json_without_its_samples_and_with_keys_of_a_later_version():
@@ -79,15 +78,6 @@ def test_costs_are_shown_with_all_that_the_method_adds():
         "prefill": "4.0 M", "decode": "150 k", "/ dense": f"{(150_000 + 12.5) / 200_000:.3f}", "memory": "3.0 kB",
         "state": "512 B", "peak": "3.1 MB", "tokens/s": f"{1234 / 1.5:.1f}",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("form", ["table", "md", "csv", "tex", "json"])
-def test_every_verb_that_prints_has_the_same_forms(form, tmp_path):
-    out = save(tmp_path / "out", answered("arc", right(0.5), "dense", 0.0), answered("arc", right(0.4), "griffin"))
-    for words in ("tables", "compare --row dense,griffin", f"check --all --baseline {out}"):
-        done = command(*words.split(), out, "--format", form)
-        assert done.code == 0 and "griffin" in done.out, (words, done.err)
-        assert (("\\begin{" in done.out) == (form == "tex") and done.out.lstrip()[:1] in "[{") or form != "json"
 
 
 def perplexity(ll, weight):
