@@ -14,8 +14,6 @@ from scipy import stats as theirs
 from dart_eval.results import stats, sums
 from dart_eval.results.stats import bootstrap_t, holm, paired, tango
 
-zeros_and_ones = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=6, max_size=60)
-
 
 def right_and_wrong(b, c, n):
     """0/1 values with b documents right under A only, c under B only."""
@@ -40,7 +38,7 @@ def counts_of(seed, n=30):
     return np.array(rows, float)
 
 
-@given(zeros_and_ones)
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=6, max_size=60))
 @settings(max_examples=50, deadline=None)
 def test_clusters_of_one_are_no_clusters(values):
     a, b = np.array(values).T
