@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,8 +38,7 @@ AHEAD, BEHIND, TIED, SPLIT, UNTESTED = "ahead", "behind", "tied", "split", "unte
 NOTHING = Share(0.0, (0.0, 0.0))  # share of guessing in dense's quality above guessing
 
 
-@dataclass(frozen=True)
-class Quality:
+class Quality(NamedTuple):
     """One metric of a row, as the mean over the tasks of its block."""
 
     value: float  # mean of the records' values
@@ -415,8 +414,7 @@ def _levels(rows: Sequence[Row], first: str) -> list[list[Row]]:
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Verdict:
+class Verdict(NamedTuple):
     """What the paired tests say of a level (docs/numbers.md).
 
     A row is ahead of another in a metric if it leads by more than `MATTERS`, and by so much that noise does not explain
@@ -463,9 +461,9 @@ def _verdict(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> Verdict
     control = next(iter(words.items()), None)
     verdict = Verdict(leader, stands, control, leader)
     if control is not None and control[1] == AHEAD and not verdict.of(AHEAD, SPLIT):
-        return replace(verdict, take=control[0])
+        return verdict._replace(take=control[0])
     costs = {row: (round(row.overhead, 4), row.bytes_of("beside") or 0) for row in (leader, *verdict.of(TIED))}
-    return replace(verdict, take=min(costs, key=costs.__getitem__))
+    return verdict._replace(take=min(costs, key=costs.__getitem__))
 
 
 def _leader(rows: Sequence[Row]) -> tuple[Row, dict[Row, str]]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -65,8 +65,7 @@ class Measure:
         return np.stack([self.x * self.weight, self.w * self.weight], 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Answers:
+class Answers(NamedTuple):
     """The answers of a cell.
 
     Attributes:
@@ -203,7 +202,7 @@ def add_distances(own: Answers, dense: Answers, texts: bool = True) -> Answers:
             values = [None if None in pair else distance(*pair) for pair in zip(*sides, strict=True)]
             frame[name] = pd.Series(values, frame.index, dtype=object)
     further = _further(own.measures, frame, {name: name != "flips" for name in of})
-    return replace(own, documents=frame, measures={**own.measures, **further})
+    return own._replace(documents=frame, measures={**own.measures, **further})
 
 
 @functools.cache

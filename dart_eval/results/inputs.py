@@ -10,8 +10,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import Field
 from typing_extensions import Required, TypedDict  # pydantic needs this one below Python 3.12
@@ -36,8 +35,7 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 
-@dataclass(frozen=True)
-class Role:
+class Role(NamedTuple):
     """The role of a field of a cell's inputs, and a sentence for the docs."""
 
     role: str

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from dart_eval.results.record import Metric
@@ -18,8 +17,7 @@ NO_NUMBER = "no number"  # for a metric whose answers were NaN or infinite
 GOLD = "gold_ll"  # the log-likelihood of the right answer, which samples of choice tasks hold beside their metrics
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """Properties of a metric by its name."""
 
     group: str = OTHER  # its table
