@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from dart_eval.util.errors import UserError
@@ -26,8 +25,7 @@ class KQuant(NamedTuple):
 K_QUANTS = {3: KQuant(16, 6, 1), 4: KQuant(32, 12, 2), 5: KQuant(32, 12, 2)}  # by the bits of a code
 
 
-@dataclass(frozen=True)
-class Rounding:
+class Rounding(NamedTuple):
     """How FFN weights are rounded.
 
     Attributes:
@@ -110,8 +108,7 @@ def unread(sparsity: float, share: float) -> float:
     return sparsity if share == 1 else 1 - share * (1 - sparsity)
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """Bits of a served weight.
 
     Attributes:
