@@ -7,8 +7,7 @@ starting kernels. Batches and prefixes are chosen to make the sum small.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -29,8 +28,7 @@ MOST_ROWS = 128  # of contexts or candidates in a forward under `auto`
 CACHED_TOKENS = 8  # tokens in a forward's KV cache, in multiples of its own tokens: candidates copy their contexts'
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """The largest size of a forward. A single row always runs, however long.
 
     Attributes:
@@ -146,8 +144,7 @@ def batches(
     return parts[::-1]
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Contexts (indices) that share their first `prefix` tokens, computed once; 0: no shared prefix."""
 
     prefix: int

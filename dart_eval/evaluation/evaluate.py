@@ -7,8 +7,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import lm_eval
@@ -33,8 +32,7 @@ from dart_eval.util.text import Json
 BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps
 
 
-@dataclass(frozen=True)
-class TaskResult:
+class TaskResult(NamedTuple):
     """Numbers of one cell: metrics, samples, texts of the documents, cost in all and per lm-eval task.
 
     Attributes:

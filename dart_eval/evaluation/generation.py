@@ -14,8 +14,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -43,8 +42,7 @@ from dart_eval.util.text import Json
 ODD = {"max_length": "use max_gen_toks", "num_return_sequences": "leave it out"}
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A prompt to be continued."""
 
     request: int  # its index
@@ -54,8 +52,7 @@ class Prompt:
     cut: bool  # it did not fit in full
 
 
-@dataclass(frozen=True)
-class Prompts:
+class Prompts(NamedTuple):
     """Prompts that are continued together, the longest first.
 
     Attributes:

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -20,8 +20,7 @@ from dart_eval.pruning.session import Session
 from dart_eval.results.record import CLOSED, read
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """Score `continuation` after `context`; both token ids, neither empty."""
 
     context: tuple[int, ...]

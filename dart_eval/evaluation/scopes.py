@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ from dart_eval.evaluation.settings import check_released
 from dart_eval.pruning.session import Session
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """Inputs of a forward, and for each the requests that it answers: (index, continuation).
 
     angles: of all inputs, see `rotary.Angles`.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,7 @@ from dart_eval.pruning.rows import Rows
 from dart_eval.pruning.session import Session
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Contexts of a forward, the longest first; the first `prefix` tokens are the same in all.
 
     asked: context -> (index of the request, continuation). angles: of all rows, see `rotary.Angles`.
@@ -54,8 +53,7 @@ class Batch:
         return [i for found in self.asked.values() for i, _ in found]
 
 
-@dataclass(frozen=True)
-class _Prefix:
+class _Prefix(NamedTuple):
     """A token prefix of several contexts, run once: its KV cache of one row, and the method's state."""
 
     tokens: tuple[int, ...]
