@@ -20,7 +20,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ M = TypeVar("M", bound=nn.Module)
 ALL_WEIGHTS = "packed products read all weights of a matrix"
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """The settings of a timing.
 
     Attributes:

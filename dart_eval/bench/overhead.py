@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -31,8 +30,7 @@ from dart_eval.util.errors import UserError
 CHUNK = 64  # prompt tokens fed at a time
 
 
-@dataclass(frozen=True)
-class Overhead:
+class Overhead(NamedTuple):
     """The overhead of one method at one sparsity on one shape.
 
     Attributes:
@@ -131,7 +129,7 @@ def table(results: list[Overhead]) -> Table:
         f"Shape {results[0].shape}, sparsity {percent(results[0].sparsity)}; megabytes (10^6 bytes) of a sequence's "
         "state. docs/concepts.md explains the columns."
     )
-    return Table("Overhead", heads, body, [note], data=pd.DataFrame(map(asdict, results), dtype=object))
+    return Table("Overhead", heads, body, [note], data=pd.DataFrame(results, dtype=object))
 
 
 class Shapes(Calibration):

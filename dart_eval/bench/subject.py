@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -32,8 +31,7 @@ FIELDS = ("method", "sparsity", "weights_read", "bits", "speedup", "control", "c
 Note = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """A model to time.
 
     Attributes:
