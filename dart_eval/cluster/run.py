@@ -18,9 +18,8 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -170,8 +169,7 @@ def _gpus(config: RunConfig) -> int:
 # -- on a node, which holds no files -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(NamedTuple):
     """A cell's answers and the time they took here; its record and texts, or why it failed, in a line and in full.
 
     misfit: the method does not fit the model.
