@@ -26,7 +26,7 @@ from dart_eval.results.documents import HASHES, INDEX, Answers, Compared, docume
 from dart_eval.results.frame import Cell, cells, counterparts, differing, paired
 from dart_eval.results.inputs import HASH_DIGITS, CellInputs, identity, model_of
 from dart_eval.results.metrics import DISTANCE, GOLD, chance, interval, kind_of, main, number, signed
-from dart_eval.results.record import Metric, holds, read
+from dart_eval.results.record import Metric, described, holds, read
 from dart_eval.results.show import Columns, Table
 from dart_eval.results.store import UnreadSamples
 from dart_eval.util import files
@@ -133,7 +133,7 @@ def write_baseline(path: Path, results: Sequence[Cell]) -> int:
             for name, rows in (("measures", measures), ("documents", lines)):
                 part[name] = "[\n" + ",\n".join(map(_line, rows)) + "\n]"
         except ValueError:
-            problem = f"{cell.describe()} has values that are not finite"
+            problem = f"{described(cell)} has values that are not finite"
             raise UserError(problem, "a baseline of them could never be met: find out why first") from None
         parts.append("{\n" + ",\n".join(f'"{name}": {text}' for name, text in part.items()) + "\n}")
     files.write(path, '{\n"schema": 1,\n"cells": [\n' + ",\n".join(parts) + "\n]\n}\n", "choose another --baseline")

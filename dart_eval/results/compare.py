@@ -14,6 +14,7 @@ from dart_eval.results import show, stats
 from dart_eval.results.frame import Cell, cells, counterparts, differing, newest, paired, with_distances
 from dart_eval.results.inputs import DENSE, UNLIKE_DENSE, asked, grouped, identity, labels
 from dart_eval.results.metrics import chance, interval, main, number, signed, sparsity
+from dart_eval.results.record import described
 from dart_eval.results.show import Columns, Table, finite
 from dart_eval.results.store import UnreadSamples
 from dart_eval.util.errors import UserError, nearest, remark
@@ -94,7 +95,7 @@ def compare_rows(a: str, b: str, folders: Sequence[Path], metrics: Sequence[str]
     contrasts = []
     for left, right in itertools.product(*sides):
         if left is right:
-            raise UserError(f"{a} and {b} are the same cell: {left.describe()}", "name two that differ")
+            raise UserError(f"{a} and {b} are the same cell: {described(left)}", "name two that differ")
         dense = DENSE in (left.inputs["method"], right.inputs["method"])
         free = {*(UNLIKE_DENSE if dense else FREE), *said}
         if identity(left.inputs, free) == identity(right.inputs, free):

@@ -23,8 +23,8 @@ from dart_eval.results import stats
 from dart_eval.results.documents import HASHES, Answers, Compared, add_distances, answers_of, documents
 from dart_eval.results.inputs import COLUMNS, DENSE, WILDCARDS, grouped, identity, labels, model_of, question, values_of
 from dart_eval.results.inputs import names as inputs_that_are
-from dart_eval.results.metrics import DISTANCE, kind_of, sparsity
-from dart_eval.results.record import Metric, Record
+from dart_eval.results.metrics import DISTANCE, kind_of
+from dart_eval.results.record import Metric, Record, described
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError, nearest, remark
 from dart_eval.util.text import Json, items_of
@@ -61,11 +61,6 @@ class Cell:
         """
         return self.read()
 
-    def describe(self) -> str:
-        """Name the cell in a message."""
-        method = self.settings.get("method") or self.inputs["method"]
-        return f"{self.inputs['task']} under {method} at {sparsity(self.inputs['sparsity'])}"
-
 
 def cell_of(store: Store, record: Record) -> Cell:
     """Return a record as a cell."""
@@ -100,7 +95,7 @@ def newest(cells: Sequence[Cell]) -> list[Cell]:
         for name in inputs_that_are("how"):
             if len(values := values_of(name, group)) > 1:
                 raise UserError(
-                    f"{group[0].describe()} is in {' and '.join(sorted(places))} with {name} {' and '.join(values)}",
+                    f"{described(group[0])} is in {' and '.join(sorted(places))} with {name} {' and '.join(values)}",
                     "keep such cells in folders of their own, and name one of these",
                 )
         chosen.append(max(group, key=lambda cell: (cell.created, cell.key)))

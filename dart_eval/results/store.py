@@ -27,8 +27,7 @@ from typing import Annotated
 from filelock import FileLock, Timeout
 from pydantic import Field, TypeAdapter
 
-from dart_eval.results.metrics import sparsity
-from dart_eval.results.record import Count, Document, Finite, NewerSchema, Record, Sample, holds, read
+from dart_eval.results.record import Count, Document, Finite, NewerSchema, Record, Sample, described, holds, read
 from dart_eval.util.errors import UserError, remark, writing
 from dart_eval.util.files import append, check_name, read_regular, reason, safe, write_atomically
 from dart_eval.util.text import Json
@@ -264,7 +263,7 @@ class Store:
         answers = ([x for r in line["responses"] for x in (r if isinstance(r, list) else [r])] for line in lines)
         if wrong := sum(any(isinstance(x, float) and not math.isfinite(x) for x in flat) for flat in answers):
             raise UnreadSamples(
-                f"{wrong} of {len(lines)} answers of {self._name(record)} are NaN or infinite",
+                f"{wrong} of {len(lines)} answers of {described(record)} in {self.folder} are NaN or infinite",
                 "run the cell again, in another --dtype or with other weights",
             )
         return lines
@@ -283,13 +282,9 @@ class Store:
             return [read(x, LINES[kind], f"line {i}") for i, x in enumerate(self._data(record, kind).splitlines(), 1)]
         except (OSError, ValueError) as error:
             raise UnreadSamples(
-                f"the {kind} of {self._name(record)} cannot be read ({reason(error)})",
+                f"the {kind} of {described(record)} in {self.folder} cannot be read ({reason(error)})",
                 "repeat the `dart-eval run` that made them: it redoes the cell",
             ) from None
-
-    def _name(self, record: Record) -> str:
-        method = record.settings.get("method") or record.inputs["method"]
-        return f"{record.inputs['task']} under {method} at {sparsity(record.inputs['sparsity'])} in {self.folder}"
 
     def _data(self, record: Record, kind: str) -> bytes:
         """Return a record's file of a kind. Raises OSError if it is missing, and ValueError if it is damaged."""
