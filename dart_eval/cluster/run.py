@@ -155,9 +155,7 @@ def _gpus(config: RunConfig) -> int:
     import ray
 
     most = max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
-    gpus = config.gpus_per_cell
-    if gpus is None:
-        gpus = int(config.device == "cuda" or (config.device == "auto" and most > 0))
+    gpus = config.gpus_per_cell or int(config.device == "cuda" or (config.device == "auto" and most > 0))
     if gpus > most:
         raise UserError(
             f"no node of the cluster has {gpus} GPUs for a cell (the largest: {most})",
