@@ -27,15 +27,8 @@ from lm_eval.tasks import TaskManager, _factory
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 
+from dart_eval.evaluation import documents as data
 from dart_eval.evaluation import task_names
-from dart_eval.evaluation.documents import (
-    needs_tokenizer,
-    odd_split,
-    prepared_once,
-    redirect,
-    seeded,
-    without_other_lengths,
-)  # fmt: skip
 from dart_eval.evaluation.settings import check_generation
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.evaluation.unsafe import block_local_code, read_safely, sandbox_templates
@@ -106,7 +99,7 @@ class Tasks(TaskFactory):
                 raise UserError(f"task {entry.name} runs code that the model writes", remedy)
         config = super()._load_full_config(entry, overrides)
         make = config.get("custom_dataset")
-        if self.data_dir is not None and ("class" in config or (callable(make) and needs_tokenizer(make))):
+        if self.data_dir is not None and ("class" in config or (callable(make) and data.needs_tokenizer(make))):
             raise UserError(
                 f"task {entry.name} has code of lm-eval that loads data itself, whatever --data-dir says",
                 "run it without --data-dir",
@@ -116,13 +109,13 @@ class Tasks(TaskFactory):
     def _task(self, config: Json) -> ConfigurableTask:
         """Return the task of a configuration, with its documents and their source as they are to be here."""
         if callable(make := config.get("custom_dataset")):
-            config["custom_dataset"] = seeded(make, config["task"], self.tokenizer, self.limit)
+            config["custom_dataset"] = data.seeded(make, config["task"], self.tokenizer, self.limit)
         elif config.get("dataset_path") and self.data_dir is not None:
-            self._place = redirect(config, self.data_dir)
+            self._place = data.redirect(config, self.data_dir)
         elif config.get("dataset_path"):
             work_offline_if_unreachable()
         if callable(prepare := config.get("process_docs")):  # lm-eval's constructor prepares examples already
-            config["process_docs"] = prepared_once(prepare)
+            config["process_docs"] = data.prepared_once(prepare)
         return ConfigurableTask(config=config)
 
     def index_all(self) -> None:
@@ -177,7 +170,7 @@ class Tasks(TaskFactory):
                 if self.gen_kwargs:
                     task.set_config("generation_kwargs", overridden(own_settings, self.gen_kwargs))
         if getattr(task.config, "custom_dataset", None) is not None:
-            without_other_lengths(task)
+            data.without_other_lengths(task)
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             weigh_scored_text(type(task))
         if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling"):
@@ -199,7 +192,7 @@ class Tasks(TaskFactory):
         while root.__cause__ is not None:
             root = root.__cause__
         if self._place is not None:
-            why = odd_split(self._place) or f"the documents of {self._place} ({summary(root)})"
+            why = data.odd_split(self._place) or f"the documents of {self._place} ({summary(root)})"
             return UserError(f"task {name} cannot use its data: {why}", "fix or remove them")
         if self.data_dir is None and any(type(cause).__name__ in OFFLINE for cause in causes):
             return UserError(
