@@ -46,7 +46,6 @@ class TaskResult(NamedTuple):
     cost: Cost
     by_task: dict[str, Cost]
     prompts: dict[str, dict[str, int]]
-    state_bytes: int
 
 
 def evaluate_task(
@@ -70,7 +69,6 @@ def evaluate_task(
         metrics, _samples(results["samples"], lm, by_name), _texts(results["samples"], by_name),
         sum(lm.costs.values(), Cost()), by_task,
         {task: {"documents": asked[task], "cut": cut[task], "length": lm.max_length} for task in by_task},
-        journal.state_bytes,
     )  # fmt: skip
 
 

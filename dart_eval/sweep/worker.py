@@ -78,7 +78,7 @@ class Worker:
             ffns = find_ffns(self.model)
             share, inputs = session.share or rounding.served_share(ffns), rounding.served_share_of_inputs(ffns)
             outcome, halved = _smaller(lm, lambda: evaluate_task(lm, session, tasks, cell.task, config, journal))
-            memory = cost.memory(session.method, ffns, session.fast.available, outcome.state_bytes, cell.rounding)
+            memory = cost.memory(session.method, ffns, session.fast.available, journal.state_bytes, cell.rounding)
             computed = session.method.computed(outcome.cost.read)
         measured = {
             "seconds": earlier + time.monotonic() - start,
@@ -111,7 +111,7 @@ class Worker:
                 for task, own in outcome.by_task.items()
             },
             flops={**flops, "remask_bytes": flops["remask_reads"] * inputs},
-            memory={"weights": self.shape.weight_bytes, "beside": memory, "state": outcome.state_bytes},
+            memory={"weights": self.shape.weight_bytes, "beside": memory, "state": journal.state_bytes},
             settings={
                 "batch_size": config.batch_size,
                 "method": method.spec,
