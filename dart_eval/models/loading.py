@@ -174,16 +174,15 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UserError: no such device.
     """
+    apple = torch.backends.mps.is_available()
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if apple else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"unknown device {name!r}", "auto, cpu, cuda, cuda:1, mps") from None
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count or (device.type == "mps" and not torch.backends.mps.is_available()):
+    if (device.index or 0) >= count or (device.type == "mps" and not apple):
         raise UserError(f"device {name} is not there", "choose another --device")
     return device
 
