@@ -396,9 +396,8 @@ def named(given: Mapping[Any, object]) -> Json:
     for name, value in [*values.items(), *arguments.items()]:
         name = SECOND_NAMES.get(name, "model" if name == "pretrained" else name)
         if name not in DEFAULTS:
-            raise retired("option", name.replace("_", "-")) or UserError(
-                f"unknown key {name!r}", nearest(name, DEFAULTS)
-            )
+            unknown = UserError(f"unknown key {name!r}", nearest(name, DEFAULTS))
+            raise retired("option", name.replace("_", "-")) or unknown
         if name in found and found[name] != value:
             problem = f"{name} is given twice: {short_repr(found[name])} and {short_repr(value)}"
             raise UserError(problem, "leave one of them out")
