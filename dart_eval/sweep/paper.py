@@ -237,11 +237,10 @@ def _sheet(table: Table, file: File, base: RunConfig) -> tuple[Sheet, list[RunCo
             sized = methods_of(configs[label, next(iter(tasks))])[0].sized
             if (block > 0 and level in row.sparsity) if row.sparsity else sized == (block > 0):
                 lines.append([{"block": block, "level": level, **cell} for cell in cells_of(label, level)])
-        for known in (r for r in table.reported if len(lines) > measured and r.sparsity == level):
-            cell = {"row": f"{known.label} [{sources.index(known.source) + 1}]", "sparsity": level}
+        for one in (r for r in table.reported if len(lines) > measured and r.sparsity == level):
+            cell = {"row": f"{one.label} [{sources.index(one.source) + 1}]", "sparsity": level}
             cell |= {"block": block, "level": level}
-            values = known.values.items()
-            lines.append([cell | {"column": h, "metric": metrics[h], "value": v} for h, v in values])
+            lines.append([cell | {"column": h, "metric": metrics[h], "value": v} for h, v in one.values.items()])
     if not lines or not sparsity:
         raise UserError(f"table {table.name!r} has no row for this model, or no sparsity", "see docs/paper.md")
     cells = [{"line": i, **cell} for i, line in enumerate(lines) for cell in line]
