@@ -57,13 +57,8 @@ class Budget(NamedTuple):
 
     def halved(self) -> Budget:
         """Return a budget of half the size."""
-
-        def half(value: int | None) -> int | None:
-            return None if value is None else max(1, value // 2)
-
-        return Budget(
-            max(1, self.rows // 2), max(1, self.candidates // 2), half(self.tokens), self.forward, half(self.generated)
-        )
+        sizes = {name: size for name, size in self._asdict().items() if name != "forward" and size is not None}
+        return self._replace(**{name: max(1, size // 2) for name, size in sizes.items()})
 
 
 def budget(batch_size: int | str, model: PreTrainedModel) -> Budget:
