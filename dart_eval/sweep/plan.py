@@ -8,7 +8,7 @@ import itertools
 import json
 import platform
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -99,9 +99,8 @@ def plan(
     cells = []
     text = calibration_text(config.calibration, config.data_dir).digest
     # What options that are gone would say by default: cells of theirs are found.
-    drawn_tokens = {} if config.calibration_size is None else {
-        "calibration_tokens": config.calibration_size, "calibration_seed": 0,
-    }  # fmt: skip
+    size = config.calibration_size
+    drawn_tokens = {} if size is None else {"calibration_tokens": size, "calibration_seed": 0}
     for task, method in itertools.product(hashes, methods_of(config)):
         # The shape of a batch moves last digits. They show in half precision, and where a token chooses its neurons
         # or inputs, or a router its experts: near a tie it takes others. A batch also shares its random numbers.
@@ -146,7 +145,13 @@ def command(config: RunConfig, cell: Cell) -> str:
     if cell.inputs["model"].get("loaded"):  # no command can name it
         said = {"name": cell.inputs["model"]["name"], **said}
         return f"dart_eval.evaluate(model, tokenizer, {', '.join(f'{k}={v!r}' for k, v in said.items())})"
-    return command_line(["dart-eval", "run"], said)
+    line = ["dart-eval", "run"]
+    for key, value in said.items():
+        if isinstance(value, bool):
+            line.append(option_of(key) if value else f"--no-{key.replace('_', '-')}")
+        elif value is not None:
+            line += [option_of(key), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(line)
 
 
 @functools.cache  # many cells ask the same
@@ -161,14 +166,3 @@ def versions() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """Return the versions that are recorded beside the numbers."""
     return {**versions(), "dart-eval": version("dart-eval"), "python": platform.python_version()}
-
-
-def command_line(words: Sequence[str], options: Json) -> str:
-    """Return a line for a shell: `words`, then the options that are not None, by the names of `RunConfig`."""
-    line = [*words]
-    for key, value in options.items():
-        if isinstance(value, bool):
-            line.append(option_of(key) if value else f"--no-{key.replace('_', '-')}")
-        elif value is not None:
-            line += [option_of(key), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(line)
