@@ -84,7 +84,7 @@ def begin_sweep(
                 config.data_dir, config.confirm_run_unsafe_code, config.include_path,
                 read_settings(config.gen_kwargs or ""), model.load_tokenizer, config.limit,
             )  # fmt: skip
-        shelf, hashes, drawn = shelves[place], dict[str, str](), set[str]()
+        shelf, hashes = shelves[place], dict[str, str]()
         for name in shelf.expand(list(config.tasks)):
             tell(Event("wait", f"loading task {name}"))
             try:
@@ -98,8 +98,7 @@ def begin_sweep(
                 tell(Event("note", f"left out: {error.problem}"))
                 continue
             check_answers(shelf.load(name), config)
-            if task_draws(leaves(shelf.load(name))):
-                drawn.add(name)
+        drawn = {name for name in hashes if task_draws(leaves(shelf.load(name)))}
         kind = device or choose_device("auto" if config.device_map else config.device).type
         cells = plan(config, model, hashes, kind, drawn, shelf)
         misfits |= misfits_of(cells, sweep)
@@ -111,8 +110,7 @@ def begin_sweep(
     for text in dict.fromkeys(map(str, misfits.values())):
         tell(Event("note", f"left out: {text}"))
     if not first.force:
-        finished = {key: sweep.store.get(cell.name, key) for key, cell in sweep.cells.items()}
-        sweep.done = {key: record for key, record in finished.items() if record is not None}
+        sweep.done = {key: record for key, cell in sweep.cells.items() if (record := sweep.store.get(cell.name, key))}
     if sweep.cells:
         inputs = next(iter(sweep.cells.values())).inputs
         what = f"{inputs['model']['name']}, {inputs['dtype']}, {inputs['device']}"
