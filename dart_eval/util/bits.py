@@ -81,8 +81,7 @@ def parse(text: str) -> Rounding | None:
 
 
 # One for each number of bits, to stand beside methods that read as much.
-RIVALS = (*(Rounding(bits, 128) for bits in (8, 7, 6)), *(Rounding(b, K_QUANTS[b].group, True) for b in (5, 4, 3)),
-          Rounding(2))  # fmt: skip
+RIVALS = [*filter(None, map(parse, ("8:128", "7:128", "6:128", "q5_k", "q4_k", "q3_k", "2")))]
 NEAR = 0.02  # of a read
 
 
