@@ -37,10 +37,9 @@ def hardware(devices: Iterable[torch.device]) -> dict[str, str]:
     import torch
 
     cards = Counter(torch.cuda.get_device_name(d) for d in devices if d.type == "cuda")
-    if not cards:
-        return {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
     names = [name if count == 1 else f"{count} x {name}" for name, count in sorted(cards.items())]
-    return {"machine": platform.machine(), "gpu": ", ".join(names)}
+    kind = {"gpu": ", ".join(names)} if names else {"threads": str(torch.get_num_threads())}
+    return {"machine": platform.machine(), **kind}
 
 
 def _peak_rss() -> int:
