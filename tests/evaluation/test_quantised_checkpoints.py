@@ -31,8 +31,8 @@ from dart_eval.weights.rounding import about, served_bits, stored_of
 from tests.helpers import stored
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.models import VOCAB, random_tokens
+from tests.helpers.stored import SIZE, WIDTH
 
-WIDTH, SIZE = 64, 128  # the kernels of bitsandbytes for CPUs take no narrower rows
 LIBRARIES = {
     "torchao-8": lambda: transformers.TorchAoConfig(Int8WeightOnlyConfig()),
     "torchao-4": lambda: transformers.TorchAoConfig(
@@ -47,21 +47,20 @@ LIBRARIES = {
 OF_LIBRARY = {"torchao-8": 8, "torchao-4": 4 + 16 / 32, "bitsandbytes-8": 8, "bitsandbytes-4": 4 + 32 / 64}
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory, tokenizer):
+def _saved(folder, tokenizer, family="llama", dtype="bfloat16"):
     """The folder of a model whose weights are not quantised."""
-    folder = tmp_path_factory.mktemp("models") / "wide"
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=SIZE, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
     for p in model.parameters():
         p.data.add_(torch.randn_like(p) * 0.2)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, tokenizer):
+    return _saved(tmp_path_factory.mktemp("models") / "wide", tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +179,15 @@ def test_weights_are_not_quantised_twice(checkpoints):
 # -- expanded when they are loaded -------------------------------------------------------------------------------------
 
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": stored.WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 ROUTED = {"num_experts_per_tok": 2, "head_dim": 16}
 FAMILIES = {
-    "llama": lambda: transformers.LlamaConfig(**SIZES, intermediate_size=stored.SIZE),
-    "phi3": lambda: transformers.Phi3Config(**SIZES, intermediate_size=stored.SIZE),
+    "llama": lambda: transformers.LlamaConfig(**SIZES, intermediate_size=SIZE),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, intermediate_size=SIZE),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **SIZES, **ROUTED, intermediate_size=stored.SIZE, moe_intermediate_size=32, num_experts=4
+        **SIZES, **ROUTED, intermediate_size=SIZE, moe_intermediate_size=32, num_experts=4
     ),
     "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, **ROUTED, intermediate_size=64, num_local_experts=4),
 }
@@ -219,13 +218,7 @@ def checkpoint(tmp_path_factory, tokenizer):
     def of(kind):
         if kind not in made:
             family, make, dtype, *_ = KINDS[kind]
-            folder = tmp_path_factory.mktemp("stored") / "model"
-            torch.manual_seed(0)
-            plain = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
-            for p in plain.parameters():
-                p.data.add_(torch.randn_like(p) * 0.2)
-            plain.to(getattr(torch, dtype)).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            folder = _saved(tmp_path_factory.mktemp("stored") / "model", tokenizer, family, dtype)
             made[kind] = folder, make(folder)
         return made[kind]
 
@@ -308,7 +301,7 @@ def test_a_library_that_is_missing_is_named(checkpoint):
 def test_a_plan_knows_the_shape_of_a_quantised_model(checkpoint, kind):
     """It is made without weights, and so without their library's modules."""
     ffns = describe(resolve(ModelSpec(str(checkpoint(kind)[0]))).outline())
-    assert [(f.size, f.width) for f in ffns] == 2 * [(2 * 64 if kind == "mxfp4" else stored.SIZE, stored.WIDTH)]
+    assert [(f.size, f.width) for f in ffns] == 2 * [(2 * 64 if kind == "mxfp4" else SIZE, WIDTH)]
 
 
 @pytest.mark.slow

@@ -42,16 +42,14 @@ def _requests():
 
 
 def _forwards(model, work):
-    """Tokens of all the decoder's forwards in `work`, padding included."""
-    seen = []
+    """Tokens of all the decoder's forwards in `work`, padding included; what it gives; the forwards' shapes."""
+    shapes = []
     handle = decoder(model).register_forward_pre_hook(
-        lambda _m, _a, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True
+        lambda _m, _a, kw: shapes.append(tuple(kw["input_ids"].shape)), with_kwargs=True
     )
-    try:
-        found = work()
-    finally:
-        handle.remove()
-    return sum(seen), found
+    found = work()
+    handle.remove()
+    return sum(a * b for a, b in shapes), found, shapes
 
 
 def _score(model, method, params, batch_size, share):
@@ -69,8 +67,8 @@ def test_batches_and_shared_prefixes_change_no_number(family, method, params):
     whole = family == "llama" and method in ("dense", "griffin")
     every, some = itertools.product((1, 4, "auto", TIGHT), (True, False)), [(1, False), (TIGHT, True), ("auto", False)]
     runs = {key: _score(model, method, params, *key) for key in (every if whole else some)}
-    _, wanted = runs[1, False]
-    for key, (_, found) in runs.items():
+    _, wanted, _ = runs[1, False]
+    for key, (_, found, _) in runs.items():
         for a, b in zip(found, wanted, strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=2e-6), key
             assert a.greedy == b.greedy, key
@@ -91,8 +89,8 @@ def test_a_prefix_is_computed_once():
     head = output_head_of(model)
     prefix = random_tokens(60, seed=1)
     requests = [Request((*prefix, *random_tokens(8, seed=s)), (s,)) for s in range(10, 20)]
-    shared, _ = _forwards(model, lambda: scorer(model, head, Session(), 4).score(requests))
-    alone, _ = _forwards(model, lambda: scorer(model, head, Session(), 4, share_prefix=False).score(requests))
+    shared, *_ = _forwards(model, lambda: scorer(model, head, Session(), 4).score(requests))
+    alone, *_ = _forwards(model, lambda: scorer(model, head, Session(), 4, share_prefix=False).score(requests))
     assert (shared, alone) == (60 + 10 * 8, 10 * 68)
 
 
@@ -227,15 +225,9 @@ def test_gpu_budgets_are_powers_of_two_within_bounds(free, per_token):
 
 
 def test_auto_runs_short_contexts_many_at_a_time_and_long_ones_few(llama):
-    shapes = []
-    handle = decoder(llama).register_forward_pre_hook(
-        lambda _m, _a, kw: shapes.append(tuple(kw["input_ids"].shape)), with_kwargs=True
-    )
-    contexts = [random_tokens(n, seed=s) for s, n in enumerate([4] * 30 + [200] * 12)]
-    head = output_head_of(llama)
-    shapes.clear()
-    scorer(llama, head, Session(), "auto").score([Request(c, (5, 6)) for c in contexts])
-    handle.remove()
+    asked = [Request(random_tokens(n, seed=s), (5, 6)) for s, n in enumerate([4] * 30 + [200] * 12)]
+    scoring = scorer(llama, output_head_of(llama), Session(), "auto")
+    *_, shapes = _forwards(llama, lambda: scoring.score(asked))
     first = [s for s in shapes if s[1] > 1]
     assert max(s[0] for s in first if s[1] == 200) == 5
     assert max(s[0] for s in first if s[1] == 4) == 30

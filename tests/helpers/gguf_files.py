@@ -134,7 +134,10 @@ def damaged(random, path):
     elif how == "dropped":
         raw = write(path, without=tensor.name).read_bytes()
     else:
-        at, was, size = _place(tensor, how)
+        # Where the number stands in the tensor's entry in the header.
+        parts = dict(zip(("length", "name", "dimensions", "shape", "type", "offset"), tensor.field.parts, strict=True))
+        at = tensor.field.offset + sum(p.nbytes for p in tensor.field.parts[: [*parts].index(how)])
+        was, size = int(parts[how][0]), 4 if how == "type" else 8
         others = [was + 1, max(0, was - 1), was + 32, was ^ 1 << random.randrange(8), 0, 8, was * 2]
         _put(raw, at, size, random.choice(others))
     path.write_bytes(raw)
@@ -143,11 +146,3 @@ def damaged(random, path):
 
 def _put(raw, at, size, number):
     raw[at : at + size] = number.to_bytes(size, "little")
-
-
-def _place(tensor, what):
-    """Where a number of a tensor's entry in the header stands, the number, and its bytes."""
-    parts = dict(zip(("length", "name", "dimensions", "shape", "type", "offset"), tensor.field.parts, strict=True))
-    before = [part.nbytes for part in tensor.field.parts]
-    at = tensor.field.offset + sum(before[: [*parts].index(what)])
-    return at, int(parts[what][0]), 4 if what == "type" else 8
