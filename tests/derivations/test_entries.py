@@ -24,7 +24,7 @@ from dart_eval.pruning.session import Session
 from dart_eval.util.bits import parse
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
-from tests.derivations.test_thresholds import TEXT, quantile, text
+from tests.derivations.test_choices import TEXT, quantile, text
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 from tests.helpers.sessions import PLAIN, bits, open_session, same

@@ -29,6 +29,7 @@ import torch
 
 from tests.derivations import ours
 from tests.derivations.plain import Plain, alike
+from tests.derivations.test_entries import ffns_of
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 
@@ -57,18 +58,8 @@ class OneText:
 
 def rows_and_column(model, layer):
     """The matrices into h, [F, D] each, and down as [F, D]."""
-    kind = model.config.model_type
-    if kind == "gpt2":
-        mlp = model.transformer.h[layer].mlp
-        weights = [mlp.c_fc.weight.T], mlp.c_proj.weight
-    elif kind == "opt":
-        block = model.model.decoder.layers[layer]
-        weights = [block.fc1.weight], block.fc2.weight.T
-    else:
-        mlp = model.model.layers[layer].mlp
-        both = mlp.gate_up_proj.weight.chunk(2) if kind == "phi3" else (mlp.gate_proj.weight, mlp.up_proj.weight)
-        weights = list(both), mlp.down_proj.weight.T
-    return [w.detach().numpy() for w in weights[0]], weights[1].detach().numpy()
+    *into, down = (w.detach().numpy() for w, _ in ffns_of(model)[layer][1])
+    return into, down.T
 
 
 def magnitude(model, layer):
