@@ -23,17 +23,7 @@ from tests.helpers.models import save_tiny
 from tests.helpers.pages import HOSTILE, choice, texts
 from tests.helpers.pages import folder as everything
 from tests.helpers.records import answered, cell, written
-
-ROLLING = """
-task: pages
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {0}/pages.jsonl}}}}
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
-"""
+from tests.helpers.tasks import write_task
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,11 +42,10 @@ def model(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """A folder with a task of lm-eval's rolling kind, whose documents have an odd number of words."""
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "pages.yaml").write_text(ROLLING.format(folder))
-    texts = ["w4 w9 w5 w7 w6", "w8 w11", "w12 w4 w5 w30 w31 w32 w90"]
-    (folder / "pages.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return folder
+    rows = [{"text": text} for text in ("w4 w9 w5 w7 w6", "w8 w11", "w12 w4 w5 w30 w31 w32 w90")]
+    asked = {"kind": "loglikelihood_rolling", "text": '""', "target": '"{{text}}"'}
+    more = "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]"
+    return write_task(tmp_path_factory.mktemp("tasks"), *rows, name="pages", **asked, more=more)
 
 
 def by_lm_eval(folder, model, task, args, *more):

@@ -12,6 +12,7 @@ from dart_eval.evaluation.documents import check_documents
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.util.errors import UserError
+from tests.helpers.tasks import write_task
 
 
 @pytest.fixture(autouse=True)
@@ -103,26 +104,13 @@ def test_a_row_that_cannot_be_asked_is_told(tmp_path, kind, first):
         check(Tasks(tmp_path / "data"), "arc_easy")
 
 
-TASK = """
-task: own
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {}}}}}
-test_split: test
-output_type: {}
-doc_to_text: "{{{{question}}}}"
-doc_to_target: answer
-"""
-
-
 @pytest.mark.parametrize("kind", ["generate_until", "loglikelihood", "loglikelihood_rolling"])
 @pytest.mark.parametrize("field", ["question", "answer"])
 def test_null_is_no_question_and_no_answer(tmp_path, kind, field):
     """It would be asked or scored as the word None."""
     whole, other = {"question": "Who?", "answer": "I", "note": None}, "answer" if field == "question" else "question"
     for name, rows in (("good", [whole]), ("bad", [whole, {**whole, field: None}, {other: "I"}])):
-        (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "own.yaml").write_text(TASK.format(tmp_path / f"{name}.jsonl", kind))
+        write_task(tmp_path / name, *rows, name="own", kind=kind, text='"{{question}}"', target="answer")
     check(Tasks(include_path=[tmp_path / "good"]), "own")
     with pytest.raises(UserError, match=rf"document 1 .*null: .*{field}"):
         check(Tasks(include_path=[tmp_path / "bad"]), "own")

@@ -1,7 +1,5 @@
 """Settings of generation, and draws: their types, what they move in a key, ends of their own, what is drawn again."""
 
-import json
-
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -19,6 +17,7 @@ from dart_eval.sweep.plan import plan
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
+from tests.helpers.tasks import write_task
 
 KWARGS = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
 
@@ -152,11 +151,8 @@ def test_what_is_no_setting_of_generation_is_refused_wherever_it_is_given(name, 
 
 
 def test_a_task_with_code_for_a_setting_of_generation_is_refused_before_it_is_asked(tmp_path):
-    told = {"task": "mine", "dataset_path": "json", "output_type": "generate_until", "doc_to_text": "{{q}}",
-            "doc_to_target": "{{q}}", "test_split": "train", "generation_kwargs": {"custom_generate": "a/b"},
-            "dataset_kwargs": {"data_files": str(tmp_path / "a.jsonl")}}  # fmt: skip
-    (tmp_path / "a.jsonl").write_text('{"q": "w5"}\n')
-    (tmp_path / "mine.yaml").write_text(json.dumps(told))
+    more = "generation_kwargs: {custom_generate: a/b}"
+    write_task(tmp_path, {"q": "w5"}, kind="generate_until", target='"{{q}}"', more=more)
     with pytest.raises(UserError, match=r"task mine: .*custom_generate.* no setting of generation"):
         tasks.Tasks(include_path=[tmp_path]).load("mine")
 

@@ -1,6 +1,5 @@
 """Tasks, shipped and brought: their names, documents, prompts, metrics, data, and what of them a cell's key has."""
 
-import importlib.util
 import json
 import math
 import random
@@ -29,9 +28,11 @@ from dart_eval.evaluation.task_names import ALIASES, config_of, names, tasks_dir
 from dart_eval.evaluation.tasks import CLUSTERS, Tasks, documents, leaves
 from dart_eval.sweep.run import check_template
 from dart_eval.util.errors import UserError
+from scripts import build_smoke_data as script
+from tests.helpers.commands import ROOT
 from tests.helpers.models import word_tokenizer
+from tests.helpers.tasks import write_task
 
-ROOT = Path(__file__).resolve().parents[2]
 STOCK = Path(lm_eval.__file__).parent / "tasks"
 
 
@@ -43,15 +44,7 @@ def tasks():
 # -- shipped -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("build_smoke_data", ROOT / "scripts" / "build_smoke_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_smoke_data_keeps_its_rules(script, monkeypatch):
+def test_the_smoke_data_keeps_its_rules(monkeypatch):
     assert script.problems() == []
     assert script.rows("two_topics") == script.two_topics()
     assert len(script.rows("articles")) >= 30
@@ -70,7 +63,7 @@ def test_names_expand_as_users_type_them(tasks):
     assert {"hellaswag", "hellaswag_vi"} <= set(tasks.expand(["hellaswag*"]))
 
 
-def test_smoke_prompts(tasks, script):
+def test_smoke_prompts(tasks):
     (questions,) = tasks.load("smoke_questions")
     doc = questions.eval_docs[0]
     assert questions.doc_to_text(doc) == f"Question: {doc['question']}\nAnswer:"
@@ -195,16 +188,6 @@ def test_a_missing_package_is_named_before_a_model_is_loaded(task, module, monke
 
 # -- brought -----------------------------------------------------------------------------------------------------------
 
-TASK = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}}}}}
-test_split: test
-output_type: {kind}
-doc_to_text: "{{{{q}}}}"
-doc_to_target: {target}
-{more}
-"""
-CHOICES = 'doc_to_choice: "{{c}}"'
 NINE = [{"q": f"{i}?", "c": list("abcdef")} for i in range(9)]
 
 
@@ -213,10 +196,7 @@ def ours(tmp_path):
     """Writes a task, of nine questions if not told otherwise, into a folder; returns the folder's tasks."""
 
     def made(more="", name="ours", rows=NINE, kind="multiple_choice", target="0", **how):
-        more = f"{CHOICES}\n{more}" if kind == "multiple_choice" else more
-        place = _rows(tmp_path / "rows.jsonl", *rows)
-        text = TASK.format(name=name, rows=place, kind=kind, target=target, more=more)
-        (tmp_path / f"{name}.yaml").write_text(text)
+        write_task(tmp_path, *rows, name=name, kind=kind, target=target, choices='"{{c}}"', more=more)
         return Tasks(include_path=[tmp_path], **how)
 
     return made
@@ -313,7 +293,7 @@ config_of = {{"dataset_path": "json", "dataset_kwargs": {{"data_files": {{"test"
 def test_code_of_a_users_metrics_filters_and_classes_is_part_of_the_hash(ours, tmp_path, more):
     found = []
     for answer in ("yes", "no", "no"):
-        (tmp_path / "code.py").write_text(CODE.format(answer, str(tmp_path / "rows.jsonl")))
+        (tmp_path / "code.py").write_text(CODE.format(answer, str(tmp_path / "ours.jsonl")))
         tasks = ours(more, unsafe_code=True)
         if more.startswith("class"):
             (tmp_path / "ours.yaml").write_text(f"task: ours\n{more}\n")
@@ -393,7 +373,7 @@ def test_what_weighs_the_same_in_a_group_is_recorded_and_part_of_its_hash(tmp_pa
         _rows(tmp_path / "data" / f"mine__{name}" / "default" / "test.jsonl", {"q": "1", "c": ["2", "3"], "g": 1})
         (tmp_path / f"{name}.yaml").write_text(
             f"task: {name}\ndataset_path: mine/{name}\ntest_split: test\noutput_type: multiple_choice\n"
-            f'doc_to_text: "{{{{q}}}}"\n{CHOICES}\ndoc_to_target: g\nmetric_list: [{{metric: acc}}]\n'
+            f'doc_to_text: "{{{{q}}}}"\ndoc_to_choice: "{{{{c}}}}"\ndoc_to_target: g\nmetric_list: [{{metric: acc}}]\n'
         )
     result = {
         "results": {name: {"acc,none": 0.5} for name in ("mine", *members)}, "group_subtasks": {"mine": [*members]},

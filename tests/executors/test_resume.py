@@ -16,18 +16,7 @@ import pytest
 from dart_eval.results.store import Journal
 from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import StoreError
-from tests.helpers.commands import (
-    CONTEXT,
-    STOPPING,
-    Watch,
-    command,
-    program,
-    results,
-    run_local,
-    start,
-    started,
-    until,
-)  # fmt: skip
+from tests.helpers.commands import CONTEXT, STOPPING, Watch, command, program, results, run_local, start, started, until
 
 SWEEP = {
     "method": "dense,dart:remask.window=3:remask.min_windows=1:remask.ring=5", "sparsity": "0.5", "limit": 6,

@@ -16,6 +16,7 @@ from dart_eval.sweep.plan import plan
 from dart_eval.util.bits import rounding_at
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
+from tests.helpers.tasks import write_task
 
 
 def cell(**given):
@@ -154,16 +155,6 @@ def test_lm_eval_is_told_how_to_ask_only_where_that_was_said(monkeypatch):
 
 # -- folders of tasks --------------------------------------------------------------------------------------------------
 
-TASK = """task: mine
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: {text}
-doc_to_choice: [a, b]
-doc_to_target: 0
-{more}
-"""
 CODE = "from pathlib import Path\nPath({mark!r}).touch()\ndef same(x):\n    return x\n"
 
 
@@ -172,13 +163,11 @@ def mine(tmp_path):
     """Writes a task into a folder of its own."""
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "data.jsonl").write_text('{"q": "Which?"}\n')
     (folder / "code.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
     (folder / "base.yaml").write_text("process_docs: !function code.same\n")
 
     def write(more="", text="'{{q}}'"):
-        (folder / "mine.yaml").write_text(TASK.format(folder=folder, text=text, more=more))
-        return folder
+        return write_task(folder, {"q": "Which?"}, text=text, more=more)
 
     return write
 

@@ -11,21 +11,10 @@ from dart_eval.sweep import run, workers
 from dart_eval.sweep.options import config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Forked, Watch, results, run_local
+from tests.helpers.tasks import write_task
 
 pytestmark = pytest.mark.usefixtures("forked")
 SWEEP = {"method": "dense,griffin,dart", "sparsity": "0.5", "limit": 6, "batch_size": 2, "tasks": "smoke_questions"}
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{text}}}}"
-doc_to_target: 0
-doc_to_choice: [" a", " b"]
-process_results: !function {name}.judge
-metric_list: [{{metric: acc}}]
-"""
 CODE = """
 import os
 def judge(doc, results):
@@ -48,10 +37,9 @@ def config(model, output, **changes):
 
 def broken_task(folder, name, what):
     """A task whose answers cannot be judged."""
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.yaml").write_text(TASK.format(name=name, folder=folder))
+    more = f"process_results: !function {name}.judge\nmetric_list: [{{metric: acc}}]"
+    write_task(folder, {"q": "one"}, {"q": "two"}, name=name, more=more)
     (folder / f"{name}.py").write_text(CODE.format(what=what))
-    (folder / "data.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     return {"include_path": str(folder), "confirm_run_unsafe_code": True}
 
 
