@@ -36,13 +36,6 @@ def griffin(seen, sparsity, start=0):
     return alike([v.norm(dim=0) for v in votes], sparsity)
 
 
-def dense_inputs(scope, context, inputs):
-    """How many of the inputs run dense, the first ones."""
-    return {
-        "scored": context - 1, "oracle": context - 1, "continuation": context, "last": inputs - 1, "decode": inputs,
-    }[scope]  # fmt: skip
-
-
 def likelihood(model, context, answer, sparsity, scope):
     """The answer's log-likelihood, and how many of its tokens an input under a mask has predicted."""
     inputs, first = [*context, *answer[:-1]], len(context) - 1
@@ -52,7 +45,7 @@ def likelihood(model, context, answer, sparsity, scope):
         masks = griffin(rehearsal.seen, sparsity, start=first if scope == "oracle" else 0)
     if scope == "all":
         return total(plain.run(inputs, lambda i, h: h * masks[i])[first:], answer), len(answer)
-    dense = dense_inputs(scope, len(context), len(inputs))
+    dense = {"continuation": len(context), "last": len(inputs) - 1, "decode": len(inputs)}.get(scope, first)
     rows = [*plain.run(inputs[:dense])] if dense else []
     if dense and scope != "oracle":
         masks = griffin(plain.seen, sparsity)

@@ -10,12 +10,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 
 from dart_eval.evaluation import costs as distance
 from dart_eval.evaluation.costs import Cost, Distance
 from dart_eval.evaluation.evaluate import _distances
-from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Request, Score, stored_answer
 from dart_eval.evaluation.scoring import scorer
@@ -28,7 +26,7 @@ from tests.helpers.commands import run_local
 from tests.helpers.distances import apart, assert_apart, dense_logits
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens, tiny
-from tests.helpers.requests import output_head_of, questions, words
+from tests.helpers.requests import output_head_of, questions
 from tests.helpers.sessions import RESTLESS, open_session
 
 METHODS = [("random", {}), ("dart", RESTLESS), ("grinqh", {}), ("teal", {}), ("rounding", {})]
@@ -173,46 +171,19 @@ def test_what_is_no_number_is_no_answer_and_a_journal_gives_back_what_it_took():
         assert not Score(-1.5, True, Cost(distance=Distance.of([(kl, True)]))).usable
 
 
-def test_a_perplexity_is_of_all_scored_tokens_of_all_chunks(llama, tokenizer):
-    """Chunks of odd sizes: each as a request of its own."""
-    lm = PrunedLM(llama, tokenizer, batch_size=2, chunk=33, distances=True)
-    tokens = random_tokens(75, seed=1)
-    chunks = [(1, *tokens[i : i + 32]) for i in (0, 32, 64)]
-    requests = [Request(c[:h], c[h:]) for c, h in ((c, (len(c) + 1) // 2) for c in chunks)]
-    with open_session(llama, "griffin", 0.6) as session:
-        lm.begin(session, {})
-        lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (words(tokens),), 0, ("t", 0, 1))])
-        wanted = sum((s.cost.distance for s in _scores(llama, session, 1, requests=requests)), Distance())
-    found = lm.costs["t", 0].distance
-    assert (found.positions, found.agreed) == (wanted.positions, wanted.agreed) == (16 + 16 + 6, wanted.agreed)
-    assert found.kl == pytest.approx(wanted.kl, rel=1e-5) and found.kl > 0.1
-
-
 # -- a cell ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory, saved_llama):
-    """A folder of two pruners and dense on choices, a perplexity and texts."""
-    out = tmp_path_factory.mktemp("swept") / "out"
+@pytest.mark.slow
+def test_a_document_and_a_record_say_how_far_they_are_and_texts_have_their_tokens(saved_llama, tmp_path, tokenizer):
     given = {
         "model": saved_llama, "tasks": "smoke_questions,smoke_drift,smoke_summary", "method": "dense,random,griffin",
-        "sparsity": "0.6", "limit": 7, "gen_kwargs": "max_gen_toks=5", "output": str(out),
+        "sparsity": "0.6", "limit": 7, "gen_kwargs": "max_gen_toks=5", "output": str(tmp_path),
     }  # fmt: skip
-    run_local(config_from(None, given), silent)
-    return out
-
-
-def _cells(out):
-    store = Store(out)
-    found = {(r.inputs["task"], r.inputs["method"]): (r, store.samples(r)) for r in store.load()}
-    assert len(found) == 9
-    return found
-
-
-@pytest.mark.slow
-def test_a_document_and_a_record_say_how_far_they_are_and_texts_have_their_tokens(swept, tokenizer):
-    for (task, method), (record, samples) in _cells(swept).items():
+    records = run_local(config_from(None, given), silent).records
+    assert len(records) == 9
+    for record in records:
+        task, method, samples = record.inputs["task"], record.inputs["method"], Store(tmp_path).samples(record)
         named = {m.metric: m for m in record.metrics}
         asked = method != "dense" and task != "smoke_summary"
         assert ("kl" in named, "kl_p95" in named, "kl" in samples[0]["metrics"]) == (asked,) * 3

@@ -62,17 +62,22 @@ def test_a_model_that_rules_words_out_is_understood(llama):
     assert output_head(llama)(hidden)[0].isinf().nonzero().flatten().tolist() == list(range(90, 96))
 
 
+def up_to(last, value=torch.nan):
+    """A model that computes a number for positions up to `last`, and `value` after it."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=1024, **ENDS))
+    with torch.no_grad():
+        model.transformer.wpe.weight[last + 1 :] = value
+    return model.eval()
+
+
 @pytest.fixture(scope="module")
 def forgetful(tmp_path_factory, tokenizer):
-    """Saves a model that computes a number for positions up to `last`, and `value` after it."""
+    """Saves such a model."""
 
     def save(last, value):
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=1024, **ENDS))
-        with torch.no_grad():
-            model.transformer.wpe.weight[last + 1 :] = value
         folder = tmp_path_factory.mktemp("forgetful")
-        model.save_pretrained(folder)
+        up_to(last, value).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
 
@@ -126,10 +131,7 @@ def _asked(document, answer):
 
 @pytest.mark.parametrize("method", ["dense", "griffin"])
 def test_texts_that_were_generated_from_nan_are_no_answers(tokenizer, method, monkeypatch):
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **ENDS)).eval()
-    with torch.no_grad():
-        model.transformer.wpe.weight[20:] = torch.nan
+    model = up_to(19)
     lm = PrunedLM(model, tokenizer, batch_size=2)
     # No token ends a text, so that each runs into NaN or not by its length alone.
     monkeypatch.setattr(generation.Generator, "counted", lambda _self, tokens, *_: len(tokens))
@@ -142,12 +144,9 @@ def test_texts_that_were_generated_from_nan_are_no_answers(tokenizer, method, mo
 
 
 def test_a_trace_of_nan_is_refused(tokenizer):
-    model = tiny("gpt2").float()
-    with torch.no_grad():
-        model.transformer.wpe.weight[20:] = torch.nan
     prompt, then = words(random_tokens(15)), words(random_tokens(10))
     with pytest.raises(UserError, match="NaN or infinity"):
-        tracing.trace(model, tokenizer, make("griffin", {}), 0.5, prompt, then, tokens=10)
+        tracing.trace(up_to(19), tokenizer, make("griffin", {}), 0.5, prompt, then, tokens=10)
 
 
 @pytest.mark.slow

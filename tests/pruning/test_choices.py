@@ -40,16 +40,6 @@ def test_a_choice_takes_activations_of_any_dtype_and_sign():
 METHODS = ("cats", "m-countdown", "oracle-token")
 
 
-def _count_columns(model, found):
-    """How many columns of down every sequence's last token multiplies."""
-
-    def hook(_module, args):
-        found.append((args[0].reshape(2, -1, args[0].shape[-1])[:, -1] != 0).sum(-1).tolist())
-
-    handles = [f.down.register_forward_pre_hook(hook) for f in find_ffns(model)]
-    return lambda: [h.remove() for h in handles]
-
-
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_a_session_that_begins_on_a_filled_cache_chooses_from_its_first_token(llama, method):
@@ -68,12 +58,12 @@ def test_what_varies_is_measured_token_by_token(llama):
     with open_session(llama, "cats", 0.4, execution="masked", **CALIBRATED) as session:
         out = llama(prompts_of(2, 20), use_cache=True)
         counted, reads = [], []
-        handle = _count_columns(llama, counted)
+        for ffn in find_ffns(llama):  # which columns of down the tokens multiply
+            ffn.down.register_forward_pre_hook(lambda _m, args: counted.append(args[0].flatten(0, -2) != 0))
         for token in random_tokens(4, seed=3):
             counted.clear()
             out = go_on(llama, out, torch.full((2, 1), token))
-            reads.append([(120 + 2 * sum(layer[row] for layer in counted)) / 360 for row in range(2)])
-        handle()
+            reads.append([(120 + 2 * sum(int(layer[row].sum()) for layer in counted)) / 360 for row in range(2)])
         assert torch.allclose(torch.stack([s.read for s in session.steps]), torch.tensor(reads, dtype=torch.float64))
         assert len({read for row in reads for read in row}) > 1
         assert session.steps[0].mask.tolist() == [1, 1]

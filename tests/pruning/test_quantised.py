@@ -88,18 +88,11 @@ def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(cha
     assert torch.equal(found, _decoded(model, "masked")[0])
 
 
-def _unpacked(model):
-    """The same model with plain weights that have the values of its quantised ones."""
-    plain = tiny("llama", torch.float32)
-    for ours, theirs in zip(_projections(plain), _projections(model), strict=True):
-        ours.weight = torch.nn.Parameter(values(theirs, theirs.in_features), requires_grad=False)
-    return plain
-
-
 @pytest.mark.parametrize(("change", "method"), [(_box, "magnitude"), (_pack, "wanda-sp"), (_eighths, "magnitude")])
 def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, change):
-    model = _changed(change)
-    plain = _unpacked(model)
+    model, plain = _changed(change), tiny("llama", torch.float32)
+    for ours, theirs in zip(_projections(plain), _projections(model), strict=True):
+        ours.weight = torch.nn.Parameter(values(theirs, theirs.in_features), requires_grad=False)
     ids = torch.tensor([random_tokens(20)])
     found = []
     for one in (model, plain):
@@ -124,13 +117,6 @@ def test_what_needs_the_weights_themselves_is_refused():
             with pytest.raises(UserError, match="unquantised"), block:
                 pass
         assert all(a is b._parameters.get("weight") for a, b in zip(before, _projections(model), strict=True))
-
-
-def test_a_bias_is_no_part_of_the_weights():
-    module = torch.nn.Linear(32, 40, dtype=torch.float64)
-    weight = module.weight.detach().clone()
-    _pack(module)
-    assert torch.allclose(values(module, 32), weight, atol=1e-12)
 
 
 def test_projections_without_a_weight_count_as_others_do():
