@@ -29,8 +29,7 @@ from dart_eval.sweep.options import DEFAULTS, config_from
 from dart_eval.sweep.paper import load
 from dart_eval.util.files import cache_dir
 from tests.helpers.commands import ROOT, command, program
-from tests.helpers.models import tiny
-from tests.helpers.sessions import hooked
+from tests.helpers.models import hooked, tiny
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "dart-eval.ipynb", 4)
