@@ -1,6 +1,6 @@
 # make demo          the main job on the demo model and the shipped tasks (sets everything up first)
-# make test          all tests (sets everything up first)
-# make test-fast     those of what is computed, on tiny models, in a minute; fails where they have become more or slower
+# make test          all tests (sets everything up first); fails where the fast ones have become more or slower
+# make test-fast     those of what is computed, on tiny models, in a minute
 # make golden        measure tests/golden/golden.json anew, the numbers that tests compare with, and say what moved
 # make check         lint, format, types, spelling; workflows, action and Dockerfile
 # make wheel         build the package, install the wheel in an environment of its own, and run the demo model there
@@ -48,12 +48,12 @@ paper-tables: $(VENV)/.demo
 	$(BIN)/dart-eval report "$(OUT)"
 
 # Bytecode is kept, whatever the environment says: compiling the tests anew takes longer than many of them.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
-test: test-fast
-	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not fast"
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p tests.lane
+test: $(VENV)/.dev
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.dev
-	$(PYTEST) --dist worksteal -m fast -p tests.lane
+	$(PYTEST) --dist worksteal -m fast
 
 golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden

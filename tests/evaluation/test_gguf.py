@@ -149,7 +149,7 @@ def test_a_run_scores_and_generates_and_counts_its_bytes(file, tmp_path):
 
 @pytest.mark.slow
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=settings.default.max_examples // 4, suppress_health_check=list(HealthCheck))
+@settings(max_examples=settings.default.max_examples // 8, suppress_health_check=list(HealthCheck))
 def test_a_file_with_any_damage_is_refused_or_gives_its_own_weights(tmp_path_factory, random):
     """Never random weights in place of what is missing, nor a layer less, nor for ever."""
     file = write(tmp_path_factory.mktemp("gguf") / "tiny.gguf")

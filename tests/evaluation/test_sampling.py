@@ -63,6 +63,7 @@ def test_what_draws():
     assert not any(map(tasks.draws, ({"do_sample": False}, {}, {"temperature": 0.0, "until": ["x"]})))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_draws_what_a_whole_one_does(tokenizer, tmp_path):
     whole = Journal(tmp_path / "whole.jsonl")
     texts = answers(tokenizer, requests(), journal=whole)

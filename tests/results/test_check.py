@@ -183,7 +183,7 @@ def test_a_loss_of_every_answer_falls_however_many_rows_there_are(documents, row
     assert not bad(checked(then, then))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("rows", [1, 8])
 def test_the_least_fall_that_a_check_names_is_the_least_that_falls(rows):
     def found(wrong):
         then, now = ([answered(f"t{i}", [{"exact_match": float(d >= lost)} for d in range(40)]) for i in range(rows)]

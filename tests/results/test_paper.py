@@ -443,7 +443,7 @@ def test_what_was_measured_is_said_with_its_interval_and_documents():
 def test_a_long_tail_alone_decides_nothing_on_perplexities(monkeypatch):
     """Where nothing is true, one column and one of seven err in at most 4 % of cases; at p < .05 in 8 and 25 %."""
     monkeypatch.setattr(ours, "bootstrap_t", partial(ours.bootstrap_t, resamples=700))
-    draw, drawn, wrong = np.random.default_rng(9), 400, dict.fromkeys(("Easy", ANY), 0)
+    draw, drawn, wrong = np.random.default_rng(9), 250, dict.fromkeys(("Easy", ANY), 0)
     for _ in range(drawn):
         tails = draw.lognormal(size=(7, TAILED_UNITS)) - math.exp(0.5)
         columns = [sides(tail, 0 * tail, f"column {i}", "word_perplexity") for i, tail in enumerate(-tails)]
