@@ -148,12 +148,13 @@ def test_wina_reads_columns_with_the_largest_inputs_times_norms(family, sparsity
     assert run.read == pytest.approx([1 - sparsity] * 6, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("text", "bits"), [("4", 4 + 16 / 32), ("q4_k", 4 + (12 + 32) / 32), ("q3_k", 3 + (12 + 16) / 32)]
-)
-def test_rounding_is_that_of_decoded_tokens_alone(text, bits):
+@pytest.mark.parametrize(("text", "bits", "family"), [
+    ("4", 4 + 16 / 32, "llama"), ("q4_k", 4 + (12 + 32) / 32, "llama"), ("q3_k", 3 + (12 + 16) / 32, "llama"),
+    ("4", 4 + 16 / 32, "gpt2"),
+])  # fmt: skip
+def test_rounding_is_that_of_decoded_tokens_alone(text, bits, family):
     """A row of 32 weights (40 of down) has one or two groups, and a factor or two of its own."""
-    model, rows = biased("llama"), {}
+    model, rows = biased(family), {}
     with dart_eval.rounded_ffns(model, text):
         for f in find_ffns(model):
             for m in f.projections:
@@ -163,7 +164,8 @@ def test_rounding_is_that_of_decoded_tokens_alone(text, bits):
     of = {D: bits, F: parse(text).weight_bits(F)}
 
     def kept_of(_i, _k, weight, _x):
-        return torch.where(weight == 0, 0, made[weight.data_ptr()] / weight)
+        values = made[weight.data_ptr()]
+        return torch.where(weight == 0, 0, (values if values.shape == weight.shape else values.T) / weight)
 
     check(model, "rounding", 0.0, kept_of, sum(of[n] for n in matrices) / len(matrices) / 16, **{"entries.bits": text})
 

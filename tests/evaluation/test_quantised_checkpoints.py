@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import warnings
-from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -17,7 +16,6 @@ from dart_eval.bench.decode import Setting, measure
 from dart_eval.layers import quantised
 from dart_eval.layers.find import describe, find_ffns
 from dart_eval.layers.projection import weight_matrix
-from dart_eval.layers.quantised import stated_bits
 from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.registry import make
 from dart_eval.results.board import boards, verdicts
@@ -269,26 +267,6 @@ def test_projections_that_the_configuration_leaves_out_have_16_bits(checkpoint, 
     resolved.config.quantization_config["ignore"] = ["layers.0.mlp.down", "re:.*1.mlp.up_proj$"]
     bits = [[stored_of(m).total for m in f.projections] for f in describe(resolved.outline())]
     assert bits == [[8, 8, 16], [8, 16, 8]]
-
-
-STATED = [
-    ({"quant_method": "gptq", "bits": 3, "group_size": 128}, 3 + 16 / 128),
-    ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 4),
-    ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}, 4 + 16 / 64),
-    ({"quant_method": "quanto", "weights": "int2"}, 2),
-    ({"quant_method": "fbgemm_fp8"}, 8),
-    ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8DynamicActivationInt4WeightConfig"}}}, 4),
-    ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
-        "input_activations": {"num_bits": 8}, "weights": {"num_bits": 4, "group_size": 128}}}}, 4 + 16 / 128),
-    ({"quant_method": "bitnet"}, 16),
-    (None, 16),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("settings", "bits"), STATED)
-def test_bits_are_read_from_the_settings_of_any_method(settings, bits):
-    found = stated_bits(SimpleNamespace(quantization_config=settings))
-    assert found.total == bits and found.about
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optimum") is not None, reason="the library is there")

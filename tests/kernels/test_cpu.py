@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.cpu.ffns import CodedFFN
-from dart_eval.kernels.cpu.packing import why_no_kernel
+from dart_eval.kernels.cpu.packing import PAGE, allocate, why_no_kernel
 from dart_eval.kernels.mask_rows import RowsProduct
 from dart_eval.util.bits import Rounding, parse
 from dart_eval.weights.codes import Packed
@@ -26,6 +26,15 @@ CLOSE = 1e-3
 # x has 15 bits of the largest of 128 neighbours: where that is 50 times the others, and has no weight, fewer are left.
 OUTLIERS = 4e-3
 ROUNDINGS = [Rounding(bits, group) for bits, group in itertools.product((4, 5, 6, 8), (128, 0))] + [Rounding(4, 256)]
+
+
+def test_memory_for_weights_is_whole_and_lies_on_lines():
+    for sizes in ((7, 100), (PAGE + 5, 3), (3 * PAGE, 1)):
+        parts = allocate(*((size,) for size in sizes))
+        for i, part in enumerate(parts):
+            part.fill_(i + 1)
+        for i, (part, most) in enumerate(zip(parts, sizes, strict=True)):
+            assert len(part) == most and part.data_ptr() % 64 == 0 and bool((part == i + 1).all())
 
 
 def limit(kind):

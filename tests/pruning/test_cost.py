@@ -59,7 +59,8 @@ def test_what_remask_reads_is_counted(llama):
     code, scoring = describe(make("dart-code"), shape, 100, 0.3, 0.01), 30 * 5 * 3 * 40 + 3 * 3 * 40
     assert code["remask_reads"] == pytest.approx(0.01 * 30 * 0.7)
     assert code["remask"] == scoring + 30 * (shape.decode(101) - shape.decode(101, 0.3))
-    assert describe(make("griffin"), shape, 100, 0.5, 0.0)["remask_reads"] == 0
+    for none in (make("griffin"), make("dart", {"remask.act": False})):
+        assert describe(none, shape, 100, 0.5, 0.01)["remask_reads"] == 0
 
 
 @pytest.mark.parametrize(("spelled", "method", "sparsity"), [

@@ -1,6 +1,7 @@
 """Projections that are no plain matrices, as quantisation libraries and accelerate leave them."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from dart_eval.kernels.fast import unlike_plain
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import weight_matrix
-from dart_eval.layers.quantised import nbytes, values
+from dart_eval.layers.quantised import nbytes, stated_bits, values
 from dart_eval.layers.shape import shape_of
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import about, bits_per_row, rounded_ffns, served_bits, served_share
@@ -176,3 +177,24 @@ def test_values_are_exact_beside_a_bias(bias):
     quantize_(layer, Int8WeightOnlyConfig())
     assert torch.equal(weight_matrix(layer[0]).float(), layer[0].weight.dequantize().float())
     assert layer[0].bias is own
+
+
+STATED = [
+    ({"quant_method": "gptq", "bits": 3, "group_size": 128}, 3 + 16 / 128),
+    ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 4), ({"quant_method": "mxfp4"}, 4 + 16 / 64),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
+    ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}, 4 + 16 / 64),
+    ({"quant_method": "quanto", "weights": "int2"}, 2),
+    ({"quant_method": "fbgemm_fp8"}, 8),
+    ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8DynamicActivationInt4WeightConfig"}}}, 4),
+    ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
+        "input_activations": {"num_bits": 8}, "weights": {"num_bits": 4, "group_size": 128}}}}, 4 + 16 / 128),
+    ({"quant_method": "bitnet"}, 16),
+    (None, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "bits"), STATED)
+def test_bits_are_read_from_the_settings_of_any_method(settings, bits):
+    found = stated_bits(SimpleNamespace(quantization_config=settings))
+    assert found.total == bits and found.about

@@ -16,6 +16,8 @@ from tests.helpers.records import answered, beside_dense, choosing, perplexities
 def test_a_mean_of_tasks_is_tested_as_its_smallest_task_allows():
     tasks = [Estimate(1.0, {f"{n} {i}": (-1.0) ** i for i in range(n)}) for n in (4, 40)]
     assert [e.smallest for e in (*tasks, mean(tasks), mean(tasks).times(2), tasks[1] - tasks[0])] == [4, 40, 4, 4, 4]
+    ratio, (low, high) = tasks[1].exp_minus(), tasks[1].interval
+    assert ratio.value == math.exp(-1) and ratio.interval == (math.exp(-high), math.exp(-low))
     assert mean(tasks).tested.p is None and tasks[1].tested.p is not None
 
 
