@@ -68,9 +68,10 @@ def odd_split(folder: Path) -> str | None:
             schema = json.read_json(file).schema
             first = first or schema
             unify_schemas([first, schema], promote_options="permissive")
-        except (ArrowException, OSError) as error:
+            odd = sorted(set(schema.names) ^ set(first.names))
+        except (ArrowException, OSError, UnicodeError) as error:
             return f"{file} cannot be read as the others ({summary(error)})"
-        if odd := sorted(set(schema.names) ^ set(first.names)):
+        if odd:
             return f"{file} and the first file differ in the columns {', '.join(odd)}"
     return None
 

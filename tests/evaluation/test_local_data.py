@@ -46,7 +46,7 @@ FAULTS = {
     "list": (GOOD + b"[1]\n", FILE), "columns": (lines(*(row(i, more=1) for i in range(4))), FILE),
     "types": (lines(*(row(i, ind="x") for i in range(4))), FILE),
     "word": (GOOD + lines(row(5, ctx_a="x" * 2_000_000)), AT),
-    "kind": (GOOD + lines(row(5, endings="one")), CUT), "empty": (b"", CUT),
+    "name": (GOOD + b'{"\xe8": 1}\n', FILE), "kind": (GOOD + lines(row(5, endings="one")), CUT), "empty": (b"", CUT),
     "half a character": (GOOD + lines(row(5, ctx="\ud800")), CUT),
     "without fields": (GOOD + lines({"ctx": "a"}), CUT), "no label": (GOOD + lines(row(5, label="b"), row(6)), CUT),
     "beyond": (GOOD + lines(row(5, label="4")), AT), "below": (GOOD + lines(row(5, label="-1")), AT),
