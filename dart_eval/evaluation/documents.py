@@ -95,15 +95,17 @@ def check_documents(task: Task, limit: float | None) -> None:
     if not local and (task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task, ConfigurableTask)):
         return
     for number in range(number_asked(task, limit)):
+        doc: Json = {}
         try:
             with patch.object(lm_eval.utils.env, "finalize", _not_null if local else None):
-                fault = _fault(task, docs[number], local)
+                doc = docs[number]  # which may hold what is no UTF-8
+                fault = _fault(task, doc, local)
         except (ImportError, UserError):
             raise
         except Exception as error:  # of a template, or of the task's own code
             fault = f"cannot be asked ({summary(error)})"
         if fault:
-            nulls = ", ".join(name for name, value in docs[number].items() if value is None)
+            nulls = ", ".join(name for name, value in doc.items() if value is None)
             null = f" (null: {nulls})" if nulls else ""
             raise UserError(f"document {number} of task {task.task_name} {fault}{null}", "fix or remove it")
 
