@@ -41,7 +41,7 @@ GOOD = lines(*map(row, range(4)))
 PLACE = "Rowan__hellaswag/default"
 CUT, FILE, AT = f"{PLACE}[/ ]", f"{PLACE}/validation.jsonl", "document 4 of task hellaswag"
 FAULTS = {
-    "no text": (GOOD + lines(row(5)).replace(b"Roof", b"R\xe8of"), AT),
+    "no text": (GOOD + lines(row(5)).replace(b"Roof", b"R\xe8of"), CUT),
     "latin-1": (GOOD + '{"ctx": "café"}\n'.encode("latin-1"), CUT), "utf-16": (GOOD.decode().encode("utf-16"), CUT),
     "cut": (GOOD[:-30], CUT), "text": (GOOD + b"not json\n", CUT), "nul": (GOOD + b"\0\0\n", CUT),
     "list": (GOOD + b"[1]\n", FILE), "columns": (lines(*(row(i, more=1) for i in range(4))), FILE),
