@@ -159,14 +159,16 @@ def _path() -> str:
 
 
 def _compiler() -> str:
-    """Return a C compiler.
+    """Return a C compiler that runs.
 
     Raises:
         Missing: none is there.
     """
     for name in COMPILERS:
         if (found := shutil.which(name, path=_path())) is not None:
-            return found
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                subprocess.run([found, "--version"], **_run_options("/"), check=True, timeout=SECONDS)
+                return found
     raise Missing(f"no C compiler ({', '.join(COMPILERS)}) is on the PATH to build the kernels for CPUs")
 
 
