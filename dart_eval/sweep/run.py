@@ -107,8 +107,8 @@ def begin_sweep(
                 sweep.cells.setdefault(cell.key, cell)
     if misfits and not sweep.cells:
         raise next(iter(misfits.values()))
-    for text in dict.fromkeys(map(str, misfits.values())):
-        tell(Event("note", f"left out: {text}"))
+    for misfit in misfits.values():
+        sweep.note(f"left out: {misfit}")
     if not first.force:
         sweep.done = {key: record for key, cell in sweep.cells.items() if (record := sweep.store.get(cell.name, key))}
     if sweep.cells:
@@ -212,7 +212,7 @@ class Sweep:
             that have been finished or have failed since are not tried again.
         cells: by key, in the plan's order. missing: task -> why it could not be loaded.
         done: records by key. failed: cells.
-        notes: on the model, each shown once.
+        notes: what was told once, on the model and on cells that were left out.
     """
 
     model: Resolved
@@ -285,9 +285,13 @@ class Sweep:
         self.done[cell.key] = record
         self.tell(Event("finished", cell=cell, record=record))
         for text in record.settings.get("notes", []):
-            if text not in self.notes:
-                self.notes.add(text)
-                self.tell(Event("note", text))
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """Tell what was not told before."""
+        if text not in self.notes:
+            self.notes.add(text)
+            self.tell(Event("note", text))
 
     def leave_out(self, cell: Cell, misfit: Misfit) -> None:
         """Do without a cell whose method does not fit the model, which was seen as the model ran.
@@ -298,10 +302,7 @@ class Sweep:
         del self.cells[cell.key]
         if not self.cells:
             raise misfit
-        text = f"left out: {misfit}"
-        if text not in self.notes:
-            self.notes.add(text)
-            self.tell(Event("note", text))
+        self.note(f"left out: {misfit}")
 
     def fail(self, cell: Cell, problem: str, text: str) -> None:
         """Write why a claimed cell has failed. text: in full, for example a traceback."""
