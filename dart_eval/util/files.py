@@ -54,12 +54,16 @@ def write(path: str | Path, data: str | bytes, remedy: str = "choose another fil
     Raises:
         UserError: it cannot be written. BrokenPipeError: nobody reads the pipe any more.
     """
-    content = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
+    content = _bytes(data)
     with telling(f"{path} cannot be written", remedy):
         if is_stream(path):
             Path(path).write_bytes(content)
         else:
             write_atomically(Path(os.path.realpath(path)), content)
+
+
+def _bytes(data: str | bytes) -> bytes:
+    return data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
 
 
 def refuse_foreign(path: Path, data: str | bytes) -> None:
@@ -73,7 +77,7 @@ def refuse_foreign(path: Path, data: str | bytes) -> None:
     if is_stream(path) or not path.exists():
         return
     with telling(f"{path} cannot be read", "choose another file"), path.open("rb") as file:
-        old, new = file.read(HEAD), (data.encode() if isinstance(data, str) else data)[:HEAD]
+        old, new = file.read(HEAD), _bytes(data[:HEAD])[:HEAD]
     if old and (old.partition(b"\n")[0] != new.partition(b"\n")[0] or (MARK in new and MARK not in old)):
         raise UserError(f"{path} holds something else, and would be replaced", "choose another file, or give --force")
 

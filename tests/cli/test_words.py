@@ -195,6 +195,13 @@ def test_what_an_earlier_command_wrote_is_replaced_and_all_else_by_force(typed, 
         assert [typed(*words).code, typed(*words, "--force").code, typed(*words).code] == [2, 0, 0]
 
 
+def test_a_text_that_is_no_unicode_is_told_from_others_as_it_is_written(tmp_path):
+    for _ in range(2):  # the second time in place of the first
+        view.put("a \udc9b\n", tmp_path / "a.md")
+    with pytest.raises(UserError, match="--force"):
+        view.put("b \udc9b\n", tmp_path / "a.md")
+
+
 LIGHT = """
 import json, sys
 from dart_eval import cli, evaluate
