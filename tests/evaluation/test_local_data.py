@@ -105,6 +105,16 @@ def test_a_row_that_cannot_be_asked_is_told(tmp_path, kind, first):
         check(Tasks(tmp_path / "data"), "arc_easy")
 
 
+@pytest.mark.slow  # the index of all tasks
+def test_a_field_that_is_no_utf8_is_told_though_nobody_asks_it(tmp_path):
+    place, rows = tmp_path / "data" / "allenai__ai2_arc" / "ARC-Easy", lines(*map(question, range(3)))
+    place.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        (place / f"{split}.jsonl").write_bytes(rows.replace(b"q2", b"q\xe8") if split == "test" else rows)
+    with pytest.raises(UserError, match=r"document 2 .*UnicodeDecodeError"):
+        check(Tasks(tmp_path / "data"), "arc_easy")
+
+
 @pytest.mark.parametrize("kind", ["generate_until", "loglikelihood", "loglikelihood_rolling"])
 @pytest.mark.parametrize("field", ["question", "answer"])
 def test_null_is_no_question_and_no_answer(tmp_path, kind, field):
