@@ -15,6 +15,7 @@ from dart_eval.results.store import Store
 from dart_eval.sweep import run, worker
 from dart_eval.sweep.options import RunConfig, config_from
 from dart_eval.sweep.plan import Cell
+from tests.helpers import records
 from tests.helpers.commands import Watch, run_local
 
 SWEEP = {"method": "dense,random,dart", "sparsity": "0.5,0.7", "tasks": "smoke_questions,smoke_summary", "limit": 3,
@@ -103,6 +104,23 @@ def test_under_force_earlier_answers_are_dropped(tmp_path):
         cell = dataclasses.replace(cell, config=RunConfig(force=force))
         with run.Sweep(None, store, Watch()).claim(cell) as journal:
             assert dict(journal) == kept
+
+
+def test_what_another_process_has_ended_is_not_run_and_what_all_have_noted_is_told_once(tmp_path):
+    store, view = Store(tmp_path), Watch()
+    cells = [Cell(make(name), 0.5, "t", {"method": name}) for name in ("griffin", "dart", "cats")]
+    first, second, broken = cells
+    for cell in (first, second):
+        record = dataclasses.replace(records.record(key=cell.key), settings={"notes": ["a model without BOS"]})
+        store.save(cell.name, record)
+    file = store.failed(broken.name, broken.key, "Traceback ...\nRuntimeError: planted\n")
+    sweep = run.Sweep(None, store, view, since=0.0, cells={cell.key: cell for cell in cells})
+    for cell in cells:
+        with sweep.claim(cell) as journal:
+            assert journal is None
+    assert not sweep.todo and not list(tmp_path.rglob("partial/*"))
+    assert (view.done, view.notes) == ([first.name, second.name], ["a model without BOS"])
+    assert view.broken == [(broken.name, "RuntimeError: planted", file)]
 
 
 @pytest.mark.parametrize(("method", "more", "ran", "left_out"), [
