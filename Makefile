@@ -50,7 +50,7 @@ paper-tables: $(VENV)/.demo
 # Bytecode is kept, whatever the environment says: compiling the tests anew takes longer than many of them.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p tests.lane
 test: $(VENV)/.dev
-	$(PYTEST) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --dist loadgroup --no-loadscope-reorder
 
 test-fast: $(VENV)/.dev
 	$(PYTEST) --dist worksteal -m fast

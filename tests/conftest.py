@@ -3,6 +3,7 @@
 import gc
 import os
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,6 +40,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(NEEDS[fixture])
         if item.nodeid.startswith(LANE) and not {*LONG, *NEEDS.values()} & {m.name for m in item.iter_markers()}:
             item.add_marker("fast")
+    # A file's tests run on one worker, and on one those of all files that start processes: it alone has their server.
+    starts = {item.path for item in items if {"process", "ray"} & {m.name for m in item.iter_markers()}}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("processes" if item.path in starts else item.path.as_posix()))
     # Files that take long come first, so that no worker waits for another's last one.
     first = {item.path: [] for item in items}
     for item in items:

@@ -22,7 +22,7 @@ SWEEP = {
     "method": "dense,dart:remask.window=3:remask.min_windows=1:remask.ring=5", "sparsity": "0.5", "limit": 6,
     "batch_size": 2, "tasks": "smoke_questions,smoke_summary", "gen_kwargs": "max_gen_toks=16",
 }  # fmt: skip
-KILLS = 6
+KILLS = 4
 
 
 def _config(folder, output, **changes):
