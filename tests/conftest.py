@@ -40,15 +40,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(NEEDS[fixture])
         if item.nodeid.startswith(LANE) and not {*LONG, *NEEDS.values()} & {m.name for m in item.iter_markers()}:
             item.add_marker("fast")
+    marks = {item.path: set() for item in items}  # of a file's tests
+    for item in items:
+        marks[item.path] |= {m.name for m in item.iter_markers()}
     # A file's tests run on one worker, and on one those of all files that start processes: it alone has their server.
-    starts = {item.path for item in items if {"process", "ray"} & {m.name for m in item.iter_markers()}}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("processes" if item.path in starts else item.path.as_posix()))
+        starts = marks[item.path] & {"process", "ray"}
+        item.add_marker(pytest.mark.xdist_group("processes" if starts else item.path.as_posix()))
     # Files that take long come first, so that no worker waits for another's last one.
-    first = {item.path: [] for item in items}
-    for item in items:
-        first[item.path] += [LONG.index(m.name) for m in item.iter_markers() if m.name in LONG]
-    items.sort(key=lambda item: min(first[item.path], default=len(LONG)))
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in marks[item.path]), len(LONG)))
 
 
 def pytest_configure(config):
