@@ -79,6 +79,15 @@ def question(i=0, **changes):
     }  # fmt: skip
 
 
+def arc_easy(tmp_path, test):
+    """The task on a folder with these bytes as its test split."""
+    place = tmp_path / "data" / "allenai__ai2_arc" / "ARC-Easy"
+    place.mkdir(parents=True)
+    for split, rows in (("train", lines(*map(question, range(4)))), ("test", test), ("validation", lines(question()))):
+        (place / f"{split}.jsonl").write_bytes(rows)
+    return Tasks(tmp_path / "data")
+
+
 ODD = {
     "no such label": {"answerKey": "Z"}, "null label": {"answerKey": None}, "null question": {"question": None},
     "too few labels": {"answerKey": "B", "choices": {"text": ["a", "b"], "label": ["A"]}},
@@ -92,27 +101,18 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 def test_a_row_that_cannot_be_asked_is_told(tmp_path, kind, first):
     """lm-eval itself tries a task's first document."""
-    place, rows = (
-        tmp_path / "data" / "allenai__ai2_arc" / "ARC-Easy",
-        [question(9, **ODD[kind]), question(1), question(2)],
-    )
-    place.mkdir(parents=True)
-    (place / "train.jsonl").write_bytes(lines(*map(question, range(4))))
-    (place / "test.jsonl").write_bytes(lines(*(rows if first else rows[::-1])))
-    (place / "validation.jsonl").write_bytes(lines(question()))
+    rows = [question(9, **ODD[kind]), question(1), question(2)]
+    shelf = arc_easy(tmp_path, lines(*(rows if first else rows[::-1])))
     where = "document 2" if not first else "document 0" if kind == "null question" else "ai2_arc/ARC-Easy"
     with pytest.raises(UserError, match=where):
-        check(Tasks(tmp_path / "data"), "arc_easy")
+        check(shelf, "arc_easy")
 
 
 @pytest.mark.slow  # the index of all tasks
 def test_a_field_that_is_no_utf8_is_told_though_nobody_asks_it(tmp_path):
-    place, rows = tmp_path / "data" / "allenai__ai2_arc" / "ARC-Easy", lines(*map(question, range(3)))
-    place.mkdir(parents=True)
-    for split in ("train", "validation", "test"):
-        (place / f"{split}.jsonl").write_bytes(rows.replace(b"q2", b"q\xe8") if split == "test" else rows)
+    shelf = arc_easy(tmp_path, lines(*map(question, range(3))).replace(b"q2", b"q\xe8"))
     with pytest.raises(UserError, match=r"document 2 .*UnicodeDecodeError"):
-        check(Tasks(tmp_path / "data"), "arc_easy")
+        check(shelf, "arc_easy")
 
 
 @pytest.mark.parametrize("kind", ["generate_until", "loglikelihood", "loglikelihood_rolling"])
