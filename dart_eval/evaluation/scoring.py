@@ -79,11 +79,11 @@ def scorer(
         scope: one of `sweep.options.SCOPES`; it does not matter where nothing is pruned.
         share_prefix: run a long prefix of several contexts once (not where `scopes` cuts them). Moves last digits only.
         distances: run dense at the scored positions too, and say how far from it the pruned model lies. It moves no
-            other number. Where nothing is pruned, or contexts run on codes, nothing is said: dense needs its own.
+            other number. Where nothing is pruned, or contexts are not dense, nothing is said: dense needs its own.
     """
     forwards = Forwards(model, head)
     most = batch_size if isinstance(batch_size, Budget) else budget(batch_size, model)
-    distances = distances and session.prunes and not session.prompts_on_codes
+    distances = distances and session.prunes and not session.prompts_replaced
     if session.prunes and scope in ("all", "last"):
         return WholeInputs(forwards, session, most, scope, distances)
     return Scorer(forwards, session, most, scope, share_prefix, distances)
@@ -181,7 +181,8 @@ class Scorer(Scoring):
             cache = from_prefix(self.forwards.model, shared.cache, positions[:, :start].clamp_min(0))
             block, places = tokens[:, start:], positions[:, start:]
             session.fork(shared.rows, torch.zeros(batch, dtype=torch.long, device=self.forwards.device))
-            with session.extend(valid[:, start:] & (places >= len(shared.tokens))):
+            real = valid[:, start:]
+            with session.extend(real & (places >= len(shared.tokens)), real):
                 hidden = self.forwards(block, valid, places, cache)
         self._note_state()
         return cache, valid, hidden

@@ -148,7 +148,7 @@ class Method:
         looks_ahead: whether masks are made from the very tokens that run under them.
         upper_bound: whether it uses what is known only after the weights are read.
         calibrates: whether it reads a calibration text.
-        replaces: whether prompts, too, run on something in place of the weights.
+        replaces: whether prompts, too, do not run on the model as it is.
         granularity: the unit that is left out, if not neurons.
         fits_experts: whether it supports routed experts, which differ from token to token.
         fits_norms: whether it supports a norm over all neurons before down.

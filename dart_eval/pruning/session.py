@@ -115,6 +115,8 @@ class Session:
         phase: of the current forward; `off` between forwards.
         valid: [B, T] bool, its tokens that are not padding.
         going: likewise, and False for sequences that ended before.
+        tokens: [B, T] ids of the current forward; embeddings, [B, T, D], where it was called with these.
+        real: [B, T] bool, its tokens that are not padding: those of `valid`, and those that `extend` computes again.
         frozen: whether nothing is observed while decoding.
         fast: copies of rows, or kernels, by which one sequence decodes faster.
         log: notes since the last new context.
@@ -138,11 +140,12 @@ class Session:
         self.fast = Fast(self.ffns, self.method, execution, shared_mask)
         self.rows: Rows | None = None
         self.phase: Phase = "off"
-        self.valid = self.going = torch.ones(0, 0, dtype=torch.bool)
+        self.valid = self.going = self.real = torch.ones(0, 0, dtype=torch.bool)
+        self.tokens = torch.zeros(0, 0, dtype=torch.long)
         self.frozen = False
         self.log = Log()
         self._step: Step | None = None  # what decoding forwards use, until something changes it
-        self._forced: tuple[Phase, Tensor] | None = None
+        self._forced: tuple[Phase, Tensor, Tensor] | None = None  # phase, valid, real
         self._last: Phase = "off"
         self._tally = Tally()
         self._prompt, self._ends, self._turn, self._last_turn = 0, frozenset[int](), 0, 0
@@ -260,12 +263,14 @@ class Session:
         self.rows = None
         return self._force("context", valid)
 
-    def extend(self, new: Tensor) -> AbstractContextManager[None]:
+    def extend(self, new: Tensor, real: Tensor | None = None) -> AbstractContextManager[None]:
         """Extend the dense contexts of the sequences in `rows` inside (see `fork`).
 
-        new: [B, T] bool, the tokens that they have not seen; the forward may compute others again.
+        Args:
+            new: [B, T] bool, the tokens that they have not seen.
+            real: likewise, and those that the forward computes again; None: none.
         """
-        return self._force("context", new)
+        return self._force("context", new, real=real)
 
     def foresee(self, valid: Tensor) -> AbstractContextManager[None]:
         """Run a dense rehearsal inside: masks are made from its tokens alone. valid: [B, T] bool."""
@@ -321,8 +326,10 @@ class Session:
         return None if self.rows is None else self.method.room(self.rows)
 
     @contextmanager
-    def _force(self, phase: Phase, valid: Tensor, frozen: bool = False) -> Iterator[None]:
-        self._forced, self.frozen = (phase, valid), frozen
+    def _force(
+        self, phase: Phase, valid: Tensor, frozen: bool = False, real: Tensor | None = None
+    ) -> Iterator[None]:
+        self._forced, self.frozen = (phase, valid, valid if real is None else real), frozen
         if not self.prunes:  # no hook runs: its forwards are counted here
             self._note(phase, valid)
         try:
@@ -361,10 +368,11 @@ class Session:
             self.fast.end()
         self.phase = self._forced[0] if self._forced else self._phase(cache, past, length)
         if self._forced:
-            self.valid = self._forced[1]
+            _, self.valid, self.real = self._forced
         else:
             self.valid = real_tokens(named.get("attention_mask"), cache, past, batch, length, tokens.device)
-        self.going = self.valid
+            self.real = self.valid
+        self.going, self.tokens = self.valid, tokens
         chunk = bool(past) and self._last == "context" and self._last_turn == self._turn
         self._last_turn = self._turn
         if not past:
@@ -515,9 +523,9 @@ class Session:
         return self.method.prunes
 
     @property
-    def prompts_on_codes(self) -> bool:
-        """Whether prompts run on codes in place of the weights."""
-        return self.method.replaces and self.sparsity > 0
+    def prompts_replaced(self) -> bool:
+        """Whether prompts, too, are not those of the model as it is."""
+        return self.method.replaces and (self.sparsity > 0 or not self.method.sized)
 
     def step(self) -> Step:
         """Return the weights that a decoding forward uses now."""

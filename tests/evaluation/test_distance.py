@@ -106,7 +106,7 @@ def test_nothing_else_moves(method, params, scope):
     for distances in (False, True):
         with open_session(model, method, **params) as session:
             runs.append(_scores(model, session, scope=scope, distances=distances))
-            told = not session.prompts_on_codes  # contexts of whole numbers are none of dense's
+            told = not session.prompts_replaced  # contexts of whole numbers are none of dense's
     assert all(s.cost.distance == Distance() for s in runs[0])
     for request, score in zip(questions(), runs[1], strict=True):
         assert score.cost.distance.positions == len(request.continuation) * told

@@ -72,9 +72,9 @@ def test_scores_equal_decoding_token_by_token(model, method, params):
             logprobs = logits.log_softmax(-1)[range(len(logits)), request.continuation]
             assert score.logprob == pytest.approx(float(logprobs.sum()), abs=2e-5)
             assert score.cost.remasks == sum(session.remasks)
-        if not session.prompts_on_codes:  # contexts of whole numbers are none of dense's: no distance is told
+        if not session.prompts_replaced:  # contexts of whole numbers are none of dense's: no distance is told
             assert_apart(score.cost.distance, dense_logits(model, request), logits)
-        assert bool(score.cost.distance.positions) != session.prompts_on_codes
+        assert bool(score.cost.distance.positions) != session.prompts_replaced
         remasks += score.cost.remasks
     assert bool(remasks) == any(path.startswith("remask") for path in params)
 
@@ -310,7 +310,7 @@ def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, b
         dense = [dense_logits(model, r) for r in requests]  # on the same weights, without a session
         with open_session(model, method, 0.5, **params) as session:
             found = _score(model, session, requests, scope, batch_size=2, distances=True)
-            serves = session.prompts_on_codes
+            serves = session.prompts_replaced
             hand = [by_hand(model, session, r, scope) for r in requests]
         for request, score, plain, (logits, not_read) in zip(requests, found, dense, hand, strict=True):
             if serves and scope == "decode":

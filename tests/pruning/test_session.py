@@ -34,7 +34,7 @@ def test_sparsity_zero_is_dense(model, method):
         pruned = generate(model, ids, tokens=6)
     assert torch.equal(dense.sequences, pruned.sequences)
     assert torch.allclose(torch.stack(dense.logits), torch.stack(pruned.logits))
-    assert session.effective_sparsity == 0 and (session.prompts_on_codes or session.weights_read == 1)
+    assert session.effective_sparsity == 0 and (session.prompts_replaced or session.weights_read == 1)
 
 
 @on_families(["method", "sparsity"], FAMILIES, [(m, (0.3, 0.5, 0.7)[i % 3]) for i, m in enumerate(SIZED)], every=4)
