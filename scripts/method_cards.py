@@ -45,6 +45,8 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "graded-both": ("grinqh with fewer bits of gate and up, then 2 bits more of the neurons with the largest "
                     "E[h_j^2] - .8 h~_j^2", "both", ("Matrix",)),
     "rounding": ("W rounded, for decoded tokens", "", ()),
+    "noise": ("x (1 + 2^-9 n) after every layer, n standard normal by seed, tokens so far, layer and element", "rivals",
+              ("mix", "noise")),
     "oracle": ("griffin's s_j, t in the scored tokens", "griffin", ("griffin",)),
 }  # fmt: skip
 

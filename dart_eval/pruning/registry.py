@@ -42,6 +42,7 @@ BUILT_IN = {  # name -> module in `pruning.methods`, class
     "graded-both": ("both", "GradedBoth"),
     "rounding": ("rounding", "RoundedWeights"),
     "oracle": ("griffin", "Oracle"),
+    "noise": ("noise", "Noise"),
 }
 TABLE = "table:"  # and a file: `allocation=table:FILE`
 

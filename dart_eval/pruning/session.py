@@ -326,9 +326,7 @@ class Session:
         return None if self.rows is None else self.method.room(self.rows)
 
     @contextmanager
-    def _force(
-        self, phase: Phase, valid: Tensor, frozen: bool = False, real: Tensor | None = None
-    ) -> Iterator[None]:
+    def _force(self, phase: Phase, valid: Tensor, frozen: bool = False, real: Tensor | None = None) -> Iterator[None]:
         self._forced, self.frozen = (phase, valid, valid if real is None else real), frozen
         if not self.prunes:  # no hook runs: its forwards are counted here
             self._note(phase, valid)

@@ -19,7 +19,7 @@ import numpy as np
 from dart_eval.results import inputs, metrics, speeds, stats
 from dart_eval.results.documents import Compared
 from dart_eval.results.frame import beside_dense, cell_of, with_distances
-from dart_eval.results.inputs import CALIBRATED, DENSE, grouped, identity, labels, matters, model_of, question
+from dart_eval.results.inputs import CALIBRATED, DENSE, NOISE, grouped, identity, labels, matters, model_of, question
 from dart_eval.results.metrics import sparsity
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.speeds import Speed
@@ -30,7 +30,8 @@ from dart_eval.util.errors import UserError, nearest
 
 Tasks = Mapping[str, tuple[str, ...]]  # metric -> its tasks in a block
 WIDTH_OF_LEVEL = 0.02  # reads that differ by less are one level
-# Kinds of rows. A control is dense; rounding is dense on rounded weights, or on their first bits.
+# Kinds of rows. A control is dense, noise (`NOISE`) its floor; rounding is dense on rounded weights, or on their first
+# bits.
 PRUNED, UPPER_BOUND, CONTROL, ROUNDING, GUESSING = "pruned", "upper bound", "control", "rounding", "guessing"
 DEFAULT_SCOPE = "scored"  # not named on the board
 MATTERS = 0.005  # half a point of an accuracy, .005 nats a word or an answer: a smaller lead is no reason to pay more
@@ -214,6 +215,7 @@ def _rows(
         kind = UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
         if first.inputs["method"] == DENSE or last_bits:
             kind = ROUNDING if first.inputs.get("ffn_bits") or last_bits else CONTROL
+        kind = NOISE if first.inputs["method"] == NOISE else kind
         values, asked = {}, {}
         for cell, seeds in of_row:
             for m in main_metrics(cell, metric):
@@ -312,7 +314,10 @@ def _block(rows: Sequence[Row], scope: str, tasks: Tasks, own: Sequence[Row]) ->
     others = [
         row for row in rows
         if row not in own and needed and needed <= {*row.asked.items()} and row.scope in (None, scope)
-        and (row.kind in (CONTROL, ROUNDING) or any(abs(row.read - other.read) <= WIDTH_OF_LEVEL for other in own))
+        and (
+            row.kind in (CONTROL, NOISE, ROUNDING)
+            or any(abs(row.read - other.read) <= WIDTH_OF_LEVEL for other in own)
+        )
     ]  # fmt: skip
     inside = [replace(row, quality=_qualities(row, tasks)) for row in [*own, *others]]
     of_first = tasks.get(first, ())
@@ -392,14 +397,14 @@ def _levels(rows: Sequence[Row], first: str) -> list[list[Row]]:
     The most frequent read absorbs the rows around it, then the most frequent read of the others, and so on. A name has
     the sparsity if that does not follow from the level.
     """
-    rest = [row for row in rows if row.kind != CONTROL]
-    levels = [level for level in [[row for row in rows if row.kind == CONTROL]] if level]
+    rest = [row for row in rows if row.kind not in (CONTROL, NOISE)]
+    levels = [level for level in [[row for row in rows if row.kind in (CONTROL, NOISE)]] if level]
     while rest:
         counts = Counter(round(row.read, 2) for row in rest)
         anchor = max(counts, key=lambda read: (counts[read], read))
         levels.append([row for row in rest if round(abs(row.read - anchor), 4) <= WIDTH_OF_LEVEL])
         rest = [row for row in rest if row not in levels[-1]]
-    order, ordered = {CONTROL: 0, UPPER_BOUND: 1}, []
+    order, ordered = {CONTROL: 0, NOISE: 1, UPPER_BOUND: 1}, []
     for level in levels:
         several = len({row.sparsity for row in level if row.kind in (PRUNED, UPPER_BOUND)}) > 1
         named = [

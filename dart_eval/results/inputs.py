@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ASKED, HOW, PROVENANCE = "asked", "how", "provenance"
 DENSE = "dense"  # the method that leaves the model as it is
+NOISE = "noise"  # the method that shows how far from dense rounding errors lie
 PRUNING = ("method", "params", "sparsity", "ffn_bits")  # inputs in which a pruned cell and its dense one differ
 UNLIKE_DENSE = (*PRUNING, "scope")  # the same with the scope, which does not matter to a dense cell
 CALIBRATED = ("calibration", "calibration_tokens", "calibration_seed")  # by these a method has other masks

@@ -18,7 +18,7 @@ from typing_extensions import Self
 from dart_eval.results import metrics, stats
 from dart_eval.results.documents import Compared
 from dart_eval.results.frame import beside_dense, cell_of, cells_frame, lines_of, paired, typed, with_distances
-from dart_eval.results.inputs import DENSE, identity, model_of
+from dart_eval.results.inputs import DENSE, NOISE, identity, model_of
 from dart_eval.results.metrics import number, short, three
 from dart_eval.results.metrics import sparsity as percent
 from dart_eval.results.record import Record
@@ -383,7 +383,8 @@ def _of_cost(claim: Claim, cost: float, text: str, unit: str) -> tuple[str, str,
 def _is_pruner(record: Record) -> bool:
     """Return whether a cell is of a pruner that can be used: neither a control nor an upper bound."""
     inputs, settings = record.inputs, record.settings
-    return inputs["method"] != DENSE and settings.get("granularity") != LAST_BITS and not settings.get("upper_bound")
+    dense = inputs["method"] in (DENSE, NOISE) or settings.get("granularity") == LAST_BITS
+    return not dense and not settings.get("upper_bound")
 
 
 def _keys(numbers: pd.DataFrame) -> list[str]:

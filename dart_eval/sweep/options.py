@@ -194,7 +194,7 @@ class RunConfig(ModelSpec, EvalSettings):
     method: Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), Option(PRUNING, "NAMES", CELL,
         "Run these methods, comma-separated: a name, or a name with options, such as dart:remask.window=8. "
         "`dart-eval ls methods` lists them. Without it and --ffn-bits, dense runs in a rounding of each read, too.")
-    ] = ("dense", "griffin", "dart", "grinqh")
+    ] = ("dense", "noise", "griffin", "dart", "grinqh")
     sparsity: Annotated[tuple[float, ...], BeforeValidator(_sparsities), Field(min_length=1), Option(PRUNING,
         "SHARES", CELL,
         "Run at these sparsities, comma-separated, from 0 to below 1: the share of FFN weight bytes that a decoded "

@@ -110,6 +110,7 @@ SETTINGS = {
     "shared mask": Setting(f"dart:{RESTLESS}", 0.37, shared_mask=True),
     "residual sensitivity": Setting("dart:allocation.sensitivity=residual:allocation.protect=off:remask=never", 0.3),
     "direction alone": Setting("dart:allocation.magnitude=off:remask=never", 0.3),
+    "noise": Setting("noise", 0.0, families=TWO),
     "cats": Setting("cats", 0.45, families=TWO),
     "m-countdown": Setting("m-countdown", 0.37, families=TWO),
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),

@@ -28,7 +28,7 @@ DEFAULTS = {
     "dart": DRIFT | DEPTH, "dart-code": DRIFT | CODE | DEPTH, "cats": {"choice.threshold": "none"},
     "wina": {"entries.weigh": "gate"}, "grinqh": COLUMNS, "decdec": COLUMNS | {"entries.levels": "3-7"},
     "graded-both": COLUMNS | {"entries.neurons": 0.25, "entries.more": 2.0, "entries.known": 0.2},
-    "rounding": {"entries.bits": "q4_k"},
+    "rounding": {"entries.bits": "q4_k"}, "noise": {"noise.seed": 0},
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_the_defaults_of_the_built_in_methods_are_these():
         method = make(name)
         values = {path: getattr(method, one.field) for path, one in method.valid_options().items()}
         assert values == DEFAULTS.get(name, {}) and method.spec == name and made(method.spec) == method
-        assert method.params() == method.recorded | values
+        assert method.params() == (method.recorded or {"method": name}) | values
 
 
 def value(name, path, given):
@@ -135,6 +135,6 @@ def test_what_classes_say_of_themselves():
 
     prompted = {"griffin", "dart", "dart-code", "oracle"}
     assert those("prunes") == set(BUILT_IN) - {"dense"}
-    assert those("sized") == set(BUILT_IN) - {"dense", "rounding"}
+    assert those("sized") == set(BUILT_IN) - {"dense", "rounding", "noise"}
     assert those("looks_ahead") == {"oracle"} and those("upper_bound") == {"oracle", "oracle-token"}
-    assert those("needs_context") == those("keeps_state") == prompted
+    assert those("needs_context") == prompted == those("keeps_state") - {"noise"}

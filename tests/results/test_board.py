@@ -42,6 +42,14 @@ def test_rows_stand_by_read_and_by_what_they_have_above_guessing(tmp_path):
     assert [row["FFN bytes read"] for row in rows_of(made)] == ["100 %", "", "50 %", "30 %", "30 %", "30 %"]
 
 
+def test_noise_stands_beside_dense_and_is_no_pruner(tmp_path):
+    made = board_of(
+        tmp_path, choices(0.79, method="noise", sparsity=0.0, weights_read=1.0), choices(0.8, method="dense"),
+        choices(0.4, method="random"), choices(0.6, method="griffin"),
+    )  # fmt: skip
+    assert places(made) == [[("dense", ""), ("noise", "")], [("griffin", "*"), ("random", "")]]
+
+
 def test_over_tasks_it_is_one_ratio_of_sums(tmp_path):
     """A mean of the two ratios would be .36; a task on which dense only guesses is in the sums, and is named."""
     records = [choices(0.8, "arc", "dense"), choices(0.25, "rte", "dense"), choices(0.5, "arc"), choices(0.3, "rte")]

@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from dart_eval.results import metrics
 from dart_eval.results.board import CONTROL, GUESSING, ROUNDING, WIDTH_OF_LEVEL, Board
+from dart_eval.results.inputs import NOISE
 from dart_eval.results.metrics import multiple, percent
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import printable
@@ -45,7 +46,7 @@ def curves(board: Board, perplexity: bool) -> tuple[str, Curves]:
         for row in rows:
             quality, family = row.quality.get(metric), re.sub(r"\d+", "N", row.label, count=1)
             ratio = quality and quality.beside_dense(metric)
-            if ratio and row.kind not in (CONTROL, GUESSING) and math.isfinite(ratio.value):
+            if ratio and row.kind not in (CONTROL, NOISE, GUESSING) and math.isfinite(ratio.value):
                 values = (ratio.value, *(ratio.interval or (ratio.value, ratio.value)))
                 label = family if families.count(family) > 1 else row.label
                 points.setdefault(label, []).append((row.read, *(v if perplexity else 100 * v for v in values)))
