@@ -125,11 +125,11 @@ def check_timeable(method: Method) -> None:
     """Raise if a method cannot be timed.
 
     Raises:
-        UserError: it does not prune, looks ahead, or prunes only the first tokens.
+        UserError: it does not prune, looks ahead, writes texts its own way, or prunes only the first tokens.
     """
     if method.releases:
         raise UserError(f"{method.spec} runs dense after its first tokens", "time it without remask.release")
-    if not method.prunes or method.looks_ahead:
+    if not method.prunes or method.looks_ahead or method.inner is not method:
         raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
 
 

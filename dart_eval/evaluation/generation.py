@@ -149,7 +149,8 @@ class Generator:
             sizes = [prompts[n].tokens + new for n in alike]
             # Every new token is a forward: full batches save more than padding costs.
             most, forward = self.budget.generated, new * self.budget.forward
-            for part in batches(sizes, self.budget.rows, most, forward, can_pad(self.lm.model)):
+            rows = self.budget.rows if self.session.writer is None else 1
+            for part in batches(sizes, rows, most, forward, can_pad(self.lm.model)):
                 together = [prompts[n] for n in alike[part]]
                 yield Prompts(together, longest, new, stop, kwargs, draws(settings))
 
@@ -176,7 +177,8 @@ class Generator:
             counted = self.counted(tokens, unit.stop, ends)  # a row that has ended may go on until its whole batch has
             text = self._answer(tokens[:counted], unit.stop)
             cost = log.cost(row, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
-            usable = watch.usable(row, counted)
+            # Of what a writer takes back logits were watched, too.
+            usable = watch.usable(row, counted if self.session.writer is None else None)
             texts.append((prompt.request, Text(text, cost, prompt.cut, usable, tokens[:counted])))
         return texts
 
@@ -261,8 +263,8 @@ class LogitsWatch(LogitsProcessor):
         self._usable.append(scores.amax(-1).isfinite().view(self.rows, -1).all(1))  # several beams to a row
         return scores
 
-    def usable(self, row: int, tokens: int) -> bool:
-        """Whether the first `tokens` tokens of a row came from finite logits."""
+    def usable(self, row: int, tokens: int | None) -> bool:
+        """Whether the first `tokens` tokens of a row came from finite logits; None: all of them."""
         return all(bool(step[row]) for step in self._usable[:tokens])
 
 
@@ -298,7 +300,7 @@ class GenerationLog:
         counted = [step for step in steps[:tokens] if step is not None]
         not_read = [float(1 - step.read[row]) for step in counted]
         return Cost(
-            tokens=tokens, pruned_tokens=sum(share > 0 for share in not_read), not_read_sum=sum(not_read),
+            tokens=tokens, pruned_tokens=sum(share != 0 for share in not_read), not_read_sum=sum(not_read),
             outside_sum=sum(float(1 - step.mask[row]) for step in counted), remasks=remasks,
             trace=self.session.trace(row, tokens - 1) if len(self._parts) == 1 else None,
         )  # fmt: skip

@@ -34,6 +34,7 @@ from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad
 from dart_eval.evaluation.scopes import WholeInputs
 from dart_eval.pruning.rows import Rows
 from dart_eval.pruning.session import Session
+from dart_eval.util.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -80,7 +81,12 @@ def scorer(
         share_prefix: run a long prefix of several contexts once (not where `scopes` cuts them). Moves last digits only.
         distances: run dense at the scored positions too, and say how far from it the pruned model lies. It moves no
             other number. Where nothing is pruned, or contexts are not dense, nothing is said: dense needs its own.
+
+    Raises:
+        UserError: the method writes texts its own way, and gives no answer a score.
     """
+    if session.writer is not None:
+        raise UserError(f"{session.writer.name} writes texts, and scores no given answers", "use a task with texts")
     forwards = Forwards(model, head)
     most = batch_size if isinstance(batch_size, Budget) else budget(batch_size, model)
     distances = distances and session.prunes and not session.prompts_replaced

@@ -64,6 +64,11 @@ class Tally:
         self._skipped += skipped
         self._tokens += tokens
 
+    def correct(self, skipped: float, tokens: float) -> None:
+        """Add to the sums: of weights not read, and of tokens."""
+        self._skipped += skipped
+        self._tokens += tokens
+
     @property
     def share(self) -> float:
         """Weights not read / all, over the tokens so far; 0 without tokens."""
@@ -94,6 +99,16 @@ class Log:
         for k, row in enumerate(due.nonzero().flatten().tolist()):
             overlap = [of_layer[k] for of_layer in overlaps]
             self.events.append({"step": len(self.steps), "token": self.decoded, "sequence": row, "overlap": overlap})
+
+    def mark(self) -> tuple[int, int, int]:
+        """Return how long the lists but `steps` are, for `cut`."""
+        return len(self.events), len(self.alarms), len(self.signals)
+
+    def cut(self, mark: tuple[int, int, int]) -> None:
+        """Forget what was noted since a mark."""
+        every: tuple[list[Any], ...] = (self.events, self.alarms, self.signals)
+        for notes, kept in zip(every, mark, strict=True):
+            del notes[kept:]
 
     def trace(self, detector: Any, row: int, tokens: int | None) -> Json | None:
         """Return the detector's trace of one sequence since its context, or None if no window was full.

@@ -10,6 +10,7 @@
     hooks    further hooks
     after    a decoding forward is over: new masks
     read     the share of the FFN weights that a token reads
+    write    a text, where it is not written token by token
 
 `fit` runs on a copy that the session owns. What belongs to sequences stands in `rows`, batch first.
 """
@@ -180,6 +181,7 @@ class Method:
     sparsity: float
     fixed_read: float = 1.0  # share of the served FFN weight bytes that a token reads as the sparsity says
     _counted: Tensor | None = None  # [B, T], by the current forward
+    _inner: Method | None = None  # that prunes while this one writes
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -275,6 +277,23 @@ class Method:
             calibration: of methods that read a text, or the weights of all layers.
         """
         self.ffns, self.sparsity, self.fixed_read = ffns, sparsity, 1.0
+
+    # -- texts written otherwise than token by token ---------------------------------------------------------------
+
+    @property
+    def inner(self) -> Method:
+        """The method that prunes while this one writes texts; itself if `generate` writes them as always."""
+        return self._inner or self
+
+    def write(self, session: Session, model: Any, input_ids: Tensor, **of_generate: Any) -> object:
+        """Return a prompt with its text, as a decoding loop of transformers does (`generate(custom_generate=...)`).
+
+        Args:
+            session: of the inner method.
+            input_ids: [1, T], the prompt.
+            of_generate: `logits_processor`, `stopping_criteria`, `generation_config` and more.
+        """
+        raise NotImplementedError
 
     # -- sequences -------------------------------------------------------------------------------------------------
 

@@ -110,6 +110,7 @@ class Session:
 
     Attributes:
         method: fitted to the model.
+        writer: what writes texts with it; None: the model's own loop, token by token.
         ffns: of the model.
         rows: the current sequences; None before any.
         phase: of the current forward; `off` between forwards.
@@ -128,7 +129,11 @@ class Session:
         calibration: Calibration | None = None, execution: Literal["auto", "masked"] = "auto",
         shared_mask: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.method, self.shared_mask = model, copy.copy(method or Dense()), shared_mask
+        method = method or Dense()
+        self.model, self.method, self.shared_mask = model, copy.copy(method.inner), shared_mask
+        self.writer = None if method.inner is method else copy.copy(method)
+        if self.writer is not None:
+            self.writer._inner = self.method
         self.sparsity = sparsity if self.method.sized else 0.0
         self.ffns: list[FFN] = [] if model is None else find_ffns(model)
         self.share = rounding.served_bits(self.ffns) / OWN_BITS if self.ffns else None
@@ -241,6 +246,8 @@ class Session:
             raise UserError("beams change places, which prune() does not follow", "use num_beams=1")
         ends, pads = _ids(own["eos_token_id"]), _ids(own["pad_token_id"])
         self._ends = frozenset([*ends, *pads] if ends else [])  # where no token ends a sequence, none is padded
+        if self.writer is not None:
+            kwargs["custom_generate"] = functools.partial(self.writer.write, self)
         try:
             return generate(*args, **kwargs)
         finally:
@@ -321,6 +328,25 @@ class Session:
             self.rows, self._step = rows, None
             self.fast.copy_rows(self.method.masks(rows))
 
+    @contextmanager
+    def over(self, tokens: int) -> Iterator[None]:
+        """Run a dense forward of so many tokens inside, on a filled cache. They then count as decoded ones in it."""
+        with self.paused():
+            yield
+        self._cached += tokens
+        self._decoded += tokens
+
+    def spread(self, start: int, tokens: int, read: float) -> None:
+        """Let the steps since `start` stand for `tokens` tokens alike, which read this share of the FFN weights, too.
+
+        Some of those that ran may have been taken back, and others have come without a step. One sequence.
+        """
+        steps = self.log.steps[start:]
+        every = Step(*(torch.stack([getattr(s, name) for s in steps]).sum(0) for name in ("read", "mask")))
+        self.log.steps[start:] = [Step((every.read + read) / tokens, every.mask / len(steps)) for _ in range(tokens)]
+        self.log.decoded = start + tokens
+        self._tally.correct(tokens - len(steps) - read, tokens - len(steps))
+
     def room(self) -> int | None:
         """Return the tokens that may run in one decoding forward before masks may change; None for any number."""
         return None if self.rows is None else self.method.room(self.rows)
@@ -386,6 +412,9 @@ class Session:
             return None
         self._step, self._decoded = None, 0
         if self._forced is None:
+            if self.writer is not None and not self._prompt:
+                name = self.writer.name
+                raise UserError(f"{name} writes whole texts, and this forward is called by hand", "call generate()")
             self._tally.context(batch, chunk)
         if kwargs.get("logits_to_keep"):
             # Layers that share keys and values would compute only the last tokens (Gemma 4), and masks need all.
@@ -566,7 +595,8 @@ class Session:
     @property
     def weights_read(self) -> float:
         """FFN weight bytes that a pruned token reads / bytes in the model's own dtype, mean over sequences."""
-        measured = [] if self.method.exact else [step.read for step in self.steps]
+        fixed = self.method.exact and self.writer is None
+        measured = [] if fixed else [step.read for step in self.steps]
         reads = torch.cat(measured or [self.method.read(self._rows_or_new())])
         pruned = reads[reads != 1]  # others ran dense
         return (self.share or 1.0) * float((pruned if len(pruned) else reads).mean())

@@ -51,8 +51,8 @@ def numeric_files(package: Path = PACKAGE) -> set[Path]:
 
 def method_files(method: Method) -> set[Path]:
     """Return the files of a method's own code, which may be another package's; none of one typed at a prompt."""
-    file = str(getattr(inspect.getmodule(type(method)), "__file__", None))
-    return _with_imports({Path(file)} if file.endswith(".py") else set(), PACKAGE)
+    files = {str(getattr(inspect.getmodule(type(m)), "__file__", None)) for m in (method, method.inner)}
+    return _with_imports({Path(file) for file in files if file.endswith(".py")}, PACKAGE)
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -176,7 +176,7 @@ def check_template(model: Resolved, system: str | None) -> None:
 
 
 def check_answers(items: Sequence[Task | Group], config: RunConfig) -> None:
-    """Refuse a scope, thinking, and methods that look ahead, where a task gives no answers for them.
+    """Refuse a scope, thinking, and methods that look ahead or write texts, where a task gives no answers for them.
 
     Raises:
         UserError: with the remedy.
@@ -188,6 +188,7 @@ def check_answers(items: Sequence[Task | Group], config: RunConfig) -> None:
     if ahead and scope != "scored":
         problem = f"method {ahead} needs scored tokens for its mask, and --scope {scope} has none"
         raise UserError(problem, f"leave {ahead} out, or use --scope scored")
+    writer = next((method.name for method in methods if method.inner is not method), None)
     for task in leaves(list(items)):
         name, kind = f"task {task.task_name}", GIVES_NO_CHOICE.get(task.OUTPUT_TYPE)
         if config.enable_thinking and kind is None:
@@ -197,6 +198,9 @@ def check_answers(items: Sequence[Task | Group], config: RunConfig) -> None:
             raise UserError(f"{name} {kind}: --scope {scope} is for scored answers", "use --scope scored")
         if ahead and kind == "generates text":
             raise UserError(f"method {ahead} looks ahead, and {name} generates text", f"leave {ahead} or the task out")
+        if writer and kind != "generates text":
+            remedy = f"leave {writer} or the task out"
+            raise UserError(f"method {writer} writes texts, and {name} {kind or 'scores given answers'}", remedy)
 
 
 # -- the run -----------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class Worker:
             share, inputs = session.share or rounding.served_share(ffns), rounding.served_share_of_inputs(ffns)
             outcome, halved = _smaller(lm, lambda: evaluate_task(lm, session, tasks, cell.task, config, journal))
             memory = cost.memory(session.method, ffns, session.fast.available, journal.state_bytes, cell.rounding)
-            computed = session.method.computed(outcome.cost.read)
+            computed = (session.writer or session.method).computed(outcome.cost.read)
         measured = {
             "seconds": earlier + time.monotonic() - start,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
