@@ -47,6 +47,8 @@ CARDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "rounding": ("W rounded, for decoded tokens", "", ()),
     "noise": ("x (1 + 2^-9 n) after every layer, n standard normal by seed, tokens so far, layer and element", "rivals",
               ("mix", "noise")),
+    "sirius": ("of k - 1 pruned tokens the first n with softmax(logits / .6)[t] >= threshold under dense, then dense's",
+               "rivals", ("corrected",)),
     "oracle": ("griffin's s_j, t in the scored tokens", "griffin", ("griffin",)),
 }  # fmt: skip
 

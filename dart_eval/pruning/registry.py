@@ -43,6 +43,7 @@ BUILT_IN = {  # name -> module in `pruning.methods`, class
     "rounding": ("rounding", "RoundedWeights"),
     "oracle": ("griffin", "Oracle"),
     "noise": ("noise", "Noise"),
+    "sirius": ("sirius", "Sirius"),
 }
 TABLE = "table:"  # and a file: `allocation=table:FILE`
 

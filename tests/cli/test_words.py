@@ -76,7 +76,8 @@ REFUSED = {
         ("../cut", "cut"), ("../bare", "tokenizer"), ("../t5", "causal"), ("../lora", "--peft"),
         ("../tiny --peft ./gone", "gone"), ("../tiny --chat-template", "--chat-template"),
         ("../tiny --device cuda:99", "cuda:99"), ("../tiny --device cpu:1", "cpu:1"),
-        ("../tiny --method cats --sparsity 0.7", "0.66"),
+        ("../tiny --method cats --sparsity 0.7", "0.66"), ("../tiny --method sirius", "scores given answers"),
+        ("../tiny --method sirius:of=rounding", "prune"),
         ("../tiny --method dart:allocation=table:allocation.file=none.json", "none.json"),
     ],
     # as lm-eval spells them: all are understood but the model
@@ -117,7 +118,7 @@ REFUSED = {
         ("--shape llama-3.1", "llama-3.1-8b"),
     ],
     "bench decode --model ../tiny --method": [
-        ("griffin,oracle", "oracle"), ("cats --sparsity 0.7 --prompt 16", "0.66"),
+        ("griffin,oracle", "oracle"), ("sirius", "cannot be timed"), ("cats --sparsity 0.7 --prompt 16", "0.66"),
         ("griffin --prompt 1018 --steps 7", "1025 tokens"),
     ],
     "bench overhead --method": [(",", "item")],

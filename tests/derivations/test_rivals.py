@@ -5,6 +5,9 @@ noise  the output of layer l is multiplied by 1 + 2^-9 n. n of a token of number
 
            z    = mix(mix(key + l C2) + e C3)        in 64 bits, mix being SplitMix64's
            key  = mix(seed + sum over the tokens up to t of mix(mix(number) + place C1))
+
+sirius a block is a token of dense and up to k - 1 that a pruned model writes on what dense has read before; dense then
+       reads prompt and text anew, keeps pruned tokens up to the first below the threshold, and adds its own likeliest.
 """
 
 import statistics
@@ -12,13 +15,18 @@ import statistics
 import pytest
 import torch
 
+import dart_eval
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
+from dart_eval.pruning.methods.sirius import Sirius
+from dart_eval.pruning.registry import make
+from dart_eval.pruning.session import prune
 from tests.derivations import ours
 from tests.derivations.plain import Plain
+from tests.derivations.test_griffin import griffin
 from tests.helpers.models import biased, random_tokens
-from tests.helpers.sessions import generate, open_session
+from tests.helpers.sessions import RESTLESS, generate, go_on, open_session
 
 WORD = (1 << 64) - 1
 
@@ -106,3 +114,105 @@ def test_noise_has_the_size_of_a_rounding_and_is_rounded_once():
     errors = ((wide / x).double() - 1) * 2**9
     assert float(errors.mean()) == pytest.approx(0, abs=0.02) and float(errors.std()) == pytest.approx(1, abs=0.02)
     assert torch.equal(narrow, method.noisy(x.bfloat16().float(), 1).bfloat16())
+
+
+# -- sirius ------------------------------------------------------------------------------------------------------------
+
+
+def corrected(model, prompt, masks, tokens, every, threshold, ends=()):
+    """A text by a model that dense corrects, and the reads of its tokens after the first, as shares of dense's.
+
+    masks: per layer, of the pruned tokens.
+    """
+
+    def dense(ids):
+        return Plain(model).run(ids)
+
+    text, reads = [int(dense(prompt)[-1].argmax())], []
+
+    def over():
+        return len(text) == tokens or text[-1] in ends
+
+    while not over():
+        first = len(text)
+        pruned = Plain(model)
+        pruned.run([*prompt, *text[:-1]])
+        while len(text) < first + every - 1 and not over():
+            text.append(int(pruned.run([text[-1]], lambda i, h: h * masks[i])[-1].argmax()))
+        written, whole = text[first:], dense([*prompt, *text])[len(prompt) + first - 1 :]
+        shares = [float((row / 0.6).softmax(-1)[t]) for row, t in zip(whole, written, strict=False)]
+        kept = next((i for i, share in enumerate(shares) if share < threshold), len(shares))
+        taken = sum(float(m.double().sum()) for m in masks) / sum(len(m) for m in masks) * len(written) + 1
+        end = kept == len(written) and over()
+        text[first + kept :] = [] if end else [int(whole[kept].argmax())]
+        reads += [taken / (kept + (not end))] * (kept + (not end))
+    return text, reads
+
+
+@pytest.mark.parametrize(("family", "every", "threshold"), [
+    ("llama", 5, 0.05), ("gpt2", 4, 0.2), pytest.param("gemma3", 16, 0.1, marks=pytest.mark.slow),
+    pytest.param("llama", 2, 0.0, marks=pytest.mark.slow), pytest.param("qwen2", 3, 1.0, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_sirius_is_what_a_pruned_model_writes_and_dense_corrects(family, every, threshold):
+    model, prompt, tokens = biased(family), random_tokens(20, 4), 24
+    masks = griffin(model, prompt, 0.5)
+    seen = set()
+    for ends in ((), (corrected(model, prompt, masks, tokens, every, threshold)[0][9],)):
+        wanted, reads = corrected(model, prompt, masks, tokens, every, threshold, ends)
+        with prune(model, f"sirius:every={every}:threshold={threshold}", 0.5) as session:
+            end = {"eos_token_id": list(ends) or None}
+            found = generate(model, torch.tensor([prompt]), tokens, **end).sequences[0, len(prompt) :].tolist()
+            assert found == wanted and [float(s.read[0]) for s in session.steps] == pytest.approx(reads)
+            assert session.effective_sparsity == pytest.approx(sum(1 - r for r in reads) / len(wanted))
+        seen |= {*reads}
+    assert len(seen) > 1 or threshold in (0.0, 1.0)
+
+
+def test_a_detectors_state_goes_back_with_the_tokens(monkeypatch):
+    """Blocks are fed again, each token that stayed and no other: the sequences and what was noted are the same."""
+    model, prompt, blocks = biased("llama"), torch.tensor([random_tokens(20, 4)]), []
+    method, kept = make("sirius", {"every": 6, "threshold": 0.08}), Sirius._kept
+    method._inner = make("dart", RESTLESS)
+
+    def noted(self, logits, block):
+        blocks.append((block.tolist(), kept(self, logits, block)))
+        return blocks[-1][1]
+
+    monkeypatch.setattr(Sirius, "_kept", noted)
+    with prune(model, method, 0.3) as session:
+        generate(model, prompt, 40)
+        found, noted_of = session.rows, (session.events, session.log.alarms, session.log.signals)
+    assert {n < len(block) - 1 for block, n in blocks} == {True, False}  # some were cut, some were not
+    with prune(model, method.inner, 0.3) as other, torch.no_grad():
+        out = model(prompt, use_cache=True)
+        for block, n in blocks:
+            fed = block[: min(n + 1, len(block) - 1)]
+            start = len(other.steps)
+            for token in fed:
+                out = go_on(model, out, torch.tensor([[token]]))
+            other.rewind(len(fed), other.rows)
+            with other.over(n + 1):
+                out = go_on(model, out, torch.tensor([block[: n + 1]]))
+            other.spread(start, n + 1, 1.0)
+        assert other.remasks == found.remasks.tolist() and other.remasks[0] > 1
+        assert all(torch.equal(a, b) for a, b in zip(other.rows.mask, found.mask, strict=True))
+        events, alarms, signals = noted_of
+        assert [e["overlap"] for e in other.events] == [e["overlap"] for e in events] and other.log.alarms == alarms
+        assert torch.equal(torch.stack(other.log.signals), torch.stack(signals))
+
+
+def test_what_sirius_cannot_write_is_refused():
+    model, ids = biased("llama"), torch.tensor([random_tokens(9), random_tokens(9, 1)])
+    head = output_head(model)
+    for spec, word in (("sirius:of=dense", "prune"), ("sirius:of=sirius", "prune"), ("sirius:of=oracle", "prune"),
+                       ("sirius:of=grifin", "did you mean griffin")):  # fmt: skip
+        with pytest.raises(dart_eval.UserError, match=word), prune(model, spec):
+            pass
+    with prune(model, "sirius", 0.5) as session:
+        for given, word in (({"input_ids": ids}, "one sequence"), ({"input_ids": ids[:1], "do_sample": True}, "draws")):
+            with pytest.raises(dart_eval.UserError, match=word):
+                model.generate(**given, max_new_tokens=3, pad_token_id=0)
+        with pytest.raises(dart_eval.UserError, match="by hand"):
+            model(ids)
+        with pytest.raises(dart_eval.UserError, match="scores no given answers"):
+            scorer(model, head, session, 1)

@@ -70,13 +70,15 @@ QUESTIONS = [
 class Setting:
     """A method as a user types it, and how it is run.
 
-    decodes: False for what can only score answers. families: a gated and a plain one where the models add nothing new.
+    decodes: False for what can only score answers. scores: False for what can only write texts. families: a gated and
+    a plain one where the models add nothing new.
     """
 
     method: str
     sparsity: float = 0.5
     shared_mask: bool = False
     decodes: bool = True
+    scores: bool = True
     families: tuple[str, ...] = tuple(CONFIGS)
 
 
@@ -111,6 +113,7 @@ SETTINGS = {
     "residual sensitivity": Setting("dart:allocation.sensitivity=residual:allocation.protect=off:remask=never", 0.3),
     "direction alone": Setting("dart:allocation.magnitude=off:remask=never", 0.3),
     "noise": Setting("noise", 0.0, families=TWO),
+    "sirius": Setting("sirius:every=4", decodes=False, scores=False, families=TWO),
     "cats": Setting("cats", 0.45, families=TWO),
     "m-countdown": Setting("m-countdown", 0.37, families=TWO),
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),
@@ -122,4 +125,4 @@ SETTINGS = {
 }
 
 # Those that run as lm-eval's model too: texts up to a stop sequence, and perplexities.
-TEXTS = ("griffin", "every window an alarm")
+TEXTS = ("griffin", "every window an alarm", "sirius")

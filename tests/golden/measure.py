@@ -25,7 +25,8 @@ def measure(family, name):
         found["sequences"], found["batch"] = _decode(tiny, setting, "masked", PROMPTS)
         alone = PROMPTS if setting.shared_mask else PROMPTS[:1]
         found["copied"], found["alone"] = _decode(tiny, setting, "auto", alone)
-    found["scores"] = surface.scores(tiny, setting, QUESTIONS)
+    if setting.scores:
+        found["scores"] = surface.scores(tiny, setting, QUESTIONS)
     found["cost"] = surface.costs(tiny, setting, context=len(PROMPTS[0]))
     return found
 
@@ -71,4 +72,5 @@ CASES = {
     for name, setting in SETTINGS.items()
     if family in setting.families
 }
-CASES |= {f"{family}, {name}, texts": partial(measure_texts, family, name) for family in CONFIGS for name in TEXTS}
+CASES |= {f"{family}, {name}, texts": partial(measure_texts, family, name) for family in CONFIGS for name in TEXTS
+          if family in SETTINGS[name].families}  # fmt: skip

@@ -107,14 +107,16 @@ def run_as_lm(model, setting, prompts, text, stop):
     with pruned as session:
         lm.begin(session, {})
         texts = lm.generate_until([TextRequest(prompt, i, [stop], 16) for i, prompt in enumerate(prompts)])
-        whole = TextRequest(text, len(prompts))
-        whole.args = (text,)
-        (rolling,) = lm.loglikelihood_rolling([whole])
+        scored = {}
+        if setting.scores:
+            whole = TextRequest(text, len(prompts))
+            whole.args = (text,)
+            (rolling,) = lm.loglikelihood_rolling([whole])
+            scored = {"logprob": float(rolling), "coverage": rolling.coverage}
     used = [cost for _, cost in sorted(lm.costs.items())]
     return {
         "texts": texts,
-        "logprob": float(rolling),
-        "coverage": rolling.coverage,
+        **scored,
         "context tokens": [u.context_tokens for u in used],
         **_used(used),
     }

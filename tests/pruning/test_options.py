@@ -29,6 +29,7 @@ DEFAULTS = {
     "wina": {"entries.weigh": "gate"}, "grinqh": COLUMNS, "decdec": COLUMNS | {"entries.levels": "3-7"},
     "graded-both": COLUMNS | {"entries.neurons": 0.25, "entries.more": 2.0, "entries.known": 0.2},
     "rounding": {"entries.bits": "q4_k"}, "noise": {"noise.seed": 0},
+    "sirius": {"of": "griffin", "every": 16, "threshold": 0.1},
 }  # fmt: skip
 
 
@@ -133,8 +134,8 @@ def test_what_classes_say_of_themselves():
     def those(tells):
         return {name for name in BUILT_IN if getattr(make(name), tells)}
 
-    prompted = {"griffin", "dart", "dart-code", "oracle"}
+    prompted = {"griffin", "dart", "dart-code", "oracle", "sirius"}
     assert those("prunes") == set(BUILT_IN) - {"dense"}
     assert those("sized") == set(BUILT_IN) - {"dense", "rounding", "noise"}
     assert those("looks_ahead") == {"oracle"} and those("upper_bound") == {"oracle", "oracle-token"}
-    assert those("needs_context") == prompted == those("keeps_state") - {"noise"}
+    assert those("needs_context") == prompted == (those("keeps_state") - {"noise"})

@@ -12,6 +12,7 @@ from dart_eval import rounded_ffns
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.log import Tally
+from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.griffin import NeuronMask
 from dart_eval.pruning.methods.teal import Teal
 from dart_eval.pruning.registry import methods
@@ -23,7 +24,8 @@ from tests.helpers.models import FAMILIES, SMALL, hooked, random_tokens, save_ti
 from tests.helpers.sessions import RESTLESS, VARIED, bits, fed, fitting, generate, go_on, open_session, prompts_of, same
 
 PRUNERS = [name for name, cls in methods().items() if cls.prunes and not cls.looks_ahead]
-SIZED = [name for name in PRUNERS if methods()[name].sized]  # what they read follows from the sparsity
+# What they read follows from the sparsity, token by token.
+SIZED = [name for name in PRUNERS if methods()[name].sized and methods()[name].write is Method.write]
 
 
 @on_families(["method"], FAMILIES, SIZED, every=4)
