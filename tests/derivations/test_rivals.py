@@ -113,6 +113,12 @@ def test_noise_has_the_size_of_a_rounding_and_is_rounded_once():
         wide, narrow = method.noisy(x, 1), method.noisy(x.bfloat16(), 1)
     errors = ((wide / x).double() - 1) * 2**9
     assert float(errors.mean()) == pytest.approx(0, abs=0.02) and float(errors.std()) == pytest.approx(1, abs=0.02)
+    of_a_deep_layer = method.noisy(torch.ones(2, 32, 2).double(), 40)[0, :3, 1]
+    keys = [mix(key + 40 * 0xD1342543DE82EF95 & WORD) for key in range(3)]
+    normals = [
+        statistics.NormalDist().inv_cdf((mix(k + 0xDA942042E4DD58B5 & WORD) // 2**11 + 0.5) / 2**53) for k in keys
+    ]
+    assert ((of_a_deep_layer - 1) * 2**9).tolist() == pytest.approx(normals)
     assert torch.equal(narrow, method.noisy(x.bfloat16().float(), 1).bfloat16())
 
 

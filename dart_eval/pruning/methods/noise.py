@@ -39,8 +39,8 @@ PIECE = 1 << 22  # elements at a time, in 64 bits
 
 
 def signed(number: int) -> int:
-    """Return the number of 64 bits with the same pattern, with a sign."""
-    return number - (1 << 64) * (number >> 63)
+    """Return a number's last 64 bits, read with a sign."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def mixed(x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Noise(Method):
         elements = torch.arange(x.shape[-1], device=x.device) * signed(STEPS[2])
         wide, pieces = torch.promote_types(x.dtype, torch.float32), []
         for keys, part in zip(*(t.split(max(1, PIECE // x[:, 0].numel()), 1) for t in (self._keys, x)), strict=True):
-            of_layer = mixed(keys.to(x.device) + layer * signed(STEPS[1]))
+            of_layer = mixed(keys.to(x.device) + signed(layer * STEPS[1]))
             noise = normal(mixed(of_layer[..., None] + elements))
             pieces.append((part.to(wide) * (1 + STEP * noise).to(wide)).to(x.dtype))
         return torch.cat(pieces, 1)
