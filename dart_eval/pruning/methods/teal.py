@@ -17,6 +17,8 @@ carried over layers. The code's `--transform`, which makes columns orthogonal fi
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -30,6 +32,8 @@ from dart_eval.pruning.calibration import Calibration, Quantile
 from dart_eval.pruning.counts import keep_counts
 from dart_eval.pruning.method import Measured, option
 from dart_eval.pruning.rows import nbytes
+from dart_eval.util.bits import OWN_BITS, Stored
+from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import served_bits, stored_inputs, stored_of
 
 if TYPE_CHECKING:
@@ -42,23 +46,52 @@ class InputColumns(Measured):
 
     granularity = "input channels"
 
+    def check(self, ffns: Sequence[FFN], sparsity: float, bits: Stored | None = None) -> None:
+        super().check(ffns, sparsity, bits)
+        always = self.beside(ffns, sparsity) * OWN_BITS / (bits.total if bits else served_bits(ffns))
+        if sparsity and always >= 1 - sparsity:
+            raise UserError(
+                f"{self.name} reads {100 * always:.1f} % of the bytes before it leaves out columns, and sparsity "
+                f"{sparsity:g} leaves {100 * (1 - sparsity):.4g} %",
+                f"use a sparsity up to {math.floor(1000 * (1 - always) - 1e-9) / 1000:g}",
+            )
+
     def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
         super().fit(ffns, sparsity, calibration)
-        kept = [1 - sparsity] * len(ffns)
-        of_x = keep_counts(kept, [f.width for f in ffns], sparsity)
-        self.counts = [*zip(of_x, keep_counts(kept, [f.size for f in ffns], sparsity), strict=True)]
-        self.bits = [[*stored_inputs(f), stored_of(f.down)] for f in ffns]  # per layer and matrix, down last
         unit, everything = served_bits(ffns), ffns[0].matrices * sum(f.size for f in ffns)
+        always = self.beside(ffns, sparsity) * OWN_BITS / unit if sparsity else 0.0
+        self.counts = self.kept(sparsity + always, calibration)
+        self.bits = [[*stored_inputs(f), stored_of(f.down)] for f in ffns]  # per layer and matrix, down last
         self._weights = [f.size / everything / unit for f in ffns]  # of a matrix's column in all bits
+        self._beside = always / sum(f.matrices for f in ffns)  # read with each matrix
         read = total = scales = 0.0
-        for ffn, bits, (x, h) in zip(ffns, self.bits, self.counts, strict=True):
-            for i, stored in enumerate(bits):
-                share = h / ffn.size if i == ffn.matrices - 1 else x / ffn.width
-                read += ffn.size * (share * stored.code + stored.scale)
+        for ffn, bits, counts in zip(ffns, self.bits, self.counts, strict=True):
+            for i, (stored, count) in enumerate(zip(bits, counts, strict=True)):
+                read += ffn.size * (count / self.inputs(ffn, i) * stored.code + stored.scale)
                 total += ffn.size * stored.total
                 scales += ffn.size * stored.scale
         self._scales = scales / total
-        self.fixed_read = read / total if sparsity else 1.0
+        self.fixed_read = read / total + always if sparsity else 1.0
+
+    @staticmethod
+    def inputs(ffn: FFN, matrix: int) -> int:
+        """Return the columns of a matrix of an FFN, down last."""
+        return ffn.size if matrix == ffn.matrices - 1 else ffn.width
+
+    def kept(self, sparsity: float, calibration: Calibration | None) -> list[list[int]]:
+        """Return the columns that tokens are to read, per layer and matrix: the same share of all.
+
+        Args:
+            sparsity: share of the columns that they do not read.
+        """
+        kept = [1 - sparsity] * len(self.ffns)
+        of_x = keep_counts(kept, [f.width for f in self.ffns], sparsity)
+        of_h = keep_counts(kept, [f.size for f in self.ffns], sparsity)
+        return [[x] * (f.matrices - 1) + [h] for f, x, h in zip(self.ffns, of_x, of_h, strict=True)]
+
+    def beside(self, ffns: Sequence[FFN], sparsity: float) -> float:
+        """Return what every token reads beside columns / the FFN weights in 16 bits."""
+        return 0.0
 
     def columns(self, layer: int, matrix: int, x: Tensor) -> Tensor:
         """Return [..., n] bool, the columns that each token reads.
@@ -83,24 +116,40 @@ class InputColumns(Measured):
         """Return the forward of a projection. matrices: that it holds; of gate and up each reads inputs of its own."""
         own = module.forward
 
+        parts = len(matrices)
+
         def forward(x: Tensor) -> Tensor:
             if session.phase != "decode":
                 return own(x)
-            inputs = [self._thin(ffn, i, session.in_batch(x)).view(x.shape) for i in matrices]
-            if len(inputs) == 1:
-                return own(inputs[0])
-            biases = [None, None] if (bias := bias_of(module)) is None else bias.chunk(2)
-            parts = zip(inputs, weight_matrix(module).chunk(2), biases, strict=True)
-            return torch.cat([nn.functional.linear(*part) for part in parts], dim=-1)
+            chosen = [self.columns(ffn.layer, i, session.in_batch(x)).view(x.shape) for i in matrices]
+            for i, columns in zip(matrices, chosen, strict=True):
+                self._count(ffn, i, session.in_batch(columns))
+            if parts == 1:
+                return self.product(ffn.layer, matrices[0], x, chosen[0], own)
+            biases = [None] * parts if (bias := bias_of(module)) is None else bias.chunk(parts)
+            products = [
+                self.product(ffn.layer, i, x, columns, functools.partial(nn.functional.linear, weight=w, bias=b))
+                for i, columns, w, b in zip(matrices, chosen, weight_matrix(module).chunk(parts), biases, strict=True)
+            ]
+            return torch.cat(products, dim=-1)
 
         return forward
 
-    def _thin(self, ffn: FFN, matrix: int, x: Tensor) -> Tensor:
-        """Zero the inputs that tokens leave out, and count the rest."""
-        columns, bits = self.columns(ffn.layer, matrix, x), self.bits[ffn.layer][matrix]
-        share = columns.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
-        self.count((share * bits.code + bits.scale) * self._weights[ffn.layer])
-        return x * columns
+    def product(self, layer: int, matrix: int, x: Tensor, columns: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what stands for a matrix's product.
+
+        Args:
+            x: [..., n], its inputs.
+            columns: [..., n] bool, those that each token reads.
+            own: gives the product.
+        """
+        return own(x * columns)
+
+    def _count(self, ffn: FFN, matrix: int, columns: Tensor) -> None:
+        bits = self.bits[ffn.layer][matrix]
+        share = columns.sum(-1, dtype=torch.float64).cpu() / columns.shape[-1]
+        read = (share * bits.code + bits.scale) * self._weights[ffn.layer]
+        self.count(read + self._beside if self._beside else read)
 
     def computed(self, read: float) -> float:
         return (read - self._scales) / (1 - self._scales)
@@ -124,21 +173,22 @@ class Teal(InputColumns):
             self.thresholds = calibration.once(name, lambda: [self._quantiles(calibration)])[0].tolist()
 
     def _quantiles(self, calibration: Calibration) -> Tensor:
-        """Return [L, 2] fp64 thresholds for x and h that leave these numbers of inputs on the text."""
-        quantiles = [[Quantile(), Quantile()] for _ in self.ffns]
+        """Return fp64 thresholds per layer and matrix that leave these numbers of inputs on the text."""
+        quantiles = [[Quantile() for _ in counts] for counts in self.counts]
 
-        def see(layer: int, *sides: Tensor) -> None:
-            for quantile, values, count in zip(quantiles[layer], sides, self.counts[layer], strict=True):
+        def see(layer: int, x: Tensor, h: Tensor) -> None:
+            of_layer, seen = quantiles[layer], [x] * (len(quantiles[layer]) - 1) + [h]
+            for quantile, values, count in zip(of_layer, seen, self.counts[layer], strict=True):
                 quantile.add(values, count)
 
         calibration.visit(see)
-        return torch.tensor([[side.threshold for side in sides] for sides in quantiles], dtype=torch.float64)
+        return torch.tensor([[one.threshold for one in of_layer] for of_layer in quantiles], dtype=torch.float64)
 
     def columns(self, layer: int, matrix: int, x: Tensor) -> Tensor:
-        return x.abs() > self.thresholds[layer][matrix == self.ffns[layer].matrices - 1]
+        return x.abs() > self.thresholds[layer][matrix]
 
     def nbytes(self) -> int:
-        return 8 * len(self.thresholds)
+        return 8 * len(self.thresholds)  # two of a layer: gate and up have the same
 
     def step_flops(self, shape: ModelShape) -> float:
         return shape.layers * shape.width + sum(shape.ffn_sizes)  # gate and up have one input
@@ -165,9 +215,9 @@ class Wina(InputColumns):
         ]
 
     def columns(self, layer: int, matrix: int, x: Tensor) -> Tensor:
-        ffn, norms = self.ffns[layer], self.norms[layer]
+        norms = self.norms[layer]
         score = x.abs().float() * norms[matrix].to(x.device) if matrix < len(norms) else x.abs()
-        return top_k_mask(score, torch.full(x.shape[:-1], self.counts[layer][matrix == ffn.matrices - 1]))
+        return top_k_mask(score, torch.full(x.shape[:-1], self.counts[layer][matrix]))
 
     def nbytes(self) -> int:
         return nbytes(self.norms)
