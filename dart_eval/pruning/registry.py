@@ -43,6 +43,8 @@ BUILT_IN = {  # name -> module in `pruning.methods`, class
     "rounding": ("rounding", "RoundedWeights"),
     "oracle": ("griffin", "Oracle"),
     "noise": ("noise", "Noise"),
+    "larosa": ("larosa", "Larosa"),
+    "rsparse": ("rsparse", "RSparse"),
     "sirius": ("sirius", "Sirius"),
 }
 TABLE = "table:"  # and a file: `allocation=table:FILE`

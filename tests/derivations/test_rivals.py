@@ -8,6 +8,8 @@ noise  the output of layer l is multiplied by 1 + 2^-9 n. n of a token of number
 
 sirius a block is a token of dense and up to k - 1 that a pruned model writes on what dense has read before; dense then
        reads prompt and text anew, keeps pruned tokens up to the first below the threshold, and adds its own likeliest.
+larosa a token multiplies W Q diag(m) Q^T in place of W. It reads D^2 weights of Q a layer, and as many columns fewer.
+rsparse a token multiplies W diag(m) + U_r S_r V_r^T (1 - diag(m)); U_r S_r and V_r are read by every token.
 """
 
 import statistics
@@ -23,7 +25,9 @@ from dart_eval.pruning.methods.sirius import Sirius
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session import prune
 from tests.derivations import ours
-from tests.derivations.plain import Plain
+from tests.derivations.plain import Plain, counts, largest
+from tests.derivations.test_choices import quantile, text
+from tests.derivations.test_entries import LAYERS, D, F, by_hand, ffns_of, thinned
 from tests.derivations.test_griffin import griffin
 from tests.helpers.models import biased, random_tokens
 from tests.helpers.sessions import RESTLESS, generate, go_on, open_session
@@ -222,3 +226,82 @@ def test_what_sirius_cannot_write_is_refused():
             model(ids)
         with pytest.raises(dart_eval.UserError, match="scores no given answers"):
             scorer(model, head, session, 1)
+
+
+# -- larosa and rsparse ------------------------------------------------------------------------------------------------
+
+
+def compared(model, method, sparsity, product_of, **params):
+    """What the package says equals what a model does whose tokens multiply other matrices; the reads that it tells.
+
+    product_of: layer, matrix, its weight [out, n], its input [n] -> the matrix that stands in place of the weight.
+    """
+    prompt, decoded = random_tokens(12, 1), random_tokens(6, 2)
+    run = ours.run(model, method, prompt, decoded, sparsity, "auto", text, **params)
+    wanted, _ = thinned(model, prompt, decoded, lambda i, k, w, x: torch.where(w == 0, 0, product_of(i, k, w, x) / w))
+    assert torch.allclose(run.logprobs, wanted, rtol=0, atol=1e-6)
+    return run.read
+
+
+def columns_left(sparsity, always):
+    """Per layer of x and of h, where a share of the bytes is read always."""
+    return [counts([(1 - sparsity - always) * n] * LAYERS, round((1 - sparsity - always) * n * LAYERS)) for n in (D, F)]
+
+
+@pytest.mark.parametrize(("family", "sparsity"), [("llama", 0.4), pytest.param("gpt2", 0.3, marks=pytest.mark.slow)])
+def test_larosa_reads_the_largest_inputs_along_eigenvectors(family, sparsity):
+    model, last = biased(family), len(ffns_of(biased(family))[0][1]) - 1
+    always = D / (F * (last + 1))
+    of_x, of_h = columns_left(sparsity, always)
+    rotations = []
+    for x, _ in by_hand(model):
+        moments = x.T @ x
+        rotations.append(torch.linalg.eigh(moments + 0.01 * moments.diag().mean() * torch.eye(D))[1])
+
+    def product_of(i, k, weight, x):
+        if k == last:
+            return weight * largest(x.abs(), of_h[i])
+        q = rotations[i]
+        return weight @ (q * largest((q.T @ x).abs(), of_x[i])) @ q.T
+
+    read = compared(model, "larosa", sparsity, product_of)
+    shares = [(last * x / D + h / F) / (last + 1) for x, h in zip(of_x, of_h, strict=True)]
+    assert read == pytest.approx([sum(shares) / LAYERS + always] * 6) and abs(read[0] - 1 + sparsity) < 0.01
+
+
+@pytest.mark.parametrize(("family", "sparsity", "share"), [
+    ("llama", 0.5, 0.5), pytest.param("gpt2", 0.4, 0.7, marks=pytest.mark.slow),
+    pytest.param("qwen2", 0.6, 1.0, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_rsparse_reads_columns_and_the_largest_singular_values_of_the_rest(family, sparsity, share):
+    model, last = biased(family), len(ffns_of(biased(family))[0][1]) - 1
+    rank = int((1 - share) * (1 - sparsity) * D * F / (D + F))
+    always, seen = rank * (D + F) / (D * F), []
+    kept = [*zip(*columns_left(sparsity, always), strict=True)]
+    parts, least = {}, {}
+    for i, (x, h) in enumerate(by_hand(model)):
+        for k, (weight, _) in enumerate(ffns_of(model)[i][1]):
+            u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+            scale = (v.T @ s.diag()).norm(dim=1)
+            values, count = (h, kept[i][1]) if k == last else (x, kept[i][0])
+            parts[i, k] = (u[:, :rank] @ s[:rank].diag() @ v[:rank], scale)
+            least[i, k] = quantile(values.double() * scale, 1 - count / values.shape[1])
+
+    def product_of(i, k, weight, x):
+        low, scale = parts[i, k]
+        mask = (x * scale).abs() > least[i, k]
+        seen.append(float(mask.double().mean()))
+        return weight * mask + low * ~mask
+
+    read = compared(model, "rsparse", sparsity, product_of, **{"budget.columns": share})
+    of_token = len(seen) // 6
+    wanted = [sum(seen[n : n + of_token]) / of_token + always for n in range(0, len(seen), of_token)]
+    assert read == pytest.approx(wanted) and len(set(read)) > 1
+
+
+def test_what_reads_more_beside_columns_than_the_sparsity_leaves_is_refused():
+    model = biased("llama")
+    with pytest.raises(dart_eval.UserError, match=r"sparsity up to 0\.73"), open_session(model, "larosa", 0.8):
+        pass
+    with open_session(model, "rsparse", 0.9) as session:  # its factors are a share of what is left
+        assert session.method.fixed_read == pytest.approx(0.1, abs=0.01)

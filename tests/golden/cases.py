@@ -114,6 +114,8 @@ SETTINGS = {
     "direction alone": Setting("dart:allocation.magnitude=off:remask=never", 0.3),
     "noise": Setting("noise", 0.0, families=TWO),
     "sirius": Setting("sirius:every=4", decodes=False, scores=False, families=TWO),
+    "larosa": Setting("larosa", 0.4, decodes=False, families=TWO),
+    "rsparse": Setting("rsparse", 0.45, decodes=False, families=TWO),
     "cats": Setting("cats", 0.45, families=TWO),
     "m-countdown": Setting("m-countdown", 0.37, families=TWO),
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),

@@ -36,12 +36,13 @@ PLAIN = ("gpt2", "opt")  # families without a gate
 
 
 def fitting(method, family, sparsity):
-    """The sparsity, or the nearest that a method allows: some read a matrix whole, some serve all in 8 bits."""
+    """The sparsity, or the nearest that a method allows: some read a matrix or a rotation whole, some serve all in 8 bits."""
     if method == "decdec":
         return min(max(sparsity, 0.56), 0.7)
     if method in ("graded-both", "grinqh"):
         return max(sparsity, 0.5)
-    return min(sparsity, 0.5 if family in PLAIN else 0.66) if method in ("cats", "m-countdown") else sparsity
+    whole = ("cats", "m-countdown", "larosa")
+    return min(sparsity, 0.5 if family in PLAIN else 0.66) if method in whole else sparsity
 
 
 class RandomCalibration(Calibration):

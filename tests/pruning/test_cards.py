@@ -30,7 +30,8 @@ SETTINGS = [
     ("griffin", {}, False), ("dart", RESTLESS, False), ("dart", RESTLESS, True), ("griffin", {"draw": "sample"}, False),
     ("dart-code", {**RESTLESS, "remask.dense_tokens": 1}, False), ("cats", {"choice.threshold": "calibrated"}, False),
     ("m-countdown", {}, False), ("teal", {}, False), ("wina", {"entries.weigh": "all"}, False),
-    ("noise", {}, False), ("grinqh", {}, False), ("graded-both", {"entries.neurons": 0.4}, False),
+    ("noise", {}, False), ("larosa", {}, False), ("rsparse", {}, False),
+    ("grinqh", {}, False), ("graded-both", {"entries.neurons": 0.4}, False),
 ]  # fmt: skip
 
 
