@@ -9,6 +9,8 @@ noise  the output of layer l is multiplied by 1 + 2^-9 n. n of a token of number
 sirius a block is a token of dense and up to k - 1 that a pruned model writes on what dense has read before; dense then
        reads prompt and text anew, keeps pruned tokens up to the first below the threshold, and adds its own likeliest.
 larosa a token multiplies W Q diag(m) Q^T in place of W. It reads D^2 weights of Q a layer, and as many columns fewer.
+greedy  each step of .05 goes to the matrix of a layer that then changes what the FFN writes least, over the text's last
+        quarter; the last step is what is missing.
 rsparse a token multiplies W diag(m) + U_r S_r V_r^T (1 - diag(m)); U_r S_r and V_r are read by every token.
 """
 
@@ -305,3 +307,71 @@ def test_what_reads_more_beside_columns_than_the_sparsity_leaves_is_refused():
         pass
     with open_session(model, "rsparse", 0.9) as session:  # its factors are a share of what is left
         assert session.method.fixed_read == pytest.approx(0.1, abs=0.01)
+
+
+# -- greedy budgets ----------------------------------------------------------------------------------------------------
+
+
+def searched(model, sparsity, kept_of):
+    """Per layer the columns that each matrix keeps. kept_of: matrix, weight, inputs [T, n], count -> [T, n] bool."""
+    found = []
+    for (x, _), (act, parts) in zip(by_hand(model), ffns_of(model), strict=True):
+        x, left = x[int(0.75 * len(x)) :], [0.0] * len(parts)
+
+        def product(k, values, left_out, parts=parts):
+            weight, bias = parts[k]
+            if left_out[k]:
+                count = round((1 - left_out[k]) * values.shape[1])
+                values = values * kept_of(k, weight, values, count)
+            return values @ weight.T + (0 if bias is None else bias)
+
+        def written(left_out, x=x, act=act, product=product):
+            made = [product(k, x, left_out) for k in range(len(left_out) - 1)]
+            return product(len(left_out) - 1, act(made[0]) * made[1] if len(made) > 1 else act(made[0]), left_out)
+
+        dense = written(left)
+        while (missing := sparsity * len(parts) - sum(left)) > 1e-9:
+            step = min(0.05, missing)
+            further = [
+                [s + step * (j == k) for j, s in enumerate(left)] for k in range(len(parts)) if left[k] + step <= 1
+            ]
+            changes = [float((dense - written(more)).square().sum(0).sqrt().mean()) for more in further]
+            left = further[changes.index(min(changes))]
+        sizes = [D] * (len(parts) - 1) + [F]
+        found.append([round((1 - s) * n) for s, n in zip(left, sizes, strict=True)])
+    return found
+
+
+@pytest.mark.parametrize(("method", "family", "sparsity"), [
+    ("teal", "llama", 0.47), pytest.param("wina", "gpt2", 0.5, marks=pytest.mark.slow),
+    pytest.param("wina", "llama", 0.3, marks=pytest.mark.slow),
+    pytest.param("teal", "phi3", 0.6, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_greedy_budgets_are_those_of_a_search_with_the_least_change(method, family, sparsity):
+    model = biased(family)
+
+    def kept_of(k, weight, values, count):
+        if method == "teal":
+            return values.abs() > quantile(values, 1 - count / values.shape[1])
+        scores = values.abs() * (weight.norm(dim=0) if k == 0 else 1.0)
+        return torch.stack([largest(row, count) for row in scores])
+
+    wanted = searched(model, sparsity, kept_of)
+    with prune(model, f"{method}:allocation=greedy", sparsity, tokenizer=text) as session:
+        assert session.method.counts == wanted
+        assert session.method.fixed_read == pytest.approx(1 - sparsity, abs=0.02)
+    assert any(len({round(n / size, 1) for n, size in zip(layer, (D, D, F)[-len(layer) :], strict=True)}) > 1
+               for layer in wanted)  # fmt: skip
+
+
+def test_matrices_with_budgets_of_their_own_read_columns_of_their_own():
+    model, last = biased("llama"), 2
+    with prune(model, "wina:allocation=greedy", 0.5, tokenizer=text) as session:
+        kept, read = session.method.counts, session.method.fixed_read
+
+    def product_of(i, k, weight, x):
+        return weight * largest(x.abs() * (weight.norm(dim=0) if k == 0 else 1.0), kept[i][k])
+
+    assert compared(model, "wina", 0.5, product_of, allocation="greedy") == pytest.approx([read] * 6)
+    shares = [n / (F if k == last else D) for layer in kept for k, n in enumerate(layer)]
+    assert read == pytest.approx(sum(shares) / len(shares)) and len({tuple(layer) for layer in kept}) > 1

@@ -114,6 +114,7 @@ SETTINGS = {
     "direction alone": Setting("dart:allocation.magnitude=off:remask=never", 0.3),
     "noise": Setting("noise", 0.0, families=TWO),
     "sirius": Setting("sirius:every=4", decodes=False, scores=False, families=TWO),
+    "greedy budgets": Setting("teal:allocation=greedy", 0.5, decodes=False, families=TWO),
     "larosa": Setting("larosa", 0.4, decodes=False, families=TWO),
     "rsparse": Setting("rsparse", 0.45, decodes=False, families=TWO),
     "cats": Setting("cats", 0.45, families=TWO),

@@ -36,7 +36,7 @@ PLAIN = ("gpt2", "opt")  # families without a gate
 
 
 def fitting(method, family, sparsity):
-    """The sparsity, or the nearest that a method allows: some read a matrix or a rotation whole, some serve all in 8 bits."""
+    """The sparsity, or the nearest that a method allows: some read a matrix or a rotation whole, some serve 8 bits."""
     if method == "decdec":
         return min(max(sparsity, 0.56), 0.7)
     if method in ("graded-both", "grinqh"):

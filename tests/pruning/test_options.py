@@ -26,7 +26,8 @@ COLUMNS = {"entries.levels": "0-2-4-6-8", "entries.group": 128}
 DEFAULTS = {
     "random": {"score.seed": 0}, "flap": {"score.variance": "true"}, "griffin": {"draw": "best"},
     "dart": DRIFT | DEPTH, "dart-code": DRIFT | CODE | DEPTH, "cats": {"choice.threshold": "none"},
-    "wina": {"entries.weigh": "gate"}, "grinqh": COLUMNS, "decdec": COLUMNS | {"entries.levels": "3-7"},
+    "teal": {"allocation": "uniform"}, "wina": {"allocation": "uniform", "entries.weigh": "gate"},
+    "grinqh": COLUMNS, "decdec": COLUMNS | {"entries.levels": "3-7"},
     "graded-both": COLUMNS | {"entries.neurons": 0.25, "entries.more": 2.0, "entries.known": 0.2},
     "rounding": {"entries.bits": "q4_k"}, "noise": {"noise.seed": 0},
     "rsparse": {"budget.columns": 0.5}, "sirius": {"of": "griffin", "every": 16, "threshold": 0.1},

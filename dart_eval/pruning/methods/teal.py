@@ -7,8 +7,9 @@ x enters gate and up, h enters down. The columns' scales are always read, as the
 
 TEAL (5baaec8, `utils/utils.py`): t is the quantile of |x| over all inputs and tokens of a text. How many columns a
 token reads varies and is measured. TEAL takes t off a histogram of x in 10 000 bins (1 % of outliers beyond it), of
-which it assumes a mean of 0 and equal sides, on Alpaca; and it finds the sparsity of each matrix by a greedy search,
-which is left out here: every matrix has the same. Attention, which TEAL thins too, is dense here.
+which it assumes a mean of 0 and equal sides, on Alpaca; and it finds the sparsity of each matrix by a greedy search
+(`allocation=greedy`, see `budgets`). By default every matrix has the same. Attention, which TEAL thins too, is dense
+here.
 
 WINA (8153dbf, `wina/mlp.py`): the released code has the norms of gate's columns alone; for up and down it takes the
 largest |x_i|. The paper says all matrices (`entries.weigh=all`). k is int(n * (1 - s)) there; here what is cut off is
@@ -31,6 +32,7 @@ from dart_eval.layers.projection import bias_of, weight_matrix
 from dart_eval.pruning.calibration import Calibration, Quantile
 from dart_eval.pruning.counts import keep_counts
 from dart_eval.pruning.method import Measured, option
+from dart_eval.pruning.methods.budgets import greedy
 from dart_eval.pruning.rows import nbytes
 from dart_eval.util.bits import OWN_BITS, Stored
 from dart_eval.util.errors import UserError
@@ -155,13 +157,43 @@ class InputColumns(Measured):
         return (read - self._scales) / (1 - self._scales)
 
 
-class Teal(InputColumns):
+class Budgeted(InputColumns):
+    """Base of teal and wina, whose matrices may share a layer's budget otherwise than equally."""
+
+    allocation: Literal["uniform", "greedy"] = option(
+        "uniform", "give every matrix one sparsity, or search those of each layer's on a calibration text, as TEAL does"
+    )
+
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        return self.allocation == "greedy"
+
+    def kept(self, sparsity: float, calibration: Calibration | None) -> list[list[int]]:
+        if self.allocation == "uniform" or not sparsity:
+            return super().kept(sparsity, calibration)
+        assert calibration is not None
+        name = f"greedy budgets of {self.spec}, {sparsity} left out"
+        (found,) = calibration.once(name, lambda: self._searched(sparsity, calibration))
+        return [
+            [round((1 - share) * self.inputs(f, i)) for i, share in enumerate(shares)]
+            for f, shares in zip(self.ffns, found.tolist(), strict=True)
+        ]
+
+    def _searched(self, sparsity: float, calibration: Calibration) -> list[Tensor]:
+        return [torch.tensor(greedy(self.ffns, sparsity, calibration, self.best), dtype=torch.float64)]
+
+    def best(self, layer: int, matrix: int, x: Tensor, count: int) -> Tensor:
+        """Return the columns that tokens read if they read so many: [T, n] bool. x: [T, n]."""
+        raise NotImplementedError
+
+
+class Teal(Budgeted):
     """Columns of the inputs above a threshold."""
 
     name = "teal"
     summary = "leaves out the columns of each matrix whose inputs are small, not neurons"
     paper = "2408.14690"
-    recorded: ClassVar = {"allocation": "uniform", "entries": "threshold"}
+    recorded: ClassVar = {"entries": "threshold"}
     calibrates = True
 
     def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
@@ -184,40 +216,48 @@ class Teal(InputColumns):
         calibration.visit(see)
         return torch.tensor([[one.threshold for one in of_layer] for of_layer in quantiles], dtype=torch.float64)
 
+    def best(self, layer: int, matrix: int, x: Tensor, count: int) -> Tensor:
+        quantile = Quantile()
+        quantile.add(x, count)
+        return x.abs() > quantile.threshold
+
     def columns(self, layer: int, matrix: int, x: Tensor) -> Tensor:
         return x.abs() > self.thresholds[layer][matrix]
 
     def nbytes(self) -> int:
-        return 8 * len(self.thresholds)  # two of a layer: gate and up have the same
+        return 4 * sum(len({*of_layer}) for of_layer in self.thresholds)  # under one sparsity gate and up have the same
 
     def step_flops(self, shape: ModelShape) -> float:
         return shape.layers * shape.width + sum(shape.ffn_sizes)  # gate and up have one input
 
 
-class Wina(InputColumns):
+class Wina(Budgeted):
     """Columns of the k largest inputs times norms."""
 
     name = "wina"
     summary = "leaves out the columns of each matrix whose input times norm is small, not neurons"
     paper = "2505.19427"
-    recorded: ClassVar = {"allocation": "uniform", "entries": "norms"}
+    recorded: ClassVar = {"entries": "norms"}
     entries_weigh: Literal["gate", "all"] = option(
         "gate", "matrices whose column norms count: gate, as in the released code, or all, as in the paper"
     )
 
     @torch.no_grad()
     def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
-        super().fit(ffns, sparsity, calibration)
         weighed = (ffn.matrices if self.entries_weigh == "all" else 1 for ffn in ffns)
         self.norms = [
             [w.float().norm(dim=0) for w in [*f.input_weights(), f.output_weight()][:count]]
             for f, count in zip(ffns if sparsity else (), weighed, strict=False)
         ]
+        super().fit(ffns, sparsity, calibration)
 
-    def columns(self, layer: int, matrix: int, x: Tensor) -> Tensor:
+    def best(self, layer: int, matrix: int, x: Tensor, count: int) -> Tensor:
         norms = self.norms[layer]
         score = x.abs().float() * norms[matrix].to(x.device) if matrix < len(norms) else x.abs()
-        return top_k_mask(score, torch.full(x.shape[:-1], self.counts[layer][matrix]))
+        return top_k_mask(score, torch.full(x.shape[:-1], count))
+
+    def columns(self, layer: int, matrix: int, x: Tensor) -> Tensor:
+        return self.best(layer, matrix, x, self.counts[layer][matrix])
 
     def nbytes(self) -> int:
         return nbytes(self.norms)
