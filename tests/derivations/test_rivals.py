@@ -34,6 +34,7 @@ from tests.derivations.test_griffin import griffin
 from tests.helpers.models import biased, random_tokens
 from tests.helpers.sessions import RESTLESS, generate, go_on, open_session
 
+pytestmark = pytest.mark.slow  # each method has a golden case in the fast lane
 WORD = (1 << 64) - 1
 
 
@@ -79,7 +80,7 @@ def noisy(model, tokens, prompt, seed):
 
 
 @pytest.mark.parametrize(("family", "seed"), [
-    ("llama", 0), pytest.param("gpt2", 3, marks=pytest.mark.slow), pytest.param("gemma3", 7, marks=pytest.mark.slow),
+    ("llama", 0), ("gpt2", 3), ("gemma3", 7),
 ])  # fmt: skip
 def test_noise_is_one_rounding_of_every_layer_by_the_tokens_so_far(family, seed):
     model, tokens = biased(family), random_tokens(17, 1)
@@ -162,8 +163,8 @@ def corrected(model, prompt, masks, tokens, every, threshold, ends=()):
 
 
 @pytest.mark.parametrize(("family", "every", "threshold"), [
-    ("llama", 5, 0.05), ("gpt2", 4, 0.2), pytest.param("gemma3", 16, 0.1, marks=pytest.mark.slow),
-    pytest.param("llama", 2, 0.0, marks=pytest.mark.slow), pytest.param("qwen2", 3, 1.0, marks=pytest.mark.slow),
+    ("llama", 5, 0.05), ("gpt2", 4, 0.2), ("gemma3", 16, 0.1),
+    ("llama", 2, 0.0), ("qwen2", 3, 1.0),
 ])  # fmt: skip
 def test_sirius_is_what_a_pruned_model_writes_and_dense_corrects(family, every, threshold):
     model, prompt, tokens = biased(family), random_tokens(20, 4), 24
@@ -250,7 +251,7 @@ def columns_left(sparsity, always):
     return [counts([(1 - sparsity - always) * n] * LAYERS, round((1 - sparsity - always) * n * LAYERS)) for n in (D, F)]
 
 
-@pytest.mark.parametrize(("family", "sparsity"), [("llama", 0.4), pytest.param("gpt2", 0.3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("family", "sparsity"), [("llama", 0.4), ("gpt2", 0.3)])
 def test_larosa_reads_the_largest_inputs_along_eigenvectors(family, sparsity):
     model, last = biased(family), len(ffns_of(biased(family))[0][1]) - 1
     always = D / (F * (last + 1))
@@ -272,8 +273,8 @@ def test_larosa_reads_the_largest_inputs_along_eigenvectors(family, sparsity):
 
 
 @pytest.mark.parametrize(("family", "sparsity", "share"), [
-    ("llama", 0.5, 0.5), pytest.param("gpt2", 0.4, 0.7, marks=pytest.mark.slow),
-    pytest.param("qwen2", 0.6, 1.0, marks=pytest.mark.slow),
+    ("llama", 0.5, 0.5), ("gpt2", 0.4, 0.7),
+    ("qwen2", 0.6, 1.0),
 ])  # fmt: skip
 def test_rsparse_reads_columns_and_the_largest_singular_values_of_the_rest(family, sparsity, share):
     model, last = biased(family), len(ffns_of(biased(family))[0][1]) - 1
@@ -343,9 +344,9 @@ def searched(model, sparsity, kept_of):
 
 
 @pytest.mark.parametrize(("method", "family", "sparsity"), [
-    ("teal", "llama", 0.47), pytest.param("wina", "gpt2", 0.5, marks=pytest.mark.slow),
-    pytest.param("wina", "llama", 0.3, marks=pytest.mark.slow),
-    pytest.param("teal", "phi3", 0.6, marks=pytest.mark.slow),
+    ("teal", "llama", 0.47), ("wina", "gpt2", 0.5),
+    ("wina", "llama", 0.3),
+    ("teal", "phi3", 0.6),
 ])  # fmt: skip
 def test_greedy_budgets_are_those_of_a_search_with_the_least_change(method, family, sparsity):
     model = biased(family)

@@ -14,15 +14,13 @@ uniform number, and the inverse of the normal distribution.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import decoder_layers
-from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import Method, option
 from dart_eval.pruning.methods.griffin import SEEDS
 from dart_eval.pruning.rows import Rows
@@ -71,9 +69,7 @@ class Noise(Method):
     fits_repeats = False
     noise_seed: int = option(0, "seed of the noise; --seed by default", least=0, most=SEEDS)
 
-    def fit(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> None:
-        super().fit(ffns, sparsity, calibration)
-        self._keys = torch.zeros(0, 0, dtype=torch.long)  # [B, T] of the current forward's tokens
+    _keys = torch.zeros(0, 0, dtype=torch.long)  # [B, T] of the current forward's tokens
 
     def begin(self, rows: Rows) -> None:
         rows.length, rows.digest = torch.zeros_like(rows.seen), torch.zeros_like(rows.seen)
@@ -81,11 +77,7 @@ class Noise(Method):
     def hooks(self, session: Session) -> list[Hook]:
         layers = list(dict.fromkeys(decoder_layers(session.model)))
         noisy: list[Hook] = [(layer, "register_forward_hook", self._after(n)) for n, layer in enumerate(layers)]
-
-        def before(_module: nn.Module, _args: object) -> None:
-            self._follow(session)
-
-        return [(layers[0], "register_forward_pre_hook", before), *noisy]
+        return [(layers[0], "register_forward_pre_hook", lambda *_: self._follow(session)), *noisy]
 
     def _follow(self, session: Session) -> None:
         """Give each token of a forward its key, of all tokens up to it."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dart_eval.layers.ffn import FFN
-from dart_eval.pruning.calibration import Calibration, Quantile
+from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import option
 from dart_eval.pruning.methods.teal import InputColumns
 from dart_eval.pruning.rows import nbytes
@@ -64,21 +64,13 @@ class RSparse(InputColumns):
                 self.factors[-1].append(((u[:, :r] * s[:r]).to(w.dtype), v[:r].T.to(w.dtype)))
         if sparsity:
             name = f"quantiles of inputs times singular values, {self.counts} read"
-            self.thresholds = calibration.once(name, lambda: [self._quantiles(calibration)])[0].tolist()
+            self.thresholds = calibration.once(name, lambda: self.quantiles(calibration))[0].tolist()
 
-    def _quantiles(self, calibration: Calibration) -> Tensor:
-        quantiles = [[Quantile() for _ in counts] for counts in self.counts]
-
-        def see(layer: int, x: Tensor, h: Tensor) -> None:
-            of_layer = zip(quantiles[layer], self.scales[layer], self.counts[layer], strict=True)
-            for i, (quantile, scale, count) in enumerate(of_layer):
-                quantile.add((h if i == len(quantiles[layer]) - 1 else x).float() * scale, count)
-
-        calibration.visit(see)
-        return torch.tensor([[one.threshold for one in of_layer] for of_layer in quantiles], dtype=torch.float64)
+    def weighed(self, layer: int, matrix: int, x: Tensor) -> Tensor:
+        return (x.float() * self.scales[layer][matrix].to(x.device)).abs()
 
     def columns(self, layer: int, matrix: int, x: Tensor) -> Tensor:
-        return (x.float() * self.scales[layer][matrix].to(x.device)).abs() > self.thresholds[layer][matrix]
+        return self.weighed(layer, matrix, x) > self.thresholds[layer][matrix]
 
     def product(self, layer: int, matrix: int, x: Tensor, columns: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         left, right = (factor.to(x.device) for factor in self.factors[layer][matrix])

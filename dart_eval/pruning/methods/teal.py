@@ -95,6 +95,21 @@ class InputColumns(Measured):
         """Return what every token reads beside columns / the FFN weights in 16 bits."""
         return 0.0
 
+    def weighed(self, layer: int, matrix: int, x: Tensor) -> Tensor:
+        """Return the magnitudes of inputs of which thresholds leave the largest, [..., n]. x: [..., n]."""
+        return x.abs()
+
+    def quantiles(self, calibration: Calibration) -> list[Tensor]:
+        """Return fp64 thresholds per layer and matrix that leave the counted inputs on the text, as one tensor."""
+        quantiles = [[Quantile() for _ in counts] for counts in self.counts]
+
+        def see(layer: int, x: Tensor, h: Tensor) -> None:
+            for i, (quantile, count) in enumerate(zip(quantiles[layer], self.counts[layer], strict=True)):
+                quantile.add(self.weighed(layer, i, h if i == len(quantiles[layer]) - 1 else x), count)
+
+        calibration.visit(see)
+        return [torch.tensor([[one.threshold for one in of_layer] for of_layer in quantiles], dtype=torch.float64)]
+
     def columns(self, layer: int, matrix: int, x: Tensor) -> Tensor:
         """Return [..., n] bool, the columns that each token reads.
 
@@ -202,19 +217,7 @@ class Teal(Budgeted):
         self.thresholds: list[list[float]] = []
         if sparsity:
             name = f"quantiles of inputs, {self.counts} read"
-            self.thresholds = calibration.once(name, lambda: [self._quantiles(calibration)])[0].tolist()
-
-    def _quantiles(self, calibration: Calibration) -> Tensor:
-        """Return fp64 thresholds per layer and matrix that leave these numbers of inputs on the text."""
-        quantiles = [[Quantile() for _ in counts] for counts in self.counts]
-
-        def see(layer: int, x: Tensor, h: Tensor) -> None:
-            of_layer, seen = quantiles[layer], [x] * (len(quantiles[layer]) - 1) + [h]
-            for quantile, values, count in zip(of_layer, seen, self.counts[layer], strict=True):
-                quantile.add(values, count)
-
-        calibration.visit(see)
-        return torch.tensor([[one.threshold for one in of_layer] for of_layer in quantiles], dtype=torch.float64)
+            self.thresholds = calibration.once(name, lambda: self.quantiles(calibration))[0].tolist()
 
     def best(self, layer: int, matrix: int, x: Tensor, count: int) -> Tensor:
         quantile = Quantile()
