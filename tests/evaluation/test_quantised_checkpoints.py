@@ -138,7 +138,7 @@ def test_what_needs_plain_weights_is_left_out_before_the_first_cell(checkpoints,
         return [cell.method.name for cell in cells.values()], [note for note in watch.notes if "left out" in note]
 
     methods, notes = planned()
-    assert methods == ["dense", "griffin", "dart"] and ["grinqh" in note for note in notes] == [True]
+    assert methods == ["dense", "noise", "griffin", "dart"] and ["grinqh" in note for note in notes] == [True]
     for given in ({"method": "rounding"}, {"ffn_bits": "4"}):
         with pytest.raises(UserError, match="load the model unquantised"):
             planned(**given)
