@@ -1,15 +1,15 @@
 """LaRoSA (arXiv 2507.01299): each token reads the columns with the largest inputs after a rotation.
 
-    H  = sum_t x_t x_t^T + .01 mean(diag H) I,   x the inputs of a layer's FFN on a calibration text
+    H  = sum_t x_t x_t^T,   x the inputs of a layer's FFN on a calibration text
     Q  = the eigenvectors of H                                                             [D, D]
     y  = (W Q) (m * Q^T x),   m the k largest |Q^T x|,   W gate or up;   of down the k largest |h|, unrotated
 
 Activations lie mostly along few eigenvectors, so that what is left out is smaller than without Q. The authors' code
 (alibaba/EfficientAI, 3d32ae4, `larosa/gen_act`, `larosa/inference/mlp.py`) makes Q of 10 sequences of 2048 tokens of
-WikiText-2's train split, and takes a threshold of TEAL's in place of the paper's top k. W Q is stored in place of W. Q
-itself is multiplied once for every token; its bytes count as read, so that fewer columns are left: they take
-D / (3 F) of a gated FFN. (The paper folds it into the residual stream, which reads as much for each change of basis.)
-Attention, which it rotates too, is dense here.
+WikiText-2's train split, with a damping of H that leaves its eigenvectors, and takes a threshold of TEAL's in place of
+the paper's top k. W Q is stored in place of W. Q itself is multiplied once for every token, and its bytes count as
+read, so that fewer columns are left: D / (3 F) of a gated FFN. (Layers have rotations of their own, so that one that is
+folded into the weights before it leaves a change of basis of as many bytes.) Attention, which it rotates too, is dense.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from dart_eval.pruning.rows import nbytes
 
 if TYPE_CHECKING:
     from dart_eval.layers.shape import ModelShape
-
-DAMPING = 0.01
 
 
 class Larosa(InputColumns):
@@ -57,8 +55,7 @@ class Larosa(InputColumns):
             sums[layer] += (x.double().T @ x.double()).cpu()
 
         calibration.visit(see)
-        damped = (h + DAMPING * h.diag().mean() * torch.eye(len(h), dtype=h.dtype) for h in sums)
-        return [torch.linalg.eigh(h).eigenvectors for h in damped]
+        return [torch.linalg.eigh(h).eigenvectors for h in sums]
 
     def beside(self, ffns: Sequence[FFN], sparsity: float) -> float:
         return sum(f.width**2 for f in ffns) / sum(f.matrices * f.size * f.width for f in ffns)
