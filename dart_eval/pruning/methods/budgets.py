@@ -12,6 +12,7 @@ last step is cut, so that the sparsity is met.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -48,15 +49,19 @@ def greedy(ffns: Sequence[FFN], sparsity: float, calibration: Calibration, keep:
 def _of_layer(ffn: FFN, x: Tensor, sparsity: float, keep: Keep) -> list[float]:
     products = _products(ffn)
 
+    def product(i: int, values: Tensor, left_out: float) -> Tensor:
+        count = round((1 - left_out) * values.shape[-1])
+        return products[i](values * keep(ffn.layer, i, values, count) if left_out else values)
+
+    @functools.cache  # most candidates have those of the one before
+    def of_x(i: int, left_out: float) -> Tensor:
+        return product(i, x, left_out)
+
     def written(left_out: Sequence[float]) -> Tensor:
         """Return what the FFN writes, [T, D]. left_out: per matrix."""
-
-        def product(i: int, values: Tensor) -> Tensor:
-            count = round((1 - left_out[i]) * values.shape[-1])
-            return products[i](values * keep(ffn.layer, i, values, count) if left_out[i] else values)
-
-        first = [product(i, x) for i in range(ffn.matrices - 1)]
-        return product(ffn.matrices - 1, ffn.act(first[0]) * ffn.lifted(first[1]) if ffn.gated else ffn.act(first[0]))
+        *first, last = left_out
+        gate, *up = (of_x(i, share) for i, share in enumerate(first))
+        return product(len(first), ffn.act(gate) * ffn.lifted(up[0]) if up else ffn.act(gate), last)
 
     shares, rest = [0.0] * ffn.matrices, sparsity * ffn.matrices
     dense = written(shares)
