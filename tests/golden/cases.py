@@ -116,7 +116,7 @@ SETTINGS = {
     "sirius": Setting("sirius:every=4", decodes=False, scores=False, families=TWO),
     "greedy budgets": Setting("teal:allocation=greedy", 0.5, decodes=False, families=TWO),
     "larosa": Setting("larosa", 0.4, decodes=False, families=TWO),
-    "rsparse": Setting("rsparse", 0.45, decodes=False, families=TWO),
+    "rsparse": Setting("rsparse:budget.columns=0.5", 0.45, decodes=False, families=TWO),
     "cats": Setting("cats", 0.45, families=TWO),
     "m-countdown": Setting("m-countdown", 0.37, families=TWO),
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),

@@ -30,7 +30,7 @@ DEFAULTS = {
     "grinqh": COLUMNS, "decdec": COLUMNS | {"entries.levels": "3-7"},
     "graded-both": COLUMNS | {"entries.neurons": 0.25, "entries.more": 2.0, "entries.known": 0.2},
     "rounding": {"entries.bits": "q4_k"}, "noise": {"noise.seed": 0},
-    "rsparse": {"budget.columns": 0.5}, "sirius": {"of": "griffin", "every": 16, "threshold": 0.1},
+    "rsparse": {"budget.columns": 0.99}, "sirius": {"of": "griffin", "every": 16, "threshold": 0.1},
 }  # fmt: skip
 
 

@@ -6,10 +6,10 @@
 
 Of what a token reads `budget.columns` goes to columns and the rest to U_r S_r and V_r, so r = (1 - budget.columns) read
 n out / (n + out), rounded down. In the authors' code (VITA-Group/R-Sparse, 59e9a8e, `models/modeling_llama.py`,
-`utils/setup.py`) both that share and the sparsity of each matrix come from an evolutionary search for Llama 3 8B, which
-is left out here; without its file the share is an option of one value for all, too. There t is that of one passage of
-512 tokens of WikiText-2's train split, factors are rounded to fp16, and of a prompt the last tenth runs so, too.
-Attention, which it thins too, is dense here.
+`utils/setup.py`) each matrix has a share of its own from an evolutionary search for Llama 3 8B at .5, which is left out
+here: the FFN's there are .986 (gate), .992 (up) and .996 (down) on average. Without its file one share serves all, as
+here. There t is that of one passage of 512 tokens of WikiText-2's train split, factors are rounded to fp16, and of a
+prompt the last tenth runs so, too. Attention, which it thins too, is dense here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RSparse(InputColumns):
     summary = "leaves out the columns of each matrix whose input is small, with a low-rank product in their place"
     paper = "2504.19449"
     calibrates = True
-    budget_columns: float = option(0.5, "share of the read that goes to columns; the rest to factors", above=0, most=1)
+    budget_columns: float = option(0.99, "share of the read that goes to columns; the rest to factors", above=0, most=1)
 
     def rank(self, ffn: FFN, sparsity: float) -> int:
         """Return r, of every matrix of an FFN."""
