@@ -4,10 +4,10 @@
         of gate, up and down, let that leave out .05 more with which the FFN's output changes least
 
 A change is the norm over tokens of what is written less, the mean over features. As in the authors' code
-(FasterDecoding/TEAL, 5baaec8, `teal/greedyopt.py`) each layer has the same sparsity, sees dense inputs, and is judged by the last
-quarter of its sequences. There attention's matrices are in the search, steps are of .05 of the size of q, and sequences
-are 2048 tokens of Alpaca; here they are the passages of the calibration text, as many as give `TOKENS` tokens, and the
-last step is cut, so that the sparsity is met.
+(FasterDecoding/TEAL, 5baaec8, `teal/greedyopt.py`) each layer has the same sparsity, sees dense inputs, and is judged
+by the last quarter of its sequences. There attention's matrices are in the search, steps are of .05 of the size of q,
+and sequences are 2048 tokens of Alpaca; here they are the passages of the calibration text, as many as give `TOKENS`
+tokens, and the last step is cut, so that the sparsity is met.
 """
 
 from __future__ import annotations
