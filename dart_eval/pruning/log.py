@@ -61,8 +61,7 @@ class Tally:
             ended = torch.zeros(len(read), dtype=torch.bool) if ended is None else ended.cpu()
             skipped, tokens = (self._after_end + new)[:, ~ended].sum(1).tolist()
             self._after_end = torch.where(ended, self._after_end + new, 0.0)
-        self._skipped += skipped
-        self._tokens += tokens
+        self.correct(skipped, tokens)
 
     def correct(self, skipped: float, tokens: float) -> None:
         """Add to the sums: of weights not read, and of tokens."""
