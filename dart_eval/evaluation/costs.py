@@ -1,4 +1,4 @@
-"""The cost of scored or generated tokens: weights that were not read, and the distance of a pruned model from dense.
+"""The cost of scored or generated tokens: weights that were not read, and the distance of a row from dense.
 
 The distance is that of its next-token distributions from dense's, at the scored positions.
 """
@@ -9,32 +9,35 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
 from dart_eval.results import sums
+from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import CLOSED, Count, Drift, Finite, Metric, holds
 from dart_eval.util.text import Json
 
 PER_DOUBLING, LOWEST = 8, -160  # bins; bin i ends at 2 ** (i / 8) nats, and the lowest one has all up to 2 ** -20
-TAILS = {"kl_p95": 0.95, "kl_p99": 0.99}
+TAILS = {"kl_p50": 0.5, "kl_p95": 0.95, "kl_p99": 0.99}
 
 
-def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Return KL(dense || pruned) of each row in nats, [n] fp32, right to about 1e-6.
+def divergences(dense: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(dense || row) and KL(row || dense) in nats, [n] fp32 each, right to about 1e-6.
 
-    With x and y minus their maxima: sum e^x (x - y) / sum e^x - log sum e^x + log sum e^y. It uses differences of
-    logits, since log_softmax in fp32 is off by up to 1e-4 over a large vocabulary.
+    With x and y minus their maxima the first is sum e^x (x - y) / sum e^x - log sum e^x + log sum e^y. It uses
+    differences of logits, since log_softmax in fp32 is off by up to 1e-4 over a large vocabulary.
 
     Args:
         dense: [n, V] logits in fp32; a word of -inf is ruled out.
-        pruned: the same of the pruned model.
+        row: the same of the row that is compared with dense.
     """
-    x, y = dense - dense.amax(1, keepdim=True), pruned - pruned.amax(1, keepdim=True)
-    weight, rest = x.exp(), y.exp().sum(1)
-    total = weight.sum(1)
-    return (weight.mul_(x.sub_(y)).nansum(1) / total - (total / rest).log()).clamp_min_(0)
+    x, y = dense - dense.amax(1, keepdim=True), row - row.amax(1, keepdim=True)
+    of_x, of_y, apart = x.exp(), y.exp(), x.sub_(y)
+    total, rest = of_x.sum(1), of_y.sum(1)
+    shift = (total / rest).log()
+    forward = of_x.mul_(apart).nansum(1) / total - shift
+    return forward.clamp_min_(0), (shift - of_y.mul_(apart).nansum(1) / rest).clamp_min_(0)
 
 
 def bin_of(kl: float) -> str:
@@ -59,12 +62,24 @@ def percentile(bins: Mapping[str, int], share: float) -> float:
     return 0.0 if i == LOWEST else 2 ** ((i - 0.5) / PER_DOUBLING)
 
 
+class Apart(NamedTuple):
+    """The distance at one position: KL(dense || row), KL(row || dense), whether the likeliest tokens are the same, and
+    by how much the probability of the scored token has changed."""
+
+    kl: float
+    reverse: float
+    same: bool
+    moved: float
+
+
 @dataclass(frozen=True)
 class Distance:
     """The distance at some positions. A position counts once per answer; distances are added by `+`.
 
     Attributes:
-        kl: sum of KL(dense || pruned) over the positions, in nats.
+        kl: sum of KL(dense || row) over the positions, in nats.
+        reverse: sum of KL(row || dense).
+        moved: sum of squares of the change of the scored token's probability.
         agreed: positions with the same likeliest token.
         positions: compared positions.
         bins: bin -> positions whose KL is in it, see `bin_of`.
@@ -73,23 +88,30 @@ class Distance:
     __pydantic_config__ = CLOSED
 
     kl: Finite = 0.0
+    reverse: Finite = 0.0
+    moved: Finite = 0.0
     agreed: Count = 0
     positions: Count = 0
     bins: dict[str, Count] = field(default_factory=dict)
 
     def __add__(self, other: Distance) -> Distance:
         bins = {i: self.bins.get(i, 0) + other.bins.get(i, 0) for i in {**self.bins, **other.bins}}
-        return Distance(self.kl + other.kl, self.agreed + other.agreed, self.positions + other.positions, bins)
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Distance) if f.name != "bins"}
+        return Distance(**sums, bins=bins)
 
     @classmethod
-    def of(cls, positions: Sequence[tuple[float, bool]]) -> Distance:
-        """Of one answer. positions: the KL of each position, and whether the likeliest tokens are the same."""
-        bins = Counter(bin_of(kl) for kl, _ in positions)
-        return cls(math.fsum(kl for kl, _ in positions), sum(same for _, same in positions), len(positions), dict(bins))
+    def of(cls, positions: Sequence[Apart]) -> Distance:
+        """Of one answer."""
+        return cls(
+            math.fsum(at.kl for at in positions), math.fsum(at.reverse for at in positions),
+            math.fsum(at.moved**2 for at in positions), sum(at.same for at in positions), len(positions),
+            dict(Counter(bin_of(at.kl) for at in positions)),
+        )  # fmt: skip
 
     def pairs(self) -> dict[str, list[float]]:
         """Return a document's sums over its positions, and their number; empty without positions."""
-        return {"kl": [self.kl, self.positions], "top1": [self.agreed, self.positions]} if self.positions else {}
+        sums = {"kl": self.kl, "kl_reverse": self.reverse, "rms_dp": self.moved, "top1": self.agreed}
+        return {name: [value, self.positions] for name, value in sums.items()} if self.positions else {}
 
 
 def distance_metrics(documents: Sequence[Distance], like: Metric) -> list[Metric]:
@@ -99,16 +121,15 @@ def distance_metrics(documents: Sequence[Distance], like: Metric) -> list[Metric
         documents: its compared documents; not empty.
         like: a metric of the task.
     """
-    total, pairs = sum(documents, Distance()), [d.pairs() for d in documents]
-    error = {name: sums.as_recorded("ratio", [p[name] for p in pairs])[1] for name in pairs[0]}
-    values = {"kl": total.kl / total.positions, "top1": total.agreed / total.positions}
-    values |= {name: percentile(total.bins, share) for name, share in TAILS.items()}
+    pairs, bins = [d.pairs() for d in documents], sum(documents, Distance()).bins
+    found = {name: sums.as_recorded(kind_of(name).kind or "ratio", [p[name] for p in pairs]) for name in pairs[0]}
+    found |= {name: (percentile(bins, share), None) for name, share in TAILS.items()}
     return [
         Metric(
-            like.task, name, value, error.get(name), len(documents), name == "top1", like.part_of, like.filter,
+            like.task, name, value, error, len(documents), name == "top1", like.part_of, like.filter,
             weights=like.weights,
         )
-        for name, value in values.items()
+        for name, (value, error) in found.items()
     ]  # fmt: skip
 
 

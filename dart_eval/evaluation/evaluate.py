@@ -72,6 +72,18 @@ def evaluate_task(
     )  # fmt: skip
 
 
+def scores(items: Sequence[Task | Group]) -> bool:
+    """Whether some of these tasks score answers that are given."""
+    return any(task.OUTPUT_TYPE != "generate_until" for task in leaves(list(items)))
+
+
+def gather(lm: PrunedLM, tasks: Tasks, name: str, settings: EvalSettings) -> None:
+    """Run dense on the answers that a task scores, for its states alone."""
+    items = [task for task in leaves(tasks.load(name)) if scores([task])]
+    lm.begin(Session(), documents(items), lm.journal, whole_tokens=whole_tokens(items))
+    _simple_evaluate(lm, tasks, items, settings)
+
+
 def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Json:
     first = leaves(list(items))[0].task_name
     turns = settings.fewshot_as_multiturn

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 from dart_eval.evaluation.cache import can_pad, new_cache
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
+from dart_eval.evaluation.states import States
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import base_of
 from dart_eval.layers.finite import refuse_not_finite
@@ -60,9 +61,9 @@ class Forwards:
         size = self.room or max(tokens, 1)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def answers(self, distances: bool = False) -> Answers:
-        """Return a new `Answers` on the output head. distances: whether to measure distances from dense."""
-        return Answers(self.head, self.model.config.get_text_config().vocab_size, distances)
+    def answers(self, states: States | None = None) -> Answers:
+        """Return a new `Answers` on the output head. states: see there."""
+        return Answers(self.head, self.model.config.get_text_config().vocab_size, states)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.requests import A, Request, Score, Scoring, Text, stored_answer
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
+from dart_eval.evaluation.states import States
 from dart_eval.evaluation.tasks import RollingLogLikelihood, draws
 from dart_eval.layers.finite import REMEDY
 from dart_eval.pruning.session import Session
@@ -50,7 +51,7 @@ class PrunedLM(HFLM):
         enable_thinking: what the chat template is told of thinking; None: nothing.
         think_end_token: an answer is what a text says after it; its text, or its id in digits.
         add_bos_token: whether prompts begin with the tokenizer's first token; None: as the tokenizer does.
-        distances: how far the pruned model lies from dense at the scored positions, too (`scoring.scorer`).
+        states: of dense, see `scoring.scorer`.
 
     Attributes:
         scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts have
@@ -71,7 +72,7 @@ class PrunedLM(HFLM):
         chunk: int = PERPLEXITY_CHUNK,
         enable_thinking: bool | None = None,
         think_end_token: str | None = None,
-        distances: bool = False,
+        states: States | None = None,
         add_bos_token: bool | None = None,
     ) -> None:
         # HFLM's own batch size is never used, and its `auto` would try sizes out.
@@ -83,7 +84,7 @@ class PrunedLM(HFLM):
                 **({} if add_bos_token is None else {"add_bos_token": add_bos_token}),
             )  # fmt: skip
         self.planned = self.budget = budget(batch_size, model)
-        self.distances = distances
+        self.states = states
         self.chunk = chunk
         self.on_progress: Callable[[int, int], None] = lambda n, of: None
         self._head, self._angles = output_head(model), Angles(model)
@@ -215,10 +216,10 @@ class PrunedLM(HFLM):
 
     def _score(self, requests: list[Request], kind: str = "loglikelihood") -> list[Score]:
         """Return the scores of the requests, in order."""
-        mark = () if self.distances else ("no kl",)  # an answer without KL is no answer with it
+        mark = ("kl",) if self.states and not self.states.gathering else ()  # no answer without KL is one with it
         names = [_name(r.context, r.continuation, *mark) for r in requests]
         answers = self._ask(kind, dict(zip(names, requests, strict=True)), lambda size: scorer(
-            self.model, self._head, self.session, size, self.scope, distances=self.distances
+            self.model, self._head, self.session, size, self.scope, states=self.states
         ), Score)  # fmt: skip
         return [answers[name] for name in names]
 

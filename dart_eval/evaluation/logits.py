@@ -6,12 +6,14 @@ head runs on hidden states gathered from several forwards, a few at a time, sinc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dart_eval.evaluation.costs import Distance, divergence
+from dart_eval.evaluation.costs import Apart, Distance, divergences
+from dart_eval.evaluation.states import States, begin_name, with_token
 
 LOGIT_BYTES = 256 << 20  # of fp32 logits held at a time
 SOFTMAX_PARTS = 4  # parts that are normalised one after the other, as a softmax writes as much again
@@ -22,22 +24,30 @@ class Answers:
     """Log-probabilities of the continuations of several contexts.
 
     `ask` returns the nodes that predict a continuation's tokens. `give` takes the hidden states of nodes;
-    then `logprobs` and `greedy` answer. With `distances`, `compare` takes dense's hidden states at the nodes, and
-    `distance` answers; other nodes count as dense.
+    then `logprobs` and `greedy` answer, and with dense's states `distance`.
+
+    Args:
+        head: hidden states [n, D] -> logits [n, V].
+        states: of dense, to be compared with or still to be gathered; None: neither.
     """
 
-    def __init__(self, head: Callable[[Tensor], Tensor], vocabulary: int, distances: bool = False) -> None:
-        self.head, self.vocabulary, self.distances = head, vocabulary, distances
+    def __init__(self, head: Callable[[Tensor], Tensor], vocabulary: int, states: States | None = None) -> None:
+        self.head, self.vocabulary, self.states = head, vocabulary, states
         self._children: dict[tuple[int, int], int] = {}  # (node, token) -> node
+        self._names: list[hashlib.blake2b | None] = []  # of nodes among dense's states
         self._wanted: list[set[int]] = []  # per node: requested tokens
         self._hidden: dict[int, Tensor] = {}  # nodes whose head has not run: [D]
         self._results: dict[tuple[int, int], tuple[float, bool]] = {}  # (node, token) -> log-probability, the likeliest
-        self._dense: dict[int, Tensor] = {}  # nodes that have not been compared with dense: its hidden state
-        self._apart: dict[int, tuple[float, bool]] = {}  # node -> its KL, and whether the likeliest token is dense's
+        self._apart: dict[int, tuple[float, float, bool]] = {}  # node -> KL, the reverse, the same likeliest token
+        self._moved: dict[tuple[int, int], float] = {}  # (node, token) -> its probability - that by dense
 
-    def root(self) -> int:
-        """Begin a tree: return the node that predicts a first token."""
+    def root(self, context: Sequence[int] = (), angles: int = 0) -> int:
+        """Begin a tree: return the node that predicts the first token after a context (see `states.begin_name`)."""
+        return self._node(begin_name(context, angles) if self.states else None)
+
+    def _node(self, name: hashlib.blake2b | None) -> int:
         self._wanted.append(set())
+        self._names.append(name)
         return len(self._wanted) - 1
 
     def ask(self, root: int, continuation: Sequence[int]) -> list[int]:
@@ -48,7 +58,8 @@ class Answers:
             self._wanted[node].add(token)
             if k + 1 < len(continuation):
                 if (node, token) not in self._children:
-                    self._children[node, token] = self.root()
+                    name = self._names[node]
+                    self._children[node, token] = self._node(name and with_token(name, token))
                 node = self._children[node, token]
         return path
 
@@ -56,11 +67,6 @@ class Answers:
         """Set the hidden states [n, D] of n nodes; nodes that have one keep it."""
         for node, state in zip(nodes, hidden, strict=True):
             self._hidden.setdefault(node, state)
-
-    def compare(self, nodes: Sequence[int], dense: Tensor) -> None:
-        """Set dense's hidden states [n, D] at n nodes; nodes that have one keep it."""
-        for node, state in zip(nodes, dense, strict=True):
-            self._dense.setdefault(node, state)
 
     def run(self) -> None:
         """Run the head on the hidden states."""
@@ -80,29 +86,47 @@ class Answers:
                 mine = [(row - start, token) for row, token in wanted if start <= row < start + step]
                 rows, tokens = (torch.tensor(ids, device=logits.device) for ids in zip(*mine, strict=True))
                 values += logprobs[rows, tokens].tolist()
-                self._measure(part[start : start + step], logits[start : start + step], best[start : start + step])
+                if self.states and not self.states.gathering and not self.states.full:
+                    some = slice(start, start + step)
+                    self._measure(part[some], logits[some], best[some], mine, logprobs[rows, tokens].exp())
+            if self.states and self.states.gathering:
+                self.states.keep(self._named(part), torch.stack([self._hidden[node] for node in part]))
             for (row, token), value in zip(wanted, values, strict=True):
                 self._results[part[row], token] = value, best[row] == token
             del logits, logprobs  # before the next part's come: they are what a forward's memory peaks at
         self._hidden.clear()
-        self._dense.clear()
 
-    def _measure(self, nodes: Sequence[int], logits: Tensor, best: Sequence[int]) -> None:
-        """Measure the distance of nodes from dense. logits: [n, V] fp32 of n nodes; best: their likeliest tokens."""
-        rows = [row for row, node in enumerate(nodes) if node in self._dense]
-        if not rows:
-            return
-        dense = self.head(torch.stack([self._dense[nodes[row]] for row in rows])).float()
-        likeliest, kl = dense.argmax(1).tolist(), []
-        for start in range(0, len(rows), COMPARED):
+    def _named(self, nodes: Sequence[int]) -> list[bytes]:
+        """Return the names of nodes among dense's states."""
+        return [name.digest() for node in nodes if (name := self._names[node])]
+
+    def _measure(
+        self, nodes: Sequence[int], logits: Tensor, best: Sequence[int], wanted: Sequence[tuple[int, int]],
+        likely: Tensor,
+    ) -> None:  # fmt: skip
+        """Measure the distances of nodes from dense.
+
+        Args:
+            logits: [n, V] fp32 of n nodes. best: their likeliest tokens.
+            wanted: row of `logits`, requested token. likely: probability of each.
+        """
+        assert self.states is not None
+        dense = self.head(self.states.find(self._named(nodes)).to(logits.device)).float()
+        likeliest = dense.argmax(1).tolist()
+        for start in range(0, len(nodes), COMPARED):
             some = slice(start, start + COMPARED)
-            kl += divergence(dense[some], logits[rows[some]]).tolist()
-        for row, far, token in zip(rows, kl, likeliest, strict=True):
-            self._apart[nodes[row]] = far, best[row] == token
+            both = zip(*(far.tolist() for far in divergences(dense[some], logits[some])), strict=True)
+            for row, (kl, reverse) in enumerate(both, start):
+                self._apart[nodes[row]] = kl, reverse, best[row] == likeliest[row]
+        rows, tokens = (torch.tensor(ids, device=logits.device) for ids in zip(*wanted, strict=True))
+        before = (dense[rows, tokens] - dense.logsumexp(1)[rows]).exp()
+        for (row, token), moved in zip(wanted, (likely - before).tolist(), strict=True):
+            self._moved[nodes[row], token] = moved
 
-    def distance(self, path: Sequence[int]) -> Distance:
-        """Return the distance from dense at the nodes of one continuation; empty without `distances`."""
-        return Distance.of([self._apart.get(node, (0.0, True)) for node in path] if self.distances else [])
+    def distance(self, path: Sequence[int], continuation: Sequence[int]) -> Distance:
+        """Return the distance from dense at the nodes of one continuation; empty without dense's states."""
+        steps = zip(path, continuation, strict=True) if self._apart else ()
+        return Distance.of([Apart(*self._apart[node], self._moved[node, token]) for node, token in steps])
 
     def logprobs(self, path: Sequence[int], continuation: Sequence[int]) -> list[float]:
         """Return the natural-log probability of each token."""

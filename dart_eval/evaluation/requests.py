@@ -6,7 +6,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -46,7 +46,8 @@ class Score:
     @property
     def usable(self) -> bool:
         """Whether it is a number."""
-        return math.isfinite(self.logprob) and math.isfinite(self.cost.distance.kl)
+        far = self.cost.distance
+        return all(map(math.isfinite, (self.logprob, far.kl, far.reverse, far.moved)))
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,11 @@ def scores(rows: Sequence[tuple[InputRow, Cost]], answers: Answers) -> list[tupl
     """
     found = []
     for row, pruned in rows:
-        far = answers.distance(row.nodes)
-        cost = Cost(tokens=len(row.nodes), contexts=1, context_tokens=row.context, distance=far) + pruned
+        cost = Cost(tokens=len(row.nodes), contexts=1, context_tokens=row.context) + pruned
         for request, continuation in row.targets:
             total = sum(answers.logprobs(row.nodes, continuation))
-            found.append((request, Score(total, answers.greedy(row.nodes, continuation), cost)))
+            far = replace(cost, distance=answers.distance(row.nodes, continuation))
+            found.append((request, Score(total, answers.greedy(row.nodes, continuation), far)))
     return found
 
 

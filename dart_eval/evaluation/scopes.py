@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from dart_eval.evaluation.batching import Budget, batches
-from dart_eval.evaluation.cache import fork, new_cache
+from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad, scores
 from dart_eval.evaluation.settings import check_released
+from dart_eval.evaluation.states import States
 from dart_eval.pruning.session import Session
 
 
@@ -48,11 +49,11 @@ class WholeInputs(Scoring):
     """Scores requests by inputs that run whole, in the scopes `all` and `last`."""
 
     def __init__(
-        self, forwards: Forwards, session: Session, budget: Budget, scope: str, distances: bool = False
+        self, forwards: Forwards, session: Session, budget: Budget, scope: str, states: States | None = None
     ) -> None:
         check_released(session.method, scope)
         self.forwards, self.session, self.budget = forwards, session, budget
-        self.scope, self.distances = scope, distances
+        self.scope, self.states = scope, states
 
     def units(self, requests: Sequence[Request]) -> list[Inputs]:
         """Batches of distinct inputs, the longest first."""
@@ -79,40 +80,38 @@ class WholeInputs(Scoring):
     def run(self, unit: Inputs) -> list[tuple[int, Score]]:
         """The scores of a unit's requests, with their indices."""
         with self.forwards.angles.held(unit.angles):
-            states, dense = self._whole(unit) if self.scope == "all" else self._ends(unit)
+            hidden = self._whole(unit) if self.scope == "all" else self._ends(unit)
         step = self.session.steps[-1]  # what the tokens used that ran pruned; under `all` the mean over all inputs
-        asked = self.forwards.answers(self.distances)
+        asked = self.forwards.answers(self.states)
         rows = []
         for i, (tokens, targets) in enumerate(zip(unit.inputs, unit.targets, strict=True)):
-            root = asked.root()
+            context = len(tokens) + 1 - len(targets[0][1])
+            root = asked.root(tokens[:context], unit.angles)
             nodes, *_ = [asked.ask(root, continuation) for _, continuation in targets]  # only last tokens differ
-            asked.give(nodes, states[i][-len(nodes) :])
-            if self.distances:
-                asked.compare(nodes[-len(dense[i]) :], dense[i][-len(nodes) :])
+            asked.give(nodes, hidden[i][-len(nodes) :])
             ran = len(nodes) if self.scope == "all" else 1
             not_read, outside = float(1 - step.read[i]), float(1 - step.mask[i])
             cost = Cost(pruned_tokens=ran * (not_read > 0), not_read_sum=not_read * ran, outside_sum=outside * ran)
-            rows.append((InputRow(i, len(tokens) + 1 - len(nodes), tokens, nodes, targets), cost))
+            rows.append((InputRow(i, context, tokens, nodes, targets), cost))
         asked.run()
         return scores(rows, asked)
 
-    def _whole(self, unit: Inputs) -> tuple[Tensor, Tensor]:
+    def _whole(self, unit: Inputs) -> Tensor:
         """Run inputs pruned from their first token on, under masks that are made from all of them.
 
         Returns:
-            For each input the hidden states of its last tokens, [n, D], and dense's of those that run pruned.
+            [B, T, D], for each input the hidden states of its last tokens.
         """
         session = self.session
         tokens, valid = pad(unit.inputs, left=True, device=self.forwards.device)
         positions = valid.long().cumsum(1) - 1
         with session.context(valid):
-            dense = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
+            self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
         self._note_state()
         with session.decode(valid, frozen=True):
-            hidden = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
-        return hidden, dense
+            return self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
 
-    def _ends(self, unit: Inputs) -> tuple[Tensor, Tensor]:
+    def _ends(self, unit: Inputs) -> Tensor:
         """Run inputs dense but for their last token. The same as `_whole` returns."""
         session, device, cache = self.session, self.forwards.device, new_cache(self.forwards.model)
         before, seen = pad([row[:-1] for row in unit.inputs], left=True, device=device)
@@ -125,11 +124,6 @@ class WholeInputs(Scoring):
             session.no_context(len(before), device)
         tokens, new = pad([row[-1:] for row in unit.inputs], left=False, device=device)
         valid, places = torch.cat([seen, new], 1), seen.long().sum(1, keepdim=True)
-        twin = None
-        if self.distances:
-            with session.paused():
-                twin = self.forwards(tokens, valid, places, fork(cache))
         with session.decode(new, frozen=True):
             hidden = self.forwards(tokens, valid, places, cache)
-        whole = hidden if dense is None else torch.cat([dense, hidden], 1)
-        return whole, hidden if twin is None else twin
+        return hidden if dense is None else torch.cat([dense, hidden], 1)

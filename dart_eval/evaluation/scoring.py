@@ -18,7 +18,6 @@ prefix of several contexts is computed once move last digits only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -32,6 +31,7 @@ from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad, scores
 from dart_eval.evaluation.scopes import WholeInputs
+from dart_eval.evaluation.states import States
 from dart_eval.pruning.rows import Rows
 from dart_eval.pruning.session import Session
 from dart_eval.util.errors import UserError
@@ -70,7 +70,7 @@ def scorer(
     batch_size: int | str | Budget,
     scope: str = "scored",
     share_prefix: bool = True,
-    distances: bool = False,
+    states: States | None = None,
 ) -> Scoring:
     """Return what scores requests on one model under a session.
 
@@ -79,8 +79,8 @@ def scorer(
         batch_size: contexts per forward, `auto`, or a budget. Moves last digits only.
         scope: one of `sweep.options.SCOPES`; it does not matter where nothing is pruned.
         share_prefix: run a long prefix of several contexts once (not where `scopes` cuts them). Moves last digits only.
-        distances: run dense at the scored positions too, and say how far from it the pruned model lies. It moves no
-            other number. Where nothing is pruned, or contexts are not dense, nothing is said: dense needs its own.
+        states: of dense at the scored positions, from which the distances are measured; or to be gathered, of a model
+            that runs dense. They move no other number.
 
     Raises:
         UserError: the method writes texts its own way, and gives no answer a score.
@@ -89,19 +89,19 @@ def scorer(
         raise UserError(f"{session.writer.name} writes texts, and scores no given answers", "use a task with texts")
     forwards = Forwards(model, head)
     most = batch_size if isinstance(batch_size, Budget) else budget(batch_size, model)
-    distances = distances and session.prunes and not session.prompts_replaced
     if session.prunes and scope in ("all", "last"):
-        return WholeInputs(forwards, session, most, scope, distances)
-    return Scorer(forwards, session, most, scope, share_prefix, distances)
+        return WholeInputs(forwards, session, most, scope, states)
+    return Scorer(forwards, session, most, scope, share_prefix, states)
 
 
 class Scorer(Scoring):
     """Scores requests in the scopes `scored`, `continuation` and `decode`. Made by `scorer`; see there."""
 
     def __init__(
-        self, forwards: Forwards, session: Session, budget: Budget, scope: str, share_prefix: bool, distances: bool
-    ) -> None:
-        self.forwards, self.budget, self.distances = forwards, budget, distances
+        self, forwards: Forwards, session: Session, budget: Budget, scope: str, share_prefix: bool,
+        states: States | None,
+    ) -> None:  # fmt: skip
+        self.forwards, self.budget, self.states = forwards, budget, states
         # In the scope `decode` the model is its own meanwhile, and no token counts as pruned.
         self.session, self._paused = (Session(), session) if scope == "decode" else (session, Session())
         self.share_prefix = share_prefix and can_share_prefix(forwards.model)
@@ -131,7 +131,7 @@ class Scorer(Scoring):
     @torch.no_grad()
     def run(self, unit: Batch) -> list[tuple[int, Score]]:
         """Return the scores of a batch's requests, with their indices."""
-        answers = self.forwards.answers(self.distances)
+        answers = self.forwards.answers(self.states)
         with self._paused.paused():
             with self.forwards.angles.held(unit.angles):
                 rows = self._run(unit, answers)
@@ -203,14 +203,14 @@ class Scorer(Scoring):
         cache, valid, hidden = self._run_contexts(cut, self._prefix)
         rows: dict[tuple[int, tuple[int, ...]], InputRow] = {}
         for parent, context in enumerate(contexts):
-            root = answers.root()
+            root = answers.root(context, batch.angles)
             if not self._last:
                 answers.give([root], hidden[parent, -1:])
             for i, continuation in batch.asked[context]:
                 inputs = (*context[len(context) - self._last :], *continuation[:-1])
                 if (row := rows.get((parent, inputs))) is None:
                     # What an oracle's mask is made from is the row's own tokens: rows have no hidden state in common.
-                    own = answers.root() if session.method.looks_ahead else root
+                    own = answers.root(context, batch.angles) if session.method.looks_ahead else root
                     row = InputRow(parent, len(context), inputs, answers.ask(own, continuation))
                     rows[parent, inputs] = row
                 answers.ask(row.nodes[0], continuation)
@@ -229,30 +229,19 @@ class Scorer(Scoring):
             parents = torch.tensor([r.parent for r in part_rows], device=self.forwards.device)
             forked = fork(cache, parents)
             session.fork(sequences, parents)
-            self._run_dense(part_rows, valid[parents], fork(forked), answers)
+            if session.method.looks_ahead:
+                self._foresee(part_rows, valid[parents], fork(forked))
             found += zip(part_rows, self._run_rows(part_rows, valid[parents], forked, answers), strict=True)
         return found
 
-    def _run_dense(self, rows: list[InputRow], seen: Tensor, cache: Cache, answers: Answers) -> None:
-        """Run candidates dense, where an oracle must see them or distances are asked for. The cache is used up."""
-        session = self.session
-        if not session.method.looks_ahead and not (self.distances and session.prunes):
-            return
+    def _foresee(self, rows: list[InputRow], seen: Tensor, cache: Cache) -> None:
+        """Run candidates dense, for a method that must see them. The cache is used up."""
         tokens, valid = pad([r.inputs for r in rows], left=False, device=self.forwards.device)
         positions = seen.long().sum(1, keepdim=True) + torch.arange(tokens.shape[1], device=self.forwards.device)
-
-        def dense(part: slice) -> AbstractContextManager[None]:
-            if not session.method.looks_ahead:
-                return session.paused()
-            return (session.extend if part.start else session.foresee)(valid[:, part])
-
         for part in self.forwards.blocks(tokens.shape[1]):
             seen = torch.cat([seen, valid[:, part]], 1)
-            with dense(part):
-                hidden = self.forwards(tokens[:, part], seen, positions[:, part], cache)
-            for i, row in enumerate(rows if self.distances else ()):
-                nodes = row.nodes[len(row.nodes) - len(row.inputs) :][part]
-                answers.compare(nodes, hidden[i, : len(nodes)])
+            with (self.session.extend if part.start else self.session.foresee)(valid[:, part]):
+                self.forwards(tokens[:, part], seen, positions[:, part], cache)
 
     def _run_rows(self, rows: list[InputRow], seen: Tensor, cache: Cache, answers: Answers) -> list[Cost]:
         """Run candidates after their contexts' caches, in blocks that end where a mask may change."""

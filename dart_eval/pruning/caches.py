@@ -46,14 +46,16 @@ class StatsCache:
     Attributes:
         about: plain data that identifies the model.
         kind: name of the folder; None for statistics.
+        within: the folder that it lies in; None: that of the user's caches.
     """
 
     about: Mapping[str, object]
     kind: str | None = None
+    within: Path | None = None
 
     def _path(self, of: Mapping[str, object]) -> Path:
         key = json.dumps([dict(self.about), dict(of)], sort_keys=True)
-        place = folder() if self.kind is None else folder().with_name(self.kind)
+        place = folder() if self.kind is None else (self.within or folder().parent) / self.kind
         return place / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def get(self, of: Mapping[str, object]) -> list[Tensor] | None:

@@ -369,11 +369,14 @@ def _qualities(row: Row, tasks: Tasks) -> dict[str, Quality]:
 def _means(rows: Sequence[Row], name: str, tasks: Sequence[str]) -> list[Estimate | None]:
     """Return the mean of a metric over tasks, by row; None for rows that lack a task of another row.
 
-    Log-likelihoods are relative to dense's. KL of pruners on rounded weights is left out, as it is relative to these.
+    Log-likelihoods are relative to dense's. Until 0.3 the KL of rounded rows was that from dense on the same weights,
+    beside no reverse: it is left out.
     """
     own: list[dict[str, Estimate]] = [{} for _ in rows]
     for by_task, row in zip(own, rows, strict=True):
-        for one in row.compared if name != "kl" or not row.records[0].inputs.get("ffn_bits") else ():
+        there = {one.metric.metric for one in row.compared}
+        old = name == "kl" and "kl_reverse" not in there and row.records[0].inputs.get("ffn_bits")
+        for one in () if old else row.compared:
             if one.metric.metric == name and one.metric.task in tasks:
                 by_task[one.metric.task] = one.lost.times(-1) if name == metrics.GOLD else one.sides[0]
     known = {task for by_task in own for task in by_task}

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 ACCURACY, SUMMARIES, PERPLEXITY, OTHER = "Accuracy", "Summaries", "Perplexity (lower is better)", "Other metrics"
 DISTANCE = "Distance to dense"
 GROUPS = (ACCURACY, SUMMARIES, PERPLEXITY, DISTANCE, OTHER)
-BY_SECOND_FORWARD = frozenset({"kl", "kl_p95", "kl_p99", "top1"})  # a run measures them with dense's logits beside
 NO_NUMBER = "no number"  # for a metric whose answers were NaN or infinite
 GOLD = "gold_ll"  # the log-likelihood of the right answer, which samples of choice tasks hold beside their metrics
 
@@ -50,8 +49,9 @@ METRICS = {
     "flips": Kind(DISTANCE, percent=True),
     "dense_rougeL": Kind(DISTANCE, percent=True),
     "dense_tokens": Kind(DISTANCE, digits=1),
-    "kl": Kind(DISTANCE, kind="ratio"),
-    **dict.fromkeys(("kl_p95", "kl_p99"), Kind(DISTANCE, kind=None)),
+    **dict.fromkeys(("kl", "kl_reverse"), Kind(DISTANCE, kind="ratio")),
+    **dict.fromkeys(("kl_p50", "kl_p95", "kl_p99"), Kind(DISTANCE, kind=None)),
+    "rms_dp": Kind(DISTANCE, kind="rms", percent=True),
     "top1": Kind(DISTANCE, kind="ratio", percent=True),
 }
 WORDS = {"acc": "accuracy", "rougeL": "ROUGE-L", "word_perplexity": "perplexity"}

@@ -5,6 +5,7 @@
     texts/<task>-<hash>.jsonl   prompts and answers of a task, once for all cells that were asked the same
     partial/<name>-<key>.jsonl  what an unfinished cell has answered so far
     failed/<name>-<key>.txt     the traceback of a cell that failed; gone when it succeeds
+    states/<hash>.safetensors   dense's last hidden states on a task (`sweep.worker`); made again if they are missing
     .locks/                     who is at work on which cell
 
 Files appear complete or not at all: written beside, flushed, then renamed. The record comes last and has the digests of

@@ -12,8 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 Values = NDArray[np.float64]
 
-# kind -> c of c * sum x / sum w over documents; of perplexities and bits x is a log-likelihood.
-SCALES = {"mean": 1.0, "ratio": 1.0, "log-perplexity": -1.0, "bits": -1 / math.log(2)}
+# kind -> c of c * sum x / sum w over documents; of perplexities and bits x is a log-likelihood. Of a root mean square x
+# is a sum of squares.
+SCALES = {"mean": 1.0, "ratio": 1.0, "rms": 1.0, "log-perplexity": -1.0, "bits": -1 / math.log(2)}
 
 
 def linearised(kind: str, sums: Values) -> tuple[float, Values]:
@@ -28,6 +29,9 @@ def linearised(kind: str, sums: Values) -> tuple[float, Values]:
     """
     x, w = sums.T
     ratio, scale = float(x.sum() / w.sum()), SCALES[kind]
+    if kind == "rms":
+        root = math.sqrt(ratio)
+        return root, (x - ratio * w) / w.sum() / (2 * root or 1.0)
     return scale * ratio, scale * (x - ratio * w) / w.sum()
 
 

@@ -16,6 +16,7 @@ from dart_eval.results.board import (
     CONTROL,
     DEFAULT_SCOPE,
     GUESSING,
+    NOISE,
     PRUNED,
     SPLIT,
     TIED,
@@ -64,7 +65,8 @@ def columns_of(block: Block) -> tuple[list[Column], int]:
     if any(row.speed for row in rows):
         columns.append(Column("speed\ntoday", _speed))
     flips = Column("flips", lambda row: metrics.percent(row.flips.value) if row.flips else "-", first)
-    kl = Column("KL\nnats", _kl, [*chain(*block.tasks.values())])
+    floor = next((row.kl.value for row in rows if row.kind == NOISE and row.kl), 0.0)
+    kl = Column("KL nats" + "\nx noise" * (floor > 0), partial(_kl, floor=floor), [*chain(*block.tasks.values())])
     known = [(sum(row.flips is not None for row in rows), flips),
              (sum(row.kl is not None and row.kind != CONTROL for row in rows), kl)]  # fmt: skip
     distances = [column for n, column in sorted(known, key=lambda pair: -pair[0]) if n]
@@ -100,8 +102,11 @@ def _beside_dense(row: Row, metric: str, ends: bool) -> str:
     return (metrics.multiple if of_perplexity else metrics.percent)(ratio.value, *shown)
 
 
-def _kl(row: Row) -> str:
-    return "0" if row.kind == CONTROL else f"{row.kl.value:.3g}" if row.kl else "-"
+def _kl(row: Row, floor: float) -> str:
+    """Return the divergence from dense in nats, and as a multiple of the noise's."""
+    if row.kind == CONTROL or not row.kl:
+        return "0" if row.kind == CONTROL else "-"
+    return f"{row.kl.value:.3g}" + (f" {metrics.multiple(row.kl.value / floor)}" if floor else "")
 
 
 def _bytes(row: Row, name: str) -> str:

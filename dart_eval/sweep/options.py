@@ -223,6 +223,9 @@ class RunConfig(ModelSpec, EvalSettings):
     kl: Annotated[Flag, Option(TASKS, "", DECIDES,
         "Measure KL divergence and top-1 agreement of scored tokens with dense; finished cells need --force.",
         off="Do not measure KL divergence and top-1 agreement with dense: scoring takes less time.")] = True
+    kl_room: Annotated[float, BeforeValidator(number), Strict(), Field(gt=0, lt=MOST), Option(TASKS, "GB", DECIDES,
+        "Keep up to so many gigabytes of dense's hidden states of a task in --output, for the KL divergence of all "
+        "rows; a task with more has none.")] = 1.0
     seed: Annotated[Whole, Option(TASKS, "N", KEY,
         "Seed few-shot sampling, and methods that draw at random. Several seeds make one cell each.")] = 0
     max_length: Annotated[Count | None, Option(TASKS, "N", KEY,

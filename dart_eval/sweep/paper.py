@@ -19,7 +19,7 @@ from typing_extensions import Self
 from dart_eval.evaluation.task_names import aliases
 from dart_eval.models.demo_model import ALIAS
 from dart_eval.results.inputs import DENSE
-from dart_eval.results.metrics import BY_SECOND_FORWARD, kind_of
+from dart_eval.results.metrics import kind_of
 from dart_eval.results.paper import ANY, FIELDS, MEAN, Claim, Part, Sheet
 from dart_eval.sweep.options import RunConfig, checked, read_settings
 from dart_eval.sweep.plan import methods_of, settings_of
@@ -166,8 +166,6 @@ def load(name: str, base: RunConfig) -> PaperSpec:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "claims"
         raise UserError(f"{path}, {place}: {first['msg'].removeprefix('Value error, ')}", "see docs/paper.md") from None
-    metrics = {column.metric.partition(",")[0] for table in file.tables for column in table.columns.values()}
-    base = replace(base, kl=not BY_SECOND_FORWARD.isdisjoint(metrics))  # it takes time
     with naming(f"{path}: "):
         sheets, sweeps = zip(*(_sheet(table, file, base) for table in file.tables), strict=True)
     there = {(sheet.name, row) for sheet in sheets for row in sheet.cells["row"]}  # some rows are of another model
@@ -220,11 +218,9 @@ def _sheet(table: Table, file: File, base: RunConfig) -> tuple[Sheet, list[RunCo
                 "method": method.name, "params": method.params(), "task": task, "sparsity": level * method.sized,
                 "ffn_bits": bits and bits.text, **({"scope": "scored"} if method.name == DENSE else {}),
             }  # fmt: skip
-            # Other bits have a dense of their own, and distances from it do not compare.
-            apart = config.ffn_bits != columns[part].ffn_bits and metrics[part].partition(",")[0] in BY_SECOND_FORWARD
             yield {
                 **{name: asked[name] for name in ("method", "params", "task", "sparsity", "scope")},
-                "asked": None if apart else asked,
+                "asked": asked,
                 "row": label, "column": head, "metric": metrics[part], "bits": str(asked["ffn_bits"]),
                 "share": 1 / len(parts[head]) / len(tasks[part]), "value": None,
             }  # fmt: skip

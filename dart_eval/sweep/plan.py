@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import platform
 import shlex
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.pruning.registry import make, parse
+from dart_eval.results.inputs import DENSE
 from dart_eval.results.metrics import sparsity as percent
 from dart_eval.sweep.hashes import digest, method_files, shared_hash
 from dart_eval.sweep.options import DECIDES, DEFAULTS, GIVEN, KEY, RunConfig, of_role, option_of
@@ -34,7 +34,7 @@ class Cell:
 
     `inputs` is everything that can change a number, as recorded; `key` its hash, whatever the method was called: two
     spellings of one composition are one cell. `rounding` is of the FFN weights, None: as they are. `config` and
-    `tasks` are what it runs with. `name` is for people.
+    `tasks` are what it runs with. `dense` is the cell of the model itself, None if this is it. `name` is for people.
     """
 
     method: Method
@@ -44,6 +44,7 @@ class Cell:
     rounding: Rounding | None = None
     config: RunConfig = field(default=RunConfig(), compare=False, repr=False)
     tasks: Tasks | None = field(default=None, compare=False, repr=False)
+    dense: Cell | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -96,32 +97,38 @@ def plan(
     """
     from dart_eval.evaluation.calibration_text import calibration_text
 
-    cells = []
     text = calibration_text(config.calibration, config.data_dir).digest
     # What options that are gone would say by default: cells of theirs are found.
     size = config.calibration_size
     drawn_tokens = {} if size is None else {"calibration_tokens": size, "calibration_seed": 0}
-    for task, method in itertools.product(hashes, methods_of(config)):
+
+    def cell(task: str, method: Method, sparsity: float, rounding: Rounding | None, dense: Cell | None) -> Cell:
         # The shape of a batch moves last digits. They show in half precision, and where a token chooses its neurons
         # or inputs, or a router its experts: near a tie it takes others. A batch also shares its random numbers.
         moves = model.dtype != "float32" or method.by_token or model.routes
-        sparsities = dict.fromkeys(config.sparsity) if method.sized else (0.0,)
-        for sparsity, bits in itertools.product(sparsities, config.ffn_bits):
-            rounding = parse_bits(bits)
-            inputs = {
-                "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
-                "method": method.name, "params": method.params(), "sparsity": sparsity,
-                **settings_of(config), **({} if method.prunes else {"scope": DEFAULTS["scope"]}),  # no matter to dense
-                "execution": "masked", "task": task, "task_hash": hashes[task],
-                "batch_size": config.batch_size if moves or task in drawn else None,
-                "share_prefix": True if moves else None,
-                "calibration": text if method.calibrates else None, "code": shared_hash(tasks_dir()),
-                "method_code": digest(method_files(method)), "versions": versions(),
-                "method_files": [hashlib.sha256(content).hexdigest() for content in method.contents()],
-                **(drawn_tokens if method.calibrates else {}),
-                **({} if rounding is None else {"ffn_bits": rounding.text}),
-            }  # fmt: skip
-            cells.append(Cell(method, sparsity, task, inputs, rounding, config, shelf))
+        inputs = {
+            "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
+            "method": method.name, "params": method.params(), "sparsity": sparsity,
+            **settings_of(config), **({} if method.prunes else {"scope": DEFAULTS["scope"]}),  # no matter to dense
+            "execution": "masked", "task": task, "task_hash": hashes[task],
+            "batch_size": config.batch_size if moves or task in drawn else None,
+            "share_prefix": True if moves else None,
+            "calibration": text if method.calibrates else None, "code": shared_hash(tasks_dir()),
+            "method_code": digest(method_files(method)), "versions": versions(),
+            "method_files": [hashlib.sha256(content).hexdigest() for content in method.contents()],
+            **(drawn_tokens if method.calibrates else {}),
+            **({} if rounding is None else {"ffn_bits": rounding.text}),
+        }  # fmt: skip
+        return Cell(method, sparsity, task, inputs, rounding, config, shelf, dense)
+
+    cells = []
+    for task in hashes:
+        plain = cell(task, make(DENSE), 0.0, None, None)
+        for method in methods_of(config):
+            for sparsity in dict.fromkeys(config.sparsity) if method.sized else (0.0,):
+                for rounding in map(parse_bits, config.ffn_bits):
+                    one = cell(task, method, sparsity, rounding, plain)
+                    cells.append(plain if one.key == plain.key else one)
     return cells
 
 

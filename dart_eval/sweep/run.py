@@ -343,7 +343,7 @@ class Sweep:
         if self.todo:
             from dart_eval.sweep.worker import Worker  # with transformers' models it takes seconds
 
-            worker = Worker(self.model, self.tell)
+            worker = Worker(self.model, self.tell, self.store.folder)
 
         def work(todo: list[Cell]) -> None:
             for cell in todo:

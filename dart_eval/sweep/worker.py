@@ -1,4 +1,4 @@
-"""A loaded model that evaluates cells. It knows no folder of results."""
+"""A loaded model that evaluates cells. Of the folder of results it knows dense's states alone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from dart_eval.evaluation.calibration_text import calibration_text
-from dart_eval.evaluation.evaluate import TaskResult, evaluate_task
+from dart_eval.evaluation.evaluate import TaskResult, evaluate_task, gather, scores
 from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.states import States
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.models.loading import Resolved
@@ -40,10 +43,14 @@ T = TypeVar("T")
 
 
 class Worker:
-    """A loaded model that evaluates cells, and tells what it loads and makes, and how far it is."""
+    """A loaded model that evaluates cells, and tells what it loads and makes, and how far it is.
 
-    def __init__(self, resolved: Resolved, tell: Tell) -> None:
-        self._tell = tell
+    Args:
+        folder: of results, where dense's states are kept; None: they are kept in memory.
+    """
+
+    def __init__(self, resolved: Resolved, tell: Tell, folder: Path | None = None) -> None:
+        self._tell, self._folder = tell, folder
         tell(Event("wait", f"loading {resolved.identity.name}"))
         self.notes: list[str] = []
         self.model, self.tokenizer = resolved.load(self.notes.append)
@@ -52,18 +59,16 @@ class Worker:
         self.resolved = resolved
         self._calibrations: dict[Rounding | None, Calibration] = {}
         self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
+        self._states: tuple[str, States] | None = None  # the same of dense's states, by its cell's key
 
     def run(self, cell: Cell, journal: Journal) -> tuple[TaskResult, Record]:
         """Evaluate one cell."""
         config, method, tasks = cell.config, cell.method, cell.tasks
         assert tasks is not None
         gc.collect()  # the copies of the last method go before the next ones come
-        lm = PrunedLM(
-            self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, config.enable_thinking,
-            config.think_end_token, config.kl, config.add_bos_token,
-        )  # fmt: skip
-        lm.on_progress = lambda n, of: self._tell(Event("answered", cell=cell, n=n, of=of))
-        start, earlier = time.monotonic(), journal.seconds
+        states = self._states_for(cell) if config.kl and scores(tasks.load(cell.task)) else None
+        lm = self._lm(cell, states)
+        start, earlier, whole = time.monotonic(), journal.seconds, not journal
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(peak_memory(lm.device.type))
             if cell.rounding is not None:
@@ -80,16 +85,20 @@ class Worker:
             outcome, halved = _smaller(lm, lambda: evaluate_task(lm, session, tasks, cell.task, config, journal))
             memory = cost.memory(session.method, ffns, session.fast.available, journal.state_bytes, cell.rounding)
             computed = (session.writer or session.method).computed(outcome.cost.read)
+        if states and states.gathering and whole:  # else some of its states are lost
+            self._put(cell, states.tensors())
         measured = {
             "seconds": earlier + time.monotonic() - start,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "peak": peak(),
         }
-        used = outcome.cost
+        used, no_room = outcome.cost, list[str]()
+        if states and states.full and cell.dense:
+            no_room = [f"no KL on {cell.task}: dense's states take more than {config.kl_room:g} GB (--kl-room)"]
         flops = cost.describe(method, self.shape, used.mean_context, computed, used.remasks / max(used.tokens, 1))
         notable = {
             "upper_bound": method.upper_bound, "granularity": method.granularity, "about": rounding.about(ffns),
-            "halved": halved, "notes": self.notes,
+            "halved": halved, "notes": [*self.notes, *no_room],
         }  # fmt: skip
         record = Record(
             key=cell.key,
@@ -117,7 +126,7 @@ class Worker:
                 "method": method.spec,
                 "command": command(config, cell),
                 # generated texts have no KL to measure
-                **({"kl": False} if not config.kl and lm.kinds - {"generate_until"} else {}),
+                **({"kl": False} if no_room or (not config.kl and lm.kinds - {"generate_until"}) else {}),
                 **{name: value for name, value in notable.items() if value},
             },
             environment={**environment(), **hardware({p.device for p in self.model.parameters()})},
@@ -126,6 +135,43 @@ class Worker:
             samples=[{**s, "effective_sparsity": unread(s["effective_sparsity"], share)} for s in outcome.samples],
         )
         return outcome, record
+
+    def _lm(self, cell: Cell, states: States | None) -> PrunedLM:
+        """Return the model as lm-eval sees it, which tells how far it is with the cell."""
+        config = cell.config
+        lm = PrunedLM(
+            self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, config.enable_thinking,
+            config.think_end_token, states, config.add_bos_token,
+        )  # fmt: skip
+        lm.on_progress = lambda n, of: self._tell(Event("answered", cell=cell, n=n, of=of))
+        return lm
+
+    def _states_for(self, cell: Cell) -> States:
+        """Return the states that dense had on the cell's task, made now if need be; for dense itself, none yet."""
+        room, dense, tasks = round(cell.config.kl_room * 1e9), cell.dense, cell.tasks
+        if dense is None or tasks is None:
+            return States(room)
+        if self._states is None or self._states[0] != dense.key:
+            self._states = None  # before the next: there need not be room for both
+            tensors = self._file(dense).get({}) if self._folder else None
+            if tensors is None:
+                self._tell(Event("wait", f"running dense on {cell.task}, to compare with"))
+                gathered = States(room)
+                lm = self._lm(cell, gathered)
+                _smaller(lm, lambda: gather(lm, tasks, cell.task, cell.config))
+                tensors = gathered.tensors()
+                self._put(dense, tensors)
+            self._states = dense.key, States(room, tensors)
+        return self._states[1]
+
+    def _put(self, dense: Cell, states: list[Tensor]) -> None:
+        """Keep the states of a dense cell for the rows to come, in other processes too."""
+        if self._folder:
+            self._file(dense).put({}, states)
+
+    def _file(self, dense: Cell) -> StatsCache:
+        """Return the file of a dense cell's states."""
+        return StatsCache({"key": dense.key, "room": dense.config.kl_room}, "states", self._folder)
 
     def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
         """Return a context of rounded FFN weights; the last stay in memory, since cell after cell asks for them."""

@@ -23,6 +23,7 @@ from dart_eval.evaluation.generation import GenerationLog, Generator, fit
 from dart_eval.evaluation.lm import PrunedLM, truncated
 from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.rotary import Angles
+from dart_eval.evaluation.states import States
 from dart_eval.evaluation.tasks import Tasks, whole_tokens
 from dart_eval.pruning.session import Session
 from dart_eval.results.store import Journal
@@ -356,8 +357,8 @@ def test_answers_without_kl_are_not_taken_for_answers_with_it(lm, monkeypatch):
         return dict.fromkeys(named, Score(0.0, False, Cost()))
 
     monkeypatch.setattr(lm, "_ask", ask)
-    for distances in (True, False):
-        monkeypatch.setattr(lm, "distances", distances)
+    for states in (States(1, []), None):
+        monkeypatch.setattr(lm, "states", states)
         lm._score([Request((1, 2), (3,))])
     assert asked[0] != asked[1]
 

@@ -25,7 +25,7 @@ from dart_eval.sweep.options import SCOPES, config_from
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded_ffns
 from tests.helpers.commands import run_local
-from tests.helpers.distances import assert_apart, dense_logits
+from tests.helpers.distances import assert_apart, dense_logits, states_of
 from tests.helpers.matrices import in_turn, on_families
 from tests.helpers.models import FAMILIES, SMALL, random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions, words
@@ -60,8 +60,9 @@ def test_scores_equal_decoding_token_by_token(model, method, params):
     """The no-look-ahead test: blocks, shared contexts and re-masks give what one token at a time gives, as far from
     the model without a session."""
     requests = [r for r in questions() if len(r.context) > 1]
+    states = states_of(model, requests)
     with open_session(model, method, **params) as session:
-        blocks = _score(model, session, requests, distances=True)
+        blocks = _score(model, session, requests, states=states)
     remasks = 0
     for request, score in list(zip(requests, blocks, strict=True))[::2]:  # short answers and long, of every context
         # By masks where a kernel rounds inputs to 15 bits.
@@ -72,9 +73,7 @@ def test_scores_equal_decoding_token_by_token(model, method, params):
             logprobs = logits.log_softmax(-1)[range(len(logits)), request.continuation]
             assert score.logprob == pytest.approx(float(logprobs.sum()), abs=2e-5)
             assert score.cost.remasks == sum(session.remasks)
-        if not session.prompts_replaced:  # contexts of whole numbers are none of dense's: no distance is told
-            assert_apart(score.cost.distance, dense_logits(model, request), logits)
-        assert bool(score.cost.distance.positions) != session.prompts_replaced
+        assert_apart(score.cost.distance, dense_logits(model, request), logits, request.continuation)
         remasks += score.cost.remasks
     assert bool(remasks) == any(path.startswith("remask") for path in params)
 
@@ -118,15 +117,16 @@ def test_logits_are_computed_only_where_they_are_scored(llama):
 def test_perplexity_scores_the_second_half_of_each_chunk(llama, tokenizer, method):
     llama = llama.float()
     tokens = random_tokens(70, seed=6)
-    lm = PrunedLM(llama, tokenizer, batch_size=2, chunk=33, distances=method is not None)
     chunks = [(1, *tokens[:32]), (1, *tokens[32:64]), (1, *tokens[64:])]
     halves = [Request(c[: (len(c) + 1) // 2], c[(len(c) + 1) // 2 :]) for c in chunks]
+    states = states_of(llama, halves) if method else None
+    lm = PrunedLM(llama, tokenizer, batch_size=2, chunk=33, states=states)
 
     def run(session):
         lm.begin(session, {})
         request = SimpleNamespace(args=(words(tokens),), task_name="t", doc_id=0)
         (answer,) = lm.loglikelihood_rolling([request])
-        return answer, _score(llama, session, halves, distances=method is not None)
+        return answer, _score(llama, session, halves, states=states)
 
     with open_session(llama, method) if method else nullcontext(Session()) as session:
         answer, scores = run(session)
@@ -308,8 +308,9 @@ def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, b
     requests = [Request(random_tokens(c, seed=c), random_tokens(a, seed=50 + a)) for c, a in ((23, 6), (9, 1), (3, 8))]
     with rounded_ffns(model, "16" if method == "grinqh" else bits):  # it makes codes of 16-bit weights
         dense = [dense_logits(model, r) for r in requests]  # on the same weights, without a session
+        states = states_of(model, requests)
         with open_session(model, method, 0.5, **params) as session:
-            found = _score(model, session, requests, scope, batch_size=2, distances=True)
+            found = _score(model, session, requests, scope, batch_size=2, states=states)
             serves = session.prompts_replaced
             hand = [by_hand(model, session, r, scope) for r in requests]
         for request, score, plain, (logits, not_read) in zip(requests, found, dense, hand, strict=True):
@@ -318,8 +319,7 @@ def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, b
             logprobs = logits.float().log_softmax(-1)
             logprob = sum(float(row[t]) for row, t in zip(logprobs, request.continuation, strict=True))
             assert score.logprob == pytest.approx(logprob, abs=2e-5)
-            if not serves:  # else contexts are none of dense's
-                assert_apart(score.cost.distance, plain, logits)
+            assert_apart(score.cost.distance, plain, logits, request.continuation)
             if scope != "all" or method not in ("teal", "cats"):  # which means over all inputs there
                 assert score.cost.not_read_sum == pytest.approx(not_read, abs=1e-6)
 

@@ -114,6 +114,8 @@ def test_an_interrupted_cell_loses_only_the_batch_in_flight(saved_llama, tmp_pat
     stock, batches, stop_at = Journal.add, [], None
 
     def add(self, *batch):
+        if self.path is None:
+            return stock(self, *batch)  # of dense's states
         if len(batches) == stop_at:
             raise KeyboardInterrupt  # it has been answered, and is not kept
         batches.append(1)

@@ -21,6 +21,8 @@ from tests.helpers.commands import Watch, run_local
 SWEEP = {"method": "dense,random,dart", "sparsity": "0.5,0.7", "tasks": "smoke_questions,smoke_summary", "limit": 3,
          "gen_kwargs": "max_gen_toks=16"}  # fmt: skip
 
+DISTANCES = ("kl", "kl_p50", "kl_p95", "kl_p99", "kl_reverse", "rms_dp", "top1")
+
 
 def _config(folder, output, **changes):
     return config_from(None, {**SWEEP, "model": folder, "output": str(output), **changes})
@@ -49,8 +51,7 @@ def test_a_sweep_and_its_records(saved_llama, tmp_path):
         assert record.measured["peak"] > record.memory["weights"]
         assert (record.memory["beside"] > record.memory["state"] > 0) == (sparsity > 0)
     names = {m.metric for r in result.records for m in r.metrics}
-    distance = {"kl", "kl_p95", "kl_p99", "top1"}
-    assert names == {"acc", "acc_norm", "rouge1", "rouge2", "rougeL", "bleu", "summary_words", "empty", *distance}
+    assert names == {"acc", "acc_norm", "rouge1", "rouge2", "rougeL", "bleu", "summary_words", "empty", *DISTANCES}
     lines = [json.loads(x) for f in (tmp_path / "out" / "samples").iterdir() for x in f.read_text().splitlines()]
     assert len(lines) == 30
     assert all(len(x["doc_hash"]) == len(x["prompt_hash"]) == 64 for x in lines)
@@ -144,7 +145,7 @@ def test_evaluate_returns_rows(saved_llama, tmp_path):
     )  # fmt: skip
     assert {(r["method"], r["metric"]) for r in rows} == {
         *(("dense", name) for name in ("acc", "acc_norm", "flips")),
-        *(("griffin", name) for name in ("acc", "acc_norm", "flips", "kl", "kl_p95", "kl_p99", "top1")),
+        *(("griffin", name) for name in ("acc", "acc_norm", "flips", *DISTANCES)),
     }  # fmt: skip
     assert all(r["n"] == 2 and r["model"] == "tiny-llama" and r["scope"] == "scored" for r in rows)
     assert {r["dense"] for r in rows if r["metric"] == "acc"} == {r["value"] for r in rows[:1]}  # beside dense's

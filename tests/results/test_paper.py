@@ -225,20 +225,6 @@ def test_guessing_has_a_line_below_the_unpruned_rows(tmp_path):
     assert made.body[1][1:3] == ["", "25.0"] and made.bold == {(2, 2), (4, 2)}
 
 
-def test_the_divergence_from_a_rounded_model_stands_beside_no_other(tmp_path):
-    """Its KL is from dense on 4 bits, that of others from dense; in a table of 4 bits there is one dense for all."""
-    rows = {"A": "griffin", "B": "wanda-sp", "C": {"method": "griffin", "ffn_bits": 4}}
-    draw, answers = np.random.default_rng(0), {}
-    for row, scale in (("A", 0.3), ("B", 0.5), ("C", 0.1)):
-        values = [{"acc": 1.0, "kl": [5 * scale * draw.gamma(4, 0.25), 5]} for _ in range(N)]
-        kl = Metric("easy", "kl", sum(v["kl"][0] for v in values) / (5 * N), 0.01, N, False)
-        answers[row, "easy"] = {"values": values, "metrics": [kl]}
-    column = {"KL": {"task": "easy", "metric": "kl"}}
-    made = shown(tmp_path / "a", answers, table(column, rows))
-    assert [row[2] == "-" for row in made.body] == [False, False, True] and made.bold == {(0, 2)}
-    assert shown(tmp_path / "b", answers, table(column, rows, ffn_bits=4)).body[2][2] != "-"
-
-
 def test_a_row_of_unrounded_weights_stands_beside_rounded_ones(tmp_path):
     """The table rounds to 4 bits, one row says 16: its number is not that of the 4 bits."""
     rows = {"Dense": "dense", "16 bits": {"method": "dense", "ffn_bits": 16}}
@@ -263,10 +249,8 @@ def test_the_file_gives_sweeps(tmp_path):
         (("smoke_questions",), 3, three), (("smoke_summary",), 2, three), (("smoke_questions",), 3, ("wanda-sp",)),
     ]  # fmt: skip
     assert len(configs(tmp_path, SMALL, {**SMALL, "name": "u"})) == 2  # of two tables
-    assert {(c.sparsity, c.seed, c.kl) for c in sweeps} == {((0.5,), 3, False)}
+    assert {(c.sparsity, c.seed) for c in sweeps} == {((0.5,), 3)}
     assert [c.limit for c in configs(tmp_path, SMALL, base={"limit": 5})] == [5, 2]  # half of it, rounded
-    kl = table({"Q": {**Q, "metric": "top1,none"}})
-    assert {c.kl for c in configs(tmp_path, kl)} == {True}  # dense runs beside only where that is shown
     short = load(file(tmp_path, table({"A": {"task": "arc", "metric": "acc"}})), config_from(None, BASE))
     assert {*short.sheets[0].cells["task"]} == {*short.sweeps[0].tasks} == {"arc_easy", "arc_challenge"}
 
