@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from dart_eval.layers.ffn import FFN
 from dart_eval.util.errors import UserError
 from dart_eval.weights import rounding
+
+Bits = TypeVar("Bits", float, Tensor)
+LINE = 8 * 64  # bits of a line, in which memory is fetched
 
 
 def keep_counts(ratios: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[int]:
@@ -112,8 +116,13 @@ def chosen_counts(
     return taken, exact_counts(wanted, taken, min(most_taken, rest - middle * most_taken))
 
 
+def in_lines(bits: Bits) -> Bits:
+    """Return the bits of the lines that hold a piece of memory, which begins one. bits: of the piece."""
+    return -((1e-6 - bits) // LINE) * LINE
+
+
 class NeuronCost:
-    """What tokens read and multiply that take some neurons of each FFN.
+    """What tokens read, fetch and multiply that take some neurons of each FFN.
 
     Args:
         sparsity: 0 reads everything, whatever is chosen.
@@ -134,7 +143,7 @@ class NeuronCost:
         for into, down, scales in map(rounding.bits_per_row, ffns):
             into, down, scales = into / unit, down / unit, scales / unit
             terms.append((scales, into * self.full, into * (self._matrices - 1 - self.full), down - scales))
-        self._terms = torch.tensor(terms, dtype=torch.float64)
+        self._terms, self._row = torch.tensor(terms, dtype=torch.float64), unit * ffns[0].width
 
     def read(self, counts: Tensor) -> Tensor:
         """Return the share of the served weight bytes that is read: [B] fp64. counts: [B, L, 3] long."""
@@ -146,6 +155,17 @@ class NeuronCost:
         """Return the share that tokens read of one FFN which take and write so many neurons: as `taken`, fp64."""
         always, in_mask, take, write = self._terms[layer]
         return ((always + in_mask) * self.ffns[layer].size + (take + write) * taken) / self._weights
+
+    def fetched(self, counts: Tensor, read: float) -> float:
+        """Return the share that is fetched. Arguments as of `computed`.
+
+        Whole matrices, and down's scales, lie from end to end. The rows of gate and up that a taken neuron reads lie
+        together, and so does its column of down: both begin a line.
+        """
+        whole = float((self._terms[:, :2] * self.counts[:, :2]).sum()) / self._weights
+        pieces = self._terms[:, 2:] * self._row
+        bits, lines = (float((each * counts[:, 1:]).sum()) for each in (pieces, in_lines(pieces)))
+        return whole + (read - whole) * lines / bits if bits else read
 
     def computed(self, counts: Tensor, read: float) -> float:
         """Return the share of the weights that a token multiplies. counts: [L, 3], as labelled; read: what it reads."""

@@ -29,6 +29,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from dart_eval.layers.ffn import FFN
+from dart_eval.pruning.counts import NeuronCost
 from dart_eval.util.bits import OWN_BITS, Stored
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.retired import retired
@@ -419,6 +420,16 @@ class Method:
     def computed(self, read: float) -> float:
         """Return the share of the FFN weights that a pruned token multiplies. read: the share that it reads."""
         return read
+
+    def fetched(self, read: float) -> float | None:
+        """Return the share of the served bytes that a token fetches in lines of 64 bytes; None: unknown.
+
+        Matrices lie as suits the method best: here whole, or by neurons (`NeuronCost.fetched`). read: a mean.
+        """
+        if not self.sized or self.granularity:
+            return None if self.sized else read
+        cost = NeuronCost(self.ffns, self.sparsity)
+        return cost.fetched(cost.counts, read)
 
     def nbytes(self) -> int:
         """Return the bytes of masks and statistics that all sequences share."""

@@ -192,6 +192,7 @@ class Record:
     by_task: Annotated[dict[str, dict[str, int | Finite]], "of each lm-eval task: below"] = Field(default_factory=dict)
     files: Annotated[dict[str, Json], holds(dict[str, File]), "its other files: below"] = Field(default_factory=dict)
     cut: Annotated[int | None, "documents whose prompt was cut to the context, over all tasks"] = None
+    fetched: Annotated[float | None, "`weights_read` in whole lines of 64 bytes; null: unknown"] = None
     samples: list[Json] = Field(default_factory=list, repr=False)
 
     @property

@@ -84,7 +84,9 @@ class Worker:
             share, inputs = session.share or rounding.served_share(ffns), rounding.served_share_of_inputs(ffns)
             outcome, halved = _smaller(lm, lambda: evaluate_task(lm, session, tasks, cell.task, config, journal))
             memory = cost.memory(session.method, ffns, session.fast.available, journal.state_bytes, cell.rounding)
-            computed = (session.writer or session.method).computed(outcome.cost.read)
+            pruner = session.writer or session.method
+            computed = pruner.computed(outcome.cost.read)
+            fetched = pruner.fetched(outcome.cost.read) if outcome.cost.read < 1 else 1.0  # then from end to end
         if states and states.gathering and whole:  # else some of its states are lost
             self._put(cell, states.tensors())
         measured = {
@@ -132,6 +134,7 @@ class Worker:
             environment={**environment(), **hardware({p.device for p in self.model.parameters()})},
             measured=measured,
             cut=sum(p["cut"] for p in outcome.prompts.values()),
+            fetched=None if fetched is None else fetched * share,
             samples=[{**s, "effective_sparsity": unread(s["effective_sparsity"], share)} for s in outcome.samples],
         )
         return outcome, record

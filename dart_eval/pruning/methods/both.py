@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN
+from dart_eval.pruning.counts import in_lines
 from dart_eval.pruning.method import option
 from dart_eval.pruning.methods.columns import Grinqh, Nested
 
@@ -127,6 +128,14 @@ class GradedBoth(Grinqh):
         known = (1 - self.entries_known) * h.square()
         open_ = (expected_square(act, products, errors, lift) - known).clamp(min=0)
         return top_k_mask(open_, torch.tensor(int(self.entries_neurons * open_.shape[-1] + 1e-9)))
+
+    def lines(self, matrix: Nested, x: Tensor, level: Tensor) -> float:
+        """A second look fetches its columns for all rows, as a line has bits of many; or its rows whole, of a copy."""
+        first = super().lines(matrix, x, level)
+        if matrix not in self._twice:
+            return first
+        rows = int(self.entries_neurons * matrix.rows + 1e-9) * in_lines(self.levels.bits[-1] * matrix.width)
+        return min(super().lines(matrix, x, self.second_look(x, matrix)), first + rows)
 
     def step_flops(self, shape: ModelShape) -> float:
         inputs, neurons = shape.width * (shape.ffn_matrices - 1), sum(shape.ffn_sizes)

@@ -124,6 +124,9 @@ class TokenChoice(Method):
     def computed(self, read: float) -> float:
         return self.cost.computed(self.counts, read)
 
+    def fetched(self, read: float) -> float:
+        return self.cost.fetched(self.counts, read)
+
     def why_no_kernel(self, ffns: Sequence[FFN]) -> str | None:
         return f"no kernel reads only the rows that {self.name} chooses"
 

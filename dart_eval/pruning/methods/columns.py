@@ -35,6 +35,7 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import bias_of, plain_matrix
 from dart_eval.pruning.caches import WeightCache, codes_of
 from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.counts import in_lines
 from dart_eval.pruning.method import Measured, option
 from dart_eval.pruning.rows import nbytes
 from dart_eval.util.bits import OWN_BITS, Rounding, Stored
@@ -268,6 +269,21 @@ class Grinqh(Measured):
     def count_bits(self, session: Session, bits: Tensor) -> None:
         """Add to what the current tokens read. bits: [B, T] or [B * T] fp64."""
         self.count(bits.view(session.valid.shape) / self._weights)
+
+    def fetched(self, read: float) -> float:
+        """Matrices lie by columns, each from a line on, the first bits of all rows first; scales from end to end.
+
+        Where a level is no whole lines, it is assumed to be as frequent as with normal inputs.
+        """
+        bits = 0.0
+        for matrix in itertools.chain(*self.matrices.values()):
+            x = torch.randn(16, matrix.width, generator=torch.Generator().manual_seed(0))
+            bits += self.lines(matrix, x, matrix.choose(x)) + matrix.rows * matrix.width * matrix.scale
+        return max(read, bits / self._weights)
+
+    def lines(self, matrix: Nested, x: Tensor, level: Tensor) -> float:
+        """Return the bits of the lines of columns that a token fetches: a mean. x: [T, n]; level: likewise, long."""
+        return float(in_lines(torch.tensor(self.levels.bits) * matrix.rows)[level].sum(-1).double().mean())
 
     def computed(self, read: float) -> float:
         return 1.0  # fewer bits are no fewer products

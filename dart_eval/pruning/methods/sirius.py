@@ -114,6 +114,12 @@ class Sirius(Method):
         tokens = ((self.every - 1) * pruned + 1) / read  # that a block gives
         return ((self.every - 1) * self.inner.computed(pruned) + self.every) / tokens
 
+    def fetched(self, read: float) -> float | None:
+        """Of the same blocks; dense fetches what it reads."""
+        pruned, rest = 1 - self.inner.sparsity, self.every - 1
+        lines = self.inner.fetched(pruned)
+        return lines and read * (rest * lines + 1) / (rest * pruned + 1)
+
     def step_flops(self, shape: ModelShape) -> float:
         """With dense's attention and head, which run again for each token (of tokens taken back they do not count)."""
         return self.inner.step_flops(shape) + shape.decode(1, 0.0)

@@ -30,7 +30,7 @@ from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import bias_of, weight_matrix
 from dart_eval.pruning.calibration import Calibration, Quantile
-from dart_eval.pruning.counts import keep_counts
+from dart_eval.pruning.counts import in_lines, keep_counts
 from dart_eval.pruning.method import Measured, option
 from dart_eval.pruning.methods.budgets import greedy
 from dart_eval.pruning.rows import nbytes
@@ -66,13 +66,15 @@ class InputColumns(Measured):
         self.bits = [[*stored_inputs(f), stored_of(f.down)] for f in ffns]  # per layer and matrix, down last
         self._weights = [f.size / everything / unit for f in ffns]  # of a matrix's column in all bits
         self._beside = always / sum(f.matrices for f in ffns)  # read with each matrix
-        read = total = scales = 0.0
+        read = gaps = total = scales = 0.0
         for ffn, bits, counts in zip(ffns, self.bits, self.counts, strict=True):
             for i, (stored, count) in enumerate(zip(bits, counts, strict=True)):
                 read += ffn.size * (count / self.inputs(ffn, i) * stored.code + stored.scale)
+                column = ffn.size * ffn.width / self.inputs(ffn, i) * stored.code  # bits of one
+                gaps += count * (in_lines(column) - column) / ffn.width
                 total += ffn.size * stored.total
                 scales += ffn.size * stored.scale
-        self._scales = scales / total
+        self._scales, self._gaps = scales / total, gaps / total
         self.fixed_read = read / total + always if sparsity else 1.0
 
     @staticmethod
@@ -167,6 +169,10 @@ class InputColumns(Measured):
         share = columns.sum(-1, dtype=torch.float64).cpu() / columns.shape[-1]
         read = (share * bits.code + bits.scale) * self._weights[ffn.layer]
         self.count(read + self._beside if self._beside else read)
+
+    def fetched(self, read: float) -> float:
+        """Matrices lie by columns, each from a line on; scales, and what is read beside columns, from end to end."""
+        return read + self._gaps
 
     def computed(self, read: float) -> float:
         return (read - self._scales) / (1 - self._scales)
