@@ -74,6 +74,7 @@ class Row:
     kl: Estimate | None = None  # divergence of dense's next-token distribution to the row's, in nats
     overhead: float = 0.0  # FLOPs that the method adds to a decoded token / FLOPs of a dense one
     speed: Speed | None = None  # of `bench decode`, if the folder has one; it may be the lack of a kernel
+    fetched: float | None = None  # the read in whole lines of 64 bytes; None where records do not know it
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -230,8 +231,15 @@ def _rows(
             compared=[one for _, seeds in of_row for one in _mean_compared([compared.get(r.key, ()) for r in seeds])],
             overhead=mean(mean(r.flops.get("overhead_share", 0.0) for r in seeds) for _, seeds in of_row),
             speed=speeds.of_cell(measured, first.inputs),
+            fetched=_mean_known([_mean_known([r.fetched for r in seeds]) for _, seeds in of_row]),
         ))  # fmt: skip
     return rows
+
+
+def _mean_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a value is missing."""
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def _by_seed(records: Sequence[Record]) -> list[list[Record]]:
@@ -433,6 +441,7 @@ class Verdict(NamedTuple):
     stands: Mapping[Row, str]  # the other pruned rows, each with where it stands beside the leader
     control: tuple[Row, str] | None  # likewise the best rounding that reads no more; None without any
     take: Row  # the leader, the cheapest row that is tied with it, or the rounding that is ahead
+    fetched: tuple[Row, str] | None = None  # as `control`, of the roundings that fetch no more than the leader
 
     def of(self, *words: str) -> list[Row]:
         """Return the other pruned rows that stand so beside the leader."""
@@ -462,12 +471,18 @@ def _verdict(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> Verdict
     rivals = [row for row in rows if row.kind == PRUNED and first in row.quality]
     if not rivals or all(row.read >= 1 for row in rivals) or any(row.about for row in rows):
         return None
-    most = max(row.read for row in rows) + WIDTH_OF_LEVEL
-    fitting = sorted((row for row in rounded if row.read <= most), key=lambda row: place(row, first))
     leader, stands = _leader(rivals)
-    words = _stands(leader, [_leader(fitting)[0]], float(len(fitting) * len(rivals))) if fitting else {}
-    control = next(iter(words.items()), None)
-    verdict = Verdict(leader, stands, control, leader)
+
+    def beside(most: float) -> tuple[Row, str] | None:
+        """Return the best rounding that reads, and so fetches, about so much at most, and where it stands."""
+        fitting = sorted((row for row in rounded if row.read <= most + WIDTH_OF_LEVEL), key=lambda r: place(r, first))
+        words = _stands(leader, [_leader(fitting)[0]], float(len(fitting) * len(rivals))) if fitting else {}
+        return next(iter(words.items()), None)
+
+    read = max(row.read for row in rows)
+    control, fetched = beside(read), beside(max(read, leader.fetched or 0.0))
+    other = fetched if fetched and (control is None or fetched[0] is not control[0]) else None
+    verdict = Verdict(leader, stands, control, leader, other)
     if control is not None and control[1] == AHEAD and not verdict.of(AHEAD, SPLIT):
         return verdict._replace(take=control[0])
     costs = {row: (round(row.overhead, 4), row.bytes_of("beside") or 0) for row in (leader, *verdict.of(TIED))}

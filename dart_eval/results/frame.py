@@ -341,7 +341,7 @@ def _row(record: Record, label: str, metric: Metric | None = None) -> Json:
         **{name: cell[name] for name in ("method", "params", "sparsity", "scope")},
         "task": cell["task"] if metric is None else metric.task, **number,
         **{name: used.get(name, getattr(record, name)) for name in ("mask_sparsity", "effective_sparsity")},
-        "weights_read": record.weights_read,
+        "weights_read": record.weights_read, "fetched": record.fetched,
         **{name: used.get(name, getattr(record, name)) for name in ("remasks", "tokens", "cut")},
         **{name: cell.get(name) for name in COLUMNS},
         **{f"flops_{name}": value for name, value in record.flops.items()},

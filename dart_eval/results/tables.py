@@ -32,6 +32,7 @@ from dart_eval.results.record import Record
 from dart_eval.results.show import Columns, Table
 from dart_eval.util.errors import UserError
 
+APART = 0.005  # half a point: of reads and what is fetched for them
 LEVEL_SHOWN = 0.025  # reads that differ by as much from the wanted one are shown
 MOST_NAMED = 3  # tasks in a title, or rows in a sentence; of more their number is given
 
@@ -71,8 +72,9 @@ def columns_of(block: Block) -> tuple[list[Column], int]:
              (sum(row.kl is not None and row.kind != CONTROL for row in rows), kl)]  # fmt: skip
     distances = [column for n, column in sorted(known, key=lambda pair: -pair[0]) if n]
     others = [metric for metric in [*block.tasks][1:] if metrics.kind_of(metric).group != metrics.PERPLEXITY]
+    fetched = [Column("fetched", _fetched)] * any((row.fetched or 0.0) - row.read >= APART for row in rows)
     spare = [
-        *distances[1:], Column("work", _work), Column("memory", partial(_bytes, name="beside")),
+        *distances[1:], *fetched, Column("work", _work), Column("memory", partial(_bytes, name="beside")),
         Column("state", partial(_bytes, name="state")), *(_value(metric, block) for metric in others),
     ]  # fmt: skip
     return [*columns, *distances[:1], *spare], len(spare)
@@ -112,6 +114,10 @@ def _kl(row: Row, floor: float) -> str:
 def _bytes(row: Row, name: str) -> str:
     value = row.bytes_of(name)
     return "-" if value is None or row.kind == CONTROL else metrics.size(value)
+
+
+def _fetched(row: Row) -> str:
+    return "-" if row.fetched is None else metrics.percent(row.fetched)
 
 
 def _work(row: Row) -> str:
@@ -173,11 +179,13 @@ def sentence(block: Block, verdict: Verdict) -> str:
         said = [f"is tied with {names(others)}{cheaper}"]
     said += [f"is not tested against {names(untested)}"] if untested else []
     text = f"At {metrics.percent(leader.read)} {row.name} ({amounts(row)}) {', and '.join(said)}."
-    if verdict.control is None:
-        return text
-    control, word = verdict.control
     words = {SPLIT: "ahead in one metric and behind in another", UNTESTED: "not tested"}
-    return f"{text} Rounding ({control.name}: {amounts(control)}) is {words.get(word, word)}."
+    at_fetched = f"{leader.name} fetches {_fetched(leader)}, and rounding to as much"
+    for head, control in (("Rounding", verdict.control), (at_fetched, verdict.fetched)):
+        if control is not None:
+            rounded, word = control
+            text = f"{text} {head} ({rounded.name}: {amounts(rounded)}) is {words.get(word, word)}."
+    return text
 
 
 def notes(board: Board) -> list[str]:
@@ -240,13 +248,14 @@ def _table(title: str, block: Block, levels: Sequence[tuple[Sequence[Row], Verdi
 
 QUALITY: Columns = {
     "n": ("n", str), "effective": ("effective_sparsity", metrics.three), "masked out": ("mask_sparsity", metrics.three),
-    "read": ("weights_read", metrics.three), "scope": ("scope", str),
+    "read": ("weights_read", metrics.three), "fetched": ("fetched", metrics.three), "scope": ("scope", str),
 }  # fmt: skip
 NO_NUMBER_NOTE = f"{metrics.NO_NUMBER}: answers were NaN or infinite; run the cell again in another dtype."
 QUALITY_NOTE = (
     "Value ± standard error. effective: sparsity over all tokens, dense ones included. masked out: share of neurons "
     "outside the mask. read: share of FFN weight bytes that a pruned token reads."
 )
+FETCHED_NOTE = "fetched: what is read, in whole lines of 64 bytes."
 COUNT, ONE = partial(metrics.size, unit=""), partial(metrics.number, digits=1)
 COSTS: Columns = {
     "read": ("weights_read", metrics.three), "context": ("flops_context_tokens", partial(metrics.number, digits=0)),
@@ -285,7 +294,10 @@ def quality(lines: pd.DataFrame, records: Sequence[Record]) -> list[Table]:
         own = [r for r in records if r.key in set(rows["key"])]
         broken = [NO_NUMBER_NOTE] if (data["text"] == metrics.NO_NUMBER).any() else []
         notes = [*model, *broken, QUALITY_NOTE, *upper_bounds(own), *about(own), *cut_prompts(own)]
-        tables.append(show.table(group, rows, {**_place(rows), **values, **QUALITY}, notes, QUALITY))
+        apart = any(rows["fetched"].astype(float) - rows["weights_read"] >= APART)
+        columns = {head: column for head, column in QUALITY.items() if head != "fetched" or apart}
+        notes += [FETCHED_NOTE] * apart
+        tables.append(show.table(group, rows, {**_place(rows), **values, **columns}, notes, columns))
     return tables
 
 

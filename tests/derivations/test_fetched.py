@@ -28,6 +28,7 @@ from dart_eval.util.bits import parse
 from tests.helpers.models import SMALL, made, random_tokens
 from tests.helpers.sessions import fed, fitting, generate, open_session, prompts_of
 
+pytestmark = pytest.mark.slow
 TOKENS = 8
 
 
@@ -157,17 +158,11 @@ def masked(session, ffn):
     return [session.masks(0)[ffn.layer].nonzero().flatten().tolist()] * 2
 
 
-@pytest.mark.parametrize("sizes", [UNEVEN, pytest.param(EVEN, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [UNEVEN, EVEN])
 @pytest.mark.parametrize(
     ("family", "method", "text"),
-    [
-        ("llama", "griffin", None),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("gpt2", "griffin", None), ("llama", "dart", None), ("llama", "flap", None),
-                         ("gpt2", "random", None), ("llama", "griffin", "4:32"), ("gpt2", "static", "3:16"))
-        ),
-    ],
+    [("llama", "griffin", None), ("gpt2", "griffin", None), ("llama", "dart", None), ("llama", "flap", None),
+     ("gpt2", "random", None), ("llama", "griffin", "4:32"), ("gpt2", "static", "3:16")],
 )  # fmt: skip
 def test_a_mask_fetches_its_neurons(family, method, text, sizes):
     model, rounding = model_of(family, sizes), text and parse(text)
@@ -176,7 +171,6 @@ def test_a_mask_fetches_its_neurons(family, method, text, sizes):
     assert formula == pytest.approx(counted) and (formula > 1.02 * read if sizes == UNEVEN else counted >= read - 1e-9)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [UNEVEN, EVEN])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
@@ -223,7 +217,6 @@ def columns(model, chosen_of, rounding=None, beside=0):
     return lines_of
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [UNEVEN, EVEN])
 @pytest.mark.parametrize(
     ("family", "method", "text"),
@@ -292,7 +285,6 @@ BITS = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [UNEVEN, EVEN])
 @pytest.mark.parametrize(("family", "method", "sparsity", "params"), BITS)
 def test_first_bits_are_fetched_in_lines(family, method, sparsity, params, sizes, monkeypatch):
@@ -307,7 +299,6 @@ def test_first_bits_are_fetched_in_lines(family, method, sparsity, params, sizes
     assert formula >= read - 1e-9 and formula == pytest.approx(counted, abs=1e-6 if whole else 0.2 * (formula - read))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [UNEVEN, EVEN])
 def test_sirius_fetches_what_its_blocks_do(sizes):
     model, every = model_of("llama", sizes), 4
@@ -322,7 +313,6 @@ def test_sirius_fetches_what_its_blocks_do(sizes):
         assert session.writer.fetched(read) == pytest.approx(counted, rel=2e-3)  # neurons are whole
 
 
-@pytest.mark.slow
 def test_what_is_read_whole_is_fetched_as_it_is_read_and_an_unknown_layout_is_not_guessed():
     with open_session(model_of("llama", UNEVEN), "rounding", 0.5) as session:
         assert session.method.fetched(read := session.method.fixed_read) == read

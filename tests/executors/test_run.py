@@ -217,8 +217,13 @@ def test_methods_run_on_rounded_weights_and_read_counts_their_bits(saved_llama, 
     for (method, own), record in found.items():
         whole = bits[own] / 16
         # the scales of down are read whole: .8 bits of a weight of one matrix of three
-        pruned = 0.54 * whole + 0.46 * (0 if own is None else 0.8) / 3 / 16
+        scales = (0 if own is None else 0.8) / 3 / 16
+        pruned = 0.54 * whole + 0.46 * scales
         assert record.weights_read == pytest.approx(whole if method == "dense" else pruned, rel=0.02)
+        # two rows of 32 codes with a scale each, then a column of 32 codes, to the ends of their lines
+        used, lines = {"4": (288 + 128, 512 + 512), "8": (544 + 256, 1024 + 512), None: (1, 1)}[own]
+        ends = 0 if method == "dense" else (record.weights_read - scales) * (lines / used - 1)
+        assert record.fetched == pytest.approx(record.weights_read + ends)
         assert record.effective_sparsity == pytest.approx(1 - record.weights_read)
         assert all(s["effective_sparsity"] == pytest.approx(1 - record.weights_read) for s in record.samples)
         command = record.settings["command"]

@@ -61,6 +61,30 @@ def test_over_tasks_it_is_one_ratio_of_sums(tmp_path):
     assert "guessing on rte." in said_of(made)
 
 
+def test_a_leader_that_fetches_more_than_it_reads_meets_the_rounding_that_fetches_as_much(tmp_path):
+    """At its read the leader beats rounding; in lines of memory it fetches as much as a rounding that beats it."""
+
+    def fetching(record, share):
+        return dataclasses.replace(record, fetched=share)
+
+    few, more = (choices(s, method="dense", read=r, ffn_bits=b) for s, r, b in ((0.3, 0.28, "4"), (0.8, 0.37, "6")))
+    records = [choices(0.8, method="dense"), few, fetching(more, 0.37), choices(0.25, method="random")]
+    scattered = fetching(choices(0.5), 0.36)
+    made = board_of(tmp_path, *records, scattered)
+    assert "griffin fetches 36 %, and rounding to as much (dense on 6 bits: " in said_of(made)
+    assert said_of(made).index("Rounding (dense on 4 bits") < said_of(made).index(" is behind. griffin fetches")
+    assert said_of(made).count("is ahead.") == 1 and places(made)[-1][0] == ("griffin", "*")
+    known = {row["method"]: row["fetched"] for row in rows_of(made) if row["fetched"] != "-"}
+    assert known == {"griffin": "36 %", "dense on 6 bits": "37 %"}
+    assert tables.board_tables([made])[0].fitted(80)[1] == ["state", "memory", "work"]
+    near = board_of(tmp_path / "near", *records, fetching(choices(0.5), 0.304))
+    assert "fetched" not in rows_of(near)[0] and "fetches" not in said_of(near)
+    for folder, there in ((tmp_path, True), (tmp_path / "near", False)):
+        records = (store := Store(folder)).load()
+        long = tables.quality(frame.lines(store, records), records)[0]
+        assert ("fetched" in long.columns) is ("lines of 64 bytes" in " ".join(long.notes)) is there
+
+
 def test_no_mean_goes_over_an_accuracy_and_a_perplexity(tmp_path):
     """By such a mean an answerer that guesses, with an endless perplexity, had two thirds of dense's quality."""
     pairs = [v["word_perplexity"] for v in perplexities(1.0, 40, seed=1)]
