@@ -190,7 +190,7 @@ def _samples(by_task: dict[str, list[Json]], lm: PrunedLM, tasks: dict[str, Task
     for name, samples in sorted(by_task.items()):
         for s in samples:
             used = lm.costs.get((name, s["doc_id"]), Cost())
-            ids = lm.token_ids.get((name, s["doc_id"]))
+            text = lm.texts.get((name, s["doc_id"]))
             texts = [r for of in s["resps"] for r in of if isinstance(r, str)]
             metrics = {m: _plain(s[m]) for m in s["metrics"]} | used.distance.pairs()
             gold = _gold(tasks[name], s["doc"])
@@ -203,7 +203,7 @@ def _samples(by_task: dict[str, list[Json]], lm: PrunedLM, tasks: dict[str, Task
                 "tokens": used.tokens, "remasks": used.remasks, "effective_sparsity": used.effective_sparsity,
                 **({"drift": used.trace} if used.trace else {}),
                 **({"kl_bins": used.distance.bins} if used.distance.bins else {}),
-                **({"token_ids": ids} if ids is not None else {}),
+                **({"token_ids": text.token_ids, "limited": text.limited} if text is not None else {}),
                 **({"texts": len(texts)} if len(texts) > 1 else {}),
                 **({"written": texts} if texts and s["filter"] != "none" else {}),
             })  # fmt: skip

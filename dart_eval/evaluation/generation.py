@@ -179,7 +179,8 @@ class Generator:
             cost = log.cost(row, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
             # Of what a writer takes back logits were watched, too.
             usable = watch.usable(row, counted if self.session.writer is None else None)
-            texts.append((prompt.request, Text(text, cost, prompt.cut, usable, tokens[:counted])))
+            limited = counted == unit.new_tokens
+            texts.append((prompt.request, Text(text, cost, prompt.cut, usable, tokens[:counted], limited)))
         return texts
 
     def _answer(self, tokens: list[int], stop: list[str]) -> str:

@@ -56,7 +56,7 @@ class PrunedLM(HFLM):
     Attributes:
         scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts have
             only `scored`.
-        token_ids: (task, doc_id) -> the tokens of its text, or of the first of several.
+        texts: (task, doc_id) -> its text, or the first of several.
         cut: (task, doc_id) of the cell's documents whose prompt does not fit in full.
         on_progress: called with the number of requests just finished, and of all that are known of.
         planned: sizes of forwards by which units are planned.
@@ -112,7 +112,7 @@ class PrunedLM(HFLM):
         self.kinds: set[str] = set()  # of the calls of the model so far
         self.costs: dict[tuple[str, int], Cost] = defaultdict(Cost)  # of each (task, doc_id)
         self.cut: set[tuple[str, int]] = set()
-        self.token_ids: dict[tuple[str, int], list[int]] = {}  # of each document's first text
+        self.texts: dict[tuple[str, int], Text] = {}
         self._known, self._clock = 0, time.monotonic()
 
     def _ask(
@@ -277,7 +277,7 @@ class PrunedLM(HFLM):
         texts = [answers[name] for name in names]
         for request, text in zip(requests, texts, strict=True):
             self._record(request, text.cost, text.cut)
-            self.token_ids.setdefault((request.task_name, request.doc_id), text.token_ids)
+            self.texts.setdefault((request.task_name, request.doc_id), text)
         return [text.text for text in texts]
 
 

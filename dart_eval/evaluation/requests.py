@@ -60,6 +60,7 @@ class Text:
         cut: whether the prompt did not fit in full.
         usable: whether its logits were finite.
         token_ids: its tokens, with those of the stop sequence.
+        limited: whether it has all the tokens that it may have.
     """
 
     __pydantic_config__ = CLOSED
@@ -69,6 +70,7 @@ class Text:
     cut: bool = False
     usable: bool = True
     token_ids: list[int] = field(default_factory=list)
+    limited: bool = False
 
 
 A = TypeVar("A", Score, Text)

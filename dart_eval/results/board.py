@@ -72,6 +72,9 @@ class Row:
     nats: Estimate | None = None  # log-likelihood of the right answers minus that under dense
     flips: Estimate | None = None  # share of items whose chosen answer is not dense's
     kl: Estimate | None = None  # divergence of dense's next-token distribution to the row's, in nats
+    same: Estimate | None = None  # tokens of a text before the first difference from dense's
+    length: Estimate | None = None  # tokens of texts / those of dense's
+    limited: Estimate | None = None  # share of texts with all the tokens that they may have
     overhead: float = 0.0  # FLOPs that the method adds to a decoded token / FLOPs of a dense one
     speed: Speed | None = None  # of `bench decode`, if the folder has one; it may be the lack of a kernel
     fetched: float | None = None  # the read in whole lines of 64 bytes; None where records do not know it
@@ -330,7 +333,10 @@ def _block(rows: Sequence[Row], scope: str, tasks: Tasks, own: Sequence[Row]) ->
     inside = [replace(row, quality=_qualities(row, tasks)) for row in [*own, *others]]
     of_first = tasks.get(first, ())
     everywhere = [task for of_metric in tasks.values() for task in of_metric]
-    for field_, name, of in (("nats", metrics.GOLD, of_first), ("flips", "flips", of_first), ("kl", "kl", everywhere)):
+    for field_, name, of in (
+        ("nats", metrics.GOLD, of_first), ("flips", "flips", of_first), ("kl", "kl", everywhere),
+        ("same", "dense_tokens", everywhere), ("length", "length", everywhere), ("limited", "limited", everywhere),
+    ):  # fmt: skip
         values: Sequence[Any] = _means(inside, name, of)
         inside = [replace(row, **{field_: value}) for row, value in zip(inside, values, strict=True)]
     known = {(one.metric.task, one.metric.metric): one for row in inside for one in row.compared}

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -164,7 +164,7 @@ def measured(metric: Metric, members: tuple[str, ...], frame: pd.DataFrame) -> M
 
 
 def _further(
-    measures: Mapping[tuple[str, str], Measure], frame: pd.DataFrame, names: Mapping[str, bool]
+    measures: Mapping[tuple[str, str], Measure], frame: pd.DataFrame, names: Mapping[str, bool | None]
 ) -> dict[tuple[str, str], Measure]:
     """Return measures that no record names, of the documents of each task's first one. names: -> higher is better.
 
@@ -175,7 +175,8 @@ def _further(
         firsts.setdefault(own.metric.task, own)
     further = {}
     for own, (name, up) in itertools.product(firsts.values(), names.items()):
-        metric = replace(own.metric, metric=name, value=math.nan, stderr=None, higher_is_better=up, aggregation="mean")
+        how = kind_of(name).kind if name != GOLD else "mean"
+        metric = replace(own.metric, metric=name, value=math.nan, stderr=None, higher_is_better=up, aggregation=how)
         measure = measured(metric, own.members, frame)
         inside = [task in own.members for task in frame["task"]]
         if measure is not None and (name == GOLD or frame.loc[inside, name].notna().all()):
@@ -189,19 +190,25 @@ def _further(
 def add_distances(own: Answers, dense: Answers, texts: bool = True) -> Answers:
     """Add the distances of answers from dense's, as metrics of their tasks; both are of the same documents.
 
-    `flips`: the chosen answer of an item differs. For texts `dense_rougeL`: ROUGE-L against dense's text, and
-    `dense_tokens`: tokens before the first difference.
+    `flips`: the chosen answer of an item differs. For texts `dense_rougeL`: ROUGE-L against dense's text;
+    `dense_tokens`: tokens before the first difference; `length`: tokens / dense's; `limited`: the share of texts with
+    all the tokens that they may have.
     """
-    of = {"flips": ("chosen", lambda a, b: float(a != b))}
-    if texts:
-        of |= {"dense_rougeL": ("text", _similarity), "dense_tokens": ("token_ids", _common)}
+    of: dict[str, tuple[str, Callable[..., Any]]] = {
+        "flips": ("chosen", lambda a, b: float(a != b)), "dense_tokens": ("token_ids", _common),
+        "length": ("token_ids", lambda a, b: [float(len(a)), float(len(b))]),
+        "limited": ("limited", lambda a, _: float(a)),
+    }  # fmt: skip
+    if texts:  # it takes time
+        of["dense_rougeL"] = "text", _similarity
     frame = own.documents.copy()
     for name, (column, distance) in of.items():
         sides = [side.documents[column] for side in (own, dense) if column in side.documents]
         if len(sides) == 2:
             values = [None if None in pair else distance(*pair) for pair in zip(*sides, strict=True)]
             frame[name] = pd.Series(values, frame.index, dtype=object)
-    further = _further(own.measures, frame, {name: name != "flips" for name in of})
+    better = {"flips": False, "dense_rougeL": True, "dense_tokens": True}
+    further = _further(own.measures, frame, {name: better.get(name) for name in of})
     return own._replace(documents=frame, measures={**own.measures, **further})
 
 

@@ -49,6 +49,8 @@ METRICS = {
     "flips": Kind(DISTANCE, percent=True),
     "dense_rougeL": Kind(DISTANCE, percent=True),
     "dense_tokens": Kind(DISTANCE, digits=1),
+    "length": Kind(DISTANCE, kind="ratio"),
+    "limited": Kind(DISTANCE, percent=True),
     **dict.fromkeys(("kl", "kl_reverse"), Kind(DISTANCE, kind="ratio")),
     **dict.fromkeys(("kl_p50", "kl_p95", "kl_p99"), Kind(DISTANCE, kind=None)),
     "rms_dp": Kind(DISTANCE, kind="rms", percent=True),

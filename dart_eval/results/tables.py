@@ -34,6 +34,10 @@ from dart_eval.util.errors import UserError
 
 APART = 0.005  # half a point: of reads and what is fetched for them
 LEVEL_SHOWN = 0.025  # reads that differ by as much from the wanted one are shown
+LENGTHS: dict[str, tuple[str, Callable[[float], str]]] = {  # of texts, by the field of a row
+    "length": ("tokens\nx dense", metrics.multiple), "limited": ("at the\nlimit", metrics.percent),
+    "same": ("tokens\nlike dense", partial(metrics.number, digits=1)),
+}  # fmt: skip
 MOST_NAMED = 3  # tasks in a title, or rows in a sentence; of more their number is given
 
 
@@ -76,8 +80,22 @@ def columns_of(block: Block) -> tuple[list[Column], int]:
     spare = [
         *distances[1:], *fetched, Column("work", _work), Column("memory", partial(_bytes, name="beside")),
         Column("state", partial(_bytes, name="state")), *(_value(metric, block) for metric in others),
+        *lengths_of(block),
     ]  # fmt: skip
     return [*columns, *distances[:1], *spare], len(spare)
+
+
+def lengths_of(block: Block) -> list[Column]:
+    """Return the columns on how long texts are, where the rows have them."""
+
+    def text(row: Row, name: str, shown: Callable[[float], str]) -> str:
+        return "-" if (value := getattr(row, name)) is None else shown(value.value)
+
+    tasks = [*chain(*block.tasks.values())]
+    return [
+        Column(head, partial(text, name=name, shown=shown), tasks)
+        for name, (head, shown) in LENGTHS.items() if any(getattr(row, name) for row in block.rows)
+    ]  # fmt: skip
 
 
 def _value(metric: str, block: Block) -> Column:

@@ -226,6 +226,7 @@ def test_a_document_and_a_record_say_how_far_they_are_and_texts_have_their_token
         assert metrics.main(m for m in record.metrics if metrics.kind_of(m.metric).group == metrics.DISTANCE) == []
         for s in samples if task == "smoke_summary" else ():
             assert len(s["token_ids"]) == s["tokens"] > 0
+            assert s["limited"] == (s["tokens"] == 5)
             assert s["responses"][0].strip() in tokenizer.decode(s["token_ids"], skip_special_tokens=True)
         if not asked:
             continue

@@ -95,7 +95,7 @@ def _asked(lm, **settings):
     for request in requests:
         request.args = (request.args[0], {**request.args[1], **settings})
     lm.generate_until(requests)
-    return [lm.token_ids["t", i] for i in range(3)], [lm.costs["t", i].tokens for i in range(3)]
+    return [lm.texts["t", i].token_ids for i in range(3)], [lm.costs["t", i].tokens for i in range(3)]
 
 
 @pytest.mark.parametrize("several", [False, True])

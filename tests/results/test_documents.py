@@ -119,7 +119,14 @@ def test_there_are_no_flips_where_a_document_has_no_answer(tmp_path):
 def test_texts_are_held_against_denses_own(tmp_path):
     dense = [("a cat sat on a mat", [1, 2, 3, 4]), ("one two three four", [5, 6]), ("the same", [7])]
     pruned = [("a cat sat on a mat", [1, 2, 3, 4]), ("one two six seven", [5, 9]), ("nothing at all", [8, 7])]
-    found = beside_dense(tmp_path, wrote("dense", dense), wrote("griffin", pruned))
+    sides = [wrote("dense", dense), wrote("griffin", pruned)]
+    for side in sides:
+        for sample in side.samples:
+            sample["limited"] = len(sample["token_ids"]) > 1
+    found = beside_dense(tmp_path, *sides)
+    lengths = {name: found["griffin", name]["value"] for name in ("length", "limited")}
+    assert lengths == pytest.approx({"length": 8 / 7, "limited": 1.0})
+    assert found["dense", "limited"]["value"] == pytest.approx(2 / 3)
     assert found["griffin", "dense_rougeL"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert found["griffin", "dense_tokens"]["value"] == pytest.approx((4 + 1 + 0) / 3)
 
