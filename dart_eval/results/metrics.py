@@ -51,8 +51,8 @@ METRICS = {
     "dense_tokens": Kind(DISTANCE, digits=1),
     "length": Kind(DISTANCE, kind="ratio"),
     "limited": Kind(DISTANCE, percent=True),
-    **dict.fromkeys(("kl", "kl_reverse"), Kind(DISTANCE, kind="ratio")),
-    **dict.fromkeys(("kl_p50", "kl_p95", "kl_p99"), Kind(DISTANCE, kind=None)),
+    **dict.fromkeys(("kl", "kl_reverse"), Kind(DISTANCE, kind="ratio", digits=5)),
+    **dict.fromkeys(("kl_p50", "kl_p95", "kl_p99"), Kind(DISTANCE, kind=None, digits=5)),
     "rms_dp": Kind(DISTANCE, kind="rms", percent=True),
     "top1": Kind(DISTANCE, kind="ratio", percent=True),
 }

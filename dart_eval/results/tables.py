@@ -70,7 +70,7 @@ def columns_of(block: Block) -> tuple[list[Column], int]:
     if any(row.speed for row in rows):
         columns.append(Column("speed\ntoday", _speed))
     flips = Column("flips", lambda row: metrics.percent(row.flips.value) if row.flips else "-", first)
-    floor = next((row.kl.value for row in rows if row.kind == NOISE and row.kl), 0.0)
+    floor = next((row.kl.value for row in rows if row.kind == NOISE and row.read >= 1 and row.kl), 0.0)
     kl = Column("KL nats" + "\nx noise" * (floor > 0), partial(_kl, floor=floor), [*chain(*block.tasks.values())])
     known = [(sum(row.flips is not None for row in rows), flips),
              (sum(row.kl is not None and row.kind != CONTROL for row in rows), kl)]  # fmt: skip

@@ -85,6 +85,37 @@ def test_a_leader_that_fetches_more_than_it_reads_meets_the_rounding_that_fetche
         assert ("fetched" in long.columns) is ("lines of 64 bytes" in " ".join(long.notes)) is there
 
 
+def test_a_divergence_is_a_multiple_of_the_noise_of_unrounded_weights(tmp_path):
+    def far(kl, **more):
+        made = choices(0.8, **more)
+        pairs = {"kl": [kl * 5, 5], "kl_reverse": [kl * 5, 5]}
+        samples = [{**s, "metrics": {**s["metrics"], **pairs}} for s in made.samples]
+        metrics = [*made.metrics, *(Metric("arc", name, kl, 0.0, len(samples), False) for name in pairs)]
+        return dataclasses.replace(made, metrics=metrics, samples=samples)
+
+    floor = {"method": "noise", "sparsity": 0.0}
+    noise, rounded = far(2e-4, read=1.0, **floor), far(0.1, read=0.28, ffn_bits="4", **floor)
+    made = board_of(tmp_path, choices(0.8, method="dense"), rounded, noise, far(0.004), far(0.1, method="random"))
+    known = {row["method"]: row["KL nats x noise"] for row in rows_of(made)}
+    assert known == {
+        "dense": "0", "noise": "0.0002 1.000x", "noise on 4 bits": "0.1 500x", "griffin": "0.004 20.0x",
+        "random": "0.1 500x", "guessing": "-",
+    }  # fmt: skip
+
+
+def test_texts_have_columns_on_their_lengths(tmp_path):
+    def wrote(method, lengths):
+        made = answered("xsum", [{"rougeL": 0.2 + 0.01 * n} for n in lengths], method, 0.7 * (method != "dense"))
+        for s, n in zip(made.samples, lengths, strict=True):
+            s.update(responses=["a"], token_ids=[1] * n, limited=n == 9)
+        return made
+
+    made = board_of(tmp_path, wrote("dense", [4, 6, 5, 9] * 5), wrote("griffin", [9, 6, 9, 9] * 5))
+    heads = ("tokens x dense", "at the limit", "tokens like dense")
+    found = [[row[head] for head in heads] for row in rows_of(made)]
+    assert found == [["1.000x", "25 %", "6.0"], ["1.38x", "75 %", "6.0"]]
+
+
 def test_no_mean_goes_over_an_accuracy_and_a_perplexity(tmp_path):
     """By such a mean an answerer that guesses, with an endless perplexity, had two thirds of dense's quality."""
     pairs = [v["word_perplexity"] for v in perplexities(1.0, 40, seed=1)]
