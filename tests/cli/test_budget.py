@@ -16,7 +16,7 @@ LINES = {
     "bench": 905, "cli": 1_335, "cluster": 220, "evaluation": 3_493, "export": 150, "kernels": 1_100, "layers": 1_645,
     "models": 600, "pruning": 5_304, "results": 4_670, "sweep": 1_775, "util": 831, "weights": 795,
 }  # fmt: skip
-PACKAGE_LINES, TEST_LINES, SCRIPT_LINES = 22_970, 21_720, 2_030
+PACKAGE_LINES, TEST_LINES, SCRIPT_LINES = 22_970, 21_740, 2_030
 LINES_PER_STATEMENT = 1.6  # 1.62 before methods were classes, whose name and summary are statements of one line
 
 
