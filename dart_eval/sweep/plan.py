@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dart_eval.evaluation.task_names import tasks_dir
@@ -55,14 +56,20 @@ class Cell:
     def title(self) -> str:
         """For people: task, method with the parameters that are not its defaults, sparsity, and another scope."""
         sparsity = f" {percent(self.sparsity)}" if self.method.sized else ""
-        bits = f" on {self.rounding.text}{'' if self.rounding.k else '-bit'} weights" if self.rounding else ""
+        bits = f" on {self.rounding.text}{'-bit' if self.rounding.plain else ''} weights" if self.rounding else ""
         scope = self.inputs.get("scope", DEFAULTS["scope"])
         return f"{self.task} {self.method.spec}{sparsity}{bits}" + (f", {scope}" if scope != DEFAULTS["scope"] else "")
 
     @property
+    def text(self) -> str:
+        """The calibration text, for people."""
+        text = self.config.calibration
+        return "the shipped text" if text is None else Path(text).name if Path(text).is_file() else text
+
+    @property
     def name(self) -> str:
         sparsity = f"-{self.sparsity:g}" if self.method.sized else ""
-        bits = f"-{self.rounding.text.replace(':', '-')}{'' if self.rounding.k else 'bit'}" if self.rounding else ""
+        bits = f"-{self.rounding.text.replace(':', '-')}{'bit' if self.rounding.plain else ''}" if self.rounding else ""
         return f"{self.task}-{self.method.name}{sparsity}{bits}"
 
 
@@ -106,6 +113,7 @@ def plan(
         # The shape of a batch moves last digits. They show in half precision, and where a token chooses its neurons
         # or inputs, or a router its experts: near a tie it takes others. A batch also shares its random numbers.
         moves = model.dtype != "float32" or method.by_token or model.routes
+        calibrates = method.calibrates or bool(rounding and rounding.by)
         inputs = {
             "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
             "method": method.name, "params": method.params(), "sparsity": sparsity,
@@ -113,10 +121,10 @@ def plan(
             "execution": "masked", "task": task, "task_hash": hashes[task],
             "batch_size": config.batch_size if moves or task in drawn else None,
             "share_prefix": True if moves else None,
-            "calibration": text if method.calibrates else None, "code": shared_hash(tasks_dir()),
+            "calibration": text if calibrates else None, "code": shared_hash(tasks_dir()),
             "method_code": digest(method_files(method)), "versions": versions(),
             "method_files": [hashlib.sha256(content).hexdigest() for content in method.contents()],
-            **(drawn_tokens if method.calibrates else {}),
+            **(drawn_tokens if calibrates else {}),
             **({} if rounding is None else {"ffn_bits": rounding.text}),
         }  # fmt: skip
         return Cell(method, sparsity, task, inputs, rounding, config, shelf, dense)

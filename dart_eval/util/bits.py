@@ -12,6 +12,8 @@ SCALE_BITS = 16
 LAST_BITS = "last bits"  # left out of every weight by rounding
 GROUP = 32
 BLOCK = 256  # weights that share the factors of a K-quant
+GPTQ, IMATRIX = "gptq", "imatrix"  # what looks at a calibration text as weights are rounded
+MATRICES = ("gate", "up", "down")  # that a mix tells apart
 
 
 class KQuant(NamedTuple):
@@ -32,34 +34,51 @@ class Rounding(NamedTuple):
         bits: of a code, 2 to 8.
         group: weights that share a scale, neighbours in a row (the weights of one output); 0: a whole row.
         k: whether it is a K-quant of llama.cpp (`k_quants`), whose bits decide `group`.
+        by: what looks at a calibration text, `GPTQ` (whose groups also have a zero, of `bits` bits) or `IMATRIX`;
+            empty: weights alone decide.
+        parts: matrices (`MATRICES`) that are rounded otherwise, and how.
     """
 
     bits: int
     group: int = GROUP
     k: bool = False
+    by: str = ""
+    parts: tuple[tuple[str, Rounding], ...] = ()
 
     @property
     def text(self) -> str:
-        """The user's spelling: `4`, `4:64`, `4:row`, `q4_k`."""
+        """The user's spelling: `4`, `4:64`, `4:row`, `q4_k`, `q4_k+imatrix`, `gptq4:32+down5:128`."""
         if self.k:
-            return f"q{self.bits}_k"
+            return f"q{self.bits}_k" + (f"+{self.by}" if self.by else "")
+        if self.by:
+            return "+".join(f"{name}{one.bits}:{one.group or 'row'}" for name, one in ((self.by, self), *self.parts))
         return f"{self.bits}" + ("" if self.group == GROUP else f":{self.group or 'row'}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether its text is a number of bits."""
+        return not (self.k or self.by)
+
+    def of(self, matrix: str) -> Rounding:
+        """Return how one of `MATRICES` is rounded."""
+        return dict(self.parts).get(matrix) or self._replace(parts=())
 
     def weight_bits(self, width: int) -> float:
         """Return the bits of a weight with its part of a scale, in rows of `width` weights."""
         return self.stored(width).total
 
     def stored(self, width: int) -> Stored:
-        """Return the bits of a weight, of its code and of scales, in rows of `width` weights."""
+        """Return the bits of a weight, of its code and of scales, in rows of `width` weights; none of `parts`."""
         if self.k:
             of = K_QUANTS[self.bits]
             scales = -(-width // of.group) * of.group_bits + -(-width // BLOCK) * of.factors * SCALE_BITS
             return Stored(self.bits, scales / width)
-        return Stored(self.bits, SCALE_BITS * -(-width // (self.group or width)) / width)
+        shared = SCALE_BITS + (self.bits if self.by else 0)
+        return Stored(self.bits, shared * -(-width // (self.group or width)) / width)
 
 
 def parse(text: str) -> Rounding | None:
-    """Parse `4`, `4:64`, `4:row` or `q4_k`; None for `16`, unrounded weights.
+    """Parse `4`, `4:64`, `4:row`, `q4_k`, or what is calibrated (`Rounding.text`); None for `16`, unrounded weights.
 
     Raises:
         UserError: it is none of these.
@@ -67,17 +86,22 @@ def parse(text: str) -> Rounding | None:
     spelled = text.strip().lower()
     if spelled == str(OWN_BITS):
         return None
-    if match := re.fullmatch("q([345])_k", spelled):
-        return Rounding(bits := int(match[1]), K_QUANTS[bits].group, k=True)
-    match = re.fullmatch("([2-8])(?::(row|[0-9]{1,9}))?", spelled)
-    size = 0 if not match or match[2] == "row" else int(match[2] or GROUP)
-    if not match or (match[2] != "row" and size < 2):
+    if match := re.fullmatch(rf"q([345])_k(?:\+({IMATRIX}))?", spelled):
+        return Rounding(bits := int(match[1]), K_QUANTS[bits].group, k=True, by=match[2] or "")
+    items = [re.fullmatch("([a-z]*)([2-8])(?::(row|[0-9]{1,9}))?", item) for item in spelled.split("+")]
+    of = {m[1]: Rounding(int(m[2]), 0 if m[3] == "row" else int(m[3] or GROUP), by=GPTQ) for m in items if m}
+    small = any(m and (m[3] or "row") != "row" and int(m[3]) < 2 for m in items)
+    if small or len(of) < len(items) or not ({*of} == {""} or {GPTQ} <= {*of} <= {GPTQ, *MATRICES}):
         raise UserError(
             f"--ffn-bits {text!r} is not understood",
             f"write 4, 4:64 (2 to 8 bits, and the weights that share a scale; {GROUP} if not given), 4:row, or q3_k, "
-            f"q4_k, q5_k; {OWN_BITS} is unrounded",
+            f"q4_k, q5_k; calibrated gptq4:32, gptq4:32+down5:128 (also gate, up) or q4_k+{IMATRIX}; {OWN_BITS} is "
+            "unrounded",
         )
-    return Rounding(int(match[1]), size)
+    if "" in of:
+        return of[""]._replace(by="")
+    parts = ((name, of[name]) for name in MATRICES if of.get(name, of[GPTQ]) != of[GPTQ])
+    return of[GPTQ]._replace(parts=tuple(parts))
 
 
 # One for each number of bits, to stand beside methods that read as much.

@@ -45,7 +45,7 @@ def counted(number: int, thing: str) -> str:
 
 def bits_text(text: str) -> str:
     """Return a rounding in words: `4 bits`, `q4_k`. text: the user's spelling."""
-    return text if text.startswith("q") else f"{text} bits"
+    return f"{text} bits" if text[:1].isdigit() else text
 
 
 def items_of(value: object) -> list[Any]:

@@ -27,6 +27,8 @@ ORDER = torch.tensor([16 * i + 4 * lane + e for lane in range(4) for i in range(
 
 def why_no_kernel(rounding: Rounding, width: int) -> str | None:
     """Return why no kernel reads rows of `width` codes, or None."""
+    if rounding.by:
+        return f"no kernel reads {rounding.text}"
     group = rounding.group if 0 < rounding.group < width else 0
     if rounding.k or rounding.bits not in BITS or group % COLUMNS:
         how = f"{rounding.bits} bits in groups of {rounding.group}"
