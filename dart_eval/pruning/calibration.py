@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dart_eval.layers import experts
 from dart_eval.layers.ffn import FFN
@@ -100,17 +101,37 @@ class Calibration:
             self._run(lambda layer, h: see(layer, inputs.pop(layer)[-len(h) :], h))
 
     def once(self, name: str, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return a statistic on the CPU, from the cache if possible. name: its cache key."""
+        """Return a statistic on the CPU, from memory or the cache if possible. name: its cache key."""
         if name not in self._statistics:
-            ids = hashlib.sha256(self._ids.numpy().tobytes()).hexdigest()
-            of = {"statistic": name, "ids": ids, "tokens": self.tokens}
-            tensors = None if self.cache is None else self.cache.get(of)
-            if tensors is None:
-                tensors = [tensor.cpu() for tensor in measure()]
-                if self.cache is not None:
-                    self.cache.put(of, tensors)
-            self._statistics[name] = tensors
+            self._statistics[name] = self.kept(name, measure)
         return self._statistics[name]
+
+    def kept(self, name: str, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Return what is measured on the text, on the CPU, from the cache if possible. name: its cache key."""
+        ids = hashlib.sha256(self._ids.numpy().tobytes()).hexdigest()
+        of = {"statistic": name, "ids": ids, "tokens": self.tokens}
+        tensors = None if self.cache is None else self.cache.get(of)
+        if tensors is None:
+            tensors = [tensor.cpu() for tensor in measure()]
+            if self.cache is not None:
+                self.cache.put(of, tensors)
+        return tensors
+
+    def batch(self, most: int) -> tuple[Tensor, Tensor]:
+        """Return the text's passages as one batch.
+
+        Args:
+            most: tokens that are read, if not fewer are to be.
+
+        Returns:
+            [n, T] ids, filled up behind the ends of passages, where no token looks, and [n, T] bool, which are the
+            text's.
+        """
+        passages_, skip = self._passages(most if self.tokens is None else min(most, self.tokens))
+        ids = pad_sequence(passages_, batch_first=True, padding_value=int(passages_[0][-1]))
+        length = torch.tensor([len(passage) for passage in passages_])
+        place = torch.arange(ids.shape[1])
+        return ids, (place >= skip) & (place < length[:, None])
 
     @functools.cached_property
     def _ids(self) -> Tensor:
@@ -148,12 +169,7 @@ class Calibration:
 
     def _run(self, take: Callable[[int, Tensor], None]) -> None:
         """Run the text, passage by passage. take: called with each layer's index and its h, [T, F] fp32."""
-        ids = self._ids
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        skip = int(bos is not None and len(ids) > 0 and int(ids[0]) == bos)  # segments begin as prompts do, uncounted
-        ids = ids[skip:]
-        if len(ids) < 2:
-            raise UserError("the calibration text is empty", "give another one")
+        segments, skip = self._passages(self.tokens)
 
         def watch(layer: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -163,16 +179,29 @@ class Calibration:
 
         base = getattr(self.model, "base_model", self.model)
         device = input_device(self.model)
-        config: Any = self.model.config
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or SEGMENT + skip
         with contextlib.ExitStack() as inside:
             for f in self.ffns:
                 inside.enter_context(f.into.register_forward_pre_hook(watch(f.layer)))
             inside.enter_context(evaluating(self.model))
             inside.enter_context(experts.taken_over(self.model))
-            for segment in passages(ids, max(1, min(SEGMENT, positions - skip)), self.tokens):
-                start = torch.tensor([bos] * skip, dtype=segment.dtype)
-                base(input_ids=torch.cat([start, segment])[None].to(device), use_cache=False)
+            for segment in segments:
+                base(input_ids=segment[None].to(device), use_cache=False)
+
+    def _passages(self, most: int | None) -> tuple[list[Tensor], int]:
+        """Return passages that begin as prompts do, and how many first tokens of each do not count. most: that count.
+
+        Raises:
+            UserError: the text is empty.
+        """
+        ids = self._ids
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        skip = int(bos is not None and len(ids) > 0 and int(ids[0]) == bos)
+        if len(ids) < 2 + skip:
+            raise UserError("the calibration text is empty", "give another one")
+        config: Any = self.model.config
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or SEGMENT + skip
+        drawn = passages(ids[skip:], max(1, min(SEGMENT, positions - skip)), most)
+        return [torch.cat([ids[:skip], passage]) for passage in drawn], skip
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ keeps its dtype and holds the rounded values, so that every execution runs on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from dart_eval.layers.experts import ExpertProjection
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns, refuse_second
-from dart_eval.layers.projection import is_conv1d, plain_matrix
+from dart_eval.layers.projection import plain_matrix
 from dart_eval.layers.quantised import RECORDS, Record
-from dart_eval.util.bits import OWN_BITS, Rounding, Stored, parse
+from dart_eval.util.bits import MATRICES, OWN_BITS, Rounding, Stored, parse
 from dart_eval.util.errors import UserError
 from dart_eval.weights import k_quants
+from dart_eval.weights.calibrated import Place, Text, calibrated, laid_out
 from dart_eval.weights.codes import Packed
 
 # Scales that are tried, as factors on the one that just reaches a group's largest weight.
@@ -28,12 +29,15 @@ CHUNK = 1 << 22  # weights that are rounded at a time
 
 
 @torch.no_grad()
-def rounded(weight: Tensor, rounding: Rounding) -> Packed:
+def rounded(weight: Tensor, rounding: Rounding, squares: Tensor | None = None) -> Packed:
     """Round a matrix [out, in] so that the squared error of each group is small.
 
     The group's largest weight sets the first scale, with the sign that gives it the code -2^(bits - 1), which has no
     positive counterpart. `FACTORS` times that scale are tried, each fitted to its codes by least squares, and the best
     is taken.
+
+    Args:
+        squares: [in] fp32, the mean square of each input on a calibration text, of a K-quant with importance weights.
     """
     if weight.is_meta:  # a shape alone
         shared = len(weight), -(-weight.shape[1] // (rounding.group or weight.shape[1]))
@@ -42,20 +46,25 @@ def rounded(weight: Tensor, rounding: Rounding) -> Packed:
     width = weight.shape[1]
     group, parts = min(rounding.group, width) or width, []
     for rows in weight.split(max(1, CHUNK // width)):
-        groups = nn.functional.pad(rows.float(), (0, -width % group)).view(len(rows), -1, group)
-        code, *of_groups = _group_codes(groups, rounding)
+
+        def grouped(values: Tensor) -> Tensor:
+            return nn.functional.pad(values, (0, -width % group)).view(len(values), -1, group)
+
+        importance = None if squares is None else grouped(k_quants.importance_of(rows.float(), squares))
+        code, *of_groups = _group_codes(grouped(rows.float()), rounding, importance)
         parts.append([code.flatten(1)[:, :width].to(torch.int8), *(part.squeeze(-1) for part in of_groups)])
     codes, scales, *offsets = (torch.cat(part) for part in zip(*parts, strict=True))
     return Packed(codes, scales, rounding, *offsets)
 
 
-def _group_codes(groups: Tensor, rounding: Rounding) -> tuple[Tensor, ...]:
+def _group_codes(groups: Tensor, rounding: Rounding, importance: Tensor | None) -> tuple[Tensor, ...]:
     """Return codes [R, G, group], scales [R, G, 1], and the value of code 0 [R, G, 1] unless it is 0. groups: fp32."""
     bits = rounding.bits
     if rounding.k and bits > 3:
-        return k_quants.with_minima(groups, bits)
-    scale = _best_scale(groups, bits)
-    scale = k_quants.multiples(scale, bits, k_quants.MOST_SIGNED) if rounding.k else scale.half()
+        return k_quants.with_minima(groups, bits, importance)
+    scale = _best_scale(groups, bits, importance)
+    of_group = None if importance is None else importance.sum(-1, keepdim=True)
+    scale = k_quants.multiples(scale, bits, k_quants.MOST_SIGNED, of_group) if rounding.k else scale.half()
     return _codes(groups, scale.float(), bits), scale
 
 
@@ -65,16 +74,17 @@ def _codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-half, half - 1)
 
 
-def _best_scale(groups: Tensor, bits: int) -> Tensor:
-    """Return [..., 1] fp32, the scale of each group. groups: [..., group] fp32."""
+def _best_scale(groups: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+    """Return [..., 1] fp32, the scale of each group. groups, importance: [..., group] fp32."""
+    weighed = 1.0 if importance is None else importance
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     first = -largest / 2 ** (bits - 1)
     best, least = first, torch.full_like(first, torch.inf)
     for factor in FACTORS:
         code = _codes(groups, first * factor, bits)
-        square = code.square().sum(-1, keepdim=True)
-        product = (groups * code).sum(-1, keepdim=True)
-        scale = product / square.clamp_min(1)
+        square = (code.square() * weighed).sum(-1, keepdim=True)
+        product = (groups * code * weighed).sum(-1, keepdim=True)
+        scale = product / torch.where(square == 0, 1.0, square)
         error = -product * scale  # squared error, up to a constant
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
@@ -97,13 +107,18 @@ def about(ffns: Sequence[FFN]) -> bool:
     return any(stored_of(m).about for f in ffns for m in f.projections)
 
 
+def matrices(ffn: FFN) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the projections of an FFN, each after its name in a mix (`bits.MATRICES`); a fused one is called up."""
+    return ((name, module) for name in MATRICES if (module := getattr(ffn, name)) is not None)
+
+
 def served_bits(ffns: Sequence[FFN], rounding: Rounding | None = None) -> float:
     """Return the mean bits of an FFN weight over all layers, scales included: as served now, or under a rounding."""
     bits = weights = 0.0
     for ffn in ffns:
-        for module in ffn.projections:
+        for name, module in matrices(ffn):
             size = (2 if ffn.fused and module is ffn.up else 1) * ffn.size * ffn.width
-            stored = stored_of(module) if rounding is None else rounding.stored(plain_matrix(module).shape[1])
+            stored = stored_of(module) if rounding is None else rounding.of(name).stored(plain_matrix(module).shape[1])
             bits += stored.total * size
             weights += size
     return bits / weights
@@ -129,12 +144,24 @@ def bits_per_row(ffn: FFN) -> tuple[float, float, float]:
     return sum(bits.total for bits in inputs) / len(inputs), down.total, down.scale
 
 
-def refuse_fixed(ffns: Sequence[FFN]) -> None:
+def refuse_fixed(ffns: Sequence[FFN], rounding: Rounding | None = None) -> None:
     """Refuse FFN weights that cannot be rounded.
 
     Raises:
-        UserError: they are quantised already, or have no parameter of their own.
+        UserError: they are quantised already, or have no parameter of their own, or what the rounding needs.
     """
+    parts = dict(rounding.parts) if rounding else {}
+    for wrong, reason in (
+        (rounding and rounding.by and any(f.routed for f in ffns), "takes no routed experts"),
+        (rounding and rounding.by and any(f.runs > 1 for f in ffns), "takes no layers that run several times a token"),
+        ("gate" in parts and not all(f.gated for f in ffns), "names a gate, and this model has none"),
+        (
+            parts.get("gate") != parts.get("up") and any(f.fused for f in ffns),
+            "parts gate and up, which are one matrix",
+        ),
+    ):
+        if wrong and rounding:
+            raise UserError(f"{rounding.text} {reason}", "use another format, such as q4_k or gptq4:32")
     try:
         for module in (m for f in ffns for m in f.projections):
             parameter_of(module)
@@ -148,21 +175,23 @@ class Rounded:
     Args:
         model: with plain weights.
         rounding: of the weights, applied once.
+        text: what a calibrated rounding looks at; None: others only.
 
     Raises:
-        UserError: the weights are quantised already.
+        UserError: the weights are quantised already, or the rounding needs what there is not.
     """
 
-    def __init__(self, model: nn.Module, rounding: Rounding) -> None:
+    def __init__(self, model: nn.Module, rounding: Rounding, text: Text | None = None) -> None:
+        ffns = find_ffns(model)
+        refuse_fixed(ffns, rounding)
+        places = [Place(module, parameter_of(module), rounding.of(name)) for f in ffns for name, module in matrices(f)]
+        packed: Iterable[Packed] = (rounded(plain_matrix(place.module), place.rounding) for place in places)
+        if rounding.by:
+            packed = calibrated(model, places, rounding.text, text, rounded)
         self._parts: list[tuple[nn.Module, nn.Parameter, Tensor, Record]] = []  # with rounded values
-        for module in (m for f in find_ffns(model) for m in f.projections):
-            matrix, parameter = plain_matrix(module), parameter_of(module)
-            values = rounded(matrix, rounding).decoded(matrix.dtype)
-            if isinstance(module, ExpertProjection):  # in the layout of the parameter
-                values = module.stored(values)
-            elif is_conv1d(module):
-                values = values.T.contiguous()
-            self._parts.append((module, parameter, values, Record(rounding.stored(matrix.shape[1]))))
+        for (module, parameter, own), codes in zip(places, packed, strict=True):
+            values = laid_out(module, codes.decoded(parameter.dtype))
+            self._parts.append((module, parameter, values, Record(own.stored(codes.shape[1]))))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -190,7 +219,7 @@ def parameter_of(module: nn.Module) -> nn.Parameter:
 
 
 @contextmanager
-def rounded_ffns(model: nn.Module, bits: int | str) -> Iterator[None]:
+def rounded_ffns(model: nn.Module, bits: int | str, text: Text | None = None) -> Iterator[None]:
     """Round the FFN weights of a model while the block runs; `prune()` may begin inside.
 
         with dart_eval.rounded_ffns(model, 4), dart_eval.prune(model, "griffin", 0.5):
@@ -199,6 +228,8 @@ def rounded_ffns(model: nn.Module, bits: int | str) -> Iterator[None]:
     Args:
         model: a Hugging Face causal language model.
         bits: of a weight, 2 to 8; as text also with the weights that share a scale, `"4:64"` (default 32), `"4:row"`.
+        text: what calibrated formats such as `"gptq4:32"` look at, `Calibration(model, tokenizer)` of
+            `dart_eval.pruning.calibration`.
 
     Raises:
         UserError: other bits, an FFN that is not understood, weights that are quantised already, or a model under a
@@ -209,5 +240,5 @@ def rounded_ffns(model: nn.Module, bits: int | str) -> Iterator[None]:
     if rounding is None:
         yield
         return
-    with Rounded(model, rounding).in_place():
+    with Rounded(model, rounding, text).in_place():
         yield
