@@ -15,6 +15,7 @@ from dart_eval.bench import decode, shapes
 from dart_eval.bench.decode import Row, Setting
 from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
+from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dense import Dense
 from dart_eval.results.metrics import sparsity as percent
@@ -22,7 +23,7 @@ from dart_eval.results.show import Table
 from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
-from dart_eval.util.text import Json
+from dart_eval.util.text import Json, bits_text
 from dart_eval.weights.rounding import Rounded, refuse_fixed
 
 BYTES_ONLY = "bytes only"  # stands in place of times
@@ -79,14 +80,19 @@ class Subject(NamedTuple):
         Raises:
             UserError: no method can run, or the weights cannot be rounded.
         """
-        if roundings:
-            refuse_fixed(find_ffns(self.model))
+        for wanted in roundings:
+            refuse_fixed(find_ffns(self.model), wanted)
+            if wanted.by and self.tokenizer is None:
+                raise UserError(
+                    f"{wanted.text} calibrates on a text, and random weights have no tokenizer", "give a model"
+                )
+        text = Calibration(self.model, self.tokenizer)
         for rounding in (None, *roundings):
-            where = f" on {rounding.text} bits" if rounding else ""
+            where = f" on {bits_text(rounding.text)}" if rounding else ""
             if rounding is not None:
                 note(f"measuring dense{where}")
                 yield self._measured(Dense(), 0.0, setting, rounding)
-            with contextlib.nullcontext() if rounding is None else Rounded(self.model, rounding).in_place():
+            with contextlib.nullcontext() if rounding is None else Rounded(self.model, rounding, text).in_place():
                 reasons = [self.refused(method, sparsity) for method in methods]
                 if rounding is None and all(reasons) and (reason := reasons[0]):
                     raise UserError(f"{methods[0].spec} at sparsity {sparsity:g}: {reason.problem}", reason.remedy)
@@ -154,7 +160,7 @@ def _read(row: Row) -> str:
 COLUMNS_NOTE = "docs/concepts.md explains the columns."
 QUARTILES, STEPS = "{0.median:.2f}x [{0.low:.2f}, {0.high:.2f}]", "{0.median:.2f}"
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "method": lambda r: r.method + (f" on {r.bits} bits" if r.bits else ""),
+    "method": lambda r: r.method + (f" on {bits_text(r.bits)}" if r.bits else ""),
     "read": _read,
     "speed-up": lambda r: BYTES_ONLY if r.why else _form(r.speedup, QUARTILES),
     "over kernel": lambda r: _form(r.over_kernel),

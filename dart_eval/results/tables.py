@@ -18,6 +18,7 @@ from dart_eval.results.board import (
     GUESSING,
     NOISE,
     PRUNED,
+    ROUNDING,
     SPLIT,
     TIED,
     UNTESTED,
@@ -210,12 +211,18 @@ def notes(board: Board) -> list[str]:
     """Return remarks on the numbers."""
     rows = [row for block in board.blocks for row in block.rows]
     records = [record for row in rows for record in row.records]
-    read_text = dict.fromkeys(row.label for row in rows if any(r.inputs.get("calibration") for r in row.records))
+    texts: dict[str, dict[str, None]] = {}  # of a text, the rows that are calibrated on it
+    for row in rows:
+        for record in row.records:
+            if record.inputs.get("calibration"):
+                texts.setdefault(str(record.settings.get("calibration", "a text")), {})[row.label] = None
+    plain = [row for row in rows if row.kind == ROUNDING and not any(row.label in names for names in texts.values())]
     shown = {task for block in board.blocks for tasks in block.tasks.values() for task in tasks}
     missing = sorted({task for row in board.rows for task in row.values} - shown)
     return [
         *board.notes, *about(records), *upper_bounds(records),
-        *([f"Calibrated on a text in advance: {', '.join(read_text)}."] if read_text else []),
+        *(f"Calibrated on {text} in advance: {', '.join(names)}." for text, names in texts.items()),
+        *([f"Rounded without calibration: {', '.join(dict.fromkeys(row.label for row in plain))}."] if plain else []),
         *([f"Left out of means, since some rows lack them: {', '.join(missing)} (--view long)."] if missing else []),
     ]  # fmt: skip
 

@@ -18,6 +18,7 @@ from dart_eval.evaluation.task_names import config_of as task_config
 from dart_eval.evaluation.task_names import own
 from dart_eval.evaluation.tasks import weigh_scored_text
 from dart_eval.models.loading import ModelSpec, resolve
+from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import Session, prune
 from dart_eval.sweep.options import config_of
@@ -72,7 +73,8 @@ class DartLM(PrunedLM):
         weigh_scored_text()
         self._stack = contextlib.ExitStack()  # open as long as the object: the model is nobody else's
         if rounding is not None:
-            self._stack.enter_context(Rounded(model, rounding).in_place())
+            text = Calibration(model, tokenizer, asked.calibration)
+            self._stack.enter_context(Rounded(model, rounding, text).in_place())
         session: Session = Session()
         if pruner.prunes:
             session = self._stack.enter_context(

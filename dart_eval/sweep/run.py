@@ -148,7 +148,7 @@ def refuse_misfit(cell: Cell, ffns: Sequence[FFN]) -> None:
     rounding, method = cell.rounding, cell.method
     try:
         if rounding is not None:
-            refuse_fixed(ffns)
+            refuse_fixed(ffns, rounding)
         if method.prunes:
             method.check(ffns, cell.sparsity, None if rounding is None else rounding.stored(ffns[0].width))
     except UserError as error:

@@ -72,11 +72,11 @@ class Worker:
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(peak_memory(lm.device.type))
             if cell.rounding is not None:
-                stack.enter_context(self._round(cell.rounding))
+                stack.enter_context(self._round(cell))
             session: Session = Session()
             if method.prunes:
                 self._tell(Event("wait", f"{'calibrating' if method.calibrates else 'preparing'} {method.spec}"))
-                known = self._calibration(cell)
+                known = self._calibration(cell, cell.rounding)
                 pruned = prune(self.model, method, cell.sparsity, calibration=known, execution="masked")
                 session = stack.enter_context(pruned)
             self._tell(Event("wait", f"running {cell.title}"))
@@ -101,6 +101,7 @@ class Worker:
         notable = {
             "upper_bound": method.upper_bound, "granularity": method.granularity, "about": rounding.about(ffns),
             "halved": halved, "notes": [*self.notes, *no_room],
+            "calibration": cell.text if cell.inputs["calibration"] else None,
         }  # fmt: skip
         record = Record(
             key=cell.key,
@@ -176,17 +177,19 @@ class Worker:
         """Return the file of a dense cell's states."""
         return StatsCache({"key": dense.key, "room": dense.config.kl_room}, "states", self._folder)
 
-    def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
+    def _round(self, cell: Cell) -> AbstractContextManager[None]:
         """Return a context of rounded FFN weights; the last stay in memory, since cell after cell asks for them."""
+        wanted = cell.rounding
+        assert wanted is not None
         if self._rounded is None or self._rounded[0] != wanted:
             self._tell(Event("wait", f"rounding the FFN weights to {bits_text(wanted.text)}"))
             self._rounded = None  # before the next: there need not be room for both
-            self._rounded = wanted, Rounded(self.model, wanted)
+            self._rounded = wanted, Rounded(self.model, wanted, self._calibration(cell, None))
         return self._rounded[1].in_place()
 
-    def _calibration(self, cell: Cell) -> Calibration:
-        """Return what methods may know of the model, with weights rounded like the cell's, before any prompt."""
-        config, bits = cell.config, cell.rounding
+    def _calibration(self, cell: Cell, bits: Rounding | None) -> Calibration:
+        """Return what may be known of the model, with its weights as they are rounded, before any prompt."""
+        config = cell.config
         if bits not in self._calibrations:
             about = {
                 "model": self.resolved.identity.to_json(), "dtype": str(self.model.dtype),

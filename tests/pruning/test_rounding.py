@@ -378,7 +378,7 @@ def test_what_cannot_be_rounded_is_refused_before_anything_is_timed(saved_llama,
     monkeypatch.setattr(decode, "measure", lambda *given, **more: pytest.fail("timed"))
     words = ("bench", "decode", "--method", "griffin", "--ffn-bits", "4")
     checked = []
-    monkeypatch.setattr("dart_eval.bench.subject.refuse_fixed", lambda ffns: checked.append(len(ffns)))
+    monkeypatch.setattr("dart_eval.bench.subject.refuse_fixed", lambda ffns, _: checked.append(len(ffns)))
     with pytest.raises(pytest.fail.Exception, match="timed"):
         command(*words, "--model", saved_llama)
     assert checked == [3]
