@@ -3,17 +3,12 @@
 With H = X^T X of the inputs X and H^-1 = U^T U, U upper triangular, the error e = (w_j - q_j) / U_jj of column j
 changes the columns k > j by -e U_jk. Columns go by descending H_jj (act-order), as far as groups of neighbours stay
 together: the group with the largest H_jj first, its columns by H_jj (Gafni et al., arXiv 2505.14638). So a group's
-scale fits the weights as earlier errors left them, and codes stay in the matrix's own order. A weight is
-scale * (code - zero).
+scale fits the weights as earlier errors left them, and codes stay in the matrix's own order.
 
-The authors set columns to 0 that no calibration token reaches; here they are rounded to nearest. The scale search is
-not theirs either.
+Not the authors': the scale search, and that columns which no token reaches are rounded to nearest, not set to 0.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +20,13 @@ from dart_eval.weights.codes import Packed
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 BLOCK = 128  # columns at most, after which all later ones take their errors
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # of the codes, as shares of a group's, tried in turn
+ZEROS = (0, -1, 1)  # added to the zero that the range gives, tried likewise: with few bits one step is much
 
 
-class Factor(NamedTuple):
-    """What GPTQ needs to know of inputs.
+def factor_of(hessian: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return the order of columns, [in], and U of the damped H in that order, [in, in] fp32.
 
-    Attributes:
-        order: [in], the columns as they are rounded.
-        upper: [in, in] fp32, U of the damped H in that order.
-    """
-
-    order: Tensor
-    upper: Tensor
-
-
-def factor_of(hessian: Tensor, group: int) -> Factor:
-    """Return the order of columns and the factor of H^-1, by one Cholesky decomposition in fp64.
+    It takes one Cholesky decomposition in fp64: turned about, H is L L^T, so that U is L^-1 turned back.
 
     Args:
         hessian: [in, in] fp32.
@@ -59,60 +45,41 @@ def factor_of(hessian: Tensor, group: int) -> Factor:
     order = order[order < width]
     wide = hessian[order][:, order].double()
     wide.diagonal().add_(DAMPING * float(wide.diagonal().mean()) or 1.0)
-    # Turned about, H is L L^T; so U is L^-1 turned back.
     lower = torch.linalg.cholesky(wide.flip(0, 1))
     inverse = torch.linalg.solve_triangular(lower, torch.eye(width, out=torch.empty_like(lower)), upper=False)
-    return Factor(order, inverse.flip(0, 1).float())
+    return order, inverse.flip(0, 1).float()
 
 
-def quantised(weight: Tensor, factor: Factor, rounding: Rounding) -> Packed:
-    """Round a matrix.
-
-    Args:
-        weight: [out, in].
-        factor: of its inputs, for groups as the rounding has them.
-        rounding: the bits of a code and of a zero, and the weights that share them.
-    """
-    (order, upper), width = factor, weight.shape[1]
+def quantised(weight: Tensor, order: Tensor, upper: Tensor, rounding: Rounding) -> Packed:
+    """Round a matrix [out, in] to scale * (code - zero). order, upper: of its inputs and its groups (`factor_of`)."""
+    width, half = weight.shape[1], 2 ** (rounding.bits - 1)
     group = min(rounding.group, width) or width
-    rest = weight.float().T[order]  # [in, out], with the errors of earlier columns
-    cost = upper.diagonal().square().reciprocal()[:, None]  # of a squared error, once later columns made up for it
+    rest = weight.float().T[order]  # [in, out], changed by the errors of earlier columns
+    cost = upper.diagonal().square().reciprocal()[:, None]  # of a squared error that later columns make up for
     codes = torch.empty_like(rest, dtype=torch.int8)
     scales, zeros = rest.new_empty(2, -(-width // group), len(weight))
-    groups = (order // group).tolist()
-    for start, stop in _blocks(groups):
-        errors = torch.empty_like(rest[start:stop])
-        for i in range(start, stop):
-            g = groups[i]
-            if i == 0 or g != groups[i - 1]:
-                own = slice(i, i + min(group, width - g * group))
-                scales[g], zeros[g] = best_grid(rest[own], cost[own], rounding.bits)
-            away = _away(rest[i], scales[g], zeros[g], rounding.bits)
-            codes[i] = away + (zeros[g] - 2 ** (rounding.bits - 1))
-            errors[i - start] = (rest[i] - scales[g] * away) / upper[i, i]
-            rest[i + 1 : stop].addr_(upper[i, i + 1 : stop], errors[i - start], alpha=-1)
-        rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    offsets = scales * (2 ** (rounding.bits - 1) - zeros)
-    back = codes[order.argsort()].T.contiguous()
-    return Packed(back, scales.T.half().contiguous(), rounding, offsets.T.contiguous())
-
-
-def _blocks(groups: Sequence[int]) -> list[tuple[int, int]]:
-    """Cut columns into blocks of `BLOCK` at most, each with whole groups or inside of one. groups: of the columns."""
-    first = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
-    cuts = [0]
-    for start, stop in zip(first, [*first[1:], len(groups)], strict=True):
-        if stop - cuts[-1] > BLOCK and start > cuts[-1]:
-            cuts.append(start)
-        cuts += range(cuts[-1] + BLOCK, stop, BLOCK)
-    return [*zip(cuts, [*cuts[1:], len(groups)], strict=True)]
+    start = 0
+    for g in dict.fromkeys((order // group).tolist()):
+        stop = start + min(group, width - g * group)
+        scales[g], zeros[g] = scale, zero = best_grid(rest[start:stop], cost[start:stop], rounding.bits)
+        for first in range(start, stop, BLOCK):
+            last = min(first + BLOCK, stop)
+            errors = torch.empty_like(rest[first:last])
+            for i in range(first, last):
+                away = _away(rest[i], scale, zero, rounding.bits)
+                codes[i] = away + (zero - half)
+                errors[i - first] = (rest[i] - scale * away) / upper[i, i]
+                rest[i + 1 : last].addr_(upper[i, i + 1 : last], errors[i - first], alpha=-1)
+            rest[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
+        start = stop
+    back, offsets = codes[order.argsort()].T, scales * (half - zeros)
+    return Packed(back.contiguous(), scales.T.half().contiguous(), rounding, offsets.T.contiguous())
 
 
 def best_grid(group: Tensor, cost: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return scale (a number of fp16) and zero of each row's weights in a group, [out] fp32 each.
+    """Return scale (a number of fp16) and zero (a code) for each row's weights in a group, [out] fp32 each.
 
-    Codes that just reach the group's range, which includes 0, give the zero. For each of `RANGES` the scale is fitted
-    to its codes by least squares; the one with the least error wins.
+    For each of `RANGES` and `ZEROS` the scale is fitted to its codes by least squares; the least error wins.
 
     Args:
         group: [group, out] fp32.
@@ -121,15 +88,18 @@ def best_grid(group: Tensor, cost: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low, high = group.amin(0).clamp_max(0), group.amax(0).clamp_min(0)
     widest = (high - low) / (2**bits - 1)
     widest = torch.where(widest == 0, 1.0, widest)
-    zero = (-low / widest).round_()
-    best, least = widest, torch.full_like(widest, torch.inf)
-    for part in RANGES:
-        away = _away(group, widest * part, zero, bits)
-        square = (away.square() * cost).sum(0)
-        scale = ((group * away * cost).sum(0) / torch.where(square == 0, 1.0, square)).half().float()
-        error = ((scale * _away(group, scale, zero, bits) - group).square() * cost).sum(0)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best, zero
+    best, least = (widest, torch.zeros_like(widest)), torch.full_like(widest, torch.inf)
+    for added in ZEROS:
+        zero = ((-low / widest).round() + added).clamp_(0, 2**bits - 1)
+        for part in RANGES:
+            away = _away(group, widest * part, zero, bits)
+            square = (away.square() * cost).sum(0)
+            scale = ((group * away * cost).sum(0) / torch.where(square == 0, 1.0, square)).half().float()
+            error = ((scale * _away(group, scale, zero, bits) - group).square() * cost).sum(0)
+            better = error < least
+            best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
+            least = torch.where(better, error, least)
+    return best
 
 
 def _away(weights: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

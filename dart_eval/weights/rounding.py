@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,11 @@ from dart_eval.layers.quantised import RECORDS, Record
 from dart_eval.util.bits import MATRICES, OWN_BITS, Rounding, Stored, parse
 from dart_eval.util.errors import UserError
 from dart_eval.weights import k_quants
-from dart_eval.weights.calibrated import Place, Text, calibrated, laid_out
+from dart_eval.weights.calibrated import calibrated, laid_out
 from dart_eval.weights.codes import Packed
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.calibration import Calibration
 
 # Scales that are tried, as factors on the one that just reaches a group's largest weight.
 FACTORS = (1.14, 1.07, 1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
@@ -34,10 +38,7 @@ def rounded(weight: Tensor, rounding: Rounding, squares: Tensor | None = None) -
 
     The group's largest weight sets the first scale, with the sign that gives it the code -2^(bits - 1), which has no
     positive counterpart. `FACTORS` times that scale are tried, each fitted to its codes by least squares, and the best
-    is taken.
-
-    Args:
-        squares: [in] fp32, the mean square of each input on a calibration text, of a K-quant with importance weights.
+    is taken. The mean squares [in] of inputs on a text give the importance weights of a K-quant.
     """
     if weight.is_meta:  # a shape alone
         shared = len(weight), -(-weight.shape[1] // (rounding.group or weight.shape[1]))
@@ -46,25 +47,21 @@ def rounded(weight: Tensor, rounding: Rounding, squares: Tensor | None = None) -
     width = weight.shape[1]
     group, parts = min(rounding.group, width) or width, []
     for rows in weight.split(max(1, CHUNK // width)):
-
-        def grouped(values: Tensor) -> Tensor:
-            return nn.functional.pad(values, (0, -width % group)).view(len(values), -1, group)
-
-        importance = None if squares is None else grouped(k_quants.importance_of(rows.float(), squares))
-        code, *of_groups = _group_codes(grouped(rows.float()), rounding, importance)
+        wide = [rows.float()] if squares is None else [rows.float(), k_quants.importance_of(rows.float(), squares)]
+        groups = (nn.functional.pad(values, (0, -width % group)).view(len(rows), -1, group) for values in wide)
+        code, *of_groups = _group_codes(rounding, *groups)
         parts.append([code.flatten(1)[:, :width].to(torch.int8), *(part.squeeze(-1) for part in of_groups)])
     codes, scales, *offsets = (torch.cat(part) for part in zip(*parts, strict=True))
     return Packed(codes, scales, rounding, *offsets)
 
 
-def _group_codes(groups: Tensor, rounding: Rounding, importance: Tensor | None) -> tuple[Tensor, ...]:
+def _group_codes(rounding: Rounding, groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return codes [R, G, group], scales [R, G, 1], and the value of code 0 [R, G, 1] unless it is 0. groups: fp32."""
     bits = rounding.bits
     if rounding.k and bits > 3:
         return k_quants.with_minima(groups, bits, importance)
     scale = _best_scale(groups, bits, importance)
-    of_group = None if importance is None else importance.sum(-1, keepdim=True)
-    scale = k_quants.multiples(scale, bits, k_quants.MOST_SIGNED, of_group) if rounding.k else scale.half()
+    scale = k_quants.multiples(scale, bits, k_quants.MOST_SIGNED) if rounding.k else scale.half()
     return _codes(groups, scale.float(), bits), scale
 
 
@@ -144,24 +141,21 @@ def bits_per_row(ffn: FFN) -> tuple[float, float, float]:
     return sum(bits.total for bits in inputs) / len(inputs), down.total, down.scale
 
 
-def refuse_fixed(ffns: Sequence[FFN], rounding: Rounding | None = None) -> None:
+def refuse_fixed(ffns: Sequence[FFN], rounding: Rounding) -> None:
     """Refuse FFN weights that cannot be rounded.
 
     Raises:
-        UserError: they are quantised already, or have no parameter of their own, or what the rounding needs.
+        UserError: they are quantised already, have no parameter of their own, or not what the rounding needs.
     """
-    parts = dict(rounding.parts) if rounding else {}
+    parts, one = dict(rounding.parts), any(f.fused for f in ffns)
     for wrong, reason in (
-        (rounding and rounding.by and any(f.routed for f in ffns), "takes no routed experts"),
-        (rounding and rounding.by and any(f.runs > 1 for f in ffns), "takes no layers that run several times a token"),
-        ("gate" in parts and not all(f.gated for f in ffns), "names a gate, and this model has none"),
-        (
-            parts.get("gate") != parts.get("up") and any(f.fused for f in ffns),
-            "parts gate and up, which are one matrix",
-        ),
+        (rounding.by and any(f.routed for f in ffns), "takes no routed experts"),
+        (rounding.by and any(f.runs > 1 for f in ffns), "takes no layers that run several times for a token"),
+        ("gate" in parts and not all(f.gated for f in ffns), "names gate, and there is none"),
+        (one and parts.get("gate") != parts.get("up"), "parts gate and up, which are one matrix"),
     ):
-        if wrong and rounding:
-            raise UserError(f"{rounding.text} {reason}", "use another format, such as q4_k or gptq4:32")
+        if wrong:
+            raise UserError(f"{rounding.text} {reason}", "use a format without calibration, such as q4_k")
     try:
         for module in (m for f in ffns for m in f.projections):
             parameter_of(module)
@@ -181,11 +175,11 @@ class Rounded:
         UserError: the weights are quantised already, or the rounding needs what there is not.
     """
 
-    def __init__(self, model: nn.Module, rounding: Rounding, text: Text | None = None) -> None:
+    def __init__(self, model: nn.Module, rounding: Rounding, text: Calibration | None = None) -> None:
         ffns = find_ffns(model)
         refuse_fixed(ffns, rounding)
-        places = [Place(module, parameter_of(module), rounding.of(name)) for f in ffns for name, module in matrices(f)]
-        packed: Iterable[Packed] = (rounded(plain_matrix(place.module), place.rounding) for place in places)
+        places = [(module, parameter_of(module), rounding.of(name)) for f in ffns for name, module in matrices(f)]
+        packed: Iterable[Packed] = (rounded(plain_matrix(module), own) for module, _, own in places)
         if rounding.by:
             packed = calibrated(model, places, rounding.text, text, rounded)
         self._parts: list[tuple[nn.Module, nn.Parameter, Tensor, Record]] = []  # with rounded values
@@ -219,7 +213,7 @@ def parameter_of(module: nn.Module) -> nn.Parameter:
 
 
 @contextmanager
-def rounded_ffns(model: nn.Module, bits: int | str, text: Text | None = None) -> Iterator[None]:
+def rounded_ffns(model: nn.Module, bits: int | str, text: Calibration | None = None) -> Iterator[None]:
     """Round the FFN weights of a model while the block runs; `prune()` may begin inside.
 
         with dart_eval.rounded_ffns(model, 4), dart_eval.prune(model, "griffin", 0.5):
