@@ -8,6 +8,7 @@ place before the end, and a column counts by the mean square of its inputs.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -40,6 +41,7 @@ def laid_out(module: nn.Module, values: Tensor) -> Tensor:
     return values.T.contiguous() if is_conv1d(module) else values
 
 
+@torch.no_grad()
 def calibrated(
     model: nn.Module, places: Sequence[Place], name: str, text: Calibration | None,
     by_squares: Callable[[Tensor, Rounding, Tensor], Packed],
@@ -54,35 +56,16 @@ def calibrated(
     """
     if text is None:
         raise UserError(f"{name} is calibrated on a text, and none is given", "use q4_k, or give text=")
-
-    def measure() -> list[Tensor]:
-        packed = _forward(model, places, *text.batch(MOST), by_squares)
-        return [part for one in packed for part in (one.codes, one.scales, one.offsets) if part is not None]
-
-    tensors, packed = text.kept(f"codes {name}", measure), []
-    each = len(tensors) // len(places)  # Q3_K has no offsets
-    for i, (_, parameter, rounding) in enumerate(places):
-        codes, scales, *offsets = (tensor.to(parameter.device) for tensor in tensors[i * each : (i + 1) * each])
-        packed.append(Packed(codes, scales, rounding, *offsets))
-    return packed
-
-
-@torch.no_grad()
-def _forward(
-    model: nn.Module, places: Sequence[Place], ids: Tensor, counts: Tensor,
-    by_squares: Callable[[Tensor, Rounding, Tensor], Packed],
-) -> list[Packed]:  # fmt: skip
-    """Compute the codes; the weights are as before afterwards. ids: [n, T]. counts: [n, T] bool, which tokens do."""
     found: dict[nn.Module, Packed] = {}
     last: tuple[object, int, tuple[Tensor, Tensor]] | None = None  # gate and up have the same inputs
 
-    def run(place: Place, given: Tensor) -> None:
+    def run(place: Place, given: Tensor, counts: Tensor) -> None:
         nonlocal last
         module, parameter, rounding = place
         matrix = plain_matrix(module)
         width = matrix.shape[1]
         group = min(rounding.group, width) or width
-        inputs = given.reshape(-1, width)[counts.flatten().to(given.device)]
+        inputs = given.reshape(-1, width)[counts.to(given.device)]
         if rounding.by == IMATRIX:
             norms = torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32)
             found[module] = by_squares(matrix, rounding, norms.square() / len(inputs))
@@ -95,17 +78,27 @@ def _forward(
         found[module] = gptq.quantised(matrix, *last[2], rounding)
         parameter.data = laid_out(module, found[module].decoded(matrix.dtype))
 
-    originals = [parameter.data for _, parameter, _ in places]
-    with contextlib.ExitStack() as inside:
-        inside.enter_context(evaluating(model))
-        for place in places:
-            hook = place[0].register_forward_pre_hook(lambda _module, given, place=place: run(place, given[0]))
-            inside.enter_context(hook)
-        try:
-            base_of(model)(input_ids=ids.to(input_device(model)), use_cache=False)
-        finally:
-            for (_, parameter, _), original in zip(places, originals, strict=True):
-                parameter.data = original
-    if missing := [type(module).__name__ for module, *_ in places if module not in found]:
-        raise UserError(f"a {missing[0]} of an FFN is not called as a module: no text calibrates it", "use q4_k")
-    return [found[module] for module, *_ in places]
+    def measure() -> list[Tensor]:
+        ids, counts = text.batch(MOST)
+        originals = [parameter.data for _, parameter, _ in places]
+        with contextlib.ExitStack() as inside:
+            inside.enter_context(evaluating(model))
+            for place in places:
+                hook = functools.partial(run, place, counts=counts.flatten())
+                inside.enter_context(place[0].register_forward_pre_hook(lambda _, given, hook=hook: hook(given[0])))
+            try:
+                base_of(model)(input_ids=ids.to(input_device(model)), use_cache=False)
+            finally:
+                for (_, parameter, _), original in zip(places, originals, strict=True):
+                    parameter.data = original
+        if missing := [type(module).__name__ for module, *_ in places if module not in found]:
+            raise UserError(f"a {missing[0]} of an FFN is not called as a module: no text calibrates it", "use q4_k")
+        packed = (found[module] for module, *_ in places)
+        return [part for one in packed for part in (one.codes, one.scales, one.offsets) if part is not None]
+
+    tensors, packed = text.kept(f"codes {name}", measure), []
+    each = len(tensors) // len(places)  # Q3_K has no offsets
+    for i, (_, parameter, rounding) in enumerate(places):
+        codes, scales, *offsets = (tensor.to(parameter.device) for tensor in tensors[i * each : (i + 1) * each])
+        packed.append(Packed(codes, scales, rounding, *offsets))
+    return packed

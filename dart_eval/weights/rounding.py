@@ -149,8 +149,7 @@ def refuse_fixed(ffns: Sequence[FFN], rounding: Rounding) -> None:
     """
     parts, one = dict(rounding.parts), any(f.fused for f in ffns)
     for wrong, reason in (
-        (rounding.by and any(f.routed for f in ffns), "takes no routed experts"),
-        (rounding.by and any(f.runs > 1 for f in ffns), "takes no layers that run several times for a token"),
+        (rounding.by and any(f.routed or f.runs > 1 for f in ffns), "takes no experts, and no layers that run twice"),
         ("gate" in parts and not all(f.gated for f in ffns), "names gate, and there is none"),
         (one and parts.get("gate") != parts.get("up"), "parts gate and up, which are one matrix"),
     ):
@@ -222,8 +221,7 @@ def rounded_ffns(model: nn.Module, bits: int | str, text: Calibration | None = N
     Args:
         model: a Hugging Face causal language model.
         bits: of a weight, 2 to 8; as text also with the weights that share a scale, `"4:64"` (default 32), `"4:row"`.
-        text: what calibrated formats such as `"gptq4:32"` look at, `Calibration(model, tokenizer)` of
-            `dart_eval.pruning.calibration`.
+        text: a `dart_eval.pruning.calibration.Calibration`, which formats such as `"gptq4:32"` look at.
 
     Raises:
         UserError: other bits, an FFN that is not understood, weights that are quantised already, or a model under a
