@@ -67,8 +67,8 @@ def calibrated(
         group = min(rounding.group, width) or width
         inputs = given.reshape(-1, width)[counts.to(given.device)]
         if rounding.by == IMATRIX:
-            norms = torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32)
-            found[module] = by_squares(matrix, rounding, norms.square() / len(inputs))
+            sums = [part.float().square().sum(0) for part in inputs.split(PART)]
+            found[module] = by_squares(matrix, rounding, torch.stack(sums).sum(0) / len(inputs))
             return
         if last is None or last[0] is not given or last[1] != group:
             hessian = torch.zeros(width, width, device=matrix.device)
