@@ -201,7 +201,8 @@ class RunConfig(ModelSpec, EvalSettings):
         "token does not read.")] = (0.5,)
     ffn_bits: Annotated[tuple[str, ...], BeforeValidator(_ffn_bits), Field(min_length=1), Option(PRUNING, "BITS", CELL,
         "Round the FFN weights to this many bits first, comma-separated: 4, or 4:64 for groups of 64 weights "
-        "(default 32). q3_k, q4_k and q5_k are formats of llama.cpp; 16 does not round.")] = ("16",)
+        "(default 32). q3_k, q4_k and q5_k are formats of llama.cpp; 16 does not round. By the calibration text: "
+        "gptq4:32, gptq4:32+down5:128 (by matrix) and q4_k+imatrix.")] = ("16",)
     scope: Annotated[Scope, Option(PRUNING, "SCOPE", DECIDES,
         "Choose which tokens run pruned when an answer is scored. scored: the last prompt token and the answer. "
         "continuation, all, last, decode: scopes of papers, see docs/concepts.md.")] = "scored"
@@ -252,7 +253,7 @@ class RunConfig(ModelSpec, EvalSettings):
     data_dir: Annotated[Place | None, Option(TASKS, "DIR", DECIDES,
         "Read task data from this folder instead of the hub, see docs/data.md.")] = None
     calibration: Annotated[Place | None, Option(PRUNING, "FILE|DATASET", DECIDES,
-        "Calibrate methods such as flap on this text file, or on the train split of this data set: NAME or "
+        "Calibrate methods such as flap, and gptq4:32, on this text file, or the train split of this data set: NAME or "
         "NAME:CONFIGURATION, in --data-dir or on the hub.", "a shipped text")] = None
     output: Annotated[Place, Option(OUTPUT, "DIR", RUN,
         "Write results to this folder; finished cells in it are not run again.",

@@ -27,7 +27,10 @@ def factor_of(hessian: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Return the order of columns, [in], and U of the damped H in that order, [in, in] fp32.
 
     It takes one Cholesky decomposition in fp64: turned about, H is L L^T, so that U is L^-1 turned back.
-    hessian: [in, in] fp32. group: neighbours that share a scale.
+
+    Args:
+        hessian: [in, in] fp32, H.
+        group: neighbours that share a scale.
 
     Raises:
         UserError: the inputs were no finite numbers.
@@ -77,7 +80,10 @@ def best_grid(group: Tensor, cost: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return scale (a number of fp16) and zero (a code) for each row's weights in a group, [out] fp32 each.
 
     For each of `RANGES` and `ZEROS` the scale is fitted to its codes by least squares; the least error wins.
-    group: [group, out] fp32. cost: of a squared error, [group, 1].
+
+    Args:
+        group: [group, out] fp32.
+        cost: of a squared error, [group, 1].
     """
     low, high = group.amin(0).clamp_max(0), group.amax(0).clamp_min(0)
     widest = ((high - low) / (2**bits - 1)).clamp_min(1e-12)
