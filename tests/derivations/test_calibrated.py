@@ -208,8 +208,11 @@ def test_importance_weights_lose_less_of_the_output(spelled):
 # -- a model: what its layers are given, without hooks -----------------------------------------------------------------
 
 
-def passages_of(ids, begin=()):
-    return [torch.tensor([[*begin, *ids[at : at + LENGTH]]]) for at in range(0, len(ids), LENGTH)]
+NAMES = {"gate_proj": "gate", "down_proj": "down", "c_proj": "down"}
+
+
+def passages_of(ids):
+    return [torch.tensor([ids[at : at + LENGTH]]) for at in range(0, len(ids), LENGTH)]
 
 
 def llama_by_hand(model, passages, visit):
@@ -243,7 +246,7 @@ def gpt2_by_hand(model, passages, visit):
         streams = [h + mlp.c_proj(x) for h, x in zip(streams, hidden, strict=True)]
 
 
-@pytest.mark.parametrize("spelled", ["gptq3:16", "gptq2:8+down4:row", "q4_k+imatrix"])
+@pytest.mark.parametrize("spelled", ["gptq3:16", "gptq2:8+up3:16+down4:row", "q4_k+imatrix"])
 @pytest.mark.parametrize(("family", "by_hand"), [("llama", llama_by_hand), ("gpt2", gpt2_by_hand)])
 @torch.no_grad()
 def test_each_matrix_sees_what_rounded_layers_before_it_give(family, by_hand, spelled):
@@ -259,7 +262,7 @@ def test_each_matrix_sees_what_rounded_layers_before_it_give(family, by_hand, sp
             squares = torch.from_numpy((x**2).mean(0)).float()
             wanted[names[module]] = rounded(torch.from_numpy(matrix), rounding, squares).values.numpy()
             return
-        part = rounding.of("down" if names[module].endswith(("down_proj", "c_proj")) else "up")
+        part = rounding.of(NAMES.get(names[module].rpartition(".")[2], "up"))
         wanted[names[module]] = plain_gptq(matrix, x, part.bits, part.group)
         plain_matrix(module).copy_(torch.from_numpy(wanted[names[module]]))
 
