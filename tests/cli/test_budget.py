@@ -13,10 +13,10 @@ import dart_eval
 PACKAGE = Path(dart_eval.__file__).parent
 ROOT = PACKAGE.parent
 LINES = {
-    "bench": 905, "cli": 1_335, "cluster": 220, "evaluation": 3_493, "export": 150, "kernels": 1_100, "layers": 1_645,
-    "models": 600, "pruning": 5_304, "results": 4_670, "sweep": 1_775, "util": 831, "weights": 795,
+    "bench": 911, "cli": 1_335, "cluster": 220, "evaluation": 3_493, "export": 150, "kernels": 1_102, "layers": 1_645,
+    "models": 600, "pruning": 5_332, "results": 4_675, "sweep": 1_789, "util": 855, "weights": 1_044,
 }  # fmt: skip
-PACKAGE_LINES, TEST_LINES, SCRIPT_LINES = 22_970, 21_740, 2_030
+PACKAGE_LINES, TEST_LINES, SCRIPT_LINES = 23_300, 22_185, 2_030
 LINES_PER_STATEMENT = 1.6  # 1.62 before methods were classes, whose name and summary are statements of one line
 
 
