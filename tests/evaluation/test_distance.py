@@ -18,12 +18,8 @@ from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Request, Score, stored_answer
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.states import States, begin_name, with_token
-from dart_eval.results import metrics
 from dart_eval.results.record import Metric
-from dart_eval.results.store import Store
-from dart_eval.sweep.events import silent
-from dart_eval.sweep.options import SCOPES, config_from
-from tests.helpers.commands import Watch, results, run_local
+from dart_eval.sweep.options import SCOPES
 from tests.helpers.distances import apart, assert_apart, dense_logits, states_of
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens, tiny
@@ -209,44 +205,6 @@ def test_what_is_no_number_is_no_answer_and_a_journal_gives_back_what_it_took():
 # -- a cell ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_document_and_a_record_say_how_far_they_are_and_texts_have_their_tokens(saved_llama, tmp_path, tokenizer):
-    given = {
-        "model": saved_llama, "tasks": "smoke_questions,smoke_drift,smoke_summary", "method": "dense,random,griffin",
-        "sparsity": "0.6", "limit": 7, "gen_kwargs": "max_gen_toks=5", "output": str(tmp_path),
-    }  # fmt: skip
-    records = run_local(config_from(None, given), silent).records
-    assert len(records) == 9
-    for record in records:
-        task, method, samples = record.inputs["task"], record.inputs["method"], Store(tmp_path).samples(record)
-        named = {m.metric: m for m in record.metrics}
-        asked = method != "dense" and task != "smoke_summary"
-        assert ("kl" in named, "kl_p95" in named, "kl" in samples[0]["metrics"]) == (asked,) * 3
-        assert all(("kl_bins" in s, "token_ids" in s) == (asked, task == "smoke_summary") for s in samples)
-        assert metrics.main(m for m in record.metrics if metrics.kind_of(m.metric).group == metrics.DISTANCE) == []
-        for s in samples if task == "smoke_summary" else ():
-            assert len(s["token_ids"]) == s["tokens"] > 0
-            assert s["limited"] == (s["tokens"] == 5)
-            assert s["responses"][0].strip() in tokenizer.decode(s["token_ids"], skip_special_tokens=True)
-        if not asked:
-            continue
-        for name, up in (("kl", False), ("kl_reverse", False), ("rms_dp", False), ("top1", True)):
-            x, w = np.array([s["metrics"][name] for s in samples]).T
-            assert [s["tokens"] for s in samples] == w.tolist()
-            value = x.sum() / w.sum()
-            error = math.sqrt(len(x) / (len(x) - 1) * (((x - value * w) / w.sum()) ** 2).sum())
-            if name == "rms_dp":
-                value, error = math.sqrt(value), error / 2 / math.sqrt(value)
-            found = named[name]
-            assert (found.value, found.stderr) == pytest.approx((value, error))
-            assert (found.n, found.higher_is_better) == (len(samples), up)
-        assert named["kl"].value > 1e-4
-        bins = sum((Distance(bins=s["kl_bins"]) for s in samples), Distance()).bins
-        assert sum(bins.values()) == record.tokens
-        assert named["kl_p99"].value == distance.percentile(bins, 0.99) >= named["kl_p95"].value
-        assert named["kl_p95"].value >= named["kl_p50"].value > 0
-
-
 def test_a_group_is_all_positions_of_its_members():
     far = [_far(*[kl] * n) for kl, n in ((1.0, 3), (2.0, 5), (4.0, 1))]
     costs = {("a", 0): Cost(distance=far[0]), ("a", 1): Cost(distance=far[1]), ("b", 0): Cost(distance=far[2]),
@@ -258,36 +216,3 @@ def test_a_group_is_all_positions_of_its_members():
     assert {t: (m.label, m.value, m.n, m.part_of) for t, m in kls.items()} == {
         "all": ("kl", 17 / 9, 3, None), "some": ("kl,x", 13 / 8, 2, "all"), "a": ("kl", 13 / 8, 2, "some"),
     }  # fmt: skip
-
-
-@pytest.mark.slow
-def test_rows_are_as_far_from_dense_whoever_kept_its_states(saved_llama, tmp_path):
-    """Dense, first or last; a row before it; nobody, as their file is damaged; on rounded weights too."""
-    given = {"model": saved_llama, "tasks": "smoke_questions,smoke_drift", "sparsity": "0.6", "limit": 4}
-    both = {**given, "method": "dense,griffin", "ffn_bits": "16,4"}
-
-    def ran(place, *methods, **more):
-        for method in methods:
-            run_local(config_from(None, {**both, "method": method, "output": str(tmp_path / place), **more}), silent)
-        return results(tmp_path / place)
-
-    whole = ran("a", "dense,griffin")
-    assert len(whole) == 2 * (4 + 4 + 1) and len([*(tmp_path / "a" / "states").iterdir()]) == 2
-    kls = {name: cell["metrics"] for name, cell in whole.items() if name.endswith(".json")}
-    with_kl = {name.partition("-")[2][:12] for name, of in kls.items() if any(m["metric"] == "kl" for m in of)}
-    assert with_kl == {name.partition("-")[2][:12] for name in kls if "dense-" not in name or "4bit" in name}
-    assert ran("b", "griffin", "dense") == whole
-    for file in (tmp_path / "b" / "states").iterdir():
-        file.write_bytes(file.read_bytes()[:-7] + b"damaged")
-    assert ran("b", "griffin,dense", force=True) == whole
-
-
-@pytest.mark.slow
-def test_a_task_whose_states_have_no_room_has_no_distance_and_says_so(saved_llama, tmp_path):
-    given = {"model": saved_llama, "tasks": "smoke_drift", "limit": 2, "kl_room": 1e-6, "output": str(tmp_path)}
-    for methods in ("griffin", "dense,wanda-sp"):  # before dense, and after
-        told = Watch()
-        for record in run_local(config_from(None, {**given, "method": methods}), told).records:
-            assert not any("kl" in m.metric for m in record.metrics)
-            assert (record.settings.get("kl") is False) == (record.inputs["method"] != "dense")
-        assert told.notes == ["no KL on smoke_drift: dense's states take more than 1e-06 GB (--kl-room)"]

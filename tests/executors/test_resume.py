@@ -307,3 +307,36 @@ def test_a_folder_that_is_deleted_inside_a_cell_holds_that_cell_in_the_end(saved
     monkeypatch.setattr(Journal, "add", add)
     result = run_local(_config(saved_llama, tmp_path / "out", tasks="smoke_questions"), Watch())
     assert deleted and not result.failed and len(list((tmp_path / "out" / "cells").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_rows_are_as_far_from_dense_whoever_kept_its_states(saved_llama, tmp_path):
+    """Dense, first or last; a row before it; nobody, as their file is damaged; on rounded weights too."""
+    given = {"model": saved_llama, "tasks": "smoke_questions,smoke_drift", "sparsity": "0.6", "limit": 4}
+    both = {**given, "method": "dense,griffin", "ffn_bits": "16,4"}
+
+    def ran(place, *methods, **more):
+        for method in methods:
+            run_local(config_from(None, {**both, "method": method, "output": str(tmp_path / place), **more}), Watch())
+        return results(tmp_path / place)
+
+    whole = ran("a", "dense,griffin")
+    assert len(whole) == 2 * (4 + 4 + 1) and len([*(tmp_path / "a" / "states").iterdir()]) == 2
+    kls = {name: cell["metrics"] for name, cell in whole.items() if name.endswith(".json")}
+    with_kl = {name.partition("-")[2][:12] for name, of in kls.items() if any(m["metric"] == "kl" for m in of)}
+    assert with_kl == {name.partition("-")[2][:12] for name in kls if "dense-" not in name or "4bit" in name}
+    assert ran("b", "griffin", "dense") == whole
+    for file in (tmp_path / "b" / "states").iterdir():
+        file.write_bytes(file.read_bytes()[:-7] + b"damaged")
+    assert ran("b", "griffin,dense", force=True) == whole
+
+
+@pytest.mark.slow
+def test_a_task_whose_states_have_no_room_has_no_distance_and_says_so(saved_llama, tmp_path):
+    given = {"model": saved_llama, "tasks": "smoke_drift", "limit": 2, "kl_room": 1e-6, "output": str(tmp_path)}
+    for methods in ("griffin", "dense,wanda-sp"):  # before dense, and after
+        told = Watch()
+        for record in run_local(config_from(None, {**given, "method": methods}), told).records:
+            assert not any("kl" in m.metric for m in record.metrics)
+            assert (record.settings.get("kl") is False) == (record.inputs["method"] != "dense")
+        assert told.notes == ["no KL on smoke_drift: dense's states take more than 1e-06 GB (--kl-room)"]

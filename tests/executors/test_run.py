@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import dart_eval
+from dart_eval.evaluation.costs import Distance, percentile
 from dart_eval.pruning.registry import make
+from dart_eval.results import metrics
 from dart_eval.results.store import Store
 from dart_eval.sweep import run, worker
+from dart_eval.sweep.events import silent
 from dart_eval.sweep.options import RunConfig, config_from
 from dart_eval.sweep.plan import Cell
 from tests.helpers import records
@@ -244,3 +249,41 @@ def test_a_calibration_is_that_of_the_weights_as_they_are_rounded(saved_llama, t
         both = run_local(_config(saved_llama, tmp_path / order, ffn_bits=order, **asked), Watch()).records
         wanted = {r.key: [m.value for m in r.metrics] for some in alone for r in some}
         assert {r.key: [m.value for m in r.metrics] for r in both} == wanted
+
+
+@pytest.mark.slow
+def test_a_document_and_a_record_say_how_far_they_are_and_texts_have_their_tokens(saved_llama, tmp_path, tokenizer):
+    given = {
+        "model": saved_llama, "tasks": "smoke_questions,smoke_drift,smoke_summary", "method": "dense,random,griffin",
+        "sparsity": "0.6", "limit": 7, "gen_kwargs": "max_gen_toks=5", "output": str(tmp_path),
+    }  # fmt: skip
+    records = run_local(config_from(None, given), silent).records
+    assert len(records) == 9
+    for record in records:
+        task, method, samples = record.inputs["task"], record.inputs["method"], Store(tmp_path).samples(record)
+        named = {m.metric: m for m in record.metrics}
+        asked = method != "dense" and task != "smoke_summary"
+        assert ("kl" in named, "kl_p95" in named, "kl" in samples[0]["metrics"]) == (asked,) * 3
+        assert all(("kl_bins" in s, "token_ids" in s) == (asked, task == "smoke_summary") for s in samples)
+        assert metrics.main(m for m in record.metrics if metrics.kind_of(m.metric).group == metrics.DISTANCE) == []
+        for s in samples if task == "smoke_summary" else ():
+            assert len(s["token_ids"]) == s["tokens"] > 0
+            assert s["limited"] == (s["tokens"] == 5)
+            assert s["responses"][0].strip() in tokenizer.decode(s["token_ids"], skip_special_tokens=True)
+        if not asked:
+            continue
+        for name, up in (("kl", False), ("kl_reverse", False), ("rms_dp", False), ("top1", True)):
+            x, w = np.array([s["metrics"][name] for s in samples]).T
+            assert [s["tokens"] for s in samples] == w.tolist()
+            value = x.sum() / w.sum()
+            error = math.sqrt(len(x) / (len(x) - 1) * (((x - value * w) / w.sum()) ** 2).sum())
+            if name == "rms_dp":
+                value, error = math.sqrt(value), error / 2 / math.sqrt(value)
+            found = named[name]
+            assert (found.value, found.stderr) == pytest.approx((value, error))
+            assert (found.n, found.higher_is_better) == (len(samples), up)
+        assert named["kl"].value > 1e-4
+        bins = sum((Distance(bins=s["kl_bins"]) for s in samples), Distance()).bins
+        assert sum(bins.values()) == record.tokens
+        assert named["kl_p99"].value == percentile(bins, 0.99) >= named["kl_p95"].value
+        assert named["kl_p95"].value >= named["kl_p50"].value > 0
