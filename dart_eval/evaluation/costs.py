@@ -63,13 +63,12 @@ def percentile(bins: Mapping[str, int], share: float) -> float:
 
 
 class Apart(NamedTuple):
-    """The distance at one position: KL(dense || row), KL(row || dense), whether the likeliest tokens are the same, and
-    by how much the probability of the scored token has changed."""
+    """The distance at one position."""
 
-    kl: float
-    reverse: float
-    same: bool
-    moved: float
+    kl: float  # KL(dense || row)
+    reverse: float  # KL(row || dense)
+    same: bool  # whether the likeliest tokens are the same
+    moved: float  # by how much the probability of the scored token has changed
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,8 @@ class Distance:
 
     def __add__(self, other: Distance) -> Distance:
         bins = {i: self.bins.get(i, 0) + other.bins.get(i, 0) for i in {**self.bins, **other.bins}}
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Distance) if f.name != "bins"}
-        return Distance(**sums, bins=bins)
+        totals = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Distance) if f.name != "bins"}
+        return Distance(**totals, bins=bins)
 
     @classmethod
     def of(cls, positions: Sequence[Apart]) -> Distance:
@@ -110,8 +109,8 @@ class Distance:
 
     def pairs(self) -> dict[str, list[float]]:
         """Return a document's sums over its positions, and their number; empty without positions."""
-        sums = {"kl": self.kl, "kl_reverse": self.reverse, "rms_dp": self.moved, "top1": self.agreed}
-        return {name: [value, self.positions] for name, value in sums.items()} if self.positions else {}
+        totals = {"kl": self.kl, "kl_reverse": self.reverse, "rms_dp": self.moved, "top1": self.agreed}
+        return {name: [value, self.positions] for name, value in totals.items()} if self.positions else {}
 
 
 def distance_metrics(documents: Sequence[Distance], like: Metric) -> list[Metric]:

@@ -74,7 +74,8 @@ class Answers:
         per = max(1, LOGIT_BYTES // (4 * self.vocabulary))
         for first in range(0, len(todo), per):
             part = todo[first : first + per]
-            logits = self.head(torch.stack([self._hidden[node] for node in part])).float()  # [n, V]
+            hidden = torch.stack([self._hidden[node] for node in part])
+            logits = self.head(hidden).float()  # [n, V]
             best = logits.argmax(1).tolist()
             wanted = [(row, token) for row, node in enumerate(part) for token in sorted(self._wanted[node])]
             values: list[float] = []
@@ -85,12 +86,13 @@ class Answers:
                 logprobs = logits[start : start + step].log_softmax(1)
                 mine = [(row - start, token) for row, token in wanted if start <= row < start + step]
                 rows, tokens = (torch.tensor(ids, device=logits.device) for ids in zip(*mine, strict=True))
-                values += logprobs[rows, tokens].tolist()
-                if self.states and not self.states.gathering and not self.states.full:
+                found = logprobs[rows, tokens]
+                values += found.tolist()
+                if self.states and self.states.known:
                     some = slice(start, start + step)
-                    self._measure(part[some], logits[some], best[some], mine, logprobs[rows, tokens].exp())
+                    self._measure(part[some], logits[some], best[some], rows, tokens, found.exp())
             if self.states and self.states.gathering:
-                self.states.keep(self._named(part), torch.stack([self._hidden[node] for node in part]))
+                self.states.keep(self._named(part), hidden)
             for (row, token), value in zip(wanted, values, strict=True):
                 self._results[part[row], token] = value, best[row] == token
             del logits, logprobs  # before the next part's come: they are what a forward's memory peaks at
@@ -101,14 +103,13 @@ class Answers:
         return [name.digest() for node in nodes if (name := self._names[node])]
 
     def _measure(
-        self, nodes: Sequence[int], logits: Tensor, best: Sequence[int], wanted: Sequence[tuple[int, int]],
-        likely: Tensor,
-    ) -> None:  # fmt: skip
+        self, nodes: Sequence[int], logits: Tensor, best: Sequence[int], rows: Tensor, tokens: Tensor, likely: Tensor
+    ) -> None:
         """Measure the distances of nodes from dense.
 
         Args:
             logits: [n, V] fp32 of n nodes. best: their likeliest tokens.
-            wanted: row of `logits`, requested token. likely: probability of each.
+            rows, tokens: of `logits`, the requested ones. likely: probability of each.
         """
         assert self.states is not None
         dense = self.head(self.states.find(self._named(nodes)).to(logits.device)).float()
@@ -118,10 +119,9 @@ class Answers:
             both = zip(*(far.tolist() for far in divergences(dense[some], logits[some])), strict=True)
             for row, (kl, reverse) in enumerate(both, start):
                 self._apart[nodes[row]] = kl, reverse, best[row] == likeliest[row]
-        rows, tokens = (torch.tensor(ids, device=logits.device) for ids in zip(*wanted, strict=True))
-        before = (dense[rows, tokens] - dense.logsumexp(1)[rows]).exp()
-        for (row, token), moved in zip(wanted, (likely - before).tolist(), strict=True):
-            self._moved[nodes[row], token] = moved
+        moved = likely - (dense[rows, tokens] - dense.logsumexp(1)[rows]).exp()
+        for row, token, by in zip(rows.tolist(), tokens.tolist(), moved.tolist(), strict=True):
+            self._moved[nodes[row], token] = by
 
     def distance(self, path: Sequence[int], continuation: Sequence[int]) -> Distance:
         """Return the distance from dense at the nodes of one continuation; empty without dense's states."""

@@ -25,18 +25,19 @@ class States:
     Attributes:
         gathering: whether states are still to come.
         full: whether there was no room for all of them.
+        known: whether rows can be compared with them.
     """
 
     def __init__(self, room: int, tensors: Sequence[Tensor] | None = None) -> None:
-        self.room, self.gathering = room, tensors is None
+        self.gathering, self.known = tensors is None, bool(tensors)
+        self.full = not (self.gathering or self.known)
         self._parts: list[Tensor] = []
         self._rows: dict[bytes, int] = {}
-        self._bytes = 0
+        self.room, self._bytes = room, 0
         if tensors:
             names, states = tensors
             self._parts, flat = [states], names.numpy().tobytes()
             self._rows = {flat[at : at + NAME]: at // NAME for at in range(0, len(flat), NAME)}
-        self.full = tensors is not None and not tensors
 
     def keep(self, names: Sequence[bytes], states: Tensor) -> None:
         """Keep states [n, D] under their names; the first of a name stays."""

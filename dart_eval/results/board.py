@@ -388,9 +388,8 @@ def _means(rows: Sequence[Row], name: str, tasks: Sequence[str]) -> list[Estimat
     """
     own: list[dict[str, Estimate]] = [{} for _ in rows]
     for by_task, row in zip(own, rows, strict=True):
-        there = {one.metric.metric for one in row.compared}
-        old = name == "kl" and "kl_reverse" not in there and row.records[0].inputs.get("ffn_bits")
-        for one in () if old else row.compared:
+        own_kl = not row.records[0].inputs.get("ffn_bits") or any(o.metric.metric == "kl_reverse" for o in row.compared)
+        for one in row.compared if name != "kl" or own_kl else ():
             if one.metric.metric == name and one.metric.task in tasks:
                 by_task[one.metric.task] = one.lost.times(-1) if name == metrics.GOLD else one.sides[0]
     known = {task for by_task in own for task in by_task}

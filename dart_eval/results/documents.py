@@ -175,7 +175,7 @@ def _further(
         firsts.setdefault(own.metric.task, own)
     further = {}
     for own, (name, up) in itertools.product(firsts.values(), names.items()):
-        how = kind_of(name).kind if name != GOLD else "mean"
+        how = kind_of(name).kind
         metric = replace(own.metric, metric=name, value=math.nan, stderr=None, higher_is_better=up, aggregation=how)
         measure = measured(metric, own.members, frame)
         inside = [task in own.members for task in frame["task"]]

@@ -31,12 +31,8 @@ from dart_eval.util.text import Json, items_of
 
 N = TypeVar("N", bound="Record | Cell")
 ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
-OF_DENSE_ITSELF = {
-    "kl": 0.0,
-    "kl_reverse": 0.0,
-    "rms_dp": 0.0,
-    "top1": 1.0,
-}  # distances that a dense cell does not store of itself, per position
+# Distances that a dense cell does not store of itself, per position.
+OF_DENSE_ITSELF = {"kl": 0.0, "kl_reverse": 0.0, "rms_dp": 0.0, "top1": 1.0}
 TESTED = ("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low", "high", "p", "p_holm")
 
 

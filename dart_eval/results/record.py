@@ -85,7 +85,7 @@ class Sample(TypedDict, total=False):
     responses: Required[Annotated[list[Any], "log-likelihood and greedy flag of each candidate, or the text"]]
     written: Annotated[list[str], "the texts as they were written, where a filter has made `responses` of them"]
     token_ids: Annotated[list[int], "the tokens of the text (the first one), with those that ended it"]
-    limited: Annotated[bool, "whether it has all the tokens that it may have: its end was cut off"]
+    limited: Annotated[bool, "whether it has all the tokens that it may have"]
     texts: Annotated[int, "the texts that were drawn, where there are several: `tokens` are of all"]
     kl_bins: Annotated[dict[str, int], "i -> positions whose KL is in the bin that ends at 2^(i/8) nats; -160: below"]
     tokens: Annotated[float, "scored or generated tokens"]
@@ -120,6 +120,7 @@ class Settings(TypedDict, total=False):
     granularity: Annotated[str, "what is left out, if not neurons: input channels, bits"]
     about: Annotated[bool, "reads are about right: the weights' bits are those of the configuration alone"]
     halved: Annotated[int, "how often memory ran out and batches were halved, where it did"]
+    calibration: Annotated[str, "the calibration text, for people, where one was read"]
     kl: Annotated[bool, "false where no distance from dense was measured beside scored answers"]
     notes: Annotated[list[str], "on the model's checkpoint, where there are any"]
 
