@@ -216,7 +216,7 @@ class PrunedLM(HFLM):
 
     def _score(self, requests: list[Request], kind: str = "loglikelihood") -> list[Score]:
         """Return the scores of the requests, in order."""
-        mark = ("kl",) if self.states and not self.states.gathering else ()  # no answer without KL is one with it
+        mark = ("kl",) if self.states and self.states.known else ()  # no answer without KL is one with it
         names = [_name(r.context, r.continuation, *mark) for r in requests]
         answers = self._ask(kind, dict(zip(names, requests, strict=True)), lambda size: scorer(
             self.model, self._head, self.session, size, self.scope, states=self.states

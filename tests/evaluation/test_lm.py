@@ -357,10 +357,10 @@ def test_answers_without_kl_are_not_taken_for_answers_with_it(lm, monkeypatch):
         return dict.fromkeys(named, Score(0.0, False, Cost()))
 
     monkeypatch.setattr(lm, "_ask", ask)
-    for states in (States(1, []), None):
+    for states in (States(1, [torch.zeros(1, 16).byte(), torch.zeros(1, 2)]), States(1, []), None):  # 2: no room, no KL
         monkeypatch.setattr(lm, "states", states)
         lm._score([Request((1, 2), (3,))])
-    assert asked[0] != asked[1]
+    assert asked[0] != asked[1] == asked[2]
 
 
 @pytest.mark.parametrize(("metric", "pairs"), [
