@@ -15,7 +15,7 @@ from dart_eval.bench import decode, shapes
 from dart_eval.bench.decode import Row, Setting
 from dart_eval.layers.find import find_ffns
 from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
-from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.calibration import ROUNDING_TEXT, Calibration
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dense import Dense
 from dart_eval.results.metrics import sparsity as percent
@@ -86,7 +86,7 @@ class Subject(NamedTuple):
                 raise UserError(
                     f"{wanted.text} calibrates on a text, and random weights have no tokenizer", "give a model"
                 )
-        text = Calibration(self.model, self.tokenizer)
+        text = Calibration(self.model, self.tokenizer, ROUNDING_TEXT)
         for rounding in (None, *roundings):
             where = f" on {bits_text(rounding.text)}" if rounding else ""
             if rounding is not None:

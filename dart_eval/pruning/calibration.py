@@ -29,6 +29,7 @@ from dart_eval.util.files import read_text
 
 See = Callable[[int, Tensor, Tensor], None]
 DEFAULT_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
+ROUNDING_TEXT = DEFAULT_TEXT.with_name("rounding.txt")  # six times as long, for codes: they have more to fit
 SEGMENT = 512  # tokens per forward, as far as the model has positions: enough for context, not too many for memory
 
 BELOW_ALL = -1.0  # magnitudes are never negative: none lies below it

@@ -18,7 +18,7 @@ from dart_eval.evaluation.task_names import config_of as task_config
 from dart_eval.evaluation.task_names import own
 from dart_eval.evaluation.tasks import weigh_scored_text
 from dart_eval.models.loading import ModelSpec, resolve
-from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.calibration import ROUNDING_TEXT, Calibration
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import Session, prune
 from dart_eval.sweep.options import config_of
@@ -73,7 +73,7 @@ class DartLM(PrunedLM):
         weigh_scored_text()
         self._stack = contextlib.ExitStack()  # open as long as the object: the model is nobody else's
         if rounding is not None:
-            text = Calibration(model, tokenizer, asked.calibration)
+            text = Calibration(model, tokenizer, asked.calibration or ROUNDING_TEXT)
             self._stack.enter_context(Rounded(model, rounding, text).in_place())
         session: Session = Session()
         if pruner.prunes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dart_eval.evaluation.task_names import tasks_dir
+from dart_eval.pruning.calibration import DEFAULT_TEXT, ROUNDING_TEXT
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.metrics import sparsity as percent
@@ -64,7 +65,10 @@ class Cell:
     def text(self) -> str:
         """The calibration text, for people."""
         text = self.config.calibration
-        return "the shipped text" if text is None else Path(text).name if Path(text).is_file() else text
+        if text is not None:
+            return Path(text).name if Path(text).is_file() else text
+        both = ["text"] * self.method.calibrates + ["prose"] * bool(self.rounding and self.rounding.by)
+        return f"the shipped {' and '.join(both)}"
 
     @property
     def name(self) -> str:
@@ -104,7 +108,8 @@ def plan(
     """
     from dart_eval.evaluation.calibration_text import calibration_text
 
-    text = calibration_text(config.calibration, config.data_dir).digest
+    texts = (config.calibration or str(shipped) for shipped in (DEFAULT_TEXT, ROUNDING_TEXT))
+    text, longer = (calibration_text(name, config.data_dir).digest for name in texts)
     # What options that are gone would say by default: cells of theirs are found.
     size = config.calibration_size
     drawn_tokens = {} if size is None else {"calibration_tokens": size, "calibration_seed": 0}
@@ -113,7 +118,7 @@ def plan(
         # The shape of a batch moves last digits. They show in half precision, and where a token chooses its neurons
         # or inputs, or a router its experts: near a tie it takes others. A batch also shares its random numbers.
         moves = model.dtype != "float32" or method.by_token or model.routes
-        calibrates = method.calibrates or bool(rounding and rounding.by)
+        read = [text] * method.calibrates + [longer] * bool(rounding and rounding.by)
         inputs = {
             "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
             "method": method.name, "params": method.params(), "sparsity": sparsity,
@@ -121,10 +126,10 @@ def plan(
             "execution": "masked", "task": task, "task_hash": hashes[task],
             "batch_size": config.batch_size if moves or task in drawn else None,
             "share_prefix": True if moves else None,
-            "calibration": text if calibrates else None, "code": shared_hash(tasks_dir()),
+            "calibration": "+".join(dict.fromkeys(read)) or None, "code": shared_hash(tasks_dir()),
             "method_code": digest(method_files(method)), "versions": versions(),
             "method_files": [hashlib.sha256(content).hexdigest() for content in method.contents()],
-            **(drawn_tokens if calibrates else {}),
+            **(drawn_tokens if read else {}),
             **({} if rounding is None else {"ffn_bits": rounding.text}),
         }  # fmt: skip
         return Cell(method, sparsity, task, inputs, rounding, config, shelf, dense)

@@ -24,7 +24,7 @@ from dart_eval.layers.shape import shape_of
 from dart_eval.models.loading import Resolved
 from dart_eval.pruning import cost
 from dart_eval.pruning.caches import StatsCache
-from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.calibration import DEFAULT_TEXT, ROUNDING_TEXT, Calibration
 from dart_eval.pruning.session import Session, prune
 from dart_eval.results.record import Record
 from dart_eval.results.store import Journal
@@ -57,7 +57,7 @@ class Worker:
         tell(Event("wait", "looking at the model's layers"))
         self.shape = shape_of(self.model, find_ffns(self.model))
         self.resolved = resolved
-        self._calibrations: dict[Rounding | None, Calibration] = {}
+        self._calibrations: dict[tuple[Rounding | None, Path], Calibration] = {}
         self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
         self._states: tuple[str, States] | None = None  # the same of dense's states, by its cell's key
 
@@ -184,23 +184,24 @@ class Worker:
         if self._rounded is None or self._rounded[0] != wanted:
             self._tell(Event("wait", f"rounding the FFN weights to {bits_text(wanted.text)}"))
             self._rounded = None  # before the next: there need not be room for both
-            self._rounded = wanted, Rounded(self.model, wanted, self._calibration(cell, None))
+            self._rounded = wanted, Rounded(self.model, wanted, self._calibration(cell, None, ROUNDING_TEXT))
         return self._rounded[1].in_place()
 
-    def _calibration(self, cell: Cell, bits: Rounding | None) -> Calibration:
-        """Return what may be known of the model, with its weights as they are rounded, before any prompt."""
+    def _calibration(self, cell: Cell, bits: Rounding | None, shipped: Path = DEFAULT_TEXT) -> Calibration:
+        """Return what may be known of a model, rounded to `bits`, before any prompt: of its text, or `shipped`."""
         config = cell.config
-        if bits not in self._calibrations:
+        if (bits, shipped) not in self._calibrations:
             about = {
                 "model": self.resolved.identity.to_json(), "dtype": str(self.model.dtype),
                 "device": self.model.device.type, "bits": bits and bits.text,
                 "code": digest(numeric_files()), "versions": versions(),
             }  # fmt: skip
-            self._calibrations[bits] = Calibration(
-                self.model, self.tokenizer, lambda: calibration_text(config.calibration, config.data_dir).text,
+            name = config.calibration or str(shipped)
+            self._calibrations[bits, shipped] = Calibration(
+                self.model, self.tokenizer, lambda: calibration_text(name, config.data_dir).text,
                 config.calibration_size, StatsCache(about),
             )  # fmt: skip
-        return self._calibrations[bits]
+        return self._calibrations[bits, shipped]
 
 
 def _smaller(lm: PrunedLM, work: Callable[[], T]) -> tuple[T, int]:

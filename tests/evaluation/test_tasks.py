@@ -149,8 +149,8 @@ def test_tasks_travel_in_the_wheel_with_the_types_and_the_version(tmp_path):
     files = [file.relative_to(tasks_dir()) for file in tasks_dir().rglob("*") if file.is_file()]
     assert {f"dart_eval/tasks/{file}" for file in files if "__pycache__" not in file.parts} <= packed
     kernels = [f"kernels/cpu/{name}" for name in ("kernels.c", "coded.h", "columns.h", "threads.h", "vectors.h")]
-    others = ["data/calibration.txt", "data/keep-tables.json", "py.typed", *kernels]
-    assert {f"dart_eval/{name}" for name in others} <= packed
+    data = ("calibration.txt", "rounding.txt", "keep-tables.json")
+    assert {f"dart_eval/{name}" for name in (*(f"data/{one}" for one in data), "py.typed", *kernels)} <= packed
     assert wheel.name.startswith(f"dart_eval-{dart_eval.__version__}-")
 
 

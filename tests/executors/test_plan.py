@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -21,6 +22,7 @@ from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved, resolve
 from dart_eval.pruning import registry
+from dart_eval.pruning.calibration import DEFAULT_TEXT, ROUNDING_TEXT
 from dart_eval.pruning.method import option
 from dart_eval.pruning.methods.griffin import Griffin, PromptMask
 from dart_eval.pruning.registry import make
@@ -151,6 +153,25 @@ def test_the_key_changes_with_the_calibration_texts_content_not_with_its_path(tm
         assert found[0] == found[1] and len({*found}) == 3
     for method in ("dense", "griffin", "magnitude"):  # no text changes a number of theirs
         assert len({*those(method)}) == 1
+    found = those("griffin", ffn_bits=("gptq4:32",))
+    assert found[0] == found[1] and len({*found}) == 3
+
+
+def test_codes_have_a_shipped_text_of_their_own(tmp_path):
+    """And a method that calibrates keeps its own on them; a text that is given is the text of both."""
+    method, codes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (DEFAULT_TEXT, ROUNDING_TEXT))
+    assert method != codes
+    (tmp_path / "text").write_text("a text")
+    given = hashlib.sha256(b"a text").hexdigest()
+    for name, bits, read, said, text in (
+        ("griffin", "q4_k", None, "", None), ("griffin", "q4_k+imatrix", codes, "the shipped prose", given),
+        ("flap", "q4_k", method, "the shipped text", given),
+        ("flap", "gptq4:32", f"{method}+{codes}", "the shipped text and prose", given),
+    ):  # fmt: skip
+        (cell,) = cells(method=(name,), ffn_bits=(bits,))
+        assert cell.inputs["calibration"] == read and (read is None or cell.text == said)
+        (cell,) = cells(method=(name,), ffn_bits=(bits,), calibration=str(tmp_path / "text"))
+        assert cell.inputs["calibration"] == text and cell.text == "text"
 
 
 def test_what_is_read_of_a_calibration_text_is_recorded_where_it_is_not_all(tmp_path):

@@ -17,7 +17,7 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import tasks_dir
 from dart_eval.kernels.top import top_k_mask
-from dart_eval.pruning.calibration import DEFAULT_TEXT
+from dart_eval.pruning.calibration import DEFAULT_TEXT, ROUNDING_TEXT
 from dart_eval.pruning.log import Log
 from dart_eval.pruning.methods.drift import MAX_REFERENCE_WINDOWS, DriftDetector, DriftSettings
 from dart_eval.pruning.registry import make
@@ -289,10 +289,10 @@ def test_d8_sums_are_kept_in_fp32(llama, dtype):
         assert float(sums[0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
 
 
-def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibration_text(llama):
+def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_a_calibration_text(llama):
     for method in ("griffin", "dart", "dart-code"):
         prune(llama, method, 0.5).__enter__().close()  # no tokenizer, no text
-    text = " ".join(DEFAULT_TEXT.read_text(encoding="utf-8").split())
+    text = " ".join(" ".join(file.read_text(encoding="utf-8") for file in (DEFAULT_TEXT, ROUNDING_TEXT)).split())
     for name in ("questions", "stories", "articles"):
         for line in (tasks_dir() / "smoke" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             for value in json.loads(line).values():
