@@ -23,6 +23,7 @@ SHARED = (
 )  # fmt: skip
 NAME_HELP = "Make these tables: smoke (shipped data), dart (all of the DART paper's claims), or a YAML file's."
 LIMIT_HELP = r"Run only the first N items of each task.  \[default: the file's limit]"
+POWER_HELP = "Also say how many documents an open claim needs, with this run as a pilot."
 OUTPUT_HELP = "Write results to this folder, and tables to its subfolder `tables`."
 
 
@@ -31,6 +32,7 @@ def paper(
     name: Annotated[str, typer.Argument(metavar="NAME", help=NAME_HELP)] = "smoke",
     limit: Annotated[int | None, own(LIMIT_HELP, TASKS, "N")] = None,
     output: Annotated[str, own(OUTPUT_HELP, OUTPUT, "DIR")] = "paper",
+    power: Annotated[bool, own(POWER_HELP, OUTPUT, "", "--power")] = False,
     verbose: Verbose = False,
     **given: Any,
 ) -> None:
@@ -72,7 +74,7 @@ def paper(
     filled = Paper(Store(output), result.records, spec.sheets, result.missing)
     tables = {sheet.name: filled.table(sheet) for sheet in spec.sheets}
     if spec.claims:
-        tables["claims"] = filled.verdicts(spec.claims, counted)
+        tables["claims"] = filled.verdicts(spec.claims, counted, power)
     files = {
         f"{name}.{form}": render([table], form)
         for name, table in tables.items() if table.body for form in ("md", "csv", "tex")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -44,10 +45,15 @@ SHAPED = {"state MB": 1e6, "overhead %": 0.01}  # costs of a claim on a shape, a
 NOTE = "Value ± standard error, of shares in per cent; bold: best of its sparsity beyond noise (docs/paper.md)."
 # A test of perplexities whose differences have a long tail is too bold at .05, and on few documents at any level.
 TAILED_ALPHA, TAILED_UNITS = 0.01, 100
+POWER, MANY = 0.8, 100_000  # chance that so many documents close a claim; more are not counted
 NOTE_ON_CLAIMS = (
     "measured: difference (perplexities in nats) or ratio of the two rows, with the paired 95 % interval. A verdict is "
     "of the models and documents measured here, not of the paper's (docs/paper.md). One on perplexities, whose "
     f"differences have long tails, needs {TAILED_UNITS} documents and p < {TAILED_ALPHA}."
+)
+NOTE_ON_NEEDS = (
+    f"needs: documents that would close an open claim with a chance of {POWER:.0%}, if this pilot measured the "
+    "truth; of several columns, the one shown, uncorrected. Test the claim on other items than the pilot's."
 )
 
 
@@ -116,6 +122,20 @@ class Sides(NamedTuple):
     n: int
     a: Estimate
     b: Estimate
+
+
+class Verdict(NamedTuple):
+    """What becomes of a claim.
+
+    Attributes:
+        word: HOLDS, FAILS or OPEN. measured: with its interval, as text.
+        n: documents. needs: documents that would close an open claim.
+    """
+
+    word: str
+    measured: str
+    n: str = ""
+    needs: str = ""
 
 
 class Paper:
@@ -280,8 +300,13 @@ class Paper:
 
     # -- claims --------------------------------------------------------------------------------------------------------
 
-    def verdicts(self, claims: Sequence[Claim], counted: Mapping[Claim, float]) -> Table:
-        """Return the verdicts, a line a claim. counted: the costs of claims on a shape, in their units."""
+    def verdicts(self, claims: Sequence[Claim], counted: Mapping[Claim, float], power: bool = False) -> Table:
+        """Return the verdicts, a line a claim.
+
+        Args:
+            counted: the costs of claims on a shape, in their units.
+            power: say how many documents an open claim needs (`needed`).
+        """
         body = []
         for claim in claims:
             if claim.at_most is None:
@@ -290,16 +315,17 @@ class Paper:
                 cost, unit = counted[claim], claim.column.split()[1]
                 verdict = _of_cost(claim, cost, f"{float(f'{cost:.2g}'):g}", f" {unit}, counted")
             elif (row := self._number(claim, claim.rows[0], claim.column)) is None or math.isnan(row["value"]):
-                verdict = OPEN, "not measured", ""
+                verdict = Verdict(OPEN, "not measured")
             else:
                 verdict = _of_cost(claim, row["value"], _text(row["metric"], row["value"]), FIELDS[row["metric"]][2])
-            body.append([f"{claim.claim} ({claim.source})" if claim.source else claim.claim, *verdict])
+            said = f"{claim.claim} ({claim.source})" if claim.source else claim.claim
+            body.append([said, verdict.word, verdict.measured, verdict.n, verdict.needs][: 4 + power])
         models = dict.fromkeys(model_of(r.inputs["model"]) for r in self.records.values())
-        notes = [NOTE_ON_CLAIMS, f"Models: {', '.join(models)}."]
-        return Table("Claims and verdicts", ["claim", "verdict", "measured", "n"], body, notes)
+        notes = [NOTE_ON_CLAIMS, *[NOTE_ON_NEEDS] * power, f"Models: {', '.join(models)}."]
+        return Table("Claims and verdicts", ["claim", "verdict", "measured", "n", *["needs"] * power], body, notes)
 
-    def _of_rows(self, claim: Claim) -> tuple[str, str, str]:
-        """Return the verdict on two rows, what was measured, and the number of documents."""
+    def _of_rows(self, claim: Claim) -> Verdict:
+        """Return the verdict on two rows."""
         heads = {head: m for head, m in self.sheets[claim.table].heads.items() if head != MEAN and m not in FIELDS}
         metric, several = claim.metric or next(iter(heads.values()), ""), claim.column in (ANY, MEAN)
         names = [head for head, m in heads.items() if m == metric] if several else [claim.column]
@@ -311,7 +337,7 @@ class Paper:
         sides = [rows for a, b in pairs if (rows := self._sides(a, b, claim.times is not None))]
         if pairs and not sides:
             why = "its metric has no direction, no ratio, no known level of guessing, or is not of single documents"
-            return OPEN, f"not tested: {why}", ""
+            return Verdict(OPEN, f"not tested: {why}")
         part = f"{len(sides)} of {len(names)} columns" if several and len(sides) < len(names) else ""
         if sides and claim.column == MEAN:
             columns = zip(*(rows[3:] for rows in sides), strict=True)
@@ -327,15 +353,15 @@ class Paper:
         return None if numbers.empty else numbers.iloc[0]
 
 
-def judged(claim: Claim, sides: Sequence[Sides], part: str = "") -> tuple[str, str, str]:
-    """Return the verdict on a claim on two rows, what was measured, and the number of documents.
+def judged(claim: Claim, sides: Sequence[Sides], part: str = "") -> Verdict:
+    """Return the verdict on a claim on two rows.
 
     Args:
         sides: the rows in the claim's column, or in all columns of which one must bear it out.
         part: `3 of 4 columns`, if not all of the claim's were measured.
     """
     if not sides:
-        return OPEN, "not measured", ""
+        return Verdict(OPEN, "not measured")
     tailed = metrics.kind_of(sides[0].metric).group == metrics.PERPLEXITY
     alpha, fewest = (TAILED_ALPHA, TAILED_UNITS) if tailed else (stats.ALPHA, 0)
     if claim.times is None:
@@ -352,7 +378,27 @@ def judged(claim: Claim, sides: Sequence[Sides], part: str = "") -> tuple[str, s
     best = sides[max(proven or range(len(sides)), key=lambda i: gaps[i].value)]
     where = "; ".join([best.head] * (claim.column == ANY) + [part] * bool(part))
     text = _measured(claim, best) + (f" ({where})" if where else "")
-    return HOLDS if proven else FAILS if fails else OPEN, text, str(best.n)
+    word, shown = HOLDS if proven else FAILS if fails else OPEN, sides.index(best)
+    able = word == OPEN and gaps[shown].smallest >= stats.MIN_CLUSTERS
+    able = able and (claim.times is None or share(best.a, best.b) is not None)
+    needs = needed(gaps[shown], best.n, alpha, fewest) if able else ""
+    return Verdict(word, text, str(best.n), needs)
+
+
+def needed(gap: Estimate, n: int, alpha: float, fewest: int = 0) -> str:
+    """Return about how many documents would close a claim with a chance of `POWER`, if the gap is as it was measured.
+
+    n ((z_(1 - alpha / 2) + z_POWER) stderr / gap)^2, of a two-sided test of normal means, in two digits.
+
+    Args:
+        gap: between the rows, less what the claim asks. n: its documents.
+        alpha: of the test. fewest: documents that the test has at least.
+    """
+    z = NormalDist().inv_cdf
+    if not gap.stderr or not gap.value:
+        return ""
+    exact = n * ((z(1 - alpha / 2) + z(POWER)) * gap.stderr / gap.value) ** 2
+    return f"{max(float(f'{exact:.2g}'), fewest):,.0f}" if exact < MANY else f"over {MANY:,}"
 
 
 def _measured(claim: Claim, rows: Sides) -> str:
@@ -374,10 +420,10 @@ def _measured(claim: Claim, rows: Sides) -> str:
     return f"{value}{unit}" + (f" [{', '.join(ends)}]" if ends else "")
 
 
-def _of_cost(claim: Claim, cost: float, text: str, unit: str) -> tuple[str, str, str]:
+def _of_cost(claim: Claim, cost: float, text: str, unit: str) -> Verdict:
     """Return the verdict on a cost, and it as text; where that reads as the limit, more digits do."""
     limit = claim.at_most or 0.0
-    return HOLDS if cost <= limit else FAILS, (f"{cost:g}" if float(text) == limit else text) + unit, ""
+    return Verdict(HOLDS if cost <= limit else FAILS, (f"{cost:g}" if float(text) == limit else text) + unit)
 
 
 def _is_pruner(record: Record) -> bool:

@@ -413,7 +413,7 @@ def test_a_verdict_is_that_of_students_t_on_the_documents(by, times):
 def test_what_was_measured_is_said_with_its_interval_and_documents():
     draw = np.random.default_rng(4)
     a, b = (draw.random(MANY) < 0.7).astype(float), (draw.random(MANY) < 0.5).astype(float)
-    _, text, n = judged(claim(), [sides(a, b)])
+    _, text, n, _ = judged(claim(), [sides(a, b)])
     half = theirs.t.ppf(0.975, MANY - 1) * (a - b).std(ddof=1) / MANY**0.5
     value, low, high = map(float, re.findall(r"[+-][\d.]+", text))
     assert n == str(MANY) and "points" in text and value == pytest.approx(100 * (a - b).mean(), abs=0.05)
@@ -448,23 +448,38 @@ def test_a_claim_on_at_least_one_column_pays_for_each_look():
     alone = [sides(lucky, base, "one")]
     assert judged(claim(), alone)[0] == HOLDS
     others = [sides(base + np.roll(noise, i + 1), base, f"column {i}") for i in range(9)]
-    verdict, text, _ = judged(claim(ANY), alone + others)
+    verdict, text, *_ = judged(claim(ANY), alone + others)
     assert verdict == OPEN and text.endswith("(one)")
     worse = [sides(base - 1 + 0.1 * noise, base, f"column {i}") for i in range(3)]
     assert judged(claim(ANY), worse)[0] == FAILS
     assert judged(claim(ANY), [*worse, others[0]])[0] == OPEN  # one of them may yet
-    verdict, text, _ = judged(claim(ANY), worse, "3 of 4 columns")  # and so may one that was not measured
+    verdict, text, *_ = judged(claim(ANY), worse, "3 of 4 columns")  # and so may one that was not measured
     assert verdict == OPEN and text.endswith("; 3 of 4 columns)")
     clear = base + 0.03 + 0.05 * noise  # the column that proves it is shown: by less, but beyond its noise
-    verdict, text, _ = judged(claim(ANY), [sides(base + noise + 0.08, base, "noisy"), sides(clear, base, "clear")])
+    verdict, text, *_ = judged(claim(ANY), [sides(base + noise + 0.08, base, "noisy"), sides(clear, base, "clear")])
     assert verdict == HOLDS and text.endswith("(clear)")
+
+
+def test_as_many_documents_as_a_claim_needs_close_it_in_four_of_five_cases():
+    """By the noncentral t of as many documents as a pilot asks for; a perplexity's claim needs a hundred at least."""
+    draw = np.random.default_rng(5)
+    pilot = draw.normal(size=40)
+    pilot = 0.2 + (pilot - pilot.mean()) / pilot.std(ddof=1)
+    word, _, n, needs = judged(claim(), [sides(pilot, 0 * pilot)])
+    assert (word, n) == (OPEN, "40") and int(needs) == pytest.approx(((1.960 + 0.842) / 0.2) ** 2, rel=0.03)
+    edge, shift = theirs.t.ppf(0.975, int(needs) - 1), 0.2 * int(needs) ** 0.5
+    assert theirs.nct.sf(edge, int(needs) - 1, shift) == pytest.approx(0.8, abs=0.02)
+    assert judged(claim(by=0.199), [sides(pilot, 0 * pilot)]).needs == "over 100,000"
+    assert judged(claim(), [sides(pilot + 1, 0 * pilot)]).needs == ""  # it holds
+    assert judged(claim(), [sides(pilot + 0.6, 0 * pilot, metric="word_perplexity")]).needs == "100"
+    assert judged(claim(), [sides(pilot[:2], 0 * pilot[:2])]).needs == ""  # no pilot
 
 
 def test_no_ratio_decides_nothing():
     """A rival near 0, and numbers of which the smaller one is better."""
     draw = np.random.default_rng(7)
     high, none = 0.3 + 0.1 * draw.standard_normal(MANY), 1e-4 + 0.1 * draw.standard_normal(MANY)
-    verdict, text, _ = judged(claim(times=3), [sides(high, none)])
+    verdict, text, *_ = judged(claim(times=3), [sides(high, none)])
     assert verdict == OPEN and text.startswith("no ratio")
     worse, better = -0.29 + 0.1 * draw.standard_normal(MANY), -0.21 + 0.1 * draw.standard_normal(MANY)  # of flips
     assert judged(claim(times=2), [sides(worse, better, metric="flips")])[0] == OPEN
@@ -474,7 +489,7 @@ def test_no_ratio_decides_nothing():
 def test_the_verdict_on_a_ratio_is_that_of_fiellers_interval(gap):
     draw = np.random.default_rng(8)
     base = 0.5 + 0.2 * draw.standard_normal(MANY)
-    verdict, text, _ = judged(claim(times=0.95), [sides(gap * base + 0.2 * draw.standard_normal(MANY), base)])
+    verdict, text, *_ = judged(claim(times=0.95), [sides(gap * base + 0.2 * draw.standard_normal(MANY), base)])
     low, high = map(float, re.search(r"\[([\d.]+), ([\d.]+)\]", text).groups())
     assert verdict == (HOLDS if low > 0.95 else FAILS if high < 0.95 else OPEN)
 
@@ -486,7 +501,7 @@ def test_few_or_equal_documents_decide_nothing():
     assert len(mean(tasks).units) == 20 and mean(tasks).interval is None and mean(tasks).p is None
     assert judged(claim(), [sides([1, 1, 1, 0], [0, 0, 0, 0])])[0] == OPEN
     assert judged(claim(), [sides([1] * MANY, [1] * MANY)])[0] == OPEN
-    assert judged(claim(), []) == (OPEN, "not measured", "")
+    assert judged(claim(), []) == (OPEN, "not measured", "", "")
 
 
 def test_verdicts_come_from_the_documents_of_a_folder(tmp_path):
