@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dart_eval.evaluation.task_names import tasks_dir
-from dart_eval.pruning.calibration import DEFAULT_TEXT, ROUNDING_TEXT
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.metrics import sparsity as percent
@@ -106,7 +105,8 @@ def plan(
         device: type of device (cpu, cuda): kernels differ in their last bits.
         drawn: those of the tasks that draw their answers. shelf: has the tasks.
     """
-    from dart_eval.evaluation.calibration_text import calibration_text
+    from dart_eval.evaluation.calibration_text import calibration_text  # imports torch
+    from dart_eval.pruning.calibration import DEFAULT_TEXT, ROUNDING_TEXT
 
     texts = (config.calibration or str(shipped) for shipped in (DEFAULT_TEXT, ROUNDING_TEXT))
     text, longer = (calibration_text(name, config.data_dir).digest for name in texts)
