@@ -1,0 +1,111 @@
+"""The tables of results/board.md, from one folder a model: all rows side by side, and the test of each sentence.
+
+    python scripts/board_page.py scripts/board-tests.yaml demo second third
+
+The file is a list of `{sentence: 1, model: demo, tasks: drift, a: grinqh at .30, b: dense on q4_k}`, where tasks are
+`drift`, `choice` or one task, and rows are named as in the table. A difference is of nats per word, or of points; it is
+positive if A is better. Holm's p is over all tests of the file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from dart_eval.results import metrics, stats
+from dart_eval.results.board import CONTROL, GUESSING, Block, Row, boards
+from dart_eval.results.inputs import NOISE
+from dart_eval.results.record import Record
+from dart_eval.results.store import Store
+
+PARTS = {
+    "drift": ("drift_xsum", "drift_cnn_dailymail"), "drift_xsum": ("drift_xsum",), "wikitext": ("wikitext",),
+    "choice": ("arc_easy", "arc_challenge", "boolq", "winogrande", "openbookqa", "rte", "hellaswag"),
+    "gsm8k": ("gsm8k",),
+}  # fmt: skip
+
+
+def named(row: Row) -> str:
+    """Return the name of a row in the table: a method's with the read that was asked for."""
+    return row.label if not row.sparsity else f"{row.label} at .{100 * (1 - row.sparsity):02.0f}"
+
+
+def block_of(folder: Path, tasks: Sequence[str]) -> Block | None:
+    """Return the rows of a folder that ran all of some tasks, as the board has them."""
+    store, rows = Store(folder), dict[tuple[str, ...], list[Record]]()
+    for record in store.load():
+        if record.inputs["task"] in tasks:
+            key = tuple(str(record.inputs.get(name)) for name in ("method", "params", "sparsity", "ffn_bits"))
+            rows.setdefault(key, []).append(record)
+    complete = [record for of_row in rows.values() if len(of_row) == len(tasks) for record in of_row]
+    return boards(store, complete)[0].blocks[0] if complete else None
+
+
+def cells(row: Row, block: Block, name: str) -> dict[str, str]:
+    """Return head -> text of a row on some tasks."""
+    quality = row.quality[block.first]
+    if metrics.kind_of(block.first).group == metrics.PERPLEXITY:
+        beside = quality.beside_dense(block.first)
+        kl = {f"{name}: KL": metrics.three(row.kl.value)} if row.kl and name.startswith("drift") else {}
+        return {name: metrics.multiple(beside.value, *(beside.interval or ())) if beside else "", **kl}
+    if name != "choice":
+        return {name: metrics.short(block.first, quality.value, quality.stderr)}
+    return {name: metrics.percent(quality.share.value, *(quality.share.interval or ()))} if quality.share else {}
+
+
+def table(blocks: Mapping[str, Mapping[str, Block]]) -> str:
+    """Return all rows of all models side by side, in Markdown. blocks: model -> tasks -> rows."""
+    texts: dict[str, dict[str, str]] = {}
+    rows: dict[str, Row] = {}
+    for model, of_model in blocks.items():
+        for name, block in of_model.items():
+            for row in (row for row in block.rows if row.kind != GUESSING):
+                rows.setdefault(named(row), row)
+                own = texts.setdefault(named(row), {})
+                own |= {f"{model}, {head}": text for head, text in cells(row, block, name).items()}
+    heads = list(dict.fromkeys(head for own in texts.values() for head in own))
+    lines = [f"| read | in lines | row | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+    order = {CONTROL: 0, NOISE: 1}
+    for name, row in sorted(rows.items(), key=lambda item: (order.get(item[1].kind, 2), -round(item[1].read, 2))):
+        lines_ = f"{row.fetched:.0%}" if row.fetched and row.fetched - row.read >= 0.005 else ""
+        body = " | ".join(texts[name].get(head, "") for head in heads)
+        lines.append(f"| {row.read:.0%} | {lines_} | {name} | {body} |")
+    return "\n".join(lines)
+
+
+def tests(asked: Sequence[Mapping[str, object]], blocks: Mapping[str, Mapping[str, Block]]) -> str:
+    """Return the paired test of each line of a file, in Markdown."""
+    found = []
+    for test in asked:
+        block = blocks[str(test["model"])][str(test["tasks"])]
+        rows = {named(row): row for row in block.rows}
+        a, b = (rows[str(test[side])].quality[block.first].better for side in "ab")
+        if a is None or b is None:
+            raise SystemExit(f"not tested: {test}")
+        points = metrics.kind_of(block.first).percent
+        found.append((test, a - b, 100 if points else 1, " points" if points else ""))
+    adjusted = stats.holm([gap.p for _, gap, *_ in found])
+    lines = ["| sentence | model, tasks | A | B | A better by | n | p (Holm) |", "|---|---|---|---|---|---|---|"]
+    for (test, gap, scale, unit), p in zip(found, adjusted, strict=True):
+        digits = 1 if unit else 3
+        ends = ", ".join(f"{scale * end:.{digits}f}" for end in gap.interval or ())
+        lines.append(
+            f"| {test['sentence']} | {test['model']}, {test['tasks']} | {test['a']} | {test['b']} "
+            f"| {scale * gap.value:+.{digits}f}{unit} [{ends}] | {len(gap.units)} | {metrics.chance(p)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    file, *folders = map(Path, sys.argv[1:])
+    found = {
+        folder.name: {name: block for name, tasks in PARTS.items() if (block := block_of(folder, tasks))}
+        for folder in folders
+    }
+    for of_model in found.values():
+        if "drift" in of_model:
+            del of_model["drift_xsum"]
+    print(table(found), tests(yaml.safe_load(file.read_text(encoding="utf-8")), found), sep="\n\n")
