@@ -34,13 +34,13 @@ demo() { # TASKS LIMIT
   cells "$1" "$2" --method rounding
   cells "$1" "$2" --method dense --ffn-bits 4,gptq4:128,3,q3_k+imatrix,6:128
 }
-second() { # TASKS LIMIT
-  cells "$1" "$2" --method dense,noise
-  cells "$1" "$2" --method grinqh,graded-both --sparsity 0.7
-  cells "$1" "$2" --method dense --ffn-bits 8:128,q4_k,gptq4:32+down5:128,gptq2:32
-  cells "$1" "$2" --method griffin,dart,cats,teal --sparsity 0.5
-  cells "$1" "$2" --method grinqh,graded-both --sparsity 0.5,0.84
-  cells "$1" "$2" --method griffin,dart,teal --sparsity 0.7
+second() { # TASKS LIMIT OTHER-OPTIONS
+  cells "$@" --method dense,noise
+  cells "$@" --method grinqh,graded-both --sparsity 0.7
+  cells "$@" --method dense --ffn-bits 8:128,q4_k,gptq4:32+down5:128,gptq2:32
+  cells "$@" --method griffin,dart,cats,teal --sparsity 0.5
+  cells "$@" --method grinqh,graded-both --sparsity 0.5,0.84
+  cells "$@" --method griffin,dart,teal --sparsity 0.7
 }
 
 case $grid in
@@ -48,7 +48,7 @@ case $grid in
     $grid "$drift" 32
     $grid "$choice" 200
     $grid wikitext 8
-    [ "$grid" = demo ] || $grid gsm8k 128
+    [ "$grid" = demo ] || $grid gsm8k_cot_zeroshot 128 --chat-template --gen-kwargs max_gen_toks=512
     ;;
   third)
     cells drift_xsum 32 --method dense,noise

@@ -24,7 +24,7 @@ from dart_eval.results.store import Store
 PARTS = {
     "drift": ("drift_xsum", "drift_cnn_dailymail"), "drift_xsum": ("drift_xsum",), "wikitext": ("wikitext",),
     "choice": ("arc_easy", "arc_challenge", "boolq", "winogrande", "openbookqa", "rte", "hellaswag"),
-    "gsm8k": ("gsm8k",),
+    "gsm8k_cot_zeroshot": ("gsm8k_cot_zeroshot",),
 }  # fmt: skip
 
 
