@@ -206,10 +206,14 @@ def labels(records: Sequence[Labelled]) -> dict[str, str]:
     models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
     same_name = len(models) > len({name for name, _ in models})
     typed, names, details = specs(records), dict[str, str](), dict[str, list[str]]()
+    equal = grouped(records, lambda r: (typed[r.key], r.inputs.get("ffn_bits")))
     for r in records:
         model = r.inputs["model"]
         details[r.key] = [f"model={str(model.get('weights') or model.get('revision'))[:8]}"] if same_name else []
-        for name in apart:
+        for name in apart:  # each kind of row may have a calibration text of its own
+            group = equal[typed[r.key], r.inputs.get("ffn_bits")] if name in CALIBRATED else records
+            if len(values_of(name, group)) < 2:
+                continue
             if matters(name, r.inputs) and (name not in WILDCARDS or r.inputs.get(name) is not None):
                 details[r.key].append(_setting_text(name, r))
         bits = f" on {bits_text(r.inputs['ffn_bits'])}" if r.inputs.get("ffn_bits") else ""
