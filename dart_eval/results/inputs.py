@@ -202,22 +202,21 @@ def specs(records: Iterable[Labelled]) -> dict[str, str]:
 def labels(records: Sequence[Labelled]) -> dict[str, str]:
     """Return a label per key: the method, the bits of its weights, and the settings in which cells of a task differ."""
     groups = list(grouped(records, lambda r: r.inputs["task"]).values())
-    apart = [s for s in NAMED if s not in CODE and any(len(values_of(s, group)) > 1 for group in groups)]
+    late = {*CODE, *CALIBRATED}
+    apart = {s for s in NAMED if s not in late and any(len(values_of(s, group)) > 1 for group in groups)}
     models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
     same_name = len(models) > len({name for name, _ in models})
     typed, names, details = specs(records), dict[str, str](), dict[str, list[str]]()
-    equal = grouped(records, lambda r: (typed[r.key], r.inputs.get("ffn_bits")))
-    for r in records:
-        model = r.inputs["model"]
-        details[r.key] = [f"model={str(model.get('weights') or model.get('revision'))[:8]}"] if same_name else []
-        for name in apart:  # each kind of row may have a calibration text of its own
-            group = equal[typed[r.key], r.inputs.get("ffn_bits")] if name in CALIBRATED else records
-            if len(values_of(name, group)) < 2:
-                continue
-            if matters(name, r.inputs) and (name not in WILDCARDS or r.inputs.get(name) is not None):
-                details[r.key].append(_setting_text(name, r))
-        bits = f" on {bits_text(r.inputs['ffn_bits'])}" if r.inputs.get("ffn_bits") else ""
-        names[r.key] = typed[r.key] + bits
+    for (method, bits), alike in grouped(records, lambda r: (typed[r.key], r.inputs.get("ffn_bits"))).items():
+        texts = {s for s in CALIBRATED if len(values_of(s, alike)) > 1}  # other methods and codes may have other texts
+        shown = [s for s in NAMED if s in apart | texts]
+        for r in alike:
+            model = r.inputs["model"]
+            details[r.key] = [f"model={str(model.get('weights') or model.get('revision'))[:8]}"] if same_name else []
+            for name in shown:
+                if matters(name, r.inputs) and (name not in WILDCARDS or r.inputs.get(name) is not None):
+                    details[r.key].append(_setting_text(name, r))
+            names[r.key] = method + (f" on {bits_text(bits)}" if bits else "")
     for alike in grouped(records, lambda r: (names[r.key], *details[r.key])).values():
         # Only the code may distinguish two cells of one place.
         places = {json.dumps([r.inputs.get(name) for name in PLACE] + [r.inputs["model"]["name"]]) for r in alike}
