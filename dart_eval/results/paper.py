@@ -307,7 +307,7 @@ class Paper:
             counted: the costs of claims on a shape, in their units.
             power: say how many documents an open claim needs (`needed`).
         """
-        body = []
+        body, heads = [], ["claim", "verdict", "measured", "n", *["needs"] * power]
         for claim in claims:
             if claim.at_most is None:
                 verdict = self._of_rows(claim)
@@ -319,10 +319,10 @@ class Paper:
             else:
                 verdict = _of_cost(claim, row["value"], _text(row["metric"], row["value"]), FIELDS[row["metric"]][2])
             said = f"{claim.claim} ({claim.source})" if claim.source else claim.claim
-            body.append([said, verdict.word, verdict.measured, verdict.n, verdict.needs][: 4 + power])
+            body.append([said, *verdict][: len(heads)])
         models = dict.fromkeys(model_of(r.inputs["model"]) for r in self.records.values())
         notes = [NOTE_ON_CLAIMS, *[NOTE_ON_NEEDS] * power, f"Models: {', '.join(models)}."]
-        return Table("Claims and verdicts", ["claim", "verdict", "measured", "n", *["needs"] * power], body, notes)
+        return Table("Claims and verdicts", heads, body, notes)
 
     def _of_rows(self, claim: Claim) -> Verdict:
         """Return the verdict on two rows."""
@@ -375,10 +375,11 @@ def judged(claim: Claim, sides: Sequence[Sides], part: str = "") -> Verdict:
     proven = [i for i, p in enumerate(adjusted) if gaps[i].value > 0 and p is not None and p < alpha]
     failed = [i for i, p in enumerate(tests) if gaps[i].value < 0 and p is not None and p < alpha]
     fails = len(failed) == len(sides) and not (part and claim.column == ANY)  # another column may bear it out
-    best = sides[max(proven or range(len(sides)), key=lambda i: gaps[i].value)]
+    shown = max(proven or range(len(sides)), key=lambda i: gaps[i].value)
+    best = sides[shown]
     where = "; ".join([best.head] * (claim.column == ANY) + [part] * bool(part))
     text = _measured(claim, best) + (f" ({where})" if where else "")
-    word, shown = HOLDS if proven else FAILS if fails else OPEN, sides.index(best)
+    word = HOLDS if proven else FAILS if fails else OPEN
     able = word == OPEN and gaps[shown].smallest >= stats.MIN_CLUSTERS
     able = able and (claim.times is None or share(best.a, best.b) is not None)
     needs = needed(gaps[shown], best.n, alpha, fewest) if able else ""
