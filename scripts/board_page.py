@@ -1,6 +1,6 @@
 """The tables of results/board.md, from one folder a model: all rows side by side, and the test of each sentence.
 
-    python scripts/board_page.py scripts/board-tests.yaml demo second third
+    python scripts/board_page.py TESTS.yaml demo second third
 
 The file is a list of `{sentence: 1, model: demo, tasks: drift, a: grinqh at .30, b: dense on q4_k}`, where tasks are
 `drift`, `choice` or one task, and rows are named as in the table. A difference is of nats per word, or of points; it is
@@ -33,10 +33,10 @@ def named(row: Row) -> str:
     return row.label if not row.sparsity else f"{row.label} at .{100 * (1 - row.sparsity):02.0f}"
 
 
-def block_of(folder: Path, tasks: Sequence[str]) -> Block | None:
-    """Return the rows of a folder that ran all of some tasks, as the board has them."""
-    store, rows = Store(folder), dict[tuple[str, ...], list[Record]]()
-    for record in store.load():
+def block_of(store: Store, records: Sequence[Record], tasks: Sequence[str]) -> Block | None:
+    """Return the rows of a folder that ran all of some tasks, as the board has them. records: the folder's cells."""
+    rows: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
         if record.inputs["task"] in tasks:
             key = tuple(str(record.inputs.get(name)) for name in ("method", "params", "sparsity", "ffn_bits"))
             rows.setdefault(key, []).append(record)
@@ -101,11 +101,12 @@ def tests(asked: Sequence[Mapping[str, object]], blocks: Mapping[str, Mapping[st
 
 if __name__ == "__main__":
     file, *folders = map(Path, sys.argv[1:])
-    found = {
-        folder.name: {name: block for name, tasks in PARTS.items() if (block := block_of(folder, tasks))}
-        for folder in folders
-    }
-    for of_model in found.values():
-        if "drift" in of_model:
-            del of_model["drift_xsum"]
+    found = {}
+    for folder in folders:
+        store = Store(folder)
+        records = store.load()
+        blocks = {name: block for name, tasks in PARTS.items() if (block := block_of(store, records, tasks))}
+        if "drift" in blocks:
+            del blocks["drift_xsum"]
+        found[folder.name] = blocks
     print(table(found), tests(yaml.safe_load(file.read_text(encoding="utf-8")), found), sep="\n\n")
