@@ -75,6 +75,7 @@ class Row:
     same: Estimate | None = None  # tokens of a text before the first difference from dense's
     length: Estimate | None = None  # tokens of texts / those of dense's
     limited: Estimate | None = None  # share of texts with all the tokens that they may have
+    loops: Estimate | None = None  # share of texts that repeat themselves
     overhead: float = 0.0  # FLOPs that the method adds to a decoded token / FLOPs of a dense one
     speed: Speed | None = None  # of `bench decode`, if the folder has one; it may be the lack of a kernel
     fetched: float | None = None  # the read in whole lines of 64 bytes; None where records do not know it
@@ -336,6 +337,7 @@ def _block(rows: Sequence[Row], scope: str, tasks: Tasks, own: Sequence[Row]) ->
     for field_, name, of in (
         ("nats", metrics.GOLD, of_first), ("flips", "flips", of_first), ("kl", "kl", everywhere),
         ("same", "dense_tokens", everywhere), ("length", "length", everywhere), ("limited", "limited", everywhere),
+        ("loops", "loops", everywhere),
     ):  # fmt: skip
         values: Sequence[Any] = _means(inside, name, of)
         inside = [replace(row, **{field_: value}) for row, value in zip(inside, values, strict=True)]

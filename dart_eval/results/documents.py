@@ -26,6 +26,7 @@ from dart_eval.util.text import Json
 
 INDEX = ["task", "doc_id", "filter"]
 HASHES = ["doc_hash", "prompt_hash"]
+LOOP = 20  # tokens; a shorter phrase that goes on and on is a run of as many, too
 APART = ("metrics", "drift", "kl_bins")  # fields of a sample that are not columns
 
 
@@ -192,12 +193,12 @@ def add_distances(own: Answers, dense: Answers, texts: bool = True) -> Answers:
 
     `flips`: the chosen answer of an item differs. For texts `dense_rougeL`: ROUGE-L against dense's text;
     `dense_tokens`: tokens before the first difference; `length`: tokens / dense's; `limited`: the share of texts with
-    all the tokens that they may have.
+    all the tokens that they may have; `loops`: the share of texts that repeat themselves (`repeats`).
     """
     of: dict[str, tuple[str, Callable[..., Any]]] = {
         "flips": ("chosen", lambda a, b: float(a != b)), "dense_tokens": ("token_ids", _common),
         "length": ("token_ids", lambda a, b: [float(len(a)), float(len(b))]),
-        "limited": ("limited", lambda a, _: float(a)),
+        "limited": ("limited", lambda a, _: float(a)), "loops": ("token_ids", lambda a, _: float(repeats(a))),
     }  # fmt: skip
     if texts:  # it takes time
         of["dense_rougeL"] = "text", _similarity
@@ -222,6 +223,16 @@ def _scorer() -> Any:
 def _similarity(ours: str, theirs: str) -> float:
     """Return ROUGE-L against dense's text; 1 for the same text, also where it has no word that ROUGE knows."""
     return 1.0 if ours == theirs else float(_scorer().score(theirs, ours)["rougeL"].fmeasure)
+
+
+def repeats(tokens: Sequence[int]) -> bool:
+    """Return whether a run of `LOOP` tokens or more comes again at once."""
+    ids = np.asarray(tokens)
+    for lag in range(LOOP, len(ids) // 2 + 1):
+        breaks = np.flatnonzero(ids[lag:] != ids[:-lag])
+        if np.diff(breaks, prepend=-1, append=len(ids) - lag).max() > lag:  # `lag` equal tokens stand between two
+            return True
+    return False
 
 
 def _common(ours: Sequence[int], theirs: Sequence[int]) -> float:

@@ -50,7 +50,7 @@ METRICS = {
     "dense_rougeL": Kind(DISTANCE, percent=True),
     "dense_tokens": Kind(DISTANCE, digits=1),
     "length": Kind(DISTANCE, kind="ratio"),
-    "limited": Kind(DISTANCE, percent=True),
+    **dict.fromkeys(("limited", "loops"), Kind(DISTANCE, percent=True)),
     **dict.fromkeys(("kl", "kl_reverse"), Kind(DISTANCE, kind="ratio", digits=5)),
     **dict.fromkeys(("kl_p50", "kl_p95", "kl_p99"), Kind(DISTANCE, kind=None, digits=5)),
     "rms_dp": Kind(DISTANCE, kind="rms", percent=True),

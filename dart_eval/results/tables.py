@@ -37,7 +37,7 @@ APART = 0.005  # half a point: of reads and what is fetched for them
 LEVEL_SHOWN = 0.025  # reads that differ by as much from the wanted one are shown
 LENGTHS: dict[str, tuple[str, Callable[[float], str]]] = {  # of texts, by the field of a row
     "length": ("tokens\nx dense", metrics.multiple), "limited": ("at the\nlimit", metrics.percent),
-    "same": ("tokens\nlike dense", partial(metrics.number, digits=1)),
+    "loops": ("loops", metrics.percent), "same": ("tokens\nlike dense", partial(metrics.number, digits=1)),
 }  # fmt: skip
 MOST_NAMED = 3  # tasks in a title, or rows in a sentence; of more their number is given
 

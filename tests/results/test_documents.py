@@ -9,7 +9,7 @@ import pytest
 import dart_eval
 from dart_eval.results.board import boards
 from dart_eval.results.compare import compare_rows
-from dart_eval.results.documents import answers_of, documents
+from dart_eval.results.documents import answers_of, documents, repeats
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
@@ -124,11 +124,28 @@ def test_texts_are_held_against_denses_own(tmp_path):
         for sample in side.samples:
             sample["limited"] = len(sample["token_ids"]) > 1
     found = beside_dense(tmp_path, *sides)
-    lengths = {name: found["griffin", name]["value"] for name in ("length", "limited")}
-    assert lengths == pytest.approx({"length": 8 / 7, "limited": 1.0})
+    lengths = {name: found["griffin", name]["value"] for name in ("length", "limited", "loops")}
+    assert lengths == pytest.approx({"length": 8 / 7, "limited": 1.0, "loops": 0.0})
     assert found["dense", "limited"]["value"] == pytest.approx(2 / 3)
     assert found["griffin", "dense_rougeL"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert found["griffin", "dense_tokens"]["value"] == pytest.approx((4 + 1 + 0) / 3)
+
+
+def test_a_text_repeats_itself_if_a_long_run_comes_again_at_once():
+    """Held against the definition: some run of 20 tokens or more stands twice, side by side."""
+
+    def plain(tokens):
+        runs = ((i, n) for n in range(20, len(tokens) // 2 + 1) for i in range(len(tokens) - 2 * n + 1))
+        return any(tokens[i : i + n] == tokens[i + n : i + 2 * n] for i, n in runs)
+
+    word = np.random.default_rng(0).integers(0, 1000, 200).tolist()
+    loops = [[5] * 40, [1, 2, 3] * 14, word[:20] * 2, [7, *word[:33], *word[:33], 8, 9], [*word[:50], *word[30:50]]]
+    others = [[], [5] * 39, word, word[:19] * 2, [*word[:30], 0, *word[:30]], [*word[:20], *word[1:20], 0]]
+    assert [(repeats(t), plain(t)) for t in loops] == [(True, True)] * 5
+    assert [(repeats(t), plain(t)) for t in others] == [(False, False)] * 6
+    few = np.random.default_rng(1).integers(0, 2, (60, 90)).tolist()
+    again = [[*t[:20], *t[:n], *t[20:]] for t in few for n in (19, 20, 21)]
+    assert [repeats(t) for t in again] == [plain(t) for t in again] and {*map(plain, again)} == {True, False}
 
 
 @pytest.mark.parametrize("text", ["", "\u5317\u4eac\u662f", "\u041f\u0440\u0438\u0432\u0435\u0442"])
