@@ -21,7 +21,7 @@ SHARED = (
     "model", "revision", "dtype", "device", "device_map", "trust_remote_code", "confirm_run_unsafe_code", "data_dir",
     "chat_template", "batch_size", "seed", "workers", "ray", "gpus_per_cell",
 )  # fmt: skip
-NAME_HELP = "Make these tables: smoke (shipped data), dart (all of the DART paper's claims), or a YAML file's."
+NAME_HELP = "Make the tables of smoke (shipped data), dart (its paper's claims), long (long answers) or a YAML file."
 LIMIT_HELP = r"Run only the first N items of each task.  \[default: the file's limit]"
 POWER_HELP = "Also say how many documents an open claim needs, with this run as a pilot."
 OUTPUT_HELP = "Write results to this folder, and tables to its subfolder `tables`."
