@@ -1,6 +1,7 @@
 """The report page: it is made of whatever is there, nothing in it escapes, and how it behaves in a browser."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -95,6 +96,30 @@ def test_a_chart_of_one_read_is_not_drawn_nor_one_of_a_model_that_only_guesses(t
         assert (tmp_path / f"a.{form}").read_bytes().startswith(starts)
     refused = command("tables", save(tmp_path / "weak", *weak), "--save", tmp_path / "b.svg")
     assert refused.code == 2 and "guessing" in refused.err
+
+
+def test_a_picture_names_each_line_beside_it_and_what_is_beyond_at_the_edge(monkeypatch):
+    """No point is moved, no name crosses a line or another name, and a row beyond the axis is an arrow."""
+    texts, drawn, stock = [], {}, charts._name
+
+    def name(axes, lines, taken, colors):
+        drawn.update({line.get_color(): line.get_xydata().tolist() for line in axes.lines[1:]})
+        before = [*axes.texts]
+        stock(axes, lines, taken, colors)
+        renderer = charts.FigureCanvasAgg(axes.figure).get_renderer()
+        boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in axes.texts if t not in before]
+        paths = [axes.transData.transform(line.get_xydata()) for line in axes.lines[1:]]
+        texts.extend(boxes)
+        assert not any(charts.Path(path).intersects_bbox(box, filled=False) for path in paths for _, box in boxes)
+        assert not any(a.overlaps(b) for (_, a), (_, b) in itertools.combinations(boxes, 2))
+
+    monkeypatch.setattr(charts, "_name", name)
+    points = {"far": [(0.5, 8.46), (0.3, 29.9)], "a": [(0.5, 1.0), (0.3, 1.02), (0.16, 1.4)]}
+    points |= {"b": [(0.5, 1.0), (0.3, 1.01), (0.16, 1.2), (0.1, 1.7)], "c": [(0.5, 1.4), (0.3, 5.8)]}
+    lines = {label: [(x, y, y, y) for x, y in of_label] for label, of_label in points.items()}
+    picture = charts.plot("title", lines, sorted(lines), True, "svg").decode()
+    assert sorted(text for text, _ in texts) == ["a", "b", "c"] and ">far 8.46x<" in picture and "29.9" not in picture
+    assert sorted(drawn.values()) == sorted([[x, y] for x, y in points[label]] for label in "abc")
 
 
 def test_the_page_in_a_browser(pages, browser, tmp_path):

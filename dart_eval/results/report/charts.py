@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from dart_eval.results import metrics
 from dart_eval.results.board import CONTROL, GUESSING, ROUNDING, WIDTH_OF_LEVEL, Board
@@ -20,9 +25,14 @@ from dart_eval.util.errors import UserError
 from dart_eval.util.text import printable
 
 Curves = Mapping[str, Sequence[Sequence[float]]]  # label -> read, value, and ends of the interval, of each point
-WIDTH, HEIGHT, LINE = 350, 240, 13.0  # points; LINE is the height of a name
+WIDTH, HEIGHT, LINE = 432, 288, 11.0  # points; LINE is the height of a name
 MARKERS = "os^Dv<>PX"
-LIMITS = {False: (-50.0, 150.0), True: (0.5, 5.0)}  # a model further off is broken, and its number means nothing
+WORST = 2.0  # x dense: a model further off is broken, and how far means nothing
+NEAR, NAMED = 0.045, 4  # reads that are nearer to each other share a tick or an arrow; names at an arrow
+PLACES = [  # of a name beside its point: points to the right and up, and how it is aligned
+    (dx * far, dy * far, ("right", "center", "left")[dx + 1], ("top", "center", "bottom")[dy + 1])
+    for far in (5, 10, 20) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
+]  # fmt: skip
 
 
 def curves(board: Board, perplexity: bool) -> tuple[str, Curves]:
@@ -83,51 +93,103 @@ def draw(boards: Sequence[Board], form: str) -> bytes:
 
 
 def plot(title: str, lines: Curves, looks: Sequence[str], times: bool, form: str) -> bytes:
-    """Return a chart: a line a label, from the highest read to the lowest; names stand in the order of their ends.
+    """Return a chart: a line a label, named beside one of its points.
 
     Args:
         title: above it.
         lines: label -> points, from the highest read to the lowest.
         looks: labels in the order of colours and markers.
-        times: whether values are multiples of dense's, on a logarithmic axis, and not per cent of it.
+        times: whether values are multiples of dense's, on a logarithmic axis up to `WORST`, and not per cent of it. A
+            label without a point up to there is an arrow at the edge, with the value at its highest read.
         form: `svg`, `png` or `pdf`.
     """
-    least, most = LIMITS[times]  # a point beyond is drawn there, and its name says its value
-    reads = [read for of_label in lines.values() for read, *_ in of_label]
-    aside = (max(reads) - min(reads) or 0.1) / 16 / len(lines)
-    height, picture = HEIGHT + max(0.0, LINE * (len(lines) - 13)), io.BytesIO()
+    shown = {label: [p for p in points if not times or p[1] <= WORST] for label, points in lines.items()}
+    beyond: dict[float, list[tuple[float, str]]] = {}  # read -> values and names
+    for label, ((read, value, *_), *_) in lines.items():
+        if not shown[label]:
+            place = next((known for known in beyond if abs(known - read) < NEAR), read)
+            beyond.setdefault(place, []).append((value, f"{_brief(label)} {multiple(value)}"))
+    above = LINE * min(NAMED + 1, max(map(len, beyond.values()), default=0)) + 8 * bool(beyond)
+    height, picture = HEIGHT + above, io.BytesIO()
     settings = {"text.parse_math": False, "svg.hashsalt": title, "svg.fonttype": "none", "font.size": 9}
     with mpl.rc_context(settings), warnings.catch_warnings():  # type: ignore[arg-type]
         warnings.simplefilter("ignore")  # letters that its own font lacks; a browser has them
-        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
-        axes = figure.add_subplot()
-        axes.set(yscale="log" if times else "linear", xlabel="FFN bytes read")
-        axes.set_title(printable(title), fontsize=9, loc="left", pad=10)
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        figure.text(0.02, 1 - 5 / height, printable(title), va="top")
+        axes = figure.add_axes((0.1, 36 / height, 0.7, (HEIGHT - 58) / height))
+        reads = sorted({read for points in lines.values() for read, *_ in points}, reverse=True)
+        ticks = reads[:1]
+        for read in reads:
+            ticks += [read] * (ticks[-1] - read >= NEAR)
+        axes.set(xlabel="FFN bytes read", xlim=(reads[0] + NEAR, reads[-1] - NEAR / 2))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3, linewidth=0.5)
-        places = [dense := 1.0 if times else 100.0]
-        handles = [axes.axhline(dense, color="black", linewidth=0.8, label="dense")]
-        for i, (label, of_label) in enumerate(lines.items()):
-            # Points of one read stand side by side, so that they and their intervals do not hide each other.
-            xs = [read + ((len(lines) - 1) / 2 - i) * aside for read, *_ in of_label]
-            ys, lows, highs = ([min(max(p[k], least), most) for p in of_label] for k in (1, 2, 3))
-            look, last = looks.index(label), of_label[-1][1]
-            name = label.partition(" (")[0]  # without the settings of all rows
-            name = name if len(name) < 25 else f"{name[:8]}…{name[-15:]}"
-            name += "" if last == ys[-1] else f": {multiple(last) if times else percent(last / 100)}"
-            style = f"{MARKERS[look % len(MARKERS)]}{'--' if label.startswith('dense') else '-'}"
-            axes.vlines(xs, lows, highs, f"C{look % 10}", alpha=0.4)
-            handles += axes.plot(xs, ys, style, color=f"C{look % 10}", ms=4, linewidth=1.2, label=printable(name))
-            places.append(last)
-        few = times and axes.get_ylim()[1] > 2
-        axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5]) if few else MaxNLocator(6))
+        axes.axhline(dense := 1.0 if times else 100.0, color="black", linewidth=0.8)
+        colors = {label: f"C{looks.index(label) % 10}" for label in lines}
+        for label in filter(shown.get, lines):
+            marker = MARKERS[looks.index(label) % len(MARKERS)]
+            xs, ys, lows, highs = zip(*lines[label], strict=True)
+            axes.vlines(xs, lows, highs, colors[label], alpha=0.4)
+            dashes = "--" if label.startswith("dense") else "-"
+            axes.plot(xs, ys, marker + dashes, color=colors[label], ms=4, linewidth=1.2)
+        if times:
+            axes.set(yscale="log", ylim=(min(0.98, *(p[2] for points in shown.values() for p in points)), WORST))
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v)))
+        axes.yaxis.set_major_locator(FixedLocator([1, 1.1, 1.2, 1.5, 2]) if times else MaxNLocator(6))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}{'x' if times else ' %'}"))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v)))
-        axes.xaxis.set_inverted(True)
-        handles = [handle for _, handle in sorted(zip(places, handles, strict=True), key=lambda pair: -pair[0])]
-        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1.03), frameon=False, labelspacing=0.2)
+        for read, texts in beyond.items():
+            names = [name for _, name in sorted(texts)]
+            names[NAMED:] = [f"and {len(names) - NAMED} more"] * (len(names) > NAMED)
+            arrow = {"arrowstyle": "<|-", "color": "black", "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", (read, WORST), (0, 14), "data", "offset points", arrow)
+            axes.annotate("\n".join(names), (read, WORST), (6, 4), "data", "offset points", fontsize=8)
+        taken = [(axes.get_xlim()[0], dense), (axes.get_xlim()[1], dense)]
+        _name(axes, {label: [p[:2] for p in lines[label]] for label in filter(shown.get, lines)}, taken, colors)
         about = {"svg": {"Creator": "dart-eval", "Date": None}, "pdf": {"Creator": "dart-eval", "CreationDate": None}}
         figure.savefig(picture, format=form, dpi=180, metadata=about.get(form, {"Software": "dart-eval"}))
     return picture.getvalue()
+
+
+def _brief(label: str) -> str:
+    """Return a label without the settings of all rows, and not too long."""
+    name = printable(label.partition(" (")[0])
+    return name if len(name) < 25 else f"{name[:8]}…{name[-15:]}"
+
+
+def _name(
+    axes: Axes, lines: Mapping[str, Sequence[Sequence[float]]], taken: Sequence[Sequence[float]],
+    colors: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Write the name of each line beside it, where it crosses no line and no other name; else in the right margin.
+
+    Args:
+        lines: label -> points.
+        taken: points of a line that has no name.
+    """
+    renderer = FigureCanvasAgg(axes.figure).get_renderer()  # type: ignore[arg-type]
+    pixels = {label: axes.transData.transform(points) for label, points in lines.items()}
+    paths = [Path(points) for points in (*pixels.values(), axes.transData.transform(taken))]
+    boxes = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for points in pixels.values() for x, y in points]
+    inside, margin = axes.bbox, 0.0
+    room = Bbox.from_extents(inside.x0 + 2, inside.y0 + 2, axes.figure.bbox.x1, inside.y1)
+    for label, points in sorted(lines.items(), key=lambda item: len(item[1])):
+        between = (pixels[label][1:] + pixels[label][:-1]) / 2
+        beside = [*reversed(points), *axes.transData.inverted().transform(between).tolist()]
+        for (x, y), (dx, dy, ha, va) in itertools.product(beside, PLACES):
+            text = axes.annotate(
+                _brief(label), (x, y), (dx, dy), "data", "offset points", ha=ha, va=va, color=colors[label], fontsize=8
+            )  # fmt: skip
+            box = text.get_window_extent(renderer)
+            fits = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+            if fits and not box.count_overlaps(boxes) and not any(p.intersects_bbox(box, filled=False) for p in paths):
+                boxes.append(box)
+                break
+            text.remove()
+        else:
+            margin -= LINE
+            axes.annotate(
+                _brief(label), (1, 1), (-4, margin), ("figure fraction", "axes fraction"), "offset points", ha="right",
+                color=colors[label], fontsize=8,
+            )  # fmt: skip
