@@ -23,7 +23,7 @@ from dart_eval.pruning.calibration import Calibration, Moments
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dart import Dart
 from dart_eval.pruning.rows import Rows, nbytes
-from dart_eval.results.metrics import sparsity as percent
+from dart_eval.results.metrics import asked
 from dart_eval.results.show import Table
 from dart_eval.util.errors import UserError
 
@@ -126,7 +126,7 @@ def table(results: list[Overhead]) -> Table:
         body.append([f.method, *(f"{size / 10**6:.2f}" for size in sizes.values()), *work, *remask])
     heads = ["method", *sizes, "decoded token", "prompt token", "re-mask", "re-mask reads"]
     note = (
-        f"Shape {results[0].shape}, sparsity {percent(results[0].sparsity)}; megabytes (10^6 bytes) of a sequence's "
+        f"Shape {results[0].shape}, asked read {asked(results[0].sparsity)}; megabytes (10^6 bytes) of a sequence's "
         "state. docs/concepts.md explains the columns."
     )
     return Table("Overhead", heads, body, [note], data=pd.DataFrame(results, dtype=object))

@@ -18,7 +18,7 @@ from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.pruning.calibration import ROUNDING_TEXT, Calibration
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.dense import Dense
-from dart_eval.results.metrics import sparsity as percent
+from dart_eval.results.metrics import asked
 from dart_eval.results.show import Table
 from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding
@@ -188,7 +188,7 @@ def table(rows: Sequence[Row], where: str) -> Table:
     filled = {head: column for head, column in texts.items() if set(column) != {"-"}}
     timed = [row.speedup for row in rows if row.speedup is not None]
     sparse = [row for row in rows if row.sparsity]
-    notes = [f"{where}; one sequence" + (f", sparsity {percent(sparse[0].sparsity)}." if sparse else ".")]
+    notes = [f"{where}; one sequence" + (f", asked read {asked(sparse[0].sparsity)}." if sparse else ".")]
     notes += [f"{timed[0].n} steps a row." if timed else "No method here can be timed.", COLUMNS_NOTE]
     if why := list(dict.fromkeys(row.why for row in rows if row.why)):
         notes.append(f"{BYTES_ONLY.capitalize()}: no kernel turns the saved bytes into time ({'; '.join(why)}).")

@@ -15,6 +15,7 @@ from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.methods.griffin import PromptMask
 from dart_eval.pruning.session import prune
+from dart_eval.results.metrics import asked
 from dart_eval.util.errors import UserError
 
 
@@ -79,10 +80,10 @@ def summary(trace: dict[str, Any]) -> str:
     mean, alarms = sum(trace["logprobs"]) / len(trace["logprobs"]), (trace["detector"] or {}).get("alarms")
     overlaps = [sum(r["overlap"]) / len(r["overlap"]) for r in trace["remasks"]]
     return (
-        f"{trace['method']} at sparsity {trace['sparsity']:g}: a prompt of {trace['prompt_tokens']} tokens, then "
+        f"{trace['method']} at {asked(trace['sparsity'])}: a prompt of {trace['prompt_tokens']} tokens, then "
         f"{len(trace['tokens'])}; mean log-probability {mean:.3f}\n"
         f"layers keep {min(shares):.0%} to {max(shares):.0%} of their neurons; bytes read {trace['weights_read']:.1%}; "
-        f"effective sparsity {trace['effective_sparsity']:.3f}; memory {trace['memory'] / 10**6:.2f} MB, of which "
+        f"memory {trace['memory'] / 10**6:.2f} MB, of which "
         f"{trace['state_bytes'] / 10**6:.2f} MB are this sequence's\n"
         f"alarms after tokens: {', '.join(map(str, alarms or '-'))}; re-masks: {len(overlaps)}"
         f"{f', which keep at least {min(overlaps):.0%} of the mask' if overlaps else ''}"

@@ -14,7 +14,7 @@ from dart_eval.util.files import check_target, format_of
 from dart_eval.util.text import items_of
 
 FOLDERS_HELP = r"Two folders of results. With --row one folder, or several that count as one.  \[default: out]"
-ROW_HELP = "Compare two rows of the board. A name without its sparsity stands for all its sparsities."
+ROW_HELP = "Compare two rows of the board. A name without its read stands for all its reads."
 METRIC_HELP = (
     "Compare these metrics, comma-separated, or all.  "
     r"\[default: the main metric of each task, and the log-likelihood of right answers]"
@@ -33,14 +33,14 @@ def compare(
     """Compare two sets of cells, paired document by document, with tests and intervals.
 
     Two folders: cells match if they answer the same request; other differences (code, versions, weights) are listed.
-    Two rows: cells match at equal sparsity, unless both names say theirs. Dense goes with every sparsity.
+    Two rows: cells match at equal reads, unless both names say theirs. Dense goes with every read.
 
     \b
     [bold]Examples[/bold]
     dart-eval compare out-old out-new
     dart-eval compare out --row dart,griffin
-    dart-eval compare out --row 'dart 50 %,dart 70 %' --metric acc
-    dart-eval compare out --row 'grinqh 70 %,dense on 4 bits' --format json
+    dart-eval compare out --row 'dart at 50 %,dart at 30 %' --metric acc
+    dart-eval compare out --row 'grinqh at 30 %,dense on 4 bits' --format json
     """
     places, rows, metrics = folders or [Path("out")], items_of(row or []), items_of(metric or [])
     if len(places if row is None else rows) != 2:

@@ -72,7 +72,7 @@ def draw(trace: Json, path: Path) -> None:
 
     figure = Figure(figsize=(10, 6.4), dpi=130, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    upper.set(title=f"{trace['method']} at {trace['sparsity']:.0%} sparsity", ylabel="cosine to the reference")
+    upper.set(title=f"{trace['method']}, read {trace['weights_read']:.0%}", ylabel="cosine to the reference")
     if (detector := trace["detector"]) is not None:
         ends = [(i + 1) * detector["window"] for i in range(len(detector["signal"]))]
         upper.plot(ends, detector["signal"], marker="o", label=f"windows of {detector['window']} tokens")

@@ -157,8 +157,8 @@ def _numbers(record: Record) -> str:
         for m in metrics.main(own) or own[:1]
     )
     counts = [counted(n, what) for n, what in ((record.remasks, "re-mask"), (record.cut, "cut prompt")) if n]
-    sparsity = f"effective sparsity {record.effective_sparsity:.3f}"
-    return f"{shown}  {', '.join([sparsity, *counts])}  {record.measured['seconds']:.0f} s"
+    read = f"read {100 * record.weights_read:.3g} %"
+    return f"{shown}  {', '.join([read, *counts])}  {record.measured['seconds']:.0f} s"
 
 
 def settle_streams() -> None:

@@ -20,7 +20,7 @@ from dart_eval.results import inputs, metrics, speeds, stats
 from dart_eval.results.documents import Compared
 from dart_eval.results.frame import beside_dense, cell_of, with_distances
 from dart_eval.results.inputs import CALIBRATED, DENSE, NOISE, grouped, identity, labels, matters, model_of, question
-from dart_eval.results.metrics import sparsity
+from dart_eval.results.metrics import asked
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.speeds import Speed
 from dart_eval.results.stats import Estimate, Share, above_zero, share
@@ -59,7 +59,7 @@ class Row:
     """A method at a sparsity; distances and costs are means over its tasks or cells."""
 
     label: str  # the method, with the settings that distinguish the row
-    name: str  # the label, with the sparsity if the level does not show it
+    name: str  # the label, with the asked read if the level does not show it
     sparsity: float  # as asked for
     read: float  # bytes of FFN weights that a decoded token reads / those of dense
     kind: str
@@ -413,7 +413,7 @@ def _levels(rows: Sequence[Row], first: str) -> list[list[Row]]:
     """Return rows in levels of equal read, the highest first; inside a level by quality, upper bounds first.
 
     The most frequent read absorbs the rows around it, then the most frequent read of the others, and so on. A name has
-    the sparsity if that does not follow from the level.
+    the asked read if that does not follow from the level.
     """
     rest = [row for row in rows if row.kind not in (CONTROL, NOISE)]
     levels = [level for level in [[row for row in rows if row.kind in (CONTROL, NOISE)]] if level]
@@ -426,7 +426,7 @@ def _levels(rows: Sequence[Row], first: str) -> list[list[Row]]:
     for level in levels:
         several = len({row.sparsity for row in level if row.kind in (PRUNED, UPPER_BOUND)}) > 1
         named = [
-            replace(row, name=f"{row.label} {sparsity(row.sparsity)}")
+            replace(row, name=f"{row.label} at {asked(row.sparsity)}")
             if row.sparsity > 0 and (several or abs(1 - row.read - row.sparsity) >= WIDTH_OF_LEVEL) else row
             for row in level
         ]  # fmt: skip

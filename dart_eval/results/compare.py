@@ -13,7 +13,8 @@ import pandas as pd
 from dart_eval.results import show, stats
 from dart_eval.results.frame import Cell, cells, counterparts, differing, newest, paired, with_distances
 from dart_eval.results.inputs import DENSE, UNLIKE_DENSE, asked, grouped, identity, labels
-from dart_eval.results.metrics import chance, interval, main, number, signed, sparsity
+from dart_eval.results.metrics import asked as read_of
+from dart_eval.results.metrics import chance, interval, main, number, signed
 from dart_eval.results.record import described
 from dart_eval.results.show import Columns, Table, finite
 from dart_eval.results.store import UnreadSamples
@@ -77,8 +78,8 @@ def compare_rows(a: str, b: str, folders: Sequence[Path], metrics: Sequence[str]
     Dense goes with every sparsity and scope.
 
     Args:
-        a, b: names as on the board: `griffin on 4 bits 44.2 %`, after the model's if there are several. A name without
-            the model, the settings in brackets or the sparsity stands for all cells that it fits.
+        a, b: names as on the board: `griffin on 4 bits at 55.8 %`, after the model's if there are several. A name
+            without the model, the settings in brackets or the read stands for all cells that it fits.
 
     Raises:
         UserError: there is no such row, nothing in common, or not the same documents.
@@ -112,7 +113,7 @@ def _read(folders: Sequence[Path], metrics: Sequence[str]) -> list[Cell]:
 
 
 def names(cells: Sequence[Cell]) -> dict[str, str]:
-    """Name cells as the board's rows: the model if there are several, the label, the sparsity."""
+    """Name cells as the board's rows: the model if there are several, the label, the asked read."""
     return {key: next(iter(spellings)) for key, spellings in _spellings(cells).items()}
 
 
@@ -122,7 +123,7 @@ def _spellings(cells: Sequence[Cell]) -> dict[str, dict[str, set[str]]]:
     spellings: dict[str, dict[str, set[str]]] = {}
     for cell in cells:
         model = cell.inputs["model"]["name"] if several else ""
-        label, share = known[cell.key], cell.inputs["sparsity"] and sparsity(cell.inputs["sparsity"])
+        label, share = known[cell.key], cell.inputs["sparsity"] and f"at {read_of(cell.inputs['sparsity'])}"
         spellings[cell.key] = {}
         for parts in itertools.product((model, ""), (label, label.partition(" (")[0]), (share, "")):
             says_model = "(model=" in parts[1] if "(model=" in label else parts[0] == model

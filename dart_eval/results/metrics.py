@@ -151,9 +151,9 @@ def interval(low: float | None, high: float | None) -> str:
     return "-" if low is None or high is None else f"{signed(low)} to {signed(high)}"
 
 
-def sparsity(value: float) -> str:
-    """A sparsity as people say it: `70 %`."""
-    return f"{100 * value:.4g} %"
+def asked(sparsity: float) -> str:
+    """The read that a sparsity asks for, of the weights as they are stored: `30 %` for 0.7."""
+    return f"{100 * (1 - sparsity):.4g} %"
 
 
 def percent(value: float, *ends: float) -> str:

@@ -20,8 +20,7 @@ from dart_eval.results import metrics, stats
 from dart_eval.results.documents import Compared
 from dart_eval.results.frame import beside_dense, cell_of, cells_frame, lines_of, paired, typed, with_distances
 from dart_eval.results.inputs import DENSE, NOISE, identity, model_of
-from dart_eval.results.metrics import number, short, three
-from dart_eval.results.metrics import sparsity as percent
+from dart_eval.results.metrics import number, percent, short
 from dart_eval.results.record import Record
 from dart_eval.results.show import Table
 from dart_eval.results.stats import Estimate, share
@@ -29,6 +28,7 @@ from dart_eval.results.store import Store
 from dart_eval.results.tables import cut_prompts, upper_bounds
 from dart_eval.util.bits import LAST_BITS
 
+ALL = "read in all"  # a table's last column: the read of all tokens, also those that ran dense
 MEAN, ANY = "mean", "any"  # a table's last column; as a claim's column: at least one of them
 ALIKE = 0.05  # effective sparsities within this of the highest one are compared: a method may run dense for long
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
@@ -259,26 +259,26 @@ class Paper:
         heads = [head for head in sheet.heads if head in {*numbers["column"]}]
         reported = sheet.cells[sheet.cells["value"].notna()]
         texts = {(v.line, v.column): _text(v.metric, v.value) for v in reported.itertuples()}
+        texts |= {(v.line, "read"): metrics.asked(v.sparsity) for v in reported.itertuples()}
         texts |= {(v.line, v.column): _text(v.metric, v.value, v.stderr) for v in numbers.itertuples()}
         for line, of_line in numbers.groupby("line"):
-            effective, read = self.costs.loc[_keys(of_line), ["effective_sparsity", "weights_read"]].mean()
-            texts |= {(line, "effective"): three(effective), (line, "read"): three(read)}
+            unread, read = self.costs.loc[_keys(of_line), ["effective_sparsity", "weights_read"]].mean()
+            texts |= {(line, "read"): percent(read), (line, ALL): percent(1 - unread)}
         gaps = dict.fromkeys(reported["line"], "")
         body = [
-            [line.row, percent(line.sparsity)]
-            + [texts.get((line.line, head), gaps.get(line.line, "-")) for head in (*heads, "effective", "read")]
+            [line.row] + [texts.get((line.line, head), gaps.get(line.line, "-")) for head in ("read", *heads, ALL)]
             for line in lines
         ]
         chances = numbers[numbers["chance"] > 0].groupby("column")["chance"].first()
         unpruned, more = sum(line.block == 0 for line in lines), int(len(chances) > 0)
         guessing = [_text(sheet.heads[head], chances[head]) if head in chances else "" for head in heads]
-        body[unpruned:unpruned] = [["guessing", "", *guessing, "", ""]] * more
+        body[unpruned:unpruned] = [["guessing", "", *guessing, ""]] * more
         place = {line.line: i + more * (i >= unpruned) for i, line in enumerate(lines)}
         sizes = numbers[(numbers["n"] > 0) & (numbers["column"] != MEAN)].groupby("column")["n"].agg(set)
         counted = [f"{head} (n={min(sizes[head])})" if len(sizes.get(head, ())) == 1 else head for head in heads]
         bold = {(place[v.line], 2 + heads.index(v.column)) for v in numbers[numbers["bold"].astype(bool)].itertuples()}
         return Table(
-            sheet.title, ["method", "sparsity", *counted, "effective", "read"], body if heads else [],
+            sheet.title, ["method", "read", *counted, ALL], body if heads else [],
             self._notes(sheet, heads), frozenset(bold), numbers[CSV],
         )  # fmt: skip
 

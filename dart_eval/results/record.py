@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import NotRequired, Required, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.results.inputs import CellInputs, Labelled
-from dart_eval.results.metrics import kind_of, sparsity
+from dart_eval.results.metrics import asked, kind_of
 from dart_eval.util.text import Json
 
 SCHEMA = 2
@@ -233,7 +233,7 @@ _OBJECT, _RECORD = TypeAdapter(Json), TypeAdapter(Record)
 def described(cell: Labelled) -> str:
     """Name a cell in a message."""
     method = cell.settings.get("method") or cell.inputs["method"]
-    return f"{cell.inputs['task']} under {method} at {sparsity(cell.inputs['sparsity'])}"
+    return f"{cell.inputs['task']} under {method} at {asked(cell.inputs['sparsity'])}"
 
 
 def _digest(data: Json) -> str:

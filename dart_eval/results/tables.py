@@ -339,7 +339,7 @@ def costs(records: Sequence[Record]) -> Table:
 
 def _place(data: pd.DataFrame) -> Columns:
     """Return the columns that identify a cell; the model only if there are several."""
-    columns: Columns = {"task": ("task", str), "method": ("label", str), "sparsity": ("sparsity", metrics.sparsity)}
+    columns: Columns = {"task": ("task", str), "method": ("label", str), "asked read": ("sparsity", metrics.asked)}
     return columns if data["model"].nunique() == 1 else {"model": ("model", str), **columns}
 
 

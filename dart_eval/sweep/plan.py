@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.inputs import DENSE
-from dart_eval.results.metrics import sparsity as percent
+from dart_eval.results.metrics import asked
 from dart_eval.sweep.hashes import digest, method_files, shared_hash
 from dart_eval.sweep.options import DECIDES, DEFAULTS, GIVEN, KEY, RunConfig, of_role, option_of
 from dart_eval.util.bits import Rounding
@@ -54,11 +54,11 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """For people: task, method with the parameters that are not its defaults, sparsity, and another scope."""
-        sparsity = f" {percent(self.sparsity)}" if self.method.sized else ""
+        """For people: task, method with the parameters that are not its defaults, asked read, and another scope."""
+        read = f" at {asked(self.sparsity)}" if self.method.sized else ""
         bits = f" on {self.rounding.text}{'-bit' if self.rounding.plain else ''} weights" if self.rounding else ""
         scope = self.inputs.get("scope", DEFAULTS["scope"])
-        return f"{self.task} {self.method.spec}{sparsity}{bits}" + (f", {scope}" if scope != DEFAULTS["scope"] else "")
+        return f"{self.task} {self.method.spec}{read}{bits}" + (f", {scope}" if scope != DEFAULTS["scope"] else "")
 
     @property
     def text(self) -> str:

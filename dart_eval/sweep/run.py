@@ -29,6 +29,7 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import describe, find_ffns
 from dart_eval.models import demo_model
 from dart_eval.models.loading import Resolved, choose_device, resolve
+from dart_eval.results.metrics import asked
 from dart_eval.results.record import Record
 from dart_eval.results.store import Journal, Store
 from dart_eval.sweep.events import Event, Tell
@@ -114,7 +115,10 @@ def begin_sweep(
     if sweep.cells:
         inputs = next(iter(sweep.cells.values())).inputs
         what = f"{inputs['model']['name']}, {inputs['dtype']}, {inputs['device']}"
-        tell(Event("about", f"{what}: {counted(len(sweep.cells), 'cell')}; results in {first.output}"))
+        levels = sorted({cell.sparsity for cell in sweep.cells.values() if cell.method.sized})
+        asks = f"; --sparsity {','.join(f'{s:g}' for s in levels)} asks for a read of {', '.join(map(asked, levels))}"
+        what += f": {counted(len(sweep.cells), 'cell')}{asks * bool(levels)}"
+        tell(Event("about", f"{what}; results in {first.output}"))
     tell(Event("planned", n=len(sweep.done), of=len(sweep.cells)))
     return sweep
 

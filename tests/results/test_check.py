@@ -359,7 +359,7 @@ def test_a_planted_bug_fails_the_check_and_the_same_run_again_does_not(taught, t
     found = command("check", run("broken"), "--baseline", file, "--format", "json")
     assert found.code == 1
     rows = {(r["cell"], r["task"], r["metric"]): r for r in json.loads(found.out)["rows"]}
-    fell = rows["griffin 50 %", "smoke_drift", "word_perplexity"]
+    fell = rows["griffin at 50 %", "smoke_drift", "word_perplexity"]
     assert fell["verdict"] == FELL and fell["recovery"] < 0.98 and fell["p_holm"] < 0.05
     assert {r["verdict"] for (name, *_), r in rows.items() if name == "dense"} == {"ok"}
     assert command("check", tmp_path / "broken", "--baseline", tmp_path / "good").code == 1  # a folder is one too

@@ -38,12 +38,12 @@ def test_cells_are_matched_by_what_was_asked_whatever_made_them(tmp_path):
     mine = answered("arc", right(0.9), versions={"torch": "2.9.0.dev20250801+cpu"})
     found = sides(tmp_path, [mine, dense], [other, dense, *more])
     assert [(r.contrast, r.task, r.metric, r.better) for r in rows(found)] == [
-        ("dart 50 %", "arc", "acc", "A"), ("dense", "arc", "acc", "-"),
+        ("dart at 50 %", "arc", "acc", "A"), ("dense", "arc", "acc", "-"),
     ]  # fmt: skip
     assert rows(found)[1].p == 1
     text = " ".join(found.notes)
     assert "c0de in A, other in B" in text and "20250801+cpu in A, 2.9.0.dev20250915+cpu in B" in text
-    assert all(name in text for name in ("piqa under dart", "dense on 4 bits", "dart (scope=all) 50 %"))
+    assert all(name in text for name in ("piqa under dart", "dense on 4 bits", "dart (scope=all) at 50 %"))
 
 
 def test_where_lower_is_better_the_lower_side_is_better(tmp_path):
@@ -117,11 +117,11 @@ DEPTH = "dart:allocation=depth"
 
 
 @pytest.mark.parametrize(("a", "b", "contrasts", "tasks"), [
-    ("griffin", DEPTH, [f"griffin {s} % vs {DEPTH} {s} %" for s in (50, 70)], ("arc", "piqa")),
-    ("dense", "griffin", [f"dense vs griffin {s} %" for s in (50, 70)], ("arc", "piqa")),
-    ("dart:allocation=uniform", DEPTH, [f"dart:allocation=uniform 50 % vs {DEPTH} 50 %"], ("arc",)),
-    ("griffin 50 %", "griffin 70 %", ["griffin 50 % vs griffin 70 %"], ("arc", "piqa")),
-    ("griffin 70 %", DEPTH, [f"griffin 70 % vs {DEPTH} 70 %"], ("arc", "piqa")),
+    ("griffin", DEPTH, [f"griffin at {s} % vs {DEPTH} at {s} %" for s in (30, 50)], ("arc", "piqa")),
+    ("dense", "griffin", [f"dense vs griffin at {s} %" for s in (30, 50)], ("arc", "piqa")),
+    ("dart:allocation=uniform", DEPTH, [f"dart:allocation=uniform at 50 % vs {DEPTH} at 50 %"], ("arc",)),
+    ("griffin at 50 %", "griffin at 30 %", ["griffin at 50 % vs griffin at 30 %"], ("arc", "piqa")),
+    ("griffin at 30 %", DEPTH, [f"griffin at 30 % vs {DEPTH} at 30 %"], ("arc", "piqa")),
 ])  # fmt: skip
 def test_rows_are_compared_at_each_sparsity_that_both_have_or_name(sweep, a, b, contrasts, tasks):
     """Dense goes with every sparsity."""
@@ -131,9 +131,9 @@ def test_rows_are_compared_at_each_sparsity_that_both_have_or_name(sweep, a, b, 
 
 
 @pytest.mark.parametrize(("a", "b", "words"), [
-    ("dart", "griffin", f"{DEPTH} 50 %, {DEPTH} 70 %"), ("grifin", "dart", "did you mean griffin"),
+    ("dart", "griffin", f"{DEPTH} at 30 %, {DEPTH} at 50 %"), ("grifin", "dart", "did you mean griffin"),
     ("dart:window=8", "griffin", "no row dart:window=8"), ("griffin", "griffin", "same cell"),
-    ("griffin", "griffin 70 %", "same cell"), ("griffin 60 %", "dense", "60 %"),
+    ("griffin", "griffin at 30 %", "same cell"), ("griffin at 40 %", "dense", "at 30 %"),
 ])  # fmt: skip
 def test_what_names_no_row_is_refused(sweep, a, b, words):
     with pytest.raises(UserError, match=words):
@@ -148,7 +148,8 @@ BITS = [
     *(answered(t, right(0.9), "dart", 0.7, ffn_bits="4", limit=n) for t, n in (("arc", 9), ("piqa", 8))),
     answered("arc", right(0.5), "dense", 0.0, ffn_bits="3", limit=9), answered("arc", right(0.5), "dart", limit=9),
 ]  # fmt: skip
-SCOPES = [answered("arc", right(0.5), m, scope=s) for m in ("dart", "griffin") for s in ("all", "last")]
+IN_SCOPES = ("all", "last")
+SCOPES = [answered("arc", right(0.5), m, scope=s) for m in ("dart", "griffin") for s in IN_SCOPES]
 APART = [
     answered("arc", right(0.5), params={}), answered("arc", right(0.7), "griffin", 0.7, params={}),
     answered("piqa", right(0.7), "random", params={}), answered("arc", right(0.9), "rounding", 0.0),
@@ -161,20 +162,20 @@ for record, method in zip(TYPED, ("dart", "dart:allocation=uniform"), strict=Tru
 
 @pytest.mark.parametrize(("records", "a", "b", "expected"), [
     # Models are compared where all else agrees, or both rows name theirs.
-    (MODELS, "small dart", "large dart 50 %", {"small dart 50 % vs large dart 50 %": "B"}),
-    *((MODELS, "dart", b, {"small dart 50 % vs small griffin 50 %": "B"}) for b in ("griffin", "small griffin")),
+    (MODELS, "small dart", "large dart at 50 %", {"small dart at 50 % vs large dart at 50 %": "B"}),
+    *((MODELS, "dart", b, {"small dart at 50 % vs small griffin at 50 %": "B"}) for b in ("griffin", "small griffin")),
     # Rows differ in whatever they do: paired on the tasks that both have.
-    (BITS, "dart on 4 bits 70 %", "dense on 3 bits", {"dart on 4 bits 70 % vs dense on 3 bits": "A"}),
-    (BITS, "dart 70 %", "dense on 3 bits", "dart 50 %"),
+    (BITS, "dart on 4 bits at 30 %", "dense on 3 bits", {"dart on 4 bits at 30 % vs dense on 3 bits": "A"}),
+    (BITS, "dart at 30 %", "dense on 3 bits", "dart at 50 %"),
     # A row without its settings stands for cells that differ in them.
-    (SCOPES, "dart", "griffin", {f"dart (scope={s}) 50 % vs griffin (scope={s}) 50 %": "-" for s in ("all", "last")}),
-    (SCOPES, "dart (scope=all)", "griffin", {"dart (scope=all) 50 % vs griffin (scope=all) 50 %": "-"}),
+    (SCOPES, "dart", "griffin", {f"dart (scope={s}) at 50 % vs griffin (scope={s}) at 50 %": "-" for s in IN_SCOPES}),
+    (SCOPES, "dart (scope=all)", "griffin", {"dart (scope=all) at 50 % vs griffin (scope=all) at 50 %": "-"}),
     # Other sparsities go together only where both rows name theirs, and other tasks never.
     (APART, "griffin", "dart", "sparsity"), (APART, "random", "dart", "task"),
-    (APART, "griffin 70 %", "dart 50 %", {"griffin 70 % vs dart 50 %": None}),
+    (APART, "griffin at 30 %", "dart at 50 %", {"griffin at 30 % vs dart at 50 %": None}),
     (APART, "rounding", "dense", {"rounding vs dense": "A"}),
     # A method as it was typed goes before others that it could mean.
-    (TYPED, "dart", "dart:allocation=uniform", {"dart 50 % vs dart:allocation=uniform 50 %": "A"}),
+    (TYPED, "dart", "dart:allocation=uniform", {"dart at 50 % vs dart:allocation=uniform at 50 %": "A"}),
 ])  # fmt: skip
 def test_rows_of_the_board_are_compared_as_far_as_they_are_named(tmp_path, records, a, b, expected):
     """expected: which side is better in each contrast; or a word of the refusal."""
@@ -282,6 +283,6 @@ def test_the_command_prints_and_saves_the_rows_in_full(sweep, tmp_path):
         assert row.keys() >= {"contrast", "task", "metric", "n", "difference", "low", "high", "p", "better", "effect"}
         assert row["key_a"] == line["key_a"]
     printed = command(*words)
-    assert printed.code == 0 and printed.out == command(*words).out and "griffin 70 %" in printed.out
+    assert printed.code == 0 and printed.out == command(*words).out and "griffin at 30 %" in printed.out
     same = command("compare", sweep, sweep, "--format", "json")
     assert {r["better"] for r in json.loads(same.out)["rows"]} == {"-"}

@@ -201,9 +201,9 @@ def test_forged_samples_are_named_and_the_others_compared(tmp_path, shown):
             samples.write_text("\n".join(lines) + "\n")
             (file,) = (f for f in (tmp_path / "out" / "cells").iterdir() if record.key in f.read_text())
             _forge(file, ("files", "samples", "sha256"), hashlib.sha256(samples.read_bytes()).hexdigest())
-    places = [f"dart at {10 * (i + 1)} % in out" for i in range(len(LINES))]
+    places = [f"dart at {100 - 10 * (i + 1)} % in out" for i in range(len(LINES))]
     status, out, errors = shown("compare", "out", "out")
-    assert status == 0 and "griffin 50 %" in out and "dart" not in out
+    assert status == 0 and "griffin at 50 %" in out and "dart" not in out
     assert all(place in errors for place in places)
     assert shown("compare", "out", "--row", "griffin,dart")[0] == 2
     assert shown("tables", "out")[0] == shown("report", "out")[0] == 0

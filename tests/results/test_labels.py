@@ -49,13 +49,13 @@ def test_every_output_calls_a_row_as_it_was_typed(tmp_path):
         assert (row["label"], params) == (UNIFORM, {"allocation": "uniform"})
     assert UNIFORM in build(Store(out))
     (row,) = compare_rows("griffin", UNIFORM, [out]).rows
-    assert row["contrast"] == f"griffin 50 % vs {UNIFORM} 50 %"
+    assert row["contrast"] == f"griffin at 50 % vs {UNIFORM} at 50 %"
     file = tmp_path / "b.json"
     check.write_baseline(file, cells(out))
     fallen = cells(save(tmp_path / "now", of("dense"), of("griffin"), of(UNIFORM, 0.1)))
     for now in (fallen, [c for c in fallen if c.inputs["method"] != "dart"]):
         (row,) = check.bad(check.check(now, check.load_baseline(file), Thresholds(), "b.json"))
-        assert row["cell"] == f"{UNIFORM} 50 %"
+        assert row["cell"] == f"{UNIFORM} at 50 %"
 
 
 def cell(key, spec=None, **params):
@@ -161,7 +161,7 @@ def both(tmp_path):
 
 def test_each_model_is_held_against_its_own_dense_and_named(both, tmp_path):
     found = compare_rows("dense", "griffin", [both])
-    names = [f"dense (model={h[:8]}) vs griffin (model={h[:8]}) 50 %" for h in (OLD, NEW)]
+    names = [f"dense (model={h[:8]}) vs griffin (model={h[:8]}) at 50 %" for h in (OLD, NEW)]
     assert [(r["contrast"], r["difference"]) for r in found.rows] == [(name, 0) for name in names]
     methods = {row[1] for row in tables(Store(both).load())[0].body}
     assert methods == {f"{m} (model={h[:8]})" for m in ("dense", "griffin") for h in (OLD, NEW)}
@@ -169,7 +169,10 @@ def test_each_model_is_held_against_its_own_dense_and_named(both, tmp_path):
     rows = lines(Store(both), Store(both).load()).to_dict("records")
     assert [row["recovery"] for row in rows if row["method"] == "griffin"] == [1, 1]
     (row,) = compare_rows("griffin (model=aaaa1111)", "griffin (model=cccc3333)", [both]).rows
-    assert (row["contrast"], row["better"]) == ("griffin (model=aaaa1111) 50 % vs griffin (model=cccc3333) 50 %", "A")
+    assert (row["contrast"], row["better"]) == (
+        "griffin (model=aaaa1111) at 50 % vs griffin (model=cccc3333) at 50 %",
+        "A",
+    )
     hub = save(tmp_path / "hub", *(r for name in (OLD, NEW) for r in each(None, revision=name)))  # two revisions
     assert [r["contrast"] for r in compare_rows("dense", "griffin", [hub]).rows] == names
     out = save(tmp_path / "out", each(OLD)[1], each(NEW, 0.2, seed=1)[0])
@@ -180,7 +183,7 @@ def test_each_model_is_held_against_its_own_dense_and_named(both, tmp_path):
 def test_two_folders_are_compared_model_against_model_and_the_same_weights_go_first(both, tmp_path):
     a, b = save(tmp_path / "a", *each(OLD)), save(tmp_path / "b", *each(NEW, 0.2, 0.2, 1))
     found = compare_folders(a, b)
-    assert [(r["contrast"], r["better"]) for r in found.rows] == [("dense", "A"), ("griffin 50 %", "A")]
+    assert [(r["contrast"], r["better"]) for r in found.rows] == [("dense", "A"), ("griffin at 50 %", "A")]
     assert "aaaa1111bbbb in A, cccc3333dddd in B" in " ".join(found.notes)
     found = compare_folders(save(tmp_path / "c", each(OLD)[0]), both)
     assert [r["difference"] for r in found.rows] == [0] and found.notes[0].count("cccc3333") == 2
@@ -200,15 +203,15 @@ def test_one_model_that_each_side_has_alone_goes_with_the_other(tmp_path):
 def test_a_changed_model_is_held_against_the_baseline_unless_there_are_several(both, tmp_path):
     then, now = cells(save(tmp_path / "then", *each(OLD))), cells(save(tmp_path / "now", *each(NEW, griffin=0.3)))
     report = check.check(now, then, Thresholds(), "b.json")
-    assert [(r["cell"], r["verdict"]) for r in report.rows] == [("dense", "ok"), ("griffin 50 %", FELL)]
+    assert [(r["cell"], r["verdict"]) for r in report.rows] == [("dense", "ok"), ("griffin at 50 %", FELL)]
     assert any("aaaa1111bbbb then, cccc3333dddd now" in note for note in report.notes)
     # The old checkpoint's results still lie there: they must not stand in for the new one's.
     with pytest.raises(UserError, match=r"b\.json .*aaaa1111.*cccc3333"):
         check.check(cells(both), then, Thresholds(), "b.json")
     report = check.check(cells(both), cells(both), Thresholds(), "b.json")
     assert {r["cell"] for r in report.rows} == {
-        "dense (model=aaaa1111)", "dense (model=cccc3333)", "griffin (model=aaaa1111) 50 %",
-        "griffin (model=cccc3333) 50 %",
+        "dense (model=aaaa1111)", "dense (model=cccc3333)", "griffin (model=aaaa1111) at 50 %",
+        "griffin (model=cccc3333) at 50 %",
     }  # fmt: skip
     assert all(r["verdict"] == "ok" and r["recovery"] == 1 for r in report.rows)
 

@@ -112,7 +112,7 @@ def easy(**rights):
 def test_rows_come_in_blocks_with_their_numbers(tmp_path):
     made = shown(tmp_path, easy(Dense=30, A=20, B=18))
     assert [row[0] for row in made.body] == ["Dense", "A", "B"]
-    assert made.body[1] == ["A", "50 %", "50.0 ±5.0", "0.432", "0.500"]
+    assert made.body[1] == ["A", "50 %", "50.0 ±5.0", "57 %"]
     assert list(made.data.columns) == CSV
     assert made.data[["value", "stderr", "n"]].to_numpy().tolist() == [[v, 0.05, 40] for v in (0.75, 0.5, 0.45)]
     rows = list(csv.DictReader(io.StringIO(render([made], "csv"))))
@@ -167,7 +167,7 @@ def test_the_mean_weighs_columns_alike_and_is_tested(tmp_path):
     assert by_place["A", MEAN].value == pytest.approx(0.5)  # (.5 + (.25 + .75) / 2) / 2, not a mean of three
     assert by_place["B", MEAN].value == pytest.approx((0.1 + 0.5) / 2)
     assert [by_place["A", head].bold for head in (MEAN, "Easy", "Hard")] == [True, True, False]
-    assert made.columns[-3:] == [MEAN, "effective", "read"]
+    assert made.columns[-2:] == [MEAN, "read in all"]
 
 
 @pytest.mark.parametrize(("documents", "verdict"), [(5, "open"), (6, "holds")])
@@ -206,7 +206,7 @@ def test_what_is_missing_is_a_dash_or_a_reason(tmp_path):
 def test_reported_numbers_stand_apart_with_their_source(tmp_path):
     known = [{"label": "theirs", "sparsity": s, "values": {"Easy": 0.666}, "source": f"page {s}"} for s in (0.5, 0.7)]
     made = shown(tmp_path, easy(A=20), table(rows=["A"], reported=known))
-    assert made.body[1:] == [["theirs [1]", "50 %", "66.6", "", ""]]
+    assert made.body[1:] == [["theirs [1]", "50 %", "66.6", ""]]
     assert len(made.data) == 1 and "page 0.5" in " ".join(made.notes)
 
 
@@ -363,7 +363,7 @@ def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, monkeypatch)
     words += ["--data-dir", "data", "--output", "out"]
     done = typed(*words)
     assert done.code == 0, done.err
-    assert done.err.count("done smoke_questions wanda-sp 50 %") == 1  # in two tables, run once
+    assert done.err.count("done smoke_questions wanda-sp at 50 %") == 1  # in two tables, run once
     written = {p.name for p in (tmp_path / "out" / "tables").iterdir()}
     assert written == {"all.md", *(f"{n}.{e}" for n in ("t", "two") for e in ("csv", "md", "tex"))}
     text = (tmp_path / "out" / "tables" / "all.md").read_text()

@@ -18,7 +18,7 @@ from dart_eval.results import tables
 from dart_eval.results.board import CONTROL, Block, Board, Row, boards, main_metrics, verdicts
 from dart_eval.results.documents import answers
 from dart_eval.results.frame import dense_of
-from dart_eval.results.metrics import GOLD, sparsity
+from dart_eval.results.metrics import GOLD, asked
 from dart_eval.results.record import Record
 from dart_eval.results.report import charts
 from dart_eval.results.store import Store, UnreadSamples
@@ -83,7 +83,7 @@ def build(store: Store, wanted: int = 50) -> str:
     html = environment.from_string(files["template.html.j2"]).render(
         boards=every, most=most, made=tables, columns=columns, link=link, tasks=shown, short=_short, records=records,
         verdicts=functools.cache(verdicts),  # they take seconds
-        names=[f"{prefix[board]}{row.label}{f' {sparsity(row.sparsity)}' * bool(row.sparsity)}" for board, row in rows],
+        names=[f"{prefix[board]}{row.label}{f' at {asked(row.sparsity)}' * bool(row.sparsity)}" for board, row in rows],
         dense=sum(row.kind == CONTROL for _, row in rows), warnings=[*tables.cut_prompts(records), *lists],
         charts={b: [(t, base64.b64encode(svg).decode()) for t, svg in charts.charts(b)] for b in every},
         script=Markup(files["page.js"]), style=Markup(files["style.css"]), policy=POLICY.format(digest),
