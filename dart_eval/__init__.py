@@ -40,7 +40,8 @@ def __getattr__(name: str) -> Any:
     """A public name whose module is imported now."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    remedy = "; write dart_eval.evaluate(model=..., tasks=...)" if name == "simple_evaluate" else ""  # lm-eval's name
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{remedy}")
 
 
 def __dir__() -> list[str]:

@@ -31,6 +31,8 @@ def opened(saved_llama):
 def test_the_public_names_are_shown():
     assert dir(dart_eval) == sorted(dart_eval.__all__)
     assert all(getattr(dart_eval, name) is not None for name in dart_eval.__all__)
+    with pytest.raises(AttributeError, match=r"write dart_eval\.evaluate\(model="):
+        _ = dart_eval.simple_evaluate
 
 
 def test_evaluate_has_the_options_of_run_and_their_defaults():
