@@ -1,5 +1,5 @@
 """How often the paired tests raise a false alarm, how often their intervals hold the truth (docs/numbers.md), and how
-many answers it takes to notice a fall of accuracy (docs/ci.md).
+many answers it takes to notice a fall of accuracy (docs/recipes.md).
 
     python scripts/simulate_tests.py [RUNS]
 

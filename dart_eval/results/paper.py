@@ -42,13 +42,13 @@ FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int, str]] = {  # costs: 
     "remasks_per_1000": (lambda cells: 1000 * cells["remasks"] / cells["tokens"].clip(1), 2, " per 1,000 tokens"),
 }
 SHAPED = {"state MB": 1e6, "overhead %": 0.01}  # costs of a claim on a shape, and their units
-NOTE = "Value ± standard error, of shares in per cent; bold: best of its sparsity beyond noise (docs/paper.md)."
+NOTE = "Value ± standard error, of shares in per cent; bold: best of its sparsity beyond noise (docs/recipes.md)."
 # A test of perplexities whose differences have a long tail is too bold at .05, and on few documents at any level.
 TAILED_ALPHA, TAILED_UNITS = 0.01, 100
 POWER, MANY = 0.8, 100_000  # chance that so many documents close a claim; more are not counted
 NOTE_ON_CLAIMS = (
     "measured: difference (perplexities in nats) or ratio of the two rows, with the paired 95 % interval. A verdict is "
-    "of the models and documents measured here, not of the paper's (docs/paper.md). One on perplexities, whose "
+    "of the models and documents measured here, not of the paper's (docs/recipes.md). One on perplexities, whose "
     f"differences have long tails, needs {TAILED_UNITS} documents and p < {TAILED_ALPHA}."
 )
 NOTE_ON_NEEDS = (

@@ -1,6 +1,6 @@
 """A paper from one file: its tables with their methods, sparsities and columns, the sweeps for them, and its claims.
 
-The file is YAML; docs/paper.md shows one. A method or a column more is a line more in it. Settings of a run stand in
+The file is YAML; docs/recipes.md shows one. A method or a column more is a line more in it. Settings of a run stand in
 the file, in a table or in a column, and the nearest one counts.
 """
 
@@ -165,7 +165,7 @@ def load(name: str, base: RunConfig) -> PaperSpec:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "claims"
-        raise UserError(f"{path}, {place}: {first['msg'].removeprefix('Value error, ')}", "see docs/paper.md") from None
+        raise UserError(f"{path}, {place}: {first['msg'].removeprefix('Value error, ')}", "see docs/recipes.md") from None
     with naming(f"{path}: "):
         sheets, sweeps = zip(*(_sheet(table, file, base) for table in file.tables), strict=True)
     there = {(sheet.name, row) for sheet in sheets for row in sheet.cells["row"]}  # some rows are of another model
@@ -238,7 +238,7 @@ def _sheet(table: Table, file: File, base: RunConfig) -> tuple[Sheet, list[RunCo
             cell |= {"block": block, "level": level}
             lines.append([cell | {"column": h, "metric": metrics[h], "value": v} for h, v in one.values.items()])
     if not lines or not sparsity:
-        raise UserError(f"table {table.name!r} has no row for this model, or no sparsity", "see docs/paper.md")
+        raise UserError(f"table {table.name!r} has no row for this model, or no sparsity", "see docs/recipes.md")
     cells = [{"line": i, **cell} for i, line in enumerate(lines) for cell in line]
     notes = [*filter(None, [table.note]), *(f"[{i}] reported: {source}." for i, source in enumerate(sources, 1))]
     sheet = Sheet(table.name, table.title, notes, pd.DataFrame(cells, dtype=object))

@@ -128,7 +128,8 @@ def test_commands_are_understood():
 
 
 def test_files_of_the_docs_are_understood(tmp_path):
-    (options,), (paper,) = blocks("docs/options.md", "yaml"), blocks("docs/paper.md", "yaml")
+    (options,), recipes = blocks("docs/options.md", "yaml"), blocks("docs/recipes.md", "yaml")
+    (paper,) = (block for block in recipes if block.startswith("about:"))
     (tmp_path / "run.yaml").write_text(options)
     config = config_from(tmp_path / "run.yaml", {"limit": 3})
     assert (config.sparsity, config.limit, config.model) == ((0.5, 0.6, 0.7), 3, "./my-model")
