@@ -331,7 +331,7 @@ def least_falls(report: Comparison) -> list[str]:
     wrong = math.floor(math.log2(tested / report.about["thresholds"]["alpha"])) + 1 if sizes else 0  # .5**wrong < level
     falls = [f"{100 * wrong / n:.1f} points at n = {n}" for n in sizes if n >= wrong]
     seen = f"a fall of accuracy from {', '.join(falls)} ({wrong} answers turn wrong and none right)"
-    return [f"Tests notice {seen}; one of log-likelihoods or perplexity much earlier (docs/recipes.md)."] if falls else []
+    return [f"Tests notice {seen}; one of log-likelihoods much earlier (docs/recipes.md)."] if falls else []
 
 
 def sentence(row: Json) -> str:

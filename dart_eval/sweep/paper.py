@@ -163,9 +163,9 @@ def load(name: str, base: RunConfig) -> PaperSpec:
     try:
         file = File.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "claims"
-        raise UserError(f"{path}, {place}: {first['msg'].removeprefix('Value error, ')}", "see docs/recipes.md") from None
+        one = error.errors(include_url=False)[0]
+        place = ".".join(map(str, one["loc"])) or "claims"
+        raise UserError(f"{path}, {place}: {one['msg'].removeprefix('Value error, ')}", "see docs/recipes.md") from None
     with naming(f"{path}: "):
         sheets, sweeps = zip(*(_sheet(table, file, base) for table in file.tables), strict=True)
     there = {(sheet.name, row) for sheet in sheets for row in sheet.cells["row"]}  # some rows are of another model
