@@ -16,7 +16,7 @@ LINES = {
     "bench": 912, "cli": 1_333, "cluster": 220, "evaluation": 3_493, "export": 150, "kernels": 1_102, "layers": 1_645,
     "models": 600, "pruning": 5_333, "results": 4_797, "sweep": 1_799, "util": 855, "weights": 1_044,
 }  # fmt: skip
-PACKAGE_LINES, TEST_LINES, SCRIPT_LINES = 23_435, 22_290, 2_450
+PACKAGE_LINES, TEST_LINES, SCRIPT_LINES = 23_435, 22_294, 2_450
 LINES_PER_STATEMENT = 1.6  # 1.62 before methods were classes, whose name and summary are statements of one line
 
 

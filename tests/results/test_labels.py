@@ -106,6 +106,10 @@ def test_settings_are_called_as_they_were_typed_where_that_tells_them_apart(reco
     ([{"batch_size": None}, {"batch_size": 8, "method": "griffin"}], ["dart", "griffin"]),
     ([{"batch_size": None, "method": "griffin"}, {"batch_size": 8}, {"batch_size": 4}],
      ["griffin", "dart (batch_size=8)", "dart (batch_size=4)"]),
+    # So does a calibration text that another method reads; of one method it does.
+    ([{"calibration": "a" * 64}, {"calibration": "b" * 64, "method": "dense", "ffn_bits": "gptq4:32"}],
+     ["dart", "dense on gptq4:32"]),
+    ([{"calibration": "a" * 64}, {"calibration": "b" * 64}], [f"dart (calibration={8 * x})" for x in "ab"]),
     # The code of a method stands in a label only where nothing else tells cells apart.
     ([{"method_code": "a" * 10}, {"method_code": "b" * 10, "method": "griffin"}], ["dart", "griffin"]),
     ([{"method_code": "a" * 10}, {"method_code": "b" * 10}],
