@@ -2,7 +2,7 @@
 
     python scripts/board_page.py TESTS.yaml demo second third
 
-The file is a list of `{sentence: 1, model: demo, tasks: drift, a: grinqh at .30, b: dense on q4_k}`, where tasks are
+The file is a list of `{sentence: 1, model: demo, tasks: drift, a: grinqh at 30 %, b: dense on q4_k}`, where tasks are
 `drift`, `choice` or one task, and rows are named as in the table. A difference is of nats per word, or of points; it is
 positive if A is better. Holm's p is over all tests of the file.
 """
@@ -30,7 +30,7 @@ PARTS = {
 
 def named(row: Row) -> str:
     """Return the name of a row in the table: a method's with the read that was asked for."""
-    return row.label if not row.sparsity else f"{row.label} at .{100 * (1 - row.sparsity):02.0f}"
+    return row.label if not row.sparsity else f"{row.label} at {metrics.asked(row.sparsity)}"
 
 
 def block_of(store: Store, records: Sequence[Record], tasks: Sequence[str]) -> Block | None:
