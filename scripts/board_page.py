@@ -1,14 +1,15 @@
 """The tables of results/board.md, from one folder a model: all rows side by side, and the test of each sentence.
 
-    python scripts/board_page.py TESTS.yaml demo second third
+    python scripts/board_page.py TESTS.yaml 270M 0.5B 1.5B
 
-The file is a list of `{sentence: 1, model: demo, tasks: drift, a: grinqh at 30 %, b: dense on q4_k}`, where tasks are
+The file is a list of `{sentence: 1, model: 270M, tasks: drift, a: grinqh at 30 %, b: dense on q4_k}`, where tasks are
 `drift`, `choice` or one task, and rows are named as in the table. A difference is of nats per word, or of points; it is
 positive if A is better. Holm's p is over all tests of the file.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from pathlib import Path
 import yaml
 
 from dart_eval.results import metrics, stats
-from dart_eval.results.board import CONTROL, GUESSING, Block, Row, boards
+from dart_eval.results.board import CONTROL, GUESSING, Block, Board, Row, boards
 from dart_eval.results.inputs import NOISE
 from dart_eval.results.record import Record
+from dart_eval.results.report import charts
 from dart_eval.results.store import Store
 
 PARTS = {
@@ -27,21 +29,26 @@ PARTS = {
     "gsm8k_cot_zeroshot": ("gsm8k_cot_zeroshot",),
 }  # fmt: skip
 
+PICTURED = (
+    "grinqh", "graded-both", "griffin", "dart", "cats", "teal:allocation=greedy", "oracle-token",
+    "dense on gptqN:32", "dense on q4_k", "dense on N:128 bits",
+)  # fmt: skip
+
 
 def named(row: Row) -> str:
     """Return the name of a row in the table: a method's with the read that was asked for."""
     return row.label if not row.sparsity else f"{row.label} at {metrics.asked(row.sparsity)}"
 
 
-def block_of(store: Store, records: Sequence[Record], tasks: Sequence[str]) -> Block | None:
-    """Return the rows of a folder that ran all of some tasks, as the board has them. records: the folder's cells."""
+def board_of(store: Store, records: Sequence[Record], tasks: Sequence[str]) -> Board | None:
+    """Return the board of a folder's rows that ran all of some tasks. records: the folder's cells."""
     rows: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         if record.inputs["task"] in tasks:
             key = tuple(str(record.inputs.get(name)) for name in ("method", "params", "sparsity", "ffn_bits"))
             rows.setdefault(key, []).append(record)
     complete = [record for of_row in rows.values() if len(of_row) == len(tasks) for record in of_row]
-    return boards(store, complete)[0].blocks[0] if complete else None
+    return boards(store, complete)[0] if complete else None
 
 
 def cells(row: Row, block: Block, name: str) -> dict[str, str]:
@@ -49,8 +56,14 @@ def cells(row: Row, block: Block, name: str) -> dict[str, str]:
     quality = row.quality[block.first]
     if metrics.kind_of(block.first).group == metrics.PERPLEXITY:
         beside = quality.beside_dense(block.first)
-        kl = {f"{name}: KL": metrics.three(row.kl.value)} if row.kl and name.startswith("drift") else {}
-        return {name: metrics.multiple(beside.value, *(beside.interval or ())) if beside else "", **kl}
+        floor = next((other.kl.value for other in block.rows if other.kind == NOISE and other.kl), 0.0)
+        other = {}
+        if name.startswith("drift"):
+            if row.kl and floor:
+                other["KL (x noise)"] = f"{row.kl.value:.2g} ({metrics.multiple(row.kl.value / floor)})"
+            if row.speed:
+                other["speed"] = f"{row.speed.speedup.median:.2f}x" if row.speed.speedup else "none"
+        return {name: metrics.multiple(beside.value, *(beside.interval or ())) if beside else "", **other}
     if name != "choice":
         return {name: metrics.short(block.first, quality.value, quality.stderr)}
     return {name: metrics.percent(quality.share.value, *(quality.share.interval or ()))} if quality.share else {}
@@ -70,9 +83,9 @@ def table(blocks: Mapping[str, Mapping[str, Block]]) -> str:
     lines = [f"| read | in lines | row | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
     order = {CONTROL: 0, NOISE: 1}
     for name, row in sorted(rows.items(), key=lambda item: (order.get(item[1].kind, 2), -round(item[1].read, 2))):
-        lines_ = f"{row.fetched:.0%}" if row.fetched and row.fetched - row.read >= 0.005 else ""
+        lines_ = f"{100 * row.fetched:.0f} %" if row.fetched and row.fetched - row.read >= 0.005 else ""
         body = " | ".join(texts[name].get(head, "") for head in heads)
-        lines.append(f"| {row.read:.0%} | {lines_} | {name} | {body} |")
+        lines.append(f"| {100 * row.read:.0f} % | {lines_} | {name} | {body} |")
     return "\n".join(lines)
 
 
@@ -99,14 +112,31 @@ def tests(asked: Sequence[Mapping[str, object]], blocks: Mapping[str, Mapping[st
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    file, *folders = map(Path, sys.argv[1:])
-    found = {}
-    for folder in folders:
+def picture(board: Board) -> bytes:
+    """Return the picture of the rows that the sentences speak of, as SVG."""
+    lines = {label: points for label, points in charts.curves(board, True)[1].items() if label in PICTURED}
+    return charts.plot("Perplexity after a switch of topic, x dense", lines, sorted(lines), True, "svg")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the tables; with `--picture FILE.svg`, draw the first folder."""
+    options = argparse.ArgumentParser()
+    options.add_argument("tests", type=Path)
+    options.add_argument("folders", type=Path, nargs="+")
+    options.add_argument("--picture", type=Path)
+    given = options.parse_args(arguments)
+    found: dict[str, dict[str, Block]] = {}
+    for folder in given.folders:
         store = Store(folder)
         records = store.load()
-        blocks = {name: block for name, tasks in PARTS.items() if (block := block_of(store, records, tasks))}
-        if "drift" in blocks:
-            del blocks["drift_xsum"]
-        found[folder.name] = blocks
-    print(table(found), tests(yaml.safe_load(file.read_text(encoding="utf-8")), found), sep="\n\n")
+        of_model = {name: board for name, tasks in PARTS.items() if (board := board_of(store, records, tasks))}
+        if "drift" in of_model:
+            del of_model["drift_xsum"]
+            if given.picture and not found:
+                given.picture.write_bytes(picture(of_model["drift"]))
+        found[folder.name] = {name: board.blocks[0] for name, board in of_model.items()}
+    print(table(found), tests(yaml.safe_load(given.tests.read_text(encoding="utf-8")), found), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,6 +1,6 @@
 """For mkdocs: the pages of the site stand where they stand in the repository, so that their links hold.
 
-Beside them stands `board.md`, the tables of results/board.md alone; `tables.js` makes them sort.
+Beside them stands `board.md`, the table of results/board.md alone; `tables.js` makes them sort.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ hide: [toc]
 ---
 # Board
 
-A click on the head of a column sorts by it. The [whole page](results/board.md) has dates, commands and tests,
-[numbers](docs/numbers.md) says what the columns mean, and [results](results/README.md) has every other table.
+A click on the head of a column sorts by it. The [whole page](results/board.md) has sentences, tests and commands,
+and [results](results/README.md) has every other table.
 """
 
 
@@ -40,8 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def tables(page: Path) -> str:
-    """Return the boards of a page: each up to the next heading that is not of a board."""
-    text = page.read_text(encoding="utf-8")
-    found = re.findall(r"^### (Board of .*?)(?=^##? |^### (?:Frontier|A: )|\Z)", text, flags=re.S | re.M)
+    """Return the section of a page that holds all rows."""
+    found = re.search(r"^## All rows$.*?(?=^## |\Z)", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     assert found, f"{page} has no board"
-    return "".join(f"\n## {board}" for board in found)
+    return f"\n{found[0]}".replace("](../", "](").replace("](speed.md)", "](results/speed.md)")
