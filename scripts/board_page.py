@@ -31,7 +31,7 @@ PARTS = {
 
 PICTURED = (
     "grinqh", "graded-both", "griffin", "dart", "cats", "teal:allocation=greedy", "oracle-token",
-    "dense on gptqN:32", "dense on q4_k", "dense on N:128 bits",
+    "dense on gptqN:32", "dense on qN_k+imatrix", "dense on N:128 bits",
 )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def tests(asked: Sequence[Mapping[str, object]], blocks: Mapping[str, Mapping[st
 def picture(board: Board) -> bytes:
     """Return the picture of the rows that the sentences speak of, as SVG."""
     lines = {label: points for label, points in charts.curves(board, True)[1].items() if label in PICTURED}
-    return charts.plot("Perplexity after a switch of topic, x dense", lines, sorted(lines), True, "svg")
+    return charts.plot("Gemma 3 270M: perplexity after a switch of topic, x dense", lines, sorted(lines), True, "svg")
 
 
 def main(arguments: Sequence[str]) -> None:
