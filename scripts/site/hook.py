@@ -1,6 +1,6 @@
 """For mkdocs: the pages of the site stand where they stand in the repository, so that their links hold.
 
-Beside them stands `board.md`, the table of results/board.md alone; `tables.js` makes them sort.
+Beside results/board.md stands its table alone, as `results/rows.md`; `tables.js` makes tables sort.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ hide: [toc]
 ---
 # Board
 
-A click on the head of a column sorts by it. The [whole page](results/board.md) has sentences, tests and commands,
-and [results](results/README.md) has every other table.
+A click on the head of a column sorts by it. The [whole page](board.md) has sentences, tests and commands,
+and [results](README.md) has every other table.
 """
 
 
@@ -35,12 +35,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     for asset in ASSETS:
         files.append(File.generated(config, Path(asset).name, abs_src_path=str(ROOT / asset)))
-    files.append(File.generated(config, "board.md", content=BOARD + tables(ROOT / "results" / "board.md")))
+    files.append(File.generated(config, "results/rows.md", content=BOARD + rows_of(ROOT / "results" / "board.md")))
     return files
 
 
-def tables(page: Path) -> str:
+def rows_of(page: Path) -> str:
     """Return the section of a page that holds all rows."""
     found = re.search(r"^## All rows$.*?(?=^## |\Z)", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     assert found, f"{page} has no board"
-    return f"\n{found[0]}".replace("](../", "](").replace("](speed.md)", "](results/speed.md)")
+    return f"\n{found[0]}"
