@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = {"docs/methods.md", "docs/options.md", "docs/models.md", "docs/records.md", "results/paper-dart.md"}
-NOT_PROSE = re.compile(r"^```.*?^```|^(?:\||    ).*?$|<!--.*?-->|\]\([^)]*\)", re.S | re.M)
+TARGET = r"\]\([^)]*\)"  # of a link
+NOT_PROSE = re.compile(rf"^```.*?^```|^(?:\||    ).*?$|<!--.*?-->|{TARGET}", re.S | re.M)
 
 
 def words(page: Path) -> int:
@@ -22,7 +23,7 @@ def words(page: Path) -> int:
 
 def numbers_in_100_words(page: Path) -> float:
     """Return how dense a page is with numbers, tables and code included."""
-    text = re.sub(r"\]\([^)]*\)", "]", page.read_text(encoding="utf-8"))
+    text = re.sub(TARGET, "]", page.read_text(encoding="utf-8"))
     return 100 * len(re.findall(r"\d[\d.,]*", text)) / len(text.split())
 
 
