@@ -1,6 +1,6 @@
 """The tables of results/board.md, from one folder a model: all rows side by side, and the test of each sentence.
 
-    python scripts/board_page.py TESTS.yaml 270M 0.5B 1.5B
+    python scripts/board_page.py TESTS.yaml 270M 0.5B 1.5B [--picture FILE.svg]
 
 The file is a list of `{sentence: 1, model: 270M, tasks: drift, a: grinqh at 30 %, b: dense on q4_k}`, where tasks are
 `drift`, `choice` or one task, and rows are named as in the table. A difference is of nats per word, or of points; it is
@@ -10,7 +10,6 @@ positive if A is better. Holm's p is over all tests of the file.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,11 +21,13 @@ from dart_eval.results.inputs import NOISE
 from dart_eval.results.record import Record
 from dart_eval.results.report import charts
 from dart_eval.results.store import Store
+from dart_eval.results.tables import APART, columns_of, read_of
 
+GSM8K = "gsm8k_cot_zeroshot"
 PARTS = {
     "drift": ("drift_xsum", "drift_cnn_dailymail"), "drift_xsum": ("drift_xsum",), "wikitext": ("wikitext",),
     "choice": ("arc_easy", "arc_challenge", "boolq", "winogrande", "openbookqa", "rte", "hellaswag"),
-    "gsm8k_cot_zeroshot": ("gsm8k_cot_zeroshot",),
+    GSM8K: (GSM8K,),
 }  # fmt: skip
 
 PICTURED = (
@@ -52,21 +53,14 @@ def board_of(store: Store, records: Sequence[Record], tasks: Sequence[str]) -> B
 
 
 def cells(row: Row, block: Block, name: str) -> dict[str, str]:
-    """Return head -> text of a row on some tasks."""
-    quality = row.quality[block.first]
-    if metrics.kind_of(block.first).group == metrics.PERPLEXITY:
-        beside = quality.beside_dense(block.first)
-        floor = next((other.kl.value for other in block.rows if other.kind == NOISE and other.kl), 0.0)
-        other = {}
-        if name.startswith("drift"):
-            if row.kl and floor:
-                other["KL (x noise)"] = f"{row.kl.value:.2g} ({metrics.multiple(row.kl.value / floor)})"
-            if row.speed:
-                other["speed"] = f"{row.speed.speedup.median:.2f}x" if row.speed.speedup else "none"
-        return {name: metrics.multiple(beside.value, *(beside.interval or ())) if beside else "", **other}
-    if name != "choice":
-        return {name: metrics.short(block.first, quality.value, quality.stderr)}
-    return {name: metrics.percent(quality.share.value, *(quality.share.interval or ()))} if quality.share else {}
+    """Return head -> text of a row on some tasks, as `dart-eval tables` has them."""
+    columns, _ = columns_of(block)
+    heads = {"perplexity\nx dense": name, "above\nguessing": name}
+    if name == GSM8K:
+        heads = {columns[0].head: name}
+    elif name.startswith("drift"):
+        heads |= {"KL nats\nx noise": "KL nats, x noise", "speed\ntoday": "speed"}
+    return {heads[column.head]: column.text(row) for column in columns if column.head in heads}
 
 
 def table(blocks: Mapping[str, Mapping[str, Block]]) -> str:
@@ -83,9 +77,9 @@ def table(blocks: Mapping[str, Mapping[str, Block]]) -> str:
     lines = [f"| read | in lines | row | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
     order = {CONTROL: 0, NOISE: 1}
     for name, row in sorted(rows.items(), key=lambda item: (order.get(item[1].kind, 2), -round(item[1].read, 2))):
-        lines_ = f"{100 * row.fetched:.0f} %" if row.fetched and row.fetched - row.read >= 0.005 else ""
+        fetched = metrics.percent(row.fetched) if row.fetched and row.fetched - row.read >= APART else ""
         body = " | ".join(texts[name].get(head, "") for head in heads)
-        lines.append(f"| {100 * row.read:.0f} % | {lines_} | {name} | {body} |")
+        lines.append(f"| {read_of(row)} | {fetched} | {name} | {body} |")
     return "\n".join(lines)
 
 
@@ -112,31 +106,34 @@ def tests(asked: Sequence[Mapping[str, object]], blocks: Mapping[str, Mapping[st
     return "\n".join(lines)
 
 
-def picture(board: Board) -> bytes:
+def boards_of(folder: Path) -> dict[str, Board]:
+    """Return tasks -> the board of a folder's rows on them; XSum alone where CNN/DailyMail was not run."""
+    store = Store(folder)
+    records = store.load()
+    found = {name: board for name, tasks in PARTS.items() if (board := board_of(store, records, tasks))}
+    return {name: board for name, board in found.items() if name != "drift_xsum" or "drift" not in found}
+
+
+def picture(model: str, board: Board) -> bytes:
     """Return the picture of the rows that the sentences speak of, as SVG."""
     lines = {label: points for label, points in charts.curves(board, True)[1].items() if label in PICTURED}
-    return charts.plot("Gemma 3 270M: perplexity after a switch of topic, x dense", lines, sorted(lines), True, "svg")
+    return charts.plot(f"{model}: perplexity after a switch of topic, x dense", lines, sorted(lines), True, "svg")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Print the tables; with `--picture FILE.svg`, draw the first folder."""
-    options = argparse.ArgumentParser()
+def main() -> None:
+    """Print the tables, and draw the picture of the first folder."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     options.add_argument("tests", type=Path)
     options.add_argument("folders", type=Path, nargs="+")
     options.add_argument("--picture", type=Path)
-    given = options.parse_args(arguments)
-    found: dict[str, dict[str, Block]] = {}
-    for folder in given.folders:
-        store = Store(folder)
-        records = store.load()
-        of_model = {name: board for name, tasks in PARTS.items() if (board := board_of(store, records, tasks))}
-        if "drift" in of_model:
-            del of_model["drift_xsum"]
-            if given.picture and not found:
-                given.picture.write_bytes(picture(of_model["drift"]))
-        found[folder.name] = {name: board.blocks[0] for name, board in of_model.items()}
-    print(table(found), tests(yaml.safe_load(given.tests.read_text(encoding="utf-8")), found), sep="\n\n")
+    given = options.parse_args()
+    found = {folder.name: boards_of(folder) for folder in given.folders}
+    blocks = {model: {name: board.blocks[0] for name, board in of_model.items()} for model, of_model in found.items()}
+    print(table(blocks), tests(yaml.safe_load(given.tests.read_text(encoding="utf-8")), blocks), sep="\n\n")
+    if given.picture:
+        model, of_model = next(iter(found.items()))
+        given.picture.write_bytes(picture(model, of_model["drift"]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
