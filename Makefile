@@ -40,8 +40,8 @@ demo: $(VENV)/.demo
 	@$(BIN)/dart-eval report demo-output
 	@printf '%s\n' "The installation took $$(cat $(VENV)/.demo) s, the demo $$(( $$(date +%s) - $$(cat $(VENV)/.began) )) s." \
 		'Next: source $(BIN)/activate' \
-		'      dart-eval compare demo-output --row grinqh,griffin     # is that more than noise?' \
-		'      dart-eval run --model MODEL --method griffin,grinqh    # MODEL: a folder, a GGUF file or a name on the hub'
+		'      dart-eval compare demo-output --row grinqh,griffin' \
+		'      dart-eval run --model YOUR-MODEL --tasks smoke --method griffin,grinqh'
 
 regression: $(VENV)/.demo
 	$(BIN)/dart-eval run --config scripts/regression.yaml --workers $(JOBS) --output regression-output
