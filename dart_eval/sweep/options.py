@@ -420,7 +420,7 @@ def config_of(given: Json) -> RunConfig:
     except ValidationError as error:
         errors = error.errors(include_url=False)
         name = str(errors[0]["loc"][0])
-        reasons = [re.sub(r"^\w+ should match .*", "is not understood", e["msg"]) for e in errors if e["loc"][0] == name]
+        reasons = [re.sub(r"^\w+ should match.*", "is not understood", e["msg"]) for e in errors if e["loc"][0] == name]
         reasons = [re.sub(r"^\w+ should", "must", reason.removeprefix("Value error, ")) for reason in reasons]
         problem, _, remedy = " or ".join(reasons).partition("; ")
         meaning = OPTIONS[name].help.partition(". ")[0]

@@ -38,9 +38,9 @@ from tests.helpers.records import save
 OPTIONS = [  # of `run --tasks arc`: what is typed, and the word
     ("--method dense,grifin", "griffin"), ("--method grifin:remask=drift", "griffin"), ("--method ,", "method"),
     ("--sparsity 0.5,-0.1", "sparsity"), ("--sparsity -0.1", "sparsity"), ("--sparsity 70", "sparsity"),
-    ("--sparsity abc", "number"), ("--dtype flaot32", "float32"), ("--device gpu", "understood"), ("--limit 0", "limit"),
+    ("--sparsity abc", "number"), ("--dtype flaot32", "float32"), ("--device gpu", "not understood"),
     ("--num-fewshot -1", "num_fewshot"), ("--batch-size 0", "batch_size"), ("--max-length -1", "max_length"),
-    ("--chunk 3", "chunk"), ("--seed -1", "seed"), ("--gen-kwargs temperature=high", "number"),
+    ("--chunk 3", "chunk"), ("--limit 0", "limit"), ("--seed -1", "seed"), ("--gen-kwargs temperature=high", "number"),
     ("--model_args tokeniser=m", "tokenizer"), ("--model_args m", "KEY=VALUE"),
     ("--model a --model_args pretrained=b", "twice"), ("--fewshot-as-multiturn", "--chat-template"),
     ("--include-path nowhere", "nowhere"), ("--calibration no/such/text", "no/such/text"),
