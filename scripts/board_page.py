@@ -3,7 +3,7 @@
     python scripts/board_page.py TESTS.yaml 270M 0.5B 1.5B [--picture FILE.svg]
 
 The file is a list of `{sentence: 1, model: 270M, tasks: drift, a: grinqh at 30 %, b: dense on q4_k}`, where tasks are
-`drift`, `choice` or one task, and rows are named as in the table. A difference is of nats per word, or of points; it is
+`drift`, `no switch`, `choice` or one task, and rows are named as in the table. A difference is of nats per word, or of points; it is
 positive if A is better. Holm's p is over all tests of the file.
 """
 
@@ -25,7 +25,8 @@ from dart_eval.results.tables import APART, columns_of, read_of
 
 GSM8K = "gsm8k_cot_zeroshot"
 PARTS = {
-    "drift": ("drift_xsum", "drift_cnn_dailymail"), "drift_xsum": ("drift_xsum",), "wikitext": ("wikitext",),
+    "drift": ("drift_xsum", "drift_cnn_dailymail"), "drift_xsum": ("drift_xsum",),
+    "no switch": ("drift_xsum_same", "drift_cnn_dailymail_same"), "wikitext": ("wikitext",),
     "choice": ("arc_easy", "arc_challenge", "boolq", "winogrande", "openbookqa", "rte", "hellaswag"),
     GSM8K: (GSM8K,),
 }  # fmt: skip
