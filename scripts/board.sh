@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The runs behind results/board.md: a grid that was fixed before its first cell. Run again, it goes on where it stopped.
-#   DART_EVAL=dart-eval WORKERS=1 scripts/board.sh MODEL DATA OUTPUT [demo|second|third|speed]
+# The runs behind results/board.md: a grid that was fixed before its first cell, and what reviewers asked for since
+# (beside). Run again, it goes on where it stopped.
+#   DART_EVAL=dart-eval WORKERS=1 scripts/board.sh MODEL DATA OUTPUT [demo|second|third|beside|speed]
 # A method that is beyond 3x dense's perplexity after a switch of topic at one read is not run at a lower one.
 set -u
 model=$1 data=$2 output=$3 grid=${4:-demo}
@@ -56,6 +57,15 @@ case $grid in
     cells drift_xsum 32 --method dense --ffn-bits gptq4:32+down5:128,q4_k+imatrix
     cells drift_xsum 32 --method grinqh,graded-both --sparsity 0.84
     ;;
+  beside) # calibrated rounding to more bits, grinqh in as many lines of memory as graded-both, the same texts unswitched
+    cells "$drift" 32 --method grinqh --sparsity 0.63,0.78
+    cells "$drift" 32 --method dense --ffn-bits q4_k+imatrix,gptq3:32,q5_k+imatrix,gptq5:32+down6:128,gptq6:128,6:128,4:128
+    drift="drift_xsum_same,drift_cnn_dailymail_same"
+    cells "$drift" 32 --method dense,noise
+    cells "$drift" 32 --method griffin,dart,teal --sparsity 0.5
+    cells "$drift" 32 --method grinqh,graded-both --sparsity 0.7
+    cells "$drift" 32 --method dense --ffn-bits q4_k+imatrix
+    ;;
   speed) # where a kernel makes bytes into time; the machine should have nothing else to do
     speeds() { # OPTIONS
       one bench decode --model "$model" --dtype bfloat16 --output "$output" --steps 12 --rounds 3 "$@"
@@ -65,5 +75,5 @@ case $grid in
     speeds --sparsity 0.84 --method grinqh
     speeds --sparsity 0.9 --method grinqh
     ;;
-  *) echo "no grid $grid: demo, second, third or speed" >&2 && exit 2 ;;
+  *) echo "no grid $grid: demo, second, third, beside or speed" >&2 && exit 2 ;;
 esac

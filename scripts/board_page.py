@@ -3,8 +3,8 @@
     python scripts/board_page.py TESTS.yaml 270M 0.5B 1.5B [--picture FILE.svg]
 
 The file is a list of `{sentence: 1, model: 270M, tasks: drift, a: grinqh at 30 %, b: dense on q4_k}`, where tasks are
-`drift`, `no switch`, `choice` or one task, and rows are named as in the table. A difference is of nats per word, or of points; it is
-positive if A is better. Holm's p is over all tests of the file.
+`drift`, `no switch`, `choice` or one task, and rows are named as in the table. A difference is of nats per word, or of
+points; it is positive if A is better. Holm's p is over all tests of the file.
 """
 
 from __future__ import annotations
