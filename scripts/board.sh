@@ -59,11 +59,11 @@ case $grid in
     ;;
   beside) # grinqh in as many lines of memory as graded-both, calibrated rounding to more bits, the same texts unswitched
     cells "$drift" 32 --method grinqh --sparsity 0.63,0.78
-    cells "$drift" 32 --method dart:remask=never --sparsity 0.5
+    cells "$drift" 32 --method dart:remask=never,oracle --sparsity 0.5
     cells "$drift" 32 --method dense --ffn-bits q4_k+imatrix,gptq3:32,q5_k+imatrix,gptq5:32+down6:128,gptq6:128,6:128,4:128
     drift="drift_xsum_same,drift_cnn_dailymail_same"
     cells "$drift" 32 --method dense,noise
-    cells "$drift" 32 --method griffin,dart,dart:remask=never,teal --sparsity 0.5
+    cells "$drift" 32 --method griffin,dart,dart:remask=never,teal,oracle --sparsity 0.5
     cells "$drift" 32 --method grinqh,graded-both --sparsity 0.7
     cells "$drift" 32 --method dense --ffn-bits q4_k+imatrix
     ;;
