@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -74,7 +74,7 @@ def model_file(source: str, name: str, revision: str | None) -> Path | None:
 
 
 def load_whole(
-    loader: type[_BaseAutoModelClass], name: str, source: str | Path, **kwargs: object
+    loader: type[_BaseAutoModelClass], name: str, source: str | Path, **kwargs: Any
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a model and check that it has all of its weights. Return it with notes for the user.
 
