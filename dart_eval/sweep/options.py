@@ -419,12 +419,12 @@ def config_of(given: Json) -> RunConfig:
         return RunConfig(**{name: plain(value) for name, value in named(given).items()})
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        name = str(errors[0]["loc"][0])
+        name, got = str(errors[0]["loc"][0]), short_repr(errors[0]["input"])
         reasons = [re.sub(r"^\w+ should match.*", "is not understood", e["msg"]) for e in errors if e["loc"][0] == name]
         reasons = [re.sub(r"^\w+ should", "must", reason.removeprefix("Value error, ")) for reason in reasons]
         problem, _, remedy = " or ".join(reasons).partition("; ")
-        meaning = OPTIONS[name].help.partition(". ")[0]
-        raise UserError(f"{name} {short_repr(errors[0]['input'])} {problem}", remedy or meaning) from None
+        text = OPTIONS[name].help.partition(". ")[0].removesuffix(".")
+        raise UserError(f"{name} {got} {problem}", remedy or text[0].lower() + text[1:]) from None
 
 
 def checked(name: str, value: object) -> Any:
