@@ -1,7 +1,7 @@
 """The fast lane stays fast: its tests, their lines and their time are held to what was reached.
 
 Time is CPU time of its tests as a ratio to fixed work, which each worker does now and then: another machine, or one
-that other work shares, gives about the same ratio. `make test-fast` and `make test` load it by `-p tests.lane`.
+that other work shares, gives about the same ratio, within a third. `make test-fast` and `make test` load it by `-p tests.lane`.
 """
 
 import statistics
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-TESTS, LINES, RATIO = 765, 8_210, 1_300
+TESTS, LINES, RATIO = 765, 8_210, 1_800  # of one suite the ratio was below 1,300 on one processor, 1,375 on another
 EVERY = 20  # tests between two times of the fixed work
 
 
