@@ -1,7 +1,7 @@
 """The fast lane stays fast: its tests, their lines and their time are held to what was reached.
 
-Time is CPU time of its tests as a ratio to fixed work, which each worker does now and then: another machine, or one
-that other work shares, gives about the same ratio, within a third. `make test-fast` and `make test` load it by `-p tests.lane`.
+Time is CPU time of its tests as a ratio to fixed work, which each worker does now and then: on a machine that other
+work shares the ratio is about the same, on another processor within a third. `make test` loads it by `-p tests.lane`.
 """
 
 import statistics
