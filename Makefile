@@ -28,7 +28,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
 # One run of the demo: what is chosen, and what is written after a switch of topic.
-DEMO = $(BIN)/dart-eval run --tasks smoke_questions,drift_smoke --limit $(or $(LIMIT),0.15) --output demo-output
+DEMO = $(BIN)/dart-eval run --tasks smoke_questions,drift_smoke --limit $(or $(LIMIT),0.1) --output demo-output
 
 .PHONY: demo test test-fast check regression paper-tables golden wheel gpu-check site clean
 
