@@ -517,14 +517,14 @@ def _stands(leader: Row, others: Sequence[Row], chosen: float) -> dict[Row, str]
             rows and metrics.
     """
     leads = [(row, lead) for row in others for lead in _leads(leader, row)]
-    p_values = [_p(lead) for _, lead in leads]
-    adjusted = stats.holm([None if p is None else min(1.0, chosen * p) for p in p_values])
+    adjusted = stats.holm([None if (p := _p(lead)) is None else min(1.0, chosen * p) for _, lead in leads])
     stands = {}
     for row in others:
-        own = [(lead.value, p) for (of, lead), p in zip(leads, adjusted, strict=True) if of is row and p is not None]
-        signs = {value > 0 for value, p in own if p < stats.ALPHA}  # True: the leader is ahead in a metric
+        own = [(lead.value, p) for (of, lead), p in zip(leads, adjusted, strict=True) if of is row]
+        signs = {value > 0 for value, p in own if p is not None and p < stats.ALPHA}  # True: the leader is ahead
+        tested = bool(own) and all(p is not None for _, p in own)
         stands[row] = (
-            SPLIT if len(signs) == 2 else BEHIND if True in signs else AHEAD if signs else TIED if own else UNTESTED
+            SPLIT if len(signs) == 2 else BEHIND if True in signs else AHEAD if signs else TIED if tested else UNTESTED
         )
     return stands
 
