@@ -533,8 +533,8 @@ def test_a_row_with_the_same_answers_is_tied(tmp_path):
 
 
 def test_rows_that_were_not_tested_are_not_called_tied(tmp_path):
-    """Five texts are too few units, alone and beside answers that are the same."""
-    few = texts({"dense": (0, 0), "dart": (0.1, 0), "griffin": (1.0, 0)}, 5)
-    same = [choices(0.8, method=method, sparsity=0.5 * (method != "dense")) for method in ("dense", "dart", "griffin")]
-    for name, cells in {"alone": few, "beside": [*same, *few]}.items():
-        assert words_of(board_of(tmp_path / name, *cells)) == {"dart": "leader", "griffin": UNTESTED}
+    """Five documents are too few units, alone and beside texts that do not differ."""
+    few = [choosing(answered("arc", [{"acc": float(i % 3 > 0) * keep} for i in range(5)], m, s))
+           for m, s, keep in (("dense", 0.0, 1), ("dart", 0.5, 1), ("griffin", 0.5, 0))]  # fmt: skip
+    for name, same in {"alone": [], "beside": texts({"dense": (0, 0), "dart": (0.1, 0), "griffin": (0.1, 0)})}.items():
+        assert words_of(board_of(tmp_path / name, *few, *same)) == {"dart": "leader", "griffin": UNTESTED}
