@@ -49,12 +49,12 @@ case $grid in
     $grid "$drift" 32
     $grid "$choice" 200
     $grid wikitext 8
-    [ "$grid" = demo ] || $grid gsm8k_cot_zeroshot 128 --chat-template --gen-kwargs max_gen_toks=512
+    [ "$grid" = demo ] || $grid gsm8k_cot_zeroshot 128 --chat-template --batch-size 64 --gen-kwargs max_gen_toks=512
     ;;
   third)
     cells drift_xsum 32 --method dense,noise
     cells drift_xsum 32 --method grinqh,graded-both,dart --sparsity 0.7
-    cells drift_xsum 32 --method dense --ffn-bits gptq4:32+down5:128,q4_k+imatrix
+    cells drift_xsum 32 --method dense --ffn-bits gptq4:32+down5:128,q4_k+imatrix,q4_k
     cells drift_xsum 32 --method grinqh,graded-both --sparsity 0.84
     ;;
   beside) # grinqh in as many lines of memory as graded-both, calibrated rounding to more bits, the same texts unswitched
