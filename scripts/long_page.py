@@ -3,8 +3,9 @@
     python scripts/long_page.py FOLDER --model MODEL --data-dir DIR --dtype DTYPE [--save KL.svg]
 
 FOLDER is that of `dart-eval paper long`. Every method in it reads dense's answers there, token by token, in the scope
-`continuation`: the prompt runs dense, as it does before a text. What is measured is kept in FOLDER/positions, a line an
-answer, so the same command goes on where it stopped. Without --model the page is made of what is there.
+`continuation`: the prompt runs dense, as it does before a text. An answer ends where it begins to repeat itself: there
+any model knows the next token from those before. What is measured is kept in FOLDER/positions, a line an answer, so the
+same command goes on where it stopped. Without --model the page is made of what is there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from dart_eval.results import metrics, sums
+from dart_eval.results.documents import before_repeat
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.record import Record
 from dart_eval.results.stats import Estimate
@@ -106,7 +108,7 @@ def measure(folder: Path, store: Store, records: Sequence[Record], model: dict[s
     dense: dict[str, States] = {}
     for task in dict.fromkeys(task for tasks in todo.values() for task in tasks):
         requests[task] = {
-            number: Request(tuple(lm.tok_batch_encode([prompt])[0][0].tolist()), tuple(tokens))
+            number: Request(tuple(lm.tok_batch_encode([prompt])[0][0].tolist()), tuple(tokens[: before_repeat(tokens)]))
             for number, (prompt, tokens) in answers[task].items()
         }
         states = States(1 << 40)

@@ -193,12 +193,13 @@ def add_distances(own: Answers, dense: Answers, texts: bool = True) -> Answers:
 
     `flips`: the chosen answer of an item differs. For texts `dense_rougeL`: ROUGE-L against dense's text;
     `dense_tokens`: tokens before the first difference; `length`: tokens / dense's; `limited`: the share of texts with
-    all the tokens that they may have; `loops`: the share of texts that repeat themselves (`repeats`).
+    all the tokens that they may have; `loops`: the share of texts that repeat themselves (`before_repeat`).
     """
     of: dict[str, tuple[str, Callable[..., Any]]] = {
         "flips": ("chosen", lambda a, b: float(a != b)), "dense_tokens": ("token_ids", _common),
         "length": ("token_ids", lambda a, b: [float(len(a)), float(len(b))]),
-        "limited": ("limited", lambda a, _: float(a)), "loops": ("token_ids", lambda a, _: float(repeats(a))),
+        "loops": ("token_ids", lambda a, _: float(before_repeat(a) < len(a))),
+        "limited": ("limited", lambda a, _: float(a)),
     }  # fmt: skip
     if texts:  # it takes time
         of["dense_rougeL"] = "text", _similarity
@@ -225,14 +226,13 @@ def _similarity(ours: str, theirs: str) -> float:
     return 1.0 if ours == theirs else float(_scorer().score(theirs, ours)["rougeL"].fmeasure)
 
 
-def repeats(tokens: Sequence[int]) -> bool:
-    """Return whether a run of `LOOP` tokens or more comes again at once."""
-    ids = np.asarray(tokens)
+def before_repeat(tokens: Sequence[int]) -> int:
+    """Return how many tokens stand before a run of `LOOP` or more comes again at once; all, if none does."""
+    ids, found = np.asarray(tokens), [len(tokens)]
     for lag in range(LOOP, len(ids) // 2 + 1):
-        breaks = np.flatnonzero(ids[lag:] != ids[:-lag])
-        if np.diff(breaks, prepend=-1, append=len(ids) - lag).max() > lag:  # `lag` equal tokens stand between two
-            return True
-    return False
+        breaks = np.flatnonzero(np.r_[True, ids[lag:] != ids[:-lag], True])  # `lag` equal tokens stand between two
+        found.extend(breaks[:-1][np.diff(breaks) > lag][:1] + lag)
+    return int(min(found))
 
 
 def _common(ours: Sequence[int], theirs: Sequence[int]) -> float:
