@@ -28,7 +28,7 @@ PARTS = {
     "drift": ("drift_xsum", "drift_cnn_dailymail"), "drift_xsum": ("drift_xsum",),
     "no switch": ("drift_xsum_same", "drift_cnn_dailymail_same"), "wikitext": ("wikitext",),
     "choice": ("arc_easy", "arc_challenge", "boolq", "winogrande", "openbookqa", "rte", "hellaswag"),
-    GSM8K: (GSM8K,),
+    GSM8K: (GSM8K,), "cnn_dailymail": ("cnn_dailymail",),
 }  # fmt: skip
 
 PICTURED = (

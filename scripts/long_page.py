@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from dart_eval.results import metrics, sums
-from dart_eval.results.documents import before_repeat
+from dart_eval.results.documents import loop_at
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.record import Record
 from dart_eval.results.stats import Estimate
@@ -108,7 +108,7 @@ def measure(folder: Path, store: Store, records: Sequence[Record], model: dict[s
     dense: dict[str, States] = {}
     for task in dict.fromkeys(task for tasks in todo.values() for task in tasks):
         requests[task] = {
-            number: Request(tuple(lm.tok_batch_encode([prompt])[0][0].tolist()), tuple(tokens[: before_repeat(tokens)]))
+            number: Request(tuple(lm.tok_batch_encode([prompt])[0][0].tolist()), tuple(tokens[: loop_at(tokens)]))
             for number, (prompt, tokens) in answers[task].items()
         }
         states = States(1 << 40)

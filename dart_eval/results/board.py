@@ -133,14 +133,15 @@ def boards(store: Store, records: Sequence[Record], metric: str | None = None) -
     Args:
         store: the folder.
         records: its cells that are shown.
-        metric: replaces the main metric of tasks that have it.
+        metric: replaces the main metric of tasks that have it; with a filter, `exact_match,flexible-extract`.
 
     Raises:
         UserError: no cell has the metric.
     """
-    known = {m.metric for r in records for m in r.metrics}
+    known = {name for r in records for m in r.metrics for name in (m.metric, m.label)}
     if metric is not None and metric not in known:
         raise UserError(f"no cell has metric {metric!r}", nearest(metric, known))
+    wanted = str(metric).partition(",")[0]
     current, older = newest(records)
     by_model = grouped(current, lambda r: model_of(r.inputs["model"]))
     same_name = len({r.inputs["model"]["name"] for r in current}) < len(by_model)
@@ -156,7 +157,7 @@ def boards(store: Store, records: Sequence[Record], metric: str | None = None) -
         blocks = [
             _block(rows, scope, *part)
             for scope in sorted(scopes or {DEFAULT_SCOPE}, key=lambda s: (s != usual, s))
-            for part in _split([r for r in rows if (r.scope or usual) == scope and r.kind != CONTROL] or rows, metric)
+            for part in _split([r for r in rows if (r.scope or usual) == scope and r.kind != CONTROL] or rows, wanted)
         ]
         remarks = [*notes, *_remarks(of_model), *problems, *speeds.unlike(row.speed for row in rows)]
         made.append(Board(name, _about(of_model), tuple(blocks), tuple(rows), tuple(remarks)))
@@ -266,7 +267,7 @@ def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
         metric: replaces the main metric of tasks that have it.
     """
     own = [m for m in record.metrics if m.part_of is None]
-    asked = {m.task: m for m in reversed(own) if m.metric == metric}  # its first filter, as `main`
+    asked = {m.task: m for m in reversed(own) if metric in (m.metric, m.label)}  # its first filter, as `main`
     return [asked.get(m.task, m) for m in metrics.main(own)]
 
 
@@ -284,7 +285,7 @@ def _mean_compared(cells: Sequence[Sequence[Compared]]) -> list[Compared]:
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
-def _split(rows: Sequence[Row], wanted: str | None) -> list[tuple[Tasks, list[Row]]]:
+def _split(rows: Sequence[Row], wanted: str) -> list[tuple[Tasks, list[Row]]]:
     """Split rows into blocks with common tasks: metric -> tasks, and the rows of each block.
 
     A task that was asked otherwise (other documents, examples or lengths) is another one. A block has the tasks of

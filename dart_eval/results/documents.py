@@ -193,13 +193,12 @@ def add_distances(own: Answers, dense: Answers, texts: bool = True) -> Answers:
 
     `flips`: the chosen answer of an item differs. For texts `dense_rougeL`: ROUGE-L against dense's text;
     `dense_tokens`: tokens before the first difference; `length`: tokens / dense's; `limited`: the share of texts with
-    all the tokens that they may have; `loops`: the share of texts that repeat themselves (`before_repeat`).
+    all the tokens that they may have; `loops`: the share of texts that repeat themselves (`loop_at`).
     """
     of: dict[str, tuple[str, Callable[..., Any]]] = {
         "flips": ("chosen", lambda a, b: float(a != b)), "dense_tokens": ("token_ids", _common),
         "length": ("token_ids", lambda a, b: [float(len(a)), float(len(b))]),
-        "loops": ("token_ids", lambda a, _: float(before_repeat(a) < len(a))),
-        "limited": ("limited", lambda a, _: float(a)),
+        "limited": ("limited", lambda a, _: float(a)), "loops": ("token_ids", lambda a, _: float(loop_at(a) < len(a))),
     }  # fmt: skip
     if texts:  # it takes time
         of["dense_rougeL"] = "text", _similarity
@@ -226,7 +225,7 @@ def _similarity(ours: str, theirs: str) -> float:
     return 1.0 if ours == theirs else float(_scorer().score(theirs, ours)["rougeL"].fmeasure)
 
 
-def before_repeat(tokens: Sequence[int]) -> int:
+def loop_at(tokens: Sequence[int]) -> int:
     """Return how many tokens stand before a run of `LOOP` or more comes again at once; all, if none does."""
     ids, found = np.asarray(tokens), [len(tokens)]
     for lag in range(LOOP, len(ids) // 2 + 1):

@@ -350,16 +350,16 @@ def test_two_perplexities_have_columns_of_their_own(tmp_path):
     assert row.count("4.48x") == 1 and row.count("1.16x") == 1 and " word_perplexity" in heads
 
 
-def test_a_metric_that_is_asked_for_is_that_of_the_first_filter_as_on_the_board(tmp_path):
-    def gsm(strict, flexible, method, sparsity):
-        means = ("strict", strict), ("flexible", flexible)
-        sides = {f: [{"exact_match": float(i % 10 < 10 * v)} for i in range(60)] for f, v in means}
-        ms = [Metric("gsm", "exact_match", v, 0.05, 60, True, filter=f) for f, v in means]
+def test_a_metric_that_is_asked_for_is_that_of_the_first_filter_or_of_the_one_named(tmp_path):
+    def gsm(method, sparsity, **means):
+        sides = {f: [{"exact_match": float(i % 10 < 10 * v)} for i in range(60)] for f, v in means.items()}
+        ms = [Metric("gsm", "exact_match", v, 0.05, 60, True, filter=f) for f, v in means.items()]
         lines = [s for f, values in sides.items() for s in samples("gsm", values, filter_=f)]
         return answered("gsm", sides["strict"], method, sparsity, lines=lines, metrics=ms)
 
-    folder = save(tmp_path, gsm(0.6, 0.8, "dense", 0.0), gsm(0.3, 0.5, "griffin", 0.5))
+    folder = save(tmp_path, gsm("dense", 0.0, strict=0.6, flexible=0.8), gsm("griffin", 0.5, strict=0.3, flexible=0.5))
     assert command("tables", folder, "--metric", "exact_match").out == command("tables", folder).out
+    assert "| 50.0 ±5.0" in command("tables", folder, "--metric", "exact_match,flexible", "--format", "md").out
 
 
 def test_a_distance_over_other_tasks_is_no_rival(tmp_path):

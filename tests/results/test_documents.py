@@ -9,7 +9,7 @@ import pytest
 import dart_eval
 from dart_eval.results.board import boards
 from dart_eval.results.compare import compare_rows
-from dart_eval.results.documents import answers_of, before_repeat, documents
+from dart_eval.results.documents import answers_of, documents, loop_at
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
@@ -141,11 +141,11 @@ def test_a_text_repeats_itself_if_a_long_run_comes_again_at_once():
     word = np.random.default_rng(0).integers(0, 1000, 200).tolist()
     loops = [[5] * 40, [1, 2, 3] * 14, word[:20] * 2, [7, *word[:33], *word[:33], 8, 9], [*word[:50], *word[30:50]]]
     others = [[], [5] * 39, word, word[:19] * 2, [*word[:30], 0, *word[:30]], [*word[:20], *word[1:20], 0]]
-    assert [before_repeat(t) for t in loops] == [*map(plain, loops)] == [20, 21, 20, 34, 50]
-    assert [before_repeat(t) for t in others] == [*map(plain, others)] == [*map(len, others)]
+    assert [loop_at(t) for t in loops] == [*map(plain, loops)] == [20, 21, 20, 34, 50]
+    assert [loop_at(t) for t in others] == [*map(plain, others)] == [*map(len, others)]
     few = np.random.default_rng(1).integers(0, 2, (60, 90)).tolist()
     again = [[*t[:20], *t[:n], *t[20:]] for t in few for n in (19, 20, 21)]
-    assert [before_repeat(t) for t in again] == [*map(plain, again)] and len({plain(t) < len(t) for t in again}) == 2
+    assert [loop_at(t) for t in again] == [*map(plain, again)] and len({plain(t) < len(t) for t in again}) == 2
 
 
 @pytest.mark.parametrize("text", ["", "\u5317\u4eac\u662f", "\u041f\u0440\u0438\u0432\u0435\u0442"])
