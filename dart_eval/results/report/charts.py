@@ -133,7 +133,7 @@ def plot(title: str, lines: Curves, looks: Sequence[str], times: bool, form: str
             dashes = "--" if label.startswith("dense") else "-"
             axes.plot(xs, ys, marker + dashes, color=colors[label], ms=4, linewidth=1.2)
         if times:
-            axes.set(yscale="log", ylim=(min(0.98, *(p[2] for points in shown.values() for p in points)), WORST))
+            axes.set(yscale="log", ylim=(min([0.98, *(p[2] for points in shown.values() for p in points)]), WORST))
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v)))
         axes.yaxis.set_major_locator(FixedLocator([1, 1.1, 1.2, 1.5, 2]) if times else MaxNLocator(6))
