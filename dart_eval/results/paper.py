@@ -294,7 +294,7 @@ class Paper:
             return notes
         models = {model_of(r.inputs["model"]): None for r in cells}
         about = {f"{r.inputs['dtype']} on {r.environment.get('gpu', r.inputs['device'])}": None for r in cells}
-        dates = f"{cells[0].created[:10]} to {cells[-1].created[:10]}"
+        dates = " to ".join(sorted({cells[0].created[:10], cells[-1].created[:10]}))
         made = f"Made of {len(cells)} cells of {', '.join(models)}, {', '.join(about)}, {dates}."
         return [NOTE, *notes, *upper_bounds(cells), *cut_prompts(cells), made]
 
